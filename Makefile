@@ -1,0 +1,35 @@
+# make quickstart   draw data, train a LoRA with COAT and without, draw with it, measure
+# make test         the tests
+# Both set up .venv first; a second call reuses it. To use another interpreter: make PYTHON=python3.11 quickstart
+
+VENV   := .venv
+PADDLE ?= paddlepaddle==3.3.1
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.10 python3 python; do \
+            $$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
+READY  := $(VENV)/.ready
+
+.PHONY: quickstart test test-all lint clean
+quickstart: $(READY)
+	$(VENV)/bin/python -m ppcoat quickstart
+
+test: $(READY)
+	$(VENV)/bin/python -m pytest -q
+
+test-all: $(READY)
+	$(VENV)/bin/python -m pytest -q -m "not gpu"
+
+lint: $(READY)
+	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
+
+# Paddle is installed only if .venv has none, so that a GPU wheel put there by hand stays.
+$(READY): requirements.txt pyproject.toml
+	@test -n "$(PYTHON)" || { echo "error: no CPython 3.10-3.12 found; install one or name it: make PYTHON=..."; exit 2; }
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('paddle') is None)" \
+		|| $(VENV)/bin/pip install -q "$(PADDLE)"
+	$(VENV)/bin/pip install -q -r requirements.txt
+	$(VENV)/bin/pip install -q --no-deps --no-build-isolation -e .
+	@touch $(READY)
+
+clean:
+	rm -rf $(VENV) output

@@ -1,0 +1,115 @@
+"""The header of a LoRA file: what we say about a LoRA, and what other programs say. All values are text.
+
+Written: our own fields, diffusers' `lora_adapter_metadata` (a PEFT config as JSON, keys prefixed
+`transformer.`) and ai-toolkit's `training_info`. A header comes from anywhere: numbers are checked, patterns
+are never run as regular expressions.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping
+
+from ppcoat.errors import ConfigError
+from ppcoat.nn.linear import LoRALinear
+
+ADAPTER_METADATA = "lora_adapter_metadata"
+
+
+def make_header(
+    layers: Mapping[str, LoRALinear], trigger_word: str, step: int | None, base_model: str
+) -> dict[str, str]:
+    """Header fields, all text. alpha equals rank because the weights are folded."""
+    ranks = {path: layer.rank for path, layer in layers.items()}
+    rank = Counter(ranks.values()).most_common(1)[0][0]
+    others = {path: own for path, own in ranks.items() if own != rank}
+    adapter = {
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": others,
+        "alpha_pattern": others,
+        "target_modules": sorted(layers),
+        "lora_dropout": 0.0,
+        "bias": "none",
+    }
+    alphas = sorted({layer.alpha for layer in layers.values()})
+    header = {
+        "format": "pt",
+        "rank": str(rank),
+        "alpha": str(rank),
+        "original_alpha": f"{alphas[0]:g}" if len(alphas) == 1 else json.dumps(alphas),
+        "trigger_word": trigger_word,
+        "base_model": base_model,
+        ADAPTER_METADATA: json.dumps(
+            {f"transformer.{key}": value for key, value in adapter.items()}, indent=2
+        ),
+        "software": json.dumps({"name": "ppcoat"}),
+    }
+    if step is not None:
+        header |= {"step": str(step), "training_info": json.dumps({"step": step})}
+    return header
+
+
+def step_from_header(header: Mapping[str, str]) -> int | None:
+    """The training step from `step` or ai-toolkit's training_info; None where there is none that can be
+    read.
+    """
+    text = header.get("step")
+    if text is None:
+        try:
+            info = json.loads(header.get("training_info", "null"))
+        except json.JSONDecodeError:
+            return None
+        text = str(info.get("step")) if isinstance(info, dict) else None
+    return int(text) if text is not None and text.isdecimal() else None
+
+
+def scale_from_header(header: Mapping[str, str], path: str, rank: int) -> float:
+    """alpha / rank as the header says it: diffusers' adapter metadata, else `alpha`, else 1 (folded into the
+    weights).
+    """
+    adapter = _adapter_metadata(header)
+    if "lora_alpha" in adapter:
+        alpha = _number(_pattern(adapter.get("alpha_pattern"), path, adapter["lora_alpha"]), "lora_alpha")
+        return alpha / (math.sqrt(rank) if adapter.get("use_rslora") is True else rank)
+    if "alpha" in header:
+        # The header's rank belongs to its alpha; without it, this module's own rank is meant.
+        return _number(header["alpha"], "alpha") / _number(header.get("rank", rank), "rank")
+    return 1.0
+
+
+def _adapter_metadata(header: Mapping[str, str]) -> dict:
+    """The PEFT config of the transformer from diffusers' JSON header, without its `transformer.` prefix; {}
+    if none.
+    """
+    if ADAPTER_METADATA not in header:
+        return {}
+    try:
+        values = json.loads(header[ADAPTER_METADATA])
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"LoRA header {ADAPTER_METADATA} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"LoRA header {ADAPTER_METADATA} must be a JSON object")
+    return {key.removeprefix("transformer."): value for key, value in values.items()}
+
+
+def _pattern(patterns: object, path: str, default: object) -> object:
+    """PEFT's per-module values: the first key that the path ends with. Keys are taken literally, never as a
+    regex.
+    """
+    for key, value in patterns.items() if isinstance(patterns, dict) else ():
+        if path == key or path.endswith("." + key):
+            return value
+    return default
+
+
+def _number(value: object, name: str) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number) or (name == "rank" and number <= 0):
+        raise ConfigError(f"LoRA header {name} must be a finite number, got {value!r}")
+    return number

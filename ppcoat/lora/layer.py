@@ -1,0 +1,141 @@
+"""LoRA put into a model from outside: choose Linears by name, replace them by LoRALinears, take them out
+again.
+
+The default targets are the attention and feed-forward Linears of both FLUX block kinds; norms, modulation and
+embedders are left alone. The model needs to know nothing: its sublayers carry diffusers' names.
+"""
+
+from __future__ import annotations
+
+import difflib
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import paddle
+from paddle import nn
+
+from ppcoat.errors import ConfigError
+from ppcoat.nn.convert import set_sublayer
+from ppcoat.nn.linear import FrozenLinear, LoRALinear
+
+FLUX_TARGETS = {  # block list -> suffixes of the Linears inside a block
+    "transformer_blocks": (
+        *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
+        *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
+        *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
+    ),
+    "single_transformer_blocks": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp", "proj_out"),
+}
+
+
+def inject_lora(
+    model: nn.Layer,
+    rank: int,
+    alpha: float,
+    dropout: float = 0.0,
+    targets: Sequence[str] | None = None,
+    policy: str = "none",
+    seed: int = 0,
+    group_size: int | None = 128,
+) -> dict[str, LoRALinear]:
+    """Freeze `model` and put a LoRALinear in the place of each target Linear -> {path: LoRALinear}, in model
+    order.
+
+    targets: path suffixes such as "attn.to_q" (whole dotted parts), None for FLUX_TARGETS. Only LoRA
+    parameters are trainable afterwards; the start depends on `seed` and the path alone. Raises ConfigError if
+    a target matches nothing (the nearest names are given) or the model already has a LoRA.
+    """
+    if lora_layers(model):
+        raise ConfigError("the model already has a LoRA; call remove_lora first")
+    if not alpha > 0:
+        raise ConfigError(f"LoRA alpha must be positive for training, got {alpha!r}")
+    paths = target_paths(model, targets)
+    for param in model.parameters():
+        param.stop_gradient = True
+    layers = dict(model.named_sublayers())
+    injected = {}
+    for path in paths:
+        injected[path] = LoRALinear(
+            layers[path], rank, alpha, dropout, policy, group_size, zlib.crc32(f"{seed}/{path}".encode())
+        )
+        injected[path].training = layers[path].training
+        set_sublayer(model, path, injected[path])
+    return injected
+
+
+def target_paths(model: nn.Layer, targets: Sequence[str] | None = None) -> list[str]:
+    """Paths of the Linears that `targets` select, as `inject_lora` chooses them. Raises ConfigError as it
+    does.
+    """
+    linears = linear_paths(model)
+    if targets is None:
+        chosen = [path for path in linears if _is_flux_target(path)]
+        if not chosen:
+            raise ConfigError(f"no FLUX block Linear in this model; give `targets`, e.g. {_some(linears)}")
+        return chosen
+    if isinstance(targets, str) or not targets:
+        raise ConfigError(f"LoRA targets must be a list of path suffixes, got {targets!r}")
+    for target in targets:
+        if not any(_ends_with(path, target) for path in linears):
+            raise ConfigError(
+                f"LoRA target {target!r} matches no Linear; the nearest are {_nearest(target, linears)}"
+            )
+    return [path for path in linears if any(_ends_with(path, target) for target in targets)]
+
+
+def remove_lora(model: nn.Layer) -> None:
+    """Put the wrapped Linears back. Their parameters were shared all along and stay frozen."""
+    for path, layer in lora_layers(model).items():
+        set_sublayer(model, path, layer.base)
+
+
+def lora_layers(model: nn.Layer) -> dict[str, LoRALinear]:
+    """{path: LoRALinear} in model order."""
+    return {path: layer for path, layer in model.named_sublayers() if isinstance(layer, LoRALinear)}
+
+
+def lora_parameters(model: nn.Layer) -> list[paddle.Tensor]:
+    """lora_A and lora_B of every LoRALinear, in model order: what the optimizer gets."""
+    return [param for layer in lora_layers(model).values() for param in (layer.lora_A, layer.lora_B)]
+
+
+@contextmanager
+def lora_disabled(model: nn.Layer) -> Iterator[None]:
+    """Within it, the model computes as if it had no LoRA."""
+    layers = list(lora_layers(model).values())
+    before = [layer.enabled for layer in layers]
+    try:
+        for layer in layers:
+            layer.enabled = False
+        yield
+    finally:
+        for layer, enabled in zip(layers, before, strict=True):
+            layer.enabled = enabled
+
+
+def linear_paths(model: nn.Layer) -> list[str]:
+    """Dotted paths of everything that a LoRA can stand on, or already stands on."""
+    kinds = (nn.Linear, FrozenLinear, LoRALinear)
+    return [path for path, layer in model.named_sublayers() if isinstance(layer, kinds)]
+
+
+def _is_flux_target(path: str) -> bool:
+    blocks, _, rest = path.partition(".")
+    _, _, inside = rest.partition(".")
+    return inside in FLUX_TARGETS.get(blocks, ())
+
+
+def _ends_with(path: str, suffix: str) -> bool:
+    return path == suffix or path.endswith("." + suffix)
+
+
+def _nearest(target: str, paths: list[str]) -> str:
+    """The suffixes in the model that look most like `target`, of as many parts as it has."""
+    parts = target.count(".") + 1
+    suffixes = sorted({".".join(path.split(".")[-parts:]) for path in paths})
+    return ", ".join(difflib.get_close_matches(target, suffixes, n=3, cutoff=0.0)) or "none: it has no Linear"
+
+
+def _some(paths: list[str]) -> str:
+    return ", ".join(repr(path) for path in paths[:3]) or "(it has no Linear)"

@@ -1,0 +1,208 @@
+"""Frozen Linears that keep for backward only what backward needs, with and without a LoRA.
+
+Paddle's Linear keeps its input even when its weight is frozen. Here a frozen Linear keeps nothing (dx = dy
+W^T needs only the weight), and a LoRA on it keeps one copy of x (FP8 under the policy "coat") for dA and
+the small x A for dB.
+
+    y  = x W + b + s * drop(x) A B          s = alpha / rank * scale_multiplier
+    dx = dy W^T + s * drop'(dy B^T A^T),  dA = s * drop(x)^T (dy B^T),  dB = s * (drop(x) A)^T dy
+
+Weights are in Paddle's layout, [in, out]. Source: LoRA (arXiv 2106.09685); one FP8 copy of x as COAT
+section 5 stores it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import paddle
+import paddle.nn.functional as F
+from paddle import nn
+from paddle.autograd import PyLayer
+
+from ppcoat.errors import ConfigError
+from ppcoat.fp8.formats import E4M3
+
+from .saved import check_policy, pack
+
+
+class FrozenLinear(nn.Layer):
+    """x [..., in] -> x W + b [..., out] that keeps nothing for backward. Shares `weight` and `bias` of
+    `base`, frozen.
+    """
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = base.weight, base.bias
+        _freeze(self)
+
+    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
+        return frozen_linear(x, self.weight, self.bias)
+
+
+class LoRALinear(nn.Layer):
+    """A frozen Linear plus a trainable low-rank update: x [..., in] -> [..., out].
+
+    `weight` and `bias` are the very parameters of `base` (not copies), so names in a state_dict stay;
+    `lora_A` [in, rank] (Kaiming-uniform as in the LoRA reference code) and `lora_B` [rank, out] (zeros) are
+    float32 whatever the weight's dtype. policy: "none" keeps x as it is; "coat" keeps it in E4M3, one scale
+    per `group_size` features (None: one per tensor). The forward result and dx are exact under both; dA
+    carries the rounding. Set `enabled` to False to switch the update off, `scale_multiplier` to weaken or
+    strengthen it. Raises ConfigError for wrong settings.
+    """
+
+    def __init__(
+        self,
+        base: nn.Linear | FrozenLinear,
+        rank: int,
+        alpha: float,
+        dropout: float = 0.0,
+        policy: str = "none",
+        group_size: int | None = 128,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        _check_settings(rank, alpha, dropout)
+        width_in, width_out = base.weight.shape
+        self.__dict__["base"] = (
+            base  # not a sublayer: its parameters are registered here under their own names
+        )
+        self.weight, self.bias = base.weight, base.bias
+        _freeze(self)
+        bound = 1.0 / math.sqrt(width_in)  # Kaiming-uniform with a = sqrt(5)
+        start = np.random.default_rng(seed).uniform(-bound, bound, [width_in, rank]).astype("float32")
+        self.lora_A = self._parameter([width_in, rank], start)
+        self.lora_B = self._parameter([rank, width_out], np.zeros([rank, width_out], "float32"))
+        self.rank, self.alpha, self.dropout = rank, float(alpha), float(dropout)
+        self.policy, self.group_size = check_policy(policy), group_size
+        self.enabled = True
+        self.scale_multiplier = 1.0
+
+    @property
+    def scale(self) -> float:
+        """Factor of the low-rank update: alpha / rank * scale_multiplier."""
+        return self.alpha / self.rank * self.scale_multiplier
+
+    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
+        trainable = not (self.lora_A.stop_gradient and self.lora_B.stop_gradient)
+        needs_graph = paddle.is_grad_enabled() and (trainable or not x.stop_gradient)
+        if not self.enabled:
+            return frozen_linear(x, self.weight, self.bias)
+        if needs_graph:
+            return _LoRALinear.apply(x, self.lora_A, self.lora_B, self)
+        return _lora_forward(_drop(x, self)[0], x, self)[0]
+
+    def extra_repr(self) -> str:
+        width_in, width_out = self.weight.shape
+        return f"in={width_in}, out={width_out}, rank={self.rank}, alpha={self.alpha:g}, policy={self.policy}"
+
+    def _parameter(self, shape: list[int], value: np.ndarray) -> paddle.Tensor:
+        initializer = nn.initializer.Assign(value)
+        return self.create_parameter(shape, dtype="float32", default_initializer=initializer)
+
+
+def frozen_linear(x: paddle.Tensor, weight: paddle.Tensor, bias: paddle.Tensor | None) -> paddle.Tensor:
+    """x [..., in], weight [in, out], bias [out] or None -> x W + b; nothing is kept, only x receives a
+    gradient.
+    """
+    if x.stop_gradient or not paddle.is_grad_enabled():
+        with paddle.no_grad():
+            return F.linear(x, weight, bias)
+    return _FrozenLinear.apply(x, _Weights(weight, bias))
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """Hides tensors from PyLayer.apply, which would otherwise take them for inputs that want gradients."""
+
+    weight: paddle.Tensor
+    bias: paddle.Tensor | None
+
+
+class _FrozenLinear(PyLayer):
+    @staticmethod
+    def forward(ctx, x: paddle.Tensor, weights: _Weights) -> paddle.Tensor:
+        ctx.weight = weights.weight
+        return F.linear(x, weights.weight, weights.bias)
+
+    @staticmethod
+    def backward(ctx, dy: paddle.Tensor) -> paddle.Tensor:
+        return paddle.matmul(dy, ctx.weight, transpose_y=True)
+
+
+class _LoRALinear(PyLayer):
+    @staticmethod
+    def forward(
+        ctx, x: paddle.Tensor, lora_a: paddle.Tensor, lora_b: paddle.Tensor, layer: LoRALinear
+    ) -> paddle.Tensor:
+        ctx.layer, ctx.scale, ctx.x_needs_grad = layer, layer.scale, not x.stop_gradient
+        ctx.trainable = (not lora_a.stop_gradient, not lora_b.stop_gradient)
+        dropped, ctx.mask = _drop(x, layer)
+        y, xa = _lora_forward(dropped, x, layer)
+        # Packed x hangs on ctx, not in save_for_backward: active hooks would otherwise pack its scales once
+        # more.
+        ctx.packed = None
+        kept = [lora_a, lora_b, xa]
+        if ctx.trainable[0] and layer.policy == "coat":
+            ctx.packed = pack(dropped, E4M3, layer.group_size)
+        elif ctx.trainable[0]:
+            kept.append(dropped)
+        ctx.save_for_backward(*kept)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy: paddle.Tensor) -> tuple[paddle.Tensor | None, ...]:
+        lora_a, lora_b, xa, *kept = ctx.saved_tensor()
+        dyb = ctx.scale * paddle.matmul(dy, lora_b.astype(dy.dtype), transpose_y=True)
+        dx = da = db = None
+        if ctx.trainable[0]:
+            x = kept[0] if ctx.packed is None else ctx.packed.unpack()
+            da = paddle.matmul(_rows(x), _rows(dyb), transpose_x=True).astype(lora_a.dtype)
+        if ctx.trainable[1]:
+            db = (ctx.scale * paddle.matmul(_rows(xa), _rows(dy), transpose_x=True)).astype(lora_b.dtype)
+        if ctx.x_needs_grad:
+            through_lora = paddle.matmul(dyb, lora_a.astype(dy.dtype), transpose_y=True)
+            if ctx.mask is not None:
+                through_lora = through_lora * ctx.mask.astype(dy.dtype) / (1.0 - ctx.layer.dropout)
+            dx = paddle.matmul(dy, ctx.layer.weight, transpose_y=True) + through_lora
+        return dx, da, db
+
+
+def _lora_forward(
+    dropped: paddle.Tensor, x: paddle.Tensor, layer: LoRALinear
+) -> tuple[paddle.Tensor, paddle.Tensor]:
+    """-> y [..., out] and drop(x) A [..., rank], both in x's dtype."""
+    xa = paddle.matmul(dropped, layer.lora_A.astype(x.dtype))
+    update = paddle.matmul(xa, layer.lora_B.astype(x.dtype))
+    return F.linear(x, layer.weight, layer.bias) + layer.scale * update, xa
+
+
+def _drop(x: paddle.Tensor, layer: LoRALinear) -> tuple[paddle.Tensor, paddle.Tensor | None]:
+    """Inverted dropout on the LoRA's input while training -> dropped x and the boolean mask (None without
+    dropout).
+    """
+    if layer.dropout == 0.0 or not layer.training:
+        return x, None
+    mask = paddle.rand(x.shape) >= layer.dropout
+    return x * mask.astype(x.dtype) / (1.0 - layer.dropout), mask
+
+
+def _rows(x: paddle.Tensor) -> paddle.Tensor:
+    return x.reshape([-1, x.shape[-1]])
+
+
+def _freeze(layer: nn.Layer) -> None:
+    layer.weight.stop_gradient = True
+    if layer.bias is not None:
+        layer.bias.stop_gradient = True
+
+
+def _check_settings(rank: int, alpha: float, dropout: float) -> None:
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise ConfigError(f"LoRA rank must be a positive whole number, got {rank!r}")
+    if not (isinstance(alpha, int | float) and math.isfinite(alpha)) or isinstance(alpha, bool):
+        raise ConfigError(f"LoRA alpha must be a finite number, got {alpha!r}")
+    if not (isinstance(dropout, int | float) and 0 <= dropout < 1) or isinstance(dropout, bool):
+        raise ConfigError(f"LoRA dropout must be in [0, 1), got {dropout!r}")

@@ -1,0 +1,217 @@
+"""What autograd keeps for backward: turn it into FP8, and count its bytes.
+
+    with fp8_saved_tensors(group_size=128) as saved:
+        loss = model(x)
+    loss.backward()
+    print(saved.bytes_kept, saved.bytes_unpacked)
+
+The hooks see every tensor that an operator keeps. Large float tensors that carry a gradient become FP8
+groups, once each even if several operators keep the same one. Parameters are left alone and not counted (the
+model owns them); constants and small tensors are counted and left alone, and so are slices with gaps in
+memory. `count_saved_tensors` counts the ordinary case by the same code. Paddle allows one pair of hooks at a
+time: these contexts do not nest, and `recompute(use_reentrant=False)` has hooks of its own.
+
+Source: COAT (arXiv 2410.19313) section 5; facts about what each operator keeps are Paddle 3.3's.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import OrderedDict
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import paddle
+
+from ppcoat.errors import ConfigError
+from ppcoat.fp8.formats import FP8Format, get_format
+from ppcoat.fp8.quantize import dequantize, quantize
+
+POLICIES = ("none", "coat")
+FLOATS = (paddle.float32, paddle.bfloat16, paddle.float16)
+# Originals held for a moment, so that the next operators that keep them find their packed copy.
+REMEMBERED = 4
+
+_active: ContextVar[SavedTensors | None] = ContextVar("ppcoat_saved_tensors", default=None)
+
+
+def check_policy(policy: str) -> str:
+    """Return `policy` if it is one of POLICIES, else raise ConfigError."""
+    if policy not in POLICIES:
+        raise ConfigError(f"unknown saving policy {policy!r}; use one of {', '.join(POLICIES)}")
+    return policy
+
+
+@dataclass(eq=False)
+class PackedTensor:
+    """A float tensor held as FP8: codes uint8 of its shape, scale float32 per group (or one), its dtype."""
+
+    codes: paddle.Tensor
+    scale: paddle.Tensor
+    fmt: FP8Format
+    group_size: int | None
+    dtype: paddle.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return _nbytes(self.codes) + _nbytes(self.scale)
+
+    def unpack(self) -> paddle.Tensor:
+        """The values again, in the dtype they came in."""
+        return dequantize(self.codes, self.scale, self.fmt, self.group_size, self.dtype)
+
+
+def pack(x: paddle.Tensor, fmt: FP8Format, group_size: int | None) -> PackedTensor:
+    """x [..., D] float -> PackedTensor, shared with whoever packed the same x in the active context; counted
+    there.
+    """
+    active = _active.get()
+    if active is not None:
+        return active.pack(x, fmt, group_size)
+    with paddle.no_grad():
+        return PackedTensor(*quantize(x.detach(), fmt, group_size), fmt, group_size, x.dtype)
+
+
+def fp8_saved_tensors(group_size: int = 128, fmt: str = "e4m3", min_size: int = 4096) -> SavedTensors:
+    """Context: tensors that autograd keeps become FP8 groups of `group_size` along their last axis.
+
+    Only float tensors of at least `min_size` elements that carry a gradient are packed. The forward result
+    is exact; the gradients carry FP8 rounding (a few percent RMS at group 128). Raises ConfigError for
+    wrong values.
+    """
+    for name, value, least in (("group_size", group_size, 1), ("min_size", min_size, 0)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ConfigError(f"{name} must be a whole number of at least {least}, got {value!r}")
+    return SavedTensors(get_format(fmt), group_size, min_size)
+
+
+def count_saved_tensors() -> SavedTensors:
+    """Context: autograd keeps what it always keeps, and the bytes are counted."""
+    return SavedTensors(None, None, 0)
+
+
+def saved_tensors(policy: str, group_size: int = 128) -> SavedTensors:
+    """The context of a policy by name: "none" counts, "coat" packs. Raises ConfigError for another name."""
+    return fp8_saved_tensors(group_size) if check_policy(policy) == "coat" else count_saved_tensors()
+
+
+class SavedTensors:
+    """Pair of saved-tensor hooks with counters. Made by the functions above; entering it sets the counters to
+    zero.
+
+    bytes_kept: held for backward, each storage once. bytes_unpacked: what the same tensors would hold
+    unpacked. tensors_packed: how many were turned into FP8.
+    """
+
+    def __init__(self, fmt: FP8Format | None, group_size: int | None, min_size: int) -> None:
+        self._fmt, self._group_size, self._min_size = fmt, group_size, min_size
+        self._hooks = paddle.autograd.saved_tensors_hooks(self._on_save, self._on_use)
+        self._reset()
+
+    def __enter__(self) -> SavedTensors:
+        if _active.get() is not None:
+            raise ConfigError("saved-tensor contexts do not nest: leave the active one first")
+        self._reset()
+        self._hooks.__enter__()
+        self._token = _active.set(self)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        _active.reset(self._token)
+        self._hooks.__exit__(*error)
+        self._recent.clear()
+
+    def pack(self, x: paddle.Tensor, fmt: FP8Format, group_size: int | None) -> PackedTensor:
+        """x -> its packed form; the same memory seen again a moment later gives the same object. Counts it
+        once.
+        """
+        key = (_identity(x), fmt.name, group_size)
+        if key not in self._recent:
+            with paddle.no_grad():
+                packed = PackedTensor(*quantize(x.detach(), fmt, group_size), fmt, group_size, x.dtype)
+            self.bytes_kept += packed.nbytes
+            self.bytes_unpacked += _nbytes(x)
+            self.tensors_packed += 1
+            # Holding x itself is what makes its address an identity: the memory cannot be given to another
+            # tensor.
+            self._recent[key] = (x, packed)
+            if len(self._recent) > REMEMBERED:
+                self._recent.popitem(last=False)
+        self._recent.move_to_end(key)
+        return self._recent[key][1]
+
+    def _reset(self) -> None:
+        self.bytes_kept = self.bytes_unpacked = self.tensors_packed = 0
+        self._recent: OrderedDict[tuple, tuple[paddle.Tensor, PackedTensor]] = OrderedDict()
+        self._plain: weakref.WeakValueDictionary[tuple, _Kept] = weakref.WeakValueDictionary()
+
+    def _on_save(self, x: paddle.Tensor) -> _Kept:
+        order = _memory_order(x) if self._wants(x) else None
+        if order is None:
+            return self._keep_plain(x)
+        with paddle.no_grad():
+            stored = x.detach().transpose(order)
+        return _Kept(self.pack(stored, self._fmt, self._group_size), stored.shape, order)
+
+    def _on_use(self, kept: _Kept) -> paddle.Tensor:
+        if not isinstance(kept.tensor, PackedTensor):
+            return kept.tensor
+        with paddle.no_grad():
+            return kept.tensor.unpack().reshape(kept.shape).transpose(_inverse(kept.order))
+
+    def _wants(self, x: paddle.Tensor) -> bool:
+        """A tensor without gradient is a constant (RoPE tables, masks): its owner holds it anyway, and
+        exactness is free.
+        """
+        if self._fmt is None or x.persistable or x.dtype not in FLOATS or x.stop_gradient:
+            return False
+        return x.ndim > 0 and x.size >= self._min_size
+
+    def _keep_plain(self, x: paddle.Tensor) -> _Kept:
+        key = _identity(x)
+        kept = self._plain.get(key)
+        if kept is None:
+            kept = self._plain[key] = _Kept(x)
+            if not x.persistable:
+                self.bytes_kept += _nbytes(x)
+                self.bytes_unpacked += _nbytes(x)
+        return kept
+
+
+@dataclass(eq=False)
+class _Kept:
+    """What the graph holds for one saved tensor: itself, or its packed form with the shape and axis order of
+    its memory.
+    """
+
+    tensor: paddle.Tensor | PackedTensor
+    shape: list[int] | None = None
+    order: list[int] | None = None
+
+
+def _memory_order(x: paddle.Tensor) -> list[int] | None:
+    """Axes from the slowest to the fastest in memory, None if x has gaps (a slice of something larger).
+
+    Paddle reads what an unpack hook returns with the strides of the saved tensor, so it must come back in the
+    same order.
+    """
+    if x.is_contiguous():
+        return list(range(x.ndim))
+    order = sorted(range(x.ndim), key=lambda axis: -x.strides[axis])
+    return order if x.detach().transpose(order).is_contiguous() else None
+
+
+def _inverse(order: list[int]) -> list[int]:
+    return sorted(range(len(order)), key=lambda axis: order[axis])
+
+
+def _identity(x: paddle.Tensor) -> tuple:
+    """Equal for two handles of the same live memory read in the same order; reshaped views share their packed
+    copy.
+    """
+    layout = "contiguous" if x.is_contiguous() else (tuple(x.shape), tuple(x.strides))
+    return x.data_ptr(), x.size, x.dtype, layout, x.inplace_version
+
+
+def _nbytes(x: paddle.Tensor) -> int:
+    return x.size * x.element_size()

@@ -1,0 +1,179 @@
+"""Saved-tensor contexts: what is packed, what is counted, how far gradients move."""
+
+import numpy as np
+import paddle
+import paddle.nn.functional as F
+import pytest
+from paddle import nn
+
+from ppcoat.errors import ConfigError
+from ppcoat.fp8.formats import E4M3
+from ppcoat.nn.saved import count_saved_tensors, fp8_saved_tensors, saved_tensors
+
+
+def tensor(seed: int, shape: list[int], trainable: bool = True) -> paddle.Tensor:
+    x = paddle.to_tensor(np.random.default_rng(seed).standard_normal(shape).astype("float32"))
+    x.stop_gradient = not trainable
+    return x
+
+
+def mlp() -> nn.Layer:
+    paddle.seed(0)
+    return nn.Sequential(nn.Linear(256, 512), nn.GELU(), nn.LayerNorm(512), nn.Linear(512, 256), nn.Silu())
+
+
+def gradients(model: nn.Layer, x: paddle.Tensor, context) -> tuple[float, list[np.ndarray]]:
+    x.clear_gradient()
+    model.clear_gradients()
+    with context:
+        loss = paddle.square(model(x)).sum()
+    loss.backward()
+    return float(loss), [x.grad.numpy(), *(param.grad.numpy() for param in model.parameters())]
+
+
+def test_forward_is_exact_and_gradients_are_close():
+    model, x = mlp(), tensor(1, [64, 256])
+    loss, exact = gradients(model, x, count_saved_tensors())
+    packed_loss, packed = gradients(model, x, fp8_saved_tensors())
+    assert packed_loss == loss
+    for want, got in zip(exact, packed, strict=True):
+        error = np.sqrt(np.mean((got - want) ** 2) / np.mean(want**2))
+        assert 0 < error < 0.05
+
+
+def test_bytes_of_a_known_graph():
+    """gelu keeps its input, tanh its output: 2 tensors of 64 x 256; packed: one byte each plus 4 / 128."""
+    x = tensor(2, [64, 256])
+    with count_saved_tensors() as plain:
+        F.gelu(x).tanh()
+    assert plain.bytes_kept == plain.bytes_unpacked == 2 * 64 * 256 * 4
+    with fp8_saved_tensors() as packed:
+        F.gelu(x).tanh()
+    assert packed.bytes_unpacked == plain.bytes_kept
+    assert packed.bytes_kept == 2 * (64 * 256 + 64 * 2 * 4)
+    assert packed.tensors_packed == 2
+
+
+def test_a_tensor_that_several_operators_keep_is_packed_and_counted_once():
+    x = tensor(3, [64, 256])
+    for context, each in (
+        (count_saved_tensors(), 64 * 256 * 4),
+        (fp8_saved_tensors(), 64 * 256 + 64 * 2 * 4),
+    ):
+        with context as saved:
+            views = x.reshape([4, 16, 256])
+            loss = F.gelu(x).sum() + F.gelu(x).sum() + F.gelu(views).sum()
+        assert saved.bytes_kept == each
+        loss.backward()
+        x.clear_gradient()
+
+
+def test_views_of_one_packed_copy_give_back_their_own_shape():
+    x = tensor(4, [64, 256])
+    with fp8_saved_tensors():
+        loss = F.gelu(x).sum() + paddle.square(x.reshape([256, 64])).sum()
+    loss.backward()
+    packed = x.grad.numpy()
+    x.clear_gradient()
+    (F.gelu(x).sum() + paddle.square(x.reshape([256, 64])).sum()).backward()
+    assert np.abs(packed - x.grad.numpy()).max() < 2 * np.abs(x.numpy()).max() * 2**-4
+
+
+@pytest.mark.parametrize("order", [[0, 2, 1, 3], [3, 1, 0, 2], [0, 1, 3, 2]])
+def test_transposed_views_come_back_in_their_own_memory_order(order):
+    x = tensor(5, [4, 16, 8, 32])
+
+    def gradient(context) -> tuple[np.ndarray, int]:
+        x.clear_gradient()
+        with context as saved:
+            loss = F.gelu(x).sum() + (paddle.square(x.transpose(order)) * weights).sum()
+        loss.backward()
+        return x.grad.numpy(), saved.tensors_packed
+
+    weights = tensor(50, [x.shape[axis] for axis in order], trainable=False)
+    exact, _ = gradient(count_saved_tensors())
+    packed, count = gradient(fp8_saved_tensors())
+    assert np.sqrt(np.mean((packed - exact) ** 2) / np.mean(exact**2)) < 0.05
+    assert count == 2  # x with its view, and the square that `multiply` keeps
+
+
+def test_slices_with_gaps_stay_exact():
+    x = tensor(51, [64, 256])
+    with fp8_saved_tensors():
+        loss = paddle.square(x[:, 10:200]).sum()
+    loss.backward()
+    np.testing.assert_allclose(x.grad.numpy()[:, 10:200], 2 * x.numpy()[:, 10:200], rtol=1e-6)
+
+
+def test_memory_that_is_reused_is_packed_anew():
+    """Temporaries die and their memory may come back with other values: a packed copy must hold its own."""
+    x = tensor(6, [64, 128])
+    with fp8_saved_tensors() as saved, paddle.no_grad():
+        for scale in range(1, 30):
+            temporary = x * float(scale)
+            decoded = saved.pack(temporary, E4M3, 128).unpack()
+            assert float((decoded - temporary).abs().max()) <= float(temporary.abs().max()) / 16
+            del temporary, decoded
+    assert saved.tensors_packed == 29
+
+
+def test_in_place_change_is_packed_anew():
+    y = tensor(7, [64, 128]) * 1.0
+    with fp8_saved_tensors() as saved:
+        F.gelu(y)
+        y.scale_(2.0)
+        F.gelu(y)
+    assert saved.tensors_packed == 2
+
+
+def test_parameters_constants_and_small_tensors_stay_exact():
+    weight = paddle.create_parameter([256, 256], "float32")
+    table, x, small = tensor(8, [64, 256], trainable=False), tensor(9, [64, 256]), tensor(10, [8])
+    with fp8_saved_tensors() as saved:
+        y = x.matmul(weight) * table
+        small.tanh()
+    # matmul keeps x (packed) and the weight (the model's); multiply keeps the table and x W (packed); tanh 8
+    # numbers
+    assert saved.tensors_packed <= 2
+    y.sum().backward()
+    np.testing.assert_allclose(x.grad.numpy(), (table @ weight.t()).numpy(), rtol=1e-5, atol=1e-5)
+
+
+def test_backward_inside_the_context_works_and_nothing_leaks_out():
+    x = tensor(11, [64, 256])
+    with fp8_saved_tensors() as saved:
+        F.gelu(x).sum().backward()
+    kept = saved.bytes_kept
+    F.gelu(x).sum().backward()
+    assert saved.bytes_kept == kept
+    with saved:
+        assert saved.bytes_kept == 0
+
+
+def test_context_leaves_cleanly_after_an_error():
+    with pytest.raises(RuntimeError, match="boom"), fp8_saved_tensors():
+        raise RuntimeError("boom")
+    with fp8_saved_tensors() as saved:
+        F.gelu(tensor(12, [64, 256])).sum()
+    assert saved.tensors_packed == 1
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: saved_tensors("coats"), "coats"),
+        (lambda: fp8_saved_tensors(group_size=0), "group_size"),
+        (lambda: fp8_saved_tensors(fmt="int8"), "int8"),
+        (lambda: fp8_saved_tensors(min_size=-1), "min_size"),
+    ],
+)
+def test_wrong_settings_are_named(make, said):
+    with pytest.raises(ConfigError, match=said):
+        make()
+
+
+def test_contexts_do_not_nest():
+    with fp8_saved_tensors(), pytest.raises(ConfigError, match="nest"), count_saved_tensors():
+        pass
+    with count_saved_tensors():
+        pass

@@ -1,0 +1,302 @@
+"""FP8AdamW against paddle.optimizer.AdamW, its memory, its faults and its files."""
+
+import math
+
+import numpy as np
+import paddle
+import pytest
+from safetensors.paddle import load_file, save_file
+
+from ppcoat.errors import ConfigError
+from ppcoat.optim import FP8AdamW, FP8QuantizationConfig, lr_scheduler
+
+FLOAT32 = FP8QuantizationConfig(use_fp8_m1=False, use_fp8_m2=False)
+SHAPES = [[40, 16], [16, 33], [1], [130], [128]]
+
+
+def parameters(seed: int, shapes: list[list[int]] = SHAPES, dtype: str = "float32") -> list[paddle.Tensor]:
+    rng = np.random.default_rng(seed)
+    values = [rng.standard_normal(shape).astype("float32") for shape in shapes]
+    tensors = [paddle.to_tensor(value).astype(dtype) for value in values]
+    for tensor in tensors:
+        tensor.stop_gradient = False
+    return tensors
+
+
+def set_grads(params: list[paddle.Tensor], rng: np.random.Generator, scale: float = 1.0) -> None:
+    for param in params:
+        grad = paddle.to_tensor((scale * rng.standard_normal(param.shape)).astype("float32"))
+        param.grad = grad.astype(param.dtype)
+
+
+def run(
+    optimizer: paddle.optimizer.Optimizer, params: list[paddle.Tensor], steps: int, seed: int = 7
+) -> None:
+    rng = np.random.default_rng(seed)
+    for step in range(steps):
+        set_grads(params, rng, scale=10.0 ** (step % 3 - 1))
+        optimizer.step()
+        optimizer.clear_grad()
+        if isinstance(optimizer._learning_rate, paddle.optimizer.lr.LRScheduler):
+            optimizer._learning_rate.step()
+
+
+def bits(state: dict[str, paddle.Tensor]) -> dict[str, bytes]:
+    return {name: tensor.numpy().tobytes() for name, tensor in state.items()}
+
+
+@pytest.mark.parametrize(
+    "clip",
+    [
+        None,
+        paddle.nn.ClipGradByGlobalNorm(1.0),
+        paddle.nn.ClipGradByNorm(0.5),
+        paddle.nn.ClipGradByValue(0.1),
+    ],
+)
+def test_equals_paddle_adamw_with_float32_moments(clip):
+    ours, theirs = parameters(0), parameters(0)
+    settings = {"weight_decay": 0.1, "grad_clip": clip, "epsilon": 1e-6}
+    run(FP8AdamW(lr_scheduler("cosine", 1e-2, 20, 4), ours, fp8_config=FLOAT32, **settings), ours, 20)
+    run(
+        paddle.optimizer.AdamW(lr_scheduler("cosine", 1e-2, 20, 4), parameters=theirs, **settings), theirs, 20
+    )
+    for mine, reference in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(mine.numpy(), reference.numpy(), rtol=0, atol=1e-6)
+
+
+def test_beta1_zero_stores_no_first_moment_and_equals_paddle():
+    ours, theirs = parameters(1), parameters(1)
+    optimizer = FP8AdamW(1e-2, ours, beta1=0.0, fp8_config=FLOAT32)
+    run(optimizer, ours, 5)
+    run(paddle.optimizer.AdamW(1e-2, beta1=0.0, parameters=theirs), theirs, 5)
+    np.testing.assert_allclose(ours[0].numpy(), theirs[0].numpy(), rtol=0, atol=1e-6)
+    assert not any(name.startswith("m1.") for name in optimizer.state_dict())
+
+
+def test_parameter_groups_scale_rate_and_decay():
+    ours, theirs = parameters(2), parameters(2)
+
+    def groups(params):
+        return [
+            {"params": params[:2], "learning_rate": 0.1, "weight_decay": 0.0},
+            {"params": params[2:], "weight_decay": 0.3},
+        ]
+
+    run(FP8AdamW(1e-2, groups(ours), fp8_config=FLOAT32), ours, 5)
+    slow, fast = theirs[:2], theirs[2:]
+    run(paddle.optimizer.AdamW(1e-3, parameters=slow, weight_decay=0.0), [*slow, *fast], 5)
+    run(paddle.optimizer.AdamW(1e-2, parameters=fast, weight_decay=0.3), [*slow, *fast], 5)
+    for mine, reference in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(mine.numpy(), reference.numpy(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("formats", [("e4m3", "e4m3"), ("e5m2", "e5m2"), ("e4m3", "e5m2")])
+@pytest.mark.parametrize("expand", [True, False])
+def test_fp8_moments_reach_the_same_regression_loss(formats, expand):
+    rng = np.random.default_rng(3)
+    x = paddle.to_tensor(rng.standard_normal([64, 20]).astype("float32"))
+    y = x @ paddle.to_tensor(rng.standard_normal([20, 8]).astype("float32"))
+
+    def final_loss(make) -> float:
+        weight = paddle.zeros([20, 8])
+        weight.stop_gradient = False
+        optimizer = make([weight])
+        for _ in range(150):
+            loss = paddle.square(x @ weight - y).mean()
+            loss.backward()
+            optimizer.minimize(loss)
+            optimizer.clear_grad()
+        return float(loss)
+
+    config = FP8QuantizationConfig(
+        m1_format=formats[0], m2_format=formats[1], use_dynamic_range_expansion=expand
+    )
+    exact = final_loss(lambda params: paddle.optimizer.AdamW(3e-2, parameters=params))
+    assert final_loss(lambda params: FP8AdamW(3e-2, params, fp8_config=config)) < 1.5 * exact
+
+
+def test_state_bytes_are_2_08_per_parameter_and_8_in_float32():
+    params = parameters(4, [[512, 16], [16, 512]])
+    count = sum(param.size for param in params)
+    assert FP8AdamW(parameters=params).state_bytes() / count == pytest.approx(2 + 2 * 5 / 128)
+    assert FP8AdamW(parameters=params, fp8_config=FLOAT32).state_bytes() / count == 8
+
+
+def paddle_calls(params: list[paddle.Tensor], monkeypatch: pytest.MonkeyPatch) -> int:
+    """Operators that reach Paddle's C++ side through `paddle._C_ops` in one step."""
+    optimizer = FP8AdamW(parameters=params, grad_clip=paddle.nn.ClipGradByGlobalNorm(1.0))
+    set_grads(params, np.random.default_rng(0))
+    optimizer.step()
+    calls = []
+    with monkeypatch.context() as patch:
+        for name in dir(paddle._C_ops):
+            operator = getattr(paddle._C_ops, name)
+            if name.startswith("_") or not callable(operator):
+                continue
+
+            def counted(*args, _operator=operator, _name=name, **kwargs):
+                calls.append(_name)
+                return _operator(*args, **kwargs)
+
+            patch.setattr(paddle._C_ops, name, counted)
+        optimizer.step()
+    return len(calls)
+
+
+def test_number_of_paddle_calls_does_not_grow_with_the_parameters(monkeypatch):
+    few = paddle_calls(parameters(5, [[128, 4]] * 4), monkeypatch)
+    many = paddle_calls(parameters(5, [[128, 4]] * 200), monkeypatch)
+    assert few == many and few > 10
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e30])
+@pytest.mark.parametrize("config", [FP8QuantizationConfig(), FLOAT32])
+def test_bad_gradient_skips_the_step_and_keeps_every_bit(bad, config):
+    params = parameters(6)
+    optimizer = FP8AdamW(1e-2, params, fp8_config=config, grad_clip=paddle.nn.ClipGradByGlobalNorm(1.0))
+    run(optimizer, params, 3)
+    before = bits({**optimizer.state_dict(), **{str(i): p for i, p in enumerate(params)}})
+    set_grads(params, np.random.default_rng(0))
+    params[1].grad[3, 2] = bad
+    optimizer.step()
+    after = bits({**optimizer.state_dict(), **{str(i): p for i, p in enumerate(params)}})
+    assert optimizer.skipped_steps == 1
+    assert {name for name in after if after[name] != before[name]} == {"count.skipped"}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_awkward_groups_stay_finite_and_close_to_float32(dtype):
+    """Zero tensor, one element, element 0 zero, 64 of 128 zero, a constant group, a 1e-12 outlier."""
+    rng = np.random.default_rng(8)
+    grads = [np.zeros(128), np.array([-0.3]), rng.standard_normal(128), rng.standard_normal(128)]
+    grads += [np.full(128, -0.7), rng.standard_normal(128)]
+    grads[2][0] = 0.0
+    grads[3][::2] = 0.0
+    grads[5][7] = 1e-12
+
+    def final(config) -> list[np.ndarray]:
+        params = parameters(9, [[grad.size] for grad in grads], dtype)
+        optimizer = FP8AdamW(1e-3, params, weight_decay=0.0, fp8_config=config)
+        start = [p.astype("float32").numpy() for p in params]
+        for _ in range(10):
+            for param, grad in zip(params, grads, strict=True):
+                param.grad = paddle.to_tensor(grad.astype("float32")).astype(dtype)
+            optimizer.step()
+        assert optimizer.skipped_steps == 0
+        # The views of the flat buffer: what low-precision parameters are rounded from.
+        masters = [view.numpy() for view in optimizer._space._views()]
+        return [master - begin for master, begin in zip(masters, start, strict=True)]
+
+    exact, ours = final(FLOAT32), final(FP8QuantizationConfig())
+    assert not ours[0].any()  # zero gradient, no decay: no movement
+    for grad, want, got in zip(grads, exact, ours, strict=True):
+        ordinary = np.abs(grad) > 1e-3  # a lone value below the robust minimum may move slower, never faster
+        assert np.isfinite(got).all()
+        assert np.abs(got).max() <= 10 * 1e-3 * 1.1  # no spike anywhere: a step moves by about the rate
+        np.testing.assert_allclose(got[ordinary], want[ordinary], rtol=0.12)
+
+
+def test_state_survives_safetensors_and_continues_bit_for_bit(tmp_path):
+    through, broken = parameters(10), parameters(10)
+    schedule = [lr_scheduler("linear", 1e-2, 20) for _ in range(3)]
+    run(one := FP8AdamW(schedule[0], through), through, 5)
+    run(first := FP8AdamW(schedule[1], broken), broken, 5)
+    save_file(first.state_dict(), tmp_path / "optimizer.safetensors")
+    second = FP8AdamW(schedule[2], broken)
+    second.set_state_dict(load_file(tmp_path / "optimizer.safetensors"))
+    assert bits(second.state_dict()) == bits(first.state_dict())
+    assert second.get_lr() == one.get_lr()
+    run(one, through, 3, seed=1)
+    run(second, broken, 3, seed=1)
+    for a, b in zip(through, broken, strict=True):
+        assert a.numpy().tobytes() == b.numpy().tobytes()
+
+
+@pytest.mark.parametrize(
+    ("config", "shapes", "field"),
+    [
+        (FP8QuantizationConfig(block_size=64), SHAPES, "block_size"),
+        (FP8QuantizationConfig(m1_format="e5m2"), SHAPES, "m1_format"),
+        (FP8QuantizationConfig(use_dynamic_range_expansion=False), SHAPES, "m1_format"),
+        (FP8QuantizationConfig(use_fp8_m2=False), SHAPES, "m2_format"),
+        (FP8QuantizationConfig(), [*SHAPES[:-1], [64, 2]], "shape of parameter 4"),
+        (FP8QuantizationConfig(), SHAPES[:-1], "shapes"),
+    ],
+)
+def test_state_of_another_layout_is_refused_by_field(config, shapes, field):
+    optimizer = FP8AdamW(parameters=parameters(0, shapes), fp8_config=config)
+    with pytest.raises(ConfigError, match=field):
+        optimizer.set_state_dict(FP8AdamW(parameters=parameters(0)).state_dict())
+
+
+def test_parameter_given_new_memory_after_construction_is_still_trained():
+    params, theirs = parameters(11), parameters(11)
+    optimizer = FP8AdamW(1e-2, params, fp8_config=FLOAT32)
+    paddle.ones(SHAPES[0])._share_buffer_to(params[0])
+    paddle.assign(paddle.ones(SHAPES[0]), output=theirs[0])
+    run(optimizer, params, 3)
+    run(paddle.optimizer.AdamW(1e-2, parameters=theirs), theirs, 3)
+    np.testing.assert_allclose(params[0].numpy(), theirs[0].numpy(), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"parameters": []}, "parameters"),
+        ({"parameters": [paddle.ones([2], dtype="float64")]}, "float64"),
+        ({"parameters": [paddle.ones([2], dtype="int32")]}, "int32"),
+        ({"parameters": [paddle.ones([2])]}, "frozen"),
+        ({"beta1": 1.0}, "beta1"),
+        ({"learning_rate": float("nan")}, "learning_rate"),
+        ({"weight_decay": -1.0}, "weight_decay"),
+        ({"parameters": [{"params": None, "lr": 1}]}, "lr"),
+    ],
+)
+def test_wrong_settings_are_named(settings, said):
+    with pytest.raises(ConfigError, match=said):
+        FP8AdamW(**{"parameters": parameters(0), **settings})
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"m1_format": "e3m4"}, "e3m4"),
+        ({"block_size": 100}, "100"),
+        ({"block_size": True}, "block_size"),
+        ({"use_fp8_m1": "false"}, "use_fp8_m1"),
+    ],
+)
+def test_wrong_quantization_config_is_named(settings, said):
+    with pytest.raises(ConfigError, match=said):
+        FP8QuantizationConfig(**settings)
+
+
+def test_step_without_any_gradient_does_nothing_and_with_some_names_the_one_missing():
+    params = parameters(0)
+    optimizer = FP8AdamW(parameters=params)
+    optimizer.step()
+    assert int(optimizer.state_dict()["count.steps"]) == 0
+    set_grads(params[1:], np.random.default_rng(0))
+    with pytest.raises(ConfigError, match=params[0].name):
+        optimizer.step()
+
+
+def test_schedules_follow_their_published_formulas():
+    def rates(name, warmup):
+        schedule = lr_scheduler(name, 2.0, 10, warmup)
+        values = []
+        for _ in range(11):
+            values.append(schedule())
+            schedule.step()
+        return values
+
+    assert rates("constant", 0) == [2.0] * 11
+    assert rates("constant_with_warmup", 4)[:6] == [0.0, 0.5, 1.0, 1.5, 2.0, 2.0]
+    assert rates("linear", 2)[2::4] == [2.0, 1.0, 0.0]
+    assert rates("cosine", 0)[5] == pytest.approx(1.0) and rates("cosine", 0)[10] == pytest.approx(0.0)
+    assert rates("cosine", 0)[2] == pytest.approx(1 + math.cos(0.2 * math.pi))
+    with pytest.raises(ConfigError, match="cosin"):
+        lr_scheduler("cosin", 1.0, 10, 0)
+    with pytest.raises(ConfigError, match="constant_with_warmup"):
+        lr_scheduler("constant", 1.0, 10, 2)
