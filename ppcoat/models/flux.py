@@ -1,0 +1,367 @@
+"""The FLUX.1 transformer: a rectified-flow model of double and single blocks.
+
+    image tokens, text tokens, time, guidance, pooled text -> velocity of the image tokens
+
+Parameter names, config keys and the call are those of diffusers' `FluxTransformer2DModel`, so weights
+interchange (Paddle's Linear stores [in, out]). Every matrix is a plain `paddle.nn.Linear` at its diffusers
+path: LoRA, FP8 and saving policies are put in from outside, and this file knows nothing of them.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import paddle
+import paddle.nn as nn
+import paddle.nn.functional as F
+from paddle.distributed.fleet.utils import recompute
+from ppdiffusers.configuration_utils import ConfigMixin, register_to_config
+from ppdiffusers.models.modeling_utils import ModelMixin
+from ppdiffusers.models.transformer_2d import Transformer2DModelOutput
+
+from ppcoat.errors import ConfigError
+from ppcoat.nn.attention import attention, rotary_angles, rotate
+
+NORM_EPSILON = 1e-6
+SINUSOID_CHANNELS = 256
+
+
+class FluxTransformer2DModel(ModelMixin, ConfigMixin):
+    """FLUX.1 (black-forest-labs/flux; names as in diffusers). The defaults are FLUX.1-schnell's; FLUX.1-dev
+    also has `guidance_embeds=True`: 1160 tensors, 11,901,408,320 parameters.
+
+    Raises ConfigError if `axes_dims_rope` does not split `attention_head_dim` into even parts.
+    """
+
+    _supports_gradient_checkpointing = True
+
+    @register_to_config
+    def __init__(
+        self,
+        patch_size: int = 1,
+        in_channels: int = 64,
+        out_channels: int | None = None,
+        num_layers: int = 19,
+        num_single_layers: int = 38,
+        attention_head_dim: int = 128,
+        num_attention_heads: int = 24,
+        joint_attention_dim: int = 4096,
+        pooled_projection_dim: int = 768,
+        guidance_embeds: bool = False,
+        axes_dims_rope: Sequence[int] = (16, 56, 56),
+    ):
+        super().__init__()
+        if sum(axes_dims_rope) != attention_head_dim or any(dim % 2 for dim in axes_dims_rope):
+            raise ConfigError(
+                f"axes_dims_rope {tuple(axes_dims_rope)} must be even numbers that sum to attention_head_dim "
+                f"{attention_head_dim}: correct the transformer's config.json"
+            )
+        heads, head_dim = num_attention_heads, attention_head_dim
+        self.out_channels = out_channels or in_channels
+        self.inner_dim = inner_dim = heads * head_dim
+        self.gradient_checkpointing = False
+
+        self.time_text_embed = TimeTextEmbedding(inner_dim, pooled_projection_dim, guidance_embeds)
+        self.context_embedder = nn.Linear(joint_attention_dim, inner_dim)
+        self.x_embedder = nn.Linear(in_channels, inner_dim)
+        self.transformer_blocks = nn.LayerList([DoubleBlock(heads, head_dim) for _ in range(num_layers)])
+        self.single_transformer_blocks = nn.LayerList(
+            [SingleBlock(heads, head_dim) for _ in range(num_single_layers)]
+        )
+        self.norm_out = Modulation(inner_dim, 2)
+        self.proj_out = nn.Linear(inner_dim, patch_size * patch_size * self.out_channels)
+
+    def forward(
+        self,
+        hidden_states: paddle.Tensor,
+        encoder_hidden_states: paddle.Tensor = None,
+        pooled_projections: paddle.Tensor = None,
+        timestep: paddle.Tensor = None,
+        img_ids: paddle.Tensor = None,
+        txt_ids: paddle.Tensor = None,
+        guidance: paddle.Tensor | None = None,
+        joint_attention_kwargs: dict | None = None,
+        controlnet_block_samples: Sequence[paddle.Tensor] | None = None,
+        controlnet_single_block_samples: Sequence[paddle.Tensor] | None = None,
+        return_dict: bool = True,
+        controlnet_blocks_repeat: bool = False,
+    ) -> Transformer2DModelOutput | tuple[paddle.Tensor]:
+        """Predicts the velocity (noise - image) of packed latents.
+
+        hidden_states [B, image tokens, in_channels], encoder_hidden_states [B, text tokens,
+        joint_attention_dim] and pooled_projections [B, pooled_projection_dim], in the dtype of the weights.
+        timestep [B] in 0..1, where 1 is pure noise. guidance [B], the distilled guidance scale, is wanted
+        exactly if the config has guidance_embeds. img_ids, txt_ids [tokens, 3]: (unused, row, column).
+        joint_attention_kwargs: {"scale": s} multiplies what adapters add (`adapters`) during this call.
+        controlnet_*_samples: residuals [B, image tokens, dim], added after the blocks they are spread over.
+        Returns Transformer2DModelOutput(sample) or (sample,): [B, image tokens, out_channels * patch_size^2].
+        Raises ConfigError for an unknown joint_attention_kwargs key and for a missing or unwanted guidance.
+        """
+        scale = _scale_of(joint_attention_kwargs)
+        if (guidance is not None) != self.config.guidance_embeds:
+            wanted = "a guidance tensor [B]" if self.config.guidance_embeds else "guidance=None"
+            raise ConfigError(
+                f"guidance is {'absent' if guidance is None else 'given'}, but the transformer has "
+                f"guidance_embeds={self.config.guidance_embeds}: pass {wanted}"
+            )
+
+        with adapters_set(adapters(self, scale) if scale is not None else {}):
+            img = self.x_embedder(hidden_states)
+            txt = self.context_embedder(encoder_hidden_states)
+            # Each block begins with the same SiLU of the same vector: it is taken here, once.
+            vec = F.silu(self.time_text_embed(timestep, guidance, pooled_projections, img.dtype))
+            ids = paddle.concat([_one_for_all(txt_ids), _one_for_all(img_ids)], axis=0)
+            cos, sin = rotary_angles(ids, self.config.axes_dims_rope)
+
+            for i, block in enumerate(self.transformer_blocks):
+                img, txt = self._run(block, img, txt, vec, cos, sin)
+                if controlnet_block_samples:
+                    blocks = len(self.transformer_blocks)
+                    img = img + _pick(controlnet_block_samples, i, blocks, controlnet_blocks_repeat)
+
+            text_tokens, image_tokens = txt.shape[1], img.shape[1]
+            both = paddle.concat([txt, img], axis=1)
+            for i, block in enumerate(self.single_transformer_blocks):
+                both = self._run(block, both, vec, cos, sin)
+                if controlnet_single_block_samples:
+                    txt, img = paddle.split(both, [text_tokens, image_tokens], axis=1)
+                    img = img + _pick(controlnet_single_block_samples, i, len(self.single_transformer_blocks))
+                    both = paddle.concat([txt, img], axis=1)
+
+            _, img = paddle.split(both, [text_tokens, image_tokens], axis=1)
+            scale_out, shift_out = self.norm_out(vec)  # here the scale comes first, unlike in the blocks
+            sample = self.proj_out(modulated_norm(img, shift_out, scale_out))
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def _run(self, block: nn.Layer, *args):
+        """One block; with gradient checkpointing its activations are computed again in backward, not kept."""
+        if not (self.gradient_checkpointing and self.training and paddle.is_grad_enabled()):
+            return block(*args)
+
+        scales = adapters(block)  # as they are now: the backward runs after `forward` has put them back
+
+        def run_with_scales(*args):
+            with adapters_set(scales):
+                return block(*args)
+
+        # The re-entrant form drops the gradients of a block no input of which needs one (block 0 of a LoRA).
+        return recompute(run_with_scales, *args, use_reentrant=False)
+
+    def _set_gradient_checkpointing(self, layer: nn.Layer, value: bool = False) -> None:
+        if layer is self:
+            self.gradient_checkpointing = value
+
+
+class DoubleBlock(nn.Layer):
+    """Image and text each have their own weights and meet in one attention over all tokens, text first."""
+
+    def __init__(self, heads: int, head_dim: int):
+        super().__init__()
+        dim = heads * head_dim
+        self.norm1 = Modulation(dim, 6)
+        self.norm1_context = Modulation(dim, 6)
+        self.attn = JointAttention(heads, head_dim)
+        self.ff = FeedForward(dim)
+        self.ff_context = FeedForward(dim)
+
+    def forward(self, img, txt, vec, cos, sin):
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.norm1(vec)
+        txt_shift_a, txt_scale_a, txt_gate_a, txt_shift_m, txt_scale_m, txt_gate_m = self.norm1_context(vec)
+        img_attn, txt_attn = self.attn(
+            modulated_norm(img, shift_a, scale_a), modulated_norm(txt, txt_shift_a, txt_scale_a), cos, sin
+        )
+        img = img + gate_a * img_attn
+        txt = txt + txt_gate_a * txt_attn
+        img = img + gate_m * self.ff(modulated_norm(img, shift_m, scale_m))
+        txt = txt + txt_gate_m * self.ff_context(modulated_norm(txt, txt_shift_m, txt_scale_m))
+        return _finite_half(img), _finite_half(txt)
+
+
+class SingleBlock(nn.Layer):
+    """One stream of all tokens; attention and feed-forward run side by side, with one output projection."""
+
+    def __init__(self, heads: int, head_dim: int):
+        super().__init__()
+        dim = heads * head_dim
+        self.norm = Modulation(dim, 3)
+        self.attn = SelfAttention(heads, head_dim)
+        self.proj_mlp = nn.Linear(dim, 4 * dim)
+        self.proj_out = nn.Linear(5 * dim, dim)
+
+    def forward(self, x, vec, cos, sin):
+        shift, scale, gate = self.norm(vec)
+        y = modulated_norm(x, shift, scale)
+        mlp = F.gelu(self.proj_mlp(y), approximate=True)
+        return _finite_half(x + gate * self.proj_out(paddle.concat([self.attn(y, cos, sin), mlp], axis=-1)))
+
+
+class SelfAttention(nn.Layer):
+    """Multi-head attention with RMS-normalised queries and keys; the output projection is the caller's."""
+
+    def __init__(self, heads: int, head_dim: int):
+        super().__init__()
+        dim = heads * head_dim
+        self.head_shape = [0, 0, heads, head_dim]  # 0 keeps a dimension in Paddle's reshape
+        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim) for _ in range(3))
+        self.norm_q, self.norm_k = RMSNorm(head_dim), RMSNorm(head_dim)
+
+    def forward(self, x, cos, sin):
+        q = self.norm_q(self.to_q(x).reshape(self.head_shape))
+        k = self.norm_k(self.to_k(x).reshape(self.head_shape))
+        v = self.to_v(x).reshape(self.head_shape)
+        return attention(rotate(q, cos, sin), rotate(k, cos, sin), v).flatten(2)
+
+
+class JointAttention(SelfAttention):
+    """The same over two streams: `add_*` are the text's projections, and text tokens stand first."""
+
+    def __init__(self, heads: int, head_dim: int):
+        super().__init__(heads, head_dim)
+        dim = heads * head_dim
+        self.add_q_proj, self.add_k_proj, self.add_v_proj = (nn.Linear(dim, dim) for _ in range(3))
+        self.norm_added_q, self.norm_added_k = RMSNorm(head_dim), RMSNorm(head_dim)
+        self.to_out = nn.LayerList([nn.Linear(dim, dim)])
+        self.to_add_out = nn.Linear(dim, dim)
+
+    def forward(self, img, txt, cos, sin):
+        q = self.norm_q(self.to_q(img).reshape(self.head_shape))
+        k = self.norm_k(self.to_k(img).reshape(self.head_shape))
+        v = self.to_v(img).reshape(self.head_shape)
+        txt_q = self.norm_added_q(self.add_q_proj(txt).reshape(self.head_shape))
+        txt_k = self.norm_added_k(self.add_k_proj(txt).reshape(self.head_shape))
+        txt_v = self.add_v_proj(txt).reshape(self.head_shape)
+        q, k, v = (paddle.concat(pair, axis=1) for pair in ([txt_q, q], [txt_k, k], [txt_v, v]))
+        both = attention(rotate(q, cos, sin), rotate(k, cos, sin), v).flatten(2)
+        txt, img = paddle.split(both, [txt.shape[1], img.shape[1]], axis=1)
+        return self.to_out[0](img), self.to_add_out(txt)
+
+
+class FeedForward(nn.Layer):
+    """Linear, tanh-GELU, Linear; four times as wide inside. `net.1` is diffusers' unused dropout."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.net = nn.LayerList([GELUProjection(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim)])
+
+    def forward(self, x):
+        return self.net[2](self.net[0](x))
+
+
+class GELUProjection(nn.Layer):
+    def __init__(self, dim_in: int, dim_out: int):
+        super().__init__()
+        self.proj = nn.Linear(dim_in, dim_out)
+
+    def forward(self, x):
+        return F.gelu(self.proj(x), approximate=True)
+
+
+class Modulation(nn.Layer):
+    """vec [B, dim] -> `parts` tensors [B, 1, dim]: shifts, scales and gates of the adaptive norms."""
+
+    def __init__(self, dim: int, parts: int):
+        super().__init__()
+        self.parts = parts
+        self.linear = nn.Linear(dim, parts * dim)
+
+    def forward(self, vec):
+        return self.linear(vec).unsqueeze(1).chunk(self.parts, axis=-1)
+
+
+class RMSNorm(nn.Layer):
+    """x / rms(x) * weight over the last axis. Written out: Paddle's fused form has no CPU gradient."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.weight = self.create_parameter([dim], default_initializer=nn.initializer.Constant(1.0))
+
+    def forward(self, x):
+        x32 = x.astype("float32")
+        rstd = paddle.rsqrt(paddle.square(x32).mean(axis=-1, keepdim=True) + NORM_EPSILON)
+        return (x32 * rstd).astype(x.dtype) * self.weight
+
+
+class TimeTextEmbedding(nn.Layer):
+    """time, guidance (if the model has it) and pooled text -> vec [B, dim], which steers every block."""
+
+    def __init__(self, dim: int, pooled_dim: int, guidance_embeds: bool):
+        super().__init__()
+        self.timestep_embedder = TwoLayerEmbedding(SINUSOID_CHANNELS, dim)
+        if guidance_embeds:
+            self.guidance_embedder = TwoLayerEmbedding(SINUSOID_CHANNELS, dim)
+        self.text_embedder = TwoLayerEmbedding(pooled_dim, dim)
+
+    def forward(self, timestep, guidance, pooled, dtype):
+        vec = self.timestep_embedder(sinusoid(timestep.astype(dtype) * 1000).astype(dtype))
+        if guidance is not None:
+            vec = vec + self.guidance_embedder(sinusoid(guidance.astype(dtype) * 1000).astype(dtype))
+        return vec + self.text_embedder(pooled.astype(dtype))
+
+
+class TwoLayerEmbedding(nn.Layer):
+    def __init__(self, dim_in: int, dim: int):
+        super().__init__()
+        self.linear_1 = nn.Linear(dim_in, dim)
+        self.linear_2 = nn.Linear(dim, dim)
+
+    def forward(self, x):
+        return self.linear_2(F.silu(self.linear_1(x)))
+
+
+def sinusoid(t: paddle.Tensor) -> paddle.Tensor:
+    """t [B] -> float32 [B, 256]: cosines, then sines, of t at 128 frequencies from 1 to almost 1/10000."""
+    half = SINUSOID_CHANNELS // 2
+    exponents = -math.log(10000.0) / half * paddle.arange(half, dtype="float32")
+    # Rounded once, as torch's exp is: Paddle's float32 exp on CPU is one digit off, and t = 1000 makes much
+    # of it.
+    frequencies = exponents.astype("float64").exp().astype("float32")
+    angles = t.astype("float32").unsqueeze(-1) * frequencies
+    return paddle.concat([angles.cos(), angles.sin()], axis=-1)
+
+
+def modulated_norm(x: paddle.Tensor, shift: paddle.Tensor, scale: paddle.Tensor) -> paddle.Tensor:
+    """LayerNorm without weights, times 1 + scale, plus shift. x [B, tokens, dim]; the others [B, 1, dim]."""
+    return F.layer_norm(x, x.shape[-1:], epsilon=NORM_EPSILON) * (1 + scale) + shift
+
+
+def adapters(layer: nn.Layer, factor: float = 1.0) -> dict[nn.Layer, float]:
+    """The sublayers that have a `scale_multiplier` (adapters put in from outside), and `factor` times it."""
+    return {
+        sub: sub.scale_multiplier * factor for sub in layer.sublayers() if hasattr(sub, "scale_multiplier")
+    }
+
+
+@contextmanager
+def adapters_set(scales: dict[nn.Layer, float]) -> Iterator[None]:
+    """Within it, the `scale_multiplier` of each key is its value; afterwards what it was before."""
+    before = {layer: layer.scale_multiplier for layer in scales}
+    try:
+        for layer, scale in scales.items():
+            layer.scale_multiplier = scale
+        yield
+    finally:
+        for layer, scale in before.items():
+            layer.scale_multiplier = scale
+
+
+def _scale_of(joint_attention_kwargs: dict | None) -> float | None:
+    known = dict(joint_attention_kwargs or {})
+    scale = known.pop("scale", None)
+    if known:
+        raise ConfigError(f"joint_attention_kwargs has unknown keys {sorted(known)}: only 'scale' is known")
+    return scale
+
+
+def _one_for_all(ids: paddle.Tensor) -> paddle.Tensor:
+    """Position ids [tokens, axes]; in the older form [B, tokens, axes] all rows are the same."""
+    return ids[0] if ids.ndim == 3 else ids
+
+
+def _pick(samples: Sequence[paddle.Tensor], index: int, blocks: int, repeat: bool = False) -> paddle.Tensor:
+    """The controlnet sample of block `index`: samples are cycled (repeat) or spread evenly over blocks."""
+    return samples[index % len(samples) if repeat else index // math.ceil(blocks / len(samples))]
+
+
+def _finite_half(x: paddle.Tensor) -> paddle.Tensor:
+    """float16 ends at 65504: FLUX's largest activations would be inf. Other dtypes pass unchanged."""
+    return x.clip(-65504, 65504) if x.dtype == paddle.float16 else x

@@ -1,0 +1,336 @@
+"""FLUX from prompt to picture: encode_prompt -> denoise -> decode, on ppdiffusers' pipeline machinery.
+
+The folders are diffusers' (loading.py reads, saving.py writes). Noise is drawn on the host from one seed
+per picture, so a seed gives the same picture on CPU and GPU, alone or within a batch.
+"""
+
+import inspect
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import paddle
+import paddle.nn as nn
+import PIL.Image
+from ppdiffusers import AutoencoderKL, DiffusionPipeline
+from ppdiffusers.utils import BaseOutput
+
+from ppcoat.errors import ConfigError
+from ppcoat.models import loading, saving
+from ppcoat.models.flux import FluxTransformer2DModel
+from ppcoat.models.scheduler import FlowMatchEulerDiscreteScheduler, calculate_shift
+
+MAX_T5_TOKENS = 512
+
+
+@dataclass
+class FluxPipelineOutput(BaseOutput):
+    """images by output_type: "pil" a list of PIL images; "np" float32 [B, height, width, 3] in 0..1;
+    "latent" packed latents [B, tokens, channels]."""
+
+    images: list[PIL.Image.Image] | np.ndarray | paddle.Tensor
+
+
+class FluxPipeline(DiffusionPipeline):
+    """The seven parts of FLUX.1 and the loop over them.
+
+    A scheduler that cannot shift dynamically (ppdiffusers' own, in some versions) is replaced by ours with
+    its config. Text encoders and tokenizers may be None if embeddings are given to every call.
+    """
+
+    _callback_tensor_inputs = ("latents", "prompt_embeds")
+
+    def __init__(
+        self,
+        scheduler: Any,
+        vae: AutoencoderKL,
+        text_encoder: nn.Layer | None,
+        tokenizer: Any,
+        text_encoder_2: nn.Layer | None,
+        tokenizer_2: Any,
+        transformer: FluxTransformer2DModel,
+    ):
+        super().__init__()
+        if "mu" not in inspect.signature(scheduler.set_timesteps).parameters:
+            config = {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
+            scheduler = FlowMatchEulerDiscreteScheduler.from_config(config)
+        self.register_modules(
+            scheduler=scheduler,
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            text_encoder_2=text_encoder_2,
+            tokenizer_2=tokenizer_2,
+            transformer=transformer,
+        )
+        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | os.PathLike,
+        paddle_dtype: str | paddle.dtype | None = None,
+        *,
+        transformer: FluxTransformer2DModel | None = None,
+        vae: AutoencoderKL | None = None,
+        text_encoder: nn.Layer | None = None,
+        text_encoder_2: nn.Layer | None = None,
+        tokenizer: Any = None,
+        tokenizer_2: Any = None,
+        scheduler: Any = None,
+    ) -> "FluxPipeline":
+        """Loads a diffusers-format folder; writes nothing into it. A part given by name is used instead of
+        its folder.
+
+        paddle_dtype: dtype of all weights; by default float32 on CPU and bfloat16 on a GPU.
+        Raises ConfigError for an incomplete or inconsistent folder, before any weight is read
+        (loading.check_folder).
+        """
+        folder = Path(folder)
+        loading.check_folder(folder)
+        dtype = None if paddle_dtype is None else str(paddle_dtype).rsplit(".", 1)[-1]
+
+        def part(given: Any, load: Callable, name: str, *args: Any) -> Any:
+            return load(folder / name, *args) if given is None else given
+
+        return cls(
+            scheduler=part(scheduler, loading.load_scheduler, "scheduler"),
+            tokenizer=part(tokenizer, loading.load_clip_tokenizer, "tokenizer"),
+            tokenizer_2=part(tokenizer_2, loading.load_t5_tokenizer, "tokenizer_2"),
+            text_encoder=part(text_encoder, loading.load_clip, "text_encoder", dtype),
+            text_encoder_2=part(text_encoder_2, loading.load_t5, "text_encoder_2", dtype),
+            vae=part(vae, loading.load_vae, "vae", dtype),
+            transformer=part(transformer, loading.load_transformer, "transformer", dtype),
+        )
+
+    def save_pretrained(self, folder: str | os.PathLike, dtype: str | None = None) -> None:
+        """Writes a folder that diffusers (PyTorch) and `from_pretrained` load.
+
+        dtype: float32, bfloat16 or float16 (None: as loaded). Raises ConfigError if a part is None or a
+        LoRA is on.
+        """
+        absent = [name for name in loading.COMPONENTS if getattr(self, name) is None]
+        if absent:
+            raise ConfigError(f"the pipeline has no {absent[0]}, and a folder is not complete without it")
+        folder = Path(folder)
+        saving.save_diffusers_model(self.transformer, folder / "transformer", dtype)
+        saving.save_diffusers_model(self.vae, folder / "vae", dtype)
+        saving.save_text_encoder(self.text_encoder, folder / "text_encoder", dtype)
+        saving.save_text_encoder(self.text_encoder_2, folder / "text_encoder_2", dtype)
+        saving.save_tokenizer(self.tokenizer, folder / "tokenizer")
+        saving.save_tokenizer(self.tokenizer_2, folder / "tokenizer_2")
+        saving.save_scheduler(self.scheduler, folder / "scheduler")
+        saving.write_json(folder / "model_index.json", saving.MODEL_INDEX)
+
+    def load_lora_weights(self, path_or_dict: str | os.PathLike | dict, scale: float = 1.0) -> Any:
+        """Puts a LoRA on the transformer (see ppcoat.lora.load_lora, whose report it returns)."""
+        from ppcoat.lora import load_lora
+
+        return load_lora(self.transformer, path_or_dict, scale=scale)
+
+    def unload_lora_weights(self) -> None:
+        """Takes the LoRA off again: the transformer is what it was before `load_lora_weights`."""
+        from ppcoat.lora import unload_lora
+
+        unload_lora(self.transformer)
+
+    @paddle.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        prompt_2: str | Sequence[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 28,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
+        guidance_scale: float = 3.5,
+        num_images_per_prompt: int = 1,
+        generator: np.random.Generator | paddle.framework.core.Generator | None = None,
+        seed: int | None = None,
+        latents: paddle.Tensor | None = None,
+        prompt_embeds: paddle.Tensor | None = None,
+        pooled_prompt_embeds: paddle.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        joint_attention_kwargs: dict | None = None,
+        callback_on_step_end: Callable[["FluxPipeline", int, float, dict], dict | None] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        max_sequence_length: int | None = None,
+    ) -> FluxPipelineOutput | tuple:
+        """Draws pictures; B = prompts * num_images_per_prompt, the pictures of one prompt side by side.
+
+        height, width: pixels, multiples of 16 (default: the VAE's sample_size). timesteps and sigmas
+        replace num_inference_steps (see FlowMatchEulerDiscreteScheduler.set_timesteps). Picture i is drawn
+        from seed + i; without seed, a number from `generator` (or from the system) is the seed. latents:
+        packed noise [B, tokens, channels] instead. prompt_embeds and pooled_prompt_embeds replace the
+        prompts. max_sequence_length: T5 tokens, by default what tokenizer_2 allows, 512 at most.
+        callback_on_step_end(pipeline, step, timestep, tensors) may return a dict of tensors to go on with.
+        Raises ConfigError for sizes, output types, prompts and callback tensors that are not as described.
+        """
+        size = self.vae.config.sample_size
+        height, width = height or size, width or size
+        self._check(height, width, output_type, callback_on_step_end_tensor_inputs)
+        prompt_embeds, pooled, txt_ids = self.encode_prompt(
+            prompt, prompt_2, num_images_per_prompt, prompt_embeds, pooled_prompt_embeds, max_sequence_length
+        )
+        batch, dtype = prompt_embeds.shape[0], prompt_embeds.dtype
+        rows, columns = (side // (2 * self.vae_scale_factor) for side in (height, width))
+        img_ids = latent_image_ids(rows, columns)
+        if latents is None:
+            latents = self._noise(batch, rows, columns, _seed(seed, generator))
+        latents = latents.astype(dtype)
+
+        self._set_timesteps(rows * columns, num_inference_steps, timesteps, sigmas)
+        guidance = None
+        if self.transformer.config.guidance_embeds:
+            guidance = paddle.full([batch], guidance_scale, dtype="float32")
+        with self.progress_bar(total=len(self.scheduler.timesteps)) as progress:
+            for i, t in enumerate(self.scheduler.timesteps.tolist()):
+                velocity = self.transformer(
+                    latents,
+                    prompt_embeds,
+                    pooled,
+                    paddle.full([batch], t / 1000, dtype="float32").astype(dtype),
+                    img_ids,
+                    txt_ids,
+                    guidance,
+                    joint_attention_kwargs,
+                ).sample
+                latents = self.scheduler.step(velocity, t, latents).prev_sample
+                if callback_on_step_end is not None:
+                    state = {"latents": latents, "prompt_embeds": prompt_embeds}
+                    asked = {name: state[name] for name in callback_on_step_end_tensor_inputs}
+                    state.update(callback_on_step_end(self, i, t, asked) or {})
+                    latents, prompt_embeds = state["latents"], state["prompt_embeds"]
+                progress.update()
+
+        images = latents if output_type == "latent" else self._pictures(latents, rows, columns, output_type)
+        return FluxPipelineOutput(images=images) if return_dict else (images,)
+
+    @paddle.no_grad()
+    def encode_prompt(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        prompt_2: str | Sequence[str] | None = None,
+        num_images_per_prompt: int = 1,
+        prompt_embeds: paddle.Tensor | None = None,
+        pooled_prompt_embeds: paddle.Tensor | None = None,
+        max_sequence_length: int | None = None,
+    ) -> tuple[paddle.Tensor, paddle.Tensor, paddle.Tensor]:
+        """(prompt_embeds [B, tokens, dim] of T5, pooled [B, dim] of CLIP, text ids [tokens, 3], zeros).
+
+        prompt goes to CLIP, prompt_2 (default: prompt) to T5. T5 sees the padding too, as FLUX was trained.
+        """
+        if (prompt_embeds is None) != (pooled_prompt_embeds is None):
+            raise ConfigError("prompt_embeds and pooled_prompt_embeds belong together: give both or neither")
+        if prompt_embeds is None:
+            if prompt is None:
+                raise ConfigError("no prompt: give prompt, or prompt_embeds and pooled_prompt_embeds")
+            prompts = _as_list(prompt)
+            prompts_2 = prompts if prompt_2 is None else _as_list(prompt_2)
+            if len(prompts) != len(prompts_2):
+                raise ConfigError(
+                    f"{len(prompts)} prompts, {len(prompts_2)} of prompt_2: give as many of each"
+                )
+            length = max_sequence_length or min(MAX_T5_TOKENS, self.tokenizer_2.model_max_length)
+            if not 0 < length <= MAX_T5_TOKENS:
+                raise ConfigError(f"max_sequence_length is {length}: it must lie in 1..{MAX_T5_TOKENS}")
+            clip_ids = _token_ids(self.tokenizer, prompts, self.tokenizer.model_max_length)
+            pooled_prompt_embeds = self.text_encoder(clip_ids).pooler_output
+            prompt_embeds = self.text_encoder_2(_token_ids(self.tokenizer_2, prompts_2, length))[0]
+        dtype = self.transformer.dtype
+        prompt_embeds = prompt_embeds.astype(dtype).repeat_interleave(num_images_per_prompt, axis=0)
+        pooled = pooled_prompt_embeds.astype(dtype).repeat_interleave(num_images_per_prompt, axis=0)
+        return prompt_embeds, pooled, paddle.zeros([prompt_embeds.shape[1], 3], dtype="float32")
+
+    @paddle.no_grad()
+    def encode_image(self, pixels: paddle.Tensor) -> paddle.Tensor:
+        """Pixels [B, 3, height, width] in -1..1 -> latents [B, 16, height/8, width/8].
+
+        As the transformer sees them: shifted and scaled, the mean of the VAE's distribution.
+        """
+        latents = self.vae.encode(pixels.astype(self.vae.dtype)).latent_dist.mode()
+        return (latents - self.vae.config.shift_factor) * self.vae.config.scaling_factor
+
+    @paddle.no_grad()
+    def decode_latents(self, latents: paddle.Tensor) -> paddle.Tensor:
+        """The way back: latents [B, 16, h, w] -> pixels [B, 3, 8h, 8w], about -1..1, not clipped."""
+        config = self.vae.config
+        return self.vae.decode(
+            latents.astype(self.vae.dtype) / config.scaling_factor + config.shift_factor
+        ).sample
+
+    def _pictures(self, latents: paddle.Tensor, rows: int, columns: int, output_type: str):
+        pixels = self.decode_latents(unpack_latents(latents, rows, columns)).astype("float32")
+        pixels = (pixels / 2 + 0.5).clip(0, 1).numpy().transpose(0, 2, 3, 1)
+        return self.numpy_to_pil(pixels) if output_type == "pil" else pixels
+
+    def _set_timesteps(self, tokens: int, steps: int, timesteps, sigmas) -> None:
+        config = self.scheduler.config
+        mu = calculate_shift(
+            tokens, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift
+        )
+        if timesteps is None and sigmas is None:
+            if steps < 1:
+                raise ConfigError(f"num_inference_steps is {steps}: it must be at least 1")
+            sigmas = np.linspace(1.0, 1 / steps, steps)
+        self.scheduler.set_timesteps(timesteps=timesteps, sigmas=sigmas, mu=mu)
+
+    def _noise(self, batch: int, rows: int, columns: int, seed: int) -> paddle.Tensor:
+        shape = (self.transformer.config.in_channels // 4, 2 * rows, 2 * columns)
+        generators = [np.random.default_rng(seed + i) for i in range(batch)]
+        noise = np.stack([generator.standard_normal(shape, dtype="float32") for generator in generators])
+        return pack_latents(paddle.to_tensor(noise))
+
+    def _check(self, height: int, width: int, output_type: str, callback_inputs: Sequence[str]) -> None:
+        step = 2 * self.vae_scale_factor
+        if height < step or width < step or height % step or width % step:
+            raise ConfigError(f"picture size {width}x{height}: width and height must be multiples of {step}")
+        if output_type not in ("pil", "np", "latent"):
+            raise ConfigError(f"output_type is {output_type!r}: choose pil, np or latent")
+        unknown = set(callback_inputs) - set(self._callback_tensor_inputs)
+        if unknown:
+            raise ConfigError(
+                f"callback tensors {sorted(unknown)}: only {self._callback_tensor_inputs} can be had"
+            )
+
+
+def pack_latents(latents: paddle.Tensor) -> paddle.Tensor:
+    """[B, channels, 2 * rows, 2 * columns] -> tokens [B, rows * columns, 4 * channels], each a 2x2 patch."""
+    b, c, h, w = latents.shape
+    patches = latents.reshape([b, c, h // 2, 2, w // 2, 2]).transpose([0, 2, 4, 1, 3, 5])
+    return patches.reshape([b, (h // 2) * (w // 2), c * 4])
+
+
+def unpack_latents(tokens: paddle.Tensor, rows: int, columns: int) -> paddle.Tensor:
+    """The way back: [B, rows * columns, 4 * channels] -> [B, channels, 2 * rows, 2 * columns]."""
+    b, _, c = tokens.shape
+    patches = tokens.reshape([b, rows, columns, c // 4, 2, 2]).transpose([0, 3, 1, 4, 2, 5])
+    return patches.reshape([b, c // 4, 2 * rows, 2 * columns])
+
+
+def latent_image_ids(rows: int, columns: int) -> paddle.Tensor:
+    """Position ids of image tokens, float32 [rows * columns, 3]: (0, row, column), rows first."""
+    row, column = np.divmod(np.arange(rows * columns), columns)
+    return paddle.to_tensor(np.stack([np.zeros_like(row), row, column], axis=1).astype("float32"))
+
+
+def _as_list(prompt: str | Sequence[str]) -> list[str]:
+    return [prompt] if isinstance(prompt, str) else list(prompt)
+
+
+def _token_ids(tokenizer: Any, prompts: list[str], length: int) -> paddle.Tensor:
+    tokens = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pd")
+    return tokens["input_ids"]
+
+
+def _seed(seed: int | None, generator: Any) -> int:
+    if seed is not None:
+        return seed
+    if isinstance(generator, paddle.framework.core.Generator):
+        return generator.random()
+    return int((generator or np.random.default_rng()).integers(2**63))

@@ -1,0 +1,308 @@
+"""Reads a diffusers-format FLUX folder tensor by tensor into Paddle models, and writes nothing.
+
+Each component folder holds config.json and safetensors: one file, or an index and shards. A weight goes
+from disk to its parameter on its own (transposed for Linears, cast), so the peak is the model and one
+tensor. Everything that headers can tell (missing shards, missing tensors, wrong shapes) is checked before
+the first weight is read.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import paddle
+import paddle.nn as nn
+from ppdiffusers import AutoencoderKL
+from safetensors import safe_open
+
+from ppcoat.errors import ConfigError
+from ppcoat.models.flux import FluxTransformer2DModel
+from ppcoat.models.scheduler import FlowMatchEulerDiscreteScheduler
+from ppcoat.nn.linear import FrozenLinear
+
+# File stems in the order tried: diffusers, transformers, ppdiffusers.
+_STEMS = ("diffusion_pytorch_model", "model", "diffusion_paddle_model")
+# Constants that older CLIP files carry beside the weights.
+_IGNORED = {"text_model.embeddings.position_ids"}
+# T5 reads one table under two names; the file has the first.
+TIED = {"encoder.embed_tokens.weight": "shared.weight"}
+_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
+
+COMPONENTS = (
+    "scheduler",
+    "text_encoder",
+    "text_encoder_2",
+    "tokenizer",
+    "tokenizer_2",
+    "transformer",
+    "vae",
+)
+
+
+class TensorInfo(NamedTuple):
+    """Where a tensor lies and its shape on disk; `torch_layout` says that Linear weights are [out, in]."""
+
+    file: Path
+    shape: list[int]
+    torch_layout: bool
+
+
+def check_folder(folder: str | Path) -> None:
+    """Checks a FLUX pipeline folder by its JSON files and safetensors headers; reads no weight.
+
+    Raises ConfigError naming the file or tensor: a missing component, config, shard or tokenizer file; a
+    cut-off or unreadable file; a missing, unexpected or wrongly shaped tensor of the transformer or the VAE
+    (the text encoders' shapes are checked when they are loaded, before their weights are read).
+    """
+    folder = Path(folder)
+    index = read_json(folder / "model_index.json", "a FLUX pipeline folder has one")
+    if index.get("_class_name") != "FluxPipeline":
+        raise ConfigError(
+            f"{folder}/model_index.json is of a {index.get('_class_name')}, not of a FluxPipeline"
+        )
+    for name in COMPONENTS:
+        if not (folder / name).is_dir():
+            raise ConfigError(
+                f"{folder / name} is missing: a FLUX pipeline folder has {', '.join(COMPONENTS)}"
+            )
+    for name in ("text_encoder", "text_encoder_2"):
+        read_json(folder / name / "config.json")
+        tensor_infos(folder / name)
+    _tokenizer_files(folder / "tokenizer", "vocab.json", "merges.txt")
+    _tokenizer_files(folder / "tokenizer_2", "spiece.model")
+    FlowMatchEulerDiscreteScheduler.from_config(_scheduler_config(folder / "scheduler"))
+    for name, model_class in (("transformer", FluxTransformer2DModel), ("vae", AutoencoderKL)):
+        with paddle.LazyGuard():  # parameters get a shape and no memory
+            model = model_class.from_config(_model_config(folder / name))
+        _match(model, tensor_infos(folder / name), folder / name)
+
+
+def load_transformer(folder: str | Path, dtype: str | None = None) -> FluxTransformer2DModel:
+    """The FLUX transformer of a component folder, in `dtype` (None: see `default_dtype`), in eval mode."""
+    with _default_dtype(dtype):
+        model = FluxTransformer2DModel.from_config(_model_config(folder))
+    return _filled(model, folder)
+
+
+def load_vae(folder: str | Path, dtype: str | None = None) -> AutoencoderKL:
+    """The autoencoder of a component folder, in `dtype` (None: see `default_dtype`), in eval mode."""
+    with _default_dtype(dtype):
+        model = AutoencoderKL.from_config(_model_config(folder))
+    return _filled(model, folder)
+
+
+def load_clip(folder: str | Path, dtype: str | None = None) -> nn.Layer:
+    """The CLIP text encoder (ppdiffusers' CLIPTextModel) of a component folder, in eval mode."""
+    from ppdiffusers.transformers import CLIPTextConfig, CLIPTextModel
+
+    return _load_text_encoder(CLIPTextModel, CLIPTextConfig, folder, dtype)
+
+
+def load_t5(folder: str | Path, dtype: str | None = None) -> nn.Layer:
+    """The T5 encoder (ppdiffusers' T5EncoderModel) of a component folder, in eval mode."""
+    from ppdiffusers.transformers import T5Config, T5EncoderModel
+
+    return _load_text_encoder(T5EncoderModel, T5Config, folder, dtype)
+
+
+def load_clip_tokenizer(folder: str | Path) -> Any:
+    """paddlenlp's CLIPTokenizer from vocab.json and merges.txt."""
+    from ppdiffusers.transformers import CLIPTokenizer
+
+    _tokenizer_files(folder, "vocab.json", "merges.txt")
+    return CLIPTokenizer.from_pretrained(str(folder))
+
+
+def load_t5_tokenizer(folder: str | Path) -> Any:
+    """paddlenlp's T5Tokenizer from spiece.model."""
+    from ppdiffusers.transformers import T5Tokenizer
+
+    _tokenizer_files(folder, "spiece.model")
+    return T5Tokenizer.from_pretrained(str(folder))
+
+
+def load_scheduler(folder: str | Path) -> FlowMatchEulerDiscreteScheduler:
+    """The scheduler of a component folder with scheduler_config.json."""
+    return FlowMatchEulerDiscreteScheduler.from_config(_scheduler_config(folder))
+
+
+def default_dtype() -> str:
+    """float32 on CPU (Paddle cannot add or multiply half precision there), bfloat16 on a GPU."""
+    return "float32" if paddle.get_device() == "cpu" else "bfloat16"
+
+
+def load_weights(model: nn.Layer, folder: str | Path) -> nn.Layer:
+    """Fills `model` from the safetensors of `folder`, casting to the dtype of each parameter; returns it in
+    eval mode.
+
+    Raises ConfigError naming file and tensor unless names and shapes agree exactly, before any weight is
+    read.
+    """
+    infos = tensor_infos(folder)
+    _match(model, infos, Path(folder))
+    parameters = model.state_dict()
+    for name, tensor in read_tensors(infos, linear_weights(model)):
+        for target in (name, *(tied for tied, source in TIED.items() if source == name)):
+            if target in parameters:
+                parameters[target].set_value(tensor.astype(parameters[target].dtype))
+    return model.eval()
+
+
+def read_tensors(infos: dict[str, TensorInfo], linears: set[str]) -> Iterator[tuple[str, paddle.Tensor]]:
+    """Yields (name, tensor) one at a time, file by file, in the dtype of the file and Paddle's layout.
+
+    linears: names of the 2-D weights of Linears, which a torch-layout file stores transposed. A loader that
+    quantises while it reads can take the place of `load_weights` with this.
+    """
+    for file in sorted({info.file for info in infos.values()}):
+        with safe_open(str(file), framework="paddle") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (safe_open is no dict)
+                if name in infos:
+                    tensor = tensors.get_tensor(name)
+                    yield name, tensor.t() if name in linears and infos[name].torch_layout else tensor
+
+
+def linear_weights(model: nn.Layer) -> set[str]:
+    """Names of the parameters that Paddle stores [in, out] and torch [out, in]."""
+    linears = (nn.Linear, FrozenLinear)
+    return {f"{name}.weight" for name, layer in model.named_sublayers() if isinstance(layer, linears)}
+
+
+def tensor_infos(folder: str | Path) -> dict[str, TensorInfo]:
+    """Name -> TensorInfo of all tensors of a component folder, from the headers of its safetensors files.
+
+    Raises ConfigError: no weights, a shard of the index that is missing, a tensor that is not in the shard
+    the index names, a file that is cut off or is not safetensors.
+    """
+    folder = Path(folder)
+    for stem in _STEMS:
+        single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+        if index.is_file():
+            return _sharded(index)
+        if single.is_file():
+            return read_header(single)
+    tried = ", ".join(f"{stem}.safetensors[.index.json]" for stem in _STEMS)
+    raise ConfigError(f"{folder} has no weights: one of {tried} is wanted")
+
+
+def read_header(file: Path) -> dict[str, TensorInfo]:
+    """Name -> TensorInfo of one safetensors file. Raises ConfigError for a cut-off or damaged one."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if not 2 <= length <= min(size - 8, _MAX_HEADER_BYTES):
+            raise ConfigError(
+                f"{file} is not a safetensors file or is cut off ({size} bytes): fetch it again"
+            )
+        try:
+            header = json.loads(stream.read(length))
+        except ValueError as error:
+            raise ConfigError(f"{file} has a damaged header ({error}): fetch it again") from error
+    torch_layout = header.pop("__metadata__", {}).get("format", "pt") != "pd"
+    end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if size != 8 + length + end:
+        raise ConfigError(f"{file} has {size} bytes, its header speaks of {8 + length + end}: fetch it again")
+    return {name: TensorInfo(file, entry["shape"], torch_layout) for name, entry in header.items()}
+
+
+def read_json(file: Path, why: str = "the folder is not complete") -> dict:
+    """The object in a JSON file. Raises ConfigError if the file is missing or is not JSON."""
+    if not file.is_file():
+        raise ConfigError(f"{file} is missing: {why}")
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{file} is not valid JSON: {error}") from error
+
+
+def _sharded(index: Path) -> dict[str, TensorInfo]:
+    weight_map = read_json(index).get("weight_map", {})
+    headers = {}
+    for shard in sorted(set(weight_map.values())):
+        # A name in the index is data: it may not lead out of the folder.
+        if Path(shard).name != shard or not (index.parent / shard).is_file():
+            raise ConfigError(
+                f"shard {index.parent / shard} is missing, but {index.name} names it: fetch it again"
+            )
+        headers[shard] = read_header(index.parent / shard)
+    for name, shard in weight_map.items():
+        if name not in headers[shard]:
+            raise ConfigError(
+                f"tensor {name} is missing in {index.parent / shard}, where {index.name} puts it"
+            )
+    return {name: headers[shard][name] for name, shard in weight_map.items()}
+
+
+def _match(model: nn.Layer, infos: dict[str, TensorInfo], folder: Path) -> None:
+    """Raises ConfigError unless the files hold exactly the model's tensors, in its shapes."""
+    linears, parameters = linear_weights(model), model.state_dict()
+    for name, parameter in parameters.items():
+        source = name if name in infos else TIED.get(name, name)
+        if source not in infos:
+            shape = list(parameter.shape)
+            raise ConfigError(f"tensor {name} {shape} is missing in {folder}: fetch its weights again")
+        info = infos[source]
+        wanted = list(parameter.shape)
+        wanted = wanted[::-1] if name in linears and info.torch_layout else wanted
+        if info.shape != wanted:
+            raise ConfigError(
+                f"tensor {name} in {info.file} has shape {info.shape}, but {folder}/config.json wants "
+                f"{wanted}: the file and the config are not of one model"
+            )
+    unexpected = sorted(infos.keys() - parameters.keys() - _IGNORED)
+    if unexpected:
+        name = unexpected[0]
+        raise ConfigError(
+            f"{infos[name].file} has a tensor {name} {infos[name].shape} that a {type(model).__name__} of "
+            f"{folder}/config.json lacks ({len(unexpected)} such in all)"
+        )
+
+
+def _load_text_encoder(
+    model_class: type, config_class: type, folder: str | Path, dtype: str | None
+) -> nn.Layer:
+    with _default_dtype(dtype):
+        model = model_class(config_class.from_dict(read_json(Path(folder) / "config.json")))
+    return _filled(model, folder)
+
+
+def _filled(model: nn.Layer, folder: str | Path) -> nn.Layer:
+    """With its weights, and with `source_config`: config.json as found, which saving.py writes again."""
+    model.source_config = read_json(Path(folder) / "config.json")
+    return load_weights(model, folder)
+
+
+def _model_config(folder: str | Path) -> dict:
+    """Drops a key that only repeats a default and that older ppdiffusers would warn of."""
+    config = read_json(Path(folder) / "config.json")
+    if config.get("mid_block_add_attention") is True:
+        del config["mid_block_add_attention"]
+    return config
+
+
+def _scheduler_config(folder: str | Path) -> dict:
+    return read_json(Path(folder) / "scheduler_config.json")
+
+
+def _tokenizer_files(folder: str | Path, *names: str) -> None:
+    for name in names:
+        if not (Path(folder) / name).is_file():
+            also = (
+                "; tokenizer.json alone is not enough" if (Path(folder) / "tokenizer.json").is_file() else ""
+            )
+            raise ConfigError(
+                f"{Path(folder) / name} is missing{also}: take it from the original model folder"
+            )
+
+
+@contextmanager
+def _default_dtype(dtype: str | None) -> Iterator[None]:
+    """Parameters made within have `dtype` from the start, so a model is never held twice."""
+    before = paddle.get_default_dtype()
+    paddle.set_default_dtype(dtype or default_dtype())
+    try:
+        yield
+    finally:
+        paddle.set_default_dtype(before)

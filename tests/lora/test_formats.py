@@ -1,0 +1,266 @@
+"""LoRA files: W + (alpha / r) B A by hand in numpy, for every place where alpha can stand."""
+
+import json
+
+import numpy as np
+import paddle
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file
+from safetensors.numpy import save_file as save_numpy
+
+from ppcoat.errors import ConfigError
+from ppcoat.lora import inject_lora, load_lora, lora_layers, lora_parameters, save_lora, unload_lora
+
+Q, PROJ = "transformer_blocks.0.attn.to_q", "single_transformer_blocks.0.proj_mlp"
+
+
+def linear(model, path):
+    return dict(model.named_sublayers())[path]
+
+
+def pair(
+    rng, path, width_in, width_out, rank, names=("lora_A.weight", "lora_B.weight"), prefix="transformer."
+):
+    a, b = rng.standard_normal([rank, width_in]), rng.standard_normal([width_out, rank])
+    return {
+        f"{prefix}{path}.{names[0]}": a.astype("float32"),
+        f"{prefix}{path}.{names[1]}": b.astype("float32"),
+    }
+
+
+def check(model, path, tensors, scale, before):
+    """The layer's output is x (W + scale * B A)^T + bias, in float64."""
+    a, b = (np.float64(tensor) for key, tensor in tensors.items() if path in key and tensor.ndim == 2)
+    x = np.random.default_rng(1).standard_normal([3, a.shape[1]]).astype("float32")
+    weight, bias = before[path]
+    want = x.astype(np.float64) @ (weight + scale * (b @ a).T) + bias
+    with paddle.no_grad():
+        got = linear(model, path)(paddle.to_tensor(x)).numpy()
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+def weights(model):
+    return {
+        path: (np.float64(linear(model, path).weight), np.float64(linear(model, path).bias))
+        for path in (Q, PROJ)
+    }
+
+
+@pytest.mark.parametrize(
+    ("header", "alpha_key", "scale"),
+    [
+        ({"format": "pt"}, None, 1.0),
+        ({}, 2.0, 0.5),
+        ({"alpha": "32", "rank": "8"}, 2.0, 0.5),  # the tensor wins
+        ({"alpha": "12", "rank": "8"}, None, 1.5),
+        ({"alpha": "8"}, None, 2.0),
+        ({"lora_adapter_metadata": json.dumps({"transformer.r": 4, "transformer.lora_alpha": 8})}, None, 2.0),
+        (
+            {
+                "lora_adapter_metadata": json.dumps(
+                    {
+                        "transformer.r": 16,
+                        "transformer.lora_alpha": 16,
+                        "transformer.alpha_pattern": {"attn.to_q": 1},
+                    }
+                ),
+                "alpha": "9",
+            },
+            None,
+            0.25,
+        ),
+        (
+            {
+                "lora_adapter_metadata": json.dumps(
+                    {"transformer.lora_alpha": 4, "transformer.use_rslora": True}
+                )
+            },
+            None,
+            2.0,
+        ),
+    ],
+)
+def test_alpha_wherever_it_stands(model, rng, tmp_path, header, alpha_key, scale):
+    before = weights(model)
+    tensors = pair(rng, Q, 16, 16, 4)
+    if alpha_key is not None:
+        tensors[f"transformer.{Q}.alpha"] = np.array(alpha_key, dtype="float32")
+    save_numpy(tensors, tmp_path / "lora.safetensors", metadata=header or None)
+    info = load_lora(model, tmp_path / "lora.safetensors")
+    assert info.ranks == {Q: 4} and info.scales[Q] == pytest.approx(scale)
+    check(model, Q, tensors, scale, before)
+
+
+@pytest.mark.parametrize("prefix", ["", "transformer.", "base_model.model.", "base_model.model.transformer."])
+@pytest.mark.parametrize(
+    "names", [("lora_A.weight", "lora_B.weight"), ("lora_down.weight", "lora_up.weight")]
+)
+def test_prefixes_suffixes_and_ranks_per_module(model, rng, prefix, names):
+    before = weights(model)
+    tensors = pair(rng, Q, 16, 16, 3, names, prefix) | pair(rng, PROJ, 16, 64, 7, names, prefix)
+    info = load_lora(model, {key: paddle.to_tensor(value) for key, value in tensors.items()}, scale=0.5)
+    assert info.ranks == {Q: 3, PROJ: 7} and not info.unmatched
+    check(model, Q, tensors, 0.5, before)
+    check(model, PROJ, tensors, 0.5, before)
+    assert all(param.stop_gradient for param in lora_parameters(model))
+    unload_lora(model)
+    assert not lora_layers(model)
+    np.testing.assert_array_equal(linear(model, Q).weight.numpy(), before[Q][0].astype("float32"))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [("float32", 1e-6), ("bfloat16", 2.0**-8), ("float16", 2.0**-11)]
+)
+def test_saved_file_has_diffusers_keys_and_folded_alpha(model, rng, tmp_path, dtype, tolerance):
+    layer = inject_lora(model, rank=4, alpha=2.0, targets=["attn.to_q"])[Q]
+    layer.lora_B.set_value(rng.standard_normal([4, 16]).astype("float32"))
+    path = tmp_path / "new folder" / "lora.safetensors"
+    save_lora(path, model, trigger_word="sks", step=50, base_model="tiny", dtype=dtype, extra={"note": "x"})
+    with safe_open(path, framework="np") as file:
+        header = file.metadata()
+        assert f"transformer.{Q}.lora_A.weight" in file.keys()  # noqa: SIM118
+        a_slice = file.get_slice(f"transformer.{Q}.lora_A.weight")
+        assert a_slice.get_shape() == [4, 16]
+    if dtype == "float32":
+        b = load_file(path)[f"transformer.{Q}.lora_B.weight"]
+        np.testing.assert_allclose(b, 0.5 * layer.lora_B.numpy().T, rtol=1e-6)
+    assert (header["format"], header["rank"], header["alpha"], header["original_alpha"]) == (
+        "pt",
+        "4",
+        "4",
+        "2",
+    )
+    assert (header["trigger_word"], header["step"], header["base_model"], header["note"]) == (
+        "sks",
+        "50",
+        "tiny",
+        "x",
+    )
+    adapter = json.loads(header["lora_adapter_metadata"])
+    assert adapter["transformer.r"] == adapter["transformer.lora_alpha"] == 4
+    assert json.loads(header["training_info"]) == {"step": 50}
+    assert [item.name for item in path.parent.iterdir()] == ["lora.safetensors"]
+
+    x = paddle.to_tensor(rng.standard_normal([3, 16]).astype("float32"))
+    with paddle.no_grad():
+        want = layer(x).numpy()
+        unload_lora(model)
+        info = load_lora(model, path)
+        got = linear(model, Q)(x).numpy()
+    assert info.step == 50 and info.trigger_word == "sks"
+    assert all(scale == 1.0 for scale in info.scales.values())
+    np.testing.assert_allclose(got, want, atol=8 * tolerance * np.abs(want).max())
+
+
+def test_loading_into_a_lora_in_training_fills_it_and_keeps_it_trainable(model, tmp_path):
+    layers = inject_lora(model, rank=4, alpha=2.0)
+    for layer in layers.values():
+        layer.lora_B.set_value(paddle.rand(layer.lora_B.shape))
+    kept = {path: (layer.lora_A.numpy(), layer.lora_B.numpy()) for path, layer in layers.items()}
+    save_lora(tmp_path / "lora.safetensors", model)
+    for layer in layers.values():
+        layer.lora_A.set_value(paddle.zeros(layer.lora_A.shape))
+    load_lora(model, tmp_path / "lora.safetensors")
+    for path, layer in lora_layers(model).items():
+        assert layer is layers[path] and layer.alpha == 2.0 and not layer.lora_A.stop_gradient
+        np.testing.assert_allclose(layer.lora_A.numpy(), kept[path][0])
+        np.testing.assert_allclose(layer.lora_B.numpy(), kept[path][1], rtol=1e-6)
+
+
+def test_file_that_fits_nothing_names_three_keys_and_three_paths(model, rng):
+    tensors = {
+        f"lora_unet_double_blocks_{i}_img_attn_qkv.lora_down.weight": paddle.ones([2, 2]) for i in range(4)
+    }
+    with pytest.raises(ConfigError) as error:
+        load_lora(model, tensors)
+    message = str(error.value)
+    assert message.count("lora_unet_double_blocks") == 3 and "\n" not in message
+    assert "x_embedder, transformer_blocks.0.attn.to_q, transformer_blocks.0.attn.to_k" in message
+
+
+def test_keys_without_a_layer_are_listed(model, rng):
+    tensors = pair(rng, Q, 16, 16, 2) | {
+        "text_encoder.text_model.q.lora_A.weight": np.ones([2, 2], "float32")
+    }
+    with pytest.warns(UserWarning, match="text_encoder"):
+        info = load_lora(model, {key: paddle.to_tensor(value) for key, value in tensors.items()})
+    assert info.unmatched == ["text_encoder.text_model.q.lora_A.weight"] and info.ranks == {Q: 2}
+
+
+def bad_files(rng):
+    good = pair(rng, Q, 16, 16, 2)
+    a, b = good
+    yield {a: good[a]}, {}, "incomplete"
+    yield {a: good[a].T.copy(), b: good[b].T.copy()}, {}, r"\[16, 2\].*16 -> 16"
+    yield {a: good[a], b: good[b][:, :1].copy()}, {}, "do not fit"
+    yield good, {"alpha": "many"}, "alpha"
+    yield good, {"alpha": "4", "rank": "0"}, "rank"
+    yield good, {"lora_adapter_metadata": "{"}, "JSON"
+    yield good | {f"transformer.{Q}.alpha": np.array(np.nan, "float32")}, {}, "alpha"
+
+
+def test_bad_files_are_refused_and_change_nothing(model, rng):
+    for tensors, header, said in bad_files(rng):
+        with pytest.raises(ConfigError, match=said):
+            load_lora(
+                model, {key: paddle.to_tensor(value) for key, value in tensors.items()}, metadata=header
+            )
+        assert not lora_layers(model)
+
+
+@pytest.mark.parametrize("name", ["lora.bin", "lora.pt", "lora.pdparams", "lora.ckpt"])
+def test_pickles_are_refused_unread(model, tmp_path, name):
+    (tmp_path / name).write_bytes(b"cos\nsystem\n(S'touch canary'\ntR.")
+    with pytest.raises(ConfigError, match="pickle.*safetensors"):
+        load_lora(model, tmp_path / name)
+
+
+def test_missing_and_damaged_files_are_named(model, tmp_path):
+    with pytest.raises(ConfigError, match="no LoRA file"):
+        load_lora(model, tmp_path / "none.safetensors")
+    (tmp_path / "half.safetensors").write_bytes(b"\x40\0\0\0\0\0\0\0{")
+    with pytest.raises(ConfigError, match=r"half\.safetensors"):
+        load_lora(model, tmp_path / "half.safetensors")
+
+
+def test_loading_again_replaces_what_was_loaded(model, rng):
+    before = weights(model)
+    for rank, path, width, scale in ((2, Q, 16, 0.0), (3, Q, 16, 1.0), (2, PROJ, 64, 1.0)):
+        tensors = pair(rng, path, 16, width, rank)
+        load_lora(model, {key: paddle.to_tensor(value) for key, value in tensors.items()}, scale=scale)
+        assert set(lora_layers(model)) == {path}
+        check(model, path, tensors, scale, before)
+
+
+def test_a_lora_in_training_takes_only_its_own_shape(model, rng):
+    inject_lora(model, 2, 2.0, targets=["transformer_blocks.0.attn.to_q"])
+    for rank, path, width, said in ((3, Q, 16, "rank 2"), (2, PROJ, 64, "other layers")):
+        tensors = pair(rng, path, 16, width, rank)
+        with pytest.raises(ConfigError, match=said):
+            load_lora(model, {key: paddle.to_tensor(value) for key, value in tensors.items()})
+
+
+def test_failed_save_leaves_the_old_file(model, tmp_path, monkeypatch):
+    inject_lora(model, 2, 2.0, targets=["attn.to_q"])
+    path = tmp_path / "lora.safetensors"
+    save_lora(path, model)
+    before = path.read_bytes()
+
+    def full(*args, **kwargs):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("ppcoat.lora.formats.save_file", full)
+    with pytest.raises(OSError, match="space"):
+        save_lora(path, model, step=2)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "said"),
+    [("lora.bin", {}, "safetensors"), ("lora.safetensors", {"dtype": "int8"}, "int8")],
+)
+def test_wrong_save_settings_are_named(model, tmp_path, name, settings, said):
+    inject_lora(model, 2, 2.0)
+    with pytest.raises(ConfigError, match=said):
+        save_lora(tmp_path / name, model, **settings)

@@ -1,0 +1,214 @@
+import json
+import shutil
+
+import numpy as np
+import paddle
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from ppcoat.errors import ConfigError
+from ppcoat.models.flux_pipeline import FluxPipeline
+from ppcoat.models.loading import (
+    check_folder,
+    linear_weights,
+    load_t5,
+    load_t5_tokenizer,
+    load_transformer,
+    read_tensors,
+    tensor_infos,
+)
+
+TOLERANCE = 2e-5
+SHARD = "transformer/diffusion_pytorch_model-00002-of-00004.safetensors"
+WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture
+def copy(fp32_folder, tmp_path):
+    shutil.copytree(fp32_folder, tmp_path / "flux")
+    return tmp_path / "flux"
+
+
+@pytest.fixture
+def sharded_copy(bf16_folder, tmp_path):
+    shutil.copytree(bf16_folder, tmp_path / "flux")
+    return tmp_path / "flux"
+
+
+def close(tensor, reference, tolerance=TOLERANCE):
+    np.testing.assert_allclose(tensor.numpy(), reference, rtol=0, atol=tolerance)
+
+
+def test_text_encoders_are_those_of_transformers(pipeline, torch_refs):
+    clip = pipeline.text_encoder(paddle.to_tensor(torch_refs["clip_ids"]))
+    close(clip.last_hidden_state, torch_refs["clip_last"])
+    close(clip.pooler_output, torch_refs["clip_pooled"])
+    close(pipeline.text_encoder_2(paddle.to_tensor(torch_refs["t5_ids"]))[0], torch_refs["t5_out"])
+
+
+def test_vae_is_that_of_diffusers(pipeline, torch_refs):
+    posterior = pipeline.vae.encode(paddle.to_tensor(torch_refs["vae_in"])).latent_dist
+    close(posterior.mean, torch_refs["vae_mean"])
+    close(posterior.logvar, torch_refs["vae_logvar"])
+    close(pipeline.vae.decode(paddle.to_tensor(torch_refs["vae_z"])).sample, torch_refs["vae_dec"])
+    assert pipeline.vae.config.shift_factor == 0.1159
+
+
+def test_tokenizers_give_the_ids_of_transformers(pipeline, torch_refs):
+    prompts = [str(prompt) for prompt in torch_refs["prompts"]]
+    for tokenizer, key in ((pipeline.tokenizer, "clip_ids"), (pipeline.tokenizer_2, "t5_ids")):
+        length = torch_refs[key].shape[1]
+        ids = tokenizer(prompts, padding="max_length", max_length=length, truncation=True)["input_ids"]
+        np.testing.assert_array_equal(np.array(ids), torch_refs[key])
+
+
+def test_bf16_shards_are_the_rounded_float32_weights(fp32_folder, bf16_folder):
+    exact = load_transformer(fp32_folder / "transformer", "float32").state_dict()
+    rounded = load_transformer(bf16_folder / "transformer", "float32").state_dict()
+    for name, tensor in exact.items():
+        bits = tensor.numpy().view(np.uint32)
+        half = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))  # round half to even
+        wanted = ((bits + half) & np.uint32(0xFFFF0000)).view(np.float32)
+        np.testing.assert_array_equal(rounded[name].numpy(), wanted, err_msg=name)
+
+
+def test_dtype_can_be_chosen(bf16_folder):
+    model = load_t5(bf16_folder / "text_encoder_2", "bfloat16")
+    assert {parameter.dtype for parameter in model.parameters()} == {paddle.bfloat16}
+    assert paddle.get_default_dtype() == "float32"
+
+
+def test_streaming_reads_one_tensor_at_a_time_in_paddle_layout(bf16_folder):
+    infos = tensor_infos(bf16_folder / "transformer")
+    model = load_transformer(bf16_folder / "transformer", "float32")
+    stream = read_tensors(infos, linear_weights(model))
+    name, tensor = next(stream)
+    assert tensor.dtype == paddle.bfloat16
+    shapes = {name: list(tensor.shape)} | {name: list(tensor.shape) for name, tensor in stream}
+    assert shapes == {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def test_paddle_layout_files_are_not_transposed(copy):
+    reference = load_transformer(copy / "transformer", "float32").state_dict()
+    (copy / WEIGHTS).unlink()
+    save_file(
+        {name: tensor.numpy() for name, tensor in reference.items()},
+        copy / "transformer/diffusion_paddle_model.safetensors",
+        metadata={"format": "pd"},
+    )
+    for name, tensor in load_transformer(copy / "transformer", "float32").state_dict().items():
+        np.testing.assert_array_equal(tensor.numpy(), reference[name].numpy(), err_msg=name)
+
+
+def test_loading_writes_nothing(sharded_copy):
+    def listing():
+        return {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in sharded_copy.rglob("*")}
+
+    for path in sharded_copy.rglob("*"):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    before = listing()
+    FluxPipeline.from_pretrained(sharded_copy)
+    assert listing() == before
+
+
+def test_check_folder_accepts_both_fixtures(fp32_folder, bf16_folder):
+    check_folder(fp32_folder)
+    check_folder(bf16_folder)
+
+
+def test_missing_shard_is_named(sharded_copy):
+    (sharded_copy / SHARD).unlink()
+    with pytest.raises(ConfigError, match="diffusion_pytorch_model-00002-of-00004.safetensors is missing"):
+        check_folder(sharded_copy)
+
+
+def test_tensor_missing_in_its_shard_is_named(sharded_copy):
+    index = sharded_copy / "transformer/diffusion_pytorch_model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"]["proj_out.weight"] = SHARD.removeprefix("transformer/")
+    index.write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match="proj_out.weight is missing in .*00002-of-00004"):
+        check_folder(sharded_copy)
+
+
+def test_index_cannot_lead_out_of_the_folder(sharded_copy):
+    index = sharded_copy / "transformer/diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(
+        json.dumps({"weight_map": {"proj_out.weight": "../vae/diffusion_pytorch_model.safetensors"}})
+    )
+    with pytest.raises(ConfigError, match="shard .*vae.* is missing"):
+        check_folder(sharded_copy)
+
+
+def change_tensors(file, change):
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        (
+            WEIGHTS,
+            lambda t: t.update({"proj_out.weight": t["proj_out.weight"][:5]}),
+            r"proj_out.weight in .*has shape \[5, 64\].*wants \[64, 64\]",
+        ),
+        (WEIGHTS, lambda t: t.pop("proj_out.weight"), r"proj_out.weight \[64, 64\] is missing"),
+        (WEIGHTS, lambda t: t.update({"extra.weight": np.ones(3)}), r"extra.weight \[3\]"),
+        (
+            "vae/diffusion_pytorch_model.safetensors",
+            lambda t: t.pop("decoder.conv_in.weight"),
+            "decoder.conv_in.weight",
+        ),
+        ("text_encoder_2/model.safetensors", lambda t: t.pop("shared.weight"), "is missing"),
+    ],
+)
+def test_wrong_tensors_are_named(copy, file, change, message):
+    change_tensors(copy / file, change)
+    with pytest.raises(ConfigError, match=message):
+        FluxPipeline.from_pretrained(copy)
+
+
+def test_non_square_weight_that_was_not_transposed_is_refused(copy):
+    change_tensors(
+        copy / WEIGHTS, lambda t: t.update({"norm_out.linear.weight": t["norm_out.linear.weight"].T.copy()})
+    )
+    with pytest.raises(ConfigError, match=r"norm_out.linear.weight.*\[64, 128\].*wants \[128, 64\]"):
+        check_folder(copy)
+
+
+def test_cut_off_file_is_named(copy):
+    file = copy / WEIGHTS
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ConfigError, match="diffusion_pytorch_model.safetensors has .* bytes"):
+        check_folder(copy)
+
+
+@pytest.mark.parametrize("content", [b"", b"abc", b"\xff" * 8 + b"{}", b"\x02\0\0\0\0\0\0\0{x"])
+def test_garbage_instead_of_safetensors_is_named(copy, content):
+    (copy / WEIGHTS).write_bytes(content)
+    with pytest.raises(ConfigError, match="diffusion_pytorch_model.safetensors"):
+        check_folder(copy)
+
+
+@pytest.mark.parametrize(
+    "name", ["model_index.json", "vae", "text_encoder/config.json", "tokenizer/merges.txt"]
+)
+def test_missing_parts_are_named(copy, name):
+    path = copy / name
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with pytest.raises(ConfigError, match=name):
+        check_folder(copy)
+
+
+def test_tokenizer_json_alone_is_not_enough(copy):
+    (copy / "tokenizer_2/spiece.model").unlink()
+    with pytest.raises(ConfigError, match="spiece.model is missing; tokenizer.json alone"):
+        load_t5_tokenizer(copy / "tokenizer_2")
+
+
+def test_another_pipeline_is_refused(copy):
+    (copy / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    with pytest.raises(ConfigError, match="StableDiffusionPipeline"):
+        check_folder(copy)
