@@ -1,0 +1,125 @@
+"""pydantic's findings in a run's settings -> one line: where, what came, what was wanted, the nearest key."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from ppcoat.config.schema import RunConfig
+
+# pydantic speaks of Python's types; a user wrote YAML
+_WANTED = {
+    "string_type": "text; put it in quotes",
+    "float_type": "a number without quotes",
+    "int_type": "a whole number without quotes",
+    "bool_type": "true or false",
+    "model_type": "a section with keys",
+    "tuple_type": "a list",
+    "too_short": "at least {min_length} entry",
+    "too_long": "at most {max_length} entry",
+    "string_pattern_mismatch": "text like {pattern}",
+}
+
+
+def explain(error: ValidationError, path: str, root: yaml.Node | None, sources: dict[tuple, str]) -> str:
+    """The line for a ConfigError: the first problem, unknown keys before what follows from them.
+
+    path and root: the file and its YAML node, for line numbers; sources: location -> override that set it.
+    """
+    problems = error.errors(include_url=False)
+    # a list whose entry is wrong is also called too short: drop what follows from a problem further inside
+    inside = {each["loc"][:end] for each in problems for end in range(len(each["loc"]))}
+    problems = [each for each in problems if each["loc"] not in inside]
+    problems.sort(key=lambda each: each["type"] != "extra_forbidden")
+    first, more = problems[0], len(problems) - 1
+    location = tuple(first["loc"])
+    key = ".".join(map(str, location))
+    override = next((text for at, text in reversed(sources.items()) if location[: len(at)] == at), None)
+    where = f"--set {override}" if override is not None else f"{path}:{_line_of(root, location)}"
+    if first["type"] == "extra_forbidden":
+        what = f"unknown key '{key}'; the nearest known key is '{_nearest(location)}'"
+    elif first["type"] == "missing":
+        what = f"the key '{key}' is missing: {_description(location)}"
+    elif first["type"] == "value_error":
+        what = f"{key + ': ' if key else ''}{first['ctx']['error']}"
+    else:
+        wanted = _WANTED.get(first["type"], first["msg"].removeprefix("Input should be "))
+        wanted = wanted.format(**first.get("ctx", {}))
+        came = repr(first["input"]) if first["input"] is not None else "nothing"
+        came = came if len(came) <= 80 else came[:77] + "..."
+        what = f"{key}: came {came}, wanted {wanted} ({_description(location)})"
+    line = f"{where}: {what}" + (f" (and {more} more)" if more else "")
+    return printable(line)  # keys and values may hold line ends
+
+
+def printable(text: str | Path) -> str:
+    """Text from a user or a file name for a message: line ends and other control characters escaped."""
+    return "".join(mark if mark.isprintable() else repr(mark)[1:-1] for mark in str(text))
+
+
+def _line_of(root: yaml.Node | None, location: tuple[str | int, ...]) -> int:
+    """Line number (from 1) of the deepest node on the way to location that the file has."""
+    line, node = 1, root
+    for part in location:
+        if isinstance(node, yaml.MappingNode):
+            pair = next((pair for pair in node.value if pair[0].value == str(part)), None)
+            if pair is None:
+                break
+            line, node = pair[0].start_mark.line + 1, pair[1]
+        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+            node = node.value[part]
+            line = node.start_mark.line + 1
+        else:
+            break
+    return line
+
+
+def _section_at(location: tuple[str | int, ...]) -> type[BaseModel]:
+    """The section that a location without its last key leads to."""
+    section: type[BaseModel] = RunConfig
+    for part in location:
+        if isinstance(part, str) and part in section.model_fields:
+            annotation = section.model_fields[part].annotation
+            inner = next((arg for arg in (annotation, *get_args(annotation)) if _is_section(arg)), None)
+            section = inner or section
+    return section
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def _description(location: tuple[str | int, ...]) -> str:
+    names = [part for part in location if isinstance(part, str)]
+    field = _section_at(location[:-1]).model_fields.get(names[-1]) if names else None
+    return field.description or "" if field else "see the sections of the config"
+
+
+def _nearest(location: tuple[str | int, ...]) -> str:
+    """Dotted path of the known key most like the unknown one: in its own section first, then anywhere."""
+    *parents, unknown = location
+    own = list(_section_at(tuple(parents)).model_fields)
+    dotted_own = ".".join([*map(str, parents), ""])
+    everywhere = {path.rpartition(".")[2]: path for path in reversed(_all_keys(RunConfig, ""))}
+    for choices, cutoff in ((own, 0.7), (list(everywhere), 0.7), (own, 0.0)):
+        close = difflib.get_close_matches(str(unknown), choices, n=1, cutoff=cutoff)
+        if close:
+            return dotted_own + close[0] if choices is own else everywhere[close[0]]
+    return dotted_own + own[0]
+
+
+def _all_keys(section: type[BaseModel], prefix: str) -> list[str]:
+    keys = []
+    for name, field in section.model_fields.items():
+        keys.append(prefix + name)
+        inner = next(
+            (arg for arg in (field.annotation, *get_args(field.annotation)) if _is_section(arg)), None
+        )
+        if inner:
+            dot = ".0." if get_args(field.annotation) else "."
+            keys += _all_keys(inner, prefix + name + dot)
+    return keys

@@ -1,0 +1,216 @@
+"""YAML file + `a.b=c` overrides -> validated RunConfig, and back to YAML.
+
+The YAML is a safe subset: scalars, lists and mappings. Numbers follow YAML 1.2 and `1e-4` is one (stock
+PyYAML reads it as text); duplicate keys, tags and aliases are refused. `${NAME}` is an environment variable
+(`$${` is a literal `${`) and `[name]` in any text is the name of the run. Every mistake becomes one line that
+says where, what came and what was wanted.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from ppcoat.config.explain import explain, printable
+from ppcoat.config.schema import RunConfig
+from ppcoat.errors import ConfigError
+
+MAX_CONFIG_BYTES = 1 << 20
+_VARIABLE = re.compile(r"\$\$\{|\$\{([^}]*)\}")
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
+    """Read and check a run's settings.
+
+    path: a .yaml or .yml file. overrides: "section.key=value" texts, applied in order, the value read as
+    YAML; list entries by number ("datasets.0.folder_path=photos"). Relative paths stay relative to the
+    current folder. Raises ConfigError, one line, naming file and line (or the override), the key, what came
+    and what was wanted; an unknown key is answered with the nearest known one.
+    """
+    text = _read(Path(path))
+    root = _parse(text, str(path))
+    data = {} if root is None else _to_data(root, str(path))
+    if not isinstance(data, dict):
+        raise ConfigError(
+            f"{path}:1: came a single value or list, wanted sections such as 'model:' and 'train:'"
+        )
+    sources = {}  # path of an override -> its text, to say where a wrong value came from
+    for override in overrides:
+        sources[_apply(data, override)] = override
+    try:
+        return RunConfig.model_validate(_fill_in_name(data, data.get("name")))
+    except ValidationError as error:
+        raise ConfigError(explain(error, str(path), root, sources)) from None
+
+
+def dump_config(config: RunConfig) -> str:
+    """The complete settings as YAML text that load_config reads back to an equal RunConfig."""
+    data = config.model_dump(mode="json")
+    return yaml.dump(data, Dumper=_ConfigDumper, sort_keys=False, allow_unicode=True, width=110)
+
+
+class _ConfigLoader(yaml.SafeLoader):
+    """SafeLoader with our number rules, without tags, aliases and duplicate keys."""
+
+    yaml_implicit_resolvers: dict = {}  # ours alone; filled below
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
+            raise ConfigError(
+                f"{_line(self.name, event)}: came a YAML alias or anchor, wanted the value written out"
+            )
+        if getattr(event, "tag", None):
+            raise ConfigError(
+                f"{_line(self.name, event)}: came the YAML tag {event.tag}, wanted a plain value"
+            )
+        return super().compose_node(parent, index)
+
+    def compose_scalar_node(self, anchor: str | None) -> yaml.ScalarNode:
+        # before the type is resolved, so that `lr: ${LR}` is a number and a variable can never add structure
+        event = self.peek_event()
+        event.value = _expand_variables(event.value, _line(self.name, event))
+        return super().compose_scalar_node(anchor)
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise ConfigError(f"{_line(self.name, key)}: came a list or section as a key, wanted a word")
+            if key.value in seen:
+                raise ConfigError(f"{_line(self.name, key)}: the key '{key.value}' stands twice; remove one")
+            seen.add(key.value)
+        return node
+
+
+class _ConfigDumper(yaml.SafeDumper):
+    """Quotes whatever _ConfigLoader would not read back as text."""
+
+    yaml_implicit_resolvers = _ConfigLoader.yaml_implicit_resolvers
+
+
+_ConfigDumper.add_representer(str, lambda dumper, text: dumper.represent_str(text.replace("${", "$${")))
+for _tag, _pattern, _first in (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    (
+        "bool",
+        r"true|True|TRUE|false|False|FALSE|yes|Yes|YES|no|No|NO|on|On|ON|off|Off|OFF",
+        list("tTfFyYnNoO"),
+    ),
+    # no octal, no base 60, no underscores; longer numbers become floats, which a whole-number key refuses
+    ("int", r"[-+]?(0|[1-9][0-9]{0,18})", list("-+0123456789")),
+    (
+        "float",
+        r"[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        list("-+.0123456789"),
+    ),
+):
+    _ConfigLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
+
+
+def _read(path: Path) -> str:
+    if path.suffix not in (".yaml", ".yml"):
+        raise ConfigError(f"config file {path}: came the ending '{path.suffix}', wanted .yaml or .yml")
+    try:
+        with open(path, "rb") as file:
+            raw = file.read(MAX_CONFIG_BYTES + 1)
+        if len(raw) > MAX_CONFIG_BYTES:
+            raise ConfigError(
+                f"config file {path}: more than {MAX_CONFIG_BYTES} bytes; is this the right file?"
+            )
+        return raw.decode("utf-8-sig")
+    except OSError as error:
+        raise ConfigError(f"cannot read the config file {path}: {error.strerror}; check the path") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"config file {path}: byte {error.start} is not UTF-8; save the file as UTF-8"
+        ) from None
+
+
+def _parse(text: str, source: str) -> yaml.Node | None:
+    try:
+        loader = _ConfigLoader(text)
+        loader.name = source
+        return loader.get_single_node()
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = mark.line + 1 if mark else 1
+        raise ConfigError(f"{source}:{line}: this is not YAML: {error.problem}") from None
+    except yaml.YAMLError as error:  # an unprintable character: no mark, several lines
+        raise ConfigError(f"{source}: this is not YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise ConfigError(f"{source}: nested too deeply; wanted sections with keys") from None
+
+
+def _to_data(node: yaml.Node, source: str) -> Any:
+    """Node -> dict, list or scalar; mapping keys become text."""
+    if isinstance(node, yaml.MappingNode):
+        return {key.value: _to_data(value, source) for key, value in node.value}
+    if isinstance(node, yaml.SequenceNode):
+        return [_to_data(value, source) for value in node.value]
+    return _ConfigLoader("").construct_object(node)
+
+
+def _line(source: str, event_or_node: yaml.Event | yaml.Node) -> str:
+    return f"{source}:{event_or_node.start_mark.line + 1}"
+
+
+def _expand_variables(text: str, where: str) -> str:
+    def value_of(match: re.Match) -> str:
+        if match.group(0) == "$${":
+            return "${"
+        name = match.group(1)
+        if name not in os.environ:
+            raise ConfigError(
+                f"{where}: the environment variable ${{{name}}} is not set; export it or write its value"
+            )
+        return os.environ[name]
+
+    return _VARIABLE.sub(value_of, text)
+
+
+def _fill_in_name(value: Any, name: Any) -> Any:
+    """Replace `[name]` in every text, as ai-toolkit does."""
+    if isinstance(value, dict):
+        return {key: _fill_in_name(inner, name) if key != "name" else inner for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_fill_in_name(inner, name) for inner in value]
+    return value.replace("[name]", name) if isinstance(value, str) and isinstance(name, str) else value
+
+
+def _apply(data: dict, override: str) -> tuple[str | int, ...]:
+    """Put one "a.b=c" into data; returns its path ("a", "b")."""
+    source = f"--set {printable(override)}"
+    dotted, equals, text = override.partition("=")
+    if not equals or not all(dotted.split(".")):
+        raise ConfigError(f"{source}: wanted section.key=value, for example train.steps=50")
+    node = _parse(text, source)
+    value = None if node is None else _to_data(node, source)
+    parts = [int(part) if part.isdecimal() else part for part in dotted.strip().split(".")]
+    here: Any = data
+    for part, following in zip(parts, [*parts[1:], None], strict=True):
+        _check_step(here, part, source)
+        new = value if following is None else [] if isinstance(following, int) else {}
+        if isinstance(here, list) and part == len(here):
+            here.append(new)
+        elif following is None or (isinstance(here, dict) and here.get(part) is None):
+            here[part] = new
+        here = here[part]
+    return tuple(parts)
+
+
+def _check_step(here: Any, part: str | int, source: str) -> None:
+    """Refuse an override that goes through a plain value, a missing list entry or a list entry by name."""
+    if isinstance(here, list):
+        if not isinstance(part, int) or part > len(here):
+            raise ConfigError(
+                f"{source}: came '{part}' for a list of {len(here)} entries, wanted a number below that"
+            )
+    elif not isinstance(here, dict) or isinstance(part, int):
+        raise ConfigError(f"{source}: '{part}' does not lead to a setting; wanted section.key=value")

@@ -1,0 +1,258 @@
+"""Every setting of a training run: one frozen model per section, each field with default, limits and meaning.
+
+Key names follow ai-toolkit's FLUX LoRA YAML without its `job`/`config`/`process` nesting; the `coat`
+section follows the COAT paper's vocabulary (arXiv 2410.19313). Types are strict: `"16"` is not a number and
+`true` is not 1. NaN and infinity are refused everywhere. Nothing here reads a file: see load.py.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, Strict, field_validator, model_validator
+
+Fp8Format = Literal["e4m3", "e5m2"]
+Granularity = Literal["per_tensor", "per_group"]
+# YAML gives lists and frozen models hold tuples: the one place where a value may change its type
+Strings = Annotated[tuple[str, ...], Strict(False)]
+# one latent token of FLUX covers 16 x 16 pixels (8 by the VAE, 2 by patchify)
+Pixels = Annotated[int, Field(ge=16, le=8192, multiple_of=16)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+
+
+class Section(BaseModel):
+    """What all sections share: frozen, unknown keys refused, no silent conversion, no NaN or infinity."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    """The frozen base model."""
+
+    name_or_path: str = Field(min_length=1, description="folder of a FLUX pipeline in the diffusers layout")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="compute dtype; auto is float32 on CPU and bfloat16 on GPU"
+    )
+
+
+class NetworkConfig(Section):
+    """The LoRA and where it goes."""
+
+    type: Literal["lora"] = Field("lora", description="kind of adapter")
+    linear: int = Field(16, ge=1, description="rank r of the LoRA")
+    linear_alpha: float = Field(16.0, gt=0, description="LoRA alpha; the update is scaled by alpha / rank")
+    dropout: float = Field(0.0, ge=0, lt=1, description="probability to drop an input element of the LoRA")
+    targets: Strings | None = Field(
+        None,
+        min_length=1,
+        description="endings of module names that get a LoRA; none: attention and feed-forward",
+    )
+    only_if_contains: Strings | None = Field(
+        None, min_length=1, description="keep a module only if transformer.<its path> contains one of these"
+    )
+    ignore_if_contains: Strings | None = Field(
+        None, min_length=1, description="leave out a module if transformer.<its path> contains one of these"
+    )
+
+
+class DatasetConfig(Section):
+    """One folder of pictures with captions in text files of the same stem."""
+
+    folder_path: str = Field(min_length=1, description="folder of pictures, searched with its subfolders")
+    resolution: Pixels = Field(
+        512, description="side of the square training picture in pixels, a multiple of 16"
+    )
+    caption_ext: str = Field("txt", pattern=r"^\.?\w+$", description="ending of caption files, dot optional")
+    default_caption: str | None = Field(
+        None, description="caption of pictures whose caption file is missing or empty; none: that is an error"
+    )
+    caption_dropout_rate: float = Field(0.0, ge=0, le=1, description="share of captions replaced by nothing")
+    num_repeats: int = Field(1, ge=1, description="times each picture is seen in an epoch")
+    skip_bad: bool = Field(False, description="leave out bad files, counted and listed, instead of stopping")
+
+    @field_validator("caption_ext")
+    @classmethod
+    def _without_dot(cls, value: str) -> str:
+        return value.removeprefix(".")
+
+
+class TrainConfig(Section):
+    """Steps, learning rate, optimizer, loss."""
+
+    steps: int = Field(1000, ge=1, description="optimizer updates")
+    batch_size: int = Field(1, ge=1, description="pictures in one forward pass")
+    gradient_accumulation: int = Field(1, ge=1, description="forward passes in one optimizer update")
+    lr: float = Field(1e-4, gt=0, le=1, description="peak learning rate")
+    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = Field(
+        "constant", description="course of the learning rate"
+    )
+    lr_warmup_steps: int = Field(0, ge=0, description="updates in which the learning rate rises from 0")
+    optimizer: Literal["adamw", "coat_fp8_adamw"] = Field(
+        "adamw", description="adamw keeps FP8 states where coat.enabled; coat_fp8_adamw keeps them always"
+    )
+    weight_decay: float = Field(0.01, ge=0, le=1, description="decoupled weight decay")
+    beta1: float = Field(0.9, ge=0, lt=1, description="decay of the first moment")
+    beta2: float = Field(0.999, ge=0, lt=1, description="decay of the second moment")
+    epsilon: float = Field(1e-8, gt=0, le=1, description="added to the root of the second moment")
+    max_grad_norm: float = Field(1.0, ge=0, description="clip the global gradient norm to this; 0 is off")
+    timestep_type: Literal["sigmoid", "linear", "shift"] = Field(
+        "sigmoid", description="how t is drawn: sigmoid of a normal, uniform, or shifted by the picture size"
+    )
+    cfg_scale: float = Field(1.0, ge=0, description="value given to the guidance embedding while training")
+    gradient_checkpointing: bool = Field(
+        False, description="recompute blocks in backward: less memory, slower"
+    )
+    max_sequence_length: int | None = Field(
+        None, ge=1, le=512, description="T5 tokens of a caption; none: what the tokenizer allows, at most 512"
+    )
+    loss_type: Literal["mse"] = Field("mse", description="distance between predicted and true velocity")
+
+    @model_validator(mode="after")
+    def _warmup_has_an_effect(self) -> TrainConfig:
+        if self.lr_warmup_steps > self.steps:
+            raise ValueError(f"lr_warmup_steps {self.lr_warmup_steps} is more than steps {self.steps}")
+        if self.lr_warmup_steps and self.lr_scheduler == "constant":
+            raise ValueError(
+                "lr_warmup_steps has no effect with lr_scheduler constant; use constant_with_warmup"
+            )
+        return self
+
+
+class CoatOptimizerConfig(Section):
+    """FP8 optimizer states (COAT, section 4)."""
+
+    use_fp8: bool = Field(True, description="keep both AdamW moments in FP8")
+    m1_format: Fp8Format = Field("e4m3", description="format of the first moment")
+    m2_format: Fp8Format = Field("e4m3", description="format of the second moment")
+    block_size: int = Field(128, ge=1, description="values that share one scale; smaller is more exact")
+    use_dynamic_range_expansion: bool = Field(
+        True, description="store sign(x) |x|^k so that FP8's range is filled"
+    )
+
+
+class CoatActivationConfig(Section):
+    """FP8 activations kept for backward (COAT, section 5)."""
+
+    use_fp8: bool = Field(True, description="keep activations for backward in FP8")
+    linear_granularity: Granularity = Field("per_tensor", description="scales of inputs of linear layers")
+    nonlinear_granularity: Granularity = Field(
+        "per_group", description="scales of everything else that is kept"
+    )
+    group_size: int = Field(128, ge=1, description="values that share one scale where per_group")
+
+
+class CoatMemoryConfig(Section):
+    """What is done and said about memory."""
+
+    enable_efficient_checkpoint: bool = Field(
+        True,
+        description="with train.gradient_checkpointing, keep the inputs of checkpointed blocks in FP8 too",
+    )
+    log_memory_stats: bool = Field(
+        False, description="print allocated and reserved memory at the stages of a step"
+    )
+
+
+class CoatConfig(Section):
+    """COAT: FP8 optimizer states and FP8 saved activations."""
+
+    enabled: bool = Field(False, description="train with COAT")
+    optimizer: CoatOptimizerConfig = Field(CoatOptimizerConfig(), description="FP8 optimizer states")
+    activation: CoatActivationConfig = Field(CoatActivationConfig(), description="FP8 saved activations")
+    memory: CoatMemoryConfig = Field(CoatMemoryConfig(), description="memory settings")
+
+
+class SaveConfig(Section):
+    """Checkpoints and the LoRA file."""
+
+    save_every: int = Field(250, ge=1, description="updates between checkpoints")
+    max_step_saves_to_keep: int = Field(4, ge=1, description="checkpoints kept, newest first")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="dtype in the LoRA file")
+
+
+class SampleConfig(Section):
+    """Preview pictures drawn while training."""
+
+    sample_every: int = Field(250, ge=0, description="updates between previews; 0 is never")
+    prompts: Strings = Field((), description="one picture each; [trigger] is replaced")
+    width: Pixels = Field(512, description="width in pixels, a multiple of 16")
+    height: Pixels = Field(512, description="height in pixels, a multiple of 16")
+    seed: Seed = Field(42, description="seed of the first picture")
+    walk_seed: bool = Field(False, description="picture i uses seed + i instead of the same seed")
+    guidance_scale: float = Field(3.5, ge=0, description="guidance of the previews")
+    sample_steps: int = Field(28, ge=1, le=1000, description="denoising steps")
+
+
+class LoggingConfig(Section):
+    """Progress and curves."""
+
+    log_every: int = Field(
+        10, ge=1, description="updates between points in the curves and on the progress bar"
+    )
+    visualdl: bool = Field(True, description="write VisualDL curves and pictures to <run folder>/logs")
+
+
+class RunConfig(Section):
+    """A whole run. Its files go to <output_dir>/<name>."""
+
+    name: str = Field(max_length=200, description="name of the run, its folder and its LoRA file")
+    output_dir: str = Field("output", min_length=1, description="folder that holds the folder of the run")
+    seed: Seed = Field(42, description="seed of initial weights, order, noise and dropout")
+    device: str = Field("auto", pattern=r"^(auto|cpu|gpu|gpu:[0-9]+)$", description="auto, cpu, gpu or gpu:N")
+    trigger_word: str | None = Field(
+        None, description="replaces [trigger] in captions, put in front if absent"
+    )
+    model: ModelConfig = Field(description="the frozen base model")
+    network: NetworkConfig = Field(NetworkConfig(), description="the LoRA")
+    datasets: Annotated[tuple[DatasetConfig, ...], Strict(False)] = Field(
+        min_length=1, max_length=1, description="the folder of pictures: a list with one entry"
+    )
+    train: TrainConfig = Field(TrainConfig(), description="how to train")
+    coat: CoatConfig = Field(CoatConfig(), description="FP8 optimizer states and saved activations")
+    save: SaveConfig = Field(SaveConfig(), description="checkpoints")
+    sample: SampleConfig = Field(SampleConfig(), description="previews")
+    logging: LoggingConfig = Field(LoggingConfig(), description="progress and curves")
+
+    @property
+    def run_dir(self) -> Path:
+        """Folder of everything this run writes."""
+        return Path(self.output_dir) / self.name
+
+    @property
+    def data(self) -> DatasetConfig:
+        """The one dataset of the run."""
+        return self.datasets[0]
+
+    @property
+    def uses_fp8_optimizer(self) -> bool:
+        """Whether AdamW keeps its moments in FP8."""
+        coat_asks = self.coat.enabled and self.coat.optimizer.use_fp8
+        return coat_asks or self.train.optimizer == "coat_fp8_adamw"
+
+    @field_validator("name")
+    @classmethod
+    def _is_a_folder_name(cls, value: str) -> str:
+        # a name becomes a folder and a file: no way out of output_dir, nothing hidden, nothing unprintable
+        if not value.strip() or value != value.strip() or value.startswith(".") or not value.isprintable():
+            raise ValueError("the name must be printable, not empty, without outer spaces or a leading dot")
+        if any(mark in value for mark in "/\\:[]"):
+            raise ValueError(r"the name must not hold any of / \ : [ ]")
+        return value
+
+    @field_validator("trigger_word")
+    @classmethod
+    def _is_a_word(cls, value: str | None) -> str | None:
+        if value is not None and (not value.strip() or value != " ".join(value.split())):
+            raise ValueError("the trigger word must not be blank or have extra spaces; leave it out for none")
+        if value is not None and ("[trigger]" in value or "[name]" in value):
+            raise ValueError("the trigger word must not hold [trigger] or [name], which it replaces")
+        return value
+
+    @model_validator(mode="after")
+    def _optimizer_agrees_with_coat(self) -> RunConfig:
+        if self.train.optimizer == "coat_fp8_adamw" and not self.coat.optimizer.use_fp8:
+            raise ValueError(
+                "train.optimizer coat_fp8_adamw contradicts coat.optimizer.use_fp8: false; change one of them"
+            )
+        return self

@@ -1,0 +1,46 @@
+"""The schema itself: every field says what it is, every section is strict and frozen."""
+
+import pytest
+from pydantic import ValidationError
+
+from ppcoat.config import schema
+from ppcoat.config.schema import RunConfig, Section
+
+SECTIONS = [each for each in vars(schema).values() if isinstance(each, type) and issubclass(each, Section)]
+
+
+@pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.__name__)
+def test_every_field_is_described_and_unknown_keys_are_refused(section):
+    assert section.model_config["extra"] == "forbid" and section.model_config["frozen"]
+    for name, field in section.model_fields.items():
+        assert field.description, f"{section.__name__}.{name}"
+
+
+def test_the_published_coat_section_is_accepted():
+    """Keys and values as in the README of the project that this one was asked to follow."""
+    coat = {
+        "enabled": True,
+        "optimizer": {
+            "use_fp8": True,
+            "m1_format": "e4m3",
+            "m2_format": "e5m2",
+            "block_size": 128,
+            "use_dynamic_range_expansion": True,
+        },
+        "activation": {
+            "use_fp8": True,
+            "linear_granularity": "per_tensor",
+            "nonlinear_granularity": "per_group",
+            "group_size": 256,
+        },
+        "memory": {"enable_efficient_checkpoint": True, "log_memory_stats": True},
+    }
+    given = {"name": "a", "model": {"name_or_path": "m"}, "datasets": [{"folder_path": "d"}], "coat": coat}
+    assert RunConfig.model_validate(given).coat.model_dump() == coat
+
+
+def test_caption_ext_takes_the_dot_or_not():
+    for ext in ("txt", ".txt"):
+        assert schema.DatasetConfig(folder_path="d", caption_ext=ext).caption_ext == "txt"
+    with pytest.raises(ValidationError):
+        schema.DatasetConfig(folder_path="d", caption_ext="../txt")
