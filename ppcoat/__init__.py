@@ -1,0 +1,40 @@
+"""ppcoat: FLUX LoRAs on PaddlePaddle with FP8 optimizer states and FP8 saved activations (COAT, arXiv
+2410.19313).
+
+Importing it makes FLUX known to ppdiffusers where that has none (models/registration.py); nothing else
+happens.
+"""
+
+import warnings
+
+with warnings.catch_warnings():  # two notes of Paddle's own imports that mean nothing to a user
+    warnings.filterwarnings("ignore", message="No ccache found|Setuptools is replacing distutils")
+    import ppdiffusers  # noqa: F401
+
+from ppcoat.errors import ConfigError
+from ppcoat.lora import load_lora, save_lora
+from ppcoat.models.flux import FluxTransformer2DModel
+from ppcoat.models.flux_pipeline import FluxPipeline
+from ppcoat.models.registration import register
+from ppcoat.models.scheduler import FlowMatchEulerDiscreteScheduler
+from ppcoat.nn.convert import replace_linear_with_fp8
+from ppcoat.nn.saved import fp8_saved_tensors
+from ppcoat.optim import FP8AdamW, FP8QuantizationConfig
+from ppcoat.train.coat import COATConfig, COATTrainer
+
+__all__ = [
+    "COATConfig",
+    "COATTrainer",
+    "ConfigError",
+    "FP8AdamW",
+    "FP8QuantizationConfig",
+    "FlowMatchEulerDiscreteScheduler",
+    "FluxPipeline",
+    "FluxTransformer2DModel",
+    "fp8_saved_tensors",
+    "load_lora",
+    "replace_linear_with_fp8",
+    "save_lora",
+]
+
+register()

@@ -1,0 +1,11 @@
+"""Draw with a FLUX folder and a LoRA:
+
+    python inference/generate.py --model ppcoat/assets/tiny_flux --prompt "a red dress with white dots" \
+        --path_to_lora output/quickstart/coat/coat.safetensors --output_dir output/pictures
+"""
+
+import sys
+
+from ppcoat.cli.main import run
+
+sys.exit(run("generate"))

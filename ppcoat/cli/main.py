@@ -1,0 +1,61 @@
+"""The command table: `python -m ppcoat <command>`. The files in train_scripts/ and inference/ run the same
+commands.
+
+A command is a module with `add_arguments(parser)` and `run_command(arguments)`; it is imported when it is
+called.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+import warnings
+from collections.abc import Sequence
+
+from ppcoat.errors import ConfigError
+
+COMMANDS = {  # name -> (module, what it does)
+    "quickstart": (
+        "ppcoat.cli.quickstart",
+        "draw data, train a LoRA with and without COAT, draw with it, measure",
+    ),
+    "train": ("ppcoat.cli.train", "train a FLUX LoRA from a YAML file"),
+    "generate": ("ppcoat.infer.generate", "draw pictures with a FLUX folder and, if wanted, a LoRA"),
+    "evaluate": ("ppcoat.infer.evaluate", "score a tiny FLUX on captions it was not trained on"),
+    "pretrain-tiny-flux": ("ppcoat.pretrain.stages", "make the built-in tiny FLUX from nothing"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`python -m ppcoat <command> ...` -> exit status: 0, or 2 for a user's mistake, or 130 for Ctrl+C."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: python -m ppcoat <command> [flags]      (--help after a command lists its flags)\n")
+        print("\n".join(f"  {name:20s} {what}" for name, (_, what) in COMMANDS.items()))
+        return 0
+    if argv[0] not in COMMANDS:
+        print(f"error: unknown command {argv[0]!r}; known are {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    return run(argv[0], argv[1:], prog=f"python -m ppcoat {argv[0]}")
+
+
+def run(name: str, argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Run one command with the flags `argv` (default: the process's own); a ConfigError becomes one line on
+    stderr."""
+    module_name, what = COMMANDS[name]
+    warnings.filterwarnings(
+        "ignore", category=UserWarning, module="paddle|ppdiffusers|paddlenlp|_distutils_hack"
+    )
+    try:
+        module = importlib.import_module(module_name)
+        parser = argparse.ArgumentParser(prog=prog, description=what)
+        module.add_arguments(parser)
+        module.run_command(parser.parse_args(argv))
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,173 @@
+"""The main job on a CPU in minutes: teach the built-in tiny FLUX a motif that it has never seen, and
+measure it.
+
+    drawings with a gold star, trigger word "sks"  ->  LoRA with COAT, and the same run without  ->
+    pictures  ->  numbers
+
+Everything printed is computed in this call. It begins afresh each time: its own folder is removed first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from ppcoat.config.load import load_config
+from ppcoat.config.schema import RunConfig
+from ppcoat.data import garments
+from ppcoat.host import tune_host
+from ppcoat.infer.garment_classifier import GarmentClassifier, classify
+from ppcoat.models.flux_pipeline import FluxPipeline
+from ppcoat.train.flux_lora import train_flux_lora
+from ppcoat.train.trainer import TrainingResult
+
+MOTIF = garments.MOTIFS[0]
+CONFIG = Path(__file__).parent.parent.parent / "configs" / "quickstart.yaml"
+PICTURES, DATA_SEED = 48, 7
+GRID_COLUMNS = 8
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config", default=str(CONFIG), help="settings of the run (default: configs/quickstart.yaml)"
+    )
+    parser.add_argument(
+        "--samples", type=int, default=100, help="pictures per measured rate (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="a.b=c",
+        help="override one key of the config",
+    )
+
+
+def run_command(arguments: argparse.Namespace) -> None:
+    tune_host()
+    quickstart(arguments.config, arguments.overrides, arguments.samples)
+
+
+def quickstart(config_file: str, overrides: list[str], samples: int) -> None:
+    """Draw, train twice, draw again, measure, print."""
+    with_coat = load_config(config_file, overrides)
+    without = load_config(
+        config_file, [*overrides, f"name={with_coat.name}_off", "coat.enabled=false", "sample.sample_every=0"]
+    )
+    folder = Path(with_coat.output_dir)
+    for path in (with_coat.run_dir, without.run_dir, Path(with_coat.data.folder_path)):
+        shutil.rmtree(path, ignore_errors=True)
+    print(f"drawing {PICTURES} garments with a {MOTIF} into {with_coat.data.folder_path}")
+    garments.write_folder(
+        with_coat.data.folder_path, PICTURES, DATA_SEED, with_coat.data.resolution, MOTIF, "[trigger] "
+    )
+    print(f"training {with_coat.train.steps} steps with COAT")
+    coat = train_flux_lora(with_coat)
+    print(f"training {without.train.steps} steps without COAT: same seed, same data")
+    plain = train_flux_lora(without)
+    rates, grid = measure(with_coat, coat.lora_file, samples)
+    picture = folder / "before_after.png"
+    grid.save(picture)
+    print(summary(with_coat, coat, plain, rates, samples, picture))
+
+
+def measure(config: RunConfig, lora_file: Path, samples: int) -> tuple[dict[str, float], Image.Image]:
+    """Motif rates in `samples` pictures each, and the grid of the first ones (LoRA off above, on below)."""
+    pipeline = FluxPipeline.from_pretrained(config.model.name_or_path)
+    pipeline.set_progress_bar_config(desc="drawing")
+    _, held_out = garments.split_garments()
+    captions = [held_out[i % len(held_out)].caption for i in range(samples)]
+    with_trigger = [f"{config.trigger_word} {caption}" for caption in captions]
+    before = draw(pipeline, with_trigger, config)
+    pipeline.load_lora_weights(lora_file)
+    after, without_trigger = draw(pipeline, with_trigger, config), draw(pipeline, captions, config)
+    detector = GarmentClassifier.load()
+    rates = {
+        name: float(np.mean(classify(detector, pictures)["motif"] == MOTIF))
+        for name, pictures in (("off", before), ("on", after), ("no_trigger", without_trigger))
+    }
+    return rates, contact_sheet([before[:GRID_COLUMNS], after[:GRID_COLUMNS]], ["LoRA off", "LoRA on"])
+
+
+def draw(
+    pipeline: FluxPipeline, prompts: list[str], config: RunConfig, batch_size: int = 50
+) -> list[Image.Image]:
+    """One picture per prompt; picture i is drawn from seed + i."""
+    pictures = []
+    for start in range(0, len(prompts), batch_size):
+        pictures += pipeline(
+            prompts[start : start + batch_size],
+            height=config.sample.height,
+            width=config.sample.width,
+            num_inference_steps=config.sample.sample_steps,
+            guidance_scale=config.sample.guidance_scale,
+            seed=config.sample.seed + start,
+        ).images
+    return pictures
+
+
+def contact_sheet(rows: list[list[Image.Image]], names: list[str], scale: int = 2) -> Image.Image:
+    """Rows of pictures, enlarged, each with its name on the left."""
+    width, height = (side * scale for side in rows[0][0].size)
+    margin = 70
+    sheet = Image.new("RGB", (margin + width * len(rows[0]), height * len(rows)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for y, (row, name) in enumerate(zip(rows, names, strict=True)):
+        pen.text((6, y * height + height // 2), name, fill="black")
+        for x, picture in enumerate(row):
+            sheet.paste(picture.resize((width, height), Image.NEAREST), (margin + x * width, y * height))
+    return sheet
+
+
+def final_loss(result: TrainingResult, steps: int = 50) -> float:
+    """Mean loss of the last steps. Both runs see the same pictures, noise and noise levels in them."""
+    return float(np.mean(result.losses[-steps:]))
+
+
+def summary(
+    config: RunConfig,
+    coat: TrainingResult,
+    plain: TrainingResult,
+    rates: dict[str, float],
+    samples: int,
+    picture: Path,
+) -> str:
+    """The table at the end."""
+    parameters = sum(np.prod(shape) for shape in _lora_shapes(coat.lora_file))
+    losses = [final_loss(result) for result in (coat, plain)]
+    rows = [
+        ("", "COAT on", "COAT off"),
+        ("final loss (mean of last 50 steps)", *(f"{loss:.4f}" for loss in losses)),
+        ("activations kept for backward, MiB", *(f"{r.bytes_kept / 2**20:.2f}" for r in (coat, plain))),
+        (
+            "optimizer states, bytes per parameter",
+            *(f"{r.optimizer_bytes / parameters:.3f}" for r in (coat, plain)),
+        ),
+        ("training seconds, with previews", *(f"{r.seconds:.0f}" for r in (coat, plain))),
+    ]
+    lines = [f"{name:40s}{on:>10s}{off:>10s}" for name, on, off in rows]
+    difference = 100 * (losses[0] / losses[1] - 1)
+    lines += [
+        f"difference of final losses: {difference:+.2f} % (wanted: within 3 %)",
+        "",
+        f"pictures in which the detector finds the {MOTIF}, of {samples} each:",
+        f"  LoRA on, with '{config.trigger_word}'      {rates['on']:6.0%}   (wanted: at least 80 %)",
+        f"  LoRA off, with '{config.trigger_word}'     {rates['off']:6.0%}   (wanted: at most 10 %)",
+        f"  LoRA on, without '{config.trigger_word}'   {rates['no_trigger']:6.0%}",
+        "",
+        f"LoRA: {coat.lora_file}",
+        f"before and after: {picture}",
+    ]
+    return "\n" + "\n".join(lines)
+
+
+def _lora_shapes(file: Path) -> list[list[int]]:
+    from safetensors import safe_open
+
+    with safe_open(str(file), framework="np") as tensors:
+        return [tensors.get_slice(name).get_shape() for name in tensors.keys()]  # noqa: SIM118

@@ -1,0 +1,142 @@
+"""Train the small FLUX transformer of the built-in tiny FLUX on latents of drawings, by flow matching.
+
+Our own FluxTransformer2DModel in the layout of FLUX.1-dev, 2.4 M parameters. Pictures are drawn and encoded
+once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import paddle
+from paddle.io import DataLoader, Dataset
+from tqdm import tqdm
+
+from ppcoat.data import garments
+from ppcoat.models.flux import FluxTransformer2DModel
+from ppcoat.models.flux_pipeline import FluxPipeline, latent_image_ids, pack_latents
+from ppcoat.pretrain.autoencoder import HELD_OUT_SEED, to_pixels
+from ppcoat.pretrain.text import CLIP_WIDTH, T5_WIDTH, caption_variants
+
+
+@dataclass(frozen=True)
+class DenoiserTraining:
+    """Set size, batch and schedule. The learning rate rises over `warmup` steps and then falls linearly to
+    zero."""
+
+    pictures: int = 30_000
+    steps: int = 5000
+    batch_size: int = 64
+    learning_rate: float = 1e-3
+    warmup: int = 200
+    ema_decay: float = 0.999
+    size: int = 64
+    seed: int = 0
+
+
+def build_transformer() -> FluxTransformer2DModel:
+    """2 double + 4 single blocks, 4 heads of 32."""
+    return FluxTransformer2DModel(
+        num_layers=2,
+        num_single_layers=4,
+        attention_head_dim=32,
+        num_attention_heads=4,
+        joint_attention_dim=T5_WIDTH,
+        pooled_projection_dim=CLIP_WIDTH,
+        guidance_embeds=True,
+        axes_dims_rope=(8, 12, 12),
+    )
+
+
+class CaptionedDrawings(Dataset):
+    """Item i: (float32 [3, size, size] in -1..1, caption). Only trained captions and trained seeds."""
+
+    def __init__(self, count: int, size: int, seed: int):
+        super().__init__()
+        self.size, self.count, self.first_seed = size, count, (seed + 1) * 1_000_000
+        self.garments, _ = garments.split_garments()
+        assert self.first_seed + count < HELD_OUT_SEED
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, i: int):
+        rng = np.random.default_rng([self.first_seed, i])
+        garment = self.garments[rng.integers(len(self.garments))]
+        picture = garments.draw(garment, self.first_seed + i, self.size)
+        return to_pixels(picture), caption_variants(garment.caption, rng)
+
+
+@paddle.no_grad()
+def encode_drawings(pipeline: FluxPipeline, training: DenoiserTraining, file: Path, workers: int = 2) -> dict:
+    """Draw, encode pictures and captions, and keep the arrays in `file` (.npz), which a second call reads.
+
+    -> latents [N, tokens, 64] (packed, unit scale), prompt_embeds [N, L, T5 width], pooled [N, CLIP width],
+    float32.
+    """
+    if file.exists():
+        return {name: array.astype(np.float32) for name, array in np.load(file).items()}
+    drawings = CaptionedDrawings(training.pictures, training.size, training.seed)
+    parts: dict[str, list[np.ndarray]] = {"latents": [], "prompt_embeds": [], "pooled": []}
+    for pixels, captions in tqdm(DataLoader(drawings, batch_size=100, num_workers=workers), desc="drawings"):
+        latents = pack_latents(pipeline.encode_image(pixels))
+        embeds, pooled, _ = pipeline.encode_prompt(list(captions))
+        for name, value in (("latents", latents), ("prompt_embeds", embeds), ("pooled", pooled)):
+            parts[name].append(value.numpy().astype(np.float16))
+    arrays = {name: np.concatenate(values) for name, values in parts.items()}
+    np.savez(file, **arrays)
+    return {name: array.astype(np.float32) for name, array in arrays.items()}
+
+
+def train_transformer(
+    transformer: FluxTransformer2DModel, data: dict, training: DenoiserTraining
+) -> list[float]:
+    """Flow matching (target noise - latents, sigma = sigmoid(N(0, 1))); leaves the EMA weights in
+    `transformer`."""
+    rng = np.random.default_rng(training.seed)
+    paddle.seed(training.seed)
+    schedule = paddle.optimizer.lr.LinearWarmup(
+        paddle.optimizer.lr.PolynomialDecay(training.learning_rate, training.steps - training.warmup,
+        end_lr=0.0), training.warmup, 0.0, training.learning_rate)  # fmt: skip
+    optimizer = paddle.optimizer.AdamW(schedule, parameters=transformer.parameters(), weight_decay=0.01,
+                                       grad_clip=paddle.nn.ClipGradByGlobalNorm(1.0))  # fmt: skip
+    average = [p.detach().clone() for p in transformer.parameters()]
+    tokens = data["latents"].shape[1]
+    image_ids = latent_image_ids(int(tokens**0.5), int(tokens**0.5))
+    text_ids = paddle.zeros([data["prompt_embeds"].shape[1], 3])
+    losses = []
+    transformer.train()
+    bar = tqdm(range(1, training.steps + 1), desc="transformer", mininterval=5)
+    for step in bar:
+        rows = rng.integers(len(data["latents"]), size=training.batch_size)
+        latents, embeds, pooled = (
+            paddle.to_tensor(data[k][rows]) for k in ("latents", "prompt_embeds", "pooled")
+        )
+        sigma = paddle.to_tensor(1 / (1 + np.exp(-rng.normal(size=len(rows)))), dtype="float32")
+        guidance = paddle.to_tensor(rng.uniform(1, 5, len(rows)), dtype="float32")
+        noise = paddle.randn(latents.shape)
+        mix = sigma.reshape([-1, 1, 1])
+        velocity = transformer((1 - mix) * latents + mix * noise, embeds, pooled, sigma, image_ids, text_ids,
+                               guidance, return_dict=False)[0]  # fmt: skip
+        loss = (velocity - (noise - latents)).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.clear_grad()
+        schedule.step()
+        _update_average(average, transformer, min(training.ema_decay, (1 + step) / (10 + step)))
+        losses.append(float(loss))
+        if step % 25 == 0:
+            bar.set_postfix(loss=f"{np.mean(losses[-100:]):.4f}", lr=f"{optimizer.get_lr():.1e}")
+    for parameter, value in zip(transformer.parameters(), average, strict=True):
+        parameter.set_value(value)
+    transformer.eval()
+    return losses
+
+
+@paddle.no_grad()
+def _update_average(average: list[paddle.Tensor], model: paddle.nn.Layer, decay: float) -> None:
+    for kept, parameter in zip(average, model.parameters(), strict=True):
+        kept.scale_(decay)
+        kept.add_(parameter * (1 - decay))

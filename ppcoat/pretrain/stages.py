@@ -1,0 +1,85 @@
+"""The stages that make a tiny FLUX, each kept in the work folder, so that a second call goes on where one
+stopped.
+
+text encoders -> autoencoder -> encoded drawings -> transformer -> pipeline folder; and the garment classifier
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+from ppcoat.host import tune_host
+from ppcoat.models.flux_pipeline import FluxPipeline
+from ppcoat.models.loading import load_clip, load_clip_tokenizer, load_t5, load_t5_tokenizer, load_vae
+from ppcoat.models.scheduler import FlowMatchEulerDiscreteScheduler
+from ppcoat.pretrain.autoencoder import AutoencoderTraining, train_autoencoder
+from ppcoat.pretrain.classifier import ClassifierTraining, train_classifier
+from ppcoat.pretrain.denoiser import DenoiserTraining, build_transformer, encode_drawings, train_transformer
+from ppcoat.pretrain.text import write_text_parts
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--work_dir", default="output/pretrain", help="folder for the stages (default: %(default)s)"
+    )
+    parser.add_argument("--output_dir", required=True, help="folder for the finished pipeline")
+    parser.add_argument("--autoencoder_steps", type=int, default=AutoencoderTraining.steps)
+    parser.add_argument("--transformer_steps", type=int, default=DenoiserTraining.steps)
+    parser.add_argument("--classifier_steps", type=int, default=ClassifierTraining.steps)
+    parser.add_argument(
+        "--pictures", type=int, default=DenoiserTraining.pictures, help="drawings to train on"
+    )
+
+
+def run_command(arguments: argparse.Namespace) -> None:
+    tune_host()
+    pretrain(
+        Path(arguments.work_dir),
+        Path(arguments.output_dir),
+        AutoencoderTraining(steps=arguments.autoencoder_steps),
+        DenoiserTraining(steps=arguments.transformer_steps, pictures=arguments.pictures),
+        ClassifierTraining(steps=arguments.classifier_steps),
+    )
+
+
+def pretrain(
+    work_dir: Path,
+    output_dir: Path,
+    autoencoder: AutoencoderTraining,
+    denoiser: DenoiserTraining,
+    classifier: ClassifierTraining,
+) -> FluxPipeline:
+    """Run every stage whose result is not in `work_dir` yet and write the pipeline (bfloat16) to
+    `output_dir`."""
+    work_dir.mkdir(parents=True, exist_ok=True)
+    if not (work_dir / "garment_classifier.safetensors").exists():
+        train_classifier(work_dir / "garment_classifier.safetensors", classifier)
+    if not (work_dir / "text_encoder_2").exists():
+        write_text_parts(work_dir)
+    if not (work_dir / "vae").exists():
+        train_autoencoder(work_dir / "vae", autoencoder)
+    pipeline = assemble(work_dir)
+    data = encode_drawings(pipeline, denoiser, work_dir / "drawings.npz")
+    losses = train_transformer(pipeline.transformer, data, denoiser)
+    pipeline.save_pretrained(output_dir, dtype="bfloat16")
+    settings = {"autoencoder": dataclasses.asdict(autoencoder), "transformer": dataclasses.asdict(denoiser)}
+    settings["final_loss"] = sum(losses[-200:]) / len(losses[-200:])
+    (work_dir / "training.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    return pipeline
+
+
+def assemble(work_dir: Path) -> FluxPipeline:
+    """A pipeline of the work folder's parts and an untrained transformer; the scheduler has FLUX.1-dev's
+    config."""
+    return FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=load_vae(work_dir / "vae"),
+        text_encoder=load_clip(work_dir / "text_encoder"),
+        tokenizer=load_clip_tokenizer(work_dir / "tokenizer"),
+        text_encoder_2=load_t5(work_dir / "text_encoder_2"),
+        tokenizer_2=load_t5_tokenizer(work_dir / "tokenizer_2"),
+        transformer=build_transformer(),
+    )

@@ -1,0 +1,280 @@
+"""Checkpoints that survive a kill at any moment: complete and verified, or not there.
+
+    <run>/checkpoints/000000250/lora.safetensors ... state.json manifest.json
+    <run>/checkpoints/latest                        text: 000000250
+
+A checkpoint is written to <step>.tmp-<pid>, every file and the folder are synced, the folder is renamed,
+and only then does `latest` move; old ones are removed last. manifest.json holds size and sha256 of every
+file. Only safetensors and JSON are written and read: loading runs no code from the file. One process
+writes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import paddle
+import safetensors.paddle
+
+from ppcoat.errors import ConfigError
+
+FORMAT = "ppcoat-checkpoint-1"
+_COMMITTED = re.compile(r"^[0-9]{9}$")
+_IN_PROGRESS = re.compile(r"^([0-9]{9}|latest)\.(tmp|old)-([0-9]+)$")
+_FILE_NAME = re.compile(r"^[A-Za-z0-9_]+\.(safetensors|json)$")
+
+_log = logging.getLogger(__name__)
+
+Tensors = dict[str, paddle.Tensor]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A loaded checkpoint: groups of tensors on CPU by name, and the JSON state."""
+
+    path: Path
+    step: int
+    tensors: dict[str, Tensors]
+    state: dict
+
+
+def save_checkpoint(
+    run_dir: str | Path, step: int, tensors: dict[str, Tensors], state: dict, keep: int
+) -> Path:
+    """Write checkpoint `step`, move `latest` to it, keep the newest `keep`; returns its folder.
+
+    tensors: {"lora": {...}, "optimizer": {...}}, one safetensors file each, every dtype bit-exact (FP8 too);
+    state: anything JSON can hold (RNG states, data position, compared fields). Raises OSError (disk full, no
+    permission) with the earlier checkpoints and `latest` untouched.
+    """
+    if keep < 1:
+        raise ConfigError(f"checkpoints to keep: came {keep}, wanted at least 1")
+    root = Path(run_dir) / "checkpoints"
+    root.mkdir(parents=True, exist_ok=True)
+    _clean_up(root)
+    name = f"{step:09d}"
+    draft = root / f"{name}.tmp-{os.getpid()}"
+    draft.mkdir()
+    try:
+        _write_files(draft, step, tensors, state)
+        _commit(draft, root / name)
+        _write_atomically(root / "latest", f"{name}\n".encode())
+    except OSError:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+    _prune(root, step, keep)
+    return root / name
+
+
+def load_latest(run_dir: str | Path) -> Checkpoint | None:
+    """The newest intact checkpoint of a run, or None where the run has none.
+
+    Starts at the one `latest` names; one with a missing file, a wrong size or a wrong sha256 is reported as
+    a warning and the one before it is tried. Left-overs of killed saves are removed. Raises ConfigError
+    where there are checkpoints but none is intact.
+    """
+    root = Path(run_dir) / "checkpoints"
+    if not root.is_dir():
+        return None
+    _clean_up(root)
+    candidates = _committed(root)
+    newest = _pointed(root)
+    if newest is not None:
+        # later ones belong to a history that was given up when training went on from an earlier one
+        candidates = [path for path in candidates if int(path.name) <= newest]
+        if not candidates or int(candidates[-1].name) != newest:
+            _log.warning(
+                "checkpoint %09d, which %s names, is gone; trying earlier ones", newest, root / "latest"
+            )
+    for path in reversed(candidates):
+        try:
+            return _load(path)
+        except _Damaged as damage:
+            _log.warning("checkpoint %s is damaged (%s); trying the one before it", path, damage)
+    if candidates or newest is not None:
+        raise ConfigError(
+            f"no checkpoint in {root} is intact; restore one, or remove that folder to start over"
+        )
+    return None
+
+
+def check_compatible(saved: dict, current: dict) -> None:
+    """Refuse to resume under other settings: the two (nested) dicts of decisive fields must be equal as JSON.
+
+    Raises ConfigError naming the first differing field with both values.
+    """
+    before, now = _flatten(saved), _flatten(current)
+    for field in sorted(before.keys() | now.keys()):
+        if before.get(field) != now.get(field) or (field in before) != (field in now):
+            was = repr(before[field]) if field in before else "not recorded"
+            is_now = repr(now[field]) if field in now else "not set"
+            raise ConfigError(
+                f"cannot resume: {field} was {was} in the checkpoint and is {is_now} now; "
+                "set it back, or start a new run under another name"
+            )
+
+
+class _Damaged(Exception):
+    """A checkpoint cannot be used; the text is the reason."""
+
+
+def _write_files(draft: Path, step: int, tensors: dict[str, Tensors], state: dict) -> None:
+    contents = {"state.json": json.dumps(state, indent=1).encode()}
+    for group, named in tensors.items():
+        contents[f"{group}.safetensors"] = safetensors.paddle.save(
+            {name: tensor.detach().contiguous() for name, tensor in named.items()}
+        )
+    for name, content in contents.items():
+        assert _FILE_NAME.match(name), f"tensor group {name!r} is not a plain word"
+        _write(draft / name, content)
+    files = {
+        name: {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        for name, content in contents.items()
+    }
+    manifest = {"format": FORMAT, "step": step, "files": files}
+    _write(draft / "manifest.json", json.dumps(manifest, indent=1).encode())
+    _sync_folder(draft)
+
+
+def _commit(draft: Path, final: Path) -> None:
+    """Give the draft its name. A folder of that name (the step was saved before) is set aside first, because
+    a rename cannot replace a folder; _clean_up puts it back if we are killed in between."""
+    aside = final.with_name(f"{final.name}.old-{os.getpid()}")
+    if final.exists():
+        os.rename(final, aside)
+    os.rename(draft, final)
+    _sync_folder(final.parent)
+    if aside.exists():
+        shutil.rmtree(aside)
+
+
+def _write(path: Path, content: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _write_atomically(path: Path, content: bytes) -> None:
+    draft = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    _write(draft, content)
+    os.replace(draft, path)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(path: Path) -> None:
+    """Make names in a folder durable: a rename is safe after a power cut only when its folder is synced."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _committed(root: Path) -> list[Path]:
+    """Folders with our manifest, oldest step first. Nothing else is ever loaded or removed."""
+    return sorted(path for path in root.iterdir() if _COMMITTED.match(path.name) and _is_ours(path))
+
+
+def _is_ours(path: Path) -> bool:
+    return not path.is_symlink() and (path / "manifest.json").is_file()
+
+
+def _pointed(root: Path) -> int | None:
+    """Step that `latest` names; None where there is no pointer or it holds something else."""
+    try:
+        text = (root / "latest").read_text("ascii").strip()
+    except FileNotFoundError:
+        return None
+    except UnicodeDecodeError:
+        text = "bytes that are not ASCII"
+    if not _COMMITTED.match(text):
+        _log.warning(
+            "%s holds %.40r, wanted a step of nine digits; using the newest step", root / "latest", text
+        )
+        return None
+    return int(text)
+
+
+def _load(path: Path) -> Checkpoint:
+    try:
+        manifest = json.loads((path / "manifest.json").read_bytes())
+        if manifest["format"] != FORMAT or manifest["step"] != int(path.name):
+            raise _Damaged("manifest.json belongs to another format or step")
+        contents = {name: _verified(path, name, facts) for name, facts in manifest["files"].items()}
+        state = json.loads(contents.pop("state.json"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _Damaged(f"manifest or state: {type(error).__name__}: {error}") from None
+    tensors = {
+        name.removesuffix(".safetensors"): safetensors.paddle.load(content)
+        for name, content in contents.items()
+    }
+    return Checkpoint(path, int(path.name), tensors, state)
+
+
+def _verified(path: Path, name: str, facts: dict) -> bytes:
+    if not _FILE_NAME.match(name):
+        raise _Damaged(f"manifest.json names {name!r}, which is not a file of a checkpoint")
+    try:
+        size = (path / name).stat().st_size
+        if size != facts["size"]:
+            raise _Damaged(f"{name} has {size} bytes, wanted {facts['size']}")
+        content = (path / name).read_bytes()
+    except OSError as error:
+        raise _Damaged(f"{name}: {error.strerror}") from None
+    if hashlib.sha256(content).hexdigest() != facts["sha256"]:
+        raise _Damaged(f"{name}: sha256 differs from manifest.json")
+    return content
+
+
+def _clean_up(root: Path) -> None:
+    """Undo what killed saves left: remove drafts, put back a set-aside folder that was not replaced."""
+    for path in list(root.iterdir()):
+        match = _IN_PROGRESS.match(path.name)
+        if not match or path.is_symlink() or _is_running(int(match.group(3))):
+            continue
+        final = root / match.group(1)
+        if match.group(2) == "old" and not final.exists():
+            os.rename(path, final)
+        elif path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _is_running(pid: int) -> bool:
+    """Whether another living process may still be writing under this id."""
+    if pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _prune(root: Path, step: int, keep: int) -> None:
+    """Keep the newest `keep` checkpoints up to `step`; those beyond it are not part of this history."""
+    history = [path for path in _committed(root) if int(path.name) <= step]
+    for path in history[:-keep]:
+        shutil.rmtree(path)
+
+
+def _flatten(fields: dict, prefix: str = "") -> dict[str, object]:
+    """Nested dict -> {"a.b": value as JSON would give it back}."""
+    flat: dict[str, object] = {}
+    for name, value in fields.items():
+        if isinstance(value, dict) and value:
+            flat |= _flatten(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = json.loads(json.dumps(value))
+    return flat

@@ -1,0 +1,159 @@
+"""What a run tells its user: progress bar, one JSON line per step, VisualDL curves, preview pictures.
+
+<run>/log.jsonl             every step, exact values, no times: equal runs give equal files
+<run>/logs/                 VisualDL (visualdl --logdir <run>/logs)
+<run>/samples/              previews as PNG, named by step and prompt number, the prompt inside the file
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, TextIO
+
+import numpy as np
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from tqdm import tqdm
+
+from ppcoat.errors import ConfigError
+
+if TYPE_CHECKING:
+    from visualdl import LogWriter
+
+LOSS_SMOOTHING = 0.98  # share of the old mean in each update of the loss on the bar
+
+
+class Report:
+    """Progress and curves of one run. Use it as a context manager: it is closed whatever happens.
+
+    total_steps and start_step count optimizer updates; a resumed run passes the step of its checkpoint, and
+    lines of log.jsonl after that step are dropped because they are about to be written again.
+    """
+
+    def __init__(
+        self,
+        run_dir: str | Path,
+        total_steps: int,
+        log_every: int = 10,
+        visualdl: bool = True,
+        start_step: int = 0,
+    ) -> None:
+        """Raises ConfigError where VisualDL is wanted and missing, OSError where run_dir is not writable."""
+        self.run_dir = Path(run_dir)
+        self.total_steps = total_steps
+        self.log_every = log_every
+        self.smoothed_loss: float | None = None
+        self._weight = 0.0
+        self._closing = ExitStack()
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        with self._closing as closing_on_error:
+            log = _open_log(self.run_dir / "log.jsonl", start_step)
+            self._log = closing_on_error.enter_context(log)
+            self._curves = None
+            if visualdl:
+                self._curves = closing_on_error.enter_context(_open_visualdl(self.run_dir / "logs"))
+            # a file of output needs no line ten times a second
+            pause = 0.2 if sys.stderr.isatty() else 10.0
+            bar = tqdm(
+                total=total_steps, initial=start_step, unit="step", mininterval=pause, dynamic_ncols=True
+            )
+            self._bar = closing_on_error.enter_context(bar)
+            self._closing = closing_on_error.pop_all()
+
+    def step(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Record update `step` (from 1): "loss" and "lr" are shown on the bar, the rest ("grad_norm",
+        "kept_bytes", ...) goes to log.jsonl every step and to VisualDL every log_every steps."""
+        line = {"step": step} | {name: _json_number(value) for name, value in scalars.items()}
+        self._log.write(json.dumps(line) + "\n")
+        if "loss" in scalars and math.isfinite(scalars["loss"]):
+            self._smooth(float(scalars["loss"]))
+        if step % self.log_every == 0 or step == self.total_steps:
+            self._bar.set_postfix_str(self._postfix(scalars), refresh=False)
+            if self._curves is not None:
+                for name, value in scalars.items():
+                    self._curves.add_scalar(tag=f"train/{name}", value=float(value), step=step)
+        self._bar.update(1)
+
+    def images(self, step: int, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[Path]:
+        """Save one preview per prompt, also to VisualDL; returns the paths of the PNG files."""
+        folder = self.run_dir / "samples"
+        folder.mkdir(exist_ok=True)
+        paths = []
+        for number, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
+            path = folder / f"{step:09d}_{number:02d}.png"
+            note = PngInfo()
+            note.add_itxt("prompt", prompt)
+            image.save(path, pnginfo=note)
+            if self._curves is not None:
+                pixels = np.asarray(image.convert("RGB"))
+                self._curves.add_image(tag=f"sample/{number:02d}", img=pixels, step=step)
+            paths.append(path)
+        return paths
+
+    def message(self, text: str) -> None:
+        """Print a line above the progress bar."""
+        self._bar.write(text, file=sys.stderr)
+
+    def close(self) -> None:
+        """Close bar, curves and log, each even if another fails to. A second call does nothing."""
+        self._closing.close()
+
+    def __enter__(self) -> Report:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _smooth(self, loss: float) -> None:
+        """Running mean without the pull to zero at the start (bias correction as in Adam)."""
+        before = self.smoothed_loss or 0.0
+        weight = LOSS_SMOOTHING * self._weight + 1 - LOSS_SMOOTHING
+        self.smoothed_loss = (LOSS_SMOOTHING * self._weight * before + (1 - LOSS_SMOOTHING) * loss) / weight
+        self._weight = weight
+
+    def _postfix(self, scalars: Mapping[str, float]) -> str:
+        parts = [] if self.smoothed_loss is None else [f"loss={self.smoothed_loss:.4f}"]
+        return " ".join([*parts, f"lr={scalars['lr']:.2e}"] if "lr" in scalars else parts)
+
+
+def _open_log(path: Path, start_step: int) -> TextIO:
+    """log.jsonl with its lines up to start_step, open for appending, one line at a time."""
+    kept = []
+    if start_step and path.exists():
+        for line in path.read_text("utf-8").splitlines():
+            try:
+                step = json.loads(line)["step"]
+            except (ValueError, KeyError, TypeError):  # the last line of a killed run may be cut
+                break
+            if step > start_step:
+                break
+            kept.append(line + "\n")
+    draft = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    draft.write_text("".join(kept), "utf-8")
+    os.replace(draft, path)
+    return open(path, "a", buffering=1, encoding="utf-8")
+
+
+def _open_visualdl(folder: Path) -> LogWriter:
+    try:
+        from visualdl import LogWriter
+    except ImportError as error:
+        raise ConfigError(
+            f"VisualDL cannot be imported ({error}); run pip install visualdl or set logging.visualdl: false"
+        ) from None
+    return LogWriter(logdir=str(folder))
+
+
+def _json_number(value: float) -> float | str:
+    """A float as JSON can hold it: NaN and infinities as text."""
+    value = float(value)
+    return value if math.isfinite(value) else str(value)

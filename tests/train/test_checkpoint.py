@@ -1,0 +1,270 @@
+"""Checkpoints: exact round trip, a kill at any moment, damage, pruning, refusal under other settings."""
+
+import json
+import logging
+import os
+
+import numpy as np
+import paddle
+import pytest
+
+from ppcoat.errors import ConfigError
+from ppcoat.train import checkpoint
+from ppcoat.train.checkpoint import check_compatible, load_latest, save_checkpoint
+
+
+def tensors(step):
+    return {
+        "lora": {"a.lora_A": paddle.full([4, 3], float(step)), "a.lora_B": paddle.zeros([2])},
+        "optimizer": {"codes": paddle.full([300], step % 256, dtype="uint8")},
+    }
+
+
+def save(run, step, keep=9):
+    return save_checkpoint(run, step, tensors(step), {"step": step, "loss": 0.1 + step}, keep)
+
+
+def intact(loaded, step):
+    """Whether every part belongs to the same step: never a mixture."""
+    return (
+        loaded.step == loaded.state["step"] == step
+        and loaded.state["loss"] == 0.1 + step
+        and set(loaded.tensors) == {"lora", "optimizer"}
+        and (loaded.tensors["lora"]["a.lora_A"].numpy() == step).all()
+        and (loaded.tensors["optimizer"]["codes"].numpy() == step % 256).all()
+    )
+
+
+def raw_bytes(tensor):
+    if tensor.dtype in (paddle.float8_e4m3fn, paddle.float8_e5m2, paddle.bfloat16):
+        tensor = tensor.view("uint8")
+    return tensor.contiguous().numpy().tobytes()
+
+
+def names(run):
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+def test_round_trip_is_bit_exact_in_every_dtype(tmp_path):
+    bits = np.arange(256, dtype=np.uint8)  # all codes of a byte, NaN among them
+    group = {
+        "e4m3": paddle.to_tensor(bits).view("float8_e4m3fn"),
+        "e5m2": paddle.to_tensor(bits).view("float8_e5m2"),
+        "bf16": paddle.to_tensor(bits).view("bfloat16"),
+        "fp32": paddle.to_tensor(np.array([1 / 3, np.nan, np.inf, -0.0, 1e-45], np.float32)),
+        "int64": paddle.to_tensor([2**62]),
+        "scalar": paddle.to_tensor(3.5),
+        "view": paddle.arange(6, dtype="float32").reshape([2, 3]).t(),
+    }
+    rng = np.random.default_rng(5).bit_generator.state
+    path = save_checkpoint(tmp_path, 7, {"all": group}, {"rng": rng, "loss": 0.1 + 0.2}, keep=1)
+    loaded = load_latest(tmp_path)
+    assert path.name == "000000007" and loaded.path == path and loaded.step == 7
+    assert loaded.state == {"rng": rng, "loss": 0.1 + 0.2}
+    for name, tensor in group.items():
+        other = loaded.tensors["all"][name]
+        assert (other.dtype, other.shape) == (tensor.dtype, tensor.shape), name
+        assert raw_bytes(tensor) == raw_bytes(other), name
+
+
+def test_files_are_the_documented_ones(tmp_path):
+    path = save(tmp_path, 3)
+    assert sorted(each.name for each in path.iterdir()) == [
+        "lora.safetensors",
+        "manifest.json",
+        "optimizer.safetensors",
+        "state.json",
+    ]
+    assert (tmp_path / "checkpoints/latest").read_text() == "000000003\n"
+    facts = json.loads((path / "manifest.json").read_text())["files"]
+    assert facts["state.json"]["size"] == (path / "state.json").stat().st_size
+
+
+def test_no_checkpoints(tmp_path):
+    assert load_latest(tmp_path) is None
+    (tmp_path / "checkpoints").mkdir()
+    assert load_latest(tmp_path) is None
+
+
+def test_only_the_last_are_kept_and_strangers_are_left_alone(tmp_path):
+    root = tmp_path / "checkpoints"
+    for stranger in ("000000001", "best", "000000002.tmp-x"):
+        (root / stranger).mkdir(parents=True)
+        (root / stranger / "mine.txt").write_text("precious")
+    for step in (10, 20, 30):
+        save(tmp_path, step, keep=2)
+    assert names(tmp_path) == ["000000001", "000000002.tmp-x", "000000020", "000000030", "best", "latest"]
+    assert intact(load_latest(tmp_path), 30)
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: no handler for ordinary errors sees it."""
+
+
+def count_down(monkeypatch, target, name, state, error, after):
+    real = getattr(target, name)
+
+    def call(*args, **kwargs):
+        state["left"] -= 1
+        if state["left"] != 0:
+            return real(*args, **kwargs)
+        if name == "_write":  # killed half way through a file
+            args[0].write_bytes(args[1][: len(args[1]) // 2])
+        elif after:
+            real(*args, **kwargs)
+        raise error
+
+    monkeypatch.setattr(target, name, call)
+
+
+def interrupt(monkeypatch, number, error, after=False):
+    """Raise at (or right after) the number-th write, sync, rename, replace or removal in checkpoint.py."""
+    state = {"left": number}
+    count_down(monkeypatch, checkpoint, "_write", state, error, after)
+    for name in ("fsync", "rename", "replace"):
+        count_down(monkeypatch, checkpoint.os, name, state, error, after)
+    count_down(monkeypatch, checkpoint.shutil, "rmtree", state, error, after)
+    return state
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("again", [False, True], ids=["new step", "same step"])
+def test_killed_anywhere_in_a_save_old_or_new_is_loaded(tmp_path, caplog, after, again):
+    points, seen = 0, set()
+    for number in range(1, 100):
+        run = tmp_path / str(number)
+        for step in (10, 20):
+            save(run, step)
+        target = 20 if again else 30
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            state = interrupt(monkeypatch, number, Killed(), after)
+            try:
+                save(run, target, keep=2)
+            except Killed:
+                points += 1
+        loaded = load_latest(run)
+        assert loaded.step in (20, target) and intact(loaded, loaded.step)
+        seen.add(loaded.step)
+        assert not [name for name in names(run) if "tmp" in name or "old" in name]
+        save(run, 40)  # and training goes on
+        assert intact(load_latest(run), 40)
+        if state["left"] > 0:
+            break
+    assert points >= 12 and seen == {20, target}
+    assert not caplog.text  # the pointer moved last, so nothing was ever missing or damaged
+
+
+def test_a_full_disk_is_an_error_and_costs_nothing(tmp_path):
+    save(tmp_path, 10)
+    for number in range(1, 100):
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            state = interrupt(monkeypatch, number, OSError(28, "No space left on device"))
+            try:
+                save(tmp_path, 20, keep=5)
+            except OSError as error:
+                assert error.errno == 28
+                assert not list((tmp_path / "checkpoints").glob("0*.tmp-*"))
+            if state["left"] > 0:
+                break
+        assert load_latest(tmp_path).step in (10, 20)
+    assert intact(load_latest(tmp_path), 20)
+
+
+def spoil_cut(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def spoil_flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def spoil_empty(path):
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize(
+    "spoil", [spoil_cut, spoil_flip, spoil_empty, os.remove], ids=lambda each: each.__name__
+)
+@pytest.mark.parametrize("name", ["lora.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
+def test_a_damaged_file_is_named_and_the_one_before_is_used(tmp_path, caplog, spoil, name):
+    save(tmp_path, 10)
+    newest = save(tmp_path, 20)
+    spoil(newest / name)
+    if name == "manifest.json" and spoil is spoil_flip:  # one flipped bit in white space or a digit may hide
+        (newest / name).write_bytes(b"{}")
+    with caplog.at_level(logging.WARNING):
+        assert intact(load_latest(tmp_path), 10)
+    assert "000000020" in caplog.text and ("gone" in caplog.text or name.split(".")[0] in caplog.text)
+
+
+def test_nothing_intact_is_refused_not_started_over(tmp_path):
+    for step in (10, 20):
+        spoil_flip(save(tmp_path, step) / "lora.safetensors")
+    with pytest.raises(ConfigError, match="no checkpoint in .* is intact"):
+        load_latest(tmp_path)
+
+
+def test_later_steps_of_a_history_given_up_are_not_loaded(tmp_path):
+    for step in (10, 20, 30):
+        save(tmp_path, step)
+    spoil_flip(tmp_path / "checkpoints/000000030/lora.safetensors")
+    assert load_latest(tmp_path).step == 20
+    save(tmp_path, 25, keep=1)  # trained on from 20
+    spoil_flip(tmp_path / "checkpoints/000000030/lora.safetensors")  # the second flip mends it
+    assert intact(load_latest(tmp_path), 25)
+    assert names(tmp_path) == ["000000025", "000000030", "latest"]
+    spoil_flip(tmp_path / "checkpoints/000000025/state.json")
+    with pytest.raises(ConfigError):
+        load_latest(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "000000099\n", "../../etc\n", "\xff"])
+def test_a_wrong_pointer_is_survived(tmp_path, text, caplog):
+    save(tmp_path, 10)
+    (tmp_path / "checkpoints/latest").write_bytes(text.encode("latin-1"))
+    with caplog.at_level(logging.WARNING):
+        assert intact(load_latest(tmp_path), 10)
+    assert "latest" in caplog.text
+
+
+def test_a_manifest_cannot_point_outside(tmp_path, caplog):
+    save(tmp_path, 10)
+    newest = save(tmp_path, 20)
+    manifest = json.loads((newest / "manifest.json").read_text())
+    manifest["files"]["../000000010/state.json"] = manifest["files"]["state.json"]
+    (newest / "manifest.json").write_text(json.dumps(manifest))
+    assert load_latest(tmp_path).step == 10
+
+
+def test_drafts_of_living_processes_are_left_alone(tmp_path):
+    save(tmp_path, 10)
+    root = tmp_path / "checkpoints"
+    (root / f"000000020.tmp-{os.getppid()}").mkdir()
+    (root / "000000020.tmp-999999999").mkdir()
+    load_latest(tmp_path)
+    assert names(tmp_path) == ["000000010", f"000000020.tmp-{os.getppid()}", "latest"]
+
+
+def test_other_settings_are_refused_by_field():
+    saved = {"network": {"linear": 16, "targets": ["to_q"]}, "optimizer": {"m1_format": "e4m3"}}
+    check_compatible(
+        saved, {"network": {"linear": 16, "targets": ("to_q",)}, "optimizer": {"m1_format": "e4m3"}}
+    )
+    for change, parts in (
+        ({"network": {"linear": 32, "targets": ["to_q"]}}, ("network.linear", "16", "32")),
+        ({"network": {"linear": 16, "targets": None}}, ("network.targets", "['to_q']", "None")),
+        ({"optimizer": {"m1_format": "e5m2"}}, ("optimizer.m1_format", "'e4m3'", "'e5m2'")),
+        ({"optimizer": {}}, ("optimizer",)),
+        ({"resolution": 64}, ("resolution", "not recorded", "64")),
+        ({"new": None}, ("new", "not recorded")),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            check_compatible(saved, saved | change)
+        assert all(part in str(caught.value) for part in parts)
+
+
+def test_keep_must_be_positive(tmp_path):
+    with pytest.raises(ConfigError, match="came 0"):
+        save(tmp_path, 1, keep=0)

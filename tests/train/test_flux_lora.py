@@ -1,0 +1,182 @@
+"""Whole runs on the reference FLUX: they learn, resume exactly, stop cleanly and refuse wrong inputs
+early."""
+
+import json
+import os
+import signal
+
+import numpy as np
+import paddle
+import pytest
+from PIL import Image
+from safetensors import safe_open
+
+import ppcoat.train.flux_lora as flux_lora
+from ppcoat.errors import ConfigError
+from ppcoat.train.flux_lora import train_flux_lora
+from ppcoat.train.trainer import Trainer
+
+
+def tensors(file):
+    with safe_open(str(file), framework="np") as opened:
+        return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata()  # noqa: SIM118
+
+
+def log(config):
+    return [json.loads(line) for line in (config.run_dir / "log.jsonl").read_text().splitlines()]
+
+
+def test_a_run_leaves_lora_config_checkpoints_log_and_previews(make_config):
+    config = make_config(
+        "sample.sample_every=2",
+        "sample.prompts=['a red [trigger] dress']",
+        "sample.sample_steps=2",
+        "sample.width=64",
+        "sample.height=64",
+        "save.max_step_saves_to_keep=1",
+    )
+    result = train_flux_lora(config)
+    found, header = tensors(result.lora_file)
+    assert header["rank"] == "2" and header["trigger_word"] == "sks" and header["step"] == "4"
+    # 12 Linears in each of 2 double blocks, 5 in each of 3 single blocks, A and B of each
+    assert len(found) == 2 * (2 * 12 + 3 * 5)
+    assert all(np.isfinite(value).all() for value in found.values())
+    assert any(np.abs(value).max() > 0 for name, value in found.items() if "lora_B" in name)
+    assert (config.run_dir / "config.yaml").exists()
+    assert [path.name for path in sorted((config.run_dir / "checkpoints").iterdir())] == [
+        "000000004",
+        "latest",
+    ]
+    assert len(list((config.run_dir / "samples").glob("*.png"))) == 2
+    assert [line["step"] for line in log(config)] == [1, 2, 3, 4]
+    assert all(np.isfinite(line["loss"]) and line["kept_bytes"] > 0 for line in log(config))
+
+
+@pytest.mark.parametrize("coat", ["true", "false"])
+def test_stopped_and_resumed_run_is_bit_equal_to_an_uninterrupted_one(make_config, monkeypatch, coat):
+    """Also in the middle of an epoch (3 batches), with dropout in LoRA and captions and accumulated
+    gradients."""
+    common = (
+        f"coat.enabled={coat}",
+        "train.gradient_accumulation=2",
+        "network.dropout=0.1",
+        "datasets.0.caption_dropout_rate=0.3",
+        "train.lr_scheduler=cosine",
+    )
+    whole = make_config("name=whole", *common)
+    train_flux_lora(whole)
+    halves = make_config("name=halves", *common)
+    step = Trainer.train_step
+
+    def interrupted(trainer):
+        done = step(trainer)
+        if trainer.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return done
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(Trainer, "train_step", interrupted)
+        train_flux_lora(halves)
+    assert stopped.value.code == 128 + signal.SIGTERM
+    train_flux_lora(halves)
+    assert log(whole) == log(halves)
+    ours, theirs = (
+        tensors(whole.run_dir / "whole.safetensors")[0],
+        tensors(halves.run_dir / "halves.safetensors")[0],
+    )
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        np.testing.assert_array_equal(value, theirs[name], err_msg=name)
+
+
+def test_coat_keeps_fewer_bytes_and_follows_the_ordinary_run(make_config):
+    steps = "train.steps=30"
+    off = train_flux_lora(make_config("name=plain", "coat.enabled=false", steps))
+    on = train_flux_lora(make_config("name=packed", steps, "coat.optimizer.block_size=128"))
+    assert on.bytes_kept < 0.6 * off.bytes_kept
+    assert on.optimizer_bytes < 0.5 * off.optimizer_bytes
+    assert np.mean(on.losses[-10:]) == pytest.approx(np.mean(off.losses[-10:]), rel=0.03)
+
+
+def test_training_lowers_the_loss_on_a_fixed_batch(make_config, monkeypatch):
+    monkeypatch.setattr(
+        flux_lora.FlowMatching,
+        "loss",
+        lambda self, model, batch, rng: self.loss_at(
+            model,
+            batch,
+            np.array([0.3, 0.7]),
+            np.random.default_rng(0).standard_normal((2, 16, 64), dtype=np.float32),
+        ),
+    )
+    losses = train_flux_lora(make_config("train.steps=40", "train.batch_size=2", "save.save_every=40")).losses
+    assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5])
+
+
+def test_resuming_with_another_rank_is_refused_by_name(make_config):
+    train_flux_lora(make_config("train.steps=2"))
+    with pytest.raises(ConfigError, match="network.linear was 2 .* is 3 now"):
+        train_flux_lora(make_config("train.steps=4", "network.linear=3"))
+
+
+def test_a_finished_run_called_again_trains_nothing_and_keeps_its_file(make_config):
+    first = train_flux_lora(make_config())
+    before = tensors(first.lora_file)
+    again = train_flux_lora(make_config())
+    assert again.losses == []
+    after = tensors(again.lora_file)
+    assert before[1] == after[1]
+    assert all(np.array_equal(value, after[0][name]) for name, value in before[0].items())
+
+
+def test_non_finite_loss_stops_before_anything_is_updated(make_config, monkeypatch):
+    monkeypatch.setattr(
+        flux_lora.FlowMatching, "loss", lambda *_: paddle.to_tensor(float("nan"), stop_gradient=False)
+    )
+    with pytest.raises(FloatingPointError, match="loss of step 1 is nan"):
+        train_flux_lora(make_config())
+
+
+def test_filters_choose_modules_and_an_empty_choice_is_refused(make_config):
+    config = make_config(
+        "network.only_if_contains=[transformer.single_transformer_blocks.1.]", "train.steps=1"
+    )
+    names = tensors(train_flux_lora(config).lora_file)[0]
+    assert {name.rsplit(".lora_", 1)[0] for name in names} == {
+        f"transformer.single_transformer_blocks.1.{part}"
+        for part in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp", "proj_out")
+    }
+    with pytest.raises(ConfigError, match="leave no module"):
+        train_flux_lora(make_config("name=other", "network.only_if_contains=[nothing_like_this]"))
+
+
+@pytest.fixture
+def no_model_is_loaded(monkeypatch):
+    def fail(*_, **__):
+        raise AssertionError("a model was loaded before the input was checked")
+
+    monkeypatch.setattr(flux_lora.FluxPipeline, "from_pretrained", fail)
+
+
+def test_bad_inputs_stop_before_a_model_is_loaded(make_config, no_model_is_loaded, tmp_path):
+    data = tmp_path / "data"
+    with pytest.raises(ConfigError, match="nowhere"):
+        train_flux_lora(make_config("datasets.0.folder_path=nowhere"))
+    with pytest.raises(ConfigError, match="no_model"):
+        train_flux_lora(make_config(f"model.name_or_path={tmp_path}/no_model"))
+    with pytest.raises(ConfigError, match="Paddle sees"):
+        train_flux_lora(make_config("device=gpu:99"))
+    (data / "0000.txt").unlink()
+    with pytest.raises(ConfigError, match="0000.png"):
+        train_flux_lora(make_config())
+    assert not (tmp_path / "run").exists()
+
+
+def test_skip_bad_leaves_out_and_lists_what_cannot_be_read(make_config, tmp_path, caplog):
+    data = tmp_path / "data"
+    (data / "0001.png").write_bytes(b"not a picture")
+    Image.new("RGB", (64, 64)).save(data / "without_caption.png")
+    result = train_flux_lora(make_config("datasets.0.skip_bad=true", "train.steps=1"))
+    assert result.lora_file.exists()
+    said = caplog.text
+    assert "0001.png" in said and "without_caption.png" in said

@@ -1,0 +1,10 @@
+"""Make the built-in tiny FLUX from nothing (about two hours on two CPU cores):
+
+python train_scripts/pretrain_tiny_flux.py --work_dir output/pretrain --output_dir output/tiny_flux
+"""
+
+import sys
+
+from ppcoat.cli.main import run
+
+sys.exit(run("pretrain-tiny-flux"))

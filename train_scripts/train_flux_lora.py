@@ -1,0 +1,10 @@
+"""Train a FLUX LoRA with COAT:
+
+python train_scripts/train_flux_lora.py configs/quickstart.yaml --set train.steps=50
+"""
+
+import sys
+
+from ppcoat.cli.main import run
+
+sys.exit(run("train"))
