@@ -7,8 +7,8 @@ happens.
 
 import warnings
 
-with warnings.catch_warnings():  # two notes of Paddle's own imports that mean nothing to a user
-    warnings.filterwarnings("ignore", message="No ccache found|Setuptools is replacing distutils")
+with warnings.catch_warnings():  # notes of Paddle's own imports that mean nothing to a user
+    warnings.filterwarnings("ignore", message="No ccache|Setuptools is replacing|pkg_resources is deprecated")
     import ppdiffusers  # noqa: F401
 
 from ppcoat.errors import ConfigError

@@ -67,3 +67,12 @@ def set_device(name: str) -> None:
             f"device: came {name}, but Paddle sees {gpus} GPUs; use cpu, or install a GPU wheel of Paddle"
         )
     paddle.device.set_device(name)
+
+
+def memory_in_use() -> str:
+    """Allocated and reserved memory of the current GPU, or the resident memory of the process on a CPU."""
+    if paddle.get_device().startswith("gpu"):
+        allocated, reserved = paddle.device.cuda.memory_allocated(), paddle.device.cuda.memory_reserved()
+        return f"allocated {allocated / 1e9:.2f} GB, reserved {reserved / 1e9:.2f} GB"
+    pages = int(Path("/proc/self/statm").read_text().split()[1]) if Path("/proc/self/statm").exists() else 0
+    return f"resident {pages * os.sysconf('SC_PAGE_SIZE') / 1e9:.2f} GB"

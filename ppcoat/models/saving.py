@@ -34,6 +34,8 @@ MODEL_INDEX = {
     "vae": ["diffusers", "AutoencoderKL"],
 }
 
+# Keys of ppdiffusers' AutoencoderKL that diffusers does not know; they are null in every FLUX folder.
+_PPDIFFUSERS_KEYS = ("down_block_out_channels", "up_block_out_channels")
 _CLIP_KEYS = [
     "attention_dropout", "bos_token_id", "eos_token_id", "hidden_act", "hidden_size",
     "initializer_factor", "initializer_range", "intermediate_size", "layer_norm_eps",
@@ -137,7 +139,7 @@ def _as_saved(tensor: paddle.Tensor, transpose: bool, dtype: str | None) -> padd
 
 
 def _diffusers_config(part: Any) -> dict:
-    config = {key: value for key, value in part.config.items() if not key.startswith("_")}
+    config = {k: v for k, v in part.config.items() if not k.startswith("_") and k not in _PPDIFFUSERS_KEYS}
     return {"_class_name": type(part).__name__, "_diffusers_version": DIFFUSERS_VERSION, **config}
 
 

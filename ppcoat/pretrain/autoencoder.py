@@ -18,6 +18,8 @@ from tqdm import tqdm
 
 from ppcoat.data import garments
 from ppcoat.infer.metrics import psnr
+from ppcoat.models.loading import load_vae
+from ppcoat.models.saving import save_diffusers_model
 
 HELD_OUT_SEED = 10_000_000  # drawings from this seed on are never trained on
 
@@ -98,7 +100,8 @@ def train_autoencoder(folder: str | Path, training: AutoencoderTraining) -> Auto
     paddle.seed(training.seed)
     vae = build_autoencoder(training.size)
     if (folder / "config.json").exists():
-        vae = AutoencoderKL.from_pretrained(str(folder), from_diffusers=True)
+        vae = load_vae(folder).train()
+        vae.source_config = None  # the latents' scale is measured anew
         print(f"training the autoencoder in {folder} further")
     schedule = paddle.optimizer.lr.LinearWarmup(
         paddle.optimizer.lr.CosineAnnealingDecay(training.learning_rate, training.steps - training.warmup),
@@ -131,7 +134,7 @@ def train_autoencoder(folder: str | Path, training: AutoencoderTraining) -> Auto
         if step % 500 == 0 or step == training.steps:
             tqdm.write(f"step {step}: held-out PSNR {reconstruction_psnr(vae, test):.2f} dB")
             _normalise_latents(vae, test)
-            vae.save_pretrained(str(folder), to_diffusers=True)
+            save_diffusers_model(vae, folder)
     return vae
 
 

@@ -28,7 +28,7 @@ TRAIN_SEED, TEST_SEED = HELD_OUT_SEED + 1_000_000, HELD_OUT_SEED + 5_000_000
 class ClassifierTraining:
     """`steps` batches of fresh drawings; the learning rate falls to zero along a cosine."""
 
-    steps: int = 1600
+    steps: int = 1000
     batch_size: int = 32
     learning_rate: float = 2e-3
     seed: int = 0

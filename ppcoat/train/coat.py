@@ -12,6 +12,7 @@ COAT: arXiv 2410.19313. With `enabled: false` the same calls give AdamW and ordi
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import paddle
 from pydantic import Field
@@ -29,15 +30,21 @@ class COATConfig(CoatConfig):
 
 
 class COATTrainer:
-    """Chooses optimizer, saving policy and Linears of a run from its `coat` settings."""
+    """Chooses optimizer, saving policy and Linears of a run from its `coat` settings.
 
-    def __init__(self, config: CoatConfig | None = None):
+    gradient_checkpointing: the model recomputes its blocks in backward. Only block inputs are kept then, and
+    Paddle allows no second pair of saved-tensor hooks beside those of its recompute, so FP8 activations are
+    off.
+    """
+
+    def __init__(self, config: CoatConfig | None = None, gradient_checkpointing: bool = False):
         self.config = config if config is not None else COATConfig()
+        self.gradient_checkpointing = gradient_checkpointing
 
     @property
     def fp8_activations(self) -> bool:
         """Whether activations are kept in FP8 for backward."""
-        return self.config.enabled and self.config.activation.use_fp8
+        return self.config.enabled and self.config.activation.use_fp8 and not self.gradient_checkpointing
 
     @property
     def policy(self) -> str:
@@ -54,8 +61,13 @@ class COATTrainer:
         """Replace frozen Linears without LoRA by ones that keep nothing for backward; in place."""
         return replace_linear_with_fp8(model) if self.fp8_activations else model
 
-    def saved_tensors(self) -> SavedTensors:
-        """Context for the forward pass: what autograd keeps becomes FP8 (or is only counted)."""
+    def saved_tensors(self) -> AbstractContextManager[SavedTensors | None]:
+        """Context for the forward pass: what autograd keeps becomes FP8, or is only counted.
+
+        With gradient checkpointing nothing can be counted, and the context gives None.
+        """
+        if self.gradient_checkpointing:
+            return nullcontext()
         return saved_tensors(self.policy, self.config.activation.group_size)
 
     def create_optimizer(

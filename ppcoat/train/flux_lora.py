@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,6 +25,8 @@ from ppcoat.optim import lr_scheduler
 from ppcoat.train.coat import COATTrainer
 from ppcoat.train.objective import FlowMatching
 from ppcoat.train.trainer import Trainer, TrainingResult
+
+_log = logging.getLogger(__name__)
 
 
 def train_flux_lora(config: RunConfig) -> TrainingResult:
@@ -63,7 +66,12 @@ def encode_dataset(config: RunConfig, items: Sequence[Item], pipeline: FluxPipel
 def build_trainer(config: RunConfig, pipeline: FluxPipeline, cache: TrainingCache) -> Trainer:
     """Put LoRA and COAT into the transformer and everything a Trainer needs around it."""
     train, network, transformer = config.train, config.network, pipeline.transformer
-    coat = COATTrainer(config.coat)
+    coat = COATTrainer(config.coat, train.gradient_checkpointing)
+    if train.gradient_checkpointing and config.coat.enabled and config.coat.activation.use_fp8:
+        _log.warning(
+            "train.gradient_checkpointing keeps block inputs only: coat.activation and "
+            "coat.memory.enable_efficient_checkpoint have no effect in this run"
+        )
     modules = inject_lora(
         transformer,
         rank=network.linear,
@@ -119,7 +127,8 @@ def chosen_modules(network: NetworkConfig, transformer: paddle.nn.Layer) -> list
     if not paths:
         raise ConfigError(
             f"network: only_if_contains {network.only_if_contains} and ignore_if_contains "
-            f"{network.ignore_if_contains} leave no module; they are compared with names like transformer.{all_paths[0]}"
+            f"{network.ignore_if_contains} leave no module; "
+            f"names look like transformer.{all_paths[0]}"
         )
     return paths
 

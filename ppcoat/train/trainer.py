@@ -9,7 +9,6 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -21,6 +20,7 @@ from PIL import Image
 from ppcoat.config.schema import RunConfig
 from ppcoat.data.batches import ResumableBatches
 from ppcoat.data.cache import TrainingCache
+from ppcoat.host import memory_in_use
 from ppcoat.nn.saved import SavedTensors
 from ppcoat.train.checkpoint import check_compatible, load_latest, save_checkpoint
 from ppcoat.train.coat import COATTrainer
@@ -111,9 +111,12 @@ class Trainer:
         passes, mean = self.config.train.gradient_accumulation, 0.0
         for _ in range(passes):
             batch = self.cache.batch(next(self.batches), rng)
-            with self._saving() as saved:
+            self._note_memory("before_forward")
+            with self.coat.saved_tensors() as saved:
                 loss = self.objective.loss(self.model, batch, rng) / passes
+            self._note_memory("after_forward")
             loss.backward()
+            self._note_memory("after_backward")
             mean += float(loss)
         if not np.isfinite(mean):
             raise FloatingPointError(
@@ -123,13 +126,14 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.clear_grad()
         self.schedule.step()
+        self._note_memory("after_optimizer_step")
         self.step += 1
         return mean, saved
 
-    def _saving(self) -> AbstractContextManager[SavedTensors | None]:
-        """Gradient checkpointing has saved-tensor hooks of its own, and Paddle allows one pair: nothing is
-        counted."""
-        return nullcontext() if self.config.train.gradient_checkpointing else self.coat.saved_tensors()
+    def _note_memory(self, stage: str) -> None:
+        """The line that coat.memory.log_memory_stats asks for."""
+        if self.config.coat.memory.log_memory_stats:
+            print(f"[{stage}] step {self.step + 1}: {memory_in_use()}")
 
     def _scalars(self, loss: float, learning_rate: float, saved: SavedTensors | None) -> dict[str, float]:
         scalars = {"loss": loss, "lr": learning_rate}

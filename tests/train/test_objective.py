@@ -1,0 +1,181 @@
+"""The flow-matching loss against float64 NumPy, and its noise levels against their closed forms."""
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import paddle
+import pytest
+
+from ppcoat.models.scheduler import FlowMatchEulerDiscreteScheduler
+from ppcoat.train.objective import FlowMatching
+
+B, C, H, W, T = 3, 2, 4, 6, 5
+TOKENS = H * W // 4
+QUANTILES = np.array([0.05, 0.25, 0.5, 0.75, 0.95])
+NORMAL_QUANTILES = np.array([-1.6448536, -0.6744898, 0.0, 0.6744898, 1.6448536])  # tables of the normal
+
+
+class StubTransformer:
+    """Keeps its arguments; `velocity` makes the prediction of them. Like the real one, it is called by
+    name."""
+
+    def __init__(self, velocity, guidance_embeds=False):
+        self.velocity = velocity
+        self.config = SimpleNamespace(guidance_embeds=guidance_embeds)
+
+    def __call__(self, **arguments):
+        self.arguments = arguments
+        return (self.velocity(**arguments),)
+
+
+def linear_velocity(hidden_states, timestep, pooled_projections, **_):
+    return 0.5 * hidden_states + timestep.reshape([-1, 1, 1]) + pooled_projections.mean()
+
+
+@pytest.fixture
+def batch():
+    rng = np.random.default_rng(3)
+    shapes = {"latents": (B, C, H, W), "prompt_embeds": (B, T, 8), "pooled": (B, 4)}
+    return {name: paddle.to_tensor(rng.standard_normal(s, dtype=np.float32)) for name, s in shapes.items()}
+
+
+@pytest.fixture
+def noise():
+    return np.random.default_rng(4).standard_normal((B, TOKENS, C * 4), dtype=np.float32)
+
+
+def tokens_of(latents):
+    """[B, C, H, W] -> [B, H/2 * W/2, C * 4] patch by patch, written as loops."""
+    found = np.zeros((B, TOKENS, C * 4))
+    for row in range(H // 2):
+        for column in range(W // 2):
+            patch = latents[:, :, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2]
+            found[:, row * (W // 2) + column] = patch.reshape(B, -1)
+    return found
+
+
+def test_loss_is_the_mean_square_error_to_noise_minus_latents(batch, noise):
+    sigma = np.array([0.1, 0.5, 0.9])
+    transformer = StubTransformer(linear_velocity)
+    loss = FlowMatching().loss_at(transformer, batch, sigma, noise)
+    clean, mix = tokens_of(batch["latents"].numpy().astype(np.float64)), sigma[:, None, None]
+    noisy = (1 - mix) * clean + mix * noise
+    velocity = 0.5 * noisy + mix + batch["pooled"].numpy().astype(np.float64).mean()
+    assert float(loss) == pytest.approx(np.mean((velocity - (noise - clean)) ** 2), rel=1e-6)
+    assert loss.dtype == paddle.float32 and loss.shape == []
+    np.testing.assert_allclose(transformer.arguments["hidden_states"].numpy(), noisy, atol=1e-6)
+
+
+def test_target_points_from_picture_to_noise(batch, noise):
+    clean = paddle.to_tensor(tokens_of(batch["latents"].numpy()), dtype="float32")
+    right = paddle.to_tensor(noise) - clean
+    sigma = np.array([0.2, 0.4, 0.6])
+    assert float(FlowMatching().loss_at(StubTransformer(lambda **_: right), batch, sigma, noise)) < 1e-12
+    backwards = FlowMatching().loss_at(StubTransformer(lambda **_: -right), batch, sigma, noise)
+    assert float(backwards) == pytest.approx(4 * np.mean((noise - clean.numpy()) ** 2), rel=1e-5)
+
+
+def test_transformer_gets_texts_positions_and_noise_levels(batch, noise):
+    transformer = StubTransformer(linear_velocity)
+    sigma = np.array([0.1, 0.5, 0.9])
+    FlowMatching().loss_at(transformer, batch, sigma, noise)
+    arguments = transformer.arguments
+    assert arguments["encoder_hidden_states"] is batch["prompt_embeds"]
+    assert arguments["pooled_projections"] is batch["pooled"]
+    np.testing.assert_allclose(arguments["timestep"].numpy(), sigma, rtol=1e-7)  # in 0..1, not 0..1000
+    rows_and_columns = [[0, row, column] for row in range(H // 2) for column in range(W // 2)]
+    np.testing.assert_array_equal(arguments["img_ids"].numpy(), rows_and_columns)
+    np.testing.assert_array_equal(arguments["txt_ids"].numpy(), np.zeros((T, 3)))
+
+
+def test_half_precision_latents_are_mixed_in_float32(batch, noise):
+    """The transformer gets its own dtype; the error is taken in float32 against unrounded noise."""
+    batch["latents"] = batch["latents"].astype("float16")
+    transformer = StubTransformer(lambda hidden_states, **_: paddle.zeros(hidden_states.shape, "float16"))
+    loss = FlowMatching().loss_at(transformer, batch, np.full(B, 0.5), noise)
+    assert transformer.arguments["hidden_states"].dtype == paddle.float16
+    target = noise - tokens_of(batch["latents"].numpy().astype(np.float64))
+    assert float(loss) == pytest.approx(np.mean(target**2), rel=1e-6)
+
+
+def test_guidance_is_given_only_to_a_transformer_that_has_it(batch, noise):
+    with_it, without = (StubTransformer(linear_velocity, guidance_embeds=has) for has in (True, False))
+    for transformer in (with_it, without):
+        FlowMatching(guidance=3.5).loss_at(transformer, batch, np.full(B, 0.5), noise)
+    np.testing.assert_array_equal(with_it.arguments["guidance"].numpy(), np.full(B, 3.5, np.float32))
+    assert without.arguments["guidance"] is None
+
+
+def test_loss_draws_a_level_per_picture_and_normal_noise(batch):
+    """Noise and levels are read back from what the transformer sees."""
+    transformer = StubTransformer(linear_velocity)
+    loss = FlowMatching().loss(transformer, batch, np.random.default_rng(7))
+    sigma = transformer.arguments["timestep"].numpy().astype(np.float64)
+    assert sigma.shape == (B,) and len(set(sigma)) == B
+    clean, mix = tokens_of(batch["latents"].numpy().astype(np.float64)), sigma[:, None, None]
+    noisy = transformer.arguments["hidden_states"].numpy().astype(np.float64)
+    noise = (noisy - (1 - mix) * clean) / mix
+    assert abs(noise.mean()) < 4 / math.sqrt(noise.size)
+    assert noise.std() == pytest.approx(1, abs=0.25)
+    velocity = 0.5 * noisy + mix + batch["pooled"].numpy().mean()
+    assert float(loss) == pytest.approx(np.mean((velocity - (noise - clean)) ** 2), rel=1e-4)
+
+
+def test_loss_depends_on_the_rng_alone(batch):
+    def loss(seed, device_seed):
+        paddle.seed(device_seed)
+        return float(
+            FlowMatching().loss(StubTransformer(linear_velocity), batch, np.random.default_rng(seed))
+        )
+
+    assert loss(1, device_seed=1) == loss(1, device_seed=2)
+    assert loss(1, device_seed=1) != loss(2, device_seed=1)
+
+
+def quantiles_of(timestep_type, tokens):
+    """What the distribution promises, at QUANTILES."""
+    if timestep_type == "sigmoid":
+        return 1 / (1 + np.exp(-NORMAL_QUANTILES))
+    if timestep_type == "linear":
+        return QUANTILES
+    # FLUX: mu is a line through (256 tokens, 0.5) and (4096 tokens, 1.15)
+    mu = 0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256)
+    return math.exp(mu) / (math.exp(mu) + 1 / QUANTILES - 1)
+
+
+@pytest.mark.parametrize("tokens", [16, 256, 1024, 4096])
+@pytest.mark.parametrize("timestep_type", ["sigmoid", "linear", "shift"])
+def test_noise_levels_follow_their_distribution(timestep_type, tokens):
+    drawn = FlowMatching(timestep_type).draw_sigma(np.random.default_rng(0), 200_000, tokens)
+    assert drawn.dtype == np.float32 and drawn.shape == (200_000,)
+    assert drawn.min() >= 0 and drawn.max() <= 1
+    np.testing.assert_allclose(np.quantile(drawn, QUANTILES), quantiles_of(timestep_type, tokens), atol=5e-3)
+
+
+@pytest.mark.parametrize(
+    ("timestep_type", "mean", "deviation"),
+    [("sigmoid", 0.5, 0.2083), ("linear", 0.5, 12**-0.5)],  # logit-normal by quadrature; uniform
+)
+def test_symmetric_noise_levels_have_their_moments(timestep_type, mean, deviation):
+    drawn = FlowMatching(timestep_type).draw_sigma(np.random.default_rng(1), 200_000, 256)
+    assert drawn.mean() == pytest.approx(mean, abs=3e-3)
+    assert drawn.std() == pytest.approx(deviation, abs=3e-3)
+
+
+def test_shift_agrees_with_the_sampler():
+    """The levels trained on are those that sampling visits: the scheduler shifts uniform ones alike."""
+    uniform = FlowMatching("linear").draw_sigma(np.random.default_rng(5), 64, 1024)
+    shifted = FlowMatching("shift").draw_sigma(np.random.default_rng(5), 64, 1024)
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    scheduler.set_timesteps(sigmas=np.sort(uniform)[::-1], mu=0.63)  # 0.5 + 0.65 * 768 / 3840
+    np.testing.assert_allclose(np.sort(shifted)[::-1], scheduler.sigmas.numpy()[:-1], rtol=1e-5)
+
+
+def test_noise_levels_repeat_with_the_rng():
+    for timestep_type in ("sigmoid", "linear", "shift"):
+        objective = FlowMatching(timestep_type)
+        first, again, other = (
+            objective.draw_sigma(np.random.default_rng(seed), 8, 64) for seed in (9, 9, 10)
+        )
+        assert np.array_equal(first, again) and not np.array_equal(first, other)
