@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -46,7 +47,7 @@ def use_all_cores() -> bool:
     they are not found.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    cores = int(os.environ.get("OMP_NUM_THREADS", cores))
+    cores = _users_thread_count() or cores
     libraries = Path(paddle.__file__).parent / "libs"
     if not all((libraries / name).exists() for name in ("libmklml_intel.so", "libiomp5.so")):
         return False
@@ -57,8 +58,21 @@ def use_all_cores() -> bool:
     return True
 
 
+def _users_thread_count() -> int | None:
+    """OMP_NUM_THREADS as the process was started; `import paddle` writes its own 1 into os.environ."""
+    started_with = Path("/proc/self/environ")
+    if not started_with.exists():
+        return None
+    value = dict(
+        entry.split(b"=", 1) for entry in started_with.read_bytes().split(b"\0") if b"=" in entry
+    ).get(b"OMP_NUM_THREADS", b"")
+    return int(value) if value.isdigit() and int(value) > 0 else None
+
+
 def set_device(name: str) -> None:
-    """ "auto" takes a GPU if Paddle sees one. Raises ConfigError for a GPU that is not there."""
+    """ "auto" takes a GPU if Paddle sees one. Raises ConfigError for a device that is not there."""
+    if not re.fullmatch(r"auto|cpu|gpu(:\d+)?", name):
+        raise ConfigError(f"device: came {name!r}, wanted auto, cpu, gpu or gpu:N")
     gpus = paddle.device.cuda.device_count() if paddle.device.is_compiled_with_cuda() else 0
     if name == "auto":
         name = "gpu" if gpus else "cpu"
@@ -67,6 +81,16 @@ def set_device(name: str) -> None:
             f"device: came {name}, but Paddle sees {gpus} GPUs; use cpu, or install a GPU wheel of Paddle"
         )
     paddle.device.set_device(name)
+
+
+def compute_dtype(name: str) -> str | None:
+    """A dtype's name for `from_pretrained`; None for "auto". Call after set_device.
+
+    Raises ConfigError for half precision on a CPU, where Paddle can neither add nor multiply it.
+    """
+    if name not in ("auto", "float32") and paddle.get_device() == "cpu":
+        raise ConfigError(f"dtype {name}: Paddle computes in float32 only on a CPU; use auto or float32")
+    return None if name == "auto" else name
 
 
 def memory_in_use() -> str:

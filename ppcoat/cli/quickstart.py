@@ -19,6 +19,7 @@ from PIL import Image, ImageDraw
 from ppcoat.config.load import load_config
 from ppcoat.config.schema import RunConfig
 from ppcoat.data import garments
+from ppcoat.errors import ConfigError
 from ppcoat.host import tune_host
 from ppcoat.infer.garment_classifier import GarmentClassifier, classify
 from ppcoat.models.flux_pipeline import FluxPipeline
@@ -29,6 +30,7 @@ MOTIF = garments.MOTIFS[0]
 CONFIG = Path(__file__).parent.parent.parent / "configs" / "quickstart.yaml"
 PICTURES, DATA_SEED = 48, 7
 GRID_COLUMNS = 8
+DRAWN = ".drawn_by_quickstart"  # lies in the data folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,12 +62,13 @@ def quickstart(config_file: str, overrides: list[str], samples: int) -> None:
         config_file, [*overrides, f"name={with_coat.name}_off", "coat.enabled=false", "sample.sample_every=0"]
     )
     folder = Path(with_coat.output_dir)
-    for path in (with_coat.run_dir, without.run_dir, Path(with_coat.data.folder_path)):
-        shutil.rmtree(path, ignore_errors=True)
+    data = Path(with_coat.data.folder_path)
+    for path, sign in ((with_coat.run_dir, "config.yaml"), (without.run_dir, "config.yaml"), (data, DRAWN)):
+        remove_earlier(path, sign)
     print(f"drawing {PICTURES} garments with a {MOTIF} into {with_coat.data.folder_path}")
-    garments.write_folder(
-        with_coat.data.folder_path, PICTURES, DATA_SEED, with_coat.data.resolution, MOTIF, "[trigger] "
-    )
+    data.mkdir(parents=True)
+    (data / DRAWN).touch()
+    garments.write_folder(data, PICTURES, DATA_SEED, with_coat.data.resolution, MOTIF, "[trigger] ")
     print(f"training {with_coat.train.steps} steps with COAT")
     coat = train_flux_lora(with_coat)
     print(f"training {without.train.steps} steps without COAT: same seed, same data")
@@ -74,6 +77,15 @@ def quickstart(config_file: str, overrides: list[str], samples: int) -> None:
     picture = folder / "before_after.png"
     grid.save(picture)
     print(summary(with_coat, coat, plain, rates, samples, picture))
+
+
+def remove_earlier(folder: Path, sign: str) -> None:
+    """Remove what an earlier quickstart left, known by the file `sign`. Raises ConfigError for a folder that
+    has files of another origin.
+    """
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / sign).exists():
+        raise ConfigError(f"{folder} is not from an earlier quickstart: move it, or choose another folder")
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def measure(config: RunConfig, lora_file: Path, samples: int) -> tuple[dict[str, float], Image.Image]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 from PIL.PngImagePlugin import PngInfo
 
 from ppcoat.errors import ConfigError
-from ppcoat.host import set_device, tune_host
+from ppcoat.host import compute_dtype, set_device, tune_host
 from ppcoat.lora.formats import read_lora_file
 from ppcoat.models.flux_pipeline import FluxPipeline
 from ppcoat.models.loading import check_folder
@@ -82,20 +83,22 @@ def run_command(arguments: argparse.Namespace) -> None:
 def generate(drawing: Drawing) -> list[Path]:
     """Draw and save; returns the files. Raises ConfigError before any model is loaded for what it can
     check."""
-    if drawing.num_images < 1 or drawing.steps < 1:
-        raise ConfigError(f"num_images {drawing.num_images} and steps {drawing.steps} must be at least 1")
+    _check(drawing)
     check_folder(drawing.model)
     if drawing.path_to_lora is not None:
         read_lora_file(drawing.path_to_lora)
     set_device(drawing.device)
-    pipeline = FluxPipeline.from_pretrained(drawing.model, None if drawing.dtype == "auto" else drawing.dtype)
+    dtype = compute_dtype(drawing.dtype)
+    folder = Path(drawing.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"output_dir {folder} is a file, wanted a folder")
+    pipeline = FluxPipeline.from_pretrained(drawing.model, dtype)
     if drawing.path_to_lora is not None:
         info = pipeline.load_lora_weights(drawing.path_to_lora)
         print(
             f"LoRA on {len(info.ranks)} layers"
             + (f", trigger word {info.trigger_word}" if info.trigger_word else "")
         )
-    folder = Path(drawing.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     files = []
     for number, prompt in enumerate(drawing.prompt):
@@ -117,6 +120,19 @@ def generate(drawing: Drawing) -> list[Path]:
             picture.save(files[-1], pnginfo=note)
             print(files[-1])
     return files
+
+
+def _check(drawing: Drawing) -> None:
+    for name, least in (("num_images", 1), ("steps", 1), ("seed", 0)):
+        if getattr(drawing, name) < least:
+            raise ConfigError(f"{name}: came {getattr(drawing, name)}, wanted at least {least}")
+    for name in ("height", "width"):
+        side = getattr(drawing, name)
+        if side is not None and (side < 16 or side % 16):
+            raise ConfigError(f"{name}: came {side}, wanted a multiple of 16")
+    for name in ("lora_scale", "guidance_scale"):
+        if not math.isfinite(getattr(drawing, name)):
+            raise ConfigError(f"{name}: came {getattr(drawing, name)}, wanted a finite number")
 
 
 def _slug(prompt: str) -> str:

@@ -277,6 +277,7 @@ def _write_atomically(path: Path, tensors: Mapping[str, paddle.Tensor], header: 
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
         save_file(tensors, str(temporary), metadata=header)
+        temporary.chmod(0o644)  # safetensors makes files that only their owner can read
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)

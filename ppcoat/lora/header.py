@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping
 
@@ -24,12 +25,13 @@ def make_header(
     """Header fields, all text. alpha equals rank because the weights are folded."""
     ranks = {path: layer.rank for path, layer in layers.items()}
     rank = Counter(ranks.values()).most_common(1)[0][0]
-    others = {path: own for path, own in ranks.items() if own != rank}
+    # "^": the whole path; PEFT would take "proj_out" for the proj_out of every block too
+    anchored = {f"^{path}": own for path, own in ranks.items() if own != rank}
     adapter = {
         "r": rank,
         "lora_alpha": rank,
-        "rank_pattern": others,
-        "alpha_pattern": others,
+        "rank_pattern": anchored,
+        "alpha_pattern": anchored,
         "target_modules": sorted(layers),
         "lora_dropout": 0.0,
         "bias": "none",
@@ -96,11 +98,16 @@ def _adapter_metadata(header: Mapping[str, str]) -> dict:
 
 
 def _pattern(patterns: object, path: str, default: object) -> object:
-    """PEFT's per-module values: the first key that the path ends with. Keys are taken literally, never as a
-    regex.
+    """PEFT's per-module values: the first key that the path ends with, or equals if the key starts with "^".
+
+    PEFT reads keys as regular expressions. Those that diffusers writes are plain paths, at most anchored and
+    with escaped dots; anything else raises ConfigError, because ignoring it would give a wrong scale.
     """
     for key, value in patterns.items() if isinstance(patterns, dict) else ():
-        if path == key or path.endswith("." + key):
+        name = key.removeprefix("^").removesuffix("$").replace("\\.", ".")
+        if not re.fullmatch(r"[\w.-]+", name):
+            raise ConfigError(f"LoRA header: the pattern {key!r} is no module path; fold alpha into the file")
+        if path == name or (not key.startswith("^") and path.endswith("." + name)):
             return value
     return default
 

@@ -107,7 +107,9 @@ def save_weights(model: nn.Layer, folder: Path, stem: str, dtype: str | None = N
     for number, names in enumerate(shards, 1):
         part = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
         saved = {name: _as_saved(tensors[name], name in linears, dtype) for name in names}
-        save_file(saved, str(folder / f"{stem}{part}.safetensors"), metadata={"format": "pt"})
+        file = folder / f"{stem}{part}.safetensors"
+        save_file(saved, str(file), metadata={"format": "pt"})
+        file.chmod(0o644)  # safetensors makes files that only their owner can read
         weight_map.update(dict.fromkeys(names, f"{stem}{part}.safetensors"))
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}

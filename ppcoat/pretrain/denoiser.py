@@ -6,6 +6,7 @@ once.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from tqdm import tqdm
 from ppcoat.data import garments
 from ppcoat.models.flux import FluxTransformer2DModel
 from ppcoat.models.flux_pipeline import FluxPipeline, latent_image_ids, pack_latents
+from ppcoat.models.scheduler import calculate_shift
 from ppcoat.pretrain.autoencoder import HELD_OUT_SEED, to_pixels
 from ppcoat.pretrain.text import CLIP_WIDTH, T5_WIDTH, caption_variants
 
@@ -93,8 +95,11 @@ def encode_drawings(pipeline: FluxPipeline, training: DenoiserTraining, file: Pa
 def train_transformer(
     transformer: FluxTransformer2DModel, data: dict, training: DenoiserTraining
 ) -> list[float]:
-    """Flow matching (target noise - latents, sigma = sigmoid(N(0, 1))); leaves the EMA weights in
-    `transformer`."""
+    """Flow matching (target noise - latents) from the weights `transformer` has; leaves EMA weights in it.
+
+    Noise levels are drawn as sampling visits them: uniform, then shifted. The sigmoid of a normal number,
+    which LoRA training uses, hardly ever comes near 1, where the layout of a picture is decided.
+    """
     rng = np.random.default_rng(training.seed)
     paddle.seed(training.seed)
     schedule = paddle.optimizer.lr.LinearWarmup(
@@ -106,6 +111,7 @@ def train_transformer(
     tokens = data["latents"].shape[1]
     image_ids = latent_image_ids(int(tokens**0.5), int(tokens**0.5))
     text_ids = paddle.zeros([data["prompt_embeds"].shape[1], 3])
+    shift = math.exp(calculate_shift(tokens))
     losses = []
     transformer.train()
     bar = tqdm(range(1, training.steps + 1), desc="transformer", mininterval=5)
@@ -114,7 +120,8 @@ def train_transformer(
         latents, embeds, pooled = (
             paddle.to_tensor(data[k][rows]) for k in ("latents", "prompt_embeds", "pooled")
         )
-        sigma = paddle.to_tensor(1 / (1 + np.exp(-rng.normal(size=len(rows)))), dtype="float32")
+        level = rng.uniform(size=len(rows))
+        sigma = paddle.to_tensor(shift * level / (1 + (shift - 1) * level), dtype="float32")
         guidance = paddle.to_tensor(rng.uniform(1, 5, len(rows)), dtype="float32")
         noise = paddle.randn(latents.shape)
         mix = sigma.reshape([-1, 1, 1])

@@ -13,7 +13,15 @@ from pathlib import Path
 
 from ppcoat.host import tune_host
 from ppcoat.models.flux_pipeline import FluxPipeline
-from ppcoat.models.loading import load_clip, load_clip_tokenizer, load_t5, load_t5_tokenizer, load_vae
+from ppcoat.models.loading import (
+    load_clip,
+    load_clip_tokenizer,
+    load_t5,
+    load_t5_tokenizer,
+    load_transformer,
+    load_vae,
+)
+from ppcoat.models.saving import save_diffusers_model
 from ppcoat.models.scheduler import FlowMatchEulerDiscreteScheduler
 from ppcoat.pretrain.autoencoder import AutoencoderTraining, train_autoencoder
 from ppcoat.pretrain.classifier import ClassifierTraining, train_classifier
@@ -52,8 +60,10 @@ def pretrain(
     denoiser: DenoiserTraining,
     classifier: ClassifierTraining,
 ) -> FluxPipeline:
-    """Run every stage whose result is not in `work_dir` yet and write the pipeline (bfloat16) to
-    `output_dir`."""
+    """Run every stage whose result is not in `work_dir` yet and write the pipeline (float16) to `output_dir`.
+
+    A transformer that is in `work_dir` is trained further.
+    """
     work_dir.mkdir(parents=True, exist_ok=True)
     if not (work_dir / "garment_classifier.safetensors").exists():
         train_classifier(work_dir / "garment_classifier.safetensors", classifier)
@@ -64,7 +74,8 @@ def pretrain(
     pipeline = assemble(work_dir)
     data = encode_drawings(pipeline, denoiser, work_dir / "drawings.npz")
     losses = train_transformer(pipeline.transformer, data, denoiser)
-    pipeline.save_pretrained(output_dir, dtype="bfloat16")
+    save_diffusers_model(pipeline.transformer, work_dir / "transformer")
+    pipeline.save_pretrained(output_dir, dtype="float16")
     settings = {"autoencoder": dataclasses.asdict(autoencoder), "transformer": dataclasses.asdict(denoiser)}
     settings["final_loss"] = sum(losses[-200:]) / len(losses[-200:])
     (work_dir / "training.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
@@ -72,8 +83,8 @@ def pretrain(
 
 
 def assemble(work_dir: Path) -> FluxPipeline:
-    """A pipeline of the work folder's parts and an untrained transformer; the scheduler has FLUX.1-dev's
-    config."""
+    """A pipeline of the work folder's parts, a new transformer if it has none; FLUX.1-dev's scheduler."""
+    trained = (work_dir / "transformer").exists()
     return FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
         vae=load_vae(work_dir / "vae"),
@@ -81,5 +92,5 @@ def assemble(work_dir: Path) -> FluxPipeline:
         tokenizer=load_clip_tokenizer(work_dir / "tokenizer"),
         text_encoder_2=load_t5(work_dir / "text_encoder_2"),
         tokenizer_2=load_t5_tokenizer(work_dir / "tokenizer_2"),
-        transformer=build_transformer(),
+        transformer=load_transformer(work_dir / "transformer") if trained else build_transformer(),
     )

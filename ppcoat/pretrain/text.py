@@ -15,7 +15,17 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 from safetensors.numpy import save_file
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
 from ppcoat.data import garments
 
@@ -122,6 +132,7 @@ def _write_t5_tokenizer(folder: Path, corpus: list[str]) -> int:
     fast = Tokenizer(
         models.Unigram([(pieces.id_to_piece(i), pieces.get_score(i)) for i in range(len(pieces))], 2)
     )
+    fast.normalizer = normalizers.Sequence([normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()])
     fast.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
     fast.decoder = decoders.Metaspace(prepend_scheme="always")
     fast.add_special_tokens(

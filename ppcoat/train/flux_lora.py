@@ -16,7 +16,7 @@ from ppcoat.data.cache import TrainingCache, build_cache
 from ppcoat.data.captions import final_caption
 from ppcoat.data.sources import Item, scan_folder
 from ppcoat.errors import ConfigError
-from ppcoat.host import set_device
+from ppcoat.host import compute_dtype, set_device
 from ppcoat.lora import inject_lora, save_lora
 from ppcoat.lora.layer import target_paths
 from ppcoat.models.flux_pipeline import FluxPipeline
@@ -36,9 +36,9 @@ def train_flux_lora(config: RunConfig) -> TrainingResult:
     images = scan_folder(data.folder_path, data.caption_ext, data.default_caption, data.skip_bad)
     check_folder(config.model.name_or_path)
     set_device(config.device)
+    dtype = compute_dtype(config.model.dtype)
     config.run_dir.mkdir(parents=True, exist_ok=True)
     (config.run_dir / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-    dtype = None if config.model.dtype == "auto" else config.model.dtype
     pipeline = FluxPipeline.from_pretrained(config.model.name_or_path, paddle_dtype=dtype)
     cache = encode_dataset(config, images.items, pipeline)
     pipeline.text_encoder = pipeline.text_encoder_2 = None  # from here on, all text comes from the cache

@@ -165,7 +165,12 @@ class Trainer:
         set_optimizer_tensors(self.optimizer, checkpoint.tensors["optimizer"], self.parameters)
         self.schedule.set_state_dict(checkpoint.state["schedule"])
         self.step = checkpoint.step
-        print(f"resuming from {checkpoint.path}")
+        done = (
+            f"; nothing is left of {self.config.train.steps} steps"
+            if self.step >= self.config.train.steps
+            else ""
+        )
+        print(f"resuming from {checkpoint.path}{done}")
 
 
 class _FinishStepOnSignal:

@@ -70,6 +70,21 @@ def weights(model):
             None,
             0.25,
         ),
+        (  # as diffusers anchors and escapes them
+            {
+                "lora_adapter_metadata": json.dumps(
+                    {
+                        "transformer.lora_alpha": 16,
+                        "transformer.alpha_pattern": {
+                            "^attn.to_q": 9,
+                            f"^{Q}".replace(".", r"\."): 1,
+                        },
+                    }
+                )
+            },
+            None,
+            0.25,
+        ),
         (
             {
                 "lora_adapter_metadata": json.dumps(
@@ -90,6 +105,15 @@ def test_alpha_wherever_it_stands(model, rng, tmp_path, header, alpha_key, scale
     info = load_lora(model, tmp_path / "lora.safetensors")
     assert info.ranks == {Q: 4} and info.scales[Q] == pytest.approx(scale)
     check(model, Q, tensors, scale, before)
+
+
+def test_a_pattern_that_is_a_regular_expression_is_refused(model, rng):
+    header = {"lora_adapter_metadata": json.dumps(
+        {"transformer.lora_alpha": 4, "transformer.alpha_pattern": {".*to_q": 1}})}  # fmt: skip
+    with pytest.raises(ConfigError, match="no module path"):
+        load_lora(
+            model, {k: paddle.to_tensor(v) for k, v in pair(rng, Q, 16, 16, 4).items()}, metadata=header
+        )
 
 
 @pytest.mark.parametrize("prefix", ["", "transformer.", "base_model.model.", "base_model.model.transformer."])

@@ -1,0 +1,187 @@
+"""The command table: what is printed where, and exit statuses."""
+
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from ppcoat.cli.main import COMMANDS, main, run
+
+ROOT = Path(__file__).parents[2]
+BAD_CONFIG = """
+name: shirts
+model: {name_or_path: models/flux}
+datasets: [{folder_path: photos}]
+train: {stpes: 3}
+"""
+
+
+@pytest.fixture
+def bad_config(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(BAD_CONFIG, encoding="utf-8")
+    return file
+
+
+@pytest.mark.parametrize("argv", [[], ["-h"], ["--help"]])
+def test_help_names_every_command(argv, capsys):
+    assert main(argv) == 0
+    shown = capsys.readouterr()
+    assert shown.err == "" and shown.out.startswith("usage: python -m ppcoat <command>")
+    for name, (_, what) in COMMANDS.items():
+        assert name in shown.out and what in shown.out
+
+
+def test_unknown_command_is_named_with_the_known_ones(capsys):
+    assert main(["trian", "x.yaml"]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.count("\n") == 1
+    assert "'trian'" in shown.err and all(name in shown.err for name in COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_explains_its_flags(name, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([name, "--help"])
+    assert stopped.value.code == 0
+    shown = capsys.readouterr().out
+    assert f"usage: python -m ppcoat {name}" in shown
+    assert COMMANDS[name][1].split()[0] in shown
+
+
+def test_a_missing_flag_exits_with_2(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["generate", "--model", "x"])
+    assert stopped.value.code == 2
+    assert "--prompt" in capsys.readouterr().err
+
+
+def one_line(capsys):
+    shown = capsys.readouterr()
+    assert shown.err.count("\n") == 1 and shown.err.startswith("error: ")
+    assert shown.out == ""
+    return shown.err
+
+
+def test_train_answers_an_unknown_key_with_the_nearest(bad_config, capsys):
+    assert main(["train", str(bad_config)]) == 2
+    message = one_line(capsys)
+    assert "train.stpes" in message and "train.steps" in message and "run.yaml:5" in message
+
+
+def test_train_answers_a_wrong_override(bad_config, capsys):
+    assert main(["train", str(bad_config), "--set", "train.steps"]) == 2
+    assert "wanted section.key=value" in one_line(capsys)
+
+
+def test_train_answers_a_missing_file(tmp_path, capsys):
+    assert main(["train", str(tmp_path / "none.yaml")]) == 2
+    assert "none.yaml" in one_line(capsys)
+
+
+def test_train_hands_overrides_and_file_on(bad_config, monkeypatch):
+    """The later override wins, and the config is checked before anything else is done."""
+    import ppcoat.cli.train as train_command
+    import ppcoat.train.flux_lora as flux_lora
+
+    bad_config.write_text(BAD_CONFIG.replace("stpes", "steps"), encoding="utf-8")
+    seen = []
+    monkeypatch.setattr(flux_lora, "train_flux_lora", seen.append)
+    monkeypatch.setattr(train_command, "tune_host", lambda: None)
+    flags = ["--set", "train.steps=7", "--set", "name=hats", "--set", "train.steps=8"]
+    assert main(["train", str(bad_config), *flags]) == 0
+    assert (seen[0].name, seen[0].train.steps, seen[0].data.folder_path) == ("hats", 8, "photos")
+
+
+def test_generate_answers_a_missing_model_folder(tmp_path, capsys, monkeypatch):
+    import ppcoat.infer.generate as generate_command
+
+    monkeypatch.setattr(generate_command, "tune_host", lambda: None)
+    assert run("generate", ["--model", str(tmp_path / "none"), "--prompt", "a hat"]) == 2
+    assert "none/model_index.json is missing" in one_line(capsys)
+
+
+def test_generate_hands_every_flag_on(monkeypatch):
+    import ppcoat.infer.generate as generate_command
+
+    seen = []
+    monkeypatch.setattr(generate_command, "generate", seen.append)
+    monkeypatch.setattr(generate_command, "tune_host", lambda: None)
+    flags = "--model m --prompt p q --path_to_lora l --lora_scale 0.5 --seed 3 --steps 4 --guidance_scale 2 "
+    flags += "--height 64 --width 32 --num_images 2 --max_sequence_length 9 --device cpu --dtype float32"
+    assert run("generate", [*flags.split(), "--output_dir", "o"]) == 0
+    (drawing,) = seen
+    assert vars(drawing) == {
+        "model": "m",
+        "prompt": ["p", "q"],
+        "output_dir": "o",
+        "path_to_lora": "l",
+        "lora_scale": 0.5,
+        "seed": 3,
+        "steps": 4,
+        "guidance_scale": 2.0,
+        "height": 64,
+        "width": 32,
+        "num_images": 2,
+        "max_sequence_length": 9,
+        "device": "cpu",
+        "dtype": "float32",
+    }
+
+
+def fake_command(monkeypatch, action):
+    module = SimpleNamespace(add_arguments=lambda parser: None, run_command=action)
+    monkeypatch.setitem(sys.modules, "a_command_of_this_test", module)
+    monkeypatch.setitem(COMMANDS, "fake", ("a_command_of_this_test", "does what the test says"))
+
+
+def test_ctrl_c_exits_with_130(monkeypatch, capsys):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    fake_command(monkeypatch, interrupted)
+    assert run("fake", []) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_a_mistake_of_ours_is_not_taken_for_the_users(monkeypatch):
+    """Only ConfigError is the user's: a plain ValueError keeps its traceback."""
+
+    def broken(_):
+        raise ValueError("inside")
+
+    fake_command(monkeypatch, broken)
+    with pytest.raises(ValueError, match="inside"):
+        run("fake", [])
+
+
+def test_every_script_runs_a_known_command():
+    scripts = [*(ROOT / "train_scripts").glob("*.py"), *(ROOT / "inference").glob("*.py")]
+    assert scripts
+    for script in scripts:
+        text = script.read_text(encoding="utf-8")
+        name = text.split('run("')[1].split('"')[0]
+        module = importlib.import_module(COMMANDS[name][0])
+        assert callable(module.add_arguments) and callable(module.run_command)
+        assert len(text.splitlines()) < 40, f"{script.name} holds logic"
+
+
+def test_the_training_script_answers_a_bad_config_in_one_line(bad_config):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train_scripts" / "train_flux_lora.py"), str(bad_config)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=bad_config.parent,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: ")
+    assert "train.steps" in done.stderr
+    assert [path.name for path in bad_config.parent.iterdir()] == ["run.yaml"]  # nothing was written

@@ -1,0 +1,188 @@
+"""Drawing to files: names, seeds, LoRA strength, and refusals, on the random reference FLUX in two steps."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import numpy as np
+import paddle
+import pytest
+from PIL import Image
+from safetensors.paddle import load_file, save_file
+
+import ppcoat.infer.generate as generate_module
+from ppcoat.config.load import load_config
+from ppcoat.data import garments
+from ppcoat.errors import ConfigError
+from ppcoat.infer.generate import Drawing, generate
+from ppcoat.train.flux_lora import train_flux_lora
+
+FIXTURE = Path(__file__).parent.parent / "fixtures" / "tiny_flux_fp32"
+PROMPT = "a red dress"
+
+
+@pytest.fixture
+def drawing(tmp_path):
+    return Drawing(
+        model=str(FIXTURE),
+        prompt=[PROMPT],
+        output_dir=str(tmp_path / "pictures"),
+        seed=5,
+        steps=2,
+        height=32,
+        width=32,
+        max_sequence_length=16,
+        device="cpu",
+    )
+
+
+@pytest.fixture(scope="module")
+def trained_lora(tmp_path_factory):
+    """The LoRA of a run of six steps at a high rate."""
+    folder = tmp_path_factory.mktemp("lora")
+    garments.write_folder(folder / "data", 2, seed=1, prefix="[trigger] ")
+    config = folder / "run.yaml"
+    config.write_text(
+        f"""
+name: run
+output_dir: {folder}
+trigger_word: sks
+device: cpu
+model: {{name_or_path: {FIXTURE}}}
+network: {{linear: 2, linear_alpha: 4}}
+datasets: [{{folder_path: {folder / "data"}, resolution: 64}}]
+train: {{steps: 6, lr: 5e-2, max_sequence_length: 16}}
+coat: {{enabled: true}}
+sample: {{sample_every: 0}}
+logging: {{visualdl: false}}
+""",
+        encoding="utf-8",
+    )
+    return train_flux_lora(load_config(config)).lora_file
+
+
+def pixels(file):
+    """int [height, width, 3], so that differences do not wrap."""
+    return np.asarray(Image.open(file).convert("RGB")).astype(int)
+
+
+def test_files_carry_number_prompt_and_seed(drawing, capsys):
+    prompts = ["a red dress", "Ein Hut! / ..\\x"]
+    files = generate(dataclasses.replace(drawing, prompt=prompts, num_images=2))
+    assert [file.name for file in files] == [
+        "000_a-red-dress_5.png",
+        "000_a-red-dress_6.png",
+        "001_ein-hut-x_5.png",
+        "001_ein-hut-x_6.png",
+    ]
+    assert all(file.parent == Path(drawing.output_dir) for file in files)
+    assert [str(file) for file in files] == capsys.readouterr().out.split()
+    pictures = [Image.open(file) for file in files]
+    assert {picture.size for picture in pictures} == {(32, 32)}
+    assert [picture.text["prompt"] for picture in pictures] == [prompts[0]] * 2 + [prompts[1]] * 2
+
+
+def test_a_prompt_without_letters_still_gets_a_name(drawing):
+    (file,) = generate(dataclasses.replace(drawing, prompt=["猫 !"]))
+    assert file.name == "000_picture_5.png" and Image.open(file).text["prompt"] == "猫 !"
+
+
+def test_width_and_height_are_not_exchanged_and_default_to_the_models_own(drawing):
+    (wide,) = generate(dataclasses.replace(drawing, width=48, height=32))
+    assert Image.open(wide).size == (48, 32)
+    (own,) = generate(dataclasses.replace(drawing, width=None, height=None))
+    assert Image.open(own).size == (64, 64)  # sample_size in the VAE's config.json
+
+
+def test_picture_i_is_the_picture_of_seed_plus_i_alone(drawing, tmp_path):
+    _, second = generate(dataclasses.replace(drawing, num_images=2))
+    (alone,) = generate(dataclasses.replace(drawing, seed=6, output_dir=str(tmp_path / "alone")))
+    (first,) = generate(drawing)
+    assert np.abs(pixels(second) - pixels(alone)).max() <= 1  # a batch may round the last bit otherwise
+    assert np.abs(pixels(first) - pixels(alone)).max() > 10
+
+
+def test_lora_of_a_run_changes_the_picture_and_scale_0_switches_it_off(drawing, trained_lora, capsys):
+    def draw(name, **changes):
+        (file,) = generate(dataclasses.replace(drawing, output_dir=drawing.output_dir + name, **changes))
+        return pixels(file)
+
+    without = draw("without")
+    whole = draw("whole", path_to_lora=str(trained_lora))
+    said = capsys.readouterr().out
+    half = draw("half", path_to_lora=str(trained_lora), lora_scale=0.5)
+    off = draw("off", path_to_lora=str(trained_lora), lora_scale=0.0)
+    assert "LoRA on 39 layers, trigger word sks" in said  # 2 double blocks of 12, 3 single blocks of 5
+    np.testing.assert_array_equal(off, without)
+    assert np.abs(whole - without).max() > 2
+    assert 0 < np.abs(half - without).mean() < np.abs(whole - without).mean()
+
+
+def test_lora_scale_is_linear_in_the_weights(drawing, trained_lora, tmp_path):
+    """Strength 0.5 draws what a file with B halved draws."""
+    halved = {
+        name: tensor * 0.5 if ".lora_B." in name else tensor
+        for name, tensor in load_file(str(trained_lora)).items()
+    }
+    save_file(halved, str(tmp_path / "half.safetensors"), metadata={"format": "pt"})
+    (ours,) = generate(dataclasses.replace(drawing, path_to_lora=str(trained_lora), lora_scale=0.5))
+    found = pixels(ours)
+    (theirs,) = generate(dataclasses.replace(drawing, path_to_lora=str(tmp_path / "half.safetensors")))
+    assert np.abs(found - pixels(theirs)).max() <= 1
+
+
+@pytest.fixture
+def no_model_is_loaded(monkeypatch):
+    def fail(*_, **__):
+        raise AssertionError("a model was loaded before the input was checked")
+
+    monkeypatch.setattr(generate_module.FluxPipeline, "from_pretrained", fail)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_images": 0}, "num_images: came 0"),
+        ({"steps": 0}, "steps: came 0"),
+        ({"seed": -1}, "seed: came -1"),
+        ({"width": 50}, "width: came 50, wanted a multiple of 16"),
+        ({"lora_scale": float("nan")}, "lora_scale: came nan"),
+        ({"device": "tpu"}, "device: came 'tpu'"),
+        ({"dtype": "bfloat16"}, "float32 only"),
+        ({"model": "nowhere"}, "nowhere/model_index.json is missing"),
+        ({"path_to_lora": "nowhere.safetensors"}, "no LoRA file at nowhere.safetensors"),
+        ({"path_to_lora": "lora.ckpt"}, "lora.ckpt is a pickle"),
+        ({"path_to_lora": "lora.txt"}, "a LoRA file is a .safetensors"),
+        ({"device": "gpu:99"}, "Paddle sees"),
+    ],
+)
+def test_wrong_settings_stop_before_a_model_is_loaded(drawing, no_model_is_loaded, changes, message):
+    with pytest.raises(ConfigError, match=re.escape(message)) as refused:
+        generate(dataclasses.replace(drawing, **changes))
+    assert "\n" not in str(refused.value)
+    assert not Path(drawing.output_dir).exists()
+
+
+def test_damaged_files_stop_before_a_model_is_loaded(drawing, no_model_is_loaded, tmp_path):
+    torn = tmp_path / "torn.safetensors"
+    torn.write_bytes(b"\x10\0\0\0\0\0\0\0{}")
+    with pytest.raises(ConfigError, match="torn.safetensors is not a whole safetensors file"):
+        generate(dataclasses.replace(drawing, path_to_lora=str(torn)))
+    index = tmp_path / "other" / "model_index.json"
+    index.parent.mkdir()
+    index.write_text('{"_class_name": "StableDiffusionPipeline"}')
+    with pytest.raises(ConfigError, match="of a StableDiffusionPipeline, not of a FluxPipeline"):
+        generate(dataclasses.replace(drawing, model=str(index.parent)))
+
+
+def test_a_lora_of_another_model_is_refused_by_its_keys(drawing, tmp_path):
+    tensors = {f"unet.down.0.attn.lora_{name}.weight": paddle.ones([2, 2]) for name in "AB"}
+    save_file(tensors, str(tmp_path / "other.safetensors"), metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match="fits no layer of the model: its keys are like unet.down"):
+        generate(dataclasses.replace(drawing, path_to_lora=str(tmp_path / "other.safetensors")))
+    assert not Path(drawing.output_dir).exists()
+
+
+def test_a_size_that_is_no_multiple_of_16_is_refused(drawing):
+    with pytest.raises(ConfigError, match="width: came 40, wanted a multiple of 16"):
+        generate(dataclasses.replace(drawing, width=40))

@@ -1,0 +1,190 @@
+"""Who imports whom, read from the source: packages look down only, and nothing reads what can run code."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "ppcoat"
+FILES = sorted(PACKAGE.rglob("*.py"))
+# package (or top-level module) -> what it may import; `errors` and `host` are open to all
+ALLOWED = {
+    "errors": (),
+    "host": (),
+    "fp8": (),
+    "config": (),
+    "nn": ("fp8",),
+    "optim": ("fp8",),
+    "models": ("nn",),
+    "lora": ("nn", "models.keymap"),
+    "data": ("config",),
+    "infer": ("models", "lora", "data"),
+    "train": ("config", "data", "models", "lora", "nn", "optim"),
+    "pretrain": ("data", "models", "infer"),
+}
+OPEN_TO_ALL = ("errors", "host")
+UNRESTRICTED = ("cli", "__init__", "__main__")  # the top
+MODEL_FILE_WITH_LORA = "models/flux_pipeline.py"  # load_lora_weights and unload_lora_weights
+FORBIDDEN_MODULES = ("pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "torch")
+FORBIDDEN_CALLS = ("eval", "exec", "compile", "__import__", "paddle.load", "torch.load", "yaml.load",
+                   "yaml.unsafe_load", "yaml.full_load", "os.system", "numpy.load", "np.load")  # fmt: skip
+
+
+def name_of(file):
+    """Path inside the package, with slashes."""
+    return file.relative_to(PACKAGE).as_posix()
+
+
+def layer_of(file):
+    """The package of a file, or its own name at the top level."""
+    first, *rest = file.relative_to(PACKAGE).parts
+    return first if rest else file.stem
+
+
+def tree_of(file):
+    return ast.parse(file.read_text(encoding="utf-8"))
+
+
+def imported(file, node):
+    """Absolute dotted names that an import statement asks for: `from a import b` -> a.b."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if not isinstance(node, ast.ImportFrom):
+        return []
+    module = node.module or ""
+    if node.level:
+        package = ("ppcoat", *file.relative_to(PACKAGE).parts[:-1])
+        module = ".".join([*package[: len(package) - node.level + 1], *([module] if module else [])])
+    return [f"{module}.{alias.name}" for alias in node.names]
+
+
+def imports_of(file, tree=None):
+    """(dotted name, names of the functions around it) of every import, wherever it stands."""
+    found = []
+
+    def visit(node, functions):
+        found.extend((name, functions) for name in imported(file, node))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            functions = (*functions, node.name)
+        for child in ast.iter_child_nodes(node):
+            visit(child, functions)
+
+    visit(tree or tree_of(file), ())
+    return found
+
+
+def is_inside(name, package):
+    return name == package or name.startswith(package + ".")
+
+
+def broken_rules(file, tree=None):
+    """Imports within ppcoat that its layer does not allow."""
+    layer, broken = layer_of(file), []
+    if layer in UNRESTRICTED:
+        return broken
+    for name, functions in imports_of(file, tree):
+        if not is_inside(name, "ppcoat"):
+            continue
+        target = name.removeprefix("ppcoat").removeprefix(".")
+        allowed = (layer, *OPEN_TO_ALL, *ALLOWED[layer])
+        if any(is_inside(target, package) for package in allowed):
+            continue
+        in_lora_method = bool(functions) and "lora" in functions[-1]
+        if name_of(file) == MODEL_FILE_WITH_LORA and is_inside(target, "lora") and in_lora_method:
+            continue
+        broken.append(f"{name_of(file)} imports {name}")
+    return broken
+
+
+def test_every_package_has_a_rule():
+    assert {layer_of(file) for file in FILES} <= {*ALLOWED, *UNRESTRICTED}
+
+
+@pytest.mark.parametrize("file", FILES, ids=name_of)
+def test_packages_import_only_what_is_below_them(file):
+    assert broken_rules(file) == []
+
+
+@pytest.mark.parametrize("file", FILES, ids=name_of)
+def test_triton_and_visualdl_stay_where_they_belong(file):
+    modules = {name.split(".")[0] for name, _ in imports_of(file)}
+    if not (file.stem.endswith("_triton") or name_of(file) == "fp8/backend.py"):
+        assert "triton" not in modules
+    if name_of(file) != "train/report.py":
+        assert "visualdl" not in modules
+
+
+def forbidden(tree):
+    """Lines with a bare or blanket except, or a call that runs or unpickles what it reads."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ExceptHandler):
+            caught = node.type.elts if isinstance(node.type, ast.Tuple) else [node.type]
+            names = [ast.unparse(kind) if kind else "everything" for kind in caught]
+            found += [f"{node.lineno}: except {name}" for name in names
+                      if name in ("everything", "Exception", "BaseException")]  # fmt: skip
+        elif isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            # NumPy's own arrays hold no code unless allow_pickle is asked for
+            harmless = called in ("np.load", "numpy.load") and all(
+                word.arg != "allow_pickle" for word in node.keywords
+            )
+            if called in FORBIDDEN_CALLS and not harmless:
+                found.append(f"{node.lineno}: {called}()")
+    return found
+
+
+@pytest.mark.parametrize("file", FILES, ids=name_of)
+def test_nothing_catches_everything_or_runs_what_it_reads(file):
+    assert forbidden(tree_of(file)) == []
+    assert not {name.split(".")[0] for name, _ in imports_of(file)} & set(FORBIDDEN_MODULES)
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("fp8/quantize.py", "from ppcoat.nn.saved import pack"),
+        ("fp8/quantize.py", "from ..nn import saved"),
+        ("fp8/quantize.py", "import ppcoat.config.schema"),
+        ("config/load.py", "def f():\n    from ppcoat.data.sources import Item"),
+        ("lora/layer.py", "from ppcoat.models.flux import FluxTransformer2DModel"),
+        ("models/flux_pipeline.py", "from ppcoat.lora import load_lora"),
+        ("models/flux_pipeline.py", "def encode_prompt():\n    from ppcoat.lora import load_lora"),
+        ("models/flux.py", "def load_lora():\n    from ppcoat.lora import load_lora"),
+        ("infer/generate.py", "from ppcoat.train.trainer import Trainer"),
+        ("train/trainer.py", "from ppcoat import cli"),
+        ("optim.py", "from .nn.saved import pack"),
+        ("host.py", "from ppcoat.fp8 import formats"),
+    ],
+)
+def test_the_rule_sees_what_breaks_it(path, source):
+    assert broken_rules(PACKAGE / path, ast.parse(source))
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("lora/layer.py", "from ppcoat.models.keymap import FLUX\nfrom .formats import load_lora"),
+        ("models/flux_pipeline.py", "def load_lora_weights():\n    from ppcoat.lora import load_lora"),
+        ("optim.py", "from .fp8.adamw import adamw_step\nfrom ppcoat.errors import ConfigError"),
+        ("models/loading.py", "from ppcoat import errors, host\nimport paddle"),
+    ],
+)
+def test_the_rule_lets_pass_what_is_allowed(path, source):
+    assert not broken_rules(PACKAGE / path, ast.parse(source))
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "try:\n    pass\nexcept:\n    pass",
+        "try:\n    pass\nexcept Exception:\n    pass",
+        "try:\n    pass\nexcept (ValueError, BaseException) as e:\n    pass",
+        "eval('1')",
+        "paddle.load('x')",
+        "np.load('x', allow_pickle=True)",
+    ],
+)
+def test_the_search_finds_what_is_forbidden(source):
+    assert forbidden(ast.parse(source))
+    assert not forbidden(ast.parse("model.eval()\nnp.load('x')\nsafetensors.paddle.load(b'')"))
