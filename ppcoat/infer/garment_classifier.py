@@ -29,9 +29,9 @@ class GarmentClassifier(nn.Layer):
 
     def __init__(self):
         super().__init__()
-        widths = (3, 24, 48, 96, 96)
+        widths = (3, 32, 64, 96, 128)
         self.convolutions = nn.LayerList(
-            [nn.Conv2D(a, b, 3, stride=2, padding=1) for a, b in zip(widths[:-1], widths[1:], strict=True)]
+            [nn.Conv2D(a, b, 4, stride=2, padding=1) for a, b in zip(widths[:-1], widths[1:], strict=True)]
         )
         self.norms = nn.LayerList([nn.GroupNorm(8, w) for w in widths[1:]])
         self.hidden = nn.Linear(widths[-1] * 16, 128)

@@ -109,7 +109,7 @@ def test_it_can_learn_a_few_drawings_by_heart():
     """Chance is 1/6, 1/8, 1/4 and 1/2; every head and every layer below must learn for this."""
     paddle.seed(0)
     model = GarmentClassifier()
-    data = LabelledDrawings(24, first_seed=0, degrade=True)
+    data = LabelledDrawings(24, first_seed=0)
     fit(model, data, steps=12, batch_size=24)
     pixels, labels = (np.stack(part) for part in zip(*(data[i] for i in range(len(data))), strict=True))
     scores = model(paddle.to_tensor(pixels))
@@ -122,7 +122,7 @@ def test_it_can_learn_a_few_drawings_by_heart():
 def test_some_hundred_drawings_teach_it_about_others():
     paddle.seed(0)
     model = GarmentClassifier()
-    fit(model, LabelledDrawings(1500, first_seed=0, degrade=False), steps=200, batch_size=32)
+    fit(model, LabelledDrawings(1500, first_seed=0), steps=200, batch_size=32)
     model.eval()
     found = accuracy(model, 300)
     assert found["kind"] > 0.3 and found["colour"] > 0.5 and found["motif"] > 0.75, found
