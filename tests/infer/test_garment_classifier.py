@@ -10,7 +10,6 @@ from safetensors.paddle import save_file
 from ppcoat.data import garments
 from ppcoat.infer.garment_classifier import (
     LABELS,
-    WEIGHTS,
     GarmentClassifier,
     classify,
     pictures_to_tensor,
@@ -128,7 +127,6 @@ def test_some_hundred_drawings_teach_it_about_others():
     assert found["kind"] > 0.3 and found["colour"] > 0.5 and found["motif"] > 0.75, found
 
 
-@pytest.mark.skipif(not WEIGHTS.exists(), reason="the classifier's weights are made by pretrain-tiny-flux")
 def test_the_shipped_classifier_knows_fresh_drawings():
     found = accuracy(GarmentClassifier.load(), 200)
     assert found["kind"] > 0.9 and found["colour"] > 0.95 and found["motif"] > 0.95, found
