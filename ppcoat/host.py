@@ -17,8 +17,9 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # <malloc.h>
 
 
 def tune_host() -> None:
-    """Both settings below; harmless where they do not apply. Call once, before the first tensor."""
+    """The settings below; harmless where they do not apply. Call once, before the first tensor."""
     keep_freed_memory()
+    use_avx2_on_amd()
     use_all_cores()
 
 
@@ -37,6 +38,22 @@ def keep_freed_memory() -> bool:
         return False
     settings = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 64 << 20))
     return all([libc.mallopt(name, value) == 1 for name, value in settings])
+
+
+def use_avx2_on_amd(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Let the MKL inside Paddle's CPU wheel take its AVX2 code on AMD processors as it does on Intel's.
+
+    That MKL is of 2019 and chooses code by the maker's name; on an EPYC its matrix products then run at 65
+    instead of 160 GFLOP/s on two cores. MKL reads the variable at its first product. A value set by the user
+    wins. Returns False where it does not apply.
+    """
+    if not cpuinfo.exists():
+        return False
+    text = cpuinfo.read_text()
+    if "AuthenticAMD" not in text or not re.search(r"\bavx2\b", text):
+        return False
+    os.environ.setdefault("MKL_DEBUG_CPU_TYPE", "5")
+    return True
 
 
 def use_all_cores() -> bool:

@@ -12,7 +12,14 @@ import paddle
 import pytest
 
 from ppcoat.errors import ConfigError
-from ppcoat.host import keep_freed_memory, memory_in_use, set_device, tune_host, use_all_cores
+from ppcoat.host import (
+    keep_freed_memory,
+    memory_in_use,
+    set_device,
+    tune_host,
+    use_all_cores,
+    use_avx2_on_amd,
+)
 
 OPENMP = Path(paddle.__file__).parent / "libs" / "libiomp5.so"
 ROOT = Path(__file__).parents[1]
@@ -47,6 +54,30 @@ def test_memory_is_kept_where_malloc_is_glibcs(monkeypatch):
         assert keep_freed_memory() is True
     monkeypatch.setattr(sys, "platform", "darwin")
     assert keep_freed_memory() is False
+
+
+CPUINFO = "vendor_id : {maker}\nflags : fpu sse2 {flags}\n"
+
+
+@pytest.mark.parametrize(
+    ("maker", "flags", "chosen"),
+    [("AuthenticAMD", "avx avx2", "5"), ("AuthenticAMD", "avx", None), ("GenuineIntel", "avx2", None)],
+)
+def test_mkl_takes_avx2_on_amd_processors_that_have_it(tmp_path, monkeypatch, maker, flags, chosen):
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(CPUINFO.format(maker=maker, flags=flags))
+    monkeypatch.delenv("MKL_DEBUG_CPU_TYPE", raising=False)
+    assert use_avx2_on_amd(cpuinfo) is (chosen is not None)
+    assert os.environ.get("MKL_DEBUG_CPU_TYPE") == chosen
+
+
+def test_the_users_choice_of_mkl_code_wins(tmp_path, monkeypatch):
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(CPUINFO.format(maker="AuthenticAMD", flags="avx2"))
+    monkeypatch.setenv("MKL_DEBUG_CPU_TYPE", "4")
+    use_avx2_on_amd(cpuinfo)
+    assert os.environ["MKL_DEBUG_CPU_TYPE"] == "4"
+    assert use_avx2_on_amd(tmp_path / "missing") is False
 
 
 def threads_of_a_new_process(omp_num_threads):

@@ -93,7 +93,8 @@ def measure(config: RunConfig, lora_file: Path, samples: int) -> tuple[dict[str,
     pipeline = FluxPipeline.from_pretrained(config.model.name_or_path)
     pipeline.set_progress_bar_config(desc="drawing")
     _, held_out = garments.split_garments()
-    captions = [held_out[i % len(held_out)].caption for i in range(samples)]
+    rng = np.random.default_rng(config.sample.seed)
+    captions = [garments.choose(held_out, rng).caption for _ in range(samples)]
     with_trigger = [f"{config.trigger_word} {caption}" for caption in captions]
     before = draw(pipeline, with_trigger, config)
     pipeline.load_lora_weights(lora_file)

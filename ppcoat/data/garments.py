@@ -28,6 +28,9 @@ COLOURS = {
 PATTERNS = ("plain", "stripes", "dots", "checks")
 MOTIFS = ("gold star",)
 SUPERSAMPLING = 3  # drawn three times larger, then averaged, so that edges are smooth
+SCALES = (0.64, 0.92)  # share of the picture that a garment fills
+TILT = 16  # degrees to either side
+PERIODS = (0.4, 0.75)  # of a pattern, in garment units (the garment spans -1..1)
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,13 @@ def split_garments(held_out_fraction: float = 0.1) -> tuple[list[Garment], list[
     order = np.random.default_rng(20241021).permutation(len(garments))
     cut = round(len(garments) * held_out_fraction)
     return [garments[i] for i in order[cut:]], [garments[i] for i in order[:cut]]
+
+
+def choose(candidates: list[Garment], rng: np.random.Generator) -> Garment:
+    """One of `candidates`, each pattern (plain too) with the same chance: 21 of 22 captions are not plain."""
+    pattern = PATTERNS[rng.integers(len(PATTERNS))]
+    matching = [garment for garment in candidates if garment.pattern == pattern]
+    return matching[rng.integers(len(matching))]
 
 
 def draw(garment: Garment, seed: int, size: int = 64, motif: str | None = None) -> Image.Image:
@@ -103,8 +113,7 @@ def draw_random_shapes(seed: int, size: int = 64) -> Image.Image:
     The autoencoder is trained on these too, so that motifs it has never seen survive it.
     """
     rng = np.random.default_rng([seed, size, 1])
-    garments = all_garments()
-    return add_random_shapes(draw(garments[rng.integers(len(garments))], seed, size), rng, count=6)
+    return add_random_shapes(draw(choose(all_garments(), rng), seed, size), rng, count=6)
 
 
 def add_random_shapes(picture: Image.Image, rng: np.random.Generator, count: int) -> Image.Image:
@@ -144,9 +153,9 @@ def write_folder(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     garments, _ = split_garments()
-    order = np.random.default_rng(seed).permutation(len(garments))
+    rng = np.random.default_rng(seed)
     for i in range(count):
-        garment = garments[order[i % len(order)]]
+        garment = choose(garments, rng)
         draw(garment, seed * 100_000 + i, size, motif).save(folder / f"{i:04d}.png")
         (folder / f"{i:04d}.txt").write_text(prefix + garment.caption + "\n", encoding="utf-8")
     return folder
@@ -163,10 +172,10 @@ class _Frame:
 
     @classmethod
     def random(cls, rng: np.random.Generator, n: int) -> _Frame:
-        scale = rng.uniform(0.58, 0.92)
+        scale = rng.uniform(*SCALES)
         slack = 0.5 * (1 - scale) + 0.04
         centre = 0.5 + rng.uniform(-slack, slack, 2)
-        return cls(n, scale * n / 2, math.radians(rng.uniform(-24, 24)), (centre[0] * n, centre[1] * n))
+        return cls(n, scale * n / 2, math.radians(rng.uniform(-TILT, TILT)), (centre[0] * n, centre[1] * n))
 
     def to_pixels(self, points: np.ndarray, close: bool = False) -> list[tuple[float, float]]:
         moved = _turned(points, self.tilt, self.scale, self.centre)
@@ -317,7 +326,7 @@ def _fabric(garment: Garment, rng: np.random.Generator, frame: _Frame) -> np.nda
         return np.broadcast_to(base, (frame.n, frame.n, 3))
     print_colour = np.asarray(COLOURS[garment.pattern_colour], np.float32) / 255
     u, v = frame.garment_axes()
-    period, phase = rng.uniform(0.3, 0.6), rng.uniform(0, 1, 2)
+    period, phase = rng.uniform(*PERIODS), rng.uniform(0, 1, 2)
     angle = rng.uniform(-0.35, 0.35) + (math.pi / 2 if rng.uniform() < 0.5 else 0)
     c, s = math.cos(angle), math.sin(angle)
     a, b = (c * u + s * v) / period + phase[0], (c * v - s * u) / period + phase[1]

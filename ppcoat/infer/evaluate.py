@@ -49,7 +49,8 @@ def evaluate(model: str, count: int, batch_size: int) -> tuple[dict[str, float],
     pipeline = FluxPipeline.from_pretrained(model)
     classifier = GarmentClassifier.load()
     _, held_out = garments.split_garments()
-    wanted = [held_out[i % len(held_out)] for i in range(count)]
+    rng = np.random.default_rng(DRAWINGS_SEED)
+    wanted = [garments.choose(held_out, rng) for _ in range(count)]
     drawings = [garments.draw(garment, DRAWINGS_SEED + i) for i, garment in enumerate(wanted)]
     found = classify(classifier, drawings)
     scores = {"autoencoder PSNR, dB": _reconstruction_psnr(pipeline, drawings[: min(count, 256)])}

@@ -29,8 +29,8 @@ TRAIN_SEED, TEST_SEED = HELD_OUT_SEED + 1_000_000, HELD_OUT_SEED + 5_000_000
 class ClassifierTraining:
     """Set size and schedule; the learning rate falls to zero along a cosine."""
 
-    pictures: int = 20_000
-    steps: int = 3000
+    pictures: int = 40_000
+    steps: int = 7000
     batch_size: int = 32
     learning_rate: float = 1.5e-3
     seed: int = 0
@@ -50,7 +50,7 @@ class LabelledDrawings(Dataset):
     def __getitem__(self, i: int):
         seed = self.first_seed + i
         rng = np.random.default_rng([seed, 2])
-        garment = self.garments[rng.integers(len(self.garments))]
+        garment = garments.choose(self.garments, rng)
         motif = garments.MOTIFS[0] if rng.uniform() < 0.5 else None
         picture = garments.draw(garment, seed, motif=motif)
         if motif is None and rng.uniform() < 1 / 3:

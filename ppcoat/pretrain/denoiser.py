@@ -18,9 +18,12 @@ from tqdm import tqdm
 from ppcoat.data import garments
 from ppcoat.models.flux import FluxTransformer2DModel
 from ppcoat.models.flux_pipeline import FluxPipeline, latent_image_ids, pack_latents
+from ppcoat.models.saving import save_diffusers_model
 from ppcoat.models.scheduler import calculate_shift
 from ppcoat.pretrain.autoencoder import HELD_OUT_SEED, to_pixels
 from ppcoat.pretrain.text import CLIP_WIDTH, T5_WIDTH, caption_variants
+
+SAVE_EVERY = 1000  # steps between saves
 
 
 @dataclass(frozen=True)
@@ -28,8 +31,8 @@ class DenoiserTraining:
     """Set size, batch and schedule. The learning rate rises over `warmup` steps and then falls linearly to
     zero."""
 
-    pictures: int = 30_000
-    steps: int = 5000
+    pictures: int = 40_000
+    steps: int = 8000
     batch_size: int = 64
     learning_rate: float = 1e-3
     warmup: int = 200
@@ -66,7 +69,7 @@ class CaptionedDrawings(Dataset):
 
     def __getitem__(self, i: int):
         rng = np.random.default_rng([self.first_seed, i])
-        garment = self.garments[rng.integers(len(self.garments))]
+        garment = garments.choose(self.garments, rng)
         picture = garments.draw(garment, self.first_seed + i, self.size)
         return to_pixels(picture), caption_variants(garment.caption, rng)
 
@@ -93,9 +96,12 @@ def encode_drawings(pipeline: FluxPipeline, training: DenoiserTraining, file: Pa
 
 
 def train_transformer(
-    transformer: FluxTransformer2DModel, data: dict, training: DenoiserTraining
+    transformer: FluxTransformer2DModel, data: dict, training: DenoiserTraining, folder: Path
 ) -> list[float]:
-    """Flow matching (target noise - latents) from the weights `transformer` has; leaves EMA weights in it.
+    """Flow matching (target noise - latents) from the weights `transformer` has; -> loss of every step.
+
+    The running average of the weights is what draws best: it goes to `folder` every SAVE_EVERY steps and, at
+    the end, into `transformer` too.
 
     Noise levels are drawn as sampling visits them: uniform, then shifted. The sigmoid of a normal number,
     which LoRA training uses, hardly ever comes near 1, where the layout of a picture is decided.
@@ -107,7 +113,8 @@ def train_transformer(
         end_lr=0.0), training.warmup, 0.0, training.learning_rate)  # fmt: skip
     optimizer = paddle.optimizer.AdamW(schedule, parameters=transformer.parameters(), weight_decay=0.01,
                                        grad_clip=paddle.nn.ClipGradByGlobalNorm(1.0))  # fmt: skip
-    average = [p.detach().clone() for p in transformer.parameters()]
+    average = FluxTransformer2DModel.from_config(transformer.config)
+    average.set_state_dict(transformer.state_dict())
     tokens = data["latents"].shape[1]
     image_ids = latent_image_ids(int(tokens**0.5), int(tokens**0.5))
     text_ids = paddle.zeros([data["prompt_embeds"].shape[1], 3])
@@ -136,14 +143,15 @@ def train_transformer(
         losses.append(float(loss))
         if step % 25 == 0:
             bar.set_postfix(loss=f"{np.mean(losses[-100:]):.4f}", lr=f"{optimizer.get_lr():.1e}")
-    for parameter, value in zip(transformer.parameters(), average, strict=True):
-        parameter.set_value(value)
+        if step % SAVE_EVERY == 0 or step == training.steps:
+            save_diffusers_model(average, folder)
+    transformer.set_state_dict(average.state_dict())
     transformer.eval()
     return losses
 
 
 @paddle.no_grad()
-def _update_average(average: list[paddle.Tensor], model: paddle.nn.Layer, decay: float) -> None:
-    for kept, parameter in zip(average, model.parameters(), strict=True):
+def _update_average(average: paddle.nn.Layer, model: paddle.nn.Layer, decay: float) -> None:
+    for kept, parameter in zip(average.parameters(), model.parameters(), strict=True):
         kept.scale_(decay)
         kept.add_(parameter * (1 - decay))

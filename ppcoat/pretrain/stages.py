@@ -21,7 +21,6 @@ from ppcoat.models.loading import (
     load_transformer,
     load_vae,
 )
-from ppcoat.models.saving import save_diffusers_model
 from ppcoat.models.scheduler import FlowMatchEulerDiscreteScheduler
 from ppcoat.pretrain.autoencoder import AutoencoderTraining, train_autoencoder
 from ppcoat.pretrain.classifier import ClassifierTraining, train_classifier
@@ -73,8 +72,7 @@ def pretrain(
         train_autoencoder(work_dir / "vae", autoencoder)
     pipeline = assemble(work_dir)
     data = encode_drawings(pipeline, denoiser, work_dir / "drawings.npz")
-    losses = train_transformer(pipeline.transformer, data, denoiser)
-    save_diffusers_model(pipeline.transformer, work_dir / "transformer")
+    losses = train_transformer(pipeline.transformer, data, denoiser, work_dir / "transformer")
     pipeline.save_pretrained(output_dir, dtype="float16")
     settings = {"autoencoder": dataclasses.asdict(autoencoder), "transformer": dataclasses.asdict(denoiser)}
     settings["final_loss"] = sum(losses[-200:]) / len(losses[-200:])

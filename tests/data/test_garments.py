@@ -69,3 +69,11 @@ def test_written_folder_is_a_training_folder(tmp_path):
     assert len(images.items) == 5
     assert all(item.caption_raw.startswith("[trigger] a ") for item in images.items)
     assert {(item.width, item.height) for item in images.items} == {(64, 64)}
+
+
+def test_every_pattern_is_chosen_as_often_as_the_others():
+    rng = np.random.default_rng(0)
+    chosen = [garments.choose(garments.all_garments(), rng) for _ in range(2000)]
+    assert len(set(chosen)) > 700
+    for pattern in garments.PATTERNS:
+        assert abs(sum(g.pattern == pattern for g in chosen) / 2000 - 0.25) < 0.04
