@@ -1,10 +1,10 @@
 """FP8AdamW: AdamW whose two moments are stored in FP8, and learning rate schedules by name.
 
-All parameters live in one flat float32 buffer [G, block_size] (each parameter starts a new group, so that
-no group crosses two of them); a float32 parameter is a view into that buffer. The moments are flat buffers
-of the same shape. A step gathers the gradients with one call and does the rest in `fp8.adamw`, so its
-number of Paddle calls does not depend on the number of parameters (bfloat16 and float16 parameters add one
-cast each way; their float32 master copy is the flat buffer).
+All parameters are views of one flat buffer [G, block_size] (each parameter starts a new group, so that no
+group crosses two of them). The moments are flat buffers of the same shape, and so is the float32 master copy
+of bfloat16 and float16 parameters. A step gathers the gradients with one call and does the rest in
+`fp8.adamw`, so its number of Paddle calls does not depend on the number of parameters (bfloat16 and float16
+gradients add one cast each).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from paddle.nn import ClipGradByGlobalNorm, ClipGradByNorm, ClipGradByValue
 
 from ppcoat.errors import ConfigError
 
-from .fp8.adamw import AdamWHyper, MomentCodec, adamw_step
+from .fp8.adamw import AdamWHyper, MomentCodec, adamw_step, encode_moments
 from .fp8.flat import CLIPS, LOW_PRECISION, FlatSpace
 from .fp8.formats import get_format
 
@@ -60,6 +60,12 @@ class FP8QuantizationConfig:
         fmt2 = get_format(self.m2_format) if self.use_fp8_m2 else None
         return MomentCodec(fmt1, expand, positive=False), MomentCodec(fmt2, expand, positive=True)
 
+    def state_bytes(self, shapes: Sequence[Sequence[int]], beta1: float = 0.9) -> int:
+        """Bytes of the moments for parameters of these shapes, nothing allocated: FP8AdamW.state_bytes()."""
+        groups = sum(-(-math.prod(shape) // self.block_size) for shape in shapes)
+        kept = self.codecs() if beta1 > 0 else self.codecs()[1:]
+        return groups * sum(codec.group_bytes(self.block_size) for codec in kept)
+
 
 class FP8AdamW(paddle.optimizer.Optimizer):
     """AdamW (decoupled weight decay) with FP8 moments; with both moments in float32 it equals
@@ -68,7 +74,8 @@ class FP8AdamW(paddle.optimizer.Optimizer):
     parameters: a list of trainable tensors, or of dicts {"params": [...], "learning_rate": scale of the base
     rate, "weight_decay": float}; all of one dtype: float32, bfloat16 or float16. learning_rate: a float or an
     LRScheduler. grad_clip: ClipGradByGlobalNorm, ClipGradByNorm or ClipGradByValue. beta1 = 0 stores no first
-    moment.
+    moment. stochastic_rounding: bfloat16 parameters have no float32 master copy (4 bytes each); the update is
+    rounded to bfloat16 up or down at random, right on average.
 
     A gradient that holds NaN or inf skips the whole step: parameters and state keep every bit,
     `skipped_steps` counts it. Raises ConfigError for wrong settings, and at `step()` if some parameters
@@ -85,6 +92,7 @@ class FP8AdamW(paddle.optimizer.Optimizer):
         weight_decay: float = 0.01,
         grad_clip: ClipGradByGlobalNorm | ClipGradByNorm | ClipGradByValue | None = None,
         fp8_config: FP8QuantizationConfig | None = None,
+        stochastic_rounding: bool = False,
     ) -> None:
         _check_numbers(learning_rate, beta1, beta2, epsilon, weight_decay)
         if grad_clip is not None and type(grad_clip) not in CLIPS:
@@ -94,6 +102,7 @@ class FP8AdamW(paddle.optimizer.Optimizer):
         groups = _parameter_groups(parameters, weight_decay)
         params = [param for group in groups for param in group["params"]]
         _check_parameters(params)
+        _check_stochastic_rounding(stochastic_rounding, params[0])
         learning_rate = float(learning_rate) if isinstance(learning_rate, int) else learning_rate
         super().__init__(learning_rate=learning_rate, parameters=params, grad_clip=grad_clip)
 
@@ -101,14 +110,13 @@ class FP8AdamW(paddle.optimizer.Optimizer):
         # it cancels.
         self._betas = (float(np.float32(beta1)), float(np.float32(beta2)))
         self._epsilon = float(epsilon)
-        self._space = FlatSpace(params, self.fp8_config.block_size)
+        self._stochastic_rounding = stochastic_rounding
+        self._space = FlatSpace(params, self.fp8_config.block_size, keep_master=not stochastic_rounding)
         self._lr_scale = self._space.per_group([g["learning_rate"] for g in groups for _ in g["params"]])
         self._weight_decay = self._space.per_group([g["weight_decay"] for g in groups for _ in g["params"]])
         self._codecs = self.fp8_config.codecs()
-        shape = self._space.flat.shape
-        self._state = {"m2": self._codecs[1].zeros(*shape)}
-        if beta1 > 0:
-            self._state["m1"] = self._codecs[0].zeros(*shape)
+        zeros = paddle.zeros(self._space.shape, dtype="float32")
+        self._state = encode_moments(zeros if beta1 > 0 else None, zeros.clone(), self._codecs)
         self._state["beta_powers"] = {name: paddle.ones([1], dtype="float32") for name in ("beta1", "beta2")}
         self._state["count"] = {name: paddle.zeros([1], dtype="int64") for name in ("steps", "skipped")}
 
@@ -144,20 +152,9 @@ class FP8AdamW(paddle.optimizer.Optimizer):
         if self._grad_clip is not None:
             grad = CLIPS[type(self._grad_clip)](self._grad_clip, grad, squares, self._space)
         hyper = AdamWHyper(self.get_lr() * self._lr_scale, self._weight_decay, *self._betas, self._epsilon)
-        state = self._state
-        adamw_step(
-            self._space.flat,
-            grad,
-            state.get("m1"),
-            state["m2"],
-            state["beta_powers"],
-            self._codecs,
-            hyper,
-            finite,
-        )
-        state["count"]["steps"].add_(finite.astype("int64"))
-        state["count"]["skipped"].add_(1 - finite.astype("int64"))
-        self._space.write_back()
+        values = self._space.values()
+        adamw_step(values, grad, self._state, self._codecs, hyper, finite)
+        self._space.store(values)
 
     def minimize(self, loss, startup_program=None, parameters=None, no_grad_set=None):
         """Paddle's form of `step()` after `loss.backward()`: returns (None, [(parameter, gradient), ...])."""
@@ -171,15 +168,15 @@ class FP8AdamW(paddle.optimizer.Optimizer):
     def state_dict(self) -> dict[str, paddle.Tensor]:
         """Plain tensors only (float32, int64, uint8), so that safetensors keeps every bit.
 
-        `layout` and `LR_Scheduler` are JSON text as uint8. Low-precision parameters add their master copy,
-        `master`.
+        `layout` and `LR_Scheduler` are JSON text as uint8. The master copy of low-precision parameters, where
+        there is one, is `master`.
         """
         state = {
             f"{part}.{name}": t.clone() for part, group in self._state.items() for name, t in group.items()
         }
         state["layout"] = _json_tensor(self._layout())
-        if self._space.low_precision:
-            state["master"] = self._space.flat.clone()
+        if self._space.master is not None:
+            state["master"] = self._space.master.clone()
         if isinstance(self._learning_rate, paddle.optimizer.lr.LRScheduler):
             state["LR_Scheduler"] = _json_tensor(self._learning_rate.state_dict())
         return state
@@ -195,8 +192,8 @@ class FP8AdamW(paddle.optimizer.Optimizer):
             if saved.get(field) != value:
                 raise ConfigError(_layout_difference(field, saved.get(field), value))
         own_state = {f"{part}.{name}": t for part, group in self._state.items() for name, t in group.items()}
-        if self._space.low_precision:
-            own_state["master"] = self._space.flat
+        if self._space.master is not None:
+            own_state["master"] = self._space.master
         for name, tensor in own_state.items():
             loaded = state_dict.get(name)
             if loaded is None or loaded.shape != tensor.shape or loaded.dtype != tensor.dtype:
@@ -208,7 +205,8 @@ class FP8AdamW(paddle.optimizer.Optimizer):
             paddle.assign(state_dict[name], output=tensor)
         if isinstance(self._learning_rate, paddle.optimizer.lr.LRScheduler) and "LR_Scheduler" in state_dict:
             self._learning_rate.set_state_dict(_json_value(state_dict["LR_Scheduler"]))
-        self._space.write_back()
+        if self._space.master is not None:
+            self._space.store(self._space.master)
 
     def _layout(self) -> dict:
         return {
@@ -216,6 +214,7 @@ class FP8AdamW(paddle.optimizer.Optimizer):
             "m1_format": self._codecs[0].name if "m1" in self._state else "none (beta1 = 0)",
             "m2_format": self._codecs[1].name,
             "dtype": str(self._space.params[0].dtype).removeprefix("paddle."),
+            "stochastic_rounding": self._stochastic_rounding,
             "shapes": [list(param.shape) for param in self._space.params],
         }
 
@@ -313,6 +312,15 @@ def _check_parameters(params: list[paddle.Tensor]) -> None:
             )
     if len({id(param) for param in params}) != len(params):
         raise ConfigError("a parameter appears twice in `parameters`")
+
+
+def _check_stochastic_rounding(value: bool, param: paddle.Tensor) -> None:
+    if not isinstance(value, bool):
+        raise ConfigError(f"stochastic_rounding must be true or false, got {value!r}")
+    if value and param.dtype != paddle.bfloat16:
+        raise ConfigError(
+            f"stochastic_rounding needs bfloat16 parameters, parameter {param.name} is {param.dtype}"
+        )
 
 
 def _json_tensor(value: object) -> paddle.Tensor:

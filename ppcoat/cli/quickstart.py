@@ -21,6 +21,7 @@ from ppcoat.config.schema import RunConfig
 from ppcoat.data import garments
 from ppcoat.errors import ConfigError
 from ppcoat.host import tune_host
+from ppcoat.infer.evaluate import held_out_garments
 from ppcoat.infer.garment_classifier import GarmentClassifier, classify
 from ppcoat.models.flux_pipeline import FluxPipeline
 from ppcoat.train.flux_lora import train_flux_lora
@@ -92,9 +93,7 @@ def measure(config: RunConfig, lora_file: Path, samples: int) -> tuple[dict[str,
     """Motif rates in `samples` pictures each, and the grid of the first ones (LoRA off above, on below)."""
     pipeline = FluxPipeline.from_pretrained(config.model.name_or_path)
     pipeline.set_progress_bar_config(desc="drawing")
-    _, held_out = garments.split_garments()
-    rng = np.random.default_rng(config.sample.seed)
-    captions = [garments.choose(held_out, rng).caption for _ in range(samples)]
+    captions = [garment.caption for garment in held_out_garments(samples)]
     with_trigger = [f"{config.trigger_word} {caption}" for caption in captions]
     before = draw(pipeline, with_trigger, config)
     pipeline.load_lora_weights(lora_file)

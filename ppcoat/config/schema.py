@@ -7,13 +7,15 @@ section follows the COAT paper's vocabulary (arXiv 2410.19313). Types are strict
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, Strict, field_validator, model_validator
 
 Fp8Format = Literal["e4m3", "e5m2"]
 Granularity = Literal["per_tensor", "per_group"]
+SavingPolicy = Literal["none", "coat", "coat+recompute", "coat+recompute+attention"]
 # YAML gives lists and frozen models hold tuples: the one place where a value may change its type
 Strings = Annotated[tuple[str, ...], Strict(False)]
 # one latent token of FLUX covers 16 x 16 pixels (8 by the VAE, 2 by patchify)
@@ -135,11 +137,26 @@ class CoatActivationConfig(Section):
     """FP8 activations kept for backward (COAT, section 5)."""
 
     use_fp8: bool = Field(True, description="keep activations for backward in FP8")
+    policy: SavingPolicy = Field(
+        "coat",
+        description="what a FLUX block keeps: +recompute rebuilds linear inputs, +attention packs q, k, v",
+    )
     linear_granularity: Granularity = Field("per_tensor", description="scales of inputs of linear layers")
     nonlinear_granularity: Granularity = Field(
         "per_group", description="scales of everything else that is kept"
     )
     group_size: int = Field(128, ge=1, description="values that share one scale where per_group")
+
+    @field_validator("policy", mode="before")
+    @classmethod
+    def _is_a_known_policy(cls, value: object) -> object:
+        known = get_args(SavingPolicy)
+        if isinstance(value, str) and value not in known:
+            nearest = difflib.get_close_matches(value, known, n=1, cutoff=0.0)[0]
+            raise ValueError(
+                f"unknown saving policy {value!r}, the nearest is {nearest!r} of {', '.join(known)}"
+            )
+        return value
 
 
 class CoatMemoryConfig(Section):
@@ -148,6 +165,11 @@ class CoatMemoryConfig(Section):
     enable_efficient_checkpoint: bool = Field(
         True,
         description="with train.gradient_checkpointing, keep the inputs of checkpointed blocks in FP8 too",
+    )
+    checkpoint_blocks: int | None = Field(
+        None,
+        ge=1,
+        description="blocks that train.gradient_checkpointing covers, from the first; none: all",
     )
     log_memory_stats: bool = Field(
         False, description="print allocated and reserved memory at the stages of a step"

@@ -1,12 +1,14 @@
-"""One fused AdamW step over flat buffers, with both moments stored in FP8.
+"""One fused AdamW step over flat buffers, with both moments stored in 8 bits.
 
 A flat buffer is [G, B] float32: G groups of B consecutive elements, where no group crosses two parameters.
 The step is a fixed number of Paddle calls, whatever the number of parameters, and never asks the host for a
 value. A step whose gradient is not finite changes nothing: every new value is selected on the device by one
 boolean.
 
-Source: AdamW as paddle.optimizer.AdamW computes it (arXiv 1711.05101); state storage as COAT section 4
-(arXiv 2410.19313).
+Source: AdamW as paddle.optimizer.AdamW computes it (arXiv 1711.05101); 8-bit state with dynamic range
+expansion as COAT section 4 (arXiv 2410.19313), changed in three ways, each measured by
+`python -m ppcoat accuracy`: the second moment uses the sign bit (see quantize.py); the first moment is stored
+divided by the root of the second; and rounding is dithered.
 """
 
 from __future__ import annotations
@@ -16,9 +18,20 @@ from dataclasses import dataclass
 import paddle
 
 from .formats import FP8Format
-from .quantize import dequantize, expand_decode, expand_encode, quantize
+from .quantize import (
+    TINY,
+    dequantize,
+    log_decode,
+    log_encode,
+    quantize,
+    signed_log_decode,
+    signed_log_encode,
+)
 
 State = dict[str, paddle.Tensor]
+# Steps of the dither sequence from one step to the next and from one column to the next, in 65536ths: the
+# golden section, and a fraction that keeps neighbouring columns apart.
+DITHER_STEP, DITHER_COLUMN, DITHER_PERIOD = 40503, 25717, 65536
 
 
 @dataclass(frozen=True)
@@ -36,33 +49,87 @@ class MomentCodec:
 
     @property
     def name(self) -> str:
-        """float32, e4m3, e5m2, e4m3+expansion ...: what a saved state says about itself."""
+        """float32, e4m3, e5m2, e4m3+log, e4m3+signed_log/root ...: what a saved state says about itself."""
+        if self.fmt is None or not self.expand:
+            return "float32" if self.fmt is None else self.fmt.name
+        return self.fmt.name + ("+log" if self.positive else "+signed_log/root")
+
+    @property
+    def relative(self) -> bool:
+        """Whether this first moment is stored divided by the root of the second."""
+        return self.fmt is not None and self.expand and not self.positive
+
+    def group_bytes(self, block_size: int) -> int:
+        """Bytes of one group of `block_size` elements."""
         if self.fmt is None:
-            return "float32"
-        return self.fmt.name + ("+expansion" if self.expand else "")
+            return 4 * block_size
+        return block_size + (5 if self.expand else 4)  # codes; amax and k, or scale
 
     def zeros(self, groups: int, block_size: int) -> State:
         return self.encode(paddle.zeros([groups, block_size], dtype="float32"))
 
-    def encode(self, values: paddle.Tensor) -> State:
+    def encode(self, values: paddle.Tensor, dither: paddle.Tensor | float = 0.5) -> State:
+        """float32 [G, B] -> state tensors. `dither` in [0, 1), [1, B] or a number: see `log_encode`."""
         if self.fmt is None:
             return {"values": values}
         if self.expand:
-            codes, amax, k = expand_encode(values, self.fmt, keep_nonzero=self.positive)
+            encode = log_encode if self.positive else signed_log_encode
+            codes, amax, k = encode(values, self.fmt, dither)
             return {"codes": codes, "amax": amax, "k": k}
         codes, scale = quantize(values, self.fmt, group_size=values.shape[-1])
-        if (
-            self.positive
-        ):  # a second moment that is not zero must not become zero; the code 1 is the smallest positive
+        if self.positive:  # a second moment that is not zero must not become zero; code 1 is the smallest
             codes = (codes.astype("int32") + ((codes == 0) & (values > 0)).astype("int32")).astype("uint8")
         return {"codes": codes, "scale": scale}
 
     def decode(self, state: State) -> paddle.Tensor:
+        """State tensors -> float32 [G, B]."""
         if self.fmt is None:
             return state["values"]
         if self.expand:
-            return expand_decode(state["codes"], state["amax"], state["k"], self.fmt)
+            decode = log_decode if self.positive else signed_log_decode
+            return decode(state["codes"], state["amax"], state["k"], self.fmt)
         return dequantize(state["codes"], state["scale"], self.fmt, group_size=state["codes"].shape[-1])
+
+
+Codecs = tuple[MomentCodec, MomentCodec]
+
+
+def encode_moments(
+    m: paddle.Tensor | None, v: paddle.Tensor, codecs: Codecs, dither: paddle.Tensor | float = 0.5
+) -> dict[str, State]:
+    """Moments float32 [G, B] -> {"m1": state, "m2": state}, without "m1" where m is None.
+
+    With expansion the first moment is divided by the root of the second as that will be decoded. All values
+    of a group then have one size, however far apart their gradients are, and the codes of m go where they
+    matter: its error counts in the update m / sqrt(v).
+    """
+    states = {"m2": codecs[1].encode(v, dither)}
+    if m is not None:
+        if codecs[0].relative:
+            m = m / _root(codecs[1].decode(states["m2"]))
+        states["m1"] = codecs[0].encode(m, dither)
+    return states
+
+
+def decode_moments(states: dict[str, State], codecs: Codecs) -> tuple[paddle.Tensor | None, paddle.Tensor]:
+    """Inverse of `encode_moments` -> (m or None, v), float32 [G, B]."""
+    v = codecs[1].decode(states["m2"])
+    if "m1" not in states:
+        return None, v
+    m = codecs[0].decode(states["m1"])
+    return (m * _root(v) if codecs[0].relative else m), v
+
+
+def dither(steps: paddle.Tensor, block_size: int) -> paddle.Tensor:
+    """int64 [1] -> float32 [1, block_size] in [0, 1): what step number `steps` adds before cutting codes off.
+
+    Rounded to nearest, a moment that changes by less than half a step of its code would never change: v
+    moves by a thousandth a step. Over the steps this sequence (Weyl's, by multiples of the golden section)
+    fills [0, 1) evenly, so small changes add up. It depends on the step alone: a resumed run repeats it.
+    """
+    columns = paddle.arange(block_size, dtype="int64") * DITHER_COLUMN
+    place = paddle.remainder(columns + steps * DITHER_STEP, paddle.full([1], DITHER_PERIOD, dtype="int64"))
+    return (place.astype("float32") / DITHER_PERIOD).unsqueeze(0)
 
 
 @dataclass(frozen=True)
@@ -81,26 +148,23 @@ class AdamWHyper:
 def adamw_step(
     param: paddle.Tensor,
     grad: paddle.Tensor,
-    moment1: State | None,
-    moment2: State,
-    beta_powers: State,
-    codecs: tuple[MomentCodec, MomentCodec],
+    states: dict[str, State],
+    codecs: Codecs,
     hyper: AdamWHyper,
     finite: paddle.Tensor,
 ) -> None:
-    """Update `param` [G, B] float32, the moment states and `beta_powers` (beta1^t, beta2^t; float32 [1] each)
-    in place.
+    """Update `param` [G, B] float32 and `states` in place.
 
-    `moment1=None` means beta1 = 0: the first moment is the gradient and nothing is stored. `finite` is a
-    boolean of one element; where it is false, everything keeps its bits. Epsilon is added after the
-    bias-corrected root, decay is decoupled.
+    states: "m2" and perhaps "m1" as `encode_moments` gives them; "beta_powers" (beta1^t, beta2^t; float32
+    [1]); "count" (steps, skipped; int64 [1]). Without "m1" beta1 must be 0: the first moment is the gradient.
+    `finite` is a boolean of one element; where it is false, all but count.skipped keeps its bits. Epsilon is
+    added after the bias-corrected root, decay is decoupled.
     """
-    codec1, codec2 = codecs
-    m = grad
-    if moment1 is not None:
-        m = (codec1.decode(moment1) * hyper.beta1).add_(grad * (1.0 - hyper.beta1))
-    v = (codec2.decode(moment2) * hyper.beta2).add_(paddle.square(grad).scale_(1.0 - hyper.beta2))
-    powers = {"beta1": beta_powers["beta1"] * hyper.beta1, "beta2": beta_powers["beta2"] * hyper.beta2}
+    m, v = decode_moments(states, codecs)
+    m = grad if m is None else (m * hyper.beta1).add_(grad * (1.0 - hyper.beta1))
+    v = (v * hyper.beta2).add_(paddle.square(grad).scale_(1.0 - hyper.beta2))
+    old_powers = states["beta_powers"]
+    powers = {"beta1": old_powers["beta1"] * hyper.beta1, "beta2": old_powers["beta2"] * hyper.beta2}
     root2 = paddle.sqrt(1.0 - powers["beta2"])
 
     # lr * (m / (1 - beta1^t)) / (sqrt(v) / root2 + eps), with the one-element factors gathered so that the
@@ -108,23 +172,29 @@ def adamw_step(
     rate = hyper.lr * root2 / (1.0 - powers["beta1"])
     update = (rate * m).divide_(paddle.sqrt(v).add_(hyper.epsilon * root2))
     _select(finite, (param * (1.0 - hyper.lr * hyper.weight_decay)).subtract_(update), param)
-    if moment1 is not None:
-        _select_state(finite, codec1.encode(m), moment1)
-    _select_state(finite, codec2.encode(v), moment2)
-    _select_state(finite, powers, beta_powers)
+    count = states["count"]
+    new = encode_moments(m if "m1" in states else None, v, codecs, dither(count["steps"], grad.shape[-1]))
+    for part, state in {**new, "beta_powers": powers}.items():
+        for name, tensor in states[part].items():
+            _select(finite, state[name], tensor)
+    count["steps"].add_(finite.astype("int64"))
+    count["skipped"].add_(1 - finite.astype("int64"))
 
 
-def _select_state(finite: paddle.Tensor, new: State, old: State) -> None:
-    for name, tensor in old.items():
-        _select(finite, new[name], tensor)
+def _root(v: paddle.Tensor) -> paddle.Tensor:
+    """sqrt(v), away from zero: where v has underflown, m is as small."""
+    return paddle.sqrt(paddle.clip(v, min=TINY))
 
 
 def _select(finite: paddle.Tensor, new: paddle.Tensor, old: paddle.Tensor) -> None:
-    """old <- new where finite, keeping the storage of `old`. Paddle's CPU `where` lacks uint8: bytes go
-    through int32.
+    """old <- new where finite, keeping the storage of `old`.
+
+    Paddle's CPU `where` lacks uint8: four codes go as one int32, and single bytes are widened.
     """
-    if old.dtype == paddle.uint8:
-        chosen = paddle.where(finite, new.astype("int32"), old.astype("int32")).astype("uint8")
-    else:
+    if old.dtype != paddle.uint8:
         chosen = paddle.where(finite, new, old)
+    elif old.shape[-1] % 4 == 0:
+        chosen = paddle.where(finite, new.view("int32"), old.view("int32")).view("uint8")
+    else:
+        chosen = paddle.where(finite, new.astype("int32"), old.astype("int32")).astype("uint8")
     paddle.assign(chosen, output=old)

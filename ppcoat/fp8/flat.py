@@ -4,8 +4,6 @@ small ones.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import numpy as np
 import paddle
 from paddle.nn import ClipGradByGlobalNorm, ClipGradByNorm, ClipGradByValue
@@ -14,18 +12,41 @@ LOW_PRECISION = (paddle.bfloat16, paddle.float16)
 
 
 class FlatSpace:
-    """Where each parameter lies in the flat buffer [G, block_size] float32, and the ways in and out of it."""
+    """Where each parameter lies in the flat buffer [G, block_size], and the ways in and out of it.
 
-    def __init__(self, params: list[paddle.Tensor], block_size: int) -> None:
+    The parameters are views of one flat buffer of their own dtype. float32 parameters are updated there.
+    bfloat16 and float16 parameters have a float32 master copy beside it, which is updated and then rounded;
+    without a master (`keep_master=False`, bfloat16 only) the update is rounded stochastically, so that
+    changes smaller than half a step of bfloat16 are not lost on average.
+    """
+
+    def __init__(self, params: list[paddle.Tensor], block_size: int, keep_master: bool = True) -> None:
         self.params = params
         self.block_size = block_size
         sizes = np.array([param.size for param in params], dtype=np.int64)
         self.groups = -(-sizes // block_size)  # groups of each parameter, the last one perhaps partly empty
-        self.low_precision = params[0].dtype in LOW_PRECISION
+        self.shape = [int(self.groups.sum()), block_size]
         self._offsets = np.concatenate([[0], np.cumsum(self.groups)]) * block_size  # in elements
         self._used = self._used_per_group(sizes)
-        self.flat = paddle.zeros([int(self.groups.sum()), block_size], dtype="float32")
+        self._stored = paddle.zeros(self.shape, dtype=params[0].dtype)
+        with_master = keep_master and params[0].dtype in LOW_PRECISION
+        self.master = paddle.zeros(self.shape, dtype="float32") if with_master else None
         self._adopt()
+
+    def values(self) -> paddle.Tensor:
+        """float32 [G, block_size] to update in place and hand to `store`: the master copy, the parameters
+        themselves, or a passing copy of them.
+        """
+        if self.master is not None:
+            return self.master
+        return self._stored if self._stored.dtype == paddle.float32 else self._stored.astype("float32")
+
+    def store(self, values: paddle.Tensor) -> None:
+        """Updated `values` -> parameters."""
+        if self.master is not None:
+            paddle.assign(values.astype(self._stored.dtype), output=self._stored)
+        elif self._stored.dtype != paddle.float32:
+            paddle.assign(round_stochastically(values), output=self._stored)
 
     def gather(self, tensors: list[paddle.Tensor]) -> paddle.Tensor:
         """Tensors in the order of the parameters -> float32 [G, block_size]; unused places are zero."""
@@ -34,24 +55,23 @@ class FlatSpace:
         _, fused = paddle._C_ops.coalesce_tensor(
             tensors, paddle.float32, True, False, False, 0.0, True, 4 * self.block_size, 4, [], []
         )
-        flat = fused.reshape(self.flat.shape)
+        flat = fused.reshape(self.shape)
         if self._used is None:
             return flat
         inside = paddle.arange(self.block_size, dtype="int32").unsqueeze(0) < self._used
         return paddle.where(inside, flat, paddle.zeros([1], dtype="float32"))
 
     def adopt_moved(self) -> None:
-        """Take a parameter's own value again if it was given other memory since (a cast, a new tensor)."""
-        if not self.low_precision and any(
-            param.data_ptr() != address for param, address in zip(self.params, self._addresses, strict=True)
-        ):
+        """Take in a parameter that was given other memory since (a cast, a new tensor). Its own value counts,
+        or the master copy where there is one.
+        """
+        if all(param.data_ptr() == place for param, place in zip(self.params, self._places, strict=True)):
+            return
+        if self.master is None:
             self._adopt()
-
-    def write_back(self) -> None:
-        """Flat buffer -> low-precision parameters. float32 parameters are views and need nothing."""
-        if self.low_precision:
-            for param, view in zip(self.params, self._views(), strict=True):
-                paddle.assign(view.astype(param.dtype), output=param)
+        else:
+            self._share()
+            self.store(self.master)
 
     def per_group(self, values: list[float]) -> float | paddle.Tensor:
         """One number per parameter -> a float where all agree, else float32 [G, 1]."""
@@ -65,24 +85,39 @@ class FlatSpace:
 
     def _adopt(self) -> None:
         with paddle.no_grad():
-            paddle.assign(self.gather(self.params), output=self.flat)
-            if not self.low_precision:
-                for param, view in zip(self.params, self._views(), strict=True):
-                    view._share_buffer_to(param)
-        self._addresses = [param.data_ptr() for param in self.params]
+            values = self.gather(self.params)
+            if self.master is not None:
+                paddle.assign(values, output=self.master)
+            paddle.assign(values.astype(self._stored.dtype), output=self._stored)
+        self._share()
 
-    def _views(self) -> Iterable[paddle.Tensor]:
-        elements = self.flat.reshape([-1])
+    def _share(self) -> None:
+        """Let every parameter look into the flat buffer."""
+        elements = self._stored.reshape([-1])
         for param, start in zip(self.params, self._offsets[:-1], strict=True):
-            yield elements[int(start) : int(start) + param.size].reshape(param.shape)
+            view = elements[int(start) : int(start) + param.size].reshape(param.shape)
+            view._share_buffer_to(param)
+        self._places = [param.data_ptr() for param in self.params]
 
     def _used_per_group(self, sizes: np.ndarray) -> paddle.Tensor | None:
         """int32 [G, 1]: elements in use, None where every group is full (as in LoRAs of ordinary widths)."""
         if not (sizes % self.block_size).any():
             return None
-        used = np.full(int(self.groups.sum()), self.block_size, dtype=np.int32)
+        used = np.full(self.shape[0], self.block_size, dtype=np.int32)
         used[np.cumsum(self.groups) - 1] = sizes - (self.groups - 1) * self.block_size
         return paddle.to_tensor(used[:, None])
+
+
+def round_stochastically(values: paddle.Tensor) -> paddle.Tensor:
+    """float32 -> bfloat16, up or down with the probability that makes the mean exact; any shape.
+
+    bfloat16 is the upper half of a float32: a random number is added to the lower half, then it is cut off.
+    Values that bfloat16 holds exactly stay. Draws from Paddle's generator (`paddle.seed`). Source of the
+    practice: arXiv 2010.06192 (pure bfloat16 training).
+    """
+    noise = paddle.randint(0, 1 << 16, values.shape, dtype="int32")
+    bits = paddle.bitwise_and(values.view("int32").add(noise), paddle.full([1], -(1 << 16), dtype="int32"))
+    return bits.view("float32").astype("bfloat16")
 
 
 def _clip_global_norm(

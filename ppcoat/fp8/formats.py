@@ -28,15 +28,6 @@ class FP8Format:
     mantissa_bits: int
     dtype: paddle.dtype
 
-    @property
-    def expansion_range(self) -> float:
-        """max / min that dynamic range expansion maps a group onto: max^2 / 2, as COAT (section 4.1 and its
-        kernel).
-
-        The smallest value then lands a little above the smallest subnormal: 2.3 of them in both formats.
-        """
-        return self.max * self.max / 2
-
 
 E4M3 = FP8Format("e4m3", 448.0, 2.0**-6, 2.0**-9, 3, paddle.float8_e4m3fn)
 E5M2 = FP8Format("e5m2", 57344.0, 2.0**-14, 2.0**-16, 2, paddle.float8_e5m2)

@@ -1,31 +1,32 @@
 """FP8 quantisation in plain Paddle: the reference that every faster version is compared with.
 
-Two codecs. Activations: `quantize` / `dequantize`, linear, values = codes * scale, one scale per group of
-the last axis or per tensor. Optimizer states: `expand_encode` / `expand_decode`, COAT's dynamic range
-expansion on rows of a flat buffer. Codes are held as uint8 (the bits of the FP8 number), because that is
-the dtype that every Paddle op and file format moves.
+Two kinds of codec. Activations: `quantize` / `dequantize`, linear, values = codes * scale, one scale per
+group of the last axis or per tensor; codes are the bits of FP8 numbers. Optimizer states: `log_encode` /
+`log_decode` (no sign) and `signed_log_encode` / `signed_log_decode`, on rows of a flat buffer; COAT's dynamic
+range expansion with codes that are evenly spaced in the logarithm. Codes are uint8, because that is the dtype
+that every Paddle op and file format moves.
 
-A non-finite input stays visible: Paddle's cast turns inf and NaN into 448, so the group's scale (or amax)
-becomes NaN and all its values decode to NaN.
+A non-finite input stays visible: Paddle's casts turn inf and NaN into numbers, so the group's scale (or
+amax) becomes NaN and all its values decode to NaN.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 
-import numpy as np
 import paddle
 
 from .formats import FP8Format
 
 TINY = 2.0**-126  # smallest normal float32: smaller numbers are flushed to zero on many devices
+LARGE = 2.0**127  # brings every normal number above 1
 K_STEP = 16  # the exponent k is stored in 16ths, as COAT
-K_MIN, K_MAX = (
-    4,
-    255,
-)  # k in [1/4, 15.94]: fits a byte; 1/4 covers 66 octaves, 15.94 a group that is almost constant
-SPREAD = 5.0  # the robust minimum lies this many standard deviations of log|x| below its mean
+K_MIN, K_MAX = 4, 255  # in 16ths, so that it fits a byte
+LEVELS, SIGNED_LEVELS = 255, 127  # codes of positive values without and with a sign
+# The robust minimum lies SPREAD standard deviations of log x below its mean, or NEAR octaves below amax if
+# that is further down: NEAR octaves cost little (steps of 3 %), so anything within them is always covered.
+SPREAD, NEAR = 5.0, 12.0
+NEAR_ZERO = 1e-3  # of amax: magnitudes below this count as this when the shift is chosen
 
 
 def quantize(
@@ -64,71 +65,103 @@ def dequantize(
     return _join_groups(grouped, codes.shape[-1]).astype(dtype)
 
 
-def expand_encode(
-    x: paddle.Tensor, fmt: FP8Format, keep_nonzero: bool = False
+def log_encode(
+    x: paddle.Tensor, fmt: FP8Format, dither: paddle.Tensor | float = 0.5
 ) -> tuple[paddle.Tensor, paddle.Tensor, paddle.Tensor]:
-    """Rows x [G, B] float32 -> codes uint8 [G, B], amax float32 [G, 1], k uint8 [G, 1] (16ths).
+    """Rows x [G, B] float32, none negative -> codes uint8 [G, B], amax float32 [G, 1], k uint8 [G, 1].
 
-    f(x) = sign(x) |x|^k (COAT section 4.1) in the form code = fmt.max * sign(x) * (|x| / amax)^k: the
-    centre that the published kernel divides by cancels, so amax and k say everything and no scale can
-    overflow or be zero. k makes the row fill the format's range from a robust minimum of its non-zero
-    values (see `_row_exponent`) to amax. `keep_nonzero`: a positive value never becomes code 0. The second
-    moment needs it: m / (sqrt(0) + eps) would be a spike.
+    x = amax * 2^((code - 255) / (k * steps)), steps = 2^mantissa_bits an octave, k stored in 16ths; code 0 is
+    0 exactly, and no positive value from 2^-126 on gets it. COAT expands the range by x^k (section 4.1) and
+    rounds to an FP8 number with a sign bit that a second moment never uses. Here that bit doubles the codes,
+    and the mantissa counts parts of an octave instead of parts of a power of two: equal relative error
+    everywhere, half of COAT's. k makes the codes span from a robust minimum (`_lowest`) to amax: one outlier
+    must not cost all others their precision. `dither` in [0, 1), [1, B] or a
+    number: what is added before cutting off; 0.5 rounds to nearest.
+    """
+    amax = _amax(x, axis=-1)
+    nonzero = paddle.clip(x * LARGE, max=1.0)
+    # In place where possible: a fresh buffer costs more time on a CPU than most of these operations.
+    log_ratio = (x * _inverse(amax)).clip_(min=TINY).log_()
+    octaves = _lowest(log_ratio, nonzero) / -math.log(2.0)
+    k = _stored_k((LEVELS - 1) * K_STEP / 2**fmt.mantissa_bits / paddle.clip(octaves, min=1e-6))
+    codes = log_ratio.multiply_(k * _codes_per_nat(fmt)) + (LEVELS + dither)
+    return codes.clip_(1.0, LEVELS).multiply_(nonzero).astype("uint8"), amax, k.astype("uint8")
+
+
+def log_decode(codes: paddle.Tensor, amax: paddle.Tensor, k: paddle.Tensor, fmt: FP8Format) -> paddle.Tensor:
+    """Inverse of `log_encode` -> float32 [G, B]."""
+    numbers = codes.astype("float32")
+    nonzero = paddle.clip(numbers, max=1.0)
+    ratio = numbers.scale_(1.0, bias=-LEVELS).multiply_(_nats_per_code(k, fmt)).exp_()
+    return ratio.multiply_(amax).multiply_(nonzero)
+
+
+def signed_log_encode(
+    x: paddle.Tensor, fmt: FP8Format, dither: paddle.Tensor | float = 0.5
+) -> tuple[paddle.Tensor, paddle.Tensor, paddle.Tensor]:
+    """Rows x [G, B] float32 -> codes uint8 [G, B] (bits of int8), amax float32 [G, 1], k uint8 [G, 1].
+
+    |x| = amax * d * ((1 + 1 / d)^(|code| / 127) - 1): linear below the shift d, logarithmic above it (mu-law
+    companding with mu = 1 / d, ITU-T G.711). k stands for d: as in `log_encode` there are k * 2^mantissa_bits
+    codes in an octave of (x + d), so log2(1 + 1 / d) = 127 / (k * 2^mantissa_bits). d is the harmonic mean of
+    |x| / amax: values of one size get nearly even steps, a row with much smaller values finer ones at zero.
+    `dither` as in `log_encode`. Zero stays zero, and no code has the wrong sign.
     """
     magnitude = x.abs()
-    amax = magnitude.max(axis=-1, keepdim=True)
-    amax = amax + amax * 0.0  # inf becomes NaN
-    # Not `x != 0`: Paddle compares floats with a tolerance of 1e-8.
-    nonzero = (magnitude > 0).astype("float32")
-    # In place from here on: a fresh buffer costs more time on CPU than most of these operations.
-    log_ratio = magnitude.divide_(paddle.clip(amax, min=TINY)).clip_(min=TINY).log_()
-    k = _row_exponent(log_ratio, nonzero, fmt)
-    scaled = log_ratio.multiply_(k / K_STEP).exp_().scale_(fmt.max)
-    if keep_nonzero:
-        scaled = scaled.clip_(min=fmt.min_subnormal).multiply_(nonzero)
-    return _to_codes(scaled.multiply_(x.sign()), fmt), amax, k.astype("uint8")
+    amax = _amax(magnitude, axis=-1)
+    ratio = magnitude * _inverse(amax)
+    nonzero = magnitude.scale_(LARGE).clip_(max=1.0)
+    count = paddle.clip(nonzero.sum(-1, keepdim=True), min=1.0)
+    shift = count / paddle.clip((nonzero / (ratio + NEAR_ZERO)).sum(-1, keepdim=True), min=1.0)
+    k = _stored_k(SIGNED_LEVELS / _codes_per_nat(fmt) / paddle.log(1.0 + 1.0 / shift))
+    inverse_shift = paddle.exp(SIGNED_LEVELS * _nats_per_code(k, fmt)) - 1.0
+    codes = ratio.multiply_(inverse_shift).scale_(1.0, bias=1.0).log_().multiply_(k * _codes_per_nat(fmt))
+    codes = (codes + dither).clip_(max=SIGNED_LEVELS).floor_().multiply_(x.sign())
+    return codes.astype("int8").view("uint8"), amax, k.astype("uint8")
 
 
-def expand_decode(
+def signed_log_decode(
     codes: paddle.Tensor, amax: paddle.Tensor, k: paddle.Tensor, fmt: FP8Format
 ) -> paddle.Tensor:
-    """Inverse of `expand_encode` -> float32 [G, B]: amax * sign(code) * (|code| / fmt.max)^(1/k)."""
-    book = _codebook(fmt, paddle.get_device())
-    index = codes.astype("int32").add_(k.astype("int32") * 256)
-    return paddle.gather(book, index.reshape([-1])).reshape(codes.shape).multiply_(amax)
+    """Inverse of `signed_log_encode` -> float32 [G, B]."""
+    numbers = codes.view("int8").astype("float32")
+    rate = _nats_per_code(k, fmt)
+    size = amax / (paddle.exp(SIGNED_LEVELS * rate) - 1.0)
+    magnitude = numbers.abs().multiply_(rate).exp_().scale_(1.0, bias=-1.0)
+    return magnitude.multiply_(size).multiply_(numbers.clip_(-1.0, 1.0))
 
 
-@functools.lru_cache(maxsize=8)
-def _codebook(fmt: FP8Format, device: str) -> paddle.Tensor:
-    """float32 [256 * 256]: what code c means under exponent k (16ths) for amax 1, at k * 256 + c."""
-    with np.errstate(divide="ignore"):
-        inverse_k = K_STEP / np.arange(256, dtype=np.float64)[:, None]
-    inverse_k[0] = 1.0  # k = 0 does not occur
-    codes = paddle.arange(256, dtype="int32").astype("uint8")
-    values = _from_codes(codes, fmt).numpy().astype(np.float64)
-    with np.errstate(invalid="ignore"):  # the codes of NaN
-        book = (np.sign(values) * np.abs(values / fmt.max) ** inverse_k).astype(np.float32)
-    return paddle.to_tensor(book.reshape(-1))
+def _lowest(log_ratio: paddle.Tensor, nonzero: paddle.Tensor) -> paddle.Tensor:
+    """[G, 1]: the lower end of the range to cover, of log_ratio = ln(x / amax) [G, B] where nonzero is 1.
 
-
-def _row_exponent(log_ratio: paddle.Tensor, nonzero: paddle.Tensor, fmt: FP8Format) -> paddle.Tensor:
-    """k [G, 1] in whole 16ths, float32. log_ratio = ln(|x| / amax) [G, B]; nonzero is 1.0 where x counts.
-
-    COAT takes the smallest value as the lower end; one outlier of 1e-12 then costs all others most of their
-    precision. Here the lower end is no further down than SPREAD standard deviations below the mean of the
-    logarithms.
+    COAT takes the smallest value. One outlier of 1e-12 then costs all others most of their precision, so
+    here the end is no further down than the robust minimum (see SPREAD). What lies below becomes that end.
     """
     count = paddle.clip(nonzero.sum(-1, keepdim=True), min=1.0)
     logs = log_ratio * nonzero
     mean = logs.sum(-1, keepdim=True) / count
     low = logs.min(-1, keepdim=True)
     variance = logs.square_().sum(-1, keepdim=True) / count - mean * mean
-    spread = paddle.sqrt(paddle.clip(variance, min=0.0))
-    low = paddle.maximum(low, mean - SPREAD * spread)
-    # A row of one value, of equal values or of zeros has low = 0: the division gives a huge k, which the
-    # clip bounds.
-    k = K_STEP * math.log(fmt.expansion_range) / paddle.clip(-low, min=1e-6)
+    robust = mean - SPREAD * paddle.sqrt(paddle.clip(variance, min=0.0))
+    return paddle.maximum(low, paddle.clip(robust, max=-NEAR * math.log(2.0)))
+
+
+def _stored_k(k: paddle.Tensor) -> paddle.Tensor:
+    """k in 16ths, any float -> whole 16ths that fit a byte, float32."""
     return paddle.clip(paddle.floor(k), min=K_MIN, max=K_MAX)
+
+
+def _codes_per_nat(fmt: FP8Format) -> float:
+    """Codes in a factor of e, for k = 1/16."""
+    return 2**fmt.mantissa_bits / (K_STEP * math.log(2.0))
+
+
+def _nats_per_code(k: paddle.Tensor, fmt: FP8Format) -> paddle.Tensor:
+    return 1.0 / (k.astype("float32") * _codes_per_nat(fmt))
+
+
+def _inverse(amax: paddle.Tensor) -> paddle.Tensor:
+    return 1.0 / paddle.clip(amax, min=TINY)
 
 
 def _amax(x: paddle.Tensor, axis: int | None) -> paddle.Tensor:

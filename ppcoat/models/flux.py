@@ -21,8 +21,8 @@ from ppdiffusers.models.transformer_2d import Transformer2DModelOutput
 
 from ppcoat.errors import ConfigError
 from ppcoat.nn.attention import attention, rotary_angles, rotate
+from ppcoat.nn.norm import modulated_norm, rms_norm
 
-NORM_EPSILON = 1e-6
 SINUSOID_CHANNELS = 256
 
 
@@ -269,16 +269,12 @@ class Modulation(nn.Layer):
 
 
 class RMSNorm(nn.Layer):
-    """x / rms(x) * weight over the last axis. Written out: Paddle's fused form has no CPU gradient."""
-
     def __init__(self, dim: int):
         super().__init__()
         self.weight = self.create_parameter([dim], default_initializer=nn.initializer.Constant(1.0))
 
     def forward(self, x):
-        x32 = x.astype("float32")
-        rstd = paddle.rsqrt(paddle.square(x32).mean(axis=-1, keepdim=True) + NORM_EPSILON)
-        return (x32 * rstd).astype(x.dtype) * self.weight
+        return rms_norm(x, self.weight)
 
 
 class TimeTextEmbedding(nn.Layer):
@@ -317,11 +313,6 @@ def sinusoid(t: paddle.Tensor) -> paddle.Tensor:
     frequencies = exponents.astype("float64").exp().astype("float32")
     angles = t.astype("float32").unsqueeze(-1) * frequencies
     return paddle.concat([angles.cos(), angles.sin()], axis=-1)
-
-
-def modulated_norm(x: paddle.Tensor, shift: paddle.Tensor, scale: paddle.Tensor) -> paddle.Tensor:
-    """LayerNorm without weights, times 1 + scale, plus shift. x [B, tokens, dim]; the others [B, 1, dim]."""
-    return F.layer_norm(x, x.shape[-1:], epsilon=NORM_EPSILON) * (1 + scale) + shift
 
 
 def adapters(layer: nn.Layer, factor: float = 1.0) -> dict[nn.Layer, float]:

@@ -14,11 +14,16 @@ def attention(q: paddle.Tensor, k: paddle.Tensor, v: paddle.Tensor) -> paddle.Te
     number of tokens than q. Half precision on a GPU goes to flash attention; everything else is written out
     in matmuls, which on CPU takes a third of the time of Paddle's own composed form.
     """
-    if q.place.is_gpu_place() and q.dtype in (paddle.bfloat16, paddle.float16):
+    if uses_flash_attention(q):
         return F.scaled_dot_product_attention(q, k, v)
     q, k, v = (_swap_tokens_and_heads(x) for x in (q * q.shape[-1] ** -0.5, k, v))
     weights = F.softmax(paddle.matmul(q, k, transpose_y=True), axis=-1)
     return _swap_tokens_and_heads(paddle.matmul(weights, v))
+
+
+def uses_flash_attention(q: paddle.Tensor) -> bool:
+    """Whether `attention` keeps q, k, v, the output and a row statistic for backward, and no score matrix."""
+    return q.place.is_gpu_place() and q.dtype in (paddle.bfloat16, paddle.float16)
 
 
 def _swap_tokens_and_heads(x: paddle.Tensor) -> paddle.Tensor:

@@ -20,10 +20,14 @@ def replace_linear_with_fp8(model: nn.Layer) -> nn.Layer:
     return model
 
 
+def sublayer_at(model: nn.Layer, path: str) -> nn.Layer:
+    """model.<path>, where `path` is dotted as in named_sublayers()."""
+    for part in path.split(".") if path else []:
+        model = model._sub_layers[part]
+    return model
+
+
 def set_sublayer(model: nn.Layer, path: str, layer: nn.Layer) -> None:
     """model.<path> = layer, where `path` is dotted as in named_sublayers()."""
     parent_path, _, name = path.rpartition(".")
-    parent = model
-    for part in parent_path.split(".") if parent_path else []:
-        parent = parent._sub_layers[part]
-    parent.add_sublayer(name, layer)
+    sublayer_at(model, parent_path).add_sublayer(name, layer)

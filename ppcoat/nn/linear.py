@@ -25,7 +25,8 @@ from paddle.autograd import PyLayer
 from ppcoat.errors import ConfigError
 from ppcoat.fp8.formats import E4M3
 
-from .saved import check_policy, pack
+from .policy import check_policy
+from .saved import pack
 
 
 class FrozenLinear(nn.Layer):
@@ -47,9 +48,9 @@ class LoRALinear(nn.Layer):
 
     `weight` and `bias` are the very parameters of `base` (not copies), so names in a state_dict stay;
     `lora_A` [in, rank] (Kaiming-uniform as in the LoRA reference code) and `lora_B` [rank, out] (zeros) are
-    float32 whatever the weight's dtype. policy: "none" keeps x as it is; "coat" keeps it in E4M3, one scale
-    per `group_size` features (None: one per tensor). The forward result and dx are exact under both; dA
-    carries the rounding. Set `enabled` to False to switch the update off, `scale_multiplier` to weaken or
+    float32 whatever the weight's dtype. policy: "none" keeps x as it is; every other keeps it in E4M3, one
+    scale per `group_size` features (None: one per tensor). The forward result and dx are exact under both;
+    dA carries the rounding. Set `enabled` to False to switch the update off, `scale_multiplier` to weaken or
     strengthen it. Raises ConfigError for wrong settings.
     """
 
@@ -91,8 +92,9 @@ class LoRALinear(nn.Layer):
         if not self.enabled:
             return frozen_linear(x, self.weight, self.bias)
         if needs_graph:
-            return _LoRALinear.apply(x, self.lora_A, self.lora_B, self)
-        return _lora_forward(_drop(x, self)[0], x, self)[0]
+            return _LoRALinear.apply(x, self.lora_A, self.lora_B, LinearUse.of(self))
+        with paddle.no_grad():
+            return LinearUse.of(self).forward(x)[0]
 
     def extra_repr(self) -> str:
         width_in, width_out = self.weight.shape
@@ -135,58 +137,96 @@ class _FrozenLinear(PyLayer):
 class _LoRALinear(PyLayer):
     @staticmethod
     def forward(
-        ctx, x: paddle.Tensor, lora_a: paddle.Tensor, lora_b: paddle.Tensor, layer: LoRALinear
+        ctx, x: paddle.Tensor, lora_a: paddle.Tensor, lora_b: paddle.Tensor, use: LinearUse
     ) -> paddle.Tensor:
-        ctx.layer, ctx.scale, ctx.x_needs_grad = layer, layer.scale, not x.stop_gradient
-        ctx.trainable = (not lora_a.stop_gradient, not lora_b.stop_gradient)
-        dropped, ctx.mask = _drop(x, layer)
-        y, xa = _lora_forward(dropped, x, layer)
+        ctx.use, ctx.x_needs_grad, layer = use, not x.stop_gradient, use.layer
+        y, xa = use.forward(x)
         # Packed x hangs on ctx, not in save_for_backward: active hooks would otherwise pack its scales once
         # more.
         ctx.packed = None
-        kept = [lora_a, lora_b, xa]
-        if ctx.trainable[0] and layer.policy == "coat":
-            ctx.packed = pack(dropped, E4M3, layer.group_size)
-        elif ctx.trainable[0]:
-            kept.append(dropped)
+        kept = [xa]
+        if use.needs_x and layer.policy != "none":
+            ctx.packed = pack(x, E4M3, layer.group_size)
+        elif use.needs_x:
+            kept.append(x)
         ctx.save_for_backward(*kept)
         return y
 
     @staticmethod
     def backward(ctx, dy: paddle.Tensor) -> tuple[paddle.Tensor | None, ...]:
-        lora_a, lora_b, xa, *kept = ctx.saved_tensor()
-        dyb = ctx.scale * paddle.matmul(dy, lora_b.astype(dy.dtype), transpose_y=True)
-        dx = da = db = None
-        if ctx.trainable[0]:
-            x = kept[0] if ctx.packed is None else ctx.packed.unpack()
-            da = paddle.matmul(_rows(x), _rows(dyb), transpose_x=True).astype(lora_a.dtype)
-        if ctx.trainable[1]:
-            db = (ctx.scale * paddle.matmul(_rows(xa), _rows(dy), transpose_x=True)).astype(lora_b.dtype)
-        if ctx.x_needs_grad:
-            through_lora = paddle.matmul(dyb, lora_a.astype(dy.dtype), transpose_y=True)
-            if ctx.mask is not None:
-                through_lora = through_lora * ctx.mask.astype(dy.dtype) / (1.0 - ctx.layer.dropout)
-            dx = paddle.matmul(dy, ctx.layer.weight, transpose_y=True) + through_lora
+        xa, *kept = ctx.saved_tensor()
+        x = ctx.packed.unpack() if ctx.packed is not None else kept[0] if kept else None
+        return ctx.use.gradients(x, dy, ctx.x_needs_grad, xa)
+
+
+@dataclass(frozen=True)
+class LinearUse:
+    """A Linear as one forward pass meets it, so that backward (or a second forward) meets the same.
+
+    scale: factor of its LoRA, None where no LoRA takes part. seed: of the dropout mask, None without dropout;
+    the mask itself is drawn again where it is wanted, and never kept.
+    """
+
+    layer: nn.Layer
+    scale: float | None = None
+    seed: int | None = None
+
+    @classmethod
+    def of(cls, layer: nn.Layer) -> LinearUse:
+        """`layer`: a Linear, FrozenLinear or LoRALinear. With dropout this draws from Paddle's generator."""
+        if not isinstance(layer, LoRALinear) or not layer.enabled:
+            return cls(layer)
+        drops = layer.training and layer.dropout > 0
+        return cls(layer, layer.scale, int(paddle.randint(1, 2**31 - 1, [1])) if drops else None)
+
+    @property
+    def needs_x(self) -> bool:
+        """Whether backward wants the input: for the gradients of the LoRA."""
+        return self.scale is not None and not (
+            self.layer.lora_A.stop_gradient and self.layer.lora_B.stop_gradient
+        )
+
+    def forward(self, x: paddle.Tensor) -> tuple[paddle.Tensor, paddle.Tensor | None]:
+        """x [..., in] -> y [..., out], and drop(x) A [..., rank] or None without LoRA. Builds no graph."""
+        layer = self.layer
+        y = F.linear(x, layer.weight, layer.bias)
+        if self.scale is None:
+            return y, None
+        xa = paddle.matmul(self.drop(x), layer.lora_A.astype(x.dtype))
+        update = paddle.matmul(xa, layer.lora_B.astype(x.dtype))
+        return y.add_(update.scale_(self.scale)), xa
+
+    def gradients(
+        self, x: paddle.Tensor | None, dy: paddle.Tensor, needs_dx: bool, xa: paddle.Tensor | None
+    ) -> tuple[paddle.Tensor | None, ...]:
+        """dy [..., out] -> dx, dA, dB; None for what needs no gradient.
+
+        x [..., in] is wanted where `needs_x`, and so is xa: drop(x) A as `forward` gave it.
+        """
+        layer, da, db = self.layer, None, None
+        dx = paddle.matmul(dy, layer.weight, transpose_y=True) if needs_dx else None
+        if self.scale is None:
+            return dx, None, None
+        lora_a = layer.lora_A.astype(dy.dtype)
+        dyb = paddle.matmul(dy, layer.lora_B.astype(dy.dtype), transpose_y=True).scale_(self.scale)
+        dropped = self.drop(x) if x is not None else None
+        if not layer.lora_A.stop_gradient:
+            da = paddle.matmul(_rows(dropped), _rows(dyb), transpose_x=True).astype(layer.lora_A.dtype)
+        if not layer.lora_B.stop_gradient:
+            db = self.scale * paddle.matmul(_rows(xa), _rows(dy), transpose_x=True)
+            db = db.astype(layer.lora_B.dtype)
+        if needs_dx:
+            # dropping is its own transpose
+            dx = dx.add_(self.drop(paddle.matmul(dyb, lora_a, transpose_y=True)))
         return dx, da, db
 
-
-def _lora_forward(
-    dropped: paddle.Tensor, x: paddle.Tensor, layer: LoRALinear
-) -> tuple[paddle.Tensor, paddle.Tensor]:
-    """-> y [..., out] and drop(x) A [..., rank], both in x's dtype."""
-    xa = paddle.matmul(dropped, layer.lora_A.astype(x.dtype))
-    update = paddle.matmul(xa, layer.lora_B.astype(x.dtype))
-    return F.linear(x, layer.weight, layer.bias) + layer.scale * update, xa
-
-
-def _drop(x: paddle.Tensor, layer: LoRALinear) -> tuple[paddle.Tensor, paddle.Tensor | None]:
-    """Inverted dropout on the LoRA's input while training -> dropped x and the boolean mask (None without
-    dropout).
-    """
-    if layer.dropout == 0.0 or not layer.training:
-        return x, None
-    mask = paddle.rand(x.shape) >= layer.dropout
-    return x * mask.astype(x.dtype) / (1.0 - layer.dropout), mask
+    def drop(self, x: paddle.Tensor) -> paddle.Tensor:
+        """Inverted dropout on the LoRA's input; x itself without dropout."""
+        if self.seed is None:
+            return x
+        rate = self.layer.dropout
+        mask = paddle.uniform(x.shape, dtype="float32", min=0.0, max=1.0, seed=self.seed) >= rate
+        return x * (mask.astype(x.dtype) / (1.0 - rate))
 
 
 def _rows(x: paddle.Tensor) -> paddle.Tensor:

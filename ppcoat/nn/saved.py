@@ -9,7 +9,8 @@ The hooks see every tensor that an operator keeps. Large float tensors that carr
 groups, once each even if several operators keep the same one. Parameters are left alone and not counted (the
 model owns them); constants and small tensors are counted and left alone, and so are slices with gaps in
 memory. `count_saved_tensors` counts the ordinary case by the same code. Paddle allows one pair of hooks at a
-time: these contexts do not nest, and `recompute(use_reentrant=False)` has hooks of its own.
+time: these contexts do not nest, and `recompute(use_reentrant=False)` has hooks of its own. Operations with a
+backward of our own (flux_block.py) hold what they need themselves and report it through `record`.
 
 Source: COAT (arXiv 2410.19313) section 5; facts about what each operator keeps are Paddle 3.3's.
 """
@@ -18,6 +19,8 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 
@@ -25,40 +28,33 @@ import paddle
 
 from ppcoat.errors import ConfigError
 from ppcoat.fp8.formats import FP8Format, get_format
-from ppcoat.fp8.quantize import dequantize, quantize
 
-POLICIES = ("none", "coat")
+from .held import HeldTensor, PackedTensor, PlainTensor, pack_tensor
+from .policy import check_policy
+
 FLOATS = (paddle.float32, paddle.bfloat16, paddle.float16)
 # Originals held for a moment, so that the next operators that keep them find their packed copy.
 REMEMBERED = 4
 
 _active: ContextVar[SavedTensors | None] = ContextVar("ppcoat_saved_tensors", default=None)
+_as_they_are: ContextVar[bool] = ContextVar("ppcoat_kept_as_they_are", default=False)
 
 
-def check_policy(policy: str) -> str:
-    """Return `policy` if it is one of POLICIES, else raise ConfigError."""
-    if policy not in POLICIES:
-        raise ConfigError(f"unknown saving policy {policy!r}; use one of {', '.join(POLICIES)}")
-    return policy
+def record(kept: Iterable[HeldTensor]) -> None:
+    """Count, in the active context if there is one, what an operation of our own holds for its backward."""
+    active = _active.get()
+    for each in kept if active is not None else ():
+        active.count(each)
 
 
-@dataclass(eq=False)
-class PackedTensor:
-    """A float tensor held as FP8: codes uint8 of its shape, scale float32 per group (or one), its dtype."""
-
-    codes: paddle.Tensor
-    scale: paddle.Tensor
-    fmt: FP8Format
-    group_size: int | None
-    dtype: paddle.dtype
-
-    @property
-    def nbytes(self) -> int:
-        return _nbytes(self.codes) + _nbytes(self.scale)
-
-    def unpack(self) -> paddle.Tensor:
-        """The values again, in the dtype they came in."""
-        return dequantize(self.codes, self.scale, self.fmt, self.group_size, self.dtype)
+@contextmanager
+def kept_as_they_are() -> Iterator[None]:
+    """Within it, an active context packs nothing: it only counts what autograd keeps."""
+    token = _as_they_are.set(True)
+    try:
+        yield
+    finally:
+        _as_they_are.reset(token)
 
 
 def pack(x: paddle.Tensor, fmt: FP8Format, group_size: int | None) -> PackedTensor:
@@ -68,8 +64,7 @@ def pack(x: paddle.Tensor, fmt: FP8Format, group_size: int | None) -> PackedTens
     active = _active.get()
     if active is not None:
         return active.pack(x, fmt, group_size)
-    with paddle.no_grad():
-        return PackedTensor(*quantize(x.detach(), fmt, group_size), fmt, group_size, x.dtype)
+    return pack_tensor(x, fmt, group_size)
 
 
 def fp8_saved_tensors(group_size: int = 128, fmt: str = "e4m3", min_size: int = 4096) -> SavedTensors:
@@ -91,16 +86,19 @@ def count_saved_tensors() -> SavedTensors:
 
 
 def saved_tensors(policy: str, group_size: int = 128) -> SavedTensors:
-    """The context of a policy by name: "none" counts, "coat" packs. Raises ConfigError for another name."""
-    return fp8_saved_tensors(group_size) if check_policy(policy) == "coat" else count_saved_tensors()
+    """The context of a policy by name: "none" counts, every other packs. Raises ConfigError for an unknown
+    name.
+    """
+    return count_saved_tensors() if check_policy(policy) == "none" else fp8_saved_tensors(group_size)
 
 
 class SavedTensors:
     """Pair of saved-tensor hooks with counters. Made by the functions above; entering it sets the counters to
     zero.
 
-    bytes_kept: held for backward, each storage once. bytes_unpacked: what the same tensors would hold
-    unpacked. tensors_packed: how many were turned into FP8.
+    bytes_kept: held for backward, each storage once. bytes_kept_bf16: the same if the model computed in
+    bfloat16, so that a CPU's float32 run can tell what a GPU would hold. bytes_unpacked: what the same
+    tensors would hold unpacked. tensors_packed: how many were turned into FP8.
     """
 
     def __init__(self, fmt: FP8Format | None, group_size: int | None, min_size: int) -> None:
@@ -127,11 +125,8 @@ class SavedTensors:
         """
         key = (_identity(x), fmt.name, group_size)
         if key not in self._recent:
-            with paddle.no_grad():
-                packed = PackedTensor(*quantize(x.detach(), fmt, group_size), fmt, group_size, x.dtype)
-            self.bytes_kept += packed.nbytes
-            self.bytes_unpacked += _nbytes(x)
-            self.tensors_packed += 1
+            packed = pack_tensor(x, fmt, group_size)
+            self.count(packed)
             # Holding x itself is what makes its address an identity: the memory cannot be given to another
             # tensor.
             self._recent[key] = (x, packed)
@@ -140,8 +135,15 @@ class SavedTensors:
         self._recent.move_to_end(key)
         return self._recent[key][1]
 
+    def count(self, kept: HeldTensor) -> None:
+        """Add one object that is held for backward."""
+        self.bytes_kept += kept.nbytes
+        self.bytes_kept_bf16 += kept.nbytes_bf16
+        self.bytes_unpacked += kept.nbytes_unpacked
+        self.tensors_packed += not isinstance(kept, PlainTensor)
+
     def _reset(self) -> None:
-        self.bytes_kept = self.bytes_unpacked = self.tensors_packed = 0
+        self.bytes_kept = self.bytes_kept_bf16 = self.bytes_unpacked = self.tensors_packed = 0
         self._recent: OrderedDict[tuple, tuple[paddle.Tensor, PackedTensor]] = OrderedDict()
         self._plain: weakref.WeakValueDictionary[tuple, _Kept] = weakref.WeakValueDictionary()
 
@@ -163,7 +165,9 @@ class SavedTensors:
         """A tensor without gradient is a constant (RoPE tables, masks): its owner holds it anyway, and
         exactness is free.
         """
-        if self._fmt is None or x.persistable or x.dtype not in FLOATS or x.stop_gradient:
+        if self._fmt is None or _as_they_are.get() or x.dtype not in FLOATS:
+            return False
+        if x.persistable or x.stop_gradient:
             return False
         return x.ndim > 0 and x.size >= self._min_size
 
@@ -173,8 +177,7 @@ class SavedTensors:
         if kept is None:
             kept = self._plain[key] = _Kept(x)
             if not x.persistable:
-                self.bytes_kept += _nbytes(x)
-                self.bytes_unpacked += _nbytes(x)
+                self.count(PlainTensor(x, statistic=x.stop_gradient))
         return kept
 
 
@@ -211,7 +214,3 @@ def _identity(x: paddle.Tensor) -> tuple:
     """
     layout = "contiguous" if x.is_contiguous() else (tuple(x.shape), tuple(x.strides))
     return x.data_ptr(), x.size, x.dtype, layout, x.inplace_version
-
-
-def _nbytes(x: paddle.Tensor) -> int:
-    return x.size * x.element_size()

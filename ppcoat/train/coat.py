@@ -11,6 +11,7 @@ COAT: arXiv 2410.19313. With `enabled: false` the same calls give AdamW and ordi
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
@@ -19,8 +20,12 @@ from pydantic import Field
 
 from ppcoat.config.schema import CoatConfig
 from ppcoat.nn.convert import replace_linear_with_fp8
+from ppcoat.nn.policy import get_policy
 from ppcoat.nn.saved import SavedTensors, saved_tensors
+from ppcoat.nn.saving import apply_saving_policy, flux_blocks, remove_saving_policy
 from ppcoat.optim import FP8AdamW, FP8QuantizationConfig
+
+_log = logging.getLogger(__name__)
 
 
 class COATConfig(CoatConfig):
@@ -32,41 +37,67 @@ class COATConfig(CoatConfig):
 class COATTrainer:
     """Chooses optimizer, saving policy and Linears of a run from its `coat` settings.
 
-    gradient_checkpointing: the model recomputes its blocks in backward. Only block inputs are kept then, and
-    Paddle allows no second pair of saved-tensor hooks beside those of its recompute, so FP8 activations are
-    off.
+    gradient_checkpointing: blocks are computed again in backward. FLUX blocks then keep their inputs only, in
+    FP8 if coat.memory.enable_efficient_checkpoint. Any other model checkpoints by itself; Paddle allows no
+    second pair of saved-tensor hooks beside those of its recompute, so nothing is packed or counted there.
     """
 
     def __init__(self, config: CoatConfig | None = None, gradient_checkpointing: bool = False):
         self.config = config if config is not None else COATConfig()
         self.gradient_checkpointing = gradient_checkpointing
+        self._model_checkpoints_itself = gradient_checkpointing
 
     @property
     def fp8_activations(self) -> bool:
         """Whether activations are kept in FP8 for backward."""
-        return self.config.enabled and self.config.activation.use_fp8 and not self.gradient_checkpointing
+        return (
+            self.config.enabled and self.config.activation.use_fp8 and self.config.activation.policy != "none"
+        )
 
     @property
     def policy(self) -> str:
-        """Name of the saving policy: "coat" or "none"."""
-        return "coat" if self.fp8_activations else "none"
+        """Name of the saving policy, "none" where FP8 activations are off."""
+        return self.config.activation.policy if self.fp8_activations else "none"
 
     @property
     def linear_group_size(self) -> int | None:
         """Features that share one scale in the input kept for a LoRA; None: one scale per tensor."""
-        activation = self.config.activation
-        return activation.group_size if activation.linear_granularity == "per_group" else None
+        return self._group_size(self.config.activation.linear_granularity)
 
     def convert(self, model: paddle.nn.Layer) -> paddle.nn.Layer:
-        """Replace frozen Linears without LoRA by ones that keep nothing for backward; in place."""
-        return replace_linear_with_fp8(model) if self.fp8_activations else model
+        """Put the saving policy and gradient checkpointing into `model`, in place; call it after inject_lora.
+
+        Frozen Linears without LoRA keep nothing for backward; FLUX blocks follow the policy.
+        """
+        if self.fp8_activations:
+            replace_linear_with_fp8(model)
+        blocks = len(list(flux_blocks(model)))
+        if not blocks:
+            return model
+        memory, checkpointed = self.config.memory, 0
+        if self.gradient_checkpointing:
+            checkpointed = memory.checkpoint_blocks or blocks
+        policy = get_policy(
+            self.policy,
+            self._group_size(self.config.activation.nonlinear_granularity),
+            self.linear_group_size,
+        )
+        fp8_inputs = self.config.enabled and memory.enable_efficient_checkpoint
+        left = apply_saving_policy(model, policy, checkpointed, fp8_inputs)
+        self._model_checkpoints_itself = bool(checkpointed and left)
+        if self._model_checkpoints_itself:
+            # Holding everything of these blocks could be more than the memory that checkpointing was to save.
+            _log.warning("the model checkpoints all blocks by itself, without FP8 activations")
+            remove_saving_policy(model)
+            model.enable_gradient_checkpointing()
+        return model
 
     def saved_tensors(self) -> AbstractContextManager[SavedTensors | None]:
         """Context for the forward pass: what autograd keeps becomes FP8, or is only counted.
 
-        With gradient checkpointing nothing can be counted, and the context gives None.
+        Where the model checkpoints by itself nothing can be counted, and the context gives None.
         """
-        if self.gradient_checkpointing:
+        if self._model_checkpoints_itself:
             return nullcontext()
         return saved_tensors(self.policy, self.config.activation.group_size)
 
@@ -101,3 +132,6 @@ class COATTrainer:
                 use_dynamic_range_expansion=states.use_dynamic_range_expansion,
             ),
         )
+
+    def _group_size(self, granularity: str) -> int | None:
+        return self.config.activation.group_size if granularity == "per_group" else None

@@ -67,11 +67,8 @@ def build_trainer(config: RunConfig, pipeline: FluxPipeline, cache: TrainingCach
     """Put LoRA and COAT into the transformer and everything a Trainer needs around it."""
     train, network, transformer = config.train, config.network, pipeline.transformer
     coat = COATTrainer(config.coat, train.gradient_checkpointing)
-    if train.gradient_checkpointing and config.coat.enabled and config.coat.activation.use_fp8:
-        _log.warning(
-            "train.gradient_checkpointing keeps block inputs only: coat.activation and "
-            "coat.memory.enable_efficient_checkpoint have no effect in this run"
-        )
+    if config.coat.memory.checkpoint_blocks and not train.gradient_checkpointing:
+        _log.warning("coat.memory.checkpoint_blocks has no effect without train.gradient_checkpointing")
     modules = inject_lora(
         transformer,
         rank=network.linear,
@@ -84,8 +81,6 @@ def build_trainer(config: RunConfig, pipeline: FluxPipeline, cache: TrainingCach
     )
     coat.convert(transformer)
     transformer.train()
-    if train.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
     parameters = {f"{path}.{name}": p for path, layer in modules.items()
                   for name, p in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B))}  # fmt: skip
     schedule = lr_scheduler(train.lr_scheduler, train.lr, train.steps, train.lr_warmup_steps)

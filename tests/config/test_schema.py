@@ -36,7 +36,22 @@ def test_the_published_coat_section_is_accepted():
         "memory": {"enable_efficient_checkpoint": True, "log_memory_stats": True},
     }
     given = {"name": "a", "model": {"name_or_path": "m"}, "datasets": [{"folder_path": "d"}], "coat": coat}
-    assert RunConfig.model_validate(given).coat.model_dump() == coat
+    read = RunConfig.model_validate(given).coat.model_dump()
+    # settings that came later have defaults
+    assert read["activation"].pop("policy") == "coat"
+    assert read["memory"].pop("checkpoint_blocks") is None
+    assert read == coat
+
+
+def test_an_unknown_saving_policy_is_answered_with_the_nearest():
+    with pytest.raises(
+        ValidationError, match="unknown saving policy 'coat.recomp', the nearest is 'coat.recompute'"
+    ):
+        schema.CoatActivationConfig(policy="coat+recomp")
+    with pytest.raises(ValidationError):
+        schema.CoatActivationConfig(policy=3)
+    for policy in ("none", "coat", "coat+recompute", "coat+recompute+attention"):
+        assert schema.CoatActivationConfig(policy=policy).policy == policy
 
 
 def test_caption_ext_takes_the_dot_or_not():

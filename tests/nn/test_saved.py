@@ -8,7 +8,14 @@ from paddle import nn
 
 from ppcoat.errors import ConfigError
 from ppcoat.fp8.formats import E4M3
-from ppcoat.nn.saved import count_saved_tensors, fp8_saved_tensors, saved_tensors
+from ppcoat.nn.held import PlainTensor
+from ppcoat.nn.saved import (
+    count_saved_tensors,
+    fp8_saved_tensors,
+    kept_as_they_are,
+    record,
+    saved_tensors,
+)
 
 
 def tensor(seed: int, shape: list[int], trainable: bool = True) -> paddle.Tensor:
@@ -177,3 +184,40 @@ def test_contexts_do_not_nest():
         pass
     with count_saved_tensors():
         pass
+
+
+def test_bytes_in_bfloat16_of_what_a_float32_run_keeps():
+    """gelu keeps x [64, 256]; multiply keeps x and a constant table, which is float32 on any device."""
+    x, table = tensor(15, [64, 256]), tensor(16, [64, 256], trainable=False)
+    with count_saved_tensors() as saved:
+        F.gelu(x)
+    assert saved.bytes_kept == 2 * saved.bytes_kept_bf16 == 64 * 256 * 4
+    with count_saved_tensors() as saved:
+        x * table
+    assert saved.bytes_kept == 2 * 64 * 256 * 4 and saved.bytes_kept_bf16 == 64 * 256 * (2 + 4)
+    with fp8_saved_tensors() as saved:
+        F.gelu(x)
+    assert saved.bytes_kept == saved.bytes_kept_bf16
+
+
+def test_within_kept_as_they_are_nothing_is_packed_but_all_is_counted():
+    x = tensor(17, [64, 256])
+    with fp8_saved_tensors() as saved:
+        with kept_as_they_are():
+            loss = F.gelu(x).sum()
+        assert (saved.tensors_packed, saved.bytes_kept) == (0, 64 * 256 * 4)
+        F.gelu(x * 2)
+    assert saved.tensors_packed == 1
+    loss.backward()
+    exact = x.grad.numpy()
+    x.clear_gradient()
+    F.gelu(x).sum().backward()
+    np.testing.assert_array_equal(exact, x.grad.numpy())
+
+
+def test_record_counts_in_the_active_context_only():
+    held = [PlainTensor(tensor(18, [4, 8])), PlainTensor(tensor(19, [4, 1]), statistic=True)]
+    record(held)
+    with count_saved_tensors() as saved:
+        record(held)
+    assert (saved.bytes_kept, saved.bytes_kept_bf16) == (32 * 4 + 4 * 4, 32 * 2 + 4 * 4)

@@ -10,8 +10,13 @@ from paddle import nn
 from pydantic import ValidationError
 
 from ppcoat import COATConfig, COATTrainer, FP8AdamW
-from ppcoat.config.schema import CoatActivationConfig, CoatConfig, CoatOptimizerConfig
+from ppcoat.config.schema import CoatActivationConfig, CoatConfig, CoatMemoryConfig, CoatOptimizerConfig
+from ppcoat.fp8.formats import E4M3
+from ppcoat.lora import inject_lora
+from ppcoat.models.flux import FluxTransformer2DModel
 from ppcoat.nn.linear import FrozenLinear
+from ppcoat.nn.policy import get_policy
+from ppcoat.nn.saving import flux_blocks
 
 NO_FP8_STATES = COATConfig(optimizer=CoatOptimizerConfig(use_fp8=False))
 NO_FP8_ACTIVATIONS = COATConfig(activation=CoatActivationConfig(use_fp8=False))
@@ -32,24 +37,30 @@ def test_the_config_of_the_public_name_is_on_and_that_of_a_run_is_off():
         COATConfig(use_fp9=True)
 
 
+def activation(**settings):
+    return COATConfig(activation=CoatActivationConfig(**settings))
+
+
 @pytest.mark.parametrize(
-    ("config", "checkpointing", "policy"),
+    ("config", "policy"),
     [
-        (COATConfig(), False, "coat"),
-        (OFF, False, "none"),
-        (NO_FP8_ACTIVATIONS, False, "none"),
-        (NO_FP8_STATES, False, "coat"),
-        (COATConfig(), True, "none"),
+        (COATConfig(), "coat"),
+        (OFF, "none"),
+        (NO_FP8_ACTIVATIONS, "none"),
+        (NO_FP8_STATES, "coat"),
+        (activation(policy="coat+recompute"), "coat+recompute"),
+        (activation(policy="none"), "none"),
+        (activation(policy="coat+recompute", use_fp8=False), "none"),
     ],
 )
-def test_policy_and_conversion_follow_enabled_activation_and_checkpointing(config, checkpointing, policy):
-    coat = COATTrainer(config, gradient_checkpointing=checkpointing)
-    assert coat.policy == policy
+def test_policy_and_conversion_follow_enabled_and_activation(config, policy):
+    coat = COATTrainer(config)
+    assert coat.policy == policy and coat.fp8_activations == (policy != "none")
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     for parameter in model[0].parameters():
         parameter.stop_gradient = True
     assert coat.convert(model) is model
-    assert isinstance(model[0], FrozenLinear) == (policy == "coat")
+    assert isinstance(model[0], FrozenLinear) == (policy != "none")
     assert type(model[1]) is nn.Linear  # it is trained
 
 
@@ -77,7 +88,70 @@ def test_saved_tensors_keep_what_the_policy_promises(config, kept):
     assert np.isfinite(x.grad.numpy()).all()
 
 
-def test_with_gradient_checkpointing_nothing_is_counted():
+@pytest.fixture
+def transformer():
+    model = FluxTransformer2DModel(
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=12,
+        pooled_projection_dim=6,
+        in_channels=4,
+        axes_dims_rope=(2, 2, 4),
+    )
+    inject_lora(model, rank=2, alpha=2.0)
+    model.train()
+    return model
+
+
+def savings(model):
+    """How each FLUX block is run: (policy, policy of its checkpoint), None where it runs as it is."""
+    forwards = [block.__dict__.get("forward") for _, block, _ in flux_blocks(model)]
+    return [forward and (forward.args[1].policy, forward.args[1].checkpoint) for forward in forwards]
+
+
+def test_flux_blocks_follow_policy_and_group_sizes(transformer):
+    COATTrainer(OFF).convert(transformer)
+    assert savings(transformer) == [None] * 3
+    config = activation(policy="coat+recompute", linear_granularity="per_group", group_size=64)
+    COATTrainer(config).convert(transformer)
+    assert savings(transformer) == [(get_policy("coat+recompute", 64, 64), None)] * 3
+    COATTrainer(activation(nonlinear_granularity="per_tensor")).convert(transformer)
+    assert savings(transformer) == [(get_policy("coat", None, None), None)] * 3
+
+
+@pytest.mark.parametrize("blocks", [None, 2])
+@pytest.mark.parametrize(("enabled", "efficient"), [(True, True), (True, False), (False, True)])
+def test_gradient_checkpointing_keeps_inputs_of_flux_blocks(transformer, blocks, enabled, efficient):
+    memory = CoatMemoryConfig(enable_efficient_checkpoint=efficient, checkpoint_blocks=blocks)
+    coat = COATTrainer(COATConfig(enabled=enabled, memory=memory), gradient_checkpointing=True)
+    coat.convert(transformer)
+    found = savings(transformer)
+    fp8 = E4M3 if enabled and efficient else None
+    assert [each[1].fmt for each in found[:2]] == [fp8, fp8]
+    if blocks is None:
+        assert found[2][1].fmt == fp8
+    elif enabled:
+        assert found[2] == (get_policy("coat", 128, None), None)
+    else:
+        assert found[2] is None
+    assert not transformer.gradient_checkpointing
+    with coat.saved_tensors() as saved:
+        assert saved is not None
+
+
+def test_a_flux_with_unusual_blocks_checkpoints_by_itself(transformer, caplog):
+    transformer.single_transformer_blocks[0].norm.linear.bias.stop_gradient = False
+    coat = COATTrainer(COATConfig(), gradient_checkpointing=True)
+    coat.convert(transformer)
+    assert transformer.gradient_checkpointing and savings(transformer) == [None] * 3
+    with coat.saved_tensors() as saved:
+        assert saved is None
+    assert "norm.linear.bias is trained" in caplog.text and "by itself" in caplog.text
+
+
+def test_with_gradient_checkpointing_of_another_model_nothing_is_counted():
     with COATTrainer(COATConfig(), gradient_checkpointing=True).saved_tensors() as saved:
         assert saved is None
 

@@ -52,12 +52,15 @@ def test_a_run_leaves_lora_config_checkpoints_log_and_previews(make_config):
     assert all(np.isfinite(line["loss"]) and line["kept_bytes"] > 0 for line in log(config))
 
 
-@pytest.mark.parametrize("coat", ["true", "false"])
-def test_stopped_and_resumed_run_is_bit_equal_to_an_uninterrupted_one(make_config, monkeypatch, coat):
+@pytest.mark.parametrize(("coat", "checkpointing"), [("true", "false"), ("false", "false"), ("true", "true")])
+def test_stopped_and_resumed_run_is_bit_equal_to_an_uninterrupted_one(
+    make_config, monkeypatch, coat, checkpointing
+):
     """Also in the middle of an epoch (3 batches), with dropout in LoRA and captions and accumulated
     gradients."""
     common = (
         f"coat.enabled={coat}",
+        f"train.gradient_checkpointing={checkpointing}",
         "train.gradient_accumulation=2",
         "network.dropout=0.1",
         "datasets.0.caption_dropout_rate=0.3",
@@ -96,6 +99,36 @@ def test_coat_keeps_fewer_bytes_and_follows_the_ordinary_run(make_config):
     assert on.bytes_kept < 0.6 * off.bytes_kept
     assert on.optimizer_bytes < 0.5 * off.optimizer_bytes
     assert np.mean(on.losses[-10:]) == pytest.approx(np.mean(off.losses[-10:]), rel=0.03)
+
+
+def test_policies_and_checkpointing_keep_fewer_and_fewer_bytes_and_follow_the_ordinary_run(
+    make_config, caplog
+):
+    def run(name, *overrides):
+        result = train_flux_lora(make_config(f"name={name}", "train.steps=1", *overrides))
+        return result.bytes_kept, result.losses
+
+    plain, losses = run("plain", "coat.enabled=false")
+    runs = {
+        "coat": ("coat.activation.policy=coat",),
+        "recompute": ("coat.activation.policy=coat+recompute",),
+        "attention": ("coat.activation.policy=coat+recompute+attention",),
+        "two": ("train.gradient_checkpointing=true", "coat.memory.checkpoint_blocks=2"),
+        "all": ("train.gradient_checkpointing=true",),
+    }
+    kept = [plain]
+    for name, overrides in runs.items():
+        each, its_losses = run(name, *overrides)
+        kept.append(each)
+        assert its_losses == pytest.approx(losses, rel=0.01)
+    plain, coat, recompute, attention, two, everything = kept
+    assert plain > coat > recompute > attention > everything and coat > two > everything
+    assert "no effect" not in caplog.text
+
+
+def test_a_number_of_checkpointed_blocks_without_checkpointing_is_said_to_do_nothing(make_config, caplog):
+    train_flux_lora(make_config("train.steps=1", "coat.memory.checkpoint_blocks=2"))
+    assert "checkpoint_blocks has no effect" in caplog.text
 
 
 def test_training_lowers_the_loss_on_a_fixed_batch(make_config, monkeypatch):

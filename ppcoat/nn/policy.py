@@ -1,0 +1,68 @@
+"""Saving policies by name: what a FLUX block keeps for backward, and in which form.
+
+    none                       what autograd keeps, in compute dtype
+    coat                       every input of a Linear, LayerNorm or GELU in FP8; attention as it is
+    coat+recompute             of those only the inputs of LayerNorm and GELU; the rest is computed again
+    coat+recompute+attention   the same, and values in FP8, queries and keys in FP8 and half a byte
+
+Source of the first step: COAT (arXiv 2410.19313) section 5. Bytes per block: see flux_block.py.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, replace
+
+from ppcoat.errors import ConfigError
+from ppcoat.fp8.formats import E4M3, FP8Format
+
+
+@dataclass(frozen=True)
+class SavingPolicy:
+    """What to keep. fmt None keeps everything in its own dtype.
+
+    recompute: inputs of Linears and attention's output are computed again in backward. rebuild_heads: queries
+    and keys before their norm are had back from those after it; otherwise they are packed. pack_attention:
+    rotated queries, keys, and values are packed. group_size and
+    linear_group_size: values along the last axis that share a scale (None: one scale per tensor); the second
+    is for inputs of Linears.
+    """
+
+    name: str
+    fmt: FP8Format | None = None
+    recompute: bool = False
+    rebuild_heads: bool = True
+    pack_attention: bool = False
+    group_size: int | None = 128
+    linear_group_size: int | None = None
+
+
+_NAMED = {
+    policy.name: policy
+    for policy in (
+        SavingPolicy("none"),
+        SavingPolicy("coat", E4M3),
+        SavingPolicy("coat+recompute", E4M3, recompute=True),
+        SavingPolicy("coat+recompute+attention", E4M3, recompute=True, pack_attention=True),
+    )
+}
+POLICIES = tuple(_NAMED)
+
+
+def get_policy(name: str, group_size: int | None = 128, linear_group_size: int | None = None) -> SavingPolicy:
+    """The policy of that name with these group sizes. Raises ConfigError for a wrong name or size."""
+    policy = _NAMED[check_policy(name)]
+    for size in (group_size, linear_group_size):
+        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+            raise ConfigError(f"a group size must be a positive whole number or None, got {size!r}")
+    return replace(policy, group_size=group_size, linear_group_size=linear_group_size)
+
+
+def check_policy(name: str) -> str:
+    """Return `name` if it is one of POLICIES, else raise ConfigError with the nearest of them."""
+    if name not in POLICIES:
+        nearest = difflib.get_close_matches(str(name), POLICIES, n=1, cutoff=0.0)[0]
+        raise ConfigError(
+            f"unknown saving policy {name!r}, the nearest is {nearest!r}; use one of {', '.join(POLICIES)}"
+        )
+    return name

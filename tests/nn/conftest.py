@@ -1,0 +1,126 @@
+"""A small random FLUX with LoRAs that do something, its inputs, and gradients by plain autograd."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import paddle
+import paddle.nn.functional as F
+import pytest
+from paddle import nn
+
+from ppcoat.lora import inject_lora, lora_layers
+from ppcoat.models.flux import FluxTransformer2DModel
+from ppcoat.nn.convert import set_sublayer
+from ppcoat.nn.saved import count_saved_tensors
+
+CHANNELS, TEXT_WIDTH, POOLED = 16, 24, 12
+
+
+class PlainLoRA(nn.Layer):
+    """The formula of the LoRA paper, for autograd to differentiate. Shares the parameters of a LoRALinear."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.weight, self.bias = layer.weight, layer.bias
+        self.lora_A, self.lora_B, self.scale = layer.lora_A, layer.lora_B, layer.scale
+
+    def forward(self, x):
+        return F.linear(x, self.weight, self.bias) + self.scale * (x @ self.lora_A @ self.lora_B)
+
+
+def with_loras(model: nn.Layer, seed: int = 1, **settings) -> nn.Layer:
+    """LoRAs whose B is not zero, and head norms whose weights are not one."""
+    rng = np.random.default_rng(seed)
+    settings = {"rank": 4, "alpha": 8.0, **settings}
+    for layer in inject_lora(model, **settings).values():
+        layer.lora_B.set_value((0.05 * rng.standard_normal(layer.lora_B.shape)).astype("float32"))
+    for name, parameter in model.named_parameters():
+        if name.split(".")[-2].startswith("norm_"):
+            parameter.set_value(rng.uniform(0.5, 1.5, parameter.shape).astype("float32"))
+    model.train()
+    return model
+
+
+def build(double=2, single=2, heads=2, head_dim=32, **settings) -> nn.Layer:
+    """A random transformer with LoRAs; settings are those of inject_lora."""
+    paddle.seed(0)
+    model = FluxTransformer2DModel(
+        in_channels=CHANNELS,
+        num_layers=double,
+        num_single_layers=single,
+        attention_head_dim=head_dim,
+        num_attention_heads=heads,
+        joint_attention_dim=TEXT_WIDTH,
+        pooled_projection_dim=POOLED,
+        guidance_embeds=True,
+        axes_dims_rope=[head_dim // 4, head_dim * 3 // 8, head_dim * 3 // 8],
+    )
+    return with_loras(model, **settings)
+
+
+def arguments(model, tokens=36, text=12, pictures=2) -> dict:
+    """Arguments of a transformer for a square picture, from a fixed seed."""
+    rng, sizes = np.random.default_rng(5), model.config
+
+    def normal(*shape):
+        return paddle.to_tensor(rng.standard_normal(shape, dtype=np.float32))
+
+    rows, columns = np.divmod(np.arange(tokens), int(tokens**0.5))
+    return {
+        "hidden_states": normal(pictures, tokens, sizes.in_channels),
+        "encoder_hidden_states": normal(pictures, text, sizes.joint_attention_dim),
+        "pooled_projections": normal(pictures, sizes.pooled_projection_dim),
+        "timestep": paddle.linspace(0.3, 0.8, pictures),
+        "guidance": paddle.full([pictures], 3.5),
+        "img_ids": paddle.to_tensor(np.stack([0 * rows, rows, columns], -1).astype("float32")),
+        "txt_ids": paddle.zeros([text, 3]),
+        "return_dict": False,
+    }
+
+
+def gradients(model, batch) -> tuple[float, dict[str, np.ndarray]]:
+    """-> loss, {name: gradient} of everything that is trained. The seed fixes the dropout."""
+    model.clear_gradients()
+    paddle.seed(7)
+    loss = paddle.square(model(**batch)[0] - 1).mean()
+    loss.backward()
+    trained = {name: p.grad for name, p in model.named_parameters() if not p.stop_gradient}
+    return float(loss), {name: grad.numpy() for name, grad in trained.items()}
+
+
+def plain_gradients(model, batch) -> tuple[float, dict[str, np.ndarray]]:
+    """The same by Paddle's autograd alone: LoRAs are written out for the while."""
+    layers = lora_layers(model)
+    try:
+        for path, layer in layers.items():
+            set_sublayer(model, path, PlainLoRA(layer))
+        return gradients(model, batch)
+    finally:
+        for path, layer in layers.items():
+            set_sublayer(model, path, layer)
+
+
+def relative_rms(got: np.ndarray, wanted: np.ndarray) -> float:
+    # a gradient of zeros must be zeros
+    return float(np.sqrt(np.mean((got - wanted) ** 2) / max(np.mean(wanted**2), 1e-30)))
+
+
+def errors(got: dict, wanted: dict) -> tuple[dict[str, float], float]:
+    """Relative RMS error of each gradient, and of all in one row."""
+    assert got.keys() == wanted.keys()
+    each = {name: relative_rms(got[name], wanted[name]) for name in wanted}
+    return each, relative_rms(*(np.concatenate([g[name].ravel() for name in wanted]) for g in (got, wanted)))
+
+
+def counted(model, batch):
+    """The counters after one forward pass."""
+    with count_saved_tensors() as saved:
+        model(**batch)
+    return saved
+
+
+@pytest.fixture(scope="session")
+def flux() -> SimpleNamespace:
+    """The functions of this file."""
+    functions = (build, with_loras, arguments, gradients, plain_gradients, errors, counted, relative_rms)
+    return SimpleNamespace(**{function.__name__: function for function in functions})
