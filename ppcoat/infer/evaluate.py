@@ -48,9 +48,7 @@ def evaluate(model: str, count: int, batch_size: int) -> tuple[dict[str, float],
     classifier."""
     pipeline = FluxPipeline.from_pretrained(model)
     classifier = GarmentClassifier.load()
-    _, held_out = garments.split_garments()
-    rng = np.random.default_rng(DRAWINGS_SEED)
-    wanted = [garments.choose(held_out, rng) for _ in range(count)]
+    wanted = held_out_garments(count)
     drawings = [garments.draw(garment, DRAWINGS_SEED + i) for i, garment in enumerate(wanted)]
     found = classify(classifier, drawings)
     scores = {"autoencoder PSNR, dB": _reconstruction_psnr(pipeline, drawings[: min(count, 256)])}
@@ -73,6 +71,13 @@ def evaluate(model: str, count: int, batch_size: int) -> tuple[dict[str, float],
         scores["Frechet distance, 4 steps"] / scores["Frechet distance, 28 steps"]
     )
     return scores, samples
+
+
+def held_out_garments(count: int) -> list[garments.Garment]:
+    """`count` garments whose captions no training used, every pattern as often as the others."""
+    _, held_out = garments.split_garments()
+    rng = np.random.default_rng(DRAWINGS_SEED)
+    return [garments.choose(held_out, rng) for _ in range(count)]
 
 
 def sheet(pictures: list[Image.Image], columns: int = 16) -> Image.Image:
