@@ -28,9 +28,9 @@ COLOURS = {
 PATTERNS = ("plain", "stripes", "dots", "checks")
 MOTIFS = ("gold star",)
 SUPERSAMPLING = 3  # drawn three times larger, then averaged, so that edges are smooth
-SCALES = (0.64, 0.92)  # share of the picture that a garment fills
-TILT = 16  # degrees to either side
-PERIODS = (0.4, 0.75)  # of a pattern, in garment units (the garment spans -1..1)
+SCALES = (0.7, 0.92)  # share of the picture that a garment fills
+TILT = 12  # degrees to either side
+PERIODS = (0.5, 0.75)  # of a pattern, in garment units (the garment spans -1..1)
 
 
 @dataclass(frozen=True)
@@ -302,13 +302,13 @@ def _background(rng: np.random.Generator, n: int) -> np.ndarray:
     """Float [n, n, 3] in 0..1: a muted colour with a gradient, soft clouds, and sometimes boards or a
     horizon."""
     grey = rng.uniform(0.35, 0.9)
-    base = np.clip(grey + rng.uniform(-0.14, 0.14, 3), 0, 1).astype(np.float32)
+    base = np.clip(grey + rng.uniform(-0.1, 0.1, 3), 0, 1).astype(np.float32)
     picture = np.broadcast_to(base, (n, n, 3)).copy()
     y, x = np.mgrid[-1 : 1 : n * 1j, -1 : 1 : n * 1j].astype(np.float32)
     clouds = Image.fromarray(rng.normal(0, 1, (5, 5)).astype(np.float32)).resize((n, n), Image.BICUBIC)
-    picture += rng.uniform(0, 0.09) * np.asarray(clouds)[..., None]
+    picture += rng.uniform(0, 0.06) * np.asarray(clouds)[..., None]
     angle = rng.uniform(0, 2 * math.pi)
-    picture += rng.uniform(0, 0.14) * (x * math.cos(angle) + y * math.sin(angle))[..., None]
+    picture += rng.uniform(0, 0.1) * (x * math.cos(angle) + y * math.sin(angle))[..., None]
     style = rng.integers(4)
     if style == 1:  # boards
         wave = np.sin((x * math.sin(angle) + y * math.cos(angle)) * rng.uniform(4, 9) + rng.uniform(0, 6)) > 0
@@ -327,7 +327,7 @@ def _fabric(garment: Garment, rng: np.random.Generator, frame: _Frame) -> np.nda
     print_colour = np.asarray(COLOURS[garment.pattern_colour], np.float32) / 255
     u, v = frame.garment_axes()
     period, phase = rng.uniform(*PERIODS), rng.uniform(0, 1, 2)
-    angle = rng.uniform(-0.35, 0.35) + (math.pi / 2 if rng.uniform() < 0.5 else 0)
+    angle = rng.uniform(-0.25, 0.25) + (math.pi / 2 if rng.uniform() < 0.5 else 0)
     c, s = math.cos(angle), math.sin(angle)
     a, b = (c * u + s * v) / period + phase[0], (c * v - s * u) / period + phase[1]
     if garment.pattern == "stripes":
