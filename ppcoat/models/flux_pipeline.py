@@ -179,37 +179,41 @@ class FluxPipeline(DiffusionPipeline):
         )
         batch, dtype = prompt_embeds.shape[0], prompt_embeds.dtype
         rows, columns = (side // (2 * self.vae_scale_factor) for side in (height, width))
-        img_ids = latent_image_ids(rows, columns)
         if latents is None:
             latents = self._noise(batch, rows, columns, _seed(seed, generator))
         latents = latents.astype(dtype)
 
         self._set_timesteps(rows * columns, num_inference_steps, timesteps, sigmas)
-        guidance = None
+        conditions = {
+            "encoder_hidden_states": prompt_embeds,
+            "pooled_projections": pooled,
+            "img_ids": latent_image_ids(rows, columns),
+            "txt_ids": txt_ids,
+            "joint_attention_kwargs": joint_attention_kwargs,
+        }
         if self.transformer.config.guidance_embeds:
-            guidance = paddle.full([batch], guidance_scale, dtype="float32")
-        with self.progress_bar(total=len(self.scheduler.timesteps)) as progress:
-            for i, t in enumerate(self.scheduler.timesteps.tolist()):
-                velocity = self.transformer(
-                    latents,
-                    prompt_embeds,
-                    pooled,
-                    paddle.full([batch], t / 1000, dtype="float32").astype(dtype),
-                    img_ids,
-                    txt_ids,
-                    guidance,
-                    joint_attention_kwargs,
-                ).sample
-                latents = self.scheduler.step(velocity, t, latents).prev_sample
-                if callback_on_step_end is not None:
-                    state = {"latents": latents, "prompt_embeds": prompt_embeds}
-                    asked = {name: state[name] for name in callback_on_step_end_tensor_inputs}
-                    state.update(callback_on_step_end(self, i, t, asked) or {})
-                    latents, prompt_embeds = state["latents"], state["prompt_embeds"]
-                progress.update()
+            conditions["guidance"] = paddle.full([batch], guidance_scale, dtype="float32")
+        latents = self._denoise(latents, conditions, callback_on_step_end, callback_on_step_end_tensor_inputs)
 
         images = latents if output_type == "latent" else self._pictures(latents, rows, columns, output_type)
         return FluxPipelineOutput(images=images) if return_dict else (images,)
+
+    def _denoise(
+        self, latents: paddle.Tensor, conditions: dict, callback: Callable | None, asked: Sequence[str]
+    ) -> paddle.Tensor:
+        """Take the scheduler's steps from noise to latents. conditions: arguments of the transformer."""
+        batch, dtype = latents.shape[0], latents.dtype
+        with self.progress_bar(total=len(self.scheduler.timesteps)) as progress:
+            for i, t in enumerate(self.scheduler.timesteps.tolist()):
+                time = paddle.full([batch], t / 1000, dtype="float32").astype(dtype)
+                velocity = self.transformer(latents, timestep=time, **conditions).sample
+                latents = self.scheduler.step(velocity, t, latents).prev_sample
+                if callback is not None:
+                    state = {"latents": latents, "prompt_embeds": conditions["encoder_hidden_states"]}
+                    state.update(callback(self, i, t, {name: state[name] for name in asked}) or {})
+                    latents, conditions["encoder_hidden_states"] = state["latents"], state["prompt_embeds"]
+                progress.update()
+        return latents
 
     @paddle.no_grad()
     def encode_prompt(

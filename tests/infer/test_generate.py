@@ -37,27 +37,11 @@ def drawing(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def trained_lora(tmp_path_factory):
+def trained_lora(tmp_path_factory, write_run):
     """The LoRA of a run of six steps at a high rate."""
     folder = tmp_path_factory.mktemp("lora")
     garments.write_folder(folder / "data", 2, seed=1, prefix="[trigger] ")
-    config = folder / "run.yaml"
-    config.write_text(
-        f"""
-name: run
-output_dir: {folder}
-trigger_word: sks
-device: cpu
-model: {{name_or_path: {FIXTURE}}}
-network: {{linear: 2, linear_alpha: 4}}
-datasets: [{{folder_path: {folder / "data"}, resolution: 64}}]
-train: {{steps: 6, lr: 5e-2, max_sequence_length: 16}}
-coat: {{enabled: true}}
-sample: {{sample_every: 0}}
-logging: {{visualdl: false}}
-""",
-        encoding="utf-8",
-    )
+    config = write_run(folder, folder / "data", train={"steps": 6, "lr": 5e-2})
     return train_flux_lora(load_config(config)).lora_file
 
 

@@ -32,32 +32,29 @@ def inputs() -> dict[str, paddle.Tensor]:
     }
 
 
-def build(policy: str | None) -> FluxTransformer2DModel:
-    """policy None: no LoRA, nothing replaced."""
-    paddle.seed(0)
-    model = FluxTransformer2DModel(
-        in_channels=64,
-        num_layers=2,
-        num_single_layers=2,
-        attention_head_dim=32,
-        num_attention_heads=2,
-        joint_attention_dim=48,
-        pooled_projection_dim=32,
-        guidance_embeds=True,
-        axes_dims_rope=[8, 12, 12],
-    )
-    if policy is not None:
-        layers = inject_lora(model, rank=4, alpha=4.0, policy=policy)
-        rng = np.random.default_rng(1)
-        for layer in layers.values():
-            layer.lora_B.set_value((0.05 * rng.standard_normal(layer.lora_B.shape)).astype("float32"))
-        replace_linear_with_fp8(model)
-    return model
+@pytest.fixture(scope="module")
+def build(build_flux):
+    """build(policy): with LoRAs and FP8 Linears; policy None: no LoRA, nothing replaced."""
+
+    def build(policy: str | None) -> FluxTransformer2DModel:
+        model = build_flux(head_dim=32, channels=64, text=48, pooled=32, guidance=True)
+        if policy is not None:
+            with_coat(model, policy)
+        return model
+
+    return build
 
 
-def step(policy: str, inputs: dict) -> tuple[float, np.ndarray, int]:
+def with_coat(model: FluxTransformer2DModel, policy: str) -> None:
+    layers = inject_lora(model, rank=4, alpha=4.0, policy=policy)
+    rng = np.random.default_rng(1)
+    for layer in layers.values():
+        layer.lora_B.set_value((0.05 * rng.standard_normal(layer.lora_B.shape)).astype("float32"))
+    replace_linear_with_fp8(model)
+
+
+def step(model: FluxTransformer2DModel, policy: str, inputs: dict) -> tuple[float, np.ndarray, int]:
     """-> loss, all LoRA gradients in one row, bytes kept for backward."""
-    model = build(policy)
     with saved_tensors(policy) as saved:
         loss = paddle.square(model(**inputs)[0]).mean()
     loss.backward()
@@ -65,15 +62,15 @@ def step(policy: str, inputs: dict) -> tuple[float, np.ndarray, int]:
     return float(loss), gradients, saved.bytes_kept
 
 
-def test_coat_keeps_the_loss_and_its_gradients_and_a_third_of_the_bytes(inputs):
-    loss, exact, plain_bytes = step("none", inputs)
-    coat_loss, packed, coat_bytes = step("coat", inputs)
+def test_coat_keeps_the_loss_and_its_gradients_and_a_third_of_the_bytes(build, inputs):
+    loss, exact, plain_bytes = step(build("none"), "none", inputs)
+    coat_loss, packed, coat_bytes = step(build("coat"), "coat", inputs)
     assert coat_loss == loss
     assert np.sqrt(np.mean((packed - exact) ** 2) / np.mean(exact**2)) < 0.03
     assert coat_bytes < plain_bytes / 3
 
 
-def test_file_draws_what_was_trained_and_scale_multiplies(inputs, tmp_path):
+def test_file_draws_what_was_trained_and_scale_multiplies(build, inputs, tmp_path):
     model = build("none")
     with paddle.no_grad():
         want = model(**inputs)[0].numpy()

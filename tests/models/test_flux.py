@@ -7,16 +7,6 @@ from ppcoat.models.flux import FluxTransformer2DModel
 from ppcoat.models.loading import load_transformer
 
 TOLERANCE = 2e-5
-TINY = dict(
-    num_layers=2,
-    num_single_layers=2,
-    attention_head_dim=8,
-    num_attention_heads=2,
-    joint_attention_dim=12,
-    pooled_projection_dim=6,
-    in_channels=4,
-    axes_dims_rope=(2, 2, 4),
-)
 
 
 def inputs(refs):
@@ -112,9 +102,8 @@ class DoubledByAdapter(paddle.nn.Linear):
         return super().forward(x) * (1 + self.scale_multiplier)
 
 
-def test_scale_multiplies_adapters_for_one_call_also_in_checkpointed_backward():
-    paddle.seed(1)
-    model = FluxTransformer2DModel(**TINY)
+def test_scale_multiplies_adapters_for_one_call_also_in_checkpointed_backward(build_flux):
+    model = build_flux()
     adapter = DoubledByAdapter(16, 16)
     model.transformer_blocks[0].attn.to_v = adapter  # not q or k, whose size the norm takes away
     args = tiny_inputs()
@@ -134,9 +123,8 @@ def test_scale_multiplies_adapters_for_one_call_also_in_checkpointed_backward():
     np.testing.assert_array_equal(run(0.5, {"scale": 3.0}), wanted)
 
 
-def test_controlnet_samples_are_added_after_their_blocks():
-    paddle.seed(2)
-    model = FluxTransformer2DModel(**TINY).eval()
+def test_controlnet_samples_are_added_after_their_blocks(build_flux):
+    model = build_flux().eval()
     args = tiny_inputs()
     sample = paddle.randn([1, 4, 16])
     plain = model(*args).sample
@@ -155,8 +143,8 @@ def test_controlnet_samples_are_added_after_their_blocks():
     assert np.abs(single - plain.numpy()).max() > 1e-3
 
 
-def test_batched_ids_and_tuple_output():
-    model = FluxTransformer2DModel(**TINY).eval()
+def test_batched_ids_and_tuple_output(build_flux):
+    model = build_flux().eval()
     args = tiny_inputs()
     sample = model(*args).sample.numpy()
     batched = [*args[:4], args[4].unsqueeze(0), args[5].unsqueeze(0)]
@@ -167,12 +155,12 @@ def test_batched_ids_and_tuple_output():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m, a: m(*a, joint_attention_kwargs={"scael": 1.0}), "scael"),
-        (lambda m, a: m(*a, guidance=paddle.ones([1])), "guidance_embeds=False"),
-        (lambda m, a: FluxTransformer2DModel(**{**TINY, "axes_dims_rope": (2, 2, 2)}), "sum to.*8"),
-        (lambda m, a: FluxTransformer2DModel(**{**TINY, "axes_dims_rope": (1, 3, 4)}), "even"),
+        (lambda m, a, build: m(*a, joint_attention_kwargs={"scael": 1.0}), "scael"),
+        (lambda m, a, build: m(*a, guidance=paddle.ones([1])), "guidance_embeds=False"),
+        (lambda m, a, build: build(axes=(2, 2, 2)), "sum to.*8"),
+        (lambda m, a, build: build(axes=(1, 3, 4)), "even"),
     ],
 )
-def test_mistakes_are_named(call, message):
+def test_mistakes_are_named(build_flux, call, message):
     with pytest.raises(ConfigError, match=message):
-        call(FluxTransformer2DModel(**TINY), tiny_inputs())
+        call(build_flux(), tiny_inputs(), build_flux)

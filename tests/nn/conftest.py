@@ -9,11 +9,8 @@ import pytest
 from paddle import nn
 
 from ppcoat.lora import inject_lora, lora_layers
-from ppcoat.models.flux import FluxTransformer2DModel
 from ppcoat.nn.convert import set_sublayer
 from ppcoat.nn.saved import count_saved_tensors
-
-CHANNELS, TEXT_WIDTH, POOLED = 16, 24, 12
 
 
 class PlainLoRA(nn.Layer):
@@ -39,23 +36,6 @@ def with_loras(model: nn.Layer, seed: int = 1, **settings) -> nn.Layer:
             parameter.set_value(rng.uniform(0.5, 1.5, parameter.shape).astype("float32"))
     model.train()
     return model
-
-
-def build(double=2, single=2, heads=2, head_dim=32, **settings) -> nn.Layer:
-    """A random transformer with LoRAs; settings are those of inject_lora."""
-    paddle.seed(0)
-    model = FluxTransformer2DModel(
-        in_channels=CHANNELS,
-        num_layers=double,
-        num_single_layers=single,
-        attention_head_dim=head_dim,
-        num_attention_heads=heads,
-        joint_attention_dim=TEXT_WIDTH,
-        pooled_projection_dim=POOLED,
-        guidance_embeds=True,
-        axes_dims_rope=[head_dim // 4, head_dim * 3 // 8, head_dim * 3 // 8],
-    )
-    return with_loras(model, **settings)
 
 
 def arguments(model, tokens=36, text=12, pictures=2) -> dict:
@@ -120,7 +100,13 @@ def counted(model, batch):
 
 
 @pytest.fixture(scope="session")
-def flux() -> SimpleNamespace:
+def flux(build_flux) -> SimpleNamespace:
     """The functions of this file."""
+
+    def build(double=2, single=2, heads=2, head_dim=32, **settings) -> nn.Layer:
+        """A random transformer with LoRAs; settings are those of inject_lora."""
+        sizes = {"channels": 16, "text": 24, "pooled": 12, "guidance": True}
+        return with_loras(build_flux(double, single, heads, head_dim, **sizes), **settings)
+
     functions = (build, with_loras, arguments, gradients, plain_gradients, errors, counted, relative_rms)
     return SimpleNamespace(**{function.__name__: function for function in functions})

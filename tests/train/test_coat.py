@@ -13,7 +13,6 @@ from ppcoat import COATConfig, COATTrainer, FP8AdamW
 from ppcoat.config.schema import CoatActivationConfig, CoatConfig, CoatMemoryConfig, CoatOptimizerConfig
 from ppcoat.fp8.formats import E4M3
 from ppcoat.lora import inject_lora
-from ppcoat.models.flux import FluxTransformer2DModel
 from ppcoat.nn.linear import FrozenLinear
 from ppcoat.nn.policy import get_policy
 from ppcoat.nn.saving import flux_blocks
@@ -89,17 +88,8 @@ def test_saved_tensors_keep_what_the_policy_promises(config, kept):
 
 
 @pytest.fixture
-def transformer():
-    model = FluxTransformer2DModel(
-        num_layers=1,
-        num_single_layers=2,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=12,
-        pooled_projection_dim=6,
-        in_channels=4,
-        axes_dims_rope=(2, 2, 4),
-    )
+def transformer(build_flux):
+    model = build_flux(double=1)
     inject_lora(model, rank=2, alpha=2.0)
     model.train()
     return model
