@@ -129,7 +129,10 @@ class CoatOptimizerConfig(Section):
     m2_format: Fp8Format = Field("e4m3", description="format of the second moment")
     block_size: int = Field(128, ge=1, description="values that share one scale; smaller is more exact")
     use_dynamic_range_expansion: bool = Field(
-        True, description="store sign(x) |x|^k so that FP8's range is filled"
+        True, description="adapt the codes of every block to its range, see ppcoat/fp8/quantize.py"
+    )
+    stochastic_rounding: bool = Field(
+        False, description="bf16 parameters are rounded at random instead of having a float32 copy"
     )
 
 

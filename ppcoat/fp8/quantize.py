@@ -42,7 +42,9 @@ def quantize(
     values = x.astype("float32")
     if group_size is not None:
         values = _split_groups(values, group_size)
-    amax = _amax(values, axis=None if group_size is None else -1)
+    amax = _amax(values)
+    if group_size is None:
+        amax = amax.max()  # in two stages, as COAT's group scaling: rows side by side, then their maxima
     scale = paddle.clip(amax / fmt.max, min=TINY) + amax * 0.0  # clip may drop a NaN, the sum brings it back
     codes = _to_codes(values / scale, fmt)
     if group_size is None:
@@ -78,7 +80,7 @@ def log_encode(
     must not cost all others their precision. `dither` in [0, 1), [1, B] or a
     number: what is added before cutting off; 0.5 rounds to nearest.
     """
-    amax = _amax(x, axis=-1)
+    amax = _amax(x)
     nonzero = paddle.clip(x * LARGE, max=1.0)
     # In place where possible: a fresh buffer costs more time on a CPU than most of these operations.
     log_ratio = (x * _inverse(amax)).clip_(min=TINY).log_()
@@ -108,7 +110,7 @@ def signed_log_encode(
     `dither` as in `log_encode`. Zero stays zero, and no code has the wrong sign.
     """
     magnitude = x.abs()
-    amax = _amax(magnitude, axis=-1)
+    amax = _amax(magnitude)
     ratio = magnitude * _inverse(amax)
     nonzero = magnitude.scale_(LARGE).clip_(max=1.0)
     count = paddle.clip(nonzero.sum(-1, keepdim=True), min=1.0)
@@ -164,9 +166,9 @@ def _inverse(amax: paddle.Tensor) -> paddle.Tensor:
     return 1.0 / paddle.clip(amax, min=TINY)
 
 
-def _amax(x: paddle.Tensor, axis: int | None) -> paddle.Tensor:
-    """Largest |x| with the reduced axis kept; NaN where a value is NaN or infinite (inf * 0 is NaN)."""
-    amax = x.abs().max(axis=axis, keepdim=axis is not None)
+def _amax(x: paddle.Tensor) -> paddle.Tensor:
+    """[..., D] -> largest |x| of each row [..., 1]; NaN where a value is NaN or infinite (inf * 0 is NaN)."""
+    amax = x.abs().max(axis=-1, keepdim=True)
     return amax + amax * 0.0
 
 

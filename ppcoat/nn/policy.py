@@ -53,8 +53,8 @@ def get_policy(name: str, group_size: int | None = 128, linear_group_size: int |
     """The policy of that name with these group sizes. Raises ConfigError for a wrong name or size."""
     policy = _NAMED[check_policy(name)]
     for size in (group_size, linear_group_size):
-        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
-            raise ConfigError(f"a group size must be a positive whole number or None, got {size!r}")
+        if size is not None:
+            granularity_groups("per_group", size)
     return replace(policy, group_size=group_size, linear_group_size=linear_group_size)
 
 
@@ -66,3 +66,14 @@ def check_policy(name: str) -> str:
             f"unknown saving policy {name!r}, the nearest is {nearest!r}; use one of {', '.join(POLICIES)}"
         )
     return name
+
+
+def granularity_groups(granularity: str, group_size: int) -> int | None:
+    """Values that share a scale: `group_size` for "per_group", None (all) for "per_tensor". Raises
+    ConfigError for another name or a size that is no positive whole number.
+    """
+    if granularity not in ("per_tensor", "per_group"):
+        raise ConfigError(f"granularity must be per_tensor or per_group, got {granularity!r}")
+    if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 1:
+        raise ConfigError(f"group_size must be a positive whole number, got {group_size!r}")
+    return group_size if granularity == "per_group" else None

@@ -1,6 +1,6 @@
 """What autograd keeps for backward: turn it into FP8, and count its bytes.
 
-    with fp8_saved_tensors(group_size=128) as saved:
+    with fp8_saved_tensors("coat") as saved:
         loss = model(x)
     loss.backward()
     print(saved.bytes_kept, saved.bytes_unpacked)
@@ -30,7 +30,7 @@ from ppcoat.errors import ConfigError
 from ppcoat.fp8.formats import FP8Format, get_format
 
 from .held import HeldTensor, PackedTensor, PlainTensor, pack_tensor
-from .policy import check_policy
+from .policy import check_policy, granularity_groups
 
 FLOATS = (paddle.float32, paddle.bfloat16, paddle.float16)
 # Originals held for a moment, so that the next operators that keep them find their packed copy.
@@ -67,29 +67,32 @@ def pack(x: paddle.Tensor, fmt: FP8Format, group_size: int | None) -> PackedTens
     return pack_tensor(x, fmt, group_size)
 
 
-def fp8_saved_tensors(group_size: int = 128, fmt: str = "e4m3", min_size: int = 4096) -> SavedTensors:
-    """Context: tensors that autograd keeps become FP8 groups of `group_size` along their last axis.
+def fp8_saved_tensors(
+    policy: str = "coat",
+    nonlinear_granularity: str = "per_group",
+    group_size: int = 128,
+    fmt: str = "e4m3",
+    min_size: int = 4096,
+) -> SavedTensors:
+    """Context for the forward pass of any model: the tensors that autograd keeps become FP8.
 
-    Only float tensors of at least `min_size` elements that carry a gradient are packed. The forward result
-    is exact; the gradients carry FP8 rounding (a few percent RMS at group 128). Raises ConfigError for
-    wrong values.
+    policy: "none" only counts; all others pack alike (what they say about FLUX blocks is put in by
+    `apply_saving_policy`). nonlinear_granularity: "per_group", one scale for `group_size` values along the
+    last axis, or "per_tensor". Only float tensors of at least `min_size` elements that carry a gradient are
+    packed. The forward result is exact; the gradients carry FP8 rounding (a few percent RMS at group 128).
+    Raises ConfigError for wrong values.
     """
-    for name, value, least in (("group_size", group_size, 1), ("min_size", min_size, 0)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ConfigError(f"{name} must be a whole number of at least {least}, got {value!r}")
-    return SavedTensors(get_format(fmt), group_size, min_size)
+    if isinstance(min_size, bool) or not isinstance(min_size, int) or min_size < 0:
+        raise ConfigError(f"min_size must be a whole number of at least 0, got {min_size!r}")
+    groups, chosen = granularity_groups(nonlinear_granularity, group_size), get_format(fmt)
+    if check_policy(policy) == "none":
+        return count_saved_tensors()
+    return SavedTensors(chosen, groups, min_size)
 
 
 def count_saved_tensors() -> SavedTensors:
     """Context: autograd keeps what it always keeps, and the bytes are counted."""
     return SavedTensors(None, None, 0)
-
-
-def saved_tensors(policy: str, group_size: int = 128) -> SavedTensors:
-    """The context of a policy by name: "none" counts, every other packs. Raises ConfigError for an unknown
-    name.
-    """
-    return count_saved_tensors() if check_policy(policy) == "none" else fp8_saved_tensors(group_size)
 
 
 class SavedTensors:

@@ -20,8 +20,8 @@ from pydantic import Field
 
 from ppcoat.config.schema import CoatConfig
 from ppcoat.nn.convert import replace_linear_with_fp8
-from ppcoat.nn.policy import get_policy
-from ppcoat.nn.saved import SavedTensors, saved_tensors
+from ppcoat.nn.policy import get_policy, granularity_groups
+from ppcoat.nn.saved import SavedTensors, fp8_saved_tensors
 from ppcoat.nn.saving import apply_saving_policy, flux_blocks, remove_saving_policy
 from ppcoat.optim import FP8AdamW, FP8QuantizationConfig
 
@@ -62,15 +62,18 @@ class COATTrainer:
     @property
     def linear_group_size(self) -> int | None:
         """Features that share one scale in the input kept for a LoRA; None: one scale per tensor."""
-        return self._group_size(self.config.activation.linear_granularity)
+        return granularity_groups(
+            self.config.activation.linear_granularity, self.config.activation.group_size
+        )
 
     def convert(self, model: paddle.nn.Layer) -> paddle.nn.Layer:
         """Put the saving policy and gradient checkpointing into `model`, in place; call it after inject_lora.
 
         Frozen Linears without LoRA keep nothing for backward; FLUX blocks follow the policy.
         """
+        activation = self.config.activation
         if self.fp8_activations:
-            replace_linear_with_fp8(model)
+            replace_linear_with_fp8(model, activation.linear_granularity, activation.group_size)
         blocks = len(list(flux_blocks(model)))
         if not blocks:
             return model
@@ -79,7 +82,7 @@ class COATTrainer:
             checkpointed = memory.checkpoint_blocks or blocks
         policy = get_policy(
             self.policy,
-            self._group_size(self.config.activation.nonlinear_granularity),
+            granularity_groups(activation.nonlinear_granularity, activation.group_size),
             self.linear_group_size,
         )
         fp8_inputs = self.config.enabled and memory.enable_efficient_checkpoint
@@ -99,7 +102,8 @@ class COATTrainer:
         """
         if self._model_checkpoints_itself:
             return nullcontext()
-        return saved_tensors(self.policy, self.config.activation.group_size)
+        activation = self.config.activation
+        return fp8_saved_tensors(self.policy, activation.nonlinear_granularity, activation.group_size)
 
     def create_optimizer(
         self,
@@ -131,7 +135,5 @@ class COATTrainer:
                 block_size=states.block_size,
                 use_dynamic_range_expansion=states.use_dynamic_range_expansion,
             ),
+            stochastic_rounding=states.stochastic_rounding,
         )
-
-    def _group_size(self, granularity: str) -> int | None:
-        return self.config.activation.group_size if granularity == "per_group" else None

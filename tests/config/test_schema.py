@@ -26,6 +26,7 @@ def test_the_published_coat_section_is_accepted():
             "m2_format": "e5m2",
             "block_size": 128,
             "use_dynamic_range_expansion": True,
+            "stochastic_rounding": False,
         },
         "activation": {
             "use_fp8": True,

@@ -2,8 +2,10 @@
 
 import numpy as np
 import paddle
+import pytest
 from paddle import nn
 
+from ppcoat.errors import ConfigError
 from ppcoat.nn.convert import replace_linear_with_fp8
 from ppcoat.nn.linear import FrozenLinear, LoRALinear
 from ppcoat.nn.saved import count_saved_tensors
@@ -32,7 +34,7 @@ def test_only_frozen_linears_are_replaced_and_keys_and_results_stay():
     np.testing.assert_array_equal(layers(x).numpy(), before)
 
 
-def test_it_keeps_less_and_leaves_loras_alone():
+def test_it_keeps_less_and_packs_the_inputs_of_loras():
     layers, x = model(), paddle.rand([5, 32])
     x.stop_gradient = False
     layers[2].add_sublayer("1", LoRALinear(layers[2][1], 2, 2.0))
@@ -42,4 +44,17 @@ def test_it_keeps_less_and_leaves_loras_alone():
     assert isinstance(layers[2][1], LoRALinear)
     with count_saved_tensors() as after:
         layers(x)
-    assert before.bytes_kept - after.bytes_kept == 5 * 32 * 4
+    frozen, lora_packed = 5 * 32 * 4, 5 * 64 * 4 - (5 * 64 + 4)  # one scale of 4 bytes per tensor
+    assert before.bytes_kept - after.bytes_kept == frozen + lora_packed
+    replace_linear_with_fp8(layers, "per_group", 16)
+    with count_saved_tensors() as grouped:
+        layers(x)
+    assert grouped.bytes_kept - after.bytes_kept == 5 * (64 // 16) * 4 - 4
+
+
+@pytest.mark.parametrize(("arguments", "message"), [(("per_row",), "per_row"), (("per_group", 0), "got 0")])
+def test_wrong_granularity_is_named_and_changes_nothing(arguments, message):
+    layers = model()
+    with pytest.raises(ConfigError, match=message):
+        replace_linear_with_fp8(layers, *arguments)
+    assert type(layers[0]) is nn.Linear

@@ -27,7 +27,7 @@ def test_unknown_names_and_sizes_are_answered():
     with pytest.raises(ConfigError, match="unknown saving policy 3"):
         check_policy(3)
     for size in (0, -16, 1.5, True):
-        with pytest.raises(ConfigError, match="group size"):
+        with pytest.raises(ConfigError, match="group_size"):
             get_policy("coat", size)
-        with pytest.raises(ConfigError, match="group size"):
+        with pytest.raises(ConfigError, match="group_size"):
             get_policy("coat", 128, size)

@@ -14,7 +14,6 @@ from ppcoat.nn.saved import (
     fp8_saved_tensors,
     kept_as_they_are,
     record,
-    saved_tensors,
 )
 
 
@@ -168,8 +167,9 @@ def test_context_leaves_cleanly_after_an_error():
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda: saved_tensors("coats"), "coats"),
+        (lambda: fp8_saved_tensors("coats"), "coats"),
         (lambda: fp8_saved_tensors(group_size=0), "group_size"),
+        (lambda: fp8_saved_tensors(nonlinear_granularity="per_row"), "per_row"),
         (lambda: fp8_saved_tensors(fmt="int8"), "int8"),
         (lambda: fp8_saved_tensors(min_size=-1), "min_size"),
     ],

@@ -12,7 +12,7 @@ from ppcoat.errors import ConfigError
 from ppcoat.lora import inject_lora, lora_layers, remove_lora
 from ppcoat.nn.convert import replace_linear_with_fp8
 from ppcoat.nn.policy import SavingPolicy
-from ppcoat.nn.saved import count_saved_tensors, saved_tensors
+from ppcoat.nn.saved import count_saved_tensors, fp8_saved_tensors
 from ppcoat.nn.saving import apply_saving_policy, flux_blocks, remove_saving_policy
 
 EXACT = SavingPolicy("exact")
@@ -57,7 +57,7 @@ def test_frozen_linears_and_hooks_around_the_blocks_go_with_it(flux, model):
     replace_linear_with_fp8(model)
     apply_saving_policy(model, EXACT)
     model.clear_gradients()
-    with saved_tensors("coat") as saved:
+    with fp8_saved_tensors("coat") as saved:
         got = paddle.square(model(**batch)[0] - 1).mean()
     got.backward()
     assert float(got) == pytest.approx(loss, rel=1e-6)

@@ -75,6 +75,7 @@ def test_linear_group_size_is_none_per_tensor_and_the_size_per_group():
         (OFF, 64 * 256 * 4),
         (COATConfig(), 64 * 256 + 64 * 2 * 4),  # a byte per value, a float32 scale per group of 128
         (COATConfig(activation=CoatActivationConfig(group_size=64)), 64 * 256 + 64 * 4 * 4),
+        (COATConfig(activation=CoatActivationConfig(nonlinear_granularity="per_tensor")), 64 * 256 + 4),
     ],
 )
 def test_saved_tensors_keep_what_the_policy_promises(config, kept):
@@ -240,3 +241,11 @@ def test_a_generator_of_parameters_and_a_schedule_are_taken(parameter):
     for config in (COATConfig(), OFF):
         optimizer = COATTrainer(config).create_optimizer((p for p in [parameter]), schedule)
         assert optimizer.get_lr() == schedule()
+
+
+def test_stochastic_rounding_of_the_config_leaves_no_master_copy():
+    parameter = paddle.ones([64, 128]).astype("bfloat16")
+    parameter.stop_gradient = False
+    states = COATConfig(optimizer=CoatOptimizerConfig(stochastic_rounding=True))
+    assert "master" in COATTrainer(COATConfig()).create_optimizer([parameter]).state_dict()
+    assert "master" not in COATTrainer(states).create_optimizer([parameter]).state_dict()
