@@ -24,6 +24,7 @@ COMMANDS = {  # name -> (module, what it does)
     "generate": ("ppcoat.infer.generate", "draw pictures with a FLUX folder and, if wanted, a LoRA"),
     "evaluate": ("ppcoat.infer.evaluate", "score a tiny FLUX on captions it was not trained on"),
     "benchmark": ("ppcoat.cli.benchmark", "measure standard and COAT training side by side"),
+    "parity": ("ppcoat.cli.parity", "train quickstart's LoRA under every saving policy and compare"),
     "accuracy": ("ppcoat.cli.accuracy", "error of the FP8 optimizer states beside the published rules"),
     "pretrain-tiny-flux": ("ppcoat.pretrain.stages", "make the built-in tiny FLUX from nothing"),
 }

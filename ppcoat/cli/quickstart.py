@@ -63,13 +63,9 @@ def quickstart(config_file: str, overrides: list[str], samples: int) -> None:
         config_file, [*overrides, f"name={with_coat.name}_off", "coat.enabled=false", "sample.sample_every=0"]
     )
     folder = Path(with_coat.output_dir)
-    data = Path(with_coat.data.folder_path)
-    for path, sign in ((with_coat.run_dir, "config.yaml"), (without.run_dir, "config.yaml"), (data, DRAWN)):
-        remove_earlier(path, sign)
-    print(f"drawing {PICTURES} garments with a {MOTIF} into {with_coat.data.folder_path}")
-    data.mkdir(parents=True)
-    (data / DRAWN).touch()
-    garments.write_folder(data, PICTURES, DATA_SEED, with_coat.data.resolution, MOTIF, "[trigger] ")
+    for config in (with_coat, without):
+        remove_earlier(config.run_dir, "config.yaml")
+    draw_data(with_coat)
     print(f"training {with_coat.train.steps} steps with COAT")
     coat = train_flux_lora(with_coat)
     print(f"training {without.train.steps} steps without COAT: same seed, same data")
@@ -78,6 +74,16 @@ def quickstart(config_file: str, overrides: list[str], samples: int) -> None:
     picture = folder / "before_after.png"
     grid.save(picture)
     print(summary(with_coat, coat, plain, rates, samples, picture))
+
+
+def draw_data(config: RunConfig) -> None:
+    """Fill the run's data folder with drawings that carry the motif."""
+    data = Path(config.data.folder_path)
+    remove_earlier(data, DRAWN)
+    print(f"drawing {PICTURES} garments with a {MOTIF} into {data}")
+    data.mkdir(parents=True)
+    (data / DRAWN).touch()
+    garments.write_folder(data, PICTURES, DATA_SEED, config.data.resolution, MOTIF, "[trigger] ")
 
 
 def remove_earlier(folder: Path, sign: str) -> None:
@@ -98,12 +104,14 @@ def measure(config: RunConfig, lora_file: Path, samples: int) -> tuple[dict[str,
     before = draw(pipeline, with_trigger, config)
     pipeline.load_lora_weights(lora_file)
     after, without_trigger = draw(pipeline, with_trigger, config), draw(pipeline, captions, config)
-    detector = GarmentClassifier.load()
-    rates = {
-        name: float(np.mean(classify(detector, pictures)["motif"] == MOTIF))
-        for name, pictures in (("off", before), ("on", after), ("no_trigger", without_trigger))
-    }
+    shown = (("off", before), ("on", after), ("no_trigger", without_trigger))
+    rates = {name: motif_rate(pictures) for name, pictures in shown}
     return rates, contact_sheet([before[:GRID_COLUMNS], after[:GRID_COLUMNS]], ["LoRA off", "LoRA on"])
+
+
+def motif_rate(pictures: list[Image.Image]) -> float:
+    """Share of the pictures in which the detector finds the motif."""
+    return float(np.mean(classify(GarmentClassifier.load(), pictures)["motif"] == MOTIF))
 
 
 def draw(
