@@ -8,8 +8,7 @@ path: LoRA, FP8 and saving policies are put in from outside, and this file knows
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import paddle
 import paddle.nn as nn
@@ -20,6 +19,7 @@ from ppdiffusers.models.modeling_utils import ModelMixin
 from ppdiffusers.models.transformer_2d import Transformer2DModelOutput
 
 from ppcoat.errors import ConfigError
+from ppcoat.models.adapters import adapters, adapters_set, scale_of
 from ppcoat.nn.attention import attention, rotary_angles, rotate
 from ppcoat.nn.norm import modulated_norm, rms_norm
 
@@ -97,7 +97,7 @@ class FluxTransformer2DModel(ModelMixin, ConfigMixin):
         Returns Transformer2DModelOutput(sample) or (sample,): [B, image tokens, out_channels * patch_size^2].
         Raises ConfigError for an unknown joint_attention_kwargs key and for a missing or unwanted guidance.
         """
-        scale = _scale_of(joint_attention_kwargs)
+        scale = scale_of(joint_attention_kwargs)
         if (guidance is not None) != self.config.guidance_embeds:
             wanted = "a guidance tensor [B]" if self.config.guidance_embeds else "guidance=None"
             raise ConfigError(
@@ -313,34 +313,6 @@ def sinusoid(t: paddle.Tensor) -> paddle.Tensor:
     frequencies = exponents.astype("float64").exp().astype("float32")
     angles = t.astype("float32").unsqueeze(-1) * frequencies
     return paddle.concat([angles.cos(), angles.sin()], axis=-1)
-
-
-def adapters(layer: nn.Layer, factor: float = 1.0) -> dict[nn.Layer, float]:
-    """The sublayers that have a `scale_multiplier` (adapters put in from outside), and `factor` times it."""
-    return {
-        sub: sub.scale_multiplier * factor for sub in layer.sublayers() if hasattr(sub, "scale_multiplier")
-    }
-
-
-@contextmanager
-def adapters_set(scales: dict[nn.Layer, float]) -> Iterator[None]:
-    """Within it, the `scale_multiplier` of each key is its value; afterwards what it was before."""
-    before = {layer: layer.scale_multiplier for layer in scales}
-    try:
-        for layer, scale in scales.items():
-            layer.scale_multiplier = scale
-        yield
-    finally:
-        for layer, scale in before.items():
-            layer.scale_multiplier = scale
-
-
-def _scale_of(joint_attention_kwargs: dict | None) -> float | None:
-    known = dict(joint_attention_kwargs or {})
-    scale = known.pop("scale", None)
-    if known:
-        raise ConfigError(f"joint_attention_kwargs has unknown keys {sorted(known)}: only 'scale' is known")
-    return scale
 
 
 def _one_for_all(ids: paddle.Tensor) -> paddle.Tensor:

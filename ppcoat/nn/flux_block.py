@@ -5,8 +5,8 @@ forward computes and holds what backward needs; `backward` gives the gradients o
 the LoRAs on its Linears. Everything else in the block is frozen. The parts are in block_parts.py.
 
 Bytes per block in U = tokens * width * 2 bytes, LoRA on every Linear, head_dim 128, groups of 128, bfloat16.
-Each LoRA adds rank / width for its x A: at width 512 and rank 16 the blocks hold 10.4 and 9.8, 6.4 and 5.8, 5.4
-and 4.9 U in all.
+Each LoRA adds rank / width for its x A: at width 512 and rank 16 the blocks hold 10.4 and 9.8, 6.4 and 5.8,
+5.4 and 4.9 U in all.
 
     held                             coat        +recompute  +attention
     inputs of LayerNorms             .52 each    .52         .52
