@@ -40,6 +40,9 @@ class DenoiserTraining:
     warmup: int = 100
     decay: float = 0.5
     ema_decay: float = 0.999
+    guided_after: int = 2500  # steps before guidance is taught
+    caption_dropout: float = 0.1
+    largest_guidance: float = 4.0
     size: int = 64
     seed: int = 0
 
@@ -87,34 +90,32 @@ def encode_drawings(pipeline: FluxPipeline, training: DenoiserTraining, file: Pa
     """Draw, encode pictures and captions, and keep the arrays in `file` (.npz), which a second call reads.
 
     -> latents [N, tokens, 64] (packed, unit scale), prompt_embeds [N, L, T5 width], pooled [N, CLIP width],
-    float32.
+    and those of the empty caption: empty_embeds [L, T5 width], empty_pooled [CLIP width]. float32.
     """
-    if file.exists():
-        return {name: array.astype(np.float32) for name, array in np.load(file).items()}
-    drawings = CaptionedDrawings(training.pictures, training.size, training.seed)
-    parts: dict[str, list[np.ndarray]] = {"latents": [], "prompt_embeds": [], "pooled": []}
-    for pixels, captions in tqdm(DataLoader(drawings, batch_size=100, num_workers=workers), desc="drawings"):
-        latents = pack_latents(pipeline.encode_image(pixels))
-        embeds, pooled, _ = pipeline.encode_prompt(list(captions))
-        for name, value in (("latents", latents), ("prompt_embeds", embeds), ("pooled", pooled)):
-            parts[name].append(value.numpy().astype(np.float16))
-    arrays = {name: np.concatenate(values) for name, values in parts.items()}
-    np.savez(file, **arrays)
-    return {name: array.astype(np.float32) for name, array in arrays.items()}
+    if not file.exists():
+        drawings = CaptionedDrawings(training.pictures, training.size, training.seed)
+        parts: dict[str, list[np.ndarray]] = {"latents": [], "prompt_embeds": [], "pooled": []}
+        for pixels, captions in tqdm(
+            DataLoader(drawings, batch_size=100, num_workers=workers), desc="drawings"
+        ):
+            latents = pack_latents(pipeline.encode_image(pixels))
+            embeds, pooled, _ = pipeline.encode_prompt(list(captions))
+            for name, value in (("latents", latents), ("prompt_embeds", embeds), ("pooled", pooled)):
+                parts[name].append(value.numpy().astype(np.float16))
+        np.savez(file, **{name: np.concatenate(values) for name, values in parts.items()})
+    data = {name: array.astype(np.float32) for name, array in np.load(file).items()}
+    embeds, pooled, _ = pipeline.encode_prompt("")
+    return {**data, "empty_embeds": embeds[0].numpy(), "empty_pooled": pooled[0].numpy()}
 
 
 def train_transformer(
     transformer: FluxTransformer2DModel, data: dict, training: DenoiserTraining, folder: Path
 ) -> list[float]:
-    """Flow matching (target noise - latents) from the weights `transformer` has; -> loss of every step.
+    """Flow matching from the weights `transformer` has; -> loss of every step.
 
-    The running average of the weights is what draws best: it goes to `folder` every SAVE_EVERY steps and, at
-    the end, into `transformer` too.
-
-    Noise levels are drawn as sampling visits them: uniform, then shifted. The sigmoid of a normal number,
-    which LoRA training uses, hardly ever comes near 1, where the layout of a picture is decided.
+    data: what `encode_drawings` gives. The running average of the weights is what draws best: it goes to
+    `folder` every SAVE_EVERY steps and, at the end, into `transformer` too.
     """
-    rng = np.random.default_rng(training.seed)
     paddle.seed(training.seed)
     matrices, others = _trained_parameters(transformer)
     muon = Muon(matrices)
@@ -122,32 +123,20 @@ def train_transformer(
                                    grad_clip=paddle.nn.ClipGradByGlobalNorm(1.0))  # fmt: skip
     average = FluxTransformer2DModel.from_config(transformer.config)
     average.set_state_dict(transformer.state_dict())
-    tokens = data["latents"].shape[1]
-    image_ids = latent_image_ids(int(tokens**0.5), int(tokens**0.5))
-    text_ids = paddle.zeros([data["prompt_embeds"].shape[1], 3])
-    shift = math.exp(calculate_shift(tokens))
+    batches = FlowBatches(data, average, training)
     losses = []
     transformer.train()
     bar = tqdm(range(1, training.steps + 1), desc="transformer", mininterval=5)
     for step in bar:
-        rows = rng.integers(len(data["latents"]), size=training.batch_size)
-        latents, embeds, pooled = (
-            paddle.to_tensor(data[k][rows]) for k in ("latents", "prompt_embeds", "pooled")
-        )
-        level = rng.uniform(size=len(rows))
-        sigma = paddle.to_tensor(shift * level / (1 + (shift - 1) * level), dtype="float32")
-        guidance = paddle.to_tensor(rng.uniform(1, 5, len(rows)), dtype="float32")
-        noise = paddle.randn(latents.shape)
-        mix = sigma.reshape([-1, 1, 1])
-        velocity = transformer((1 - mix) * latents + mix * noise, embeds, pooled, sigma, image_ids, text_ids,
-                               guidance, return_dict=False)[0]  # fmt: skip
-        loss = (velocity - (noise - latents)).square().mean()
+        arguments, target = batches.draw(guided=step > training.guided_after)
+        loss = (transformer(**arguments)[0] - target).square().mean()
         loss.backward()
         rate = _rate(step, training)
+        muon.step(training.matrix_learning_rate * rate)
         adamw.set_lr(training.learning_rate * rate)
-        for optimizer, arguments in ((muon, [training.matrix_learning_rate * rate]), (adamw, [])):
-            optimizer.step(*arguments)
-            optimizer.clear_grad()
+        adamw.step()
+        muon.clear_grad()
+        adamw.clear_grad()
         _update_average(average, transformer, min(training.ema_decay, (1 + step) / (10 + step)))
         losses.append(float(loss))
         if step % 25 == 0:
@@ -157,6 +146,78 @@ def train_transformer(
     transformer.set_state_dict(average.state_dict())
     transformer.eval()
     return losses
+
+
+class FlowBatches:
+    """Draws noisy latents and their targets (noise - latents).
+
+    Noise levels are drawn as sampling visits them: uniform, then shifted. The sigmoid of a normal number,
+    which LoRA training uses, hardly ever comes near 1, where the layout of a picture is decided.
+
+    The guidance embedding is taught as FLUX.1-dev's was, to stand for classifier-free guidance: half of a
+    guided batch has a guidance above 1, and its target is moved by (guidance - 1) times what the caption
+    changes in the `teacher`'s answer; all others have guidance 1 and, now and then, an empty caption.
+    (Guidance distillation: Meng et al., "On distillation of guided diffusion models", 2023. From a model that
+    still learns: Tang et al., "Diffusion models without classifier-free guidance", 2025.)
+    """
+
+    def __init__(self, data: dict, teacher: FluxTransformer2DModel, training: DenoiserTraining):
+        self.data, self.teacher, self.training = data, teacher, training
+        self.rng = np.random.default_rng(training.seed)
+        tokens = data["latents"].shape[1]
+        self.positions = {
+            "img_ids": latent_image_ids(int(tokens**0.5), int(tokens**0.5)),
+            "txt_ids": paddle.zeros([data["prompt_embeds"].shape[1], 3]),
+            "return_dict": False,
+        }
+        self.shift = math.exp(calculate_shift(tokens))
+
+    def draw(self, guided: bool) -> tuple[dict, paddle.Tensor]:
+        """-> arguments of a transformer, target [B, tokens, 64]."""
+        size = self.training.batch_size
+        rows = self.rng.integers(len(self.data["latents"]), size=size)
+        latents = paddle.to_tensor(self.data["latents"][rows])
+        level = self.rng.uniform(size=size)
+        sigma = paddle.to_tensor(self.shift * level / (1 + (self.shift - 1) * level), dtype="float32")
+        noise, mix = paddle.randn(latents.shape), sigma.reshape([-1, 1, 1])
+        noisy, target = (1 - mix) * latents + mix * noise, noise - latents
+
+        count, guidance = size // 2 if guided else 0, np.ones(size)
+        guidance[:count] = self.rng.uniform(1, self.training.largest_guidance, count)
+        dropped = self.rng.uniform(size=size) < self.training.caption_dropout
+        dropped[:count] = False
+        embeds, pooled = self.data["prompt_embeds"][rows], self.data["pooled"][rows]
+        if count:
+            change = self.caption_change(noisy[:count], sigma[:count], embeds[:count], pooled[:count])
+            extra = paddle.to_tensor(guidance[:count] - 1, dtype="float32").reshape([-1, 1, 1]) * change
+            target = paddle.concat([target[:count] + extra, target[count:]])
+        embeds[dropped], pooled[dropped] = self.data["empty_embeds"], self.data["empty_pooled"]
+        return self._arguments(noisy, sigma, embeds, pooled, guidance), target
+
+    @paddle.no_grad()
+    def caption_change(
+        self, noisy: paddle.Tensor, sigma: paddle.Tensor, embeds: np.ndarray, pooled: np.ndarray
+    ) -> paddle.Tensor:
+        """The teacher's velocity with these captions minus that with empty ones, both at guidance 1."""
+        count = len(embeds)
+        empty = (self.data["empty_embeds"], self.data["empty_pooled"])
+        embeds, pooled = (
+            np.concatenate([given, np.repeat(none[None], count, axis=0)])
+            for given, none in zip((embeds, pooled), empty, strict=True)
+        )
+        twice = (paddle.concat([each, each]) for each in (noisy, sigma))
+        answer = self.teacher(**self._arguments(*twice, embeds, pooled, np.ones(2 * count)))[0]
+        return answer[:count] - answer[count:]
+
+    def _arguments(self, noisy, sigma, embeds, pooled, guidance) -> dict:
+        return {
+            "hidden_states": noisy,
+            "encoder_hidden_states": paddle.to_tensor(embeds),
+            "pooled_projections": paddle.to_tensor(pooled),
+            "timestep": sigma,
+            "guidance": paddle.to_tensor(guidance, dtype="float32"),
+            **self.positions,
+        }
 
 
 def _trained_parameters(transformer: FluxTransformer2DModel) -> tuple[list, list]:

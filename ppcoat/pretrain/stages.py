@@ -35,6 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output_dir", required=True, help="folder for the finished pipeline")
     parser.add_argument("--autoencoder_steps", type=int, default=AutoencoderTraining.steps)
     parser.add_argument("--transformer_steps", type=int, default=DenoiserTraining.steps)
+    parser.add_argument(
+        "--guided_after", type=int, default=DenoiserTraining.guided_after, help="steps before guidance"
+    )
     parser.add_argument("--classifier_steps", type=int, default=ClassifierTraining.steps)
     parser.add_argument(
         "--pictures", type=int, default=DenoiserTraining.pictures, help="drawings to train on"
@@ -47,7 +50,11 @@ def run_command(arguments: argparse.Namespace) -> None:
         Path(arguments.work_dir),
         Path(arguments.output_dir),
         AutoencoderTraining(steps=arguments.autoencoder_steps),
-        DenoiserTraining(steps=arguments.transformer_steps, pictures=arguments.pictures),
+        DenoiserTraining(
+            steps=arguments.transformer_steps,
+            pictures=arguments.pictures,
+            guided_after=arguments.guided_after,
+        ),
         ClassifierTraining(steps=arguments.classifier_steps),
     )
 
