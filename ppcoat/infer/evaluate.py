@@ -18,6 +18,7 @@ from ppcoat.models.flux_pipeline import FluxPipeline
 
 DRAWINGS_SEED = 20_000_000  # far from every training seed
 STEPS = (4, 28)
+GUIDANCE = 3.5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,6 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples", type=int, default=2000, help="pictures per score (default: %(default)s)")
     parser.add_argument(
         "--batch_size", type=int, default=100, help="pictures drawn at once (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--guidance_scale", type=float, default=GUIDANCE, help="of the samples (default: %(default)s)"
     )
     parser.add_argument("--output", default=None, help="write the scores to this JSON file too")
     parser.add_argument(
@@ -34,7 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_command(arguments: argparse.Namespace) -> None:
     tune_host()
-    scores, samples = evaluate(arguments.model, arguments.samples, arguments.batch_size)
+    scores, samples = evaluate(
+        arguments.model, arguments.samples, arguments.batch_size, arguments.guidance_scale
+    )
     for name, value in scores.items():
         print(f"{name:28s} {value:.4g}")
     if arguments.output:
@@ -43,7 +49,9 @@ def run_command(arguments: argparse.Namespace) -> None:
         sheet(samples[:64]).save(arguments.sheet)
 
 
-def evaluate(model: str, count: int, batch_size: int) -> tuple[dict[str, float], list[Image.Image]]:
+def evaluate(
+    model: str, count: int, batch_size: int, guidance_scale: float = GUIDANCE
+) -> tuple[dict[str, float], list[Image.Image]]:
     """-> ({score: value}, the 28-step samples). Frechet distances are between features of the garment
     classifier."""
     pipeline = FluxPipeline.from_pretrained(model)
@@ -61,7 +69,12 @@ def evaluate(model: str, count: int, batch_size: int) -> tuple[dict[str, float],
         for start in range(0, count, batch_size):
             captions = [garment.caption for garment in wanted[start : start + batch_size]]
             samples += pipeline(
-                captions, num_inference_steps=steps, seed=start, height=SIZE, width=SIZE
+                captions,
+                num_inference_steps=steps,
+                guidance_scale=guidance_scale,
+                seed=start,
+                height=SIZE,
+                width=SIZE,
             ).images
         seen = classify(classifier, samples)
         for name in ("kind", "colour", "pattern"):
