@@ -127,7 +127,9 @@ class CoatOptimizerConfig(Section):
     use_fp8: bool = Field(True, description="keep both AdamW moments in FP8")
     m1_format: Fp8Format = Field("e4m3", description="format of the first moment")
     m2_format: Fp8Format = Field("e4m3", description="format of the second moment")
-    block_size: int = Field(128, ge=1, description="values that share one scale; smaller is more exact")
+    block_size: int = Field(
+        128, ge=16, multiple_of=16, description="values that share one scale; smaller is more exact"
+    )
     use_dynamic_range_expansion: bool = Field(
         True, description="adapt the codes of every block to its range, see ppcoat/fp8/quantize.py"
     )

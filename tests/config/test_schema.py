@@ -44,6 +44,12 @@ def test_the_published_coat_section_is_accepted():
     assert read == coat
 
 
+@pytest.mark.parametrize("size", [0, -16, 100])
+def test_block_size_is_a_positive_multiple_of_16(size):
+    with pytest.raises(ValidationError, match="16"):
+        schema.CoatOptimizerConfig(block_size=size)
+
+
 def test_an_unknown_saving_policy_is_answered_with_the_nearest():
     with pytest.raises(
         ValidationError, match="unknown saving policy 'coat.recomp', the nearest is 'coat.recompute'"
