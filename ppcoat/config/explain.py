@@ -6,9 +6,10 @@ import difflib
 from pathlib import Path
 from typing import Any, get_args
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
+from ppcoat.config.ai_toolkit_keys import KEYS
+from ppcoat.config.origin import Location, Origins, dotted
 from ppcoat.config.schema import RunConfig
 
 # pydantic speaks of Python's types; a user wrote YAML
@@ -25,11 +26,8 @@ _WANTED = {
 }
 
 
-def explain(error: ValidationError, path: str, root: yaml.Node | None, sources: dict[tuple, str]) -> str:
-    """The line for a ConfigError: the first problem, unknown keys before what follows from them.
-
-    path and root: the file and its YAML node, for line numbers; sources: location -> override that set it.
-    """
+def explain(error: ValidationError, origins: Origins) -> str:
+    """The line for a ConfigError: the first problem, unknown keys before what follows from them."""
     problems = error.errors(include_url=False)
     # a list whose entry is wrong is also called too short: drop what follows from a problem further inside
     inside = {each["loc"][:end] for each in problems for end in range(len(each["loc"]))}
@@ -37,11 +35,10 @@ def explain(error: ValidationError, path: str, root: yaml.Node | None, sources: 
     problems.sort(key=lambda each: each["type"] != "extra_forbidden")
     first, more = problems[0], len(problems) - 1
     location = tuple(first["loc"])
-    key = ".".join(map(str, location))
-    override = next((text for at, text in reversed(sources.items()) if location[: len(at)] == at), None)
-    where = f"--set {override}" if override is not None else f"{path}:{_line_of(root, location)}"
+    written = origins.as_written(location)
+    key, where = dotted(written), origins.where(written)
     if first["type"] == "extra_forbidden":
-        what = f"unknown key '{key}'; the nearest known key is '{_nearest(location)}'"
+        what = f"unknown key '{key}'; the nearest known key is '{nearest_key(written)}'"
     elif first["type"] == "missing":
         what = f"the key '{key}' is missing: {_description(location)}"
     elif first["type"] == "value_error":
@@ -56,26 +53,28 @@ def explain(error: ValidationError, path: str, root: yaml.Node | None, sources: 
     return printable(line)  # keys and values may hold line ends
 
 
+def nearest_key(location: Location) -> str:
+    """Dotted path of the known key most like the unknown one: in its own section first, then anywhere.
+
+    Known are the keys of our schema and those of ai-toolkit.
+    """
+    *parents, unknown = location
+    start = dotted((*parents, ""))
+    known = [*_all_keys(RunConfig, ""), *(key.replace("[]", ".0") for key in KEYS)]
+    # every entry of a list has the keys of the first
+    prefix = dotted((*(0 if isinstance(part, int) else part for part in parents), ""))
+    own = [key.removeprefix(prefix).split(".")[0] for key in known if key.startswith(prefix)]
+    everywhere = {key.rpartition(".")[2]: key for key in reversed(known)}
+    for choices, cutoff in ((own, 0.7), (list(everywhere), 0.7), (own, 0.0), (list(everywhere), 0.0)):
+        close = difflib.get_close_matches(str(unknown), choices, n=1, cutoff=cutoff)
+        if close:
+            return start + close[0] if choices is own else everywhere[close[0]]
+    raise AssertionError("difflib finds something at cutoff 0")
+
+
 def printable(text: str | Path) -> str:
     """Text from a user or a file name for a message: line ends and other control characters escaped."""
     return "".join(mark if mark.isprintable() else repr(mark)[1:-1] for mark in str(text))
-
-
-def _line_of(root: yaml.Node | None, location: tuple[str | int, ...]) -> int:
-    """Line number (from 1) of the deepest node on the way to location that the file has."""
-    line, node = 1, root
-    for part in location:
-        if isinstance(node, yaml.MappingNode):
-            pair = next((pair for pair in node.value if pair[0].value == str(part)), None)
-            if pair is None:
-                break
-            line, node = pair[0].start_mark.line + 1, pair[1]
-        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
-            node = node.value[part]
-            line = node.start_mark.line + 1
-        else:
-            break
-    return line
 
 
 def _section_at(location: tuple[str | int, ...]) -> type[BaseModel]:
@@ -97,19 +96,6 @@ def _description(location: tuple[str | int, ...]) -> str:
     names = [part for part in location if isinstance(part, str)]
     field = _section_at(location[:-1]).model_fields.get(names[-1]) if names else None
     return field.description or "" if field else "see the sections of the config"
-
-
-def _nearest(location: tuple[str | int, ...]) -> str:
-    """Dotted path of the known key most like the unknown one: in its own section first, then anywhere."""
-    *parents, unknown = location
-    own = list(_section_at(tuple(parents)).model_fields)
-    dotted_own = ".".join([*map(str, parents), ""])
-    everywhere = {path.rpartition(".")[2]: path for path in reversed(_all_keys(RunConfig, ""))}
-    for choices, cutoff in ((own, 0.7), (list(everywhere), 0.7), (own, 0.0)):
-        close = difflib.get_close_matches(str(unknown), choices, n=1, cutoff=cutoff)
-        if close:
-            return dotted_own + close[0] if choices is own else everywhere[close[0]]
-    return dotted_own + own[0]
 
 
 def _all_keys(section: type[BaseModel], prefix: str) -> list[str]:

@@ -1,5 +1,8 @@
 """YAML file + `a.b=c` overrides -> validated RunConfig, and back to YAML.
 
+A file has our own short form (sections at the left margin) or ai-toolkit's (job, config, process), see
+ai_toolkit.py.
+
 The YAML is a safe subset: scalars, lists and mappings. Numbers follow YAML 1.2 and `1e-4` is one (stock
 PyYAML reads it as text); duplicate keys, tags and aliases are refused. `${NAME}` is an environment variable
 (`$${` is a literal `${`) and `[name]` in any text is the name of the run. Every mistake becomes one line that
@@ -16,7 +19,9 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from ppcoat.config.ai_toolkit import drop_other_spellings, is_nested, translate, unnest, without_nesting
 from ppcoat.config.explain import explain, printable
+from ppcoat.config.origin import Location, Origins
 from ppcoat.config.schema import RunConfig
 from ppcoat.errors import ConfigError
 
@@ -29,8 +34,10 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
 
     path: a .yaml or .yml file. overrides: "section.key=value" texts, applied in order, the value read as
     YAML; list entries by number ("datasets.0.folder_path=photos"). Relative paths stay relative to the
-    current folder. Raises ConfigError, one line, naming file and line (or the override), the key, what came
-    and what was wanted; an unknown key is answered with the nearest known one.
+    current folder. In ai-toolkit's form an override may have or leave out the leading "config.process.0.".
+    Logs one warning per key of ai-toolkit that makes no difference here. Raises ConfigError, one line, naming
+    file and line (or the override), the key, what came and what was wanted; an unknown key is answered with
+    the nearest known one.
     """
     text = _read(Path(path))
     root = _parse(text, str(path))
@@ -39,13 +46,19 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         raise ConfigError(
             f"{path}:1: came a single value or list, wanted sections such as 'model:' and 'train:'"
         )
-    sources = {}  # path of an override -> its text, to say where a wrong value came from
+    origins = Origins(str(path), root)
+    nested = is_nested(data)
+    if nested:
+        data = unnest(data, origins)
     for override in overrides:
-        sources[_apply(data, override)] = override
+        location = _apply(data, override, nested)
+        drop_other_spellings(data, location)
+        origins.overrides[location] = override
+    data = translate(_fill_in_name(data, data.get("name")), nested, origins)
     try:
-        return RunConfig.model_validate(_fill_in_name(data, data.get("name")))
+        return RunConfig.model_validate(data)
     except ValidationError as error:
-        raise ConfigError(explain(error, str(path), root, sources)) from None
+        raise ConfigError(explain(error, origins)) from None
 
 
 def dump_config(config: RunConfig) -> str:
@@ -184,15 +197,16 @@ def _fill_in_name(value: Any, name: Any) -> Any:
     return value.replace("[name]", name) if isinstance(value, str) and isinstance(name, str) else value
 
 
-def _apply(data: dict, override: str) -> tuple[str | int, ...]:
-    """Put one "a.b=c" into data; returns its path ("a", "b")."""
+def _apply(data: dict, override: str, nested: bool) -> Location:
+    """Put one "a.b=c" into data; returns its location ("a", "b")."""
     source = f"--set {printable(override)}"
     dotted, equals, text = override.partition("=")
     if not equals or not all(dotted.split(".")):
         raise ConfigError(f"{source}: wanted section.key=value, for example train.steps=50")
     node = _parse(text, source)
     value = None if node is None else _to_data(node, source)
-    parts = [int(part) if part.isdecimal() else part for part in dotted.strip().split(".")]
+    dotted = without_nesting(dotted.strip()) if nested else dotted.strip()
+    parts = [int(part) if part.isdecimal() else part for part in dotted.split(".")]
     here: Any = data
     for part, following in zip(parts, [*parts[1:], None], strict=True):
         _check_step(here, part, source)

@@ -144,7 +144,7 @@ WRONG = [
     ("network: {targets: []}", "network.targets", "[]", "at least 1"),
     ("network: {linear: 0}", "network.linear", "0", "greater than or equal to 1"),
     ("trigger_word: 5", "trigger_word", "5", "quotes"),
-    ("device: cuda", "device", "'cuda'", "gpu:N"),
+    ("device: tpu", "device", "'tpu'", "gpu:N"),
     ("seed: -1", "seed", "-1", "greater than or equal to 0"),
 ]
 
@@ -243,7 +243,10 @@ awkward = st.sampled_from(
 def test_dump_round_trips(tmp_path, word, prompts, lr, seed):
     base = load(tmp_path, BASE).model_dump()
     base |= {"trigger_word": None if "[" in word else word, "seed": seed}
-    base["train"]["lr"], base["sample"]["prompts"] = lr, [text.replace("[name]", "") for text in prompts]
+    base["train"]["lr"], base["sample"]["prompts"] = (
+        lr,
+        [text.replace("[name]", "").replace("--", "") for text in prompts],
+    )
     config = RunConfig.model_validate(base)
     assert load(tmp_path, dump_config(config)) == config
 

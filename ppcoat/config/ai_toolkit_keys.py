@@ -1,0 +1,292 @@
+"""ai-toolkit's keys for a FLUX LoRA, and what becomes of each: the one table that says so.
+
+Keys are written without the `config.process[0]` around them. A key that is not here belongs to our own schema
+(schema.py) or is unknown. Source: the published train_lora_flux_24gb.yaml and the section classes of
+ai-toolkit's toolkit/config_modules.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ppcoat.config import ai_toolkit_previews as previews
+from ppcoat.config import ai_toolkit_values as values
+from ppcoat.config.ai_toolkit_values import Reader
+
+
+@dataclass(frozen=True)
+class Honour:
+    """Taken as it is, under the name `to` in our schema ("": its own). null: None stands for the default."""
+
+    to: str = ""
+    null: bool = False
+
+
+@dataclass(frozen=True)
+class Read:
+    """Taken in another form, see ai_toolkit_values.py. to: the setting that it is another spelling of."""
+
+    read: Reader
+    to: str = ""
+
+
+@dataclass(frozen=True)
+class Warn:
+    """Accepted with a warning that says why it makes no difference here; values in `silent` need none."""
+
+    why: str
+    silent: tuple[Any, ...] = (None, False)
+
+
+@dataclass(frozen=True)
+class Refuse:
+    """An error, because leaving it out would change the result; values in `neutral` ask for nothing."""
+
+    advice: str
+    neutral: tuple[Any, ...] = (None, False)
+
+
+@dataclass(frozen=True)
+class Idle:
+    """Accepted in silence: it says something only where the key `switch` is on, which is dealt with there."""
+
+    switch: str
+
+
+Treatment = Honour | Read | Warn | Refuse | Idle
+
+_MEMORY = "it only saves memory; see train.gradient_checkpointing and the coat section for that"
+_CACHED = "every picture is encoded once before training and kept in main memory"
+_MASKS = "the loss has no masks; leave it out"
+_FLIPS = "pictures are not flipped; add flipped copies to the folder"
+_CROPS = "pictures are cropped in the centre at full size; leave it out"
+_SWITCH_OFF = "it is not built in; leave it out or set it to false"
+_OTHER_TASK = "it belongs to another kind of training; leave it out"
+_ONE_SET = "all pictures count the same; leave it out"
+_TORCH = "it chooses between PyTorch kernels; Paddle chooses its own"
+_SD_ERA = "it was made for noise-predicting models and FLUX is trained by flow matching; leave it out"
+_CURVES = "curves and pictures go to VisualDL, <run folder>/logs"
+_HUB = "nothing is uploaded; the LoRA file stays in the run folder"
+
+_PROCESS: dict[str, Treatment] = {
+    "name": Honour(),
+    "type": Refuse("wanted type: sd_trainer", (None, "sd_trainer", "diffusion_trainer")),
+    "training_folder": Honour("output_dir", null=True),
+    "device": Read(values.read_device, "device"),
+    "trigger_word": Honour(),
+    "training_seed": Honour("seed", null=True),
+    "performance_log_every": Warn("times are on the progress bar", (None, 0)),
+    "log_dir": Warn(_CURVES, (None,)),
+    "sqlite_db_path": Warn("there is no web interface", (None,)),
+    "torch_profiler": Warn(_TORCH),
+    "first_sample": Warn("it changes previews only", (None,)),
+    "guidance": Refuse(_OTHER_TASK, (None,)),
+    "embedding": Refuse(_OTHER_TASK, (None,)),
+    "decorator": Refuse(_OTHER_TASK, (None,)),
+    "adapter": Refuse(_OTHER_TASK, (None,)),
+    "do_lorm": Refuse(_OTHER_TASK),
+    "meta": Warn("the LoRA file's header has its own fields (rank, trigger word, step, base model)", (None,)),
+}
+_NETWORK: dict[str, Treatment] = {
+    "network.type": Honour(),
+    "network.linear": Honour(),
+    "network.rank": Honour("network.linear", null=True),
+    "network.linear_alpha": Honour(),
+    "network.alpha": Honour("network.linear_alpha", null=True),
+    "network.conv": Warn("FLUX has no convolutions", (None, 0)),
+    "network.conv_alpha": Warn("FLUX has no convolutions", (None, 0)),
+    "network.dropout": Honour(null=True),
+    "network.network_kwargs.only_if_contains": Honour("network.only_if_contains", null=True),
+    "network.network_kwargs.ignore_if_contains": Honour("network.ignore_if_contains", null=True),
+    "network.transformer_only": Refuse("name Linears outside the blocks in network.targets", (True, None)),
+    "network.pretrained_lora_path": Refuse("a run starts from a new LoRA; leave it out", (None,)),
+    "network.lokr_full_rank": Idle("network.type"),
+    "network.lokr_factor": Idle("network.type"),
+    "network.old_lokr_format": Idle("network.type"),
+    "network.layer_offloading": Warn(_MEMORY),
+    "network.split_multistage_loras": Warn("FLUX has one stage", (None, True, False)),
+    "network.all_layers": Warn("network.targets chooses the Linears"),
+}
+_SAVE: dict[str, Treatment] = {
+    "save.dtype": Read(values.read_save_dtype, "save.dtype"),
+    "save.save_every": Honour(),
+    "save.max_step_saves_to_keep": Honour(),
+    "save.save_format": Warn("a LoRA is always written as safetensors with diffusers' keys",
+                             (None, "safetensors", "diffusers")),
+    "save.push_to_hub": Warn(_HUB),
+    "save.hf_repo_id": Idle("save.push_to_hub"),
+    "save.hf_private": Idle("save.push_to_hub"),
+}  # fmt: skip
+_DATASET: dict[str, Treatment] = {
+    "datasets[].folder_path": Honour(),
+    "datasets[].dataset_path": Honour("datasets[].folder_path", null=True),
+    "datasets[].caption_ext": Honour(null=True),
+    "datasets[].caption_type": Honour("datasets[].caption_ext", null=True),
+    "datasets[].default_caption": Honour(),
+    "datasets[].trigger_word": Honour("trigger_word", null=True),
+    "datasets[].caption_dropout_rate": Honour(),
+    "datasets[].batch_size": Honour("train.batch_size", null=True),
+    "datasets[].num_repeats": Honour(),
+    "datasets[].resolution": Read(values.read_resolution, "datasets[].resolution"),
+    "datasets[].buckets": Warn("pictures are cropped to a centred square; square ones are the same"),
+    "datasets[].bucket_tolerance": Idle("datasets[].buckets"),
+    "datasets[].square_crop": Warn("that is what is done anyway", (None, True, False)),
+    "datasets[].random_crop": Refuse(_CROPS),
+    "datasets[].random_scale": Refuse(_CROPS),
+    "datasets[].scale": Refuse(_CROPS, (None, 1)),
+    "datasets[].shuffle_tokens": Refuse("captions keep their order; set it to false"),
+    "datasets[].token_dropout_rate": Refuse("captions keep all their tokens; set it to 0", (None, 0)),
+    "datasets[].keep_tokens": Idle("datasets[].token_dropout_rate"),
+    "datasets[].replacements": Refuse("captions are not edited; change the caption files", (None, [])),
+    "datasets[].cache_latents": Warn(_CACHED, (None, True)),
+    "datasets[].cache_latents_to_disk": Warn(_CACHED),
+    "datasets[].cache_text_embeddings": Warn("every caption is encoded once in any case", (None, True)),
+    "datasets[].is_reg": Refuse("regularisation pictures are not told apart; leave the folder out"),
+    "datasets[].prior_reg": Refuse("regularisation pictures are not told apart; leave it out"),
+    "datasets[].loss_multiplier": Refuse(_ONE_SET, (None, 1)),
+    "datasets[].network_weight": Refuse(_ONE_SET, (None, 1)),
+    "datasets[].flip_x": Refuse(_FLIPS),
+    "datasets[].flip_y": Refuse(_FLIPS),
+    "datasets[].mask_path": Refuse(_MASKS, (None,)),
+    "datasets[].alpha_mask": Refuse(_MASKS),
+    "datasets[].invert_mask": Idle("datasets[].mask_path"),
+    "datasets[].mask_min_value": Idle("datasets[].mask_path"),
+    "datasets[].num_workers": Warn(_CACHED, (None,)),
+    "datasets[].prefetch_factor": Warn(_CACHED, (None,)),
+    "datasets[].augments": Refuse("pictures are not augmented; leave it out", (None, [])),
+    "datasets[].augmentations": Refuse("pictures are not augmented; leave it out", (None, [])),
+    "datasets[].control_path": Refuse(_OTHER_TASK, (None,)),
+    "datasets[].clip_image_path": Refuse(_OTHER_TASK, (None,)),
+    "datasets[].num_frames": Refuse(_OTHER_TASK, (None, 1)),
+    "datasets[].do_audio": Refuse(_OTHER_TASK),
+    "datasets[].poi": Refuse(_CROPS, (None,)),
+}
+_TRAIN: dict[str, Treatment] = {
+    "train.batch_size": Honour(),
+    "train.steps": Honour(),
+    "train.gradient_accumulation": Honour(),
+    "train.gradient_accumulation_steps": Read(values.read_accumulated_steps),
+    "train.train_unet": Refuse("the LoRA of the transformer is what is trained; leave it out", (True, None)),
+    "train.train_text_encoder": Refuse("text encoders stay frozen; set it to false"),
+    "train.gradient_checkpointing": Honour(),
+    "train.noise_scheduler": Refuse("FLUX is trained by flow matching: flowmatch", (None, "flowmatch")),
+    "train.optimizer": Read(values.read_optimizer, "train.optimizer"),
+    "train.optimizer_params.weight_decay": Honour("train.weight_decay"),
+    "train.optimizer_params.eps": Honour("train.epsilon"),
+    "train.optimizer_params.betas": Read(values.read_betas),
+    "train.lr": Honour(),
+    "train.unet_lr": Honour("train.lr", null=True),
+    "train.text_encoder_lr": Idle("train.train_text_encoder"),
+    "train.refiner_lr": Idle("model.arch"),
+    "train.embedding_lr": Idle("embedding"),
+    "train.adapter_lr": Idle("adapter"),
+    "train.lr_scheduler": Read(values.read_lr_scheduler, "train.lr_scheduler"),
+    "train.lr_scheduler_params": Read(values.read_lr_scheduler_params),
+    "train.dtype": Read(values.read_train_dtype, "model.dtype"),
+    "train.max_grad_norm": Honour(),
+    "train.gradient_clipping": Honour("train.max_grad_norm", null=True),
+    "train.timestep_type": Honour(),
+    "train.linear_timesteps": Refuse("use train.timestep_type: linear, which weighs all noise levels alike"),
+    "train.linear_timesteps2": Refuse("use train.timestep_type: linear, which weighs all noise levels alike"),
+    "train.content_or_style": Refuse("noise levels are not shifted; use balanced", (None, "balanced")),
+    "train.min_denoising_steps": Refuse("all noise levels are trained; leave it out", (None, 0)),
+    "train.max_denoising_steps": Refuse("all noise levels are trained; leave it out", (None, 999, 1000)),
+    "train.loss_type": Honour(),
+    "train.cfg_scale": Honour(),
+    "train.bypass_guidance_embedding": Refuse(_SWITCH_OFF),
+    "train.ema_config.use_ema": Refuse("no running mean of the weights is kept; set use_ema: false"),
+    "train.ema_config.ema_decay": Idle("train.ema_config.use_ema"),
+    "train.skip_first_sample": Warn("no preview is drawn before training", (None, True)),
+    "train.force_first_sample": Warn("no preview is drawn before training"),
+    "train.disable_sampling": Read(values.read_disable_sampling),
+    "train.unload_text_encoder": Refuse(
+        "in ai-toolkit it replaces every caption by the trigger word; leave it out, text encoders are always "
+        "released after the captions are encoded"
+    ),
+    "train.cache_text_embeddings": Warn("every caption is encoded once in any case", (None, True)),
+    "train.diff_output_preservation": Refuse(_SWITCH_OFF),
+    "train.diff_output_preservation_class": Idle("train.diff_output_preservation"),
+    "train.diff_output_preservation_multiplier": Idle("train.diff_output_preservation"),
+    "train.blank_prompt_preservation": Refuse(_SWITCH_OFF),
+    "train.blank_prompt_preservation_multiplier": Idle("train.blank_prompt_preservation"),
+    "train.validation_config": Warn("no validation loss is computed; training is the same", (None,)),
+    "train.reg_weight": Idle("datasets[].is_reg"),
+    "train.start_step": Refuse("a run goes on from the checkpoint in its folder; leave it out", (None,)),
+    "train.max_loss": Refuse("the loss is not clipped; leave it out", (None,)),
+    "train.max_loss_debug": Idle("train.max_loss"),
+    "train.xformers": Warn(_TORCH),
+    "train.sdp": Warn(_TORCH),
+    "train.attention_backend": Warn(_TORCH, (None, "native")),
+    "train.noise_offset": Refuse(_SD_ERA, (None, 0)),
+    "train.snr_gamma": Refuse(_SD_ERA, (None,)),
+    "train.min_snr_gamma": Refuse(_SD_ERA, (None,)),
+    "train.learnable_snr_gos": Refuse(_SD_ERA),
+}
+_MODEL: dict[str, Treatment] = {
+    "model.name_or_path": Honour(),
+    "model.is_flux": Refuse("only FLUX is trained here; set it to true", (None, True)),
+    "model.arch": Read(values.read_arch),
+    "model.dtype": Read(values.read_model_dtype, "model.dtype"),
+    "model.quantize": Warn("the frozen base stays in model.dtype: more exact, 24 GB for FLUX.1 in bfloat16"),
+    "model.qtype": Read(values.read_qtype),
+    "model.quantize_te": Warn("text encoders stay in model.dtype and are released before training"),
+    "model.qtype_te": Read(values.read_qtype),
+    "model.low_vram": Warn(_MEMORY),
+    "model.layer_offloading": Warn(_MEMORY),
+    "model.layer_offloading_transformer_percent": Idle("model.layer_offloading"),
+    "model.layer_offloading_text_encoder_percent": Idle("model.layer_offloading"),
+    "model.assistant_lora_path": Refuse("no second LoRA is loaded; train on FLUX.1-dev without", (None,)),
+    "model.attn_masking": Refuse("text padding is not masked; set it to false"),
+    "model.compile": Warn(_TORCH),
+    "model.block_compile": Warn(_TORCH),
+    "model.split_model_over_gpus": Refuse("the model stays on one device; set it to false"),
+    "model.lora_path": Refuse("no other LoRA is loaded; merge it into the base folder first", (None,)),
+    "model.inference_lora_path": Refuse("no other LoRA is loaded for previews; leave it out", (None,)),
+    "model.vae_path": Refuse("put the VAE into the folder model.name_or_path", (None,)),
+    "model.te_name_or_path": Refuse("put the text encoders into the folder model.name_or_path", (None,)),
+    "model.extras_name_or_path": Refuse("put the components into the folder model.name_or_path", (None,)),
+}
+_SAMPLE: dict[str, Treatment] = {
+    "sample.sampler": Refuse("FLUX is drawn by flow matching: flowmatch", (None, "flowmatch")),
+    "sample.sample_every": Honour(),
+    "sample.sample_start_step": Warn("previews start with the first sample_every", (None, 0)),
+    "sample.width": Honour(),
+    "sample.height": Honour(),
+    "sample.prompts": Read(previews.read_prompts, "sample.prompts"),
+    "sample.samples": Read(previews.read_samples, "sample.prompts"),
+    "sample.neg": Warn("FLUX draws without a negative prompt", (None, False, "")),
+    "sample.seed": Honour(),
+    "sample.walk_seed": Honour(),
+    "sample.guidance_scale": Honour(),
+    "sample.sample_steps": Honour(),
+    "sample.format": Warn("previews are PNG files with the prompt inside", (None, "png")),
+}
+_LOGGING: dict[str, Treatment] = {
+    "logging.log_every": Honour(),
+    "logging.verbose": Warn("there is one amount of output"),
+    "logging.use_wandb": Warn(_CURVES),
+    "logging.project_name": Idle("logging.use_wandb"),
+    "logging.run_name": Idle("logging.use_wandb"),
+    "logging.use_ui_logger": Warn("there is no web interface"),
+}
+
+KEYS: dict[str, Treatment] = _PROCESS | _NETWORK | _SAVE | _DATASET | _TRAIN | _MODEL | _SAMPLE | _LOGGING
+
+# What ai-toolkit takes where its YAML says nothing and our schema has another default. Not here: train.dtype
+# (fp32 there, which few cards can hold), the unseeded start, and linear_alpha, which is the rank for FLUX.
+DEFAULTS: dict[str, Any] = {
+    "network.linear": 4,
+    "save.save_every": 1000,
+    "save.max_step_saves_to_keep": 5,
+    "save.dtype": "float16",
+    "train.steps": 1000,
+    "train.lr": 1e-6,
+    "train.epsilon": 1e-6,
+    "train.gradient_checkpointing": True,
+    "sample.sample_every": 100,
+    "sample.seed": 0,
+    "sample.guidance_scale": 7.0,
+    "sample.sample_steps": 20,
+    "logging.log_every": 100,
+}

@@ -1,0 +1,194 @@
+"""ai-toolkit's values that need more than another name: what each says in the terms of our schema.
+
+A reader gets the value and the whole run as written, and gives our settings. It raises ValueError for what
+cannot be done; values of a wrong type it passes on, for the schema to refuse.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Document:
+    """A run as written, without ai-toolkit's nesting.
+
+    nested: it had one, so ai-toolkit's defaults hold; filled_in: dotted names of those that data got.
+    """
+
+    data: dict[str, Any]
+    nested: bool
+    filled_in: frozenset[str] = frozenset()
+
+    def get(self, section: str, key: str, default: Any = None) -> Any:
+        """One value as written, or `default` where the section or the key is absent."""
+        inside = self.data.get(section)
+        return inside.get(key, default) if isinstance(inside, dict) else default
+
+    def says(self, section: str, key: str) -> bool:
+        """Whether the user wrote the value."""
+        return self.get(section, key) is not None and f"{section}.{key}" not in self.filled_in
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Our settings by dotted name, and notes for the user on what differs from ai-toolkit."""
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+Reader = Callable[[Any, Document], Reading]
+
+_DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32", "float": "float32"}
+_OPTIMIZERS = ("adamw", "adamw8bit", "coat_fp8_adamw")
+
+
+def read_device(value: Any, document: Document) -> Reading:
+    """cuda:1 -> gpu:1. cuda:0 stands in every published example: the first GPU, if there is one."""
+    if value in ("cuda", "cuda:0"):
+        note = "read as auto: the first GPU, or the CPU where Paddle sees none"
+        return Reading({"device": "auto"}, (note,))
+    cuda = re.fullmatch(r"cuda:(\d+)", value) if isinstance(value, str) else None
+    return Reading({"device": f"gpu:{cuda[1]}" if cuda else value})
+
+
+def read_save_dtype(value: Any, document: Document) -> Reading:
+    """fp16, bf16 and fp32 are short for the names of our schema."""
+    return Reading({"save.dtype": _DTYPES.get(value, value) if isinstance(value, str) else value})
+
+
+def read_model_dtype(value: Any, document: Document) -> Reading:
+    """As in our schema, with ai-toolkit's short names."""
+    return Reading({"model.dtype": _DTYPES.get(value, value) if isinstance(value, str) else value})
+
+
+def read_train_dtype(value: Any, document: Document) -> Reading:
+    """bf16 -> auto, which is bfloat16 on a GPU and float32 on a CPU, where Paddle cannot compute in bf16."""
+    dtype = _DTYPES.get(value, value) if isinstance(value, str) else value
+    if dtype == "float16":
+        raise ValueError("float16 overflows in FLUX; wanted bf16 or fp32")
+    return Reading({"model.dtype": "auto" if dtype == "bfloat16" else dtype})
+
+
+def read_resolution(value: Any, document: Document) -> Reading:
+    """[1024] -> 1024. Several would be several passes over the folder, which the data part does not do."""
+    if isinstance(value, list) and len(value) > 1:
+        raise ValueError(f"one resolution can be trained at a time; choose one of {value}, as a plain number")
+    return Reading({"datasets[].resolution": value[0] if isinstance(value, list) and value else value})
+
+
+def read_optimizer(value: Any, document: Document) -> Reading:
+    """adamw8bit keeps its moments in 8 bits: here that is FP8, unless coat.optimizer.use_fp8 forbids it."""
+    name = value.lower() if isinstance(value, str) else value
+    if name == "adamw8bit":
+        states = document.get("coat", "optimizer", {})
+        if isinstance(states, dict) and states.get("use_fp8") is False:
+            note = "read as adamw: coat.optimizer.use_fp8 is false, so both moments are kept in full"
+            return Reading({"train.optimizer": "adamw"}, (note,))
+        note = "read as coat_fp8_adamw: both moments are kept in FP8 instead of bitsandbytes' 8-bit codes"
+        return Reading({"train.optimizer": "coat_fp8_adamw"}, (note,))
+    if isinstance(name, str) and name not in _OPTIMIZERS:
+        raise ValueError(f"there is no such optimizer here; wanted {', '.join(_OPTIMIZERS)}")
+    return Reading({"train.optimizer": name})
+
+
+def read_betas(value: Any, document: Document) -> Reading:
+    """[beta1, beta2] -> two settings."""
+    if not isinstance(value, list) or len(value) != 2:
+        raise ValueError("wanted two numbers, for example [0.9, 0.999]")
+    return Reading({"train.beta1": value[0], "train.beta2": value[1]})
+
+
+def read_lr_scheduler(value: Any, document: Document) -> Reading:
+    """The name of a schedule. ai-toolkit's own `linear` rises; ours, like most, falls to 0."""
+    params = document.get("train", "lr_scheduler_params") or {}
+    if document.nested and value == "linear" and params == {}:
+        raise ValueError("ai-toolkit's linear rises from lr / 3 to lr; for one that falls to 0 add "
+                         "lr_scheduler_params: {start_factor: 1.0, end_factor: 0.0}, or choose constant or "
+                         "cosine")  # fmt: skip
+    settings = {"train.lr_scheduler": value}
+    if document.nested and value == "constant_with_warmup" and "num_warmup_steps" not in params:
+        settings["train.lr_warmup_steps"] = document.get("train", "lr_warmup_steps", _updates(1000, document))
+    return Reading(settings)
+
+
+def read_lr_scheduler_params(value: Any, document: Document) -> Reading:
+    """num_warmup_steps counts; anything else must say what the schedule does anyway."""
+    if value is None or value == {}:
+        return Reading()
+    if not isinstance(value, dict):
+        raise ValueError("wanted a section with keys, for example {num_warmup_steps: 100}")
+    name, steps = document.get("train", "lr_scheduler", "constant"), document.get("train", "steps", 1000)
+    done_anyway = {
+        "constant": {"factor": 1.0},
+        "cosine": {"eta_min": 0.0, "total_iters": steps, "T_max": steps},
+        "linear": {"start_factor": 1.0, "end_factor": 0.0, "total_iters": steps},
+    }.get(name if isinstance(name, str) else "", {})
+    rest = {key: given for key, given in value.items() if key != "num_warmup_steps"}
+    wrong = [key for key, given in rest.items() if key not in done_anyway or given != done_anyway[key]]
+    if name == "linear" and not {"start_factor", "end_factor"} <= rest.keys():
+        wrong.append("start_factor and end_factor")
+    if wrong:
+        known = ", ".join(f"{key}: {wanted}" for key, wanted in done_anyway.items()) or "num_warmup_steps"
+        raise ValueError(f"{', '.join(wrong)} cannot be followed with lr_scheduler {name}; wanted {known}")
+    if "num_warmup_steps" not in value:
+        return Reading()
+    return Reading({"train.lr_warmup_steps": _updates(value["num_warmup_steps"], document)})
+
+
+def read_accumulated_steps(value: Any, document: Document) -> Reading:
+    """The older key, under which every forward pass is a step: all counts of steps are divided by it.
+
+    gradient_accumulation is the key under which a step is an update.
+    """
+    if value in (None, 1) and not isinstance(value, bool):
+        return Reading()
+    if value == -1:
+        raise ValueError("one update per epoch is not possible; wanted a number of forward passes")
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError("wanted a whole number from 1")
+    if document.get("train", "gradient_accumulation", 1) != 1:
+        raise ValueError("train.gradient_accumulation says it too; remove one of them")
+    steps = document.get("train", "steps", 1000)
+    if isinstance(steps, int) and steps < value:
+        raise ValueError(f"{steps} steps of one forward pass each are not one whole update")
+    settings = {"train.steps": steps // value} if isinstance(steps, int) else {}
+    for section, key in (("save", "save_every"), ("sample", "sample_every"), ("logging", "log_every")):
+        every = document.get(section, key)
+        if every is not None:
+            settings[f"{section}.{key}"] = _updates(every, document)
+    counts = ", ".join(f"{key} {count}" for key, count in settings.items())
+    note = f"every forward pass counts as a step; counted in updates: {counts}"
+    return Reading(settings | {"train.gradient_accumulation": value}, (note,))
+
+
+def read_disable_sampling(value: Any, document: Document) -> Reading:
+    """No previews: sample_every 0."""
+    if value not in (None, True, False):
+        raise ValueError("wanted true or false")
+    return Reading({"sample.sample_every": 0} if value else {})
+
+
+def read_arch(value: Any, document: Document) -> Reading:
+    """flux, or flux:<tag>."""
+    if value is not None and (not isinstance(value, str) or value.partition(":")[0] != "flux"):
+        raise ValueError("only FLUX.1 is trained here; wanted flux")
+    return Reading()
+
+
+def read_qtype(value: Any, document: Document) -> Reading:
+    """A way to store the frozen base; model.quantize has said that it stays as it is."""
+    if isinstance(value, str) and "|" in value:
+        raise ValueError("an accuracy recovery adapter is not loaded; leave out the part from '|' on")
+    return Reading()
+
+
+def _updates(count: Any, document: Document) -> Any:
+    """Forward passes -> optimizer updates where train.gradient_accumulation_steps makes a difference."""
+    passes = document.get("train", "gradient_accumulation_steps", 1)
+    whole = all(isinstance(each, int) and not isinstance(each, bool) for each in (count, passes))
+    return max(1, round(count / passes)) if whole and passes > 1 and count > 0 else count

@@ -1,0 +1,204 @@
+"""Every key of ai-toolkit's FLUX LoRA YAML, one by one: it has an effect, a warning or a refusal."""
+
+import pytest
+
+from ppcoat.config.ai_toolkit_keys import DEFAULTS, KEYS, Honour, Read
+from ppcoat.config.explain import _all_keys
+from ppcoat.config.schema import RunConfig
+
+# key, value -> our setting and its value
+HONOURED = [
+    ("name", "coats", "name", "coats"),
+    ("training_folder", "runs", "output_dir", "runs"),
+    ("device", "cuda:1", "device", "gpu:1"),
+    ("trigger_word", "sks", "trigger_word", "sks"),
+    ("training_seed", "7", "seed", 7),
+    ("network.type", "lora", "network.type", "lora"),
+    ("network.linear", "8", "network.linear", 8),
+    ("network.rank", "8", "network.linear", 8),
+    ("network.linear_alpha", "2", "network.linear_alpha", 2.0),
+    ("network.alpha", "2", "network.linear_alpha", 2.0),
+    ("network.dropout", "0.1", "network.dropout", 0.1),
+    ("network.network_kwargs.only_if_contains", "[proj_out]", "network.only_if_contains", ("proj_out",)),
+    ("network.network_kwargs.ignore_if_contains", "[ff]", "network.ignore_if_contains", ("ff",)),
+    ("save.dtype", "bf16", "save.dtype", "bfloat16"),
+    ("save.save_every", "5", "save.save_every", 5),
+    ("save.max_step_saves_to_keep", "2", "save.max_step_saves_to_keep", 2),
+    ("datasets[].folder_path", "other", "datasets.0.folder_path", "other"),
+    ("datasets[].dataset_path", "other", "datasets.0.folder_path", "other"),
+    ("datasets[].caption_ext", ".cap", "datasets.0.caption_ext", "cap"),
+    ("datasets[].caption_type", "cap", "datasets.0.caption_ext", "cap"),
+    ("datasets[].default_caption", "a shirt", "datasets.0.default_caption", "a shirt"),
+    ("datasets[].trigger_word", "sks", "trigger_word", "sks"),
+    ("datasets[].caption_dropout_rate", "0.2", "datasets.0.caption_dropout_rate", 0.2),
+    ("datasets[].batch_size", "3", "train.batch_size", 3),
+    ("datasets[].num_repeats", "4", "datasets.0.num_repeats", 4),
+    ("datasets[].resolution", "[64]", "datasets.0.resolution", 64),
+    ("train.batch_size", "3", "train.batch_size", 3),
+    ("train.steps", "12", "train.steps", 12),
+    ("train.gradient_accumulation", "3", "train.gradient_accumulation", 3),
+    ("train.gradient_accumulation_steps", "4", "train.steps", 250),
+    ("train.gradient_checkpointing", "false", "train.gradient_checkpointing", False),
+    ("train.optimizer", "AdamW", "train.optimizer", "adamw"),
+    ("train.optimizer_params.weight_decay", "0.3", "train.weight_decay", 0.3),
+    ("train.optimizer_params.eps", "1e-7", "train.epsilon", 1e-7),
+    ("train.optimizer_params.betas", "[0.5, 0.6]", "train.beta2", 0.6),
+    ("train.lr", "3e-4", "train.lr", 3e-4),
+    ("train.unet_lr", "3e-4", "train.lr", 3e-4),
+    ("train.lr_scheduler", "cosine", "train.lr_scheduler", "cosine"),
+    ("train.dtype", "fp32", "model.dtype", "float32"),
+    ("train.max_grad_norm", "0.5", "train.max_grad_norm", 0.5),
+    ("train.gradient_clipping", "0.5", "train.max_grad_norm", 0.5),
+    ("train.timestep_type", "shift", "train.timestep_type", "shift"),
+    ("train.loss_type", "mse", "train.loss_type", "mse"),
+    ("train.cfg_scale", "2", "train.cfg_scale", 2.0),
+    ("train.disable_sampling", "true", "sample.sample_every", 0),
+    ("model.name_or_path", "flux", "model.name_or_path", "flux"),
+    ("model.dtype", "bf16", "model.dtype", "bfloat16"),
+    ("sample.sample_every", "5", "sample.sample_every", 5),
+    ("sample.width", "64", "sample.width", 64),
+    ("sample.height", "64", "sample.height", 64),
+    ("sample.prompts", "[a dress]", "sample.prompts", ("a dress",)),
+    ("sample.samples", "[{prompt: a dress}]", "sample.prompts", ("a dress",)),
+    ("sample.seed", "5", "sample.seed", 5),
+    ("sample.walk_seed", "true", "sample.walk_seed", True),
+    ("sample.guidance_scale", "2", "sample.guidance_scale", 2.0),
+    ("sample.sample_steps", "5", "sample.sample_steps", 5),
+    ("logging.log_every", "5", "logging.log_every", 5),
+]
+# key, value that is warned about, value (or none) that asks for nothing
+WARNED = [
+    ("performance_log_every", "10", "0"), ("log_dir", "logs", "null"), ("sqlite_db_path", "a.db", "null"),
+    ("torch_profiler", "true", "false"), ("first_sample", "{a: 1}", "null"), ("meta", "{a: 1}", "null"),
+    ("network.conv", "16", "null"), ("network.conv_alpha", "16", "null"),
+    ("network.layer_offloading", "true", "false"), ("network.all_layers", "true", "false"),
+    ("save.save_format", "pt", "diffusers"), ("save.push_to_hub", "true", "false"),
+    ("datasets[].buckets", "true", "false"), ("datasets[].cache_latents", "false", "true"),
+    ("datasets[].cache_latents_to_disk", "true", "false"),
+    ("datasets[].cache_text_embeddings", "false", "true"),
+    ("datasets[].num_workers", "2", "null"), ("datasets[].prefetch_factor", "2", "null"),
+    ("train.skip_first_sample", "false", "true"), ("train.force_first_sample", "true", "false"),
+    ("train.cache_text_embeddings", "false", "true"), ("train.validation_config", "{items: []}", "null"),
+    ("train.xformers", "true", "false"), ("train.sdp", "true", "false"),
+    ("train.attention_backend", "flash", "native"), ("model.quantize", "true", "false"),
+    ("model.quantize_te", "true", "false"), ("model.low_vram", "true", "false"),
+    ("model.layer_offloading", "true", "false"), ("model.compile", "true", "false"),
+    ("model.block_compile", "true", "false"), ("sample.sample_start_step", "10", "0"),
+    ("sample.neg", "ugly", "''"), ("sample.format", "jpg", "png"), ("logging.verbose", "true", "false"),
+    ("logging.use_wandb", "true", "false"), ("logging.use_ui_logger", "true", "false"),
+]  # fmt: skip
+# key, value that is refused, value (or none) that asks for nothing
+REFUSED = [
+    ("type", "ui_trainer", "diffusion_trainer"), ("guidance", "{a: 1}", "null"),
+    ("embedding", "{a: 1}", "null"),
+    ("decorator", "{a: 1}", "null"), ("adapter", "{a: 1}", "null"), ("do_lorm", "true", "false"),
+    ("network.type", "lokr", "lora"), ("network.transformer_only", "false", "true"),
+    ("network.pretrained_lora_path", "a.safetensors", "null"),
+    ("datasets[].resolution", "[64, 128]", "[512]"), ("datasets[].random_crop", "true", "false"),
+    ("datasets[].random_scale", "true", "false"), ("datasets[].scale", "1.5", "1.0"),
+    ("datasets[].shuffle_tokens", "true", "false"), ("datasets[].token_dropout_rate", "0.1", "0.0"),
+    ("datasets[].replacements", "[a|b]", "[]"), ("datasets[].is_reg", "true", "false"),
+    ("datasets[].prior_reg", "true", "false"), ("datasets[].loss_multiplier", "2.0", "1.0"),
+    ("datasets[].network_weight", "0.5", "1.0"), ("datasets[].flip_x", "true", "false"),
+    ("datasets[].flip_y", "true", "false"), ("datasets[].mask_path", "masks", "null"),
+    ("datasets[].alpha_mask", "true", "false"), ("datasets[].augments", "[a]", "[]"),
+    ("datasets[].augmentations", "[{a: 1}]", "[]"), ("datasets[].control_path", "a", "null"),
+    ("datasets[].clip_image_path", "a", "null"), ("datasets[].num_frames", "9", "1"),
+    ("datasets[].do_audio", "true", "false"), ("datasets[].poi", "face", "null"),
+    ("train.gradient_accumulation_steps", "-1", "1"), ("train.train_unet", "false", "true"),
+    ("train.train_text_encoder", "true", "false"), ("train.noise_scheduler", "ddpm", "flowmatch"),
+    ("train.optimizer", "prodigy", "adamw"), ("train.lr_scheduler", "linear", "constant"),
+    ("train.lr_scheduler", "step", "constant"),
+    ("train.lr_scheduler_params", "{factor: 0.5}", "{factor: 1.0}"),
+    ("train.dtype", "fp16", "bf16"), ("train.timestep_type", "weighted", "sigmoid"),
+    ("train.timestep_type", "lognorm_blend", "sigmoid"), ("train.linear_timesteps", "true", "false"),
+    ("train.linear_timesteps2", "true", "false"), ("train.content_or_style", "style", "balanced"),
+    ("train.min_denoising_steps", "100", "0"), ("train.max_denoising_steps", "500", "999"),
+    ("train.loss_type", "mae", "mse"), ("train.bypass_guidance_embedding", "true", "false"),
+    ("train.ema_config.use_ema", "true", "false"), ("train.unload_text_encoder", "true", "false"),
+    ("train.diff_output_preservation", "true", "false"), ("train.blank_prompt_preservation", "true", "false"),
+    ("train.start_step", "10", "null"), ("train.max_loss", "1.0", "null"),
+    ("train.noise_offset", "0.1", "0.0"), ("train.snr_gamma", "5", "null"),
+    ("train.min_snr_gamma", "5", "null"), ("train.learnable_snr_gos", "true", "false"),
+    ("model.is_flux", "false", "true"), ("model.arch", "wan21", "flux:1"),
+    ("model.qtype", "uint3|a.st", "uint3"),
+    ("model.qtype_te", "uint3|a.st", "qfloat8"), ("model.assistant_lora_path", "a", "null"),
+    ("model.attn_masking", "true", "false"), ("model.split_model_over_gpus", "true", "false"),
+    ("model.lora_path", "a", "null"), ("model.inference_lora_path", "a", "null"),
+    ("model.vae_path", "a", "null"),
+    ("model.te_name_or_path", "a", "null"), ("model.extras_name_or_path", "a", "null"),
+    ("sample.sampler", "ddpm", "flowmatch"),
+]  # fmt: skip
+# keys that only tune another key, and that key, which is warned about or refused where it is on
+IDLE = {
+    "network.lokr_full_rank": "network.type", "network.lokr_factor": "network.type",
+    "network.old_lokr_format": "network.type", "save.hf_repo_id": "save.push_to_hub",
+    "save.hf_private": "save.push_to_hub", "datasets[].bucket_tolerance": "datasets[].buckets",
+    "datasets[].keep_tokens": "datasets[].token_dropout_rate",
+    "datasets[].invert_mask": "datasets[].mask_path",
+    "datasets[].mask_min_value": "datasets[].mask_path", "train.text_encoder_lr": "train.train_text_encoder",
+    "train.refiner_lr": "model.arch", "train.embedding_lr": "embedding", "train.adapter_lr": "adapter",
+    "train.ema_config.ema_decay": "train.ema_config.use_ema",
+    "train.diff_output_preservation_class": "train.diff_output_preservation",
+    "train.diff_output_preservation_multiplier": "train.diff_output_preservation",
+    "train.blank_prompt_preservation_multiplier": "train.blank_prompt_preservation",
+    "train.reg_weight": "datasets[].is_reg", "train.max_loss_debug": "train.max_loss",
+    "model.layer_offloading_transformer_percent": "model.layer_offloading",
+    "model.layer_offloading_text_encoder_percent": "model.layer_offloading",
+    "logging.project_name": "logging.use_wandb", "logging.run_name": "logging.use_wandb",
+}  # fmt: skip
+ALWAYS_SO = {"datasets[].square_crop", "network.split_multistage_loras"}
+
+
+def setting(config, dotted):
+    for part in dotted.split("."):
+        config = config[int(part)] if part.isdecimal() else getattr(config, part)
+    return config
+
+
+def override(key, value):
+    return f"{key.replace('[]', '.0')}={value}"
+
+
+@pytest.mark.parametrize(("key", "value", "ours", "expected"), HONOURED, ids=lambda each: str(each))
+def test_honoured_keys_reach_our_settings(load, key, value, ours, expected):
+    found = setting(load(override(key, value)), ours)
+    assert found == expected and type(found) is type(expected)
+
+
+@pytest.mark.parametrize(("key", "value", "quiet"), WARNED, ids=lambda each: str(each))
+def test_keys_without_effect_are_warned_about_once(load, warnings, key, value, quiet):
+    (said,) = warnings(override(key, value))
+    assert said.startswith(f"--set {override(key, value)}: {key.replace('[]', '.0')}: came ")
+    assert "which has no effect here: " in said
+    assert not warnings(override(key, quiet))
+    assert load(override(key, value)) == load(override(key, quiet)) == load()
+
+
+@pytest.mark.parametrize(("key", "value", "quiet"), REFUSED, ids=lambda each: str(each))
+def test_keys_that_would_change_the_result_are_refused(load, refusal, warnings, key, value, quiet):
+    said = refusal(override(key, value))
+    assert said.startswith(f"--set {override(key, value)}: {key.replace('[]', '.0')}: came ")
+    assert not warnings(override(key, quiet))
+    assert load(override(key, quiet)) == load()
+
+
+@pytest.mark.parametrize("key", sorted(IDLE))
+def test_keys_that_only_tune_another_one_are_silent(load, warnings, key):
+    assert not warnings(override(key, "1"))
+    assert load(override(key, "1")) == load()
+    assert KEYS[key].switch == IDLE[key]
+    assert IDLE[key] in {row[0] for row in WARNED + REFUSED}
+
+
+def test_the_lists_above_hold_every_key_of_the_table_and_no_other():
+    tried = {row[0] for row in (*HONOURED, *WARNED, *REFUSED)} | set(IDLE) | ALWAYS_SO
+    assert tried == set(KEYS)
+
+
+def test_every_honoured_key_leads_to_a_setting_that_exists():
+    ours = set(_all_keys(RunConfig, ""))
+    for key, rule in KEYS.items():
+        if isinstance(rule, Honour) or (isinstance(rule, Read) and rule.to):
+            assert (rule.to or key).replace("[]", ".0") in ours, key
+    assert set(DEFAULTS) <= ours

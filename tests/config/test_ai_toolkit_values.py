@@ -1,0 +1,83 @@
+"""Values that need more than another name."""
+
+import pytest
+
+
+@pytest.mark.parametrize(
+    ("written", "ours"),
+    [("cuda", "auto"), ("cuda:0", "auto"), ("cuda:3", "gpu:3"), ("cpu", "cpu"), ("gpu:1", "gpu:1")],
+)
+def test_devices(load, warnings, written, ours):
+    assert load(f"device={written}").device == ours
+    assert len(warnings(f"device={written}")) == (ours == "auto")  # a run on the CPU should be no surprise
+
+
+@pytest.mark.parametrize(("written", "ours"), [("bf16", "auto"), ("bfloat16", "auto"), ("fp32", "float32")])
+def test_train_dtype_runs_on_a_cpu_too(load, written, ours):
+    assert load(f"train.dtype={written}").model.dtype == ours
+
+
+def test_adamw8bit_keeps_its_states_in_fp8_unless_that_is_forbidden(load, warnings):
+    config = load("train.optimizer=adamw8bit")
+    assert config.train.optimizer == "coat_fp8_adamw" and config.uses_fp8_optimizer
+    off = ("train.optimizer=adamw8bit", "coat.optimizer.use_fp8=false")
+    assert not load(*off).uses_fp8_optimizer
+    assert "kept in full" in warnings(*off)[0]
+
+
+def test_the_older_accumulation_counts_forward_passes(load, warnings):
+    """ai-toolkit: with N, every forward pass is a step, so updates = steps / N and a save every S steps
+    is one every S / N updates."""
+    given = ("train.gradient_accumulation_steps=4", "train.steps=5001", "save.save_every=500",
+             "sample.sample_every=250", "logging.log_every=10")  # fmt: skip
+    config = load(*given)
+    assert (config.train.gradient_accumulation, config.train.steps) == (4, 1250)
+    assert (config.save.save_every, config.sample.sample_every, config.logging.log_every) == (125, 62, 2)
+    (said,) = warnings(*given)
+    assert "train.steps 1250, save.save_every 125, sample.sample_every 62, logging.log_every 2" in said
+    assert load(*given, "train.disable_sampling=true").sample.sample_every == 0
+
+
+def test_the_older_accumulation_and_the_newer_one_exclude_each_other(refusal):
+    message = refusal("train.gradient_accumulation_steps=2", "train.gradient_accumulation=2")
+    assert "remove one of them" in message
+    assert "not one whole update" in refusal("train.gradient_accumulation_steps=4", "train.steps=3")
+
+
+@pytest.mark.parametrize(
+    ("name", "params", "warmup"),
+    [
+        ("constant", "{}", 0),
+        ("constant_with_warmup", "{num_warmup_steps: 30}", 30),
+        ("constant_with_warmup", "{}", 1000),  # ai-toolkit's default
+        ("cosine", "{eta_min: 0.0, total_iters: 2000}", 0),
+        ("linear", "{start_factor: 1.0, end_factor: 0.0}", 0),
+    ],
+)
+def test_schedules_that_are_the_same_in_both(load, name, params, warmup):
+    given = (f"train.lr_scheduler={name}", f"train.lr_scheduler_params={params}", "train.steps=2000")
+    config = load(*given)
+    assert (config.train.lr_scheduler, config.train.lr_warmup_steps) == (name, warmup)
+    scaled = load(*given, "train.gradient_accumulation_steps=2")
+    assert (scaled.train.steps, scaled.train.lr_warmup_steps) == (1000, warmup // 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "params"),
+    [
+        ("linear", "{}"),  # rises from lr / 3 to lr
+        ("linear", "{end_factor: 0.0}"),
+        ("cosine", "{eta_min: 1e-6}"),
+        ("cosine", "{total_iters: 500}"),
+        ("constant", "{gamma: 1}"),
+        ("constant", "5"),
+    ],
+)
+def test_schedules_that_would_differ(refusal, name, params):
+    message = refusal(f"train.lr_scheduler={name}", f"train.lr_scheduler_params={params}", "train.steps=2000")
+    assert "train.lr_scheduler" in message and "lr" in message
+
+
+def test_linear_in_the_short_form_falls_as_it_always_did(load):
+    text = "name: a\nmodel: {name_or_path: m}\ndatasets: [{folder_path: d}]\ntrain: {lr_scheduler: linear}\n"
+    assert load(text=text).train.lr_scheduler == "linear"
