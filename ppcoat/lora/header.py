@@ -1,8 +1,8 @@
 """The header of a LoRA file: what we say about a LoRA, and what other programs say. All values are text.
 
 Written: our own fields, diffusers' `lora_adapter_metadata` (a PEFT config as JSON, keys prefixed
-`transformer.`) and ai-toolkit's `training_info`. A header comes from anywhere: numbers are checked, patterns
-are never run as regular expressions.
+`transformer.`), kohya's `ss_network_*` and ai-toolkit's `training_info`. A header comes from anywhere:
+numbers are checked, patterns are never run as regular expressions.
 """
 
 from __future__ import annotations
@@ -11,43 +11,56 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from ppcoat.errors import ConfigError
-from ppcoat.nn.linear import LoRALinear
+
+from .delta import LoRAModule
 
 ADAPTER_METADATA = "lora_adapter_metadata"
+IN_OUT = "lora_A [in, rank], lora_B [rank, out]"  # the field `layout` of a file in Paddle's layout
+# Fields that speak of the tensors in a file. Whoever writes other tensors writes these anew or not at all.
+OF_TENSORS = (
+    *("format", "layout", "rank", "alpha", "software", ADAPTER_METADATA),
+    *("ss_network_module", "ss_network_dim", "ss_network_alpha"),
+    *("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256"),
+)
 
 
-def make_header(
-    layers: Mapping[str, LoRALinear], trigger_word: str, step: int | None, base_model: str
-) -> dict[str, str]:
-    """Header fields, all text. alpha equals rank because the weights are folded."""
-    ranks = {path: layer.rank for path, layer in layers.items()}
+def make_header(modules: Mapping[str, LoRAModule], file_format: str) -> dict[str, str]:
+    """The fields that speak of the tensors. `modules`: as they are written, names and all, alpha = rank
+    because the weights are folded.
+    """
+    ranks = {name: module.rank for name, module in modules.items()}
     rank = Counter(ranks.values()).most_common(1)[0][0]
-    # "^": the whole path; PEFT would take "proj_out" for the proj_out of every block too
-    anchored = {f"^{path}": own for path, own in ranks.items() if own != rank}
-    adapter = {
-        "r": rank,
-        "lora_alpha": rank,
-        "rank_pattern": anchored,
-        "alpha_pattern": anchored,
-        "target_modules": sorted(layers),
-        "lora_dropout": 0.0,
-        "bias": "none",
-    }
-    alphas = sorted({layer.alpha for layer in layers.values()})
     header = {
         "format": "pt",
         "rank": str(rank),
         "alpha": str(rank),
+        "software": json.dumps({"name": "ppcoat"}),
+    }
+    if file_format == "paddle":
+        header |= {"format": "pd", "layout": IN_OUT}
+    elif file_format == "kohya":
+        header |= {
+            "ss_network_module": "networks.lora_flux",
+            "ss_network_dim": str(rank),
+            "ss_network_alpha": str(rank),
+        }
+    else:
+        header[ADAPTER_METADATA] = _adapter_text(ranks, rank)
+    return header
+
+
+def run_fields(
+    trigger_word: str, step: int | None, base_model: str, alphas: Iterable[float]
+) -> dict[str, str]:
+    """The fields that speak of the training. `alphas`: as trained, before they were folded."""
+    alphas = sorted(set(alphas))
+    header = {
         "original_alpha": f"{alphas[0]:g}" if len(alphas) == 1 else json.dumps(alphas),
         "trigger_word": trigger_word,
         "base_model": base_model,
-        ADAPTER_METADATA: json.dumps(
-            {f"transformer.{key}": value for key, value in adapter.items()}, indent=2
-        ),
-        "software": json.dumps({"name": "ppcoat"}),
     }
     if step is not None:
         header |= {"step": str(step), "training_info": json.dumps({"step": step})}
@@ -120,3 +133,19 @@ def _number(value: object, name: str) -> float:
     if not math.isfinite(number) or (name == "rank" and number <= 0):
         raise ConfigError(f"LoRA header {name} must be a finite number, got {value!r}")
     return number
+
+
+def _adapter_text(ranks: Mapping[str, int], rank: int) -> str:
+    """diffusers' adapter metadata for ranks per path, `rank` being the usual one."""
+    # "^": the whole path; PEFT would take "proj_out" for the proj_out of every block too
+    anchored = {f"^{path}": own for path, own in ranks.items() if own != rank}
+    adapter = {
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": anchored,
+        "alpha_pattern": anchored,
+        "target_modules": sorted(ranks),
+        "lora_dropout": 0.0,
+        "bias": "none",
+    }
+    return json.dumps({f"transformer.{key}": value for key, value in adapter.items()}, indent=2)

@@ -33,7 +33,7 @@ class DenoiserTraining:
     over the last `decay` of all steps. Matrices of the blocks are trained by Muon, the rest by AdamW."""
 
     pictures: int = 40_000
-    steps: int = 9000
+    steps: int = 6500
     batch_size: int = 64
     learning_rate: float = 1e-3
     matrix_learning_rate: float = 1e-2

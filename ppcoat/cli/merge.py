@@ -1,0 +1,153 @@
+"""A FLUX folder with a LoRA added to the weights of its transformer, for programs that know no LoRA.
+
+    python -m ppcoat merge --model models/FLUX.1-dev --lora lora.safetensors --output_dir models/merged
+
+The weights keep their dtype. bfloat16 rounds parts of a small delta-W away; how much is measured and printed.
+The other components are copied.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import paddle
+from safetensors import safe_open
+
+from ppcoat.errors import ConfigError
+from ppcoat.host import tune_host
+from ppcoat.lora import LoRAFile, load_lora, merge_lora
+from ppcoat.models.loading import check_folder, linear_weights, load_transformer, read_tensors, tensor_infos
+from ppcoat.models.saving import save_diffusers_model
+
+from .convert import read_known
+
+ROUNDING = {"F32": ("float32", 2.0**-24), "BF16": ("bfloat16", 2.0**-8), "F16": ("float16", 2.0**-11)}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help="folder of a FLUX pipeline")
+    parser.add_argument("--lora", required=True, help="LoRA file, .safetensors")
+    parser.add_argument("--output_dir", required=True, help="folder to write; it may not exist")
+    parser.add_argument(
+        "--scale", type=float, default=1.0, help="strength of the LoRA (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--ignore_unknown", action="store_true", help="leave keys out that name no FLUX module"
+    )
+
+
+def run_command(arguments: argparse.Namespace) -> None:
+    tune_host()
+    # A sum of weights: a card would only have to hold the model.
+    paddle.set_device("cpu")
+    folder, output = Path(arguments.model), Path(arguments.output_dir)
+    check_output(folder, output)
+    if not math.isfinite(arguments.scale):
+        raise ConfigError(f"--scale must be a finite number, got {arguments.scale}")
+    lora = read_known(Path(arguments.lora), arguments.ignore_unknown)
+    check_folder(folder)
+    check_fits(lora, folder / "transformer")
+    dtype, unit = base_dtype(folder / "transformer")
+    model = load_transformer(folder / "transformer", dtype)
+    load_lora(model, arguments.lora, arguments.scale)
+    merge_lora(model)
+    temporary = output.with_name(f".{output.name}.tmp-{os.getpid()}")
+    try:
+        shutil.copytree(folder, temporary, ignore=lambda path, names: left_out(folder, path, names))
+        save_diffusers_model(model, temporary / "transformer")
+        lost = check_merged(folder, temporary, linear_weights(model), Added(lora, arguments.scale, unit))
+        temporary.rename(output)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    print(f"{folder} + {arguments.scale:g} x {arguments.lora} -> {output}")
+    print(
+        f"{len(lora.modules)} modules, {dtype}; delta-W in the written weights within {lost:.2g} of its norm"
+    )
+
+
+@dataclass(frozen=True)
+class Added:
+    """What was added to weights whose unit roundoff is `unit`: scale * delta-W of the LoRA."""
+
+    lora: LoRAFile
+    scale: float
+    unit: float
+
+
+def check_output(folder: Path, output: Path) -> None:
+    """Raises ConfigError for an output that is there already, or lies in the model's folder."""
+    inside = output.resolve()
+    if folder.resolve() in (inside, *inside.parents):
+        raise ConfigError(f"--output_dir {output} is inside the model {folder}: choose a folder elsewhere")
+    if output.exists():
+        raise ConfigError(f"--output_dir {output} exists: remove it, or choose another name")
+    output.parent.mkdir(parents=True, exist_ok=True)
+
+
+def check_fits(lora: LoRAFile, folder: Path) -> None:
+    """Raises ConfigError if the transformer in `folder` lacks a Linear of the LoRA or has another size."""
+    infos = tensor_infos(folder)
+    absent = [path for path in lora.modules if f"{path}.weight" not in infos]
+    if absent:
+        listed = ", ".join(absent[:10])
+        raise ConfigError(f"{folder} lacks {len(absent)} of the LoRA's {len(lora.modules)} modules: {listed}")
+    for path, module in lora.modules.items():
+        info, wanted = infos[f"{path}.weight"], [module.b.shape[0], module.a.shape[1]]
+        shape = info.shape if info.torch_layout else info.shape[::-1]
+        if shape != wanted:
+            raise ConfigError(
+                f"{path} is {shape} [out, in] in {folder}, in the LoRA {wanted}: they are not of one model"
+            )
+
+
+def base_dtype(folder: Path) -> tuple[str, float]:
+    """The dtype of a component's weights and its unit roundoff. Raises ConfigError for several, and for one
+    that cannot be added to."""
+    found = set()
+    for file in {info.file for info in tensor_infos(folder).values()}:
+        with safe_open(str(file), framework="np") as tensors:
+            found |= {tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
+    if len(found) != 1 or not found <= ROUNDING.keys():
+        raise ConfigError(
+            f"{folder} has weights of {', '.join(sorted(found))}, wanted one of {', '.join(ROUNDING)}: "
+            "merge into the original model"
+        )
+    return ROUNDING[found.pop()]
+
+
+def left_out(folder: Path, path: str, names: list[str]) -> list[str]:
+    """Names not to copy: the transformer, also as the one file that FLUX repositories hold at their top."""
+    if Path(path) != folder:
+        return []
+    return [
+        name for name in names if name == "transformer" or name.endswith(".safetensors") or name[0] == "."
+    ]
+
+
+def check_merged(folder: Path, merged: Path, linears: set[str], added: Added) -> float:
+    """Compare both folders' transformers, tensor by tensor: they must differ by delta-W, rounded once.
+
+    Returns ||difference - delta-W|| / ||delta-W||, all weights together. Raises OSError for a file that does
+    not hold that.
+    """
+    before = tensor_infos(folder / "transformer")
+    missed = total = 0.0
+    for name, tensor in read_tensors(tensor_infos(merged / "transformer"), linears):
+        written = tensor.astype("float32").numpy()
+        (_, base), *_ = read_tensors({name: before[name]}, linears)
+        off = written - base.astype("float32").numpy()
+        module, size, allowed = added.lora.modules.get(name.removesuffix(".weight")), 0.0, 0.0
+        if module is not None and name in linears:
+            delta = module.a.T @ (module.b.T * np.float32(module.scale * added.scale))
+            off, size = off - delta, float(np.linalg.norm(delta))
+            allowed = 2 * added.unit * float(np.linalg.norm(written)) + 1e-6 * size
+        if not np.linalg.norm(off) <= allowed:
+            raise OSError(f"{name} in {merged} is not what was to be written; nothing was saved")
+        missed, total = math.hypot(missed, float(np.linalg.norm(off))), math.hypot(total, size)
+    return missed / total if total else 0.0

@@ -1,0 +1,207 @@
+"""LoRA files of the FLUX programs, read. Knows no model.
+
+    diffusers   transformer.<path>.lora_A.weight [rank, in], .lora_B.weight [out, rank]
+    kohya       lora_unet_<BFL name with _>.lora_down.weight, .lora_up.weight (as above), .alpha
+    paddle      <path>.lora_A [in, rank], <path>.lora_B [rank, out]: our state_dict; header: format "pd"
+
+writing.py writes these three. Also read: BFL names with dots (ComfyUI), XLabs', OneTrainer's and LyCORIS'
+LoRAs with underscores, PEFT's prefixes, and ppdiffusers' transposed files. The scale is alpha / rank with
+alpha from a `.alpha` tensor, else from the header, else rank. Pickle files are refused: reading one can run
+code.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Set
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import paddle
+from safetensors import SafetensorError, safe_open
+
+from ppcoat.errors import ConfigError
+
+from . import flux_names
+from .delta import LoRAModule
+from .header import scale_from_header
+
+# What may stand before a module's name, stripped again and again, -> the program that is known by it.
+PREFIXES = {
+    "base_model.model.": "PEFT",
+    "transformer.": "diffusers",
+    "diffusion_model.": "ComfyUI",
+    "module.": "diffusers",
+    "lora_unet_": "kohya",
+    "lora_transformer_": "OneTrainer",
+    "lycoris_": "LyCORIS",
+}
+# What stands after it -> the role of the tensor. The more specific stands first.
+SUFFIXES = {
+    ".lora_A.weight": "A",
+    ".lora_B.weight": "B",
+    ".lora_A.default.weight": "A",
+    ".lora_B.default.weight": "B",
+    ".lora_down.weight": "A",
+    ".lora_up.weight": "B",
+    ".lora.down.weight": "A",
+    ".lora.up.weight": "B",
+    ".down.weight": "A",
+    ".up.weight": "B",
+    ".lora_A": "A",
+    ".lora_B": "B",
+    ".alpha": "alpha",
+}
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pdparams")
+
+
+@dataclass(frozen=True)
+class LoRAFile:
+    """A LoRA read from a file. format: the program whose keys these are; modules: {diffusers path:
+    LoRAModule}; unknown: keys that name no module; dtypes: of A and B as stored."""
+
+    format: str
+    modules: dict[str, LoRAModule]
+    unknown: list[str]
+    header: dict[str, str]
+    dtypes: tuple[str, ...]
+
+
+def read_lora_file(path: str | Path, paths: Set[str] | None = None) -> LoRAFile:
+    """A .safetensors file -> LoRAFile; `paths` as in `parse_lora`.
+
+    Raises ConfigError for pickles, for missing or damaged files, and as `parse_lora` does.
+    """
+    path = Path(path)
+    if path.suffix in PICKLES:
+        raise ConfigError(f"{path.name} is a pickle, and reading it can run code: convert it to .safetensors")
+    if path.suffix != ".safetensors":
+        raise ConfigError(f"a LoRA file is a .safetensors, got {path}")
+    if not path.is_file():
+        raise ConfigError(f"no LoRA file at {path}")
+    try:
+        tensors, header = tensors_and_header(path)
+    except SafetensorError as error:
+        raise ConfigError(f"{path} is not a whole safetensors file: {error}") from error
+    return parse_lora(tensors, header, paths)
+
+
+def parse_lora(
+    tensors: Mapping[str, paddle.Tensor], header: Mapping[str, str], paths: Set[str] | None = None
+) -> LoRAFile:
+    """Tensors of a file, by key, and its header -> LoRAFile.
+
+    paths: the Linears of a model, to which names are held; None: all of FLUX's. Raises ConfigError for a
+    module that lacks A or B, comes twice, or whose shapes do not fit each other, and for an alpha that is no
+    number.
+    """
+    stems, unknown = _group(tensors, paths)
+    in_out = _is_in_out(stems, tensors, header)
+    modules: dict[str, LoRAModule] = {}
+    for stem in stems:
+        for path, module in flux_names.split(stem.module, _read_module(stem, in_out, header)).items():
+            if path in modules:
+                raise ConfigError(f"the LoRA has {path} twice, the second time as {stem.name}")
+            modules[path] = module
+    programs = {"paddle"} if in_out else {stem.program for stem in stems}
+    dtypes = {_dtype(stem.tensors[role]) for stem in stems for role in "AB"}
+    return LoRAFile(" + ".join(sorted(programs)), modules, unknown, dict(header), tuple(sorted(dtypes)))
+
+
+@dataclass(frozen=True)
+class _Stem:
+    """The tensors of one module of a file, by role, and what its name means."""
+
+    name: str
+    module: flux_names.FluxName
+    program: str
+    tensors: dict[str, paddle.Tensor] = field(default_factory=dict)
+
+
+def _group(tensors: Mapping[str, paddle.Tensor], paths: Set[str] | None) -> tuple[list[_Stem], list[str]]:
+    """Keys -> the modules they name, in their order, and the keys that name none."""
+    stems: dict[str, _Stem] = {}
+    unknown = []
+    for key, tensor in tensors.items():
+        suffix = next((suffix for suffix in SUFFIXES if key.endswith(suffix)), "")
+        stem = _find(key.removesuffix(suffix), paths) if suffix else None
+        if stem is None:
+            unknown.append(key)
+            continue
+        stem = stems.setdefault(stem.name, stem)
+        if SUFFIXES[suffix] in stem.tensors:
+            raise ConfigError(
+                f"the LoRA has {SUFFIXES[suffix]} of {stem.name} twice, the second time as {key}"
+            )
+        stem.tensors[SUFFIXES[suffix]] = tensor
+    return list(stems.values()), unknown
+
+
+def _find(name: str, paths: Set[str] | None) -> _Stem | None:
+    """A key without its suffix -> the module, once so many prefixes are gone that the rest is a name."""
+    program = ""
+    while True:
+        if paths is not None and name in paths:
+            return _Stem(name, flux_names.FluxName((name,), False), program or "diffusers")
+        module = flux_names.find(name)
+        if module is not None and (paths is None or set(module.paths) <= paths):
+            bare = "XLabs" if ".processor." in name else "BFL" if module.of_bfl else "diffusers"
+            return _Stem(name, module, program or bare)
+        prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), None)
+        if prefix is None:
+            return None
+        program = program or PREFIXES[prefix]
+        name = name.removeprefix(prefix)
+
+
+def _is_in_out(stems: list[_Stem], keys: Iterable[str], header: Mapping[str, str]) -> bool:
+    """Whether A is [in, rank], Paddle's way: by the header or our names, else by where the rank stands.
+
+    A square Linear's shapes allow both; then the rank is the smaller number.
+    """
+    if header.get("format") == "pd" or any(key.endswith((".lora_A", ".lora_B")) for key in keys):
+        return True
+    pairs = [stem.tensors for stem in stems if {"A", "B"} <= stem.tensors.keys()]
+    shapes = [(pair["A"].shape, pair["B"].shape) for pair in pairs]
+    if header.get("format") == "pt" or not shapes or any(len(a) != 2 or len(b) != 2 for a, b in shapes):
+        return False
+    if not all(a[1] == b[0] for a, b in shapes):
+        return False
+    return not all(a[0] == b[1] for a, b in shapes) or all(a[0] > a[1] for a, _ in shapes)
+
+
+def _read_module(stem: _Stem, in_out: bool, header: Mapping[str, str]) -> LoRAModule:
+    """One module's tensors, checked against each other, in torch's order and float32, with its alpha."""
+    tensors, name = stem.tensors, stem.module.paths[0] if len(stem.module.paths) == 1 else stem.name
+    if "A" not in tensors or "B" not in tensors:
+        raise ConfigError(
+            f"LoRA of {name} is incomplete: it has {', '.join(sorted(tensors))}, wanted A and B"
+        )
+    a, b = (tensors[role].astype("float32").numpy() for role in "AB")
+    a, b = (a.T, b.T) if in_out else (a, b)
+    if not (a.ndim == b.ndim == 2 and len(a) == b.shape[-1] > 0):
+        raise ConfigError(
+            f"LoRA of {name}: A {list(a.shape)} and B {list(b.shape)} do not fit each other, wanted "
+            "A [rank, in] and B [out, rank]"
+        )
+    rank = len(a)
+    if "alpha" not in tensors:
+        alpha = scale_from_header(header, name, rank) * rank
+    elif tensors["alpha"].size != 1:
+        raise ConfigError(f"LoRA of {name}: alpha is {list(tensors['alpha'].shape)}, wanted one number")
+    else:
+        alpha = float(tensors["alpha"].astype("float32"))
+    if not math.isfinite(alpha):
+        raise ConfigError(f"LoRA of {name}: alpha is not a finite number")
+    return LoRAModule(a, b, alpha)
+
+
+def tensors_and_header(file: Path) -> tuple[dict[str, paddle.Tensor], dict[str, str]]:
+    """What a safetensors file holds, whatever its name. Raises SafetensorError for a damaged one."""
+    with safe_open(str(file), framework="paddle") as content:
+        tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
+        return tensors, dict(content.metadata() or {})
+
+
+def _dtype(tensor: paddle.Tensor) -> str:
+    return str(tensor.dtype).rsplit(".", 1)[-1]

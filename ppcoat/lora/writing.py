@@ -1,0 +1,127 @@
+"""LoRA files written in three formats (see files.py), and read back before they take their names.
+
+alpha / rank is folded into B, so that every loader comes to a scale of 1.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import paddle
+from safetensors.paddle import save_file
+
+from ppcoat.errors import ConfigError
+
+from . import flux_names
+from .delta import LoRAModule, relative_difference, worst
+from .files import LoRAFile, parse_lora, tensors_and_header
+from .header import make_header
+
+FORMATS = ("diffusers", "kohya", "paddle")
+DTYPES = ("float32", "bfloat16", "float16")
+READ_BACK_ERROR = 1e-6  # of delta-W, relative
+
+
+def write_lora_file(
+    path: str | Path,
+    modules: Mapping[str, LoRAModule],
+    fields: Mapping[str, str],
+    file_format: str = "diffusers",
+    dtype: str = "float32",
+) -> float:
+    """Write `modules` {diffusers path: LoRAModule} whole or not at all; `fields` goes into the header.
+
+    The file is read again before it takes its name, and every delta-W compared: one that differs by more than
+    1e-6 from what was to be written raises OSError. Returns the largest relative error of a delta-W, which is
+    that of the rounding to `dtype`. Raises ConfigError for a wrong path, format or dtype, if there is no
+    module, and for numbers that `dtype` cannot hold.
+    """
+    path = Path(path)
+    _check_target(path, modules, file_format, dtype)
+    named = _named(modules, file_format)
+    header = {**fields, **make_header(named, file_format)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        save_file(_to_tensors(named, file_format, dtype), str(temporary), metadata=header)
+        temporary.chmod(0o644)  # safetensors makes files that only their owner can read
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        # kohya's fused modules have names beside those in `modules`, but only FLUX's have them
+        paths = None if file_format == "kohya" else modules.keys()
+        found = parse_lora(*tensors_and_header(temporary), paths)
+        error = _compare(found, modules, path.name, dtype)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return error
+
+
+def _check_target(path: Path, modules: Mapping[str, LoRAModule], file_format: str, dtype: str) -> None:
+    if path.suffix != ".safetensors":
+        raise ConfigError(f"a LoRA is saved as .safetensors, got {path.name}")
+    if file_format not in FORMATS:
+        raise ConfigError(f"LoRA format must be one of {', '.join(FORMATS)}, got {file_format!r}")
+    if dtype not in DTYPES:
+        raise ConfigError(f"LoRA dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    if not modules:
+        raise ConfigError("there is no LoRA to save")
+
+
+def _named(modules: Mapping[str, LoRAModule], file_format: str) -> dict[str, LoRAModule]:
+    """Names in the file, without suffix -> modules with alpha = rank."""
+    if file_format == "kohya":
+        fused = flux_names.fuse(modules)
+        return {f"lora_unet_{name.replace('.', '_')}": module for name, module in fused.items()}
+    return {path: module.folded() for path, module in modules.items()}
+
+
+def _to_tensors(named: Mapping[str, LoRAModule], file_format: str, dtype: str) -> dict[str, paddle.Tensor]:
+    tensors = {}
+    for name, module in named.items():
+        if file_format == "diffusers":
+            tensors[f"transformer.{name}.lora_A.weight"] = _tensor(module.a, dtype)
+            tensors[f"transformer.{name}.lora_B.weight"] = _tensor(module.b, dtype)
+        elif file_format == "kohya":
+            tensors[f"{name}.lora_down.weight"] = _tensor(module.a, dtype)
+            tensors[f"{name}.lora_up.weight"] = _tensor(module.b, dtype)
+            tensors[f"{name}.alpha"] = _tensor(np.array(module.alpha), "float32")  # exact for every rank
+        else:
+            tensors[f"{name}.lora_A"] = _tensor(module.a.T, dtype)
+            tensors[f"{name}.lora_B"] = _tensor(module.b.T, dtype)
+    return tensors
+
+
+def _compare(found: LoRAFile, modules: Mapping[str, LoRAModule], name: str, dtype: str) -> float:
+    """Compare what lies on the disk with `modules`. Returns the largest relative error of a delta-W."""
+    errors = []
+    for path, module in modules.items():
+        written = found.modules.get(path)
+        if not relative_difference(written, _rounded(module, dtype)) <= READ_BACK_ERROR:
+            raise OSError(
+                f"{name}: delta-W of {path} is not in the file as it was written; nothing was saved"
+            )
+        errors.append(relative_difference(written, module))
+        if not math.isfinite(errors[-1]) and math.isfinite(module.norm()):
+            raise ConfigError(f"delta-W of {path} does not fit into {dtype}: save as bfloat16 or float32")
+    # Beside zeros that stand for absent parts of a fused module there may be nothing else.
+    extra = [path for path in found.modules if path not in modules and found.modules[path].norm() != 0]
+    if extra or found.unknown:
+        raise OSError(
+            f"{name}: the file has {(extra + found.unknown)[0]}, which was not written; nothing saved"
+        )
+    return worst(errors)
+
+
+def _rounded(module: LoRAModule, dtype: str) -> LoRAModule:
+    folded = module.folded()
+    a, b = (_tensor(part, dtype).astype("float32").numpy() for part in (folded.a, folded.b))
+    return LoRAModule(a, b, folded.alpha)
+
+
+def _tensor(values: np.ndarray, dtype: str) -> paddle.Tensor:
+    return paddle.to_tensor(np.array(values, order="C"), place=paddle.CPUPlace()).astype(dtype)
