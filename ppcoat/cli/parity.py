@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from ppcoat.cli.quickstart import CONFIG, draw, draw_data, final_loss, motif_rate
+from ppcoat.cli.train import add_set_flag
 from ppcoat.config.load import load_config
 from ppcoat.config.schema import RunConfig
 from ppcoat.errors import ConfigError
@@ -37,14 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--samples", type=int, default=200, help="pictures per motif rate (default: %(default)s)"
     )
     parser.add_argument("--output_dir", default="output/parity", help="(default: %(default)s)")
-    parser.add_argument(
-        "--set",
-        dest="overrides",
-        action="append",
-        default=[],
-        metavar="a.b=c",
-        help="override one key of the config",
-    )
+    add_set_flag(parser)
 
 
 def run_command(arguments: argparse.Namespace) -> None:

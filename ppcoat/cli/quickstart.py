@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+from ppcoat.cli.train import add_set_flag
 from ppcoat.config.load import load_config
 from ppcoat.config.schema import RunConfig
 from ppcoat.data import garments
@@ -41,14 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--samples", type=int, default=100, help="pictures per measured rate (default: %(default)s)"
     )
-    parser.add_argument(
-        "--set",
-        dest="overrides",
-        action="append",
-        default=[],
-        metavar="a.b=c",
-        help="override one key of the config",
-    )
+    add_set_flag(parser)
 
 
 def run_command(arguments: argparse.Namespace) -> None:

@@ -10,9 +10,19 @@ from ppcoat.host import tune_host
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="YAML file, e.g. configs/quickstart.yaml")
+    add_set_flag(parser)
+
+
+def add_set_flag(parser: argparse.ArgumentParser) -> None:
+    """--set a.b=c, as every command with a config has it."""
     parser.add_argument(
-        "--set", dest="overrides", action="append", default=[], metavar="a.b=c",
-        help="override one key, e.g. --set train.steps=50; may be repeated")  # fmt: skip
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="a.b=c",
+        help="override one key, e.g. --set train.steps=50; may be repeated",
+    )
 
 
 def run_command(arguments: argparse.Namespace) -> None:
