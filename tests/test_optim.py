@@ -8,7 +8,7 @@ import pytest
 from safetensors.paddle import load_file, save_file
 
 from ppcoat.errors import ConfigError
-from ppcoat.optim import FP8AdamW, FP8QuantizationConfig, lr_scheduler
+from ppcoat.optim import FP8AdamW, FP8QuantizationConfig, ScheduleShape, lr_scheduler
 
 FLOAT32 = FP8QuantizationConfig(use_fp8_m1=False, use_fp8_m2=False)
 SHAPES = [[40, 16], [16, 33], [1], [130], [128]]
@@ -406,3 +406,19 @@ def test_schedules_follow_their_published_formulas():
         lr_scheduler("cosin", 1.0, 10, 0)
     with pytest.raises(ConfigError, match="constant_with_warmup"):
         lr_scheduler("constant", 1.0, 10, 2)
+
+
+@pytest.mark.parametrize("warmup", [0, 4])
+def test_schedules_with_a_shape_against_their_formulas(warmup):
+    """Hard restarts and polynomial as Hugging Face defines them, drops as torch's StepLR."""
+    shape, total = ScheduleShape(cycles=3, power=2.0, step_size=5, gamma=0.5), 28
+    names = ("cosine_with_restarts", "polynomial", "step")
+    schedules = {name: lr_scheduler(name, 2.0, total, warmup, shape) for name in names}
+    for step in range(total + 4):
+        progress = min(1.0, (step - warmup) / (total - warmup))
+        wave = 0.0 if progress >= 1 else 0.5 * (1 + math.cos(math.pi * ((3 * progress) % 1.0)))
+        wanted = dict(zip(names, (wave, (1 - progress) ** 2, 0.5 ** ((step - warmup) // 5)), strict=True))
+        for name, schedule in schedules.items():
+            factor = step / warmup if step < warmup else wanted[name]
+            assert schedule.get_lr() == pytest.approx(2.0 * factor, abs=1e-12), (name, step)
+            schedule.step()

@@ -85,7 +85,7 @@ def recorded_gradients(
     A parameter starts a new group, as in the optimizer; of all groups, evenly spaced ones are taken.
     """
     from ppcoat.config.load import load_config
-    from ppcoat.data.sources import scan_folder
+    from ppcoat.data.examples import all_examples, scan_datasets
     from ppcoat.models.flux_pipeline import FluxPipeline
     from ppcoat.train.flux_lora import build_trainer, encode_dataset
 
@@ -99,8 +99,8 @@ def recorded_gradients(
         config = load_config(str(CONFIG), changes)
         garments.write_folder(data, PICTURES, 7, config.data.resolution, MOTIF, "[trigger] ")
         pipeline = FluxPipeline.from_pretrained(config.model.name_or_path)
-        images = scan_folder(data, config.data.caption_ext, config.data.default_caption, config.data.skip_bad)
-        trainer = build_trainer(config, pipeline, encode_dataset(config, images.items, pipeline))
+        examples = all_examples(scan_datasets(config))
+        trainer = build_trainer(config, pipeline, encode_dataset(config, examples, pipeline))
         return np.stack([_gradients_of_a_step(trainer, groups) for _ in range(steps)])
 
 

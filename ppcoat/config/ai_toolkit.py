@@ -124,7 +124,7 @@ def translate(data: dict[str, Any], nested: bool, origins: Origins) -> dict[str,
         _put(ours, target, setting)
     if nested:
         _fit_network(ours, origins)
-        _mention_cropping(data, origins)
+        _fit_buckets(ours)
     return ours
 
 
@@ -274,10 +274,9 @@ def _fit_network(ours: dict[str, Any], origins: Origins) -> None:
         _log.warning(text, where, len(left_out), left_out[0])
 
 
-def _mention_cropping(data: dict[str, Any], origins: Origins) -> None:
-    text = "%s: %s.buckets: pictures are cropped to a centred square; with buckets: false ai-toolkit agrees"
-    datasets = data.get("datasets")
-    for number, entry in enumerate(datasets if isinstance(datasets, list) else []):
-        if isinstance(entry, dict) and "buckets" not in entry:
-            location = ("datasets", number)
-            _log.warning(text, printable(origins.where(location)), dotted(location))
+def _fit_buckets(ours: dict[str, Any]) -> None:
+    """Where a dataset says nothing about buckets, sizes are chosen as ai-toolkit does."""
+    datasets = ours.get("datasets")
+    for entry in datasets if isinstance(datasets, list) else []:
+        if isinstance(entry, dict):
+            entry.setdefault("bucket_rule", "ai-toolkit")

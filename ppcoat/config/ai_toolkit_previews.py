@@ -1,7 +1,7 @@
-"""ai-toolkit's two ways to say how a preview is drawn: flags inside a prompt, and a list of samples.
+"""What ai-toolkit draws and measures while it trains: previews, in its two forms, and validation pictures.
 
-Here all previews share their size, guidance and steps, and their seeds are equal or count up. What the
-prompts say one by one is taken where it fits that, and refused where it does not.
+Prompts may carry flags, as in "a red dress --w 768 --seed 7"; `samples` is the newer form of the same. Both
+become `sample.samples` of our schema; prompts without flags stay prompts.
 """
 
 from __future__ import annotations
@@ -9,10 +9,9 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from ppcoat.config.ai_toolkit_values import Document, Reading
-from ppcoat.config.schema import SampleConfig
+from ppcoat.config.ai_toolkit_values import Document, Reading, in_updates
 
-_FLAG = re.compile(r"(?:^|\s)--(\w+)(?=\s|$)")  # as in "a red dress --w 768 --seed 7"
+_FLAG = re.compile(r"(?:^|\s)--(\w+)(?=\s|$)")
 # flag of a prompt or key of a sample -> our setting; "": FLUX takes no negative prompt
 _KEYS = {
     **dict.fromkeys(("w", "width"), "width"),
@@ -23,28 +22,50 @@ _KEYS = {
     **dict.fromkeys(("m", "network_multiplier"), "network_multiplier"),
     **dict.fromkeys(("n", "n2", "p2", "neg"), ""),
 }
-_DEFAULTS = {key: SampleConfig.model_fields[key].default
-             for key in ("width", "height", "seed", "guidance_scale", "sample_steps")}  # fmt: skip
-_DEFAULTS["network_multiplier"] = 1
+# key of validation_config -> our setting and what ai-toolkit takes where it is absent
+_VALIDATION = {
+    "validation_items": ("items", []),
+    "resolution": ("resolution", 512),
+    "validate_every_n_steps": ("every", 10),
+    "validation_sigmas": ("sigmas", [1.0, 0.75, 0.5, 0.25]),
+}
 _Preview = dict[str, Any]  # setting -> value, as one prompt or sample says it
 
 
 def read_prompts(value: Any, document: Document) -> Reading:
-    """Prompts with flags such as `--w 768 --seed 7` -> bare prompts and settings that all previews share."""
+    """Prompts; if any has a flag, all become samples with the settings of their flags."""
     if not isinstance(value, list) or not all(isinstance(prompt, str) for prompt in value):
         return Reading({"sample.prompts": value})
-    return _share([_split_flags(prompt) for prompt in value], document)
+    previews = [_split_flags(prompt) for prompt in value]
+    if all(len(preview) == 1 for preview in previews):
+        return Reading({"sample.prompts": value})
+    if document.get("sample", "samples"):
+        raise ValueError("sample.samples says it too; put these prompts there")
+    return _samples(previews)
 
 
 def read_samples(value: Any, document: Document) -> Reading:
-    """`samples: [{prompt: ..., width: ...}]`, the newer form of prompts with flags."""
+    """`samples: [{prompt: ..., width: ...}]`; a prompt in it may have flags as well."""
     if value is None:
         return Reading()
     if not isinstance(value, list) or not all(
         isinstance(sample, dict) and isinstance(sample.get("prompt"), str) for sample in value
     ):
         raise ValueError("wanted a list of sections with a prompt, for example [{prompt: a red dress}]")
-    return _share([_split_flags(sample["prompt"]) | _settings(sample) for sample in value], document)
+    return _samples([_split_flags(sample["prompt"]) | _settings(sample) for sample in value])
+
+
+def read_validation_config(value: Any, document: Document) -> Reading:
+    """The section under its older names, with ai-toolkit's defaults."""
+    if value is None:
+        return Reading()
+    if not isinstance(value, dict):
+        raise ValueError(f"wanted a section with {', '.join(_VALIDATION)}")
+    unknown = [key for key in value if key not in _VALIDATION]
+    if unknown:
+        raise ValueError(f"there is no '{unknown[0]}' in it; wanted {', '.join(_VALIDATION)}")
+    ours = {name: value.get(key, default) for key, (name, default) in _VALIDATION.items()}
+    return Reading({"train.validation": ours | {"every": in_updates(ours["every"], document)}})
 
 
 def _split_flags(prompt: str) -> _Preview:
@@ -71,40 +92,13 @@ def _number(text: str) -> int | float | str:
     return float(text) if re.fullmatch(r"-?\d{1,18}\.\d+", text) else text
 
 
-def _share(previews: list[_Preview], document: Document) -> Reading:
-    """What the previews say one by one, as settings for all. Raises ValueError where they differ."""
-    settings: dict[str, Any] = {"sample.prompts": [preview["prompt"] for preview in previews]}
+def _samples(previews: list[_Preview]) -> Reading:
+    """Without what FLUX cannot follow. Raises ValueError for a LoRA at another strength."""
     notes = []
     if any(preview.get("") for preview in previews):
         notes.append("its negative prompts have no effect here: FLUX draws without one")
-    for key in _DEFAULTS:
-        if not any(key in preview for preview in previews):
-            continue
-        section = document.get("sample", key, _DEFAULTS[key])
-        values = [preview.get(key, section) for preview in previews]
-        if key == "seed":
-            own = [preview.get(key) for preview in previews]
-            values, settings["sample.walk_seed"] = _seeds(
-                own, section, document.get("sample", "walk_seed", False)
-            )
-        if key == "network_multiplier":
-            if any(value != 1 for value in values):
-                raise ValueError("previews show the LoRA at full strength; leave the multiplier out")
-            continue
-        if any(value != values[0] for value in values):
-            raise ValueError(f"all previews share one {key}, these have {values}; set sample.{key} instead")
-        if document.says("sample", key) and section != values[0]:
-            notes.append(f"its {key} {values[0]} overrules sample.{key} {section}")
-        settings[f"sample.{key}"] = values[0]
-    return Reading(settings, tuple(notes))
-
-
-def _seeds(own: list[Any], first: Any, walk: Any) -> tuple[list[Any], bool]:
-    """Seed of each preview, None where it has none of its own -> (all seeds, or the first if they count up;
-    walk_seed)."""
-    if not isinstance(first, int) or not all(seed is None or isinstance(seed, int) for seed in own):
-        return own, False  # the schema says what is wrong with them
-    seeds = [first + i * bool(walk) if seed is None else seed for i, seed in enumerate(own)]
-    if len(seeds) > 1 and seeds == list(range(seeds[0], seeds[0] + len(seeds))):
-        return seeds[:1], True
-    return seeds, False
+    if any(preview.get("network_multiplier", 1) != 1 for preview in previews):
+        raise ValueError("previews show the LoRA at full strength; leave the multiplier out")
+    left_out = ("", "network_multiplier")
+    samples = [{key: value for key, value in each.items() if key not in left_out} for each in previews]
+    return Reading({"sample.samples": samples}, tuple(notes))

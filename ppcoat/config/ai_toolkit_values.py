@@ -44,6 +44,12 @@ class Reading:
 Reader = Callable[[Any, Document], Reading]
 
 _DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32", "float": "float32"}
+# name of a schedule -> torch's or diffusers' parameter -> our setting
+_SHAPE: dict[Any, dict[str, str]] = {
+    "cosine_with_restarts": {"num_cycles": "train.lr_num_cycles"},
+    "polynomial": {"power": "train.lr_power"},
+    "step": {"step_size": "train.lr_step_size", "gamma": "train.lr_gamma"},
+}
 _OPTIMIZERS = ("adamw", "adamw8bit", "coat_fp8_adamw")
 
 
@@ -74,11 +80,29 @@ def read_train_dtype(value: Any, document: Document) -> Reading:
     return Reading({"model.dtype": "auto" if dtype == "bfloat16" else dtype})
 
 
-def read_resolution(value: Any, document: Document) -> Reading:
-    """[1024] -> 1024. Several would be several passes over the folder, which the data part does not do."""
-    if isinstance(value, list) and len(value) > 1:
-        raise ValueError(f"one resolution can be trained at a time; choose one of {value}, as a plain number")
-    return Reading({"datasets[].resolution": value[0] if isinstance(value, list) and value else value})
+def read_trigger_word(value: Any, document: Document) -> Reading:
+    """The word of one dataset. Where all have it and the run has none, it is the run's, for the previews."""
+    datasets = document.data.get("datasets")
+    datasets = datasets if isinstance(datasets, list) else []
+    shared = all(isinstance(each, dict) and each.get("trigger_word") == value for each in datasets)
+    settings = {"datasets[].trigger_word": value}
+    if value is not None and shared and document.data.get("trigger_word") is None:
+        settings["trigger_word"] = value
+    return Reading(settings)
+
+
+def read_buckets(value: Any, document: Document) -> Reading:
+    """true: sizes by ai-toolkit's rule; false: squares."""
+    if value is not None and not isinstance(value, bool):
+        raise ValueError("wanted true or false")
+    return Reading({} if value is None else {"datasets[].bucket_rule": "ai-toolkit" if value else "square"})
+
+
+def read_square_crop(value: Any, document: Document) -> Reading:
+    """true: squares, whatever buckets says."""
+    if value is not None and not isinstance(value, bool):
+        raise ValueError("wanted true or false")
+    return Reading({"datasets[].bucket_rule": "square"} if value else {})
 
 
 def read_optimizer(value: Any, document: Document) -> Reading:
@@ -110,14 +134,18 @@ def read_lr_scheduler(value: Any, document: Document) -> Reading:
         raise ValueError("ai-toolkit's linear rises from lr / 3 to lr; for one that falls to 0 add "
                          "lr_scheduler_params: {start_factor: 1.0, end_factor: 0.0}, or choose constant or "
                          "cosine")  # fmt: skip
+    if document.nested and value == "step" and "step_size" not in params:
+        raise ValueError("step needs lr_scheduler_params: {step_size: 500, gamma: 0.1}")
     settings = {"train.lr_scheduler": value}
     if document.nested and value == "constant_with_warmup" and "num_warmup_steps" not in params:
-        settings["train.lr_warmup_steps"] = document.get("train", "lr_warmup_steps", _updates(1000, document))
+        settings["train.lr_warmup_steps"] = document.get(
+            "train", "lr_warmup_steps", in_updates(1000, document)
+        )
     return Reading(settings)
 
 
 def read_lr_scheduler_params(value: Any, document: Document) -> Reading:
-    """num_warmup_steps counts; anything else must say what the schedule does anyway."""
+    """num_warmup_steps and what shapes a schedule count; anything else must say what it does anyway."""
     if value is None or value == {}:
         return Reading()
     if not isinstance(value, dict):
@@ -126,18 +154,24 @@ def read_lr_scheduler_params(value: Any, document: Document) -> Reading:
     done_anyway = {
         "constant": {"factor": 1.0},
         "cosine": {"eta_min": 0.0, "total_iters": steps, "T_max": steps},
+        "cosine_with_restarts": {"eta_min": 0.0, "total_iters": steps, "T_0": steps, "T_mult": 1},
         "linear": {"start_factor": 1.0, "end_factor": 0.0, "total_iters": steps},
+        "polynomial": {"lr_end": 0.0},
     }.get(name if isinstance(name, str) else "", {})
-    rest = {key: given for key, given in value.items() if key != "num_warmup_steps"}
+    honoured = {"num_warmup_steps": "train.lr_warmup_steps"}
+    honoured |= _SHAPE.get(name if isinstance(name, str) else "", {})
+    settings = {ours: value[key] for key, ours in honoured.items() if key in value}
+    for counted in ("train.lr_warmup_steps", "train.lr_step_size"):
+        if counted in settings:
+            settings[counted] = in_updates(settings[counted], document)
+    rest = {key: given for key, given in value.items() if key not in honoured}
     wrong = [key for key, given in rest.items() if key not in done_anyway or given != done_anyway[key]]
     if name == "linear" and not {"start_factor", "end_factor"} <= rest.keys():
         wrong.append("start_factor and end_factor")
     if wrong:
-        known = ", ".join(f"{key}: {wanted}" for key, wanted in done_anyway.items()) or "num_warmup_steps"
+        known = ", ".join([*honoured, *(f"{key}: {wanted}" for key, wanted in done_anyway.items())])
         raise ValueError(f"{', '.join(wrong)} cannot be followed with lr_scheduler {name}; wanted {known}")
-    if "num_warmup_steps" not in value:
-        return Reading()
-    return Reading({"train.lr_warmup_steps": _updates(value["num_warmup_steps"], document)})
+    return Reading(settings)
 
 
 def read_accumulated_steps(value: Any, document: Document) -> Reading:
@@ -160,7 +194,7 @@ def read_accumulated_steps(value: Any, document: Document) -> Reading:
     for section, key in (("save", "save_every"), ("sample", "sample_every"), ("logging", "log_every")):
         every = document.get(section, key)
         if every is not None:
-            settings[f"{section}.{key}"] = _updates(every, document)
+            settings[f"{section}.{key}"] = in_updates(every, document)
     counts = ", ".join(f"{key} {count}" for key, count in settings.items())
     note = f"every forward pass counts as a step; counted in updates: {counts}"
     return Reading(settings | {"train.gradient_accumulation": value}, (note,))
@@ -187,7 +221,7 @@ def read_qtype(value: Any, document: Document) -> Reading:
     return Reading()
 
 
-def _updates(count: Any, document: Document) -> Any:
+def in_updates(count: Any, document: Document) -> Any:
     """Forward passes -> optimizer updates where train.gradient_accumulation_steps makes a difference."""
     passes = document.get("train", "gradient_accumulation_steps", 1)
     whole = all(isinstance(each, int) and not isinstance(each, bool) for each in (count, passes))

@@ -11,16 +11,29 @@ import difflib
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, Strict, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    Strict,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    field_validator,
+    model_validator,
+)
 
 Fp8Format = Literal["e4m3", "e5m2"]
 Granularity = Literal["per_tensor", "per_group"]
 SavingPolicy = Literal["none", "coat", "coat+recompute", "coat+recompute+attention"]
 # YAML gives lists and frozen models hold tuples: the one place where a value may change its type
 Strings = Annotated[tuple[str, ...], Strict(False)]
+BlockRange = Annotated[tuple[int, ...], Strict(False)]
+LoRAFormat = Literal["diffusers", "kohya", "paddle"]
+NoiseLevel = Annotated[float, Field(ge=0, le=1)]
 # one latent token of FLUX covers 16 x 16 pixels (8 by the VAE, 2 by patchify)
 Pixels = Annotated[int, Field(ge=16, le=8192, multiple_of=16)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
+BucketRule = Literal["aspect", "ai-toolkit", "square"]
 
 
 class Section(BaseModel):
@@ -56,27 +69,138 @@ class NetworkConfig(Section):
     ignore_if_contains: Strings | None = Field(
         None, min_length=1, description="leave out a module if transformer.<its path> contains one of these"
     )
+    double_blocks: BlockRange | None = Field(
+        None, description="[first, last] of the double blocks that get a LoRA, from 0; []: none of them"
+    )
+    single_blocks: BlockRange | None = Field(
+        None, description="[first, last] of the single blocks that get a LoRA, from 0; []: none of them"
+    )
+
+    @field_validator("double_blocks", "single_blocks")
+    @classmethod
+    def _is_a_range(cls, value: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if value and (len(value) != 2 or not 0 <= value[0] <= value[1]):
+            raise ValueError(f"came {list(value)}, wanted [first, last] with 0 <= first <= last, or []")
+        return value
+
+
+def _trigger_word(value: str | None) -> str | None:
+    if value is not None and (not value.strip() or value != " ".join(value.split())):
+        raise ValueError("the trigger word must not be blank or have extra spaces; leave it out for none")
+    if value is not None and ("[trigger]" in value or "[name]" in value):
+        raise ValueError("the trigger word must not hold [trigger] or [name], which it replaces")
+    return value
+
+
+def _each(value: object, check: ValidatorFunctionWrapHandler) -> int | tuple[int, ...]:
+    """One number, or every number of a list."""
+    return tuple(check(each) for each in value) if isinstance(value, list | tuple) else check(value)
+
+
+class EMAConfig(Section):
+    """A running mean of the LoRA's weights, which is what previews show and the LoRA file holds."""
+
+    use_ema: bool = Field(False, description="keep the mean, in float32, and use it instead of the weights")
+    ema_decay: float = Field(0.999, ge=0, lt=1, description="share of the old mean in each update of it")
+
+
+class ValidationItem(Section):
+    """One picture of a validation set that is given picture by picture."""
+
+    image_path: str = Field(min_length=1, description="a picture")
+    prompt: str = Field("", description="its caption; [trigger] is replaced")
+
+
+class ValidationConfig(Section):
+    """A loss that can be compared from step to step: fixed pictures, noise and noise levels."""
+
+    folder_path: str | None = Field(
+        None, min_length=1, description="folder of pictures with captions; none, and no items: no validation"
+    )
+    items: Annotated[tuple[ValidationItem, ...], Strict(False)] = Field(
+        (), description="pictures and captions one by one, instead of or beside a folder"
+    )
+    resolution: Pixels = Field(512, description="side of the square pictures in pixels, a multiple of 16")
+    every: int = Field(100, ge=1, description="updates between two validations; the last step is one too")
+    sigmas: Annotated[tuple[NoiseLevel, ...], Strict(False)] = Field(
+        (1.0, 0.75, 0.5, 0.25), min_length=1, description="noise levels, each with a curve of its own"
+    )
+
+    @property
+    def wanted(self) -> bool:
+        """Whether there is anything to validate on."""
+        return self.folder_path is not None or bool(self.items)
 
 
 class DatasetConfig(Section):
     """One folder of pictures with captions in text files of the same stem."""
 
-    folder_path: str = Field(min_length=1, description="folder of pictures, searched with its subfolders")
-    resolution: Pixels = Field(
-        512, description="side of the square training picture in pixels, a multiple of 16"
+    folder_path: str = Field(
+        min_length=1,
+        description="folder of pictures; those in a subfolder named N_name, say 10_dress, count N times",
     )
+    resolution: Annotated[Pixels, WrapValidator(_each)] = Field(
+        512,
+        description="side in pixels of a square picture, a multiple of 16; with a list, each picture is "
+        "trained at each",
+    )
+    bucket_rule: BucketRule = Field(
+        "aspect",
+        description="size of other pictures: of about the same area and the nearest aspect, as ai-toolkit "
+        "chooses, or square too",
+    )
+    bucket_step: int | None = Field(
+        None, ge=16, multiple_of=16, description="bucket sides are multiples of this; none: 64, or less "
+        "where the resolution is small"
+    )  # fmt: skip
     caption_ext: str = Field("txt", pattern=r"^\.?\w+$", description="ending of caption files, dot optional")
     default_caption: str | None = Field(
         None, description="caption of pictures whose caption file is missing or empty; none: that is an error"
     )
+    trigger_word: str | None = Field(None, description="for this folder, instead of the run's trigger_word")
     caption_dropout_rate: float = Field(0.0, ge=0, le=1, description="share of captions replaced by nothing")
+    shuffle_tokens: bool = Field(False, description="shuffle the parts of a caption between commas")
+    token_dropout_rate: float = Field(0.0, ge=0, le=1, description="share of these parts that is left out")
+    keep_tokens: int = Field(0, ge=0, description="parts at the start that are neither left out nor shuffled")
+    caption_variants: int = Field(
+        8, ge=1, le=256, description="shuffled or thinned captions per picture, encoded before training"
+    )
     num_repeats: int = Field(1, ge=1, description="times each picture is seen in an epoch")
+    is_reg: bool = Field(
+        False, description="regularisation pictures: every other batch, without the trigger word in front"
+    )
+    flip_x: bool = Field(False, description="add a copy of each picture with left and right exchanged")
+    flip_y: bool = Field(False, description="add an upside-down copy of each picture")
+    cache_to_disk: bool = Field(
+        False, description="keep encoded pictures and captions of the run in cache_dir; one folder is enough"
+    )
     skip_bad: bool = Field(False, description="leave out bad files, counted and listed, instead of stopping")
 
     @field_validator("caption_ext")
     @classmethod
     def _without_dot(cls, value: str) -> str:
         return value.removeprefix(".")
+
+    @field_validator("trigger_word")
+    @classmethod
+    def _is_a_word(cls, value: str | None) -> str | None:
+        return _trigger_word(value)
+
+    @model_validator(mode="after")
+    def _has_sizes(self) -> DatasetConfig:
+        if not self.resolutions:
+            raise ValueError("resolution: came an empty list, wanted at least one number of pixels")
+        if self.bucket_step and self.bucket_step > min(self.resolutions):
+            raise ValueError(
+                f"bucket_step {self.bucket_step} is more than resolution {min(self.resolutions)}; lower it "
+                "or leave it out"
+            )
+        return self
+
+    @property
+    def resolutions(self) -> tuple[int, ...]:
+        """All of `resolution`. In the datasets of a RunConfig it is one: there, a list has become copies."""
+        return self.resolution if isinstance(self.resolution, tuple) else (self.resolution,)
 
 
 class TrainConfig(Section):
@@ -86,10 +210,14 @@ class TrainConfig(Section):
     batch_size: int = Field(1, ge=1, description="pictures in one forward pass")
     gradient_accumulation: int = Field(1, ge=1, description="forward passes in one optimizer update")
     lr: float = Field(1e-4, gt=0, le=1, description="peak learning rate")
-    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = Field(
-        "constant", description="course of the learning rate"
-    )
+    lr_scheduler: Literal[
+        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "step"
+    ] = Field("constant", description="course of the learning rate")
     lr_warmup_steps: int = Field(0, ge=0, description="updates in which the learning rate rises from 0")
+    lr_num_cycles: int = Field(1, ge=1, description="falls to 0 of cosine_with_restarts")
+    lr_power: float = Field(1.0, gt=0, description="exponent of polynomial; 1 is linear")
+    lr_step_size: int | None = Field(None, ge=1, description="updates between two drops of step")
+    lr_gamma: float = Field(0.1, gt=0, le=1, description="factor of one drop of step")
     optimizer: Literal["adamw", "coat_fp8_adamw"] = Field(
         "adamw", description="adamw keeps FP8 states where coat.enabled; coat_fp8_adamw keeps them always"
     )
@@ -98,8 +226,10 @@ class TrainConfig(Section):
     beta2: float = Field(0.999, ge=0, lt=1, description="decay of the second moment")
     epsilon: float = Field(1e-8, gt=0, le=1, description="added to the root of the second moment")
     max_grad_norm: float = Field(1.0, ge=0, description="clip the global gradient norm to this; 0 is off")
-    timestep_type: Literal["sigmoid", "linear", "shift"] = Field(
-        "sigmoid", description="how t is drawn: sigmoid of a normal, uniform, or shifted by the picture size"
+    timestep_type: Literal["sigmoid", "linear", "shift", "weighted"] = Field(
+        "sigmoid",
+        description="how t is drawn: sigmoid of a normal, uniform, shifted by the picture size, or uniform "
+        "with a loss that is weighted by t",
     )
     cfg_scale: float = Field(1.0, ge=0, description="value given to the guidance embedding while training")
     gradient_checkpointing: bool = Field(
@@ -108,7 +238,26 @@ class TrainConfig(Section):
     max_sequence_length: int | None = Field(
         None, ge=1, le=512, description="T5 tokens of a caption; none: what the tokenizer allows, at most 512"
     )
-    loss_type: Literal["mse"] = Field("mse", description="distance between predicted and true velocity")
+    loss_type: Literal["mse", "mae", "pseudo_huber"] = Field(
+        "mse", description="distance between predicted and true velocity: square, absolute, or in between"
+    )
+    max_skipped_in_a_row: int = Field(
+        5, ge=1, description="steps skipped one after the other for a loss that is not finite: too many"
+    )
+    ema: EMAConfig = Field(EMAConfig(), description="running mean of the LoRA's weights")
+    validation: ValidationConfig = Field(ValidationConfig(), description="loss on pictures kept aside")
+
+    @model_validator(mode="after")
+    def _schedule_has_what_it_needs(self) -> TrainConfig:
+        for name, scheduler in (("lr_num_cycles", "cosine_with_restarts"), ("lr_power", "polynomial"),
+                                ("lr_step_size", "step"), ("lr_gamma", "step")):  # fmt: skip
+            default = type(self).model_fields[name].default
+            if getattr(self, name) != default and self.lr_scheduler != scheduler:
+                raise ValueError(f"{name} has no effect with lr_scheduler {self.lr_scheduler}; leave it out "
+                                 f"or use {scheduler}")  # fmt: skip
+        if self.lr_scheduler == "step" and self.lr_step_size is None:
+            raise ValueError("lr_scheduler step needs lr_step_size: the updates between two drops")
+        return self
 
     @model_validator(mode="after")
     def _warmup_has_an_effect(self) -> TrainConfig:
@@ -191,11 +340,30 @@ class CoatConfig(Section):
 
 
 class SaveConfig(Section):
-    """Checkpoints and the LoRA file."""
+    """Checkpoints and LoRA files."""
 
-    save_every: int = Field(250, ge=1, description="updates between checkpoints")
-    max_step_saves_to_keep: int = Field(4, ge=1, description="checkpoints kept, newest first")
+    save_every: int = Field(250, ge=1, description="updates between checkpoints, each with its LoRA file")
+    max_step_saves_to_keep: int = Field(4, ge=1, description="checkpoints kept, and LoRA files of steps")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="dtype in the LoRA file")
+    format: Annotated[tuple[LoRAFormat, ...], Strict(False)] = Field(
+        ("diffusers",), min_length=1, description="key names of the LoRA file; one file for each listed"
+    )
+
+    @field_validator("format")
+    @classmethod
+    def _each_once(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(value))
+
+
+class PreviewConfig(Section):
+    """One preview; what it leaves out is as in the section `sample`."""
+
+    prompt: str = Field(description="what to draw; [trigger] is replaced")
+    width: Pixels | None = Field(None, description="width in pixels, a multiple of 16")
+    height: Pixels | None = Field(None, description="height in pixels, a multiple of 16")
+    seed: Seed | None = Field(None, description="seed of this picture")
+    guidance_scale: float | None = Field(None, ge=0, description="guidance of this picture")
+    sample_steps: int | None = Field(None, ge=1, le=1000, description="denoising steps of this picture")
 
 
 class SampleConfig(Section):
@@ -203,6 +371,11 @@ class SampleConfig(Section):
 
     sample_every: int = Field(250, ge=0, description="updates between previews; 0 is never")
     prompts: Strings = Field((), description="one picture each; [trigger] is replaced")
+    samples: Annotated[tuple[PreviewConfig, ...], Strict(False)] = Field(
+        (), description="pictures with a size, seed, guidance or steps of their own, after those of prompts"
+    )
+    skip_first_sample: bool = Field(True, description="draw no previews before the first step")
+    force_first_sample: bool = Field(False, description="draw them before a resumed run goes on, too")
     width: Pixels = Field(512, description="width in pixels, a multiple of 16")
     height: Pixels = Field(512, description="height in pixels, a multiple of 16")
     seed: Seed = Field(42, description="seed of the first picture")
@@ -233,8 +406,12 @@ class RunConfig(Section):
     model: ModelConfig = Field(description="the frozen base model")
     network: NetworkConfig = Field(NetworkConfig(), description="the LoRA")
     datasets: Annotated[tuple[DatasetConfig, ...], Strict(False)] = Field(
-        min_length=1, max_length=1, description="the folder of pictures: a list with one entry"
+        min_length=1, description="the folders of pictures: a list with one entry or more"
     )
+    cache_dir: str | None = Field(
+        None, min_length=1, description="folder for cache_to_disk; none: <run folder>/cache"
+    )
+    reg_weight: float = Field(1.0, ge=0, description="weight of the loss of regularisation pictures")
     train: TrainConfig = Field(TrainConfig(), description="how to train")
     coat: CoatConfig = Field(CoatConfig(), description="FP8 optimizer states and saved activations")
     save: SaveConfig = Field(SaveConfig(), description="checkpoints")
@@ -248,8 +425,13 @@ class RunConfig(Section):
 
     @property
     def data(self) -> DatasetConfig:
-        """The one dataset of the run."""
+        """The first dataset of the run."""
         return self.datasets[0]
+
+    @property
+    def cache_folder(self) -> Path:
+        """Where encoded pictures and captions lie if any dataset has cache_to_disk."""
+        return Path(self.cache_dir) if self.cache_dir else self.run_dir / "cache"
 
     @property
     def uses_fp8_optimizer(self) -> bool:
@@ -270,11 +452,16 @@ class RunConfig(Section):
     @field_validator("trigger_word")
     @classmethod
     def _is_a_word(cls, value: str | None) -> str | None:
-        if value is not None and (not value.strip() or value != " ".join(value.split())):
-            raise ValueError("the trigger word must not be blank or have extra spaces; leave it out for none")
-        if value is not None and ("[trigger]" in value or "[name]" in value):
-            raise ValueError("the trigger word must not hold [trigger] or [name], which it replaces")
-        return value
+        return _trigger_word(value)
+
+    @field_validator("datasets")
+    @classmethod
+    def _one_resolution_each(cls, value: tuple[DatasetConfig, ...]) -> tuple[DatasetConfig, ...]:
+        if all(data.is_reg for data in value):
+            raise ValueError("every folder is is_reg; wanted at least one that is not")
+        return tuple(
+            data.model_copy(update={"resolution": side}) for data in value for side in data.resolutions
+        )
 
     @model_validator(mode="after")
     def _optimizer_agrees_with_coat(self) -> RunConfig:

@@ -2,79 +2,152 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import zlib
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from ppcoat.data.examples import Example
 from ppcoat.errors import ConfigError
 
 
 class ResumableBatches:
-    """Endless iterator over lists of item numbers, each list `batch_size` long.
+    """Endless iterator over lists of example numbers, each list `batch_size` long and of one bucket.
 
-    Epoch e is the permutation of the items (each `num_repeats` times) drawn from the seed (seed, e), so the
-    order is a pure function of the position and state_dict() is two numbers. No batch is short and no item
-    is left out: the last batch of an epoch is filled from the next epoch, so an item can stand twice in
-    such a batch.
+    Batch n is a pure function of (examples, batch_size, seed, n), so state_dict() is one number beside what
+    must be equal. Epoch e of a bucket is the permutation of its examples (each `repeats` times) drawn from
+    (seed, e). No batch is short and no example is left out of an epoch: the last batch of a bucket in an
+    epoch is filled with the examples that the bucket would give next, and the next epoch has as many fewer.
+    So all examples are seen equally often, also where a bucket is smaller than a batch: its examples then
+    stand in one batch several times, and not at all in the epochs that were used up that way.
+
+    Where there are regularisation examples, batches 0, 2, 4, ... consist of them alone, as in ai-toolkit,
+    and the others have none; the epochs of the two are counted apart.
     """
 
-    def __init__(self, num_items: int, batch_size: int, seed: int, num_repeats: int = 1) -> None:
+    def __init__(self, examples: Sequence[Example], batch_size: int, seed: int) -> None:
         """Raises ConfigError where there is nothing to draw from."""
-        for name, value in (
-            ("num_items", num_items),
-            ("batch_size", batch_size),
-            ("num_repeats", num_repeats),
-        ):
-            if value < 1:
-                raise ConfigError(f"{name}: came {value}, wanted at least 1")
-        self.num_items = num_items
+        if not examples:
+            raise ConfigError("there is no picture to train on; wanted at least 1")
+        if batch_size < 1:
+            raise ConfigError(f"batch_size: came {batch_size}, wanted at least 1")
+        self.num_examples = len(examples)
         self.batch_size = batch_size
         self.seed = seed
-        self.num_repeats = num_repeats
-        self.epoch = 0
-        self.position = 0  # items of this epoch already given out
-        self._order = self._permutation()
+        self.batches = 0  # given out so far
+        self._streams = _streams(examples, batch_size, seed)
+        facts = [(each.size, each.repeats, each.is_reg) for each in examples]
+        self._facts = {
+            "num_examples": len(examples),
+            "batch_size": batch_size,
+            "seed": seed,
+            "sizes_and_repeats": zlib.crc32(repr(facts).encode()),
+        }
 
     def __iter__(self) -> Iterator[list[int]]:
         return self
 
     def __next__(self) -> list[int]:
-        batch: list[int] = []
-        while len(batch) < self.batch_size:
-            if self.position == len(self._order):
-                self.epoch, self.position = self.epoch + 1, 0
-                self._order = self._permutation()
-            taken = self._order[self.position : self.position + self.batch_size - len(batch)]
-            batch += taken
-            self.position += len(taken)
-        return batch
+        turn, stream = divmod(self.batches, len(self._streams))
+        self.batches += 1
+        return self._streams[stream].batch(turn)
 
     def state_dict(self) -> dict[str, int]:
         """Position after the last batch, as JSON numbers, with what must be equal where it is loaded."""
-        return {
-            "epoch": self.epoch,
-            "position": self.position,
-            "num_items": self.num_items,
-            "num_repeats": self.num_repeats,
-            "seed": self.seed,
-        }
+        return {"batches": self.batches, **self._facts}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on where `state` was taken. Raises ConfigError where the items or the seed are others."""
-        for name in ("num_items", "num_repeats", "seed"):
-            if state[name] != getattr(self, name):
+        """Go on where `state` was taken. Raises ConfigError where the examples, their sizes or repeats, the
+        batch size or the seed are others."""
+        for name, value in self._facts.items():
+            if state.get(name) != value:
                 raise ConfigError(
-                    f"cannot resume the order of the data: {name} was {state[name]} in the checkpoint and is "
-                    f"{getattr(self, name)} now; restore it, or start a new run under another name"
+                    f"cannot resume the order of the data: {name} was {state.get(name)} in the checkpoint "
+                    f"and is {value} now; restore it, or start a new run under another name"
                 )
-        if state["epoch"] < 0 or not 0 <= state["position"] <= self.num_items * self.num_repeats:
+        if state["batches"] < 0:
             raise ConfigError(
-                f"cannot resume the order of the data: epoch {state['epoch']}, position {state['position']} "
-                f"is not within {self.num_items * self.num_repeats} items; the checkpoint was changed by hand"
+                f"cannot resume the order of the data: batches {state['batches']} is below 0; the checkpoint "
+                "was changed by hand"
             )
-        self.epoch, self.position = state["epoch"], state["position"]
-        self._order = self._permutation()
+        self.batches = state["batches"]
 
-    def _permutation(self) -> list[int]:
-        rng = np.random.default_rng([self.seed, self.epoch])
-        return (rng.permutation(self.num_items * self.num_repeats) % self.num_items).tolist()
+
+class _Bucket:
+    """Examples that may share a batch, as one endless row: epoch after epoch, each a permutation."""
+
+    def __init__(self, entries: list[int], batch_size: int, seed: int, number: int) -> None:
+        self.entries, self.batch_size = entries, batch_size
+        self.seed, self.number = seed, number
+        self._epochs: dict[int, list[int]] = {}
+
+    def batches_before(self, epoch: int) -> int:
+        """Batches of the epochs before this one: so many that all their entries are given out."""
+        return -(-epoch * len(self.entries) // self.batch_size)
+
+    def batch(self, number: int) -> list[int]:
+        start = number * self.batch_size
+        return [self._entry(place) for place in range(start, start + self.batch_size)]
+
+    def _entry(self, place: int) -> int:
+        epoch, place = divmod(place, len(self.entries))
+        if epoch not in self._epochs:
+            rng = np.random.default_rng([self.seed, epoch, self.number])
+            order = rng.permutation(len(self.entries))
+            # a batch looks at few epochs, in order; the one before serves a resumed run's first batch
+            self._epochs = {e: o for e, o in self._epochs.items() if e == epoch - 1}
+            self._epochs[epoch] = order.tolist()
+        return self.entries[self._epochs[epoch][place]]
+
+
+class _Stream:
+    """The buckets of the ordinary examples, or of the regularisation examples: which one comes when."""
+
+    def __init__(self, buckets: list[_Bucket]) -> None:
+        self.buckets = buckets
+        self._turns: tuple[int, list[int]] = (-1, [])
+
+    def batch(self, number: int) -> list[int]:
+        # an epoch has no batch where the ones before have used it up; it has at most all of its entries
+        epoch = bisect_right(range(self._bound(number)), number, key=self._batches_before) - 1
+        place = number - self._batches_before(epoch)
+        turns = self._turns_of(epoch)
+        bucket = turns[place]
+        earlier = turns[:place].count(bucket)
+        return self.buckets[bucket].batch(self.buckets[bucket].batches_before(epoch) + earlier)
+
+    def _bound(self, number: int) -> int:
+        """An epoch before which more than `number` batches have passed."""
+        first = self.buckets[0]
+        return (number + 1) * first.batch_size // len(first.entries) + 2
+
+    def _batches_before(self, epoch: int) -> int:
+        return sum(bucket.batches_before(epoch) for bucket in self.buckets)
+
+    def _turns_of(self, epoch: int) -> list[int]:
+        """Numbers of the buckets whose batches make up an epoch, shuffled."""
+        if self._turns[0] != epoch:
+            turns = [
+                number
+                for number, bucket in enumerate(self.buckets)
+                for _ in range(bucket.batches_before(epoch + 1) - bucket.batches_before(epoch))
+            ]
+            first = self.buckets[0]  # the 1 sets it apart from the permutations within buckets
+            rng = np.random.default_rng([first.seed, epoch, first.number, 1])
+            self._turns = epoch, [turns[i] for i in rng.permutation(len(turns))]
+        return self._turns[1]
+
+
+def _streams(examples: Sequence[Example], batch_size: int, seed: int) -> list[_Stream]:
+    """Regularisation examples first, if there are any; buckets by size."""
+    groups: dict[tuple, list[int]] = {}
+    for number, example in enumerate(examples):
+        groups.setdefault((example.is_reg, example.size), []).append(number)
+    streams: dict[bool, list[_Bucket]] = {}
+    for number, key in enumerate(sorted(groups)):
+        rounds = range(max(examples[i].repeats for i in groups[key]))
+        entries = [i for r in rounds for i in groups[key] if examples[i].repeats > r]
+        bucket = _Bucket(entries, batch_size, seed, number)
+        streams.setdefault(key[0], []).append(bucket)
+    return [_Stream(streams[is_reg]) for is_reg in sorted(streams, reverse=True)]

@@ -1,51 +1,84 @@
 """VAE latents and text embeddings, computed once before training and handed out in batches.
 
-Kept in main memory. The trainer knows only batch() and text(), so where the entries lie can change behind
-them. Encoders come as functions, so nothing here knows a model.
+Kept in main memory, and on disk too where a store is given: what it holds is not encoded again. The trainer
+knows only batch() and text(). Encoders come as functions, so nothing here knows a model.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import paddle
 from tqdm import tqdm
 
-from ppcoat.data.captions import dropped_captions, final_caption
-from ppcoat.data.sources import Item, load_image
+from ppcoat.data.captions import dropped_captions
+from ppcoat.data.embedding_store import EmbeddingStore, content_key, file_digest
+from ppcoat.data.examples import Example
+from ppcoat.data.sources import load_image
 from ppcoat.errors import ConfigError
 
 # pixels float32 [N, 3, H, W] in [-1, 1] -> latents [N, C, h, w]: the VAE posterior's mean, shifted and scaled
 EncodeImage = Callable[[paddle.Tensor], paddle.Tensor]
 # N captions -> (prompt_embeds [N, T, D], pooled [N, P])
 EncodeText = Callable[[list[str]], tuple[paddle.Tensor, paddle.Tensor]]
+Embedding = tuple[paddle.Tensor, paddle.Tensor]  # prompt_embeds [T, D], pooled [P]
+
+_SAMPLED_BYTES = 2**20
+
+
+@dataclass(frozen=True)
+class Encoders:
+    """What turns pictures and captions into tensors, and by which names their results are known on disk.
+
+    image_identity: names the VAE, its weights and dtype. text_identity: names the text encoders, their
+    weights and dtype, and the maximal number of tokens. Both matter only with a store.
+    """
+
+    image: EncodeImage
+    text: EncodeText
+    image_identity: str = ""
+    text_identity: str = ""
 
 
 @dataclass(frozen=True)
 class TrainingCache:
     """Encoded pictures and captions, in main memory, in the dtype the encoders gave.
 
-    latents: one tensor [C, h, w] per item; captions: the final caption per item; embeddings: caption ->
-    (prompt_embeds [T, D], pooled [P]), each caption once.
+    latents: one tensor [C, h, w] per example; embeddings: caption -> (prompt_embeds [T, D], pooled [P]), each
+    caption once. reg_weight: weight of the loss of regularisation examples.
     """
 
+    examples: list[Example]
     latents: list[paddle.Tensor]
-    captions: list[str]
-    embeddings: dict[str, tuple[paddle.Tensor, paddle.Tensor]]
-    caption_dropout_rate: float = 0.0
+    embeddings: dict[str, Embedding]
+    reg_weight: float = 1.0
 
-    def batch(self, indices: Sequence[int], rng: np.random.Generator) -> dict[str, paddle.Tensor]:
-        """Items by number -> {"latents" [B, C, h, w], "prompt_embeds" [B, T, D], "pooled" [B, P]}.
+    def batch(self, indices: Sequence[int], rng: np.random.Generator) -> dict[str, paddle.Tensor | float]:
+        """Examples of one bucket by number -> {"latents" [B, C, h, w], "prompt_embeds" [B, T, D],
+        "pooled" [B, P], "loss_weight" float}.
 
-        On the current device. rng decides which captions are dropped; it always gives B numbers.
+        Tensors on the current device. rng decides which captions are dropped; it gives B numbers for that,
+        and B more for the choice of variants where the run has any.
         """
-        dropped = dropped_captions(len(indices), self.caption_dropout_rate, rng)
-        captions = ["" if drop else self.captions[i] for i, drop in zip(indices, dropped, strict=True)]
+        chosen = [self.examples[i] for i in indices]
+        rates = np.array([example.caption_dropout_rate for example in chosen])
+        dropped = dropped_captions(len(chosen), rates, rng)
+        captions = [example.captions[0] for example in chosen]
+        if any(len(example.captions) > 1 for example in self.examples):
+            picks = rng.random(len(chosen))
+            captions = [e.captions[int(u * len(e.captions))] for e, u in zip(chosen, picks, strict=True)]
+        captions = ["" if drop else text for text, drop in zip(captions, dropped, strict=True)]
         prompt_embeds, pooled = self.text(captions)
-        latents = _stack([self.latents[i] for i in indices])
-        return {"latents": latents, "prompt_embeds": prompt_embeds, "pooled": pooled}
+        return {
+            "latents": _stack([self.latents[i] for i in indices]),
+            "prompt_embeds": prompt_embeds,
+            "pooled": pooled,
+            "loss_weight": self.reg_weight if chosen[0].is_reg else 1.0,
+        }
 
     def text(self, captions: Sequence[str]) -> tuple[paddle.Tensor, paddle.Tensor]:
         """Cached captions -> (prompt_embeds [B, T, D], pooled [B, P]) on the current device."""
@@ -54,62 +87,114 @@ class TrainingCache:
 
 
 def build_cache(
-    items: Sequence[Item],
-    encode_image: EncodeImage,
-    encode_text: EncodeText,
-    resolution: int,
-    trigger_word: str | None = None,
-    caption_dropout_rate: float = 0.0,
+    examples: Sequence[Example],
+    encoders: Encoders,
     extra_captions: Iterable[str] = (),
+    reg_weight: float = 1.0,
     batch_size: int = 8,
+    store: EmbeddingStore | None = None,
 ) -> TrainingCache:
-    """Encode all items once, with a progress bar each for pictures and captions.
+    """Encode all examples once, with a progress bar each for pictures and captions.
 
-    resolution: side of the square pictures in pixels. Equal captions are encoded once; the empty caption is
-    added where dropout needs it, extra_captions (say, preview prompts) are taken as they are. batch_size:
-    pictures or captions in one call of an encoder. Raises ConfigError naming the picture or caption whose
-    encoding is not finite.
+    Equal captions are encoded once; the empty caption is added where dropout needs it, extra_captions (say,
+    preview prompts) are taken as they are. batch_size: pictures of one size, or captions, in one call of an
+    encoder. store: read before anything is encoded, and given what was. Raises ConfigError naming the
+    picture or caption whose encoding is not finite.
     """
-    captions = [final_caption(item.caption_raw, trigger_word) for item in items]
-    blank = [""] if caption_dropout_rate > 0 else []
-    latents = _encode_images(items, encode_image, resolution, batch_size)
-    embeddings = _encode_captions(
-        list(dict.fromkeys([*captions, *blank, *extra_captions])), encode_text, batch_size
+    blank = [""] if any(example.caption_dropout_rate > 0 for example in examples) else []
+    captions = [caption for example in examples for caption in example.captions]
+    latents = _latents(examples, encoders, batch_size, store)
+    embeddings = _embeddings(
+        list(dict.fromkeys([*captions, *blank, *extra_captions])), encoders, batch_size, store
     )
-    return TrainingCache(latents, captions, embeddings, caption_dropout_rate)
+    return TrainingCache(list(examples), latents, embeddings, reg_weight)
+
+
+def folder_identity(*folders: Path) -> str:
+    """sha256 (64 hex digits) that stands for the files of model folders, wherever they lie.
+
+    Of each file the name, the size and three pieces of 1 MiB (start, middle, end) count, so that the 10 GB
+    of text encoders need not be read: weights that differ only elsewhere are taken for the same.
+    """
+    digest = hashlib.sha256()
+    for folder in folders:
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            size = path.stat().st_size
+            digest.update(f"{folder.name}/{path.relative_to(folder).as_posix()} {size}\n".encode())
+            with open(path, "rb") as file:
+                for start in (0, size // 2, size - _SAMPLED_BYTES):
+                    file.seek(max(0, start))
+                    digest.update(file.read(_SAMPLED_BYTES))
+    return digest.hexdigest()
 
 
 @paddle.no_grad()
-def _encode_images(
-    items: Sequence[Item], encode_image: EncodeImage, resolution: int, batch_size: int
+def _latents(
+    examples: Sequence[Example], encoders: Encoders, batch_size: int, store: EmbeddingStore | None
 ) -> list[paddle.Tensor]:
-    latents = []
-    with tqdm(total=len(items), desc="encoding pictures", unit="file") as bar:
-        for some in _chunks(items, batch_size):
-            pixels = np.stack([load_image(item.image_path, resolution, resolution) for item in some])
-            encoded = encode_image(paddle.to_tensor(pixels))
-            for item, latent in zip(some, encoded.cpu().unbind(0), strict=True):
-                _check_finite(latent, f"the VAE's latent of {item.image_path}")
-                latents.append(latent)
+    keys = _image_keys(examples, encoders.image_identity) if store else []
+    latents = {i: found["latent"] for i, key in enumerate(keys) if (found := store.get(key)) is not None}
+    sizes: dict[tuple[int, int], list[int]] = {}
+    for i, example in enumerate(examples):
+        if i not in latents:
+            sizes.setdefault(example.size, []).append(i)
+    with tqdm(total=len(examples), initial=len(latents), desc="encoding pictures", unit="file") as bar:
+        for some in (some for numbers in sizes.values() for some in _chunks(numbers, batch_size)):
+            pixels = np.stack([_pixels(examples[i]) for i in some])
+            encoded = encoders.image(paddle.to_tensor(pixels)).cpu().unbind(0)
+            for i, latent in zip(some, encoded, strict=True):
+                _check_finite(latent, f"the VAE's latent of {examples[i].item.image_path}")
+                latents[i] = latent
+                if store:
+                    store.put(keys[i], {"latent": latent})
             bar.update(len(some))
-    return latents
+    return [latents[i] for i in range(len(examples))]
 
 
 @paddle.no_grad()
-def _encode_captions(
-    captions: list[str], encode_text: EncodeText, batch_size: int
-) -> dict[str, tuple[paddle.Tensor, paddle.Tensor]]:
-    embeddings = {}
-    with tqdm(total=len(captions), desc="encoding captions", unit="caption") as bar:
-        for some in _chunks(captions, batch_size):
-            prompt_embeds, pooled = encode_text(list(some))
+def _embeddings(
+    captions: list[str], encoders: Encoders, batch_size: int, store: EmbeddingStore | None
+) -> dict[str, Embedding]:
+    embeddings: dict[str, Embedding] = {}
+    keys = {caption: content_key("text", caption, encoders.text_identity) for caption in captions}
+    for caption in captions if store else ():
+        if (found := store.get(keys[caption])) is not None:
+            embeddings[caption] = found["prompt_embeds"], found["pooled"]
+    missing = [caption for caption in captions if caption not in embeddings]
+    with tqdm(total=len(captions), initial=len(embeddings), desc="encoding captions", unit="caption") as bar:
+        for some in _chunks(missing, batch_size):
+            prompt_embeds, pooled = encoders.text(list(some))
             rows = zip(some, prompt_embeds.cpu().unbind(0), pooled.cpu().unbind(0), strict=True)
             for caption, embeds, vector in rows:
                 _check_finite(embeds, f"the text embedding of {caption!r}")
                 _check_finite(vector, f"the pooled text embedding of {caption!r}")
                 embeddings[caption] = (embeds, vector)
+                if store:
+                    store.put(keys[caption], {"prompt_embeds": embeds, "pooled": vector})
             bar.update(len(some))
     return embeddings
+
+
+def _image_keys(examples: Sequence[Example], identity: str) -> list[str]:
+    paths = {example.item.image_path for example in examples}
+    digests = {path: file_digest(path) for path in paths}
+    return [
+        content_key(
+            "image",
+            digests[example.item.image_path],
+            *example.size,
+            "cover, centre crop, Lanczos",
+            int(example.flip_x),
+            int(example.flip_y),
+            identity,
+        )
+        for example in examples
+    ]
+
+
+def _pixels(example: Example) -> np.ndarray:
+    width, height = example.size
+    return load_image(example.item.image_path, height, width, example.flip_x, example.flip_y)
 
 
 def _chunks(entries: Sequence, size: int) -> Iterable[Sequence]:

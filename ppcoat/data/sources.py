@@ -26,6 +26,7 @@ from ppcoat.errors import ConfigError
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 MAX_CAPTION_BYTES = 64 * 1024
 NAMED_PROBLEMS = 5
+MAX_FOLDER_REPEATS = 1000  # a larger number in a folder's name is a year or a date
 # what Pillow raises for damaged files, depending on format and place of the damage
 _DECODE_ERRORS = (
     OSError,
@@ -43,12 +44,17 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Item:
-    """One picture with its caption as written; width and height in pixels, as seen (after EXIF rotation)."""
+    """One picture with its caption as written; width and height in pixels, as seen (after EXIF rotation).
+
+    repeats: what the name of its subfolder asks for. has_caption: it has one of its own, not the default.
+    """
 
     image_path: Path
     caption_raw: str
     width: int
     height: int
+    repeats: int = 1
+    has_caption: bool = True
 
 
 @dataclass(frozen=True)
@@ -73,6 +79,8 @@ def scan_folder(
 ) -> ImageFolder:
     """Find and check all pictures below a folder (hidden files and folders are left out).
 
+    Pictures in a subfolder N_name count N times (see folder_repeats).
+
     A problem is: a picture that cannot be decoded to its end, a picture without caption or with an empty
     one (unless there is a default_caption), a caption without picture, a caption in no known encoding or
     above 64 KiB. Raises one ConfigError for all problems, counting them and naming the first five; with
@@ -93,11 +101,13 @@ def scan_folder(
     for path in tqdm(images, desc="checking pictures", unit="file", disable=None):
         try:
             width, height = _open_rgb(path).size
-            caption = _caption_of(path, captions.get(path.with_suffix("")), suffix, default_caption)
+            own = _caption_of(path, captions.get(path.with_suffix("")), suffix, default_caption)
         except _BadFile as error:
             bad.append(Problem(path, str(error)))
         else:
-            items.append(Item(path, caption, width, height))
+            caption = default_caption or "" if own is None else own
+            repeats = folder_repeats(path.relative_to(folder))
+            items.append(Item(path, caption, width, height, repeats, own is not None))
     stems = {path.with_suffix("") for path in images}
     bad += [Problem(path, "caption without picture") for stem, path in captions.items() if stem not in stems]
     bad.sort(key=lambda problem: str(problem.path))
@@ -105,12 +115,27 @@ def scan_folder(
     return ImageFolder(folder, items, bad)
 
 
-def load_image(path: str | Path, height: int, width: int) -> np.ndarray:
+def folder_repeats(path: Path) -> int:
+    """How often a picture counts, by the folders on its path below the dataset: N for the innermost N_name.
+
+    As in kohya's scripts, N is the whole part before the first "_": 10_dress is 10, 3d_render and 10 are 1.
+    Unlike there, 0 and what is above 1000 (2024_summer) count as plain names.
+    """
+    for name in reversed(path.parts[:-1]):
+        number, underscore, _ = name.partition("_")
+        if underscore and re.fullmatch("[0-9]{1,4}", number) and 1 <= int(number) <= MAX_FOLDER_REPEATS:
+            return int(number)
+    return 1
+
+
+def load_image(
+    path: str | Path, height: int, width: int, flip_x: bool = False, flip_y: bool = False
+) -> np.ndarray:
     """Decode a picture for training: float32 [3, height, width] in [-1, 1].
 
     Turned as its EXIF says, alpha laid on white, converted to RGB; then the largest centred part with the
-    wanted aspect is resized (Lanczos). Animations give their first frame. Raises ConfigError naming the
-    file.
+    wanted aspect is resized (Lanczos), and mirrored where flip_x (left-right) or flip_y (upside down) asks
+    for it. Animations give their first frame. Raises ConfigError naming the file.
     """
     try:
         image = _open_rgb(Path(path))
@@ -119,6 +144,8 @@ def load_image(path: str | Path, height: int, width: int) -> np.ndarray:
             f"{printable(path)}: {error}; was it changed since the folder was checked?"
         ) from None
     image = ImageOps.fit(image, (width, height), method=Image.Resampling.LANCZOS)
+    image = ImageOps.mirror(image) if flip_x else image
+    image = ImageOps.flip(image) if flip_y else image
     return np.ascontiguousarray(np.asarray(image, dtype=np.float32).transpose(2, 0, 1)) / 127.5 - 1.0
 
 
@@ -166,12 +193,13 @@ def _open_rgb(path: Path) -> Image.Image:
         raise _BadFile(f"the picture cannot be decoded ({reason})") from None
 
 
-def _caption_of(image: Path, path: Path | None, suffix: str, default_caption: str | None) -> str:
+def _caption_of(image: Path, path: Path | None, suffix: str, default_caption: str | None) -> str | None:
+    """The picture's own caption; None where it has none and there is a default."""
     caption = "" if path is None else _read_caption(path)
     if caption:
         return caption
     if default_caption is not None:
-        return default_caption
+        return None
     missing = f"no caption {image.stem}{suffix}" if path is None else f"the caption {path.name} is empty"
     raise _BadFile(f"{missing} (write one or set default_caption)")
 

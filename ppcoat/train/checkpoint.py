@@ -238,7 +238,7 @@ def _clean_up(root: Path) -> None:
     """Undo what killed saves left: remove drafts, put back a set-aside folder that was not replaced."""
     for path in list(root.iterdir()):
         match = _IN_PROGRESS.match(path.name)
-        if not match or path.is_symlink() or _is_running(int(match.group(3))):
+        if not match or path.is_symlink() or is_running(int(match.group(3))):
             continue
         final = root / match.group(1)
         if match.group(2) == "old" and not final.exists():
@@ -249,7 +249,7 @@ def _clean_up(root: Path) -> None:
             path.unlink()
 
 
-def _is_running(pid: int) -> bool:
+def is_running(pid: int) -> bool:
     """Whether another living process may still be writing under this id."""
     if pid == os.getpid():
         return False

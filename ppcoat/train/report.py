@@ -11,6 +11,7 @@ import json
 import math
 import os
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -28,6 +29,42 @@ if TYPE_CHECKING:
     from visualdl import LogWriter
 
 LOSS_SMOOTHING = 0.98  # share of the old mean in each update of the loss on the bar
+SIGMA_BINS = 4  # of equal width in 0..1
+
+
+class SigmaBins:
+    """Mean loss of the pictures whose noise level fell into each quarter of 0..1, since the last `take`.
+
+    The loss of a step depends mostly on the levels that it drew; within a bin, steps compare.
+    """
+
+    def __init__(self) -> None:
+        self._sums, self._counts = [0.0] * SIGMA_BINS, [0] * SIGMA_BINS
+
+    def add(self, sigmas: Sequence[float], losses: Sequence[float]) -> None:
+        """Noise levels in 0..1 and losses, picture by picture."""
+        for sigma, loss in zip(sigmas, losses, strict=True):
+            number = min(int(float(sigma) * SIGMA_BINS), SIGMA_BINS - 1)
+            self._sums[number] += float(loss)
+            self._counts[number] += 1
+
+    def take(self) -> dict[str, float]:
+        """{"loss_sigma_0.25_0.50": mean, ...} of the bins that are not empty; they are emptied."""
+        means = {
+            f"loss_sigma_{i / SIGMA_BINS:.2f}_{(i + 1) / SIGMA_BINS:.2f}": total / count
+            for i, (total, count) in enumerate(zip(self._sums, self._counts, strict=True))
+            if count
+        }
+        self.__init__()
+        return means
+
+    def state_dict(self) -> dict[str, list]:
+        """Sums and counts, for JSON, which keeps every bit of them."""
+        return {"sums": list(self._sums), "counts": list(self._counts)}
+
+    def load_state_dict(self, state: dict[str, list]) -> None:
+        """Go on from a `state_dict`."""
+        self._sums, self._counts = list(state["sums"]), list(state["counts"])
 
 
 class Report:
@@ -51,6 +88,7 @@ class Report:
         self.log_every = log_every
         self.smoothed_loss: float | None = None
         self._weight = 0.0
+        self._images, self._since = 0, time.perf_counter()
         self._closing = ExitStack()
         self.run_dir.mkdir(parents=True, exist_ok=True)
         with self._closing as closing_on_error:
@@ -67,18 +105,36 @@ class Report:
             self._bar = closing_on_error.enter_context(bar)
             self._closing = closing_on_error.pop_all()
 
-    def step(self, step: int, scalars: Mapping[str, float]) -> None:
+    def is_point(self, step: int) -> bool:
+        """Whether the curves get a point at this step."""
+        return step % self.log_every == 0 or step == self.total_steps
+
+    def step(
+        self,
+        step: int,
+        scalars: Mapping[str, float],
+        points: Mapping[str, float] | None = None,
+        images: int = 0,
+    ) -> None:
         """Record update `step` (from 1): "loss" and "lr" are shown on the bar, the rest ("grad_norm",
-        "kept_bytes", ...) goes to log.jsonl every step and to VisualDL every log_every steps."""
-        line = {"step": step} | {name: _json_number(value) for name, value in scalars.items()}
+        "kept_bytes", ...) goes to log.jsonl every step and to VisualDL every log_every steps.
+
+        points: values that not every step has (a validation loss); they go to both at once. images: pictures
+        that this step trained on; the curve images_per_second is of the time since the last point, with all
+        that was done in it.
+        """
+        points = points or {}
+        line = {"step": step} | {name: _json_number(value) for name, value in {**scalars, **points}.items()}
+        self._images += images
         self._log.write(json.dumps(line) + "\n")
         if "loss" in scalars and math.isfinite(scalars["loss"]):
             self._smooth(float(scalars["loss"]))
-        if step % self.log_every == 0 or step == self.total_steps:
+        if self.is_point(step):
             self._bar.set_postfix_str(self._postfix(scalars), refresh=False)
-            if self._curves is not None:
-                for name, value in scalars.items():
-                    self._curves.add_scalar(tag=f"train/{name}", value=float(value), step=step)
+            points = {**scalars, **points, **self._speed()}
+        if self._curves is not None:
+            for name, value in points.items():
+                self._curves.add_scalar(tag=f"train/{name}", value=float(value), step=step)
         self._bar.update(1)
 
     def images(self, step: int, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[Path]:
@@ -119,6 +175,13 @@ class Report:
         weight = LOSS_SMOOTHING * self._weight + 1 - LOSS_SMOOTHING
         self.smoothed_loss = (LOSS_SMOOTHING * self._weight * before + (1 - LOSS_SMOOTHING) * loss) / weight
         self._weight = weight
+
+    def _speed(self) -> dict[str, float]:
+        """Pictures per second since the last call, if there were any."""
+        now = time.perf_counter()
+        images, seconds = self._images, now - self._since
+        self._images, self._since = 0, now
+        return {"images_per_second": images / seconds} if images and seconds > 0 else {}
 
     def _postfix(self, scalars: Mapping[str, float]) -> str:
         parts = [] if self.smoothed_loss is None else [f"loss={self.smoothed_loss:.4f}"]

@@ -52,6 +52,9 @@ def test_the_older_accumulation_and_the_newer_one_exclude_each_other(refusal):
         ("constant_with_warmup", "{}", 1000),  # ai-toolkit's default
         ("cosine", "{eta_min: 0.0, total_iters: 2000}", 0),
         ("linear", "{start_factor: 1.0, end_factor: 0.0}", 0),
+        ("cosine_with_restarts", "{T_0: 2000}", 0),
+        ("polynomial", "{power: 2.0, num_warmup_steps: 10}", 10),
+        ("step", "{step_size: 500, gamma: 0.5}", 0),
     ],
 )
 def test_schedules_that_are_the_same_in_both(load, name, params, warmup):
@@ -71,6 +74,9 @@ def test_schedules_that_are_the_same_in_both(load, name, params, warmup):
         ("cosine", "{total_iters: 500}"),
         ("constant", "{gamma: 1}"),
         ("constant", "5"),
+        ("cosine_with_restarts", "{T_0: 500}"),  # restarts of unequal meaning: num_cycles says it here
+        ("step", "{}"),
+        ("step", "{gamma: 0.5}"),
     ],
 )
 def test_schedules_that_would_differ(refusal, name, params):
@@ -81,3 +87,11 @@ def test_schedules_that_would_differ(refusal, name, params):
 def test_linear_in_the_short_form_falls_as_it_always_did(load):
     text = "name: a\nmodel: {name_or_path: m}\ndatasets: [{folder_path: d}]\ntrain: {lr_scheduler: linear}\n"
     assert load(text=text).train.lr_scheduler == "linear"
+
+
+def test_what_shapes_a_schedule_arrives_counted_in_updates(load):
+    params = "train.lr_scheduler_params={step_size: 500, gamma: 0.5}"
+    train = load("train.lr_scheduler=step", params, "train.gradient_accumulation_steps=4").train
+    assert (train.lr_step_size, train.lr_gamma) == (125, 0.5)
+    cycles = load("train.lr_scheduler=cosine_with_restarts", "train.lr_scheduler_params={num_cycles: 3}")
+    assert cycles.train.lr_num_cycles == 3

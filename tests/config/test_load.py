@@ -132,7 +132,12 @@ WRONG = [
     ("train: {lr: 1e309}", "train.lr", "inf", "finite"),
     ("train: {lr: [1]}", "train.lr", "[1]", "number"),
     ("train: {lr: }", "train.lr", "nothing", "number"),
-    ("train: {timestep_type: foo}", "train.timestep_type", "'foo'", "'sigmoid', 'linear' or 'shift'"),
+    (
+        "train: {timestep_type: foo}",
+        "train.timestep_type",
+        "'foo'",
+        "'sigmoid', 'linear', 'shift' or 'weighted'",
+    ),
     ("train: 5", "train", "5", "section"),
     ("coat:", "coat", "nothing", "section"),
     ("coat: {enabled: 1}", "coat.enabled", "1", "true or false"),
@@ -193,7 +198,7 @@ def test_names_that_are_no_folder_are_refused(tmp_path, name):
         ("[" * 5000, "nested too deeply"),
         ("#" * (1 << 20) + "\n", "more than"),
         (BASE.replace("folder_path", "folder_pth"), "unknown key 'datasets.0.folder_pth'"),
-        (BASE + "  - folder_path: second\n", "at most 1 entry"),
+        (BASE.replace("  - folder_path: photos\n", "  []\n"), "at least 1 entry"),
     ],
 )
 def test_yaml_traps(tmp_path, text, part):

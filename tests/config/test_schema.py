@@ -66,3 +66,40 @@ def test_caption_ext_takes_the_dot_or_not():
         assert schema.DatasetConfig(folder_path="d", caption_ext=ext).caption_ext == "txt"
     with pytest.raises(ValidationError):
         schema.DatasetConfig(folder_path="d", caption_ext="../txt")
+
+
+def run_with(*datasets):
+    return RunConfig(name="a", model={"name_or_path": "m"}, datasets=list(datasets))
+
+
+def test_a_list_of_resolutions_becomes_one_dataset_each_and_loads_again():
+    config = run_with({"folder_path": "d", "resolution": [512, 64], "flip_x": True}, {"folder_path": "e"})
+    assert [(each.folder_path, each.resolution) for each in config.datasets] == [
+        ("d", 512),
+        ("d", 64),
+        ("e", 512),
+    ]
+    assert config.datasets[1].flip_x and not config.datasets[2].flip_x
+    assert RunConfig.model_validate(config.model_dump(mode="json")) == config
+
+
+@pytest.mark.parametrize(
+    ("dataset", "part"),
+    [
+        ({"resolution": [512, 100]}, "multiple of 16"),
+        ({"resolution": []}, "an empty list"),
+        ({"resolution": [True]}, "valid integer"),
+        ({"resolution": [512, 64], "bucket_step": 128}, "bucket_step 128 is more than resolution 64"),
+        ({"is_reg": True}, "every folder is is_reg"),
+        ({"trigger_word": "[name]"}, "must not hold"),
+    ],
+)
+def test_impossible_datasets_are_refused(dataset, part):
+    with pytest.raises(ValidationError, match=part):
+        run_with({"folder_path": "d", **dataset})
+
+
+def test_the_cache_lies_in_the_run_folder_unless_told_otherwise():
+    config = run_with({"folder_path": "d"})
+    assert config.cache_folder == config.run_dir / "cache"
+    assert str(config.model_copy(update={"cache_dir": "c"}).cache_folder) == "c"

@@ -1,5 +1,6 @@
-"""The cache: each thing encoded once, batches right, dropout seeded."""
+"""The cache: each thing encoded once, batches right, dropout and variants seeded, nothing encoded twice."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -7,12 +8,15 @@ import paddle
 import pytest
 from PIL import Image
 
-from ppcoat.data.cache import build_cache
+from ppcoat.data.cache import Encoders, build_cache, folder_identity
+from ppcoat.data.captions import CaptionRules, caption_variants, final_caption
+from ppcoat.data.embedding_store import EmbeddingStore
+from ppcoat.data.examples import Example
 from ppcoat.data.sources import Item
 from ppcoat.errors import ConfigError
 
 
-class Encoders:
+class Recorder:
     """Stand-ins that record their calls: a latent is the mean colour, an embedding the caption's length."""
 
     def __init__(self, dtype="float32"):
@@ -20,7 +24,7 @@ class Encoders:
 
     def image(self, pixels):
         self.pictures += pixels.shape[0]
-        assert pixels.dtype == paddle.float32 and pixels.shape[1:] == [3, 16, 16]
+        assert pixels.dtype == paddle.float32 and pixels.shape[1] == 3
         return pixels.mean([2, 3], keepdim=True).astype(self.dtype)
 
     def text(self, captions):
@@ -31,33 +35,37 @@ class Encoders:
 
 
 @pytest.fixture
-def items(tmp_path):
+def examples(tmp_path):
     found = []
     for number, caption in enumerate(["a [trigger]", "bb", "a [trigger]", "dddd"]):
         path = tmp_path / f"{number}.png"
         Image.new("RGB", (16, 16), (50 * number, 0, 255)).save(path)
-        found.append(Item(path, caption, 16, 16))
+        found.append(Example(Item(path, caption, 16, 16), (16, 16), (final_caption(caption, "sks"),)))
     return found
 
 
-def build(items, encoders, **options):
-    return build_cache(items, encoders.image, encoders.text, resolution=16, trigger_word="sks", **options)
+def build(examples, recorder, identities=("vae", "te"), **options):
+    return build_cache(examples, Encoders(recorder.image, recorder.text, *identities), **options)
 
 
-def test_everything_is_encoded_once(items):
-    encoders = Encoders()
-    cache = build(items, encoders, extra_captions=["preview", "a sks"], batch_size=3)
-    assert encoders.pictures == 4
-    assert encoders.captions == ["a sks", "sks bb", "sks dddd", "preview"]
-    assert cache.captions == ["a sks", "sks bb", "a sks", "sks dddd"]
-    with_dropout = Encoders()
-    build(items, with_dropout, caption_dropout_rate=0.1)
-    assert with_dropout.captions == ["a sks", "sks bb", "sks dddd", ""]
+def with_dropout(examples, rate):
+    return [replace(example, caption_dropout_rate=rate) for example in examples]
 
 
-def test_batches_hold_the_right_rows(items):
-    cache = build(items, Encoders())
+def test_everything_is_encoded_once(examples):
+    recorder = Recorder()
+    build(examples, recorder, extra_captions=["preview", "a sks"], batch_size=3)
+    assert recorder.pictures == 4
+    assert recorder.captions == ["a sks", "sks bb", "sks dddd", "preview"]
+    recorder = Recorder()
+    build([*examples[:3], *with_dropout(examples[3:], 0.1)], recorder)
+    assert recorder.captions == ["a sks", "sks bb", "sks dddd", ""]
+
+
+def test_batches_hold_the_right_rows(examples):
+    cache = build(examples, Recorder())
     batch = cache.batch([3, 0, 3], np.random.default_rng(0))
+    assert batch.pop("loss_weight") == 1.0
     assert {name: tuple(value.shape) for name, value in batch.items()} == {
         "latents": (3, 3, 1, 1),
         "prompt_embeds": (3, 5, 2),
@@ -72,38 +80,156 @@ def test_batches_hold_the_right_rows(items):
     np.testing.assert_array_equal(cache.text(["sks bb"])[1].numpy(), [[-6]])
 
 
-def test_dropout_is_seeded_and_leaves_latents_alone(items):
-    cache = build(items, Encoders(), caption_dropout_rate=0.5)
+def test_sizes_may_differ_and_flipped_copies_are_encoded_flipped(tmp_path):
+    pixels = np.zeros((16, 32, 3), np.uint8)
+    pixels[:8, :16] = 255  # white in the upper left quarter
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    plain = Example(Item(tmp_path / "a.png", "x", 32, 16), (32, 16), ("x",))
+    examples = [plain, replace(plain, size=(16, 16)), replace(plain, flip_x=True),
+                replace(plain, flip_x=True, flip_y=True)]  # fmt: skip
+    cache = build_cache(examples, Encoders(lambda pixels: pixels, Recorder().text), batch_size=8)
+    assert [latent.shape[1:] for latent in cache.latents] == [[16, 32], [16, 16], [16, 32], [16, 32]]
+    corners = [tuple(latent[0, y, x].item() for y in (0, -1) for x in (0, -1)) for latent in cache.latents]
+    assert corners[0] == (1, -1, -1, -1) and corners[2] == (-1, 1, -1, -1) and corners[3] == (-1, -1, -1, 1)
+
+
+def test_regularisation_batches_carry_their_weight(examples):
+    cache = build([examples[0], replace(examples[1], is_reg=True)], Recorder(), reg_weight=0.25)
+    rng = np.random.default_rng(0)
+    assert [cache.batch([i], rng)["loss_weight"] for i in (0, 1)] == [1.0, 0.25]
+
+
+def test_dropout_is_seeded_and_leaves_latents_alone(examples):
+    cache = build(with_dropout(examples, 0.5), Recorder())
     first, second = (cache.batch([0, 1, 2, 3] * 8, np.random.default_rng(7)) for _ in range(2))
     np.testing.assert_array_equal(first["pooled"].numpy(), second["pooled"].numpy())
     dropped = first["pooled"].numpy()[:, 0] == 0
     # PCG64 is stable across numpy releases, so the mask is drawn here again
     np.testing.assert_array_equal(dropped, np.random.default_rng(7).random(32) < 0.5)
-    full = build(items, Encoders()).batch([0, 1, 2, 3] * 8, np.random.default_rng(7))
+    full = build(examples, Recorder()).batch([0, 1, 2, 3] * 8, np.random.default_rng(7))
     np.testing.assert_array_equal(first["latents"].numpy(), full["latents"].numpy())
 
 
-def test_bfloat16_encodings_keep_their_dtype_and_carry_no_gradient(items):
-    cache = build(items, Encoders("bfloat16"))
-    batch = cache.batch([0, 1], np.random.default_rng(0))
+def test_variants_are_all_encoded_and_drawn_evenly_from_the_step_s_numbers(examples):
+    captions = caption_variants("a, bb, ccc, dddd", CaptionRules(token_dropout_rate=0.5), seed=0)
+    lengths = sorted(-len(caption) for caption in captions)
+    recorder = Recorder()
+    cache = build([replace(examples[0], captions=captions)], recorder)
+    assert set(recorder.captions) == set(captions) and len(recorder.captions) == len(set(captions))
+    drawn = cache.batch([0] * 4000, np.random.default_rng(3))["pooled"].numpy()[:, 0]
+    again = cache.batch([0] * 4000, np.random.default_rng(3))["pooled"].numpy()[:, 0]
+    np.testing.assert_array_equal(drawn, again)
+    for length in set(lengths):
+        share = lengths.count(length) / len(lengths)
+        assert abs((drawn == length).mean() - share) < 4 * np.sqrt(share * (1 - share) / 4000)
+
+
+def test_random_numbers_used_depend_on_variants_alone(examples):
+    def used(cache):
+        rng = np.random.default_rng(0)
+        cache.batch([0, 1], rng)
+        return rng.bit_generator.state
+
+    def after(count):
+        rng = np.random.default_rng(0)
+        rng.random(count)
+        return rng.bit_generator.state
+
+    assert (
+        used(build(examples, Recorder())) == used(build(with_dropout(examples, 0.9), Recorder())) == after(2)
+    )
+    two = [*examples[:3], replace(examples[3], captions=("x", "y"))]
+    assert used(build(two, Recorder())) == after(4)  # though the variants are not in this batch
+
+
+def test_bfloat16_encodings_keep_their_dtype_and_carry_no_gradient(examples):
+    batch = build(examples, Recorder("bfloat16")).batch([0, 1], np.random.default_rng(0))
+    del batch["loss_weight"]
     assert {value.dtype for value in batch.values()} == {paddle.bfloat16}
     assert all(value.stop_gradient for value in batch.values())
 
 
-def test_what_is_not_finite_is_named(items):
-    encoders = Encoders()
-    with pytest.raises(ConfigError, match=r"latent of .*0\.png"):
-        build_cache(items, lambda pixels: encoders.image(pixels) * float("nan"), encoders.text, 16)
-    with pytest.raises(ConfigError, match="pooled text embedding of 'bb'"):
-        build_cache(
-            items[1:2],
-            encoders.image,
-            lambda texts: (encoders.text(texts)[0], paddle.to_tensor([[np.inf]])),
-            16,
-        )
+def test_what_is_not_finite_is_named(examples, tmp_path):
+    recorder, store = Recorder(), EmbeddingStore(tmp_path / "store")
+    broken = Encoders(lambda pixels: recorder.image(pixels) * float("nan"), recorder.text)
+    for _ in range(2):  # it did not get into the store
+        with pytest.raises(ConfigError, match=r"latent of .*0\.png"):
+            build_cache(examples, broken, store=store)
+    broken = Encoders(recorder.image, lambda texts: (recorder.text(texts)[0], paddle.to_tensor([[np.inf]])))
+    with pytest.raises(ConfigError, match="pooled text embedding of 'sks bb'"):
+        build_cache(examples[1:2], broken)
 
 
-def test_a_picture_that_vanished_is_named(items):
-    Path(items[2].image_path).unlink()
+def test_a_picture_that_vanished_is_named(examples):
+    Path(examples[2].item.image_path).unlink()
     with pytest.raises(ConfigError, match=r"2\.png"):
-        build(items, Encoders())
+        build(examples, Recorder())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_the_store_holds_is_not_encoded_again_and_is_bit_equal(examples, tmp_path, dtype):
+    store = EmbeddingStore(tmp_path / "store")
+    fresh = build(examples, Recorder(dtype), store=store, extra_captions=["preview"])
+    second = Recorder(dtype)
+    stored = build(examples, second, store=EmbeddingStore(tmp_path / "store"), extra_captions=["preview"])
+    assert second.pictures == 0 and second.captions == []
+    for ours, theirs in zip(fresh.latents, stored.latents, strict=True):
+        assert ours.dtype == theirs.dtype
+        np.testing.assert_array_equal(ours.astype("float32").numpy(), theirs.astype("float32").numpy())
+    assert fresh.embeddings.keys() == stored.embeddings.keys()
+    a, b = (c.batch([3, 1], np.random.default_rng(0)) for c in (fresh, stored))
+    for name in ("latents", "prompt_embeds", "pooled"):
+        np.testing.assert_array_equal(a[name].astype("float32").numpy(), b[name].astype("float32").numpy())
+
+
+def test_every_thing_that_changes_an_encoding_changes_its_key(examples, tmp_path):
+    store = EmbeddingStore(tmp_path / "store")
+    build(examples[:1], Recorder(), store=store)
+
+    def encoded(example, identities=("vae", "te")):
+        recorder = Recorder()
+        build([example], recorder, identities, store=store)
+        return recorder.pictures, len(recorder.captions)
+
+    first = examples[0]
+    assert encoded(first) == (0, 0)
+    assert encoded(replace(first, size=(16, 32))) == encoded(replace(first, flip_x=True)) == (1, 0)
+    assert encoded(replace(first, flip_y=True)) == (1, 0)
+    assert encoded(replace(first, captions=("other",))) == (0, 1)
+    assert encoded(first, ("another vae", "te")) == (1, 0)
+    assert encoded(first, ("vae", "another te")) == (0, 1)
+    copy = first.item.image_path.with_name("copy.png")
+    copy.write_bytes(first.item.image_path.read_bytes())
+    assert encoded(replace(first, item=replace(first.item, image_path=copy))) == (0, 0)  # content, not name
+    Image.new("RGB", (16, 16), "green").save(first.item.image_path)  # same name and size, another picture
+    assert encoded(first) == (1, 0)
+
+
+def test_a_cut_off_entry_is_encoded_again(examples, tmp_path):
+    store = EmbeddingStore(tmp_path / "store")
+    build(examples, Recorder(), store=store)
+    file = next(path for path in (tmp_path / "store").rglob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-3])
+    recorder = Recorder()
+    build(examples, recorder, store=store)
+    assert recorder.pictures + len(recorder.captions) == 1
+
+
+def test_the_identity_of_a_folder_is_its_content(tmp_path):
+    def folder(name, content=b"weights", file="model.safetensors"):
+        path = tmp_path / name / "vae"
+        path.mkdir(parents=True)
+        (path / file).write_bytes(content)
+        return path
+
+    first = folder_identity(folder("a"))
+    assert first == folder_identity(folder("elsewhere"))
+    large = bytes(3 * 2**20)
+    changed = large[:-1] + b"x"
+    others = [
+        folder("b", b"weightz"),
+        folder("c", b"weights", "other"),
+        folder("d", large),
+        folder("e", changed),
+    ]
+    assert len({first, *map(folder_identity, others)}) == 5

@@ -4,12 +4,13 @@ import logging
 import os
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from ppcoat.data.sources import load_image, scan_folder
+from ppcoat.data.sources import folder_repeats, load_image, scan_folder
 from ppcoat.errors import ConfigError
 
 
@@ -283,3 +284,33 @@ def test_alpha_palette_grey_and_cmyk(tmp_path):
 def test_vanished_picture_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"gone\.png"):
         load_image(tmp_path / "gone.png", 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("path", "repeats"),
+    [
+        ("x.png", 1), ("10_dress/x.png", 10), ("7_/x.png", 7), ("3d_render/x.png", 1), ("10/x.png", 1),
+        ("0_off/x.png", 1), ("2024_summer/x.png", 1), ("20240601_x/x.png", 1), ("1000_x/x.png", 1000),
+        ("4_a/5_b/x.png", 5), ("4_a/b/x.png", 4), ("-3_a/x.png", 1), ("\u0663_a/x.png", 1), ("10_x.png", 1),
+    ],
+)  # fmt: skip
+def test_folder_names_repeat_their_pictures(path, repeats):
+    assert folder_repeats(Path(path)) == repeats
+
+
+def test_repeats_count_below_the_dataset_only_and_defaults_are_told_apart(tmp_path):
+    picture(tmp_path / "9_all/a.png", caption=None)
+    picture(tmp_path / "9_all/2_b/b.png", caption="own")
+    items = scan_folder(tmp_path / "9_all", default_caption="default").items
+    assert [(i.repeats, i.has_caption, i.caption_raw) for i in items] == [
+        (2, True, "own"),
+        (1, False, "default"),
+    ]
+
+
+def test_flips(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    plain = load_image(tmp_path / "a.png", 16, 24)
+    np.testing.assert_array_equal(load_image(tmp_path / "a.png", 16, 24, flip_x=True), plain[:, :, ::-1])
+    np.testing.assert_array_equal(load_image(tmp_path / "a.png", 16, 24, flip_y=True), plain[:, ::-1])

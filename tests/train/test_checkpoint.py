@@ -3,11 +3,17 @@
 import json
 import logging
 import os
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import paddle
 import pytest
+from safetensors.numpy import load_file
 
+from ppcoat.data import garments
 from ppcoat.errors import ConfigError
 from ppcoat.train import checkpoint
 from ppcoat.train.checkpoint import check_compatible, load_latest, save_checkpoint
@@ -268,3 +274,105 @@ def test_other_settings_are_refused_by_field():
 def test_keep_must_be_positive(tmp_path):
     with pytest.raises(ConfigError, match="came 0"):
         save(tmp_path, 1, keep=0)
+
+
+def in_a_killed_child(number, action):
+    """Run `action` in a forked process that gets SIGKILL at its number-th sync, rename or replace; whether
+    it was killed."""
+    child = os.fork()
+    if child == 0:
+        left = [number]
+        for name in ("fsync", "rename", "replace"):
+            real = getattr(os, name)
+
+            def killing(*arguments, real=real):
+                left[0] -= 1
+                if left[0] == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return real(*arguments)
+
+            setattr(os, name, killing)
+        try:
+            action()
+        finally:
+            os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+def test_after_kill_9_at_every_point_of_a_save_old_or_new_is_loaded(tmp_path, caplog):
+    """The real thing: the process is gone, and only what it gave to the kernel is there."""
+    seen = []
+    for number in range(1, 100):
+        run = tmp_path / str(number)
+        for step in (10, 20):
+            save(run, step)
+        killed = in_a_killed_child(number, lambda run=run: save(run, 30, keep=2))
+        loaded = load_latest(run)
+        assert intact(loaded, loaded.step)
+        assert not [name for name in names(run) if "tmp" in name or "old" in name]
+        save(run, 40)
+        assert intact(load_latest(run), 40)
+        if not killed:
+            assert loaded.step == 30
+            break
+        seen.append(loaded.step)
+    # four files, the folder, its name, the folder above, the pointer with its own three
+    assert len(seen) >= 9 and set(seen) == {20, 30} and seen == sorted(seen)
+    assert not caplog.text  # the pointer never named what was not there
+
+
+RUN_AND_BE_KILLED = """
+import os, signal, sys
+from ppcoat.config.load import load_config
+from ppcoat.train.flux_lora import train_flux_lora
+
+kill_at = int(sys.argv[2])
+for name in ("fsync", "rename", "replace"):
+    def killing(*arguments, real=getattr(os, name), **options):
+        global kill_at
+        kill_at -= 1
+        if kill_at == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*arguments, **options)
+    setattr(os, name, killing)
+train_flux_lora(load_config(sys.argv[1]))
+"""
+
+
+@pytest.mark.slow
+def test_runs_killed_in_their_saves_end_as_one_that_was_not(tmp_path, write_run):
+    garments.write_folder(tmp_path / "data", 6, seed=1, motif="gold star", prefix="[trigger] ")
+    train = {"steps": 4, "batch_size": 2, "gradient_accumulation": 2, "lr_scheduler": "cosine",
+             "ema": {"use_ema": True}}  # fmt: skip
+    final = {}
+    for kill_at in (0, 8, 15, 24):
+        folder = tmp_path / f"killed_at_{kill_at}"
+        folder.mkdir()
+        file = write_run(folder, tmp_path / "data", train=train, save={"save_every": 1},
+                         network={"linear": 2, "linear_alpha": 4, "dropout": 0.1})  # fmt: skip
+        command = [sys.executable, "-c", RUN_AND_BE_KILLED, str(file)]
+        first = subprocess.run([*command, str(kill_at)], capture_output=True, check=False)
+        assert first.returncode == (-signal.SIGKILL if kill_at else 0), first.stderr.decode()[-2000:]
+        if kill_at:
+            subprocess.run([*command, "0"], capture_output=True, check=True)
+        final[kill_at] = load_file(str(folder / "run" / "run.safetensors"))
+        assert not list((folder / "run").rglob("*.tmp-*"))
+    for kill_at, tensors in final.items():
+        for name, value in final[0].items():
+            assert tensors[name].tobytes() == value.tobytes(), (kill_at, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_to_a_real_process_saves_and_gives_its_exit_code(tmp_path, write_run, number, code):
+    garments.write_folder(tmp_path / "data", 6, seed=1, motif="gold star", prefix="[trigger] ")
+    file = write_run(tmp_path, tmp_path / "data", train={"steps": 100000}, save={"save_every": 100000})
+    command = [sys.executable, "-m", "ppcoat", "train", str(file)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE)
+    log = tmp_path / "run" / "log.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (log.exists() and log.read_text().count("\n") > 2):
+        time.sleep(0.1)
+    process.send_signal(number)
+    assert process.wait(timeout=60) == code, process.stderr.read().decode()[-2000:]
+    assert load_latest(tmp_path / "run").step == len(log.read_text().splitlines())

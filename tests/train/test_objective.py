@@ -8,7 +8,7 @@ import paddle
 import pytest
 
 from ppcoat.models.scheduler import FlowMatchEulerDiscreteScheduler
-from ppcoat.train.objective import FlowMatching
+from ppcoat.train.objective import FlowMatching, level_weights
 
 B, C, H, W, T = 3, 2, 4, 6, 5
 TOKENS = H * W // 4
@@ -179,3 +179,56 @@ def test_noise_levels_repeat_with_the_rng():
             objective.draw_sigma(np.random.default_rng(seed), 8, 64) for seed in (9, 9, 10)
         )
         assert np.array_equal(first, again) and not np.array_equal(first, other)
+
+
+def numpy_distance(loss_type, error):
+    if loss_type == "mae":
+        return np.abs(error)
+    # ai-toolkit's: sqrt(e^2 + c^2) - c with c = 0.01
+    return np.sqrt(error**2 + 0.01**2) - 0.01 if loss_type == "pseudo_huber" else error**2
+
+
+@pytest.mark.parametrize("weight", [None, 1.0, 0.25])
+@pytest.mark.parametrize("timestep_type", ["linear", "weighted"])
+@pytest.mark.parametrize("loss_type", ["mse", "mae", "pseudo_huber"])
+def test_loss_types_and_weights_against_float64(batch, noise, loss_type, timestep_type, weight):
+    if weight is not None:
+        batch["loss_weight"] = weight
+    sigma = np.array([0.1, 0.5, 0.865], dtype=np.float32)
+    transformer = StubTransformer(lambda hidden_states, **_: 0.5 * hidden_states)
+    found = FlowMatching(timestep_type, loss_type=loss_type).losses_at(transformer, batch, sigma, noise)
+    clean, mix = (
+        tokens_of(batch["latents"].numpy().astype(np.float64)),
+        sigma[:, None, None].astype(np.float64),
+    )
+    error = 0.5 * ((1 - mix) * clean + mix * noise) - (noise - clean)
+    of_pictures = numpy_distance(loss_type, error).mean((1, 2))
+    levels = [0.716, (0.817 * 48 + 0.997 * 88) / 136, 1.52] if timestep_type == "weighted" else 1.0
+    mean = (of_pictures * levels).mean() * (1.0 if weight is None else weight)
+    np.testing.assert_allclose(found.of_pictures.numpy(), of_pictures, rtol=1e-5)
+    assert float(found.mean) == pytest.approx(mean, rel=1e-5)
+    assert found.of_pictures.stop_gradient
+
+
+def test_gradients_of_loss_types(batch, noise):
+    """d/de: 2e, sign(e), e / sqrt(e^2 + c^2), each over the number of values."""
+    clean = tokens_of(batch["latents"].numpy().astype(np.float64))
+    error = np.random.default_rng(6).standard_normal(clean.shape) * 0.02
+    of = {"mse": 2 * error, "mae": np.sign(error), "pseudo_huber": error / np.sqrt(error**2 + 1e-4)}
+    for loss_type, wanted in of.items():
+        velocity = paddle.to_tensor(noise - clean + error, dtype="float32")
+        velocity.stop_gradient = False
+        transformer = StubTransformer(lambda velocity=velocity, **_: velocity)
+        FlowMatching(loss_type=loss_type).loss_at(transformer, batch, np.full(B, 0.5), noise).backward()
+        np.testing.assert_allclose(velocity.grad.numpy() * error.size, wanted, atol=2e-4, err_msg=loss_type)
+
+
+def test_weights_of_noise_levels_follow_the_published_curve():
+    """Values of ai-toolkit's table at noise levels between our points; its mean is 1."""
+    published = {0.95: 1.3748, 0.9: 1.5068, 0.8: 1.4413, 0.7: 1.2636, 0.6: 1.0826, 0.5: 0.9254,
+                 0.4: 0.8049, 0.3: 0.7312, 0.2: 0.7161, 0.05: 0.5822}  # fmt: skip
+    levels = np.array(list(published))
+    np.testing.assert_allclose(level_weights(levels), list(published.values()), atol=0.025)
+    assert level_weights(np.linspace(1, 1000, 1000) / 1000).mean() == pytest.approx(1, abs=0.005)
+    drawn = FlowMatching("weighted").draw_sigma(np.random.default_rng(0), 200_000, 64)
+    np.testing.assert_allclose(np.quantile(drawn, QUANTILES), QUANTILES, atol=5e-3)

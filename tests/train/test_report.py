@@ -11,7 +11,8 @@ from PIL import Image
 from visualdl import LogReader
 
 from ppcoat.errors import ConfigError
-from ppcoat.train.report import Report
+from ppcoat.train import report as report_module
+from ppcoat.train.report import Report, SigmaBins
 
 
 def lines(run):
@@ -137,3 +138,33 @@ def test_missing_visualdl_is_one_line(tmp_path, monkeypatch):
 def test_visualdl_is_not_imported_with_the_module():
     code = "import sys, ppcoat.train.report; sys.exit('visualdl' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_bins_are_quarters_and_empty_themselves():
+    bins = SigmaBins()
+    bins.add([0.0, 0.2499, 0.25, 1.0], [1.0, 3.0, 5.0, 7.0])
+    again = SigmaBins()
+    again.load_state_dict(json.loads(json.dumps(bins.state_dict())))
+    for each in (bins, again):
+        each.add([0.999], [8.0])
+        wanted = {"loss_sigma_0.00_0.25": 2.0, "loss_sigma_0.25_0.50": 5.0, "loss_sigma_0.75_1.00": 7.5}
+        assert each.take() == wanted
+        assert each.take() == {}
+
+
+def test_rare_values_go_to_the_log_and_to_the_curves_at_once(tmp_path):
+    with Report(tmp_path, 9, log_every=5) as report:
+        report.step(1, {"loss": 1.0})
+        report.step(2, {"loss": 1.0}, {"validation_loss": 0.5})
+    assert lines(tmp_path)[1] == {"step": 2, "loss": 1.0, "validation_loss": 0.5}
+    assert curve(tmp_path, "train/validation_loss") == [(2, 0.5)] and not curve(tmp_path, "train/loss")
+
+
+def test_speed_is_a_curve_and_not_in_the_log(tmp_path, monkeypatch):
+    now = iter([0.0, 4.0, 9.0])
+    monkeypatch.setattr(report_module.time, "perf_counter", lambda: next(now))
+    with Report(tmp_path, 9, log_every=2) as report:
+        for step in (1, 2):
+            report.step(step, {"loss": 1.0}, images=6)
+    assert [round(value, 4) for _, value in curve(tmp_path, "train/images_per_second")] == [3.0]
+    assert all(set(line) == {"step", "loss"} for line in lines(tmp_path))

@@ -1,135 +1,39 @@
-"""The loop's own parts: optimizer state under lasting names, signals, checkpointing, memory lines."""
+"""The loop: steps that are skipped, gradient checkpointing, memory lines, what it reports and draws."""
 
+import json
 import os
 import signal
 
 import numpy as np
 import paddle
 import pytest
-from paddle import nn
 from safetensors.numpy import load_file
 
-from ppcoat.config.schema import CoatOptimizerConfig
-from ppcoat.train.coat import COATConfig, COATTrainer
+from ppcoat.train import flux_lora
 from ppcoat.train.flux_lora import train_flux_lora
-from ppcoat.train.trainer import (
-    Trainer,
-    _FinishStepOnSignal,
-    optimizer_state_bytes,
-    optimizer_tensors,
-    set_optimizer_tensors,
-)
-
-OFF, FP8 = COATConfig(enabled=False), COATConfig(optimizer=CoatOptimizerConfig(block_size=16))
+from ppcoat.train.trainer import Trainer
 
 
-class Regression:
-    """A layer of 4 -> 3, its optimizer, and steps on fixed data; automatic names are new each time."""
-
-    def __init__(self, config):
-        layer = nn.Linear(4, 3)
-        start = np.random.default_rng(0)
-        for parameter in layer.parameters():
-            parameter.set_value(start.standard_normal(parameter.shape, dtype=np.float32))
-        self.layer = layer
-        self.parameters = {"block.weight": layer.weight, "block.bias": layer.bias}
-        self.optimizer = COATTrainer(config).create_optimizer(self.parameters.values(), lr=1e-2)
-
-    def steps(self, count, seed):
-        x = paddle.to_tensor(np.random.default_rng(seed).standard_normal((6, 4), dtype=np.float32))
-        for _ in range(count):
-            (self.layer(x) - 2).square().mean().backward()
-            self.optimizer.step()
-            self.optimizer.clear_grad()
-
-    def values(self):
-        return [parameter.numpy() for parameter in self.parameters.values()]
+def log(config):
+    return [json.loads(line) for line in (config.run_dir / "log.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("config", [OFF, FP8], ids=["adamw", "fp8"])
-def test_optimizer_state_moves_to_parameters_of_other_automatic_names(config):
-    first, second = Regression(config), Regression(config)
-    assert first.layer.weight.name != second.layer.weight.name
-    first.steps(3, seed=1)
-    tensors = optimizer_tensors(first.optimizer, first.parameters)
-    assert tensors and not any(first.layer.weight.name in name for name in tensors)
-    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
-    for name, parameter in second.parameters.items():
-        parameter.set_value(first.parameters[name].numpy())
-    set_optimizer_tensors(second.optimizer, tensors, second.parameters)
-    first.steps(4, seed=2)
-    second.steps(4, seed=2)
-    for ours, theirs in zip(first.values(), second.values(), strict=True):
-        np.testing.assert_array_equal(ours, theirs)
+def weights(result):
+    return load_file(result.lora_file)
 
 
-def test_names_of_adamw_moments_are_paths():
-    run = Regression(OFF)
-    run.steps(1, seed=1)
-    names = set(optimizer_tensors(run.optimizer, run.parameters))
-    assert {name.partition("|")[0] for name in names} == {"block.weight", "block.bias"}
-    assert {name.partition("|")[2].split("_")[0] for name in names} == {
-        "moment1",
-        "moment2",
-        "beta1",
-        "beta2",
-    }
-
-
-def test_without_the_moments_the_next_step_is_another_one():
-    """So that the round trip above could fail."""
-    first, second = Regression(OFF), Regression(OFF)
-    first.steps(3, seed=1)
-    for name, parameter in second.parameters.items():
-        parameter.set_value(first.parameters[name].numpy())
-    first.steps(1, seed=2)
-    second.steps(1, seed=2)
-    assert not np.array_equal(first.values()[0], second.values()[0])
-
-
-def test_optimizer_bytes_are_those_of_the_moments():
-    """15 values: two float32 moments each; in FP8 a byte each in two groups of 16 (one per parameter), with a
-    float32 scale and a one-byte exponent per group."""
-    plain, packed = Regression(OFF), Regression(FP8)
-    plain.steps(1, seed=1)
-    packed.steps(1, seed=1)
-    assert optimizer_state_bytes(plain.optimizer) == 2 * 15 * 4
-    assert optimizer_state_bytes(packed.optimizer) == 2 * 2 * (16 + 4 + 1)
-
-
-def handlers():
-    return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-
-
-@pytest.fixture
-def usual_ctrl_c():
-    """Python's own handler, also where the tests run in the background and SIGINT is ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-def test_signal_guard_notes_the_first_signal_and_hands_back_the_handlers(usual_ctrl_c):
-    before = handlers()
-    with _FinishStepOnSignal() as stop:
-        assert handlers() != before and not stop.signal
-        os.kill(os.getpid(), signal.SIGINT)
-        assert stop.signal == signal.SIGINT
-        assert handlers() == before
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-    assert handlers() == before
-
-
-def test_signal_guard_hands_back_the_handlers_after_an_error():
-    before = handlers()
-    with pytest.raises(RuntimeError, match="in a step"), _FinishStepOnSignal():
-        raise RuntimeError("in a step")
-    assert handlers() == before
+def equal(first, second):
+    """Bit for bit."""
+    assert first.keys() == second.keys()
+    return all(first[name].tobytes() == second[name].tobytes() for name in first)
 
 
 def test_ctrl_c_finishes_the_step_saves_and_leaves_with_130(make_config, monkeypatch, capfd):
-    config, before, step = make_config("save.save_every=100"), handlers(), Trainer.train_step
+    config, before, step = (
+        make_config("save.save_every=100"),
+        signal.getsignal(signal.SIGINT),
+        Trainer.train_step,
+    )
 
     def interrupted(trainer):
         os.kill(os.getpid(), signal.SIGINT)
@@ -139,7 +43,7 @@ def test_ctrl_c_finishes_the_step_saves_and_leaves_with_130(make_config, monkeyp
         patch.setattr(Trainer, "train_step", interrupted)
         train_flux_lora(config)
     assert stopped.value.code == 130
-    assert handlers() == before
+    assert signal.getsignal(signal.SIGINT) == before
     assert (config.run_dir / "checkpoints" / "000000001").is_dir()
     assert "stopped at step 1; run the same command again" in capfd.readouterr().err
     assert len(train_flux_lora(config).losses) == 3
@@ -173,4 +77,175 @@ def test_memory_lines_come_only_when_asked_for(make_config, capsys):
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("[")]
     stages = ["before_forward", "after_forward", "after_backward", "after_optimizer_step"]
     assert [line.split("]")[0][1:] for line in lines] == stages
-    assert all("step 1: resident" in line for line in lines)
+    assert all("Step 1: " in line for line in lines)
+
+
+PREVIEWS = ("sample.sample_steps=1", "sample.width=64", "sample.height=64")
+
+
+def poison(monkeypatch, steps, where):
+    """NaN in the loss, or in the gradient of the last lora_B, at these steps (from 0)."""
+    real, of_step = flux_lora.FlowMatching.losses_at, Trainer.train_step
+
+    def train_step(trainer):
+        poison.step, poison.trainer = trainer.step, trainer
+        return of_step(trainer)
+
+    def losses_at(self, model, *arguments):
+        found = real(self, model, *arguments)
+        if poison.step not in steps or not model.training:
+            return found
+        bad = paddle.to_tensor(float("nan"))
+        if where == "loss":
+            return type(found)(found.mean * bad, found.of_pictures)
+        list(poison.trainer.parameters.values())[-1].register_hook(lambda gradient: gradient * bad)
+        return found
+
+    monkeypatch.setattr(Trainer, "train_step", train_step)
+    monkeypatch.setattr(flux_lora.FlowMatching, "losses_at", losses_at)
+
+
+def state(trainer):
+    """Every bit that a skipped step must leave alone."""
+    from ppcoat.train.optimizer_state import optimizer_tensors
+
+    tensors = {f"weight {n}": p for n, p in trainer.parameters.items()}
+    tensors |= {
+        f"optimizer {n}": t for n, t in optimizer_tensors(trainer.optimizer, trainer.parameters).items()
+    }
+    tensors |= {f"mean {n}": t for n, t in trainer.ema.tensors.items()}
+    bits = {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
+    return bits | {"schedule": (trainer.schedule.last_epoch, trainer.schedule.last_lr)}
+
+
+@pytest.mark.parametrize("coat", ["true", "false"])
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(make_config, monkeypatch, coat, where):
+    seen, step = {}, Trainer.train_step
+
+    def watched(trainer):
+        before = state(trainer)
+        result = step(trainer)
+        seen[trainer.step] = (result.skipped, before == state(trainer))
+        return result
+
+    monkeypatch.setattr(Trainer, "train_step", watched)
+    if where == "gradient":
+        poison(monkeypatch, {2}, where)
+    else:
+        poison(monkeypatch, {1, 2}, where)
+    config = make_config(f"coat.enabled={coat}", "train.steps=5", "train.lr_scheduler=cosine",
+                         "train.ema.use_ema=true", "save.save_every=3")  # fmt: skip
+    if where == "gradient":  # the hook stays: every step from then on is bad
+        with pytest.raises(FloatingPointError, match="first bad tensor is the gradient of .*lora_B"):
+            train_flux_lora(config.model_copy(update={"train": config.train.model_copy(
+                update={"max_skipped_in_a_row": 2})}))  # fmt: skip
+        assert seen == {1: (False, False), 2: (False, False), 3: (True, True)}
+        return
+    result = train_flux_lora(config)
+    good = (False, False)
+    assert seen == {1: good, 2: (True, True), 3: (True, True), 4: good, 5: good}
+    assert [line["skipped_steps"] for line in log(config)] == [0, 1, 2, 2, 2]
+    assert log(config)[1]["loss"] == "nan" and len(result.losses) == 3
+    assert all(np.isfinite(value).all() for value in weights(result).values())
+
+
+def test_skipped_steps_survive_a_resume(make_config, monkeypatch):
+    config = make_config("train.steps=4", "train.max_skipped_in_a_row=3")
+    bad = {0, 1, 2}
+    poison(monkeypatch, bad, "loss")
+    with pytest.raises(
+        FloatingPointError, match="3 steps in a row .* in step 3 the first bad tensor is the loss"
+    ):
+        train_flux_lora(config)
+    assert (config.run_dir / "checkpoints" / "latest").read_text() == "000000002\n"
+    with pytest.raises(FloatingPointError, match="3 steps in a row"):  # it had two before it went on
+        train_flux_lora(config)
+    bad.clear()
+    train_flux_lora(config)
+    assert [line["skipped_steps"] for line in log(config)] == [1, 2, 2, 2]
+
+
+def test_the_first_bad_module_is_named(make_config, monkeypatch):
+    built = flux_lora.build_trainer
+
+    def build(*arguments):
+        trainer = built(*arguments)
+        norm = trainer.model.norm_out.linear.weight
+        norm.set_value(paddle.full_like(norm, float("inf")))
+        return trainer
+
+    monkeypatch.setattr(flux_lora, "build_trainer", build)
+    with pytest.raises(
+        FloatingPointError, match=r"the loss, nan, and before it the output of norm_out\.linear\."
+    ):
+        train_flux_lora(make_config("train.max_skipped_in_a_row=1"))
+
+
+def test_the_gradient_norm_is_that_of_the_gradients(make_config, monkeypatch):
+    norms = []
+    update = Trainer._update
+
+    def watched(trainer, *arguments):
+        squares = [np.sum(p.grad.numpy().astype(np.float64) ** 2) for p in trainer.parameters.values()]
+        norms.append(np.sqrt(np.sum(squares)))
+        return update(trainer, *arguments)
+
+    monkeypatch.setattr(Trainer, "_update", watched)
+    config = make_config("train.steps=3", "train.gradient_accumulation=2", "train.max_grad_norm=0.001")
+    train_flux_lora(config)
+    np.testing.assert_allclose([line["grad_norm"] for line in log(config)], norms, rtol=1e-5)
+    assert min(norms) > 0.001  # before clipping
+
+
+def test_bins_hold_the_losses_of_their_noise_levels(make_config, monkeypatch):
+    """With a level given for each of two pictures, two of the four bins have a mean, at each point."""
+    noise = np.random.default_rng(0).standard_normal((2, 16, 64), dtype=np.float32)
+    levels = np.array([0.3, 1.0], dtype=np.float32)
+    monkeypatch.setattr(flux_lora.FlowMatching, "draw", lambda self, batch, rng: (levels, noise))
+    config = make_config("train.steps=5", "logging.log_every=2")
+    train_flux_lora(config)
+    lines = log(config)
+    bins = [sorted(name for name in line if name.startswith("loss_sigma")) for line in lines]
+    both = ["loss_sigma_0.25_0.50", "loss_sigma_0.75_1.00"]
+    assert bins == [[], both, [], both, both]
+    # both pictures are in each step, so the mean of the bins is the mean of the losses since the last point
+    for at, since in ((1, (0, 1)), (3, (2, 3)), (4, (4,))):
+        mean = np.mean([lines[at][name] for name in both])
+        assert mean == pytest.approx(np.mean([lines[i]["loss"] for i in since]), rel=1e-5)
+
+
+def test_bins_go_on_after_a_resume(make_config, monkeypatch):
+    whole = make_config("name=whole", "train.steps=4", "save.save_every=3", "logging.log_every=4")
+    train_flux_lora(whole)
+    halves = make_config("name=halves", "train.steps=4", "save.save_every=3", "logging.log_every=4")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        step = Trainer.train_step
+
+        def interrupted(trainer):
+            if trainer.step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return step(trainer)
+
+        patch.setattr(Trainer, "train_step", interrupted)
+        train_flux_lora(halves)
+    train_flux_lora(halves)
+    assert log(whole) == log(halves) and any("loss_sigma" in name for name in log(whole)[-1])
+
+
+def test_previews_come_first_if_wanted_and_do_not_change_training(make_config, capfd):
+    common = ("train.steps=2", "network.dropout=0.2", *PREVIEWS)
+    plain = train_flux_lora(make_config("name=plain", *common))
+    wanted = ("sample.sample_every=1", "sample.skip_first_sample=false", "sample.prompts=[a, b]")
+    drawn = make_config("name=drawn", *common, *wanted)
+    assert equal(weights(plain), weights(train_flux_lora(drawn)))
+    names = sorted(path.name for path in (drawn.run_dir / "samples").iterdir())
+    assert names == [f"{step:09d}_{number:02d}.png" for step in (0, 1, 2) for number in (0, 1)]
+    assert "step 0: 2 previews in " in capfd.readouterr().err
+    more = make_config("name=drawn", *common, *wanted, "train.steps=3")
+    train_flux_lora(more)
+    assert "step 2: 2 previews" not in capfd.readouterr().err
+    train_flux_lora(
+        make_config("name=drawn", *common, *wanted, "train.steps=4", "sample.force_first_sample=true")
+    )
+    assert "step 3: 2 previews" in capfd.readouterr().err

@@ -1,0 +1,181 @@
+"""Encodings on disk: one small safetensors file per key, shared by processes and by later runs.
+
+    <folder>/3f/3fa4...e1.safetensors               named by its key; two letters keep the folders small
+
+A key is made of everything that decides the content (content_key), so an entry never goes out of date and
+it does not matter who wrote it last. What an entry means is the caller's business.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import socket
+import time
+from pathlib import Path
+
+import paddle
+import safetensors.paddle
+from safetensors import SafetensorError
+
+from ppcoat.errors import ConfigError
+
+FORMAT = "ppcoat-embedding-1"  # part of every key, so that entries of another format are never found
+_KEY = re.compile(r"^[0-9a-f]{64}$")
+_DRAFT = re.compile(r"^[0-9a-f]{64}\.tmp-([A-Za-z0-9]*)-([0-9]+)$")
+_HOST = re.sub(r"[^A-Za-z0-9]", "", socket.gethostname())
+_FORGOTTEN_SECONDS = 24 * 3600  # no put takes a day: a draft this old has no living writer, on any machine
+
+_log = logging.getLogger(__name__)
+
+
+class EmbeddingStore:
+    """Named tensors by key under `folder`, every dtype bit for bit (bfloat16 and float8 too).
+
+    Any number of processes and machines may read and write at once. Raises ConfigError where `folder` cannot
+    be made or written to. Removes drafts that killed writers left: of this machine at once, of others after a
+    day.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        probe = self.folder / f".writable.tmp-{_HOST}-{os.getpid()}"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _write(probe, b"")
+            probe.unlink()
+            self._remove_drafts()
+        except OSError as error:
+            raise ConfigError(
+                f"cache folder {self.folder}: cannot be written to ({error.strerror}); "
+                "choose another folder or make it writable"
+            ) from None
+
+    def get(self, key: str) -> dict[str, paddle.Tensor] | None:
+        """The tensors put under `key`, on the CPU, or None.
+
+        A damaged or foreign file is None too, with a warning; the next put replaces it.
+        """
+        path = self._path(key)
+        try:
+            return _decode(key, path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            reason = error.strerror
+        except _Damaged as damage:
+            reason = str(damage)
+        _log.warning("cache entry %s is of no use (%s); it will be made anew", path, reason)
+        return None
+
+    def put(self, key: str, tensors: dict[str, paddle.Tensor]) -> None:
+        """Store `tensors` under `key`: complete, or not at all if the process is killed meanwhile.
+
+        Raises OSError (disk full) with an earlier entry untouched.
+        """
+        path = self._path(key)
+        draft = path.with_name(f"{key}.tmp-{_HOST}-{os.getpid()}")
+        path.parent.mkdir(exist_ok=True)
+        try:
+            _write(draft, _encode(key, tensors))
+            os.replace(draft, path)
+        except OSError:
+            draft.unlink(missing_ok=True)
+            raise
+
+    def _path(self, key: str) -> Path:
+        assert _KEY.match(key), f"{key!r} is not from content_key"
+        return self.folder / key[:2] / f"{key}.safetensors"
+
+    def _remove_drafts(self) -> None:
+        for draft in self.folder.glob("[0-9a-f][0-9a-f]/*.tmp-*"):
+            match = _DRAFT.match(draft.name)
+            if match and _is_forgotten(draft, match.group(1), int(match.group(2))):
+                draft.unlink(missing_ok=True)
+
+
+def content_key(*parts: str | bytes | int) -> str:
+    """sha256 (64 hex digits) of the parts, each with its type and length: ("ab", "c"), ("a", "bc") and 1, "1"
+    all have keys of their own. The parts must say everything that decides the content: file_digest of the
+    picture, size, caption, encoder, dtype."""
+    digest = hashlib.sha256(FORMAT.encode())
+    for part in parts:
+        content = part if isinstance(part, bytes) else str(part).encode("utf-8", "surrogatepass")
+        digest.update(f"|{type(part).__name__}:{len(content)}:".encode())
+        digest.update(content)
+    return digest.hexdigest()
+
+
+def file_digest(path: str | Path) -> str:
+    """sha256 (64 hex digits) of a file's bytes. Raises ConfigError naming a file that cannot be read."""
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: cannot be read ({error.strerror}); restore the file or remove it"
+        ) from None
+    return digest.hexdigest()
+
+
+class _Damaged(Exception):
+    """An entry cannot be used; the text is the reason."""
+
+
+def _encode(key: str, tensors: dict[str, paddle.Tensor]) -> bytes:
+    """safetensors bytes whose header also holds the key and the sha256 of the tensor bytes."""
+    dense = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    digest = _split(safetensors.paddle.save(dense))[1]
+    metadata = {"format": FORMAT, "key": key, "sha256": hashlib.sha256(digest).hexdigest()}
+    return safetensors.paddle.save(dense, metadata)
+
+
+def _decode(key: str, content: bytes) -> dict[str, paddle.Tensor]:
+    try:
+        header, data = _split(content)
+        metadata = json.loads(header)["__metadata__"]
+        named = (metadata["format"], metadata["key"])
+        digest = metadata["sha256"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise _Damaged(f"cut off, or not of ppcoat: {type(error).__name__}") from None
+    if named != (FORMAT, key):
+        raise _Damaged("holds another entry")
+    if hashlib.sha256(data).hexdigest() != digest:
+        raise _Damaged("cut off, or its bytes have changed")
+    try:
+        return safetensors.paddle.load(content)
+    except SafetensorError as error:
+        raise _Damaged(str(error)) from None
+
+
+def _split(content: bytes) -> tuple[bytes, memoryview]:
+    """Header (JSON) and tensor bytes: the format begins with the header's length, 8 bytes, little-endian."""
+    start = 8 + int.from_bytes(content[:8], "little")
+    return content[8:start], memoryview(content)[start:]
+
+
+def _write(path: Path, content: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())  # else a power cut after the rename could leave an empty entry
+
+
+def _is_forgotten(draft: Path, host: str, pid: int) -> bool:
+    """Whether the process that was writing a draft is gone."""
+    try:
+        if time.time() - draft.stat().st_mtime > _FORGOTTEN_SECONDS:
+            return True
+        if host != _HOST:
+            return False
+        os.kill(pid, 0)
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+    except PermissionError:  # alive, of another user
+        return False
+    return pid == os.getpid()  # an id used again: this process is not writing yet

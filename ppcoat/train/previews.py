@@ -1,0 +1,56 @@
+"""Preview pictures of a run: which ones, and drawing them from cached prompt embeddings."""
+
+from __future__ import annotations
+
+from PIL import Image
+
+from ppcoat.config.schema import PreviewConfig, RunConfig
+from ppcoat.data.cache import TrainingCache
+from ppcoat.data.captions import final_caption
+from ppcoat.models.flux_pipeline import FluxPipeline
+
+
+def previews(config: RunConfig) -> list[PreviewConfig]:
+    """sample.prompts, then sample.samples, each with every setting filled in from the section `sample`."""
+    sample = config.sample
+    entries = [*(PreviewConfig(prompt=prompt) for prompt in sample.prompts), *sample.samples]
+    shared = {name: getattr(sample, name) for name in ("width", "height", "guidance_scale", "sample_steps")}
+    filled = []
+    for number, entry in enumerate(entries):
+        own = entry.model_dump(exclude_none=True)
+        seed = sample.seed + (number if sample.walk_seed else 0)
+        prompt = final_prompt(entry.prompt, config.trigger_word)
+        filled.append(PreviewConfig(**(shared | {"seed": seed} | own | {"prompt": prompt})))
+    return filled
+
+
+def preview_prompts(config: RunConfig) -> list[str]:
+    """The final prompt of every preview."""
+    return [preview.prompt for preview in previews(config)]
+
+
+def final_prompt(prompt: str, trigger_word: str | None) -> str:
+    """[trigger] filled in; a prompt without it is drawn as it stands."""
+    return final_caption(prompt, trigger_word) if "[trigger]" in prompt else prompt
+
+
+def draw_previews(
+    config: RunConfig, pipeline: FluxPipeline, cache: TrainingCache
+) -> tuple[list[Image.Image], list[str]]:
+    """One picture per preview, and its prompt. Draws nothing from the generator that training uses."""
+    pictures, wanted = [], previews(config)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.transformer.eval()
+    for preview in wanted:
+        embeds, pooled = cache.text([preview.prompt])
+        pictures += pipeline(
+            prompt_embeds=embeds,
+            pooled_prompt_embeds=pooled,
+            height=preview.height,
+            width=preview.width,
+            num_inference_steps=preview.sample_steps,
+            guidance_scale=preview.guidance_scale,
+            seed=preview.seed,
+        ).images
+    pipeline.transformer.train()
+    return pictures, [preview.prompt for preview in wanted]

@@ -1,0 +1,93 @@
+"""Validation loss: the same pictures, noise and noise levels every time, so that steps and runs compare.
+
+Kept aside from training: no dropout, no gradient, nothing drawn from the generators that training uses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import paddle
+
+from ppcoat.config.schema import RunConfig
+from ppcoat.data.captions import final_caption
+from ppcoat.data.sources import load_image, scan_folder
+from ppcoat.errors import ConfigError
+from ppcoat.models.flux_pipeline import FluxPipeline
+from ppcoat.train.objective import FlowMatching
+
+NOISE_SEED = 0  # not the run's: runs of different seeds compare
+DEFAULT_SIGMAS = (1.0, 0.75, 0.5, 0.25)  # as ai-toolkit's validation_config has them
+
+
+@dataclass(frozen=True)
+class Validation:
+    """pictures: one batch of a single picture each, with latents [1, C, h, w], prompt_embeds [1, T, D] and
+    pooled [1, P]. sigmas: noise levels in 0..1."""
+
+    pictures: Sequence[dict[str, paddle.Tensor]]
+    objective: FlowMatching
+    sigmas: Sequence[float] = DEFAULT_SIGMAS
+
+    @paddle.no_grad()
+    def losses(self, transformer: paddle.nn.Layer) -> dict[str, float]:
+        """{"validation_loss": mean of all, "validation_loss_sigma_0.50": mean of a noise level, ...}.
+
+        The loss of the run's loss_type without any weights. The model is left in the mode that it had.
+        """
+        training = transformer.training
+        transformer.eval()
+        rows = [[self._loss(transformer, number, sigma) for sigma in self.sigmas]
+                for number in range(len(self.pictures))]  # fmt: skip
+        if training:
+            transformer.train()
+        table = paddle.stack([paddle.concat(row) for row in rows])
+        of_sigmas = table.numpy().astype(np.float64).mean(0)  # the one read from the device
+        named = {f"validation_loss_sigma_{sigma:.2f}": float(loss)
+                 for sigma, loss in zip(self.sigmas, of_sigmas, strict=True)}  # fmt: skip
+        return {"validation_loss": float(of_sigmas.mean()), **named}
+
+    def _loss(self, transformer: paddle.nn.Layer, number: int, sigma: float) -> paddle.Tensor:
+        batch = self.pictures[number]
+        # one noise per picture for all levels, whatever the order and the number of the others
+        _, noise = self.objective.draw(batch, np.random.default_rng([NOISE_SEED, number]))
+        levels = np.full(1, sigma, dtype=np.float32)
+        return self.objective.losses_at(transformer, batch, levels, noise).of_pictures
+
+
+def validation_pairs(config: RunConfig) -> list[tuple[Path, str]]:
+    """Pictures of train.validation and their final captions; before any model is loaded.
+
+    Raises ConfigError for a picture or folder that is not there or cannot be read.
+    """
+    wanted, pairs = config.train.validation, []
+    if wanted.folder_path is not None:
+        items = scan_folder(wanted.folder_path).items
+        pairs += [(item.image_path, item.caption_raw) for item in items]
+    for item in wanted.items:
+        path = Path(item.image_path)
+        if not path.is_file():
+            raise ConfigError(f"train.validation: there is no picture {path}; check the path")
+        load_image(path, wanted.resolution, wanted.resolution)  # raises for a file that is no picture
+        pairs.append((path, item.prompt))
+    return [(path, final_caption(caption, config.trigger_word)) for path, caption in pairs]
+
+
+@paddle.no_grad()
+def encode_validation(
+    config: RunConfig, pairs: Sequence[tuple[Path, str]], pipeline: FluxPipeline, objective: FlowMatching
+) -> Validation | None:
+    """Encode the pictures, cropped to squares, and their captions; None where there are none."""
+    if not pairs:
+        return None
+    side, pictures = config.train.validation.resolution, []
+    for path, caption in pairs:
+        pixels = paddle.to_tensor(load_image(path, side, side)[None])
+        embeds, pooled = pipeline.encode_prompt(
+            [caption], max_sequence_length=config.train.max_sequence_length
+        )[:2]
+        pictures.append({"latents": pipeline.encode_image(pixels), "prompt_embeds": embeds, "pooled": pooled})
+    return Validation(pictures, objective, config.train.validation.sigmas)

@@ -1,0 +1,312 @@
+"""Two real processes over gloo: what they compute together, and that none outlives another."""
+
+import multiprocessing
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import paddle
+import paddle.distributed
+import pytest
+
+from ppcoat.errors import ConfigError
+from ppcoat.optim import FP8AdamW, FP8QuantizationConfig
+from ppcoat.train import ranks as module
+from ppcoat.train.ranks import LOST_EXIT, Ranks
+
+CONTEXT = multiprocessing.get_context("fork")  # a fork has Paddle imported already
+SHAPES = ([3, 5], [7], [2, 2, 2])
+
+
+def gradients(rank):
+    """Per parameter an array, or None where the rank has no gradient: the second on rank 1, the last on
+    both."""
+    rng = np.random.default_rng(rank)
+    drawn = [rng.standard_normal(shape).astype(np.float32) for shape in SHAPES]
+    return [drawn[0], None if rank == 1 else drawn[1], None]
+
+
+@pytest.fixture
+def start(monkeypatch):
+    """start(work, size) -> processes, one per rank, that run work(Ranks.current(), queue, rank's own `tell`);
+    what is told comes from `heard`."""
+    started = []
+
+    def start(work, size=2, grace=0.3):
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+        environment = {
+            "PADDLE_TRAINERS_NUM": str(size),
+            "PADDLE_MASTER": f"127.0.0.1:{port}",
+            "PADDLE_TRAINER_ENDPOINTS": ",".join(f"127.0.0.1:{port + 1 + i}" for i in range(size)),
+        }
+        results = [CONTEXT.Pipe(duplex=False) for _ in range(size)]
+
+        def run(rank):
+            os.environ.update(environment, PADDLE_TRAINER_ID=str(rank), PADDLE_CURRENT_ENDPOINT="127.0.0.1:1")
+            module._GRACE_SECONDS = grace
+            if rank:
+                time.sleep(0.3)  # Paddle's store asks again only after 3 seconds
+            work(Ranks.current(), results[rank][1].send)
+
+        for rank in range(size):
+            process = CONTEXT.Process(target=run, args=(rank,))
+            process.start()
+            started.append(process)
+        return started, [receive for receive, _ in results]
+
+    yield start
+    for process in started:
+        process.kill()
+
+
+def finish(processes, seconds=20):
+    """Exit codes; a process that still runs after `seconds` in all has None."""
+    end = time.time() + seconds
+    for process in processes:
+        process.join(timeout=max(0, end - time.time()))
+    return [process.exitcode for process in processes]
+
+
+def hear(receiver, seconds=20):
+    assert receiver.poll(seconds), "the rank said nothing"
+    return receiver.recv()
+
+
+def work_together(ranks, tell):
+    told, calls = {"rank": (ranks.rank, ranks.size, ranks.is_first)}, []
+    reduce_all = paddle.distributed.all_reduce
+    paddle.distributed.all_reduce = lambda *a, **k: (calls.append(a), reduce_all(*a, **k))[1]
+    parameters = [paddle.create_parameter(shape, "float32") for shape in SHAPES]
+    for parameter, gradient in zip(parameters, gradients(ranks.rank), strict=True):
+        if gradient is not None:
+            (parameter * paddle.to_tensor(gradient)).sum().backward()
+    ranks.average_gradients(parameters)
+    told["gradients"] = [parameter.grad.numpy() for parameter in parameters]
+    told["reductions"] = len(calls)
+    spoilt = np.ones(SHAPES[0], np.float32)
+    spoilt[0, 0] = np.nan if ranks.rank == 1 else 1
+    parameters[0].grad = paddle.to_tensor(spoilt)
+    ranks.average_gradients(parameters)
+    told["nan"] = np.isnan(parameters[0].grad.numpy()).sum()
+
+    bits = np.arange(8, dtype=np.int16) - 4 + 100 * ranks.rank  # as bfloat16 some are NaN with a payload
+    tensors = [paddle.to_tensor(bits).view("bfloat16"), paddle.full([2], ranks.rank + 0.5)]
+    tensors.append(paddle.full([3], ranks.rank + 1.0).astype("float16"))
+    ranks.broadcast(tensors)
+    told["broadcast"] = [tensors[0].view("int16").numpy(), tensors[1].numpy(), tensors[2].numpy()]
+
+    told["mean"] = ranks.mean([0.1, 0.7][ranks.rank])
+    told["mean of nan"] = ranks.mean([1.0, float("nan")][ranks.rank])
+    told["any"] = [ranks.any(ranks.rank == 1), ranks.any(False), ranks.any(True)]
+    told["share"] = [ranks.share([1, 2, 3, 4]), ranks.share(np.arange(6).reshape(2, 3)).tolist()]
+    with pytest.raises(ConfigError, match="batch of 3 cannot be shared by 2 ranks"):
+        ranks.share([1, 2, 3])
+    ranks.close()
+    tell(told)
+
+
+def test_two_ranks_compute_together(start):
+    processes, heard = start(work_together)
+    first, second = hear(heard[0]), hear(heard[1])
+    assert finish(processes) == [0, 0]
+    assert (first["rank"], second["rank"]) == ((0, 2, True), (1, 2, False))
+    drawn = [gradients(rank) for rank in (0, 1)]
+    for i, shape in enumerate(SHAPES):
+        both = [np.zeros(shape) if g[i] is None else g[i].astype(np.float64) for g in drawn]
+        np.testing.assert_allclose(first["gradients"][i], np.mean(both, axis=0), rtol=1e-6, atol=1e-7)
+        np.testing.assert_array_equal(first["gradients"][i], second["gradients"][i])
+    assert first["reductions"] == second["reductions"] == 1
+    assert first["nan"] == second["nan"] == 1
+    for told in (first, second):
+        np.testing.assert_array_equal(told["broadcast"][0], np.arange(8) - 4)
+        np.testing.assert_array_equal(told["broadcast"][1], [0.5, 0.5])
+        np.testing.assert_array_equal(told["broadcast"][2], [1, 1, 1])
+        assert told["mean"] == pytest.approx(0.4, abs=1e-15) and np.isnan(told["mean of nan"])
+        assert told["any"] == [True, False, True]
+    assert (first["share"], second["share"]) == ([[1, 2], [[0, 1, 2]]], [[3, 4], [[3, 4, 5]]])
+
+
+def train(ranks, tell=None):
+    """Five steps of a small regression with FP8AdamW and clipping; each rank computes on its share."""
+    rng = np.random.default_rng(0)
+    layer = paddle.nn.Linear(6, 4)
+    for parameter in layer.parameters():
+        paddle.assign(rng.standard_normal(parameter.shape).astype(np.float32), output=parameter)
+    clip = paddle.nn.ClipGradByGlobalNorm(1.0)
+    optimizer = FP8AdamW(
+        1e-2, layer.parameters(), grad_clip=clip, fp8_config=FP8QuantizationConfig(block_size=16)
+    )
+    ranks.broadcast(layer.parameters())
+    losses = []
+    for _ in range(5):
+        x, y = (rng.standard_normal((2, width)).astype(np.float32) for width in (6, 4))
+        loss = (layer(paddle.to_tensor(ranks.share(x))) - paddle.to_tensor(ranks.share(y))).square().mean()
+        loss.backward()
+        losses.append(ranks.mean(float(loss)))
+        ranks.average_gradients(layer.parameters())
+        optimizer.step()
+        optimizer.clear_grad()
+    ranks.close()
+    result = losses, [parameter.numpy() for parameter in layer.parameters()]
+    if tell is None:
+        return result
+    return tell(result)
+
+
+def test_two_ranks_of_batch_one_are_one_rank_of_batch_two(start):
+    processes, heard = start(train)
+    (losses, weights), (other_losses, other_weights) = hear(heard[0]), hear(heard[1])
+    assert finish(processes) == [0, 0]
+    expected_losses, expected_weights = train(Ranks())
+    np.testing.assert_allclose(losses, expected_losses, rtol=0, atol=1e-6)
+    assert losses == other_losses
+    for weight, other, expected in zip(weights, other_weights, expected_weights, strict=True):
+        np.testing.assert_allclose(weight, expected, rtol=0, atol=1e-6)
+        np.testing.assert_array_equal(weight, other)
+
+
+def wait_for_the_dead(ranks, tell, dying):
+    ranks.barrier()
+    if ranks.rank == dying:
+        tell("dying")
+        os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        ranks.mean(1.0)
+    except RuntimeError as error:
+        tell(str(error))
+
+
+@pytest.mark.parametrize("dying", [0, 1])
+def test_a_rank_that_waits_for_a_dead_one_gets_an_error(start, dying):
+    processes, heard = start(lambda ranks, tell: wait_for_the_dead(ranks, tell, dying))
+    assert hear(heard[dying]) == "dying"
+    killed = time.time()
+    assert re.match(rf"rank {dying} has died.*go on from the checkpoint", hear(heard[1 - dying]))
+    assert time.time() - killed < 2
+    assert finish(processes)[dying] == -signal.SIGKILL
+
+
+def work_alone(ranks, tell):
+    ranks.barrier()
+    if ranks.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(60)  # as a main thread does that waits inside nccl
+
+
+def test_a_dead_rank_ends_those_that_do_not_wait_for_it(start):
+    processes, _ = start(work_alone, size=3)
+    assert finish(processes) == [LOST_EXIT, -signal.SIGKILL, LOST_EXIT]
+
+
+def end_early(ranks, tell, close):
+    ranks.barrier()
+    if close:
+        ranks.close()
+    if ranks.rank == 0:
+        time.sleep(1.5)  # rank 0 may go on alone, to write its last file
+
+
+@pytest.mark.parametrize(("close", "codes"), [(True, [0, 0]), (False, [LOST_EXIT, 0])])
+def test_only_after_close_may_a_rank_end_alone(start, close, codes):
+    processes, _ = start(lambda ranks, tell: end_early(ranks, tell, close))
+    assert finish(processes) == codes
+
+
+def test_close_waits_for_the_slowest(start):
+    def work(ranks, tell):
+        ranks.barrier()
+        if ranks.is_first:
+            time.sleep(1)
+        before = time.time()
+        ranks.close()
+        tell(time.time() - before)
+
+    processes, heard = start(work)
+    assert hear(heard[1]) > 0.8
+    assert finish(processes) == [0, 0]
+
+
+def test_a_stranger_at_the_port_is_not_a_rank():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        lines = []
+        for token, rank in ((1, 1), (7, 0), (7, 2), (7, 1)):
+            lines.append(socket.create_connection(server.getsockname()))
+            lines[-1].sendall(module._GREETING.pack(token, rank))
+        peers = module._accept(server, token=7, size=2)
+    assert list(peers) == [1]
+    assert peers[1].getpeername() == lines[3].getsockname()
+
+
+def test_one_process_needs_no_group(monkeypatch):
+    for name in ("PADDLE_TRAINER_ID", "PADDLE_TRAINERS_NUM"):
+        monkeypatch.delenv(name, raising=False)
+    ranks = Ranks.current()
+    assert ranks == Ranks(0, 1) and ranks.is_first
+    assert not paddle.distributed.is_initialized()
+    parameter = paddle.create_parameter([2], "float32")
+    ranks.average_gradients([parameter])
+    ranks.broadcast([parameter])
+    ranks.barrier()
+    ranks.close()
+    assert parameter.grad is None
+    assert ranks.mean(0.1) == 0.1 and ranks.any(True) and not ranks.any(False)
+    assert ranks.share([1, 2, 3]) == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("rank", "size", "message"),
+    [
+        ("2", "2", "PADDLE_TRAINER_ID=2"),
+        ("0", "two", "came 'two'"),
+        ("-1", "2", "came '-1'"),
+        ("0", "0", "=0"),
+    ],
+)
+def test_wrong_numbers_are_refused(monkeypatch, rank, size, message):
+    monkeypatch.setenv("PADDLE_TRAINER_ID", rank)
+    monkeypatch.setenv("PADDLE_TRAINERS_NUM", size)
+    with pytest.raises(ConfigError, match=message):
+        Ranks.current()
+
+
+@pytest.mark.slow
+def test_ranks_meet_after_longer_than_gloo_waits(start):
+    def work(ranks, tell):
+        if ranks.is_first:
+            time.sleep(33)  # gloo alone raises after 30
+        tell(ranks.mean(ranks.rank))
+        ranks.close()
+
+    processes, heard = start(work)
+    assert [hear(receiver, 60) for receiver in heard] == [0.5, 0.5]
+    assert finish(processes) == [0, 0]
+
+
+LAUNCHED = """
+import os, signal, sys, time
+from ppcoat.train.ranks import Ranks
+ranks = Ranks.current()
+for step in range(10**6):
+    ranks.mean(step)
+    if step == 50 and ranks.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.slow
+def test_the_launcher_ends_when_a_rank_is_killed(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(LAUNCHED)
+    options = ["--nproc_per_node", "2", "--log_dir", tmp_path / "log"]
+    command = [sys.executable, "-m", "paddle.distributed.launch", *options, script]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(command, env=environment, timeout=120, capture_output=True)
+    assert done.returncode != 0
+    assert "rank 1 has died" in (tmp_path / "log" / "workerlog.0").read_text()
