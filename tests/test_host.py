@@ -158,8 +158,13 @@ def test_gpus_are_counted_from_0(monkeypatch):
         set_device("gpu:2")
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no procfs")
-def test_memory_in_use_is_what_the_kernel_says(cpu):
-    shown = float(re.fullmatch(r"resident (\d+\.\d\d) GB", memory_in_use())[1])
-    kilobytes = re.search(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]
-    assert shown == pytest.approx(int(kilobytes) * 1024 / 1e9, abs=0.05)
+def test_memory_in_use_grows_by_the_bytes_of_a_tensor(cpu):
+    def shown():
+        match = re.fullmatch(r"Allocated: (\d+\.\d\d)GB, Reserved: (\d+\.\d\d)GB", memory_in_use())
+        return np.array([float(number) for number in match.groups()])
+
+    before = shown()
+    tensor = paddle.zeros([25, 1000, 1000])
+    np.testing.assert_allclose(shown() - before, 0.1, atol=0.011)
+    del tensor
+    np.testing.assert_allclose(shown(), before, atol=0.011)

@@ -26,6 +26,7 @@ COMMANDS = {  # name -> (module, what it does)
     "convert": ("ppcoat.cli.convert", "write a LoRA file in diffusers', kohya's or Paddle's format"),
     "inspect": ("ppcoat.cli.inspect", "show what a LoRA file holds: format, ranks, norms, header"),
     "merge": ("ppcoat.cli.merge", "write a FLUX folder with a LoRA added to its weights"),
+    "plan": ("ppcoat.cli.plan", "tell the memory a run will need, choose settings that fit a card"),
     "benchmark": ("ppcoat.cli.benchmark", "measure standard and COAT training side by side"),
     "parity": ("ppcoat.cli.parity", "train quickstart's LoRA under every saving policy and compare"),
     "accuracy": ("ppcoat.cli.accuracy", "error of the FP8 optimizer states beside the published rules"),
@@ -34,7 +35,8 @@ COMMANDS = {  # name -> (module, what it does)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`python -m ppcoat <command> ...` -> exit status: 0, or 2 for a user's mistake, or 130 for Ctrl+C."""
+    """`python -m ppcoat <command> ...` -> exit status: 0, or 2 for a user's mistake, 130 for Ctrl+C, 1
+    where the numbers went bad."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: python -m ppcoat <command> [flags]      (--help after a command lists its flags)\n")
@@ -47,8 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(name: str, argv: Sequence[str] | None = None, prog: str | None = None) -> int:
-    """Run one command with the flags `argv` (default: the process's own); a ConfigError becomes one line on
-    stderr."""
+    """Run one command with the flags `argv` (default: the process's own); ConfigError (exit status 2) and
+    FloatingPointError (1) become one line on stderr."""
     module_name, what = COMMANDS[name]
     warnings.filterwarnings(
         "ignore", category=UserWarning, module="paddle|ppdiffusers|paddlenlp|_distutils_hack"
@@ -61,6 +63,9 @@ def run(name: str, argv: Sequence[str] | None = None, prog: str | None = None) -
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except FloatingPointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -1,16 +1,22 @@
-"""python train_scripts/train_flux_lora.py config.yaml [--set train.steps=50]"""
+"""python train_scripts/train_flux_lora.py config.yaml [--set train.steps=50] [--dry_run]"""
 
 from __future__ import annotations
 
 import argparse
 
-from ppcoat.config.load import load_config
+from ppcoat.config.load import dump_config, load_config
+from ppcoat.config.schema import RunConfig
 from ppcoat.host import tune_host
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="YAML file, e.g. configs/quickstart.yaml")
     add_set_flag(parser)
+    parser.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="check everything, show settings and data, time two steps, and leave nothing on the disk",
+    )
 
 
 def add_set_flag(parser: argparse.ArgumentParser) -> None:
@@ -30,4 +36,19 @@ def run_command(arguments: argparse.Namespace) -> None:
     from ppcoat.train.flux_lora import train_flux_lora
 
     tune_host()
-    train_flux_lora(config)
+    if arguments.dry_run:
+        show_dry_run(config)
+    else:
+        train_flux_lora(config)
+
+
+def show_dry_run(config: RunConfig) -> None:
+    """Print the complete settings, the data report and what two steps give."""
+    from ppcoat.train.flux_lora import dry_run
+
+    print(dump_config(config))
+    for number, (result, seconds) in enumerate(dry_run(config), start=1):
+        kept = "not counted" if result.saved is None else f"{result.saved.bytes_kept / 1e6:.2f} MB"
+        note = " (not finite: nothing was updated)" if result.skipped else ""
+        print(f"step {number}: loss {result.loss:.4f}{note}, activations kept {kept}, {seconds * 1e3:.0f} ms")
+    print("dry run: two steps done, nothing written")

@@ -13,27 +13,25 @@ from collections.abc import Sequence
 import paddle
 import paddle.nn as nn
 import paddle.nn.functional as F
-from paddle.distributed.fleet.utils import recompute
 from ppdiffusers.configuration_utils import ConfigMixin, register_to_config
 from ppdiffusers.models.modeling_utils import ModelMixin
 from ppdiffusers.models.transformer_2d import Transformer2DModelOutput
 
 from ppcoat.errors import ConfigError
 from ppcoat.models.adapters import adapters, adapters_set, scale_of
+from ppcoat.models.checkpointing import CheckpointedBlocks
 from ppcoat.nn.attention import attention, rotary_angles, rotate
 from ppcoat.nn.norm import modulated_norm, rms_norm
 
 SINUSOID_CHANNELS = 256
 
 
-class FluxTransformer2DModel(ModelMixin, ConfigMixin):
+class FluxTransformer2DModel(CheckpointedBlocks, ModelMixin, ConfigMixin):
     """FLUX.1 (black-forest-labs/flux; names as in diffusers). The defaults are FLUX.1-schnell's; FLUX.1-dev
     also has `guidance_embeds=True`: 1160 tensors, 11,901,408,320 parameters.
 
     Raises ConfigError if `axes_dims_rope` does not split `attention_head_dim` into even parts.
     """
-
-    _supports_gradient_checkpointing = True
 
     @register_to_config
     def __init__(
@@ -59,7 +57,6 @@ class FluxTransformer2DModel(ModelMixin, ConfigMixin):
         heads, head_dim = num_attention_heads, attention_head_dim
         self.out_channels = out_channels or in_channels
         self.inner_dim = inner_dim = heads * head_dim
-        self.gradient_checkpointing = False
 
         self.time_text_embed = TimeTextEmbedding(inner_dim, pooled_projection_dim, guidance_embeds)
         self.context_embedder = nn.Linear(joint_attention_dim, inner_dim)
@@ -114,7 +111,7 @@ class FluxTransformer2DModel(ModelMixin, ConfigMixin):
             cos, sin = rotary_angles(ids, self.config.axes_dims_rope)
 
             for i, block in enumerate(self.transformer_blocks):
-                img, txt = self._run(block, img, txt, vec, cos, sin)
+                img, txt = self.run_block(block, img, txt, vec, cos, sin)
                 if controlnet_block_samples:
                     blocks = len(self.transformer_blocks)
                     img = img + _pick(controlnet_block_samples, i, blocks, controlnet_blocks_repeat)
@@ -122,7 +119,7 @@ class FluxTransformer2DModel(ModelMixin, ConfigMixin):
             text_tokens, image_tokens = txt.shape[1], img.shape[1]
             both = paddle.concat([txt, img], axis=1)
             for i, block in enumerate(self.single_transformer_blocks):
-                both = self._run(block, both, vec, cos, sin)
+                both = self.run_block(block, both, vec, cos, sin)
                 if controlnet_single_block_samples:
                     txt, img = paddle.split(both, [text_tokens, image_tokens], axis=1)
                     img = img + _pick(controlnet_single_block_samples, i, len(self.single_transformer_blocks))
@@ -132,24 +129,6 @@ class FluxTransformer2DModel(ModelMixin, ConfigMixin):
             scale_out, shift_out = self.norm_out(vec)  # here the scale comes first, unlike in the blocks
             sample = self.proj_out(modulated_norm(img, shift_out, scale_out))
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
-
-    def _run(self, block: nn.Layer, *args):
-        """One block; with gradient checkpointing its activations are computed again in backward, not kept."""
-        if not (self.gradient_checkpointing and self.training and paddle.is_grad_enabled()):
-            return block(*args)
-
-        scales = adapters(block)  # as they are now: the backward runs after `forward` has put them back
-
-        def run_with_scales(*args):
-            with adapters_set(scales):
-                return block(*args)
-
-        # The re-entrant form drops the gradients of a block no input of which needs one (block 0 of a LoRA).
-        return recompute(run_with_scales, *args, use_reentrant=False)
-
-    def _set_gradient_checkpointing(self, layer: nn.Layer, value: bool = False) -> None:
-        if layer is self:
-            self.gradient_checkpointing = value
 
 
 class DoubleBlock(nn.Layer):

@@ -6,7 +6,7 @@ per picture, so a seed gives the same picture on CPU and GPU, alone or within a 
 
 import inspect
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,8 @@ class FluxPipeline(DiffusionPipeline):
     """The seven parts of FLUX.1 and the loop over them.
 
     A scheduler that cannot shift dynamically (ppdiffusers' own, in some versions) is replaced by ours with
-    its config. Text encoders and tokenizers may be None if embeddings are given to every call.
+    its config. Text encoders and tokenizers may be None if embeddings are given to every call, and the
+    transformer as long as there is only encoding to do.
     """
 
     _callback_tensor_inputs = ("latents", "prompt_embeds")
@@ -51,7 +52,7 @@ class FluxPipeline(DiffusionPipeline):
         tokenizer: Any,
         text_encoder_2: nn.Layer | None,
         tokenizer_2: Any,
-        transformer: FluxTransformer2DModel,
+        transformer: FluxTransformer2DModel | None,
     ):
         super().__init__()
         if "mu" not in inspect.signature(scheduler.set_timesteps).parameters:
@@ -81,9 +82,10 @@ class FluxPipeline(DiffusionPipeline):
         tokenizer: Any = None,
         tokenizer_2: Any = None,
         scheduler: Any = None,
+        without: Collection[str] = (),
     ) -> "FluxPipeline":
         """Loads a diffusers-format folder; writes nothing into it. A part given by name is used instead of
-        its folder.
+        its folder; one named in `without` (the transformer, or a text part) is not loaded and stays None.
 
         paddle_dtype: dtype of all weights; by default float32 on CPU and bfloat16 on a GPU.
         Raises ConfigError for an incomplete or inconsistent folder, before any weight is read
@@ -94,7 +96,8 @@ class FluxPipeline(DiffusionPipeline):
         dtype = None if paddle_dtype is None else str(paddle_dtype).rsplit(".", 1)[-1]
 
         def part(given: Any, load: Callable, name: str, *args: Any) -> Any:
-            return load(folder / name, *args) if given is None else given
+            wanted = given is None and name not in without
+            return load(folder / name, *args) if wanted else given
 
         return cls(
             scheduler=part(scheduler, loading.load_scheduler, "scheduler"),
@@ -246,7 +249,7 @@ class FluxPipeline(DiffusionPipeline):
             clip_ids = _token_ids(self.tokenizer, prompts, self.tokenizer.model_max_length)
             pooled_prompt_embeds = self.text_encoder(clip_ids).pooler_output
             prompt_embeds = self.text_encoder_2(_token_ids(self.tokenizer_2, prompts_2, length))[0]
-        dtype = self.transformer.dtype
+        dtype = (self.transformer or self.text_encoder_2).dtype
         prompt_embeds = prompt_embeds.astype(dtype).repeat_interleave(num_images_per_prompt, axis=0)
         pooled = pooled_prompt_embeds.astype(dtype).repeat_interleave(num_images_per_prompt, axis=0)
         return prompt_embeds, pooled, paddle.zeros([prompt_embeds.shape[1], 3], dtype="float32")

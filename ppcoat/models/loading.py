@@ -1,21 +1,21 @@
 """Reads a diffusers-format FLUX folder tensor by tensor into Paddle models, and writes nothing.
 
 Each component folder holds config.json and safetensors: one file, or an index and shards. A weight goes
-from disk to its parameter on its own (transposed for Linears, cast), so the peak is the model and one
-tensor. Everything that headers can tell (missing shards, missing tensors, wrong shapes) is checked before
-the first weight is read.
+from disk to its parameter on its own (transposed for Linears, cast), through a map of its bytes alone, so
+the peak is the model and one tensor. Everything that headers can tell (missing shards, missing tensors,
+wrong shapes) is checked before the first weight is read.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import paddle
 import paddle.nn as nn
 from ppdiffusers import AutoencoderKL
-from safetensors import safe_open
 
 from ppcoat.errors import ConfigError
 from ppcoat.models.flux import FluxTransformer2DModel
@@ -28,6 +28,11 @@ _STEMS = ("diffusion_pytorch_model", "model", "diffusion_paddle_model")
 _IGNORED = {"text_model.embeddings.position_ids"}
 # T5 reads one table under two names; the file has the first.
 TIED = {"encoder.embed_tokens.weight": "shared.weight"}
+# What NumPy reads for a dtype of safetensors; Paddle takes uint16 for the bits of bfloat16.
+_NUMPY = {
+    **{"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16},
+    **{"I64": np.int64, "I32": np.int32, "U8": np.uint8, "BOOL": np.bool_},
+}
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
 
 COMPONENTS = (
@@ -42,11 +47,30 @@ COMPONENTS = (
 
 
 class TensorInfo(NamedTuple):
-    """Where a tensor lies and its shape on disk; `torch_layout` says that Linear weights are [out, in]."""
+    """Where a tensor lies and its shape on disk; `torch_layout` says that Linear weights are [out, in].
+
+    dtype: as safetensors names it, "BF16". start: its first byte in the file.
+    """
 
     file: Path
     shape: list[int]
     torch_layout: bool
+    dtype: str
+    start: int
+
+
+def check_components(folder: Path, pipeline: str, components: Sequence[str]) -> None:
+    """Raise ConfigError unless `folder` says that it is of this pipeline class and has all its parts."""
+    index = read_json(folder / "model_index.json", f"the folder of a {pipeline} has one")
+    if index.get("_class_name") != pipeline:
+        raise ConfigError(
+            f"{folder}/model_index.json is of a {index.get('_class_name')}, not of a {pipeline}"
+        )
+    for name in components:
+        if not (folder / name).is_dir():
+            raise ConfigError(
+                f"{folder / name} is missing: the folder of a {pipeline} has {', '.join(components)}"
+            )
 
 
 def check_folder(folder: str | Path) -> None:
@@ -57,16 +81,7 @@ def check_folder(folder: str | Path) -> None:
     (the text encoders' shapes are checked when they are loaded, before their weights are read).
     """
     folder = Path(folder)
-    index = read_json(folder / "model_index.json", "a FLUX pipeline folder has one")
-    if index.get("_class_name") != "FluxPipeline":
-        raise ConfigError(
-            f"{folder}/model_index.json is of a {index.get('_class_name')}, not of a FluxPipeline"
-        )
-    for name in COMPONENTS:
-        if not (folder / name).is_dir():
-            raise ConfigError(
-                f"{folder / name} is missing: a FLUX pipeline folder has {', '.join(COMPONENTS)}"
-            )
+    check_components(folder, "FluxPipeline", COMPONENTS)
     for name in ("text_encoder", "text_encoder_2"):
         read_json(folder / name / "config.json")
         tensor_infos(folder / name)
@@ -74,21 +89,34 @@ def check_folder(folder: str | Path) -> None:
     _tokenizer_files(folder / "tokenizer_2", "spiece.model")
     FlowMatchEulerDiscreteScheduler.from_config(_scheduler_config(folder / "scheduler"))
     for name, model_class in (("transformer", FluxTransformer2DModel), ("vae", AutoencoderKL)):
-        with paddle.LazyGuard():  # parameters get a shape and no memory
-            model = model_class.from_config(_model_config(folder / name))
-        _match(model, tensor_infos(folder / name), folder / name)
+        unfilled(model_class, folder / name)
 
 
 def load_transformer(folder: str | Path, dtype: str | None = None) -> FluxTransformer2DModel:
     """The FLUX transformer of a component folder, in `dtype` (None: see `default_dtype`), in eval mode."""
-    with _default_dtype(dtype):
+    with weights_in(dtype):
         model = FluxTransformer2DModel.from_config(_model_config(folder))
     return _filled(model, folder)
 
 
+def unfilled(
+    model_class: type, folder: str | Path, dtype: str | None = None
+) -> tuple[nn.Layer, dict[str, TensorInfo]]:
+    """A model whose parameters (of `dtype`) have a shape and no memory yet, and where its tensors lie.
+
+    Raises ConfigError unless names and shapes in the files are exactly the model's.
+    """
+    with weights_in(dtype), paddle.LazyGuard():
+        model = model_class.from_config(_model_config(folder))
+    model.source_config = read_json(Path(folder) / "config.json")
+    infos = tensor_infos(folder)
+    _match(model, infos, Path(folder))
+    return model, infos
+
+
 def load_vae(folder: str | Path, dtype: str | None = None) -> AutoencoderKL:
     """The autoencoder of a component folder, in `dtype` (None: see `default_dtype`), in eval mode."""
-    with _default_dtype(dtype):
+    with weights_in(dtype):
         model = AutoencoderKL.from_config(_model_config(folder))
     return _filled(model, folder)
 
@@ -153,15 +181,30 @@ def load_weights(model: nn.Layer, folder: str | Path) -> nn.Layer:
 def read_tensors(infos: dict[str, TensorInfo], linears: set[str]) -> Iterator[tuple[str, paddle.Tensor]]:
     """Yields (name, tensor) one at a time, file by file, in the dtype of the file and Paddle's layout.
 
-    linears: names of the 2-D weights of Linears, which a torch-layout file stores transposed. A loader that
-    quantises while it reads can take the place of `load_weights` with this.
+    linears: names of the 2-D weights of Linears, which a torch-layout file stores transposed.
     """
-    for file in sorted({info.file for info in infos.values()}):
-        with safe_open(str(file), framework="paddle") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (safe_open is no dict)
-                if name in infos:
-                    tensor = tensors.get_tensor(name)
-                    yield name, tensor.t() if name in linears and infos[name].torch_layout else tensor
+    for name, info in in_file_order(infos):
+        tensor = paddle.to_tensor(map_tensor(info))
+        yield name, tensor.t() if name in linears and info.torch_layout else tensor
+
+
+def in_file_order(infos: dict[str, TensorInfo]) -> list[tuple[str, TensorInfo]]:
+    """(name, TensorInfo), so that disks are read from front to back."""
+    return sorted(infos.items(), key=lambda item: (item[1].file, item[1].start))
+
+
+def map_tensor(info: TensorInfo) -> np.ndarray:
+    """The bytes of a tensor as they lie on disk, in its shape and dtype (bfloat16 as uint16): read when used.
+
+    Only this tensor is mapped, and only while the array lives: pages of a mapped file count as memory of the
+    process. Raises ConfigError for a dtype that no model here has.
+    """
+    if info.dtype not in _NUMPY:
+        raise ConfigError(f"{info.file} holds {info.dtype} numbers; wanted one of {', '.join(_NUMPY)}")
+    dtype = np.dtype(_NUMPY[info.dtype])
+    if 0 in info.shape:
+        return np.zeros(info.shape, dtype)
+    return np.asarray(np.memmap(info.file, dtype, "r", info.start, tuple(info.shape)))
 
 
 def linear_weights(model: nn.Layer) -> set[str]:
@@ -204,7 +247,12 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if size != 8 + length + end:
         raise ConfigError(f"{file} has {size} bytes, its header speaks of {8 + length + end}: fetch it again")
-    return {name: TensorInfo(file, entry["shape"], torch_layout) for name, entry in header.items()}
+    return {
+        name: TensorInfo(
+            file, entry["shape"], torch_layout, entry["dtype"], 8 + length + entry["data_offsets"][0]
+        )
+        for name, entry in header.items()
+    }
 
 
 def read_json(file: Path, why: str = "the folder is not complete") -> dict:
@@ -263,7 +311,7 @@ def _match(model: nn.Layer, infos: dict[str, TensorInfo], folder: Path) -> None:
 def _load_text_encoder(
     model_class: type, config_class: type, folder: str | Path, dtype: str | None
 ) -> nn.Layer:
-    with _default_dtype(dtype):
+    with weights_in(dtype):
         model = model_class(config_class.from_dict(read_json(Path(folder) / "config.json")))
     return _filled(model, folder)
 
@@ -298,7 +346,7 @@ def _tokenizer_files(folder: str | Path, *names: str) -> None:
 
 
 @contextmanager
-def _default_dtype(dtype: str | None) -> Iterator[None]:
+def weights_in(dtype: str | None) -> Iterator[None]:
     """Parameters made within have `dtype` from the start, so a model is never held twice."""
     before = paddle.get_default_dtype()
     paddle.set_default_dtype(dtype or default_dtype())

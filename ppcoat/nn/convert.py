@@ -1,10 +1,16 @@
-"""Put the saving-nothing Linear into a model from outside: the model file does not know about FP8."""
+"""Put Linears that keep nothing, or whose weights are FP8, into a model from outside: the model file does not
+know about FP8.
+"""
 
 from __future__ import annotations
 
+import paddle
 from paddle import nn
 
-from .linear import FrozenLinear, LoRALinear
+from ppcoat.errors import ConfigError
+
+from .fp8_weight import FP8Weight
+from .linear import FrozenLinear, LinearParameters, LoRALinear
 from .policy import granularity_groups
 
 
@@ -27,6 +33,31 @@ def replace_linear_with_fp8(
         elif type(layer) is nn.Linear and all(param.stop_gradient for param in layer.parameters()):
             set_sublayer(model, path, FrozenLinear(layer))
     return model
+
+
+def quantize_linears(model: nn.Layer) -> list[str]:
+    """Store the weight of every nn.Linear inside `model` in FP8, in place -> their paths.
+
+    Each becomes a FrozenLinear with an FP8Weight under its old name and with its old bias; call it before
+    inject_lora. Raises ConfigError for a Linear that already carries a LoRA, and for weights that are not
+    finite. (models/fp8_base.py does the same while it reads a model from disk.)
+    """
+    layers = list(model.named_sublayers())
+    for path, layer in layers:
+        if isinstance(layer, LoRALinear):
+            raise ConfigError(f"{path} carries a LoRA: quantise the base before inject_lora")
+    paths = [path for path, layer in layers if type(layer) is nn.Linear]
+    for path in paths:
+        layer = sublayer_at(model, path)
+        set_fp8_weight(model, path, FP8Weight.of(layer.weight), layer.bias)
+    return paths
+
+
+def set_fp8_weight(model: nn.Layer, path: str, weight: FP8Weight, bias: paddle.Tensor | None) -> None:
+    """Put a FrozenLinear of these in the place of the Linear model.<path>."""
+    frozen = FrozenLinear(LinearParameters(weight, bias))
+    frozen.training = sublayer_at(model, path).training
+    set_sublayer(model, path, frozen)
 
 
 def sublayer_at(model: nn.Layer, path: str) -> nn.Layer:

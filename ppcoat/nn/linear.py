@@ -7,8 +7,9 @@ the small x A for dB.
     y  = x W + b + s * drop(x) A B          s = alpha / rank * scale_multiplier
     dx = dy W^T + s * drop'(dy B^T A^T),  dA = s * drop(x)^T (dy B^T),  dB = s * (drop(x) A)^T dy
 
-Weights are in Paddle's layout, [in, out]. Source: LoRA (arXiv 2106.09685); one FP8 copy of x as COAT
-section 5 stores it.
+Weights are in Paddle's layout, [in, out]. A frozen weight may be stored in FP8 (fp8_weight.py): forward and
+dx each turn the one stored copy into the compute dtype and drop it at once. Source: LoRA (arXiv 2106.09685);
+one FP8 copy of x as COAT section 5 stores it.
 """
 
 from __future__ import annotations
@@ -25,16 +26,17 @@ from paddle.autograd import PyLayer
 from ppcoat.errors import ConfigError
 from ppcoat.fp8.formats import E4M3
 
+from .fp8_weight import Weight, dense
 from .policy import check_policy
 from .saved import pack
 
 
 class FrozenLinear(nn.Layer):
-    """x [..., in] -> x W + b [..., out] that keeps nothing for backward. Shares `weight` and `bias` of
-    `base`, frozen.
+    """x [..., in] -> x W + b [..., out] that keeps nothing for backward. Shares `weight` (float or FP8) and
+    `bias` of `base`, frozen.
     """
 
-    def __init__(self, base: nn.Linear) -> None:
+    def __init__(self, base: nn.Linear | LinearParameters) -> None:
         super().__init__()
         self.weight, self.bias = base.weight, base.bias
         _freeze(self)
@@ -46,7 +48,7 @@ class FrozenLinear(nn.Layer):
 class LoRALinear(nn.Layer):
     """A frozen Linear plus a trainable low-rank update: x [..., in] -> [..., out].
 
-    `weight` and `bias` are the very parameters of `base` (not copies), so names in a state_dict stay;
+    `weight` (float or FP8) and `bias` are those of `base` (not copies), so names in a state_dict stay;
     `lora_A` [in, rank] (Kaiming-uniform as in the LoRA reference code) and `lora_B` [rank, out] (zeros) are
     float32 whatever the weight's dtype. policy: "none" keeps x as it is; every other keeps it in E4M3, one
     scale per `group_size` features (None: one per tensor). The forward result and dx are exact under both;
@@ -105,33 +107,35 @@ class LoRALinear(nn.Layer):
         return self.create_parameter(shape, dtype="float32", default_initializer=initializer)
 
 
-def frozen_linear(x: paddle.Tensor, weight: paddle.Tensor, bias: paddle.Tensor | None) -> paddle.Tensor:
+def frozen_linear(x: paddle.Tensor, weight: Weight, bias: paddle.Tensor | None) -> paddle.Tensor:
     """x [..., in], weight [in, out], bias [out] or None -> x W + b; nothing is kept, only x receives a
     gradient.
     """
     if x.stop_gradient or not paddle.is_grad_enabled():
         with paddle.no_grad():
-            return F.linear(x, weight, bias)
-    return _FrozenLinear.apply(x, _Weights(weight, bias))
+            return F.linear(x, dense(weight, x.dtype), bias)
+    return _FrozenLinear.apply(x, LinearParameters(weight, bias))
 
 
 @dataclass(frozen=True)
-class _Weights:
-    """Hides tensors from PyLayer.apply, which would otherwise take them for inputs that want gradients."""
+class LinearParameters:
+    """weight [in, out] and bias [out] or None of a Linear. Hides them from PyLayer.apply, which would
+    otherwise take tensors for inputs that want gradients.
+    """
 
-    weight: paddle.Tensor
+    weight: Weight
     bias: paddle.Tensor | None
 
 
 class _FrozenLinear(PyLayer):
     @staticmethod
-    def forward(ctx, x: paddle.Tensor, weights: _Weights) -> paddle.Tensor:
-        ctx.weight = weights.weight
-        return F.linear(x, weights.weight, weights.bias)
+    def forward(ctx, x: paddle.Tensor, of: LinearParameters) -> paddle.Tensor:
+        ctx.weight = of.weight
+        return F.linear(x, dense(of.weight, x.dtype), of.bias)
 
     @staticmethod
     def backward(ctx, dy: paddle.Tensor) -> paddle.Tensor:
-        return paddle.matmul(dy, ctx.weight, transpose_y=True)
+        return paddle.matmul(dy, dense(ctx.weight, dy.dtype), transpose_y=True)
 
 
 class _LoRALinear(PyLayer):
@@ -189,7 +193,7 @@ class LinearUse:
     def forward(self, x: paddle.Tensor) -> tuple[paddle.Tensor, paddle.Tensor | None]:
         """x [..., in] -> y [..., out], and drop(x) A [..., rank] or None without LoRA. Builds no graph."""
         layer = self.layer
-        y = F.linear(x, layer.weight, layer.bias)
+        y = F.linear(x, dense(layer.weight, x.dtype), layer.bias)
         if self.scale is None:
             return y, None
         xa = paddle.matmul(self.drop(x), layer.lora_A.astype(x.dtype))
@@ -204,7 +208,7 @@ class LinearUse:
         x [..., in] is wanted where `needs_x`, and so is xa: drop(x) A as `forward` gave it.
         """
         layer, da, db = self.layer, None, None
-        dx = paddle.matmul(dy, layer.weight, transpose_y=True) if needs_dx else None
+        dx = paddle.matmul(dy, dense(layer.weight, dy.dtype), transpose_y=True) if needs_dx else None
         if self.scale is None:
             return dx, None, None
         lora_a = layer.lora_A.astype(dy.dtype)

@@ -8,6 +8,7 @@ from ppcoat.config.schema import PreviewConfig, RunConfig
 from ppcoat.data.cache import TrainingCache
 from ppcoat.data.captions import final_caption
 from ppcoat.models.flux_pipeline import FluxPipeline
+from ppcoat.train.base_model import vae_on_device
 
 
 def previews(config: RunConfig) -> list[PreviewConfig]:
@@ -41,16 +42,17 @@ def draw_previews(
     pictures, wanted = [], previews(config)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.transformer.eval()
-    for preview in wanted:
-        embeds, pooled = cache.text([preview.prompt])
-        pictures += pipeline(
-            prompt_embeds=embeds,
-            pooled_prompt_embeds=pooled,
-            height=preview.height,
-            width=preview.width,
-            num_inference_steps=preview.sample_steps,
-            guidance_scale=preview.guidance_scale,
-            seed=preview.seed,
-        ).images
+    with vae_on_device(pipeline):
+        for preview in wanted:
+            embeds, pooled = cache.text([preview.prompt])
+            pictures += pipeline(
+                prompt_embeds=embeds,
+                pooled_prompt_embeds=pooled,
+                height=preview.height,
+                width=preview.width,
+                num_inference_steps=preview.sample_steps,
+                guidance_scale=preview.guidance_scale,
+                seed=preview.seed,
+            ).images
     pipeline.transformer.train()
     return pictures, [preview.prompt for preview in wanted]

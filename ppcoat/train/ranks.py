@@ -3,7 +3,12 @@
     python -m paddle.distributed.launch --nproc_per_node 2 train_scripts/train_flux_lora.py run.yaml
 
 Each rank computes its slice of the global batch; the gradients of the trained parameters are averaged, and
-nothing else is exchanged. gloo on CPU, nccl on GPU. The frozen base is whole on every rank: no sharding.
+a few numbers for the log; nothing else is exchanged. gloo on CPU, nccl on GPU. The frozen base is whole on
+every rank: no sharding.
+
+Two ranks with one picture each do what one rank with two does, up to rounding, where a picture does not see
+its neighbours: without COAT, and with per-group scales. A per-tensor scale (coat.activation's default for
+linear layers) is that of the pictures of one rank, so another split quantises a little differently.
 
 Beside Paddle's process group the ranks hold one plain TCP connection each to rank 0, for two reasons. gloo
 gives up after 30 seconds, and rank 0 may well take longer to encode a data set or to draw previews: ranks
@@ -21,9 +26,11 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import numpy as np
 import paddle
 
 from ppcoat.errors import ConfigError
@@ -41,8 +48,8 @@ class Ranks:
     """This process among the `size` that train together. Everything is free of cost where size is 1.
 
     All ranks must call the methods below in the same order. A rank that dies ends the others within about
-    10 seconds (50 if its machine is lost), with exit status 75: in a method below as RuntimeError, elsewhere
-    without more ado.
+    10 seconds (50 if its machine is lost), with one line and exit status 75: in a method below as SystemExit,
+    elsewhere without more ado.
     """
 
     rank: int = 0
@@ -50,11 +57,12 @@ class Ranks:
     _line: _Line | None = field(default=None, repr=False, compare=False)
 
     @staticmethod
-    def current() -> Ranks:
+    def current(device: str = "auto") -> Ranks:
         """From PADDLE_TRAINER_ID and PADDLE_TRAINERS_NUM, as paddle.distributed.launch sets them.
 
         Starts the process group where there is more than one rank. Call once, after the device is set and
-        before long work. Raises ConfigError for numbers that make no sense.
+        before long work. Raises ConfigError for numbers that make no sense, and for a config's `device`
+        gpu:N with several ranks, which would all take the same GPU.
         """
         rank, size = _number("PADDLE_TRAINER_ID", 0), _number("PADDLE_TRAINERS_NUM", 1)
         if not 0 <= rank < size:
@@ -64,6 +72,11 @@ class Ranks:
             )
         if size == 1:
             return Ranks()
+        if ":" in device:
+            raise ConfigError(
+                f"device: came {device} with {size} ranks, wanted gpu or auto: each rank gets a GPU of its "
+                "own; choose them with --gpus of paddle.distributed.launch"
+            )
         import paddle.distributed as dist
 
         if paddle.get_device() == "cpu":
@@ -81,11 +94,20 @@ class Ranks:
         if self._line is not None:
             self._line.meet(_READY)
 
+    @contextmanager
+    def first_ahead(self) -> Iterator[None]:
+        """Rank 0 runs the block while the others wait; when it is done, they run it."""
+        if not self.is_first:
+            self.barrier()
+        yield
+        if self.is_first:
+            self.barrier()
+
     def close(self) -> None:
         """The run is over: wait for all ranks; from here on it is no accident if one ends.
 
-        Call after the last save, also before leaving for a signal. Not after an error: a rank that ends
-        without this counts as dead.
+        Call after the last save, also before leaving for a signal or an error that all ranks meet. Not after
+        any other error: a rank that ends without this counts as dead.
         """
         if self._line is not None:
             self._line.meet(_END)
@@ -138,15 +160,12 @@ class Ranks:
         for parameter in parameters:
             dist.broadcast(parameter, src=0)
 
-    def mean(self, value: float) -> float:
-        """The mean of one number per rank, the same on all; NaN if one is NaN."""
-        if self.size == 1:
-            return value
-        return float(self._sum(paddle.to_tensor([value], dtype="float64"))) / self.size
-
-    def any(self, flag: bool) -> bool:
-        """Whether `flag` is true on at least one rank; the same answer on all."""
-        return bool(flag) if self.size == 1 else self.mean(float(flag)) > 0
+    def gather(self, values: Sequence[float]) -> np.ndarray:
+        """As many numbers from every rank -> float64 [size, n], exact and the same on all; NaN and inf stay
+        where they are."""
+        table = np.zeros([self.size, len(values)])
+        table[self.rank] = values
+        return table if self.size == 1 else self._sum(paddle.to_tensor(table)).numpy()
 
     def _sum(self, tensor: paddle.Tensor) -> paddle.Tensor:
         import paddle.distributed as dist
@@ -168,8 +187,8 @@ def _number(variable: str, default: int) -> int:
 class _Line:
     """Rank 0's connections to all others, or another rank's one connection to rank 0.
 
-    A thread reads them. A peer that closes its end without having said _END is dead: `meet` raises, and the
-    process ends after a time of grace, wherever its main thread stands.
+    A thread reads them. A peer that closes its end without having said _END is dead: `meet` leaves with
+    SystemExit, and after a time of grace the process ends wherever its main thread stands.
     """
 
     def __init__(self, rank: int, peers: dict[int, socket.socket]) -> None:
@@ -183,14 +202,14 @@ class _Line:
         threading.Thread(target=self._listen, name="ranks", daemon=True).start()
 
     def meet(self, word: bytes) -> None:
-        """Wait for all ranks: the others report to rank 0, which answers when all have. Raises RuntimeError
-        if one is dead."""
+        """Wait for all ranks: the others report to rank 0, which answers when all have. Leaves with
+        LOST_EXIT if one is dead."""
         if not self._is_first:
             self._send(word)
         with self._changed:
             self._changed.wait_for(lambda: self._lost is not None or all(self._arrived.values()))
             if self._lost is not None:
-                raise RuntimeError(_farewell(self._lost))
+                raise _leaving(self._lost)
             for rank in self._arrived:
                 self._arrived[rank] -= 1
             self._ended = word == _END
@@ -202,7 +221,7 @@ class _Line:
             try:
                 peer.sendall(word)
             except OSError:
-                raise RuntimeError(_farewell(rank)) from None
+                raise _leaving(rank) from None
 
     def _listen(self) -> None:
         with selectors.DefaultSelector() as selector:
@@ -225,14 +244,17 @@ class _Line:
 
     def _leave(self, rank: int) -> None:
         time.sleep(_GRACE_SECONDS)
-        print(_farewell(rank), file=sys.stderr, flush=True)
+        _leaving(rank)
         os._exit(LOST_EXIT)  # the main thread may wait inside nccl, where no exception reaches it
 
 
-def _farewell(rank: int) -> str:
-    return (
-        f"rank {rank} has died and so ends this one; run the same command again to go on from the checkpoint"
+def _leaving(rank: int) -> SystemExit:
+    print(
+        f"rank {rank} has died and so ends this one; run the same command again to go on from the checkpoint",
+        file=sys.stderr,
+        flush=True,
     )
+    return SystemExit(LOST_EXIT)
 
 
 def _connect(rank: int, size: int) -> _Line:

@@ -7,9 +7,15 @@ from types import FrameType
 
 
 class FinishStepOnSignal:
-    """Within it, the first SIGINT or SIGTERM is only noted in `signal`; a second one acts as usual."""
+    """Within it, the first SIGINT or SIGTERM is only noted in `signal`.
 
-    signal = 0
+    A second one acts as usual, unless second_acts is false: one Ctrl+C then counts once, though both the
+    terminal and a launcher pass it on.
+    """
+
+    def __init__(self, second_acts: bool = True) -> None:
+        self.signal = 0
+        self._second_acts = second_acts
 
     def __enter__(self) -> FinishStepOnSignal:
         self._before = {
@@ -22,5 +28,6 @@ class FinishStepOnSignal:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.signal = number
-        self.__exit__()
+        self.signal = self.signal or number
+        if self._second_acts:
+            self.__exit__()

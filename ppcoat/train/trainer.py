@@ -2,14 +2,15 @@
 
 It knows models, LoRA and FP8 only through what it is given. The randomness of step n is a pure function of
 (seed, n), so a resumed run repeats the very numbers of an uninterrupted one. A step whose loss or gradient
-is not finite counts as a step and changes nothing else.
+is not finite counts as a step and changes nothing else. With several ranks each draws the whole global batch
+and computes its part of it, so one rank with the same global batch does the same.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,24 +21,26 @@ from PIL import Image
 from ppcoat.config.schema import RunConfig
 from ppcoat.data.batches import ResumableBatches
 from ppcoat.data.cache import TrainingCache
+from ppcoat.errors import ConfigError
 from ppcoat.host import memory_in_use
 from ppcoat.lora import LoRASummary
 from ppcoat.nn.saved import SavedTensors
-from ppcoat.train.checkpoint import check_compatible, load_latest, save_checkpoint
 from ppcoat.train.coat import COATTrainer
 from ppcoat.train.ema import RunningMean
 from ppcoat.train.finite import first_bad_module
 from ppcoat.train.objective import FlowMatching
-from ppcoat.train.optimizer_state import optimizer_state_bytes, optimizer_tensors, set_optimizer_tensors
+from ppcoat.train.optimizer_state import optimizer_state_bytes
+from ppcoat.train.ranks import Ranks
 from ppcoat.train.report import Report, SigmaBins
+from ppcoat.train.run_state import resume_run, save_run
 from ppcoat.train.stopping import FinishStepOnSignal
 from ppcoat.train.validation import Validation
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """loss: mean over the forward passes; grad_norm: global, before clipping; saved: byte counts of the last
-    forward pass; skipped: one of the numbers was not finite, so nothing was updated."""
+    """loss: mean over the forward passes and the ranks; grad_norm: global, before clipping; saved: byte
+    counts of the last forward pass; skipped: a number was not finite, so nothing was updated."""
 
     loss: float
     grad_norm: float
@@ -48,9 +51,9 @@ class StepResult:
 @dataclass(frozen=True)
 class TrainingResult:
     """What a run leaves. `losses` are those of the steps done by this call, without skipped ones; bytes are
-    of the last forward pass. lora_file: the first of the formats."""
+    of the last forward pass. lora_file: the first of the formats; None on ranks that write nothing."""
 
-    lora_file: Path
+    lora_file: Path | None
     losses: list[float]
     seconds: float
     bytes_kept: int
@@ -64,7 +67,8 @@ class Trainer:
 
     parameters: what is trained, by name. save_weights(step, final) writes the result files and says what is
     in them. draw_previews() -> (pictures, prompts). ema: the running mean that previews, validation and
-    files are made of, if there is one. compatible: facts that a resumed run must share.
+    files are made of, if there is one. compatible: facts that a resumed run must share. batches give the
+    global batch of all `ranks`.
     """
 
     config: RunConfig
@@ -81,6 +85,7 @@ class Trainer:
     ema: RunningMean | None = None
     validation: Validation | None = None
     compatible: dict = field(default_factory=dict)
+    ranks: Ranks = field(default_factory=Ranks)
     step: int = 0
     skipped: int = 0
     skipped_in_a_row: int = 0
@@ -89,35 +94,29 @@ class Trainer:
     def run(self) -> TrainingResult:
         """Train from the latest checkpoint (or from the start) to train.steps and write the result files.
 
-        Ctrl+C and SIGTERM finish the step, save a checkpoint and leave with 130 or 143; a second one leaves
-        at once. Raises FloatingPointError after train.max_skipped_in_a_row skipped steps, naming the first
-        tensor that is not finite; the checkpoints stay as they were.
+        Ctrl+C and SIGTERM, on any rank, finish the step, save a checkpoint and leave with 130 or 143; a
+        second one leaves at once where there is one rank. Only the first rank reports, draws and saves.
+        Raises FloatingPointError after train.max_skipped_in_a_row skipped steps, naming the first tensor that
+        is not finite, and ConfigError for a disk that is full; the checkpoints stay as they were.
         """
-        config, losses, saved, started = self.config, [], None, time.perf_counter()
-        self._resume()
-        first_step, logging = self.step, config.logging
-        report = Report(config.run_dir, config.train.steps, logging.log_every, logging.visualdl, self.step)
-        with report, FinishStepOnSignal() as stop:
-            if first_step < config.train.steps and self._previews_come_first():
+        steps, losses, saved, started = self.config.train.steps, [], None, time.perf_counter()
+        resume_run(self)
+        with self._report() as report, FinishStepOnSignal(second_acts=self.ranks.size == 1) as stop:
+            if report is not None and self.step < steps and self._previews_come_first():
                 self._preview(report)
-            while self.step < config.train.steps:
+            while self.step < steps:
                 learning_rate = self.optimizer.get_lr()
                 result = self.train_step()
                 losses += [] if result.skipped else [result.loss]
                 saved = result.saved
-                self._report_step(report, result, learning_rate)
-                last = self.step == config.train.steps
-                if last or stop.signal or self.step % config.save.save_every == 0:
-                    self._save(report, with_weights=not last)
-                if stop.signal:
-                    report.message(
-                        f"stopped at step {self.step}; run the same command again to go on from there"
-                    )
-                    raise SystemExit(128 + stop.signal)
-                every = config.sample.sample_every
-                if every and (last or self.step % every == 0):
-                    self._preview(report)
-            file = self._write_weights(report, final=True)
+                signal = int(self.ranks.gather([stop.signal]).max())
+                if report is not None:
+                    self._after_step(report, result, learning_rate, stopping=signal > 0)
+                if signal:
+                    self.ranks.close()
+                    raise SystemExit(128 + signal)
+            file = None if report is None else self._write_weights(report, final=True)
+        self.ranks.close()
         return TrainingResult(
             file,
             losses,
@@ -127,37 +126,80 @@ class Trainer:
             optimizer_state_bytes(self.optimizer),
         )
 
+    def _report(self) -> AbstractContextManager[Report | None]:
+        if not self.ranks.is_first:
+            return nullcontext()
+        config, logging = self.config, self.config.logging
+        return Report(config.run_dir, config.train.steps, logging.log_every, logging.visualdl, self.step)
+
+    def _after_step(self, report: Report, result: StepResult, learning_rate: float, stopping: bool) -> None:
+        """Curves, checkpoint and previews that are due."""
+        config = self.config
+        self._report_step(report, result, learning_rate)
+        last, every = self.step == config.train.steps, config.sample.sample_every
+        if last or stopping or self.step % config.save.save_every == 0:
+            self._save(report, with_weights=not last)
+        if stopping:
+            report.message(f"stopped at step {self.step}; run the same command again to go on from there")
+        elif every and (last or self.step % every == 0):
+            self._preview(report)
+
     def train_step(self) -> StepResult:
         """One optimizer update from train.gradient_accumulation forward passes.
 
         The host waits for the device once, after the last backward pass. Raises FloatingPointError where
         this is one skipped step too many.
         """
-        rng = np.random.default_rng([self.config.seed, self.step])
-        paddle.seed(int(rng.integers(2**31)))  # LoRA dropout draws on the device
-        passes, drawn, losses, of_pictures = self.config.train.gradient_accumulation, [], [], []
+        rng = np.random.default_rng([self.config.seed, self.step])  # the same on all ranks
+        # LoRA dropout draws on the device, for the pictures of this rank
+        paddle.seed(int(rng.integers(2**31)) + self.ranks.rank)
+        passes, drawn, levels, losses, of_pictures = self.config.train.gradient_accumulation, [], [], [], []
         for _ in range(passes):
-            batch = self.cache.batch(next(self.batches), rng)
-            drawn.append((batch, *self.objective.draw(batch, rng)))
+            sigma, mine = self._draw(rng)
+            levels.append(sigma)
+            drawn.append(mine)
             self._note_memory("before_forward")
             with self.coat.saved_tensors() as saved:
-                found = self.objective.losses_at(self.model, *drawn[-1])
+                found = self.objective.losses_at(self.model, *mine)
                 loss = found.mean / passes
             self._note_memory("after_forward")
             loss.backward()
             self._note_memory("after_backward")
             losses.append(loss.detach())
             of_pictures.append(found.of_pictures)
-        losses, of_pictures, squares = _read(losses, of_pictures, self._gradient_squares())
-        mean, norm = sum(map(float, losses)), float(np.sqrt(squares.sum()))
+        self.ranks.average_gradients(self.parameters.values())
+        losses, of_pictures, squares = self._read(losses, of_pictures)
+        mean, norm = float(losses.mean(0).sum()), float(np.sqrt(squares.sum()))
         skipped = not (np.isfinite(mean) and np.isfinite(norm))
         if skipped:
             self._skip(losses, squares, drawn)
         else:
-            self._update(np.concatenate([sigma for _, sigma, _ in drawn]), of_pictures)
+            paddle.seed(int(rng.integers(2**31)))  # stochastic rounding must be the same on all ranks
+            self._update(np.concatenate(levels), of_pictures)
         self.optimizer.clear_grad()
         self.step += 1
         return StepResult(mean, norm, saved, skipped)
+
+    def _draw(self, rng: np.random.Generator) -> tuple[np.ndarray, tuple]:
+        """All noise levels of the next global batch, and this rank's part: (batch, noise levels, noise)."""
+        batch = self.cache.batch(next(self.batches), rng)
+        sigma, noise = self.objective.draw(batch, rng)
+        share = self.ranks.share
+        mine = {k: share(v) if isinstance(v, paddle.Tensor) else v for k, v in batch.items()}
+        return sigma, (mine, share(sigma), share(noise))
+
+    def _read(
+        self, losses: list[paddle.Tensor], of_pictures: list[paddle.Tensor]
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Losses of all ranks [ranks, passes], of all pictures in the order of the global batches, and the
+        squared norm of each parameter's gradient; float64, in one read from the device."""
+        passes = len(losses)
+        parts = [paddle.stack(losses), paddle.concat(of_pictures), self._gradient_squares()]
+        ends = np.cumsum([part.shape[0] for part in parts])[:-1]
+        *mine, squares = np.split(paddle.concat(parts).numpy().astype(np.float64), ends)
+        table = self.ranks.gather(np.concatenate(mine))
+        pictures = table[:, passes:].reshape([self.ranks.size, passes, -1]).swapaxes(0, 1)
+        return table[:, :passes], pictures.reshape(-1), squares
 
     def _update(self, sigmas: np.ndarray, of_pictures: np.ndarray) -> None:
         self.optimizer.step()
@@ -176,29 +218,30 @@ class Trainer:
         return paddle.stack([nothing if g is None else g.astype("float32").square().sum() for g in gradients])
 
     def _skip(self, losses: np.ndarray, squares: np.ndarray, drawn: list[tuple]) -> None:
-        """Count a step that changes nothing. Raises FloatingPointError if it is one too many."""
+        """Count a step that changes nothing. Raises FloatingPointError, on all ranks, if it is one too
+        many."""
         self.skipped += 1
         self.skipped_in_a_row += 1
         if self.skipped_in_a_row < self.config.train.max_skipped_in_a_row:
             return
-        bad_passes = np.flatnonzero(~np.isfinite(losses))
-        if bad_passes.size:
-            number = int(bad_passes[0])
-            first = f"the loss, {losses[number]}"
-            batch, sigma, noise = drawn[number]
-            module = first_bad_module(
-                self.model, lambda: self.objective.losses_at(self.model, batch, sigma, noise)
-            )
-            first += "" if module is None else f", and before it the output of {module}"
-        else:
-            paths = [path for path, square in zip(self.parameters, squares, strict=True)
-                     if not np.isfinite(square)]  # fmt: skip
-            first = f"the gradient of {paths[0]}"
+        self.ranks.close()  # they all meet this error
         raise FloatingPointError(
             f"{self.skipped_in_a_row} steps in a row were skipped for a loss or gradient that is not finite; "
-            f"in step {self.step + 1} the first bad tensor is {first}. Checkpoints are unharmed. Lower "
-            "train.lr, or train in float32 or bfloat16"
+            f"in step {self.step + 1} the first bad tensor is {self._first_bad(losses, squares, drawn)}. "
+            "Checkpoints are unharmed. Lower train.lr, or train in float32 or bfloat16"
         )
+
+    def _first_bad(self, losses: np.ndarray, squares: np.ndarray, drawn: list[tuple]) -> str:
+        """What _read gave, and the inputs of the passes -> name of the first tensor that is not finite."""
+        bad = np.argwhere(~np.isfinite(losses))
+        if not bad.size:
+            return f"the gradient of {list(self.parameters)[np.flatnonzero(~np.isfinite(squares))[0]]}"
+        rank, number = bad[0]
+        first = f"the loss, {losses[rank, number]}"
+        if rank != self.ranks.rank:
+            return f"{first}, on rank {rank}, whose log says more"
+        module = first_bad_module(self.model, lambda: self.objective.losses_at(self.model, *drawn[number]))
+        return first if module is None else f"{first}, and before it the output of {module}"
 
     def _report_step(self, report: Report, result: StepResult, learning_rate: float) -> None:
         scalars = {"loss": result.loss, "lr": learning_rate, "grad_norm": result.grad_norm}
@@ -211,11 +254,12 @@ class Trainer:
         if self.validation and (self.step == train.steps or self.step % train.validation.every == 0):
             with self._final_weights():
                 points |= self.validation.losses(self.model)
-        report.step(self.step, scalars, points, images=train.batch_size * train.gradient_accumulation)
+        images = train.batch_size * train.gradient_accumulation * self.ranks.size
+        report.step(self.step, scalars, points, images)
 
     def _note_memory(self, stage: str) -> None:
         """The line that coat.memory.log_memory_stats asks for."""
-        if self.config.coat.memory.log_memory_stats:
+        if self.config.coat.memory.log_memory_stats and self.ranks.is_first:
             print(f"[{stage}] Step {self.step + 1}: {memory_in_use()}")
 
     def _previews_come_first(self) -> bool:
@@ -239,7 +283,7 @@ class Trainer:
 
     def _write_weights(self, report: Report, final: bool) -> Path:
         """The LoRA files of this step or of the end; the first of them."""
-        with self._final_weights():
+        with self._final_weights(), _disk_errors_explained(self.step):
             written = self.save_weights(self.step, final)
         for path, summary in written:
             report.message(f"LoRA file: {path}: {summary.line()}")
@@ -249,49 +293,16 @@ class Trainer:
         """A checkpoint, and the LoRA files of its step; those of the last step are the final ones."""
         if with_weights:
             self._write_weights(report, final=False)
-        state = {
-            "compatible": self.compatible,
-            "batches": self.batches.state_dict(),
-            "schedule": {"last_epoch": self.schedule.last_epoch, "last_lr": self.schedule.last_lr},
-            "skipped": {"steps": self.skipped, "in_a_row": self.skipped_in_a_row},
-            "bins": self.bins.state_dict(),
-        }
-        tensors = {"lora": self.parameters, "optimizer": optimizer_tensors(self.optimizer, self.parameters)}
-        if self.ema is not None:
-            tensors["ema"] = self.ema.tensors
-        save_checkpoint(
-            self.config.run_dir, self.step, tensors, state, self.config.save.max_step_saves_to_keep
-        )
-
-    def _resume(self) -> None:
-        checkpoint = load_latest(self.config.run_dir)
-        if checkpoint is None:
-            return
-        state = checkpoint.state
-        check_compatible(state["compatible"], self.compatible)
-        for name, parameter in self.parameters.items():
-            paddle.assign(checkpoint.tensors["lora"][name], output=parameter)
-        self.batches.load_state_dict(state["batches"])
-        set_optimizer_tensors(self.optimizer, checkpoint.tensors["optimizer"], self.parameters)
-        self.schedule.set_state_dict(state["schedule"])
-        if self.ema is not None:
-            self.ema.load(checkpoint.tensors["ema"])
-        self.skipped, self.skipped_in_a_row = state["skipped"]["steps"], state["skipped"]["in_a_row"]
-        self.bins.load_state_dict(state["bins"])
-        self.step = checkpoint.step
-        done = (
-            f"; nothing is left of {self.config.train.steps} steps"
-            if self.step >= self.config.train.steps
-            else ""
-        )
-        print(f"resuming from {checkpoint.path}{done}")
+        with _disk_errors_explained(self.step):
+            save_run(self)
 
 
-def _read(
-    losses: list[paddle.Tensor], of_pictures: list[paddle.Tensor], squares: paddle.Tensor
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Scalars, [B] of each pass and [parameters] -> one array of each kind, in one read from the device."""
-    parts = [paddle.stack(losses), paddle.concat(of_pictures), squares]
-    ends = np.cumsum([part.shape[0] for part in parts])[:-1]
-    first, second, third = np.split(paddle.concat(parts).numpy(), ends)
-    return first, second, third.astype(np.float64)
+@contextmanager
+def _disk_errors_explained(step: int) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"step {step} could not be saved: {error.strerror or error}; what was saved before is unharmed; "
+            "make room on the disk and run the same command again"
+        ) from error

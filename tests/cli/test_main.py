@@ -149,6 +149,15 @@ def test_ctrl_c_exits_with_130(monkeypatch, capsys):
     assert capsys.readouterr().err == "interrupted\n"
 
 
+def test_numbers_that_went_bad_exit_with_1(monkeypatch, capsys):
+    def diverged(_):
+        raise FloatingPointError("the loss is nan")
+
+    fake_command(monkeypatch, diverged)
+    assert run("fake", []) == 1
+    assert capsys.readouterr().err == "error: the loss is nan\n"
+
+
 def test_a_mistake_of_ours_is_not_taken_for_the_users(monkeypatch):
     """Only ConfigError is the user's: a plain ValueError keeps its traceback."""
 

@@ -25,6 +25,14 @@ def test_adamw8bit_keeps_its_states_in_fp8_unless_that_is_forbidden(load, warnin
     assert "kept in full" in warnings(*off)[0]
 
 
+@pytest.mark.parametrize(
+    "spelling", ["train.adam8bit=true", "train.optimizer=adam8bit", "train.optimizer=AdamW8bit"]
+)
+def test_each_spelling_of_8_bit_adam_is_read_as_fp8_with_one_line(load, warnings, spelling):
+    assert load(spelling).train.optimizer == "coat_fp8_adamw"
+    assert len(warnings(spelling)) == 1 and "FP8" in warnings(spelling)[0]
+
+
 def test_the_older_accumulation_counts_forward_passes(load, warnings):
     """ai-toolkit: with N, every forward pass is a step, so updates = steps / N and a save every S steps
     is one every S / N updates."""

@@ -11,6 +11,8 @@ from PIL import Image
 from safetensors import safe_open
 
 import ppcoat.train.flux_lora as flux_lora
+from ppcoat.config.load import load_config
+from ppcoat.data import garments
 from ppcoat.errors import ConfigError
 from ppcoat.train.flux_lora import train_flux_lora
 from ppcoat.train.trainer import Trainer
@@ -151,10 +153,33 @@ def test_training_lowers_the_loss_on_a_fixed_batch(make_config, monkeypatch):
     assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5])
 
 
-def test_resuming_with_another_rank_is_refused_by_name(make_config):
-    train_flux_lora(make_config("train.steps=2"))
-    with pytest.raises(ConfigError, match="network.linear was 2 .* is 3 now"):
-        train_flux_lora(make_config("train.steps=4", "network.linear=3"))
+@pytest.mark.parametrize(
+    ("override", "refusal"),
+    [
+        ("network.linear=3", "network.linear was 2 .* is 3 now"),
+        ("network.linear_alpha=2", "network.linear_alpha was 4.0 .* is 2.0 now"),
+        ("network.ignore_if_contains=[proj]", "network.modules was .* is .* now"),
+        ("datasets.0.resolution=32", "resolution was 64 .* is 32 now"),
+        ("train.batch_size=3", "batch_size was 2 .* is 3 now"),
+        ("coat.optimizer.block_size=32", "optimizer.block_size was 16 .* is 32 now"),
+        ("coat.optimizer.use_fp8=false", "optimizer.block_size was 16 .* is not set now"),
+        ("seed=1", "order of the data: seed was 42 .* is 1 now"),
+    ],
+)
+def test_resuming_with_other_settings_is_refused_by_name(finished, override, refusal):
+    with pytest.raises(ConfigError, match=f"cannot resume.* {refusal}"):
+        train_flux_lora(load_config(finished, [override]))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, write_run):
+    """Config file of a run that has done its one step; nobody may train it further."""
+    folder = tmp_path_factory.mktemp("finished")
+    garments.write_folder(folder / "data", 6, seed=1, motif="gold star", prefix="[trigger] ")
+    coat = {"optimizer": {"block_size": 16}}
+    file = write_run(folder, folder / "data", train={"steps": 1, "batch_size": 2}, coat=coat)
+    train_flux_lora(load_config(file))
+    return file
 
 
 def test_a_finished_run_called_again_trains_nothing_and_keeps_its_file(make_config):

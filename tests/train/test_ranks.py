@@ -1,5 +1,7 @@
 """Two real processes over gloo: what they compute together, and that none outlives another."""
 
+import contextlib
+import io
 import multiprocessing
 import os
 import re
@@ -102,9 +104,7 @@ def work_together(ranks, tell):
     ranks.broadcast(tensors)
     told["broadcast"] = [tensors[0].view("int16").numpy(), tensors[1].numpy(), tensors[2].numpy()]
 
-    told["mean"] = ranks.mean([0.1, 0.7][ranks.rank])
-    told["mean of nan"] = ranks.mean([1.0, float("nan")][ranks.rank])
-    told["any"] = [ranks.any(ranks.rank == 1), ranks.any(False), ranks.any(True)]
+    told["gathered"] = ranks.gather([[0.1, 0.7], [float("nan"), float("-inf")]][ranks.rank])
     told["share"] = [ranks.share([1, 2, 3, 4]), ranks.share(np.arange(6).reshape(2, 3)).tolist()]
     with pytest.raises(ConfigError, match="batch of 3 cannot be shared by 2 ranks"):
         ranks.share([1, 2, 3])
@@ -128,8 +128,7 @@ def test_two_ranks_compute_together(start):
         np.testing.assert_array_equal(told["broadcast"][0], np.arange(8) - 4)
         np.testing.assert_array_equal(told["broadcast"][1], [0.5, 0.5])
         np.testing.assert_array_equal(told["broadcast"][2], [1, 1, 1])
-        assert told["mean"] == pytest.approx(0.4, abs=1e-15) and np.isnan(told["mean of nan"])
-        assert told["any"] == [True, False, True]
+        np.testing.assert_array_equal(told["gathered"], [[0.1, 0.7], [np.nan, -np.inf]])
     assert (first["share"], second["share"]) == ([[1, 2], [[0, 1, 2]]], [[3, 4], [[3, 4, 5]]])
 
 
@@ -149,7 +148,7 @@ def train(ranks, tell=None):
         x, y = (rng.standard_normal((2, width)).astype(np.float32) for width in (6, 4))
         loss = (layer(paddle.to_tensor(ranks.share(x))) - paddle.to_tensor(ranks.share(y))).square().mean()
         loss.backward()
-        losses.append(ranks.mean(float(loss)))
+        losses.append(ranks.gather([float(loss)]).mean())
         ranks.average_gradients(layer.parameters())
         optimizer.step()
         optimizer.clear_grad()
@@ -177,18 +176,19 @@ def wait_for_the_dead(ranks, tell, dying):
     if ranks.rank == dying:
         tell("dying")
         os.kill(os.getpid(), signal.SIGKILL)
-    try:
-        ranks.mean(1.0)
-    except RuntimeError as error:
-        tell(str(error))
+    errors = io.StringIO()
+    with pytest.raises(SystemExit) as left, contextlib.redirect_stderr(errors):
+        ranks.gather([1.0])
+    tell((left.value.code, errors.getvalue()))
 
 
 @pytest.mark.parametrize("dying", [0, 1])
-def test_a_rank_that_waits_for_a_dead_one_gets_an_error(start, dying):
+def test_a_rank_that_waits_for_a_dead_one_leaves_with_one_line(start, dying):
     processes, heard = start(lambda ranks, tell: wait_for_the_dead(ranks, tell, dying))
     assert hear(heard[dying]) == "dying"
     killed = time.time()
-    assert re.match(rf"rank {dying} has died.*go on from the checkpoint", hear(heard[1 - dying]))
+    code, said = hear(heard[1 - dying])
+    assert code == LOST_EXIT and re.fullmatch(rf"rank {dying} has died.*go on from the checkpoint\n", said)
     assert time.time() - killed < 2
     assert finish(processes)[dying] == -signal.SIGKILL
 
@@ -233,6 +233,21 @@ def test_close_waits_for_the_slowest(start):
     assert finish(processes) == [0, 0]
 
 
+def test_the_first_goes_ahead_and_the_others_follow(start, tmp_path):
+    def work(ranks, tell):
+        with ranks.first_ahead():
+            there = (tmp_path / "written").exists()
+            if ranks.is_first:
+                time.sleep(0.5)
+                (tmp_path / "written").touch()
+        tell(there)
+        ranks.close()
+
+    processes, heard = start(work)
+    assert [hear(receiver) for receiver in heard] == [False, True]
+    assert finish(processes) == [0, 0]
+
+
 def test_a_stranger_at_the_port_is_not_a_rank():
     with socket.create_server(("127.0.0.1", 0)) as server:
         lines = []
@@ -256,7 +271,8 @@ def test_one_process_needs_no_group(monkeypatch):
     ranks.barrier()
     ranks.close()
     assert parameter.grad is None
-    assert ranks.mean(0.1) == 0.1 and ranks.any(True) and not ranks.any(False)
+    with ranks.first_ahead():
+        assert ranks.gather([0.1, 2]).tolist() == [[0.1, 2]]
     assert ranks.share([1, 2, 3]) == [1, 2, 3]
 
 
@@ -276,12 +292,19 @@ def test_wrong_numbers_are_refused(monkeypatch, rank, size, message):
         Ranks.current()
 
 
+def test_ranks_with_one_gpu_between_them_are_refused(monkeypatch):
+    monkeypatch.setenv("PADDLE_TRAINER_ID", "1")
+    monkeypatch.setenv("PADDLE_TRAINERS_NUM", "2")
+    with pytest.raises(ConfigError, match=r"device: came gpu:1 with 2 ranks, wanted gpu or auto.*--gpus"):
+        Ranks.current("gpu:1")
+
+
 @pytest.mark.slow
 def test_ranks_meet_after_longer_than_gloo_waits(start):
     def work(ranks, tell):
         if ranks.is_first:
             time.sleep(33)  # gloo alone raises after 30
-        tell(ranks.mean(ranks.rank))
+        tell(ranks.gather([ranks.rank]).mean())
         ranks.close()
 
     processes, heard = start(work)
@@ -294,7 +317,7 @@ import os, signal, sys, time
 from ppcoat.train.ranks import Ranks
 ranks = Ranks.current()
 for step in range(10**6):
-    ranks.mean(step)
+    ranks.gather([step])
     if step == 50 and ranks.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
 """

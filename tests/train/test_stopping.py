@@ -37,3 +37,12 @@ def test_signal_guard_hands_back_the_handlers_after_an_error():
     with pytest.raises(RuntimeError, match="in a step"), FinishStepOnSignal():
         raise RuntimeError("in a step")
     assert handlers() == before
+
+
+def test_where_a_launcher_repeats_the_signal_the_first_counts():
+    before = handlers()
+    with FinishStepOnSignal(second_acts=False) as stop:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+            assert stop.signal == signal.SIGINT
+    assert handlers() == before

@@ -1,0 +1,76 @@
+"""Matrices in FP8 with one scale for each square block: how frozen weights are stored.
+
+values = codes * scale, codes the bits of E4M3 numbers. Scales are powers of two, so that a bfloat16 holds
+every value exactly: a weight is the same number in each compute dtype, and its error is that of the codes
+alone (a scale of amax / 448 is no more exact, since E4M3 is a floating format itself). Blocks of 128 x 128 as
+in DeepSeek-V3 (arXiv 2412.19437, section 3.3); the last ones of a row or column may be smaller.
+"""
+
+from __future__ import annotations
+
+import paddle
+
+from .formats import E4M3, FP8Format
+
+BLOCK = 128
+_SMALLEST_SCALE = 2.0**-126  # the smallest normal float32
+_MANTISSA_ONES, _EXPONENT_BITS = 0x007FFFFF, 0x7F800000  # of a float32
+
+
+def quantize_blocks(
+    x: paddle.Tensor, fmt: FP8Format = E4M3, block: int = BLOCK
+) -> tuple[paddle.Tensor, paddle.Tensor]:
+    """x [R, C] float -> codes uint8 [R, C], scale float32 [ceil(R / block), ceil(C / block)].
+
+    scale is the least power of two of at least amax / fmt.max, so no code saturates. The scale of a block
+    with a NaN or an infinity is NaN, and so are all its values.
+    """
+    rows, columns = x.shape
+    tiles = _tiles(x.astype("float32"), block)
+    amax = tiles.abs().max(axis=3).max(axis=1)
+    scale = _power_of_two_from(amax / fmt.max) + amax * 0.0  # inf * 0 is NaN
+    codes = (tiles / _spread(scale)).astype(fmt.dtype).view("uint8")
+    return _matrix(codes, rows, columns), scale
+
+
+def dequantize_blocks(
+    codes: paddle.Tensor,
+    scale: paddle.Tensor,
+    fmt: FP8Format = E4M3,
+    block: int = BLOCK,
+    dtype: str | paddle.dtype = "float32",
+) -> paddle.Tensor:
+    """Inverse of `quantize_blocks`: codes uint8 [R, C] and their scale -> values [R, C] in `dtype`."""
+    rows, columns = codes.shape
+    values = codes.view(fmt.dtype).astype(dtype)
+    if rows % block or columns % block:
+        tall = scale.repeat_interleave(block, axis=0)[:rows]
+        return values.multiply_(tall.repeat_interleave(block, axis=1)[:, :columns].astype(dtype))
+    return _matrix(_tiles(values, block).multiply_(_spread(scale).astype(dtype)), rows, columns)
+
+
+def _power_of_two_from(x: paddle.Tensor) -> paddle.Tensor:
+    """Round float32 up to a power of two, in the bits: exact on every device."""
+    bits = paddle.clip(x, min=_SMALLEST_SCALE).view("int32") + _MANTISSA_ONES
+    return paddle.bitwise_and(bits, paddle.full([1], _EXPONENT_BITS, "int32")).view("float32")
+
+
+def _tiles(x: paddle.Tensor, block: int) -> paddle.Tensor:
+    """[R, C] -> [R / block, block, C / block, block]; a ragged edge is filled with zeros."""
+    rows, columns = x.shape
+    if columns % block:
+        x = paddle.concat([x, paddle.zeros([rows, -columns % block], x.dtype)], axis=1)
+    if rows % block:
+        x = paddle.concat([x, paddle.zeros([-rows % block, x.shape[1]], x.dtype)], axis=0)
+    return x.reshape([x.shape[0] // block, block, x.shape[1] // block, block])
+
+
+def _matrix(tiles: paddle.Tensor, rows: int, columns: int) -> paddle.Tensor:
+    """Inverse of `_tiles`, for codes or values."""
+    down, block, across, _ = tiles.shape
+    x = tiles.reshape([down * block, across * block])
+    return x if x.shape == [rows, columns] else x[:rows, :columns].contiguous()
+
+
+def _spread(scale: paddle.Tensor) -> paddle.Tensor:
+    return scale.unsqueeze(1).unsqueeze(3)

@@ -1,0 +1,171 @@
+"""The FLUX transformer with its Linears in FP8, read tensor by tensor: never in memory unquantised.
+
+`load_fp8_transformer` quantises while it reads, or reads the FP8 copy that an earlier start left on disk
+(fp8_copy.py). `weight_errors` and `output_error` say what the quantisation costs.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import paddle
+from paddle import nn
+
+from ppcoat.errors import ConfigError
+from ppcoat.models.flux import FluxTransformer2DModel
+from ppcoat.models.fp8_copy import DamagedCopyError, FP8Copy
+from ppcoat.models.loading import TensorInfo, in_file_order, load_transformer, map_tensor, unfilled
+from ppcoat.nn.convert import set_fp8_weight, sublayer_at
+from ppcoat.nn.fp8_weight import BLOCK, FP8Weight
+from ppcoat.nn.swap import last_blocks, move_to_host
+
+_log = logging.getLogger(__name__)
+
+BAND = 8 * BLOCK  # rows quantised at a time: what is in float32 beside the codes
+
+
+class WeightError(NamedTuple):
+    """One Linear: its path, the shape [in, out] of its weight, and RMS(FP8 - exact) / RMS(exact)."""
+
+    path: str
+    shape: list[int]
+    relative_rms: float
+
+
+def load_fp8_transformer(
+    folder: str | Path, dtype: str | None = None, copy: FP8Copy | None = None, blocks_to_swap: int = 0
+) -> FluxTransformer2DModel:
+    """The FLUX transformer of a component folder in eval mode, the weight of every Linear in FP8.
+
+    All 504 Linears of FLUX.1-dev are quantised, 494 of them in its blocks; biases and norms are in `dtype`
+    (None: float32 on CPU, bfloat16 on GPU). copy: where the FP8 weights are kept for the next start; a stale
+    or damaged one is made anew, with one warning. blocks_to_swap: the last so many blocks are left in host
+    memory, for nn/swap.py. Peak memory: the FP8 model, one tensor and a band of `BAND` rows in float32.
+    Raises ConfigError as `load_transformer`, naming a tensor that is not finite, for a disk too full for the
+    copy, and for more blocks_to_swap than blocks.
+    """
+    model, infos = unfilled(FluxTransformer2DModel, folder, dtype)
+    on_host = tuple(f"{path}." for path in last_blocks(model, blocks_to_swap))
+    if copy is None:
+        _fill(model, quantised_tensors(infos, model), on_host)
+        return model.eval()
+    if not copy.is_usable():
+        copy.write(folder, infos, quantised_tensors(infos, model), linear_paths(model))
+    try:
+        _fill(model, copy.tensors(), on_host)
+    except DamagedCopyError as error:
+        _log.warning("%s: the copy is made anew", error)
+        model, infos = unfilled(FluxTransformer2DModel, folder, dtype)
+        copy.write(folder, infos, quantised_tensors(infos, model), linear_paths(model))
+        _fill(model, copy.tensors(), on_host)
+    return model.eval()
+
+
+def linear_paths(model: nn.Layer) -> list[str]:
+    """Paths of the Linears whose weights are stored in FP8: all."""
+    return [path for path, layer in model.named_sublayers() if isinstance(layer, nn.Linear)]
+
+
+def quantised_tensors(infos: dict[str, TensorInfo], model: nn.Layer) -> Iterator[tuple[str, paddle.Tensor]]:
+    """The tensors of a folder one by one, under the names in the state_dict of a quantised model.
+
+    The weight of a Linear comes as <path>.weight.codes uint8 [in, out] and <path>.weight.scale; everything
+    else as it lies on disk.
+    """
+    weights = {f"{path}.weight" for path in linear_paths(model)}
+    for name, info in in_file_order(infos):
+        if name in weights:
+            codes, scale = _quantised(name, info)
+            yield f"{name}.codes", codes
+            yield f"{name}.scale", scale
+        else:
+            yield name, paddle.to_tensor(map_tensor(info))
+
+
+def weight_errors(folder: str | Path) -> Iterator[WeightError]:
+    """What FP8 does to each Linear of a transformer folder, in the order of the files."""
+    model, infos = unfilled(FluxTransformer2DModel, folder)
+    paths = {f"{path}.weight": path for path in linear_paths(model)}
+    for name, info in in_file_order(infos):
+        if name not in paths:
+            continue
+        wrong = total = 0.0
+        for exact in _bands(info):
+            exact = exact.astype("float32")
+            error = FP8Weight.of(exact).dequantized("float32") - exact
+            wrong += float(error.square().sum())
+            total += float(exact.square().sum())
+        shape = info.shape[::-1] if info.torch_layout else info.shape
+        yield WeightError(paths[name], shape, (wrong / total) ** 0.5 if total else 0.0)
+
+
+@paddle.no_grad()
+def output_error(folder: str | Path, tokens: int = 64, seed: int = 0) -> float:
+    """RMS(FP8 - exact) / RMS(exact) of the velocity for random inputs of a square picture of `tokens` tokens.
+
+    Holds the exact and the quantised transformer of the folder in memory, in the compute dtype of the device.
+    """
+    exact, rounded = load_transformer(folder), load_fp8_transformer(folder)
+    rng, sizes, dtype = np.random.default_rng(seed), exact.config, exact.proj_out.weight.dtype
+
+    def normal(*shape: int) -> paddle.Tensor:
+        return paddle.to_tensor(rng.standard_normal(shape, dtype=np.float32)).astype(dtype)
+
+    rows, columns = np.divmod(np.arange(tokens), max(1, int(tokens**0.5)))
+    inputs = {
+        "hidden_states": normal(1, tokens, sizes.in_channels),
+        "encoder_hidden_states": normal(1, 32, sizes.joint_attention_dim),
+        "pooled_projections": normal(1, sizes.pooled_projection_dim),
+        "timestep": paddle.full([1], 0.5, dtype),
+        "guidance": paddle.full([1], 3.5, dtype) if sizes.guidance_embeds else None,
+        "img_ids": paddle.to_tensor(np.stack([0 * rows, rows, columns], -1).astype("float32")),
+        "txt_ids": paddle.zeros([32, 3]),
+        "return_dict": False,
+    }
+    want, got = (model(**inputs)[0].astype("float32") for model in (exact, rounded))
+    return float(((got - want).square().mean() / want.square().mean()).sqrt())
+
+
+def _bands(info: TensorInfo) -> Iterator[paddle.Tensor]:
+    """A matrix on disk in bands of BAND rows, as it lies there: blocks are square, either layout will do."""
+    rows = map_tensor(info)
+    for start in range(0, len(rows), BAND):
+        yield paddle.to_tensor(np.ascontiguousarray(rows[start : start + BAND]))
+
+
+def _quantised(name: str, info: TensorInfo) -> tuple[paddle.Tensor, paddle.Tensor]:
+    """Codes [in, out] and scales of a Linear's weight."""
+    try:
+        parts = [FP8Weight.of(band) for band in _bands(info)]
+    except ConfigError as error:
+        raise ConfigError(f"tensor {name} in {info.file}: {error}") from error
+    codes = paddle.concat([part.codes for part in parts], axis=0)
+    scale = paddle.concat([part.scale for part in parts], axis=0)
+    return (codes.t().contiguous(), scale.t().contiguous()) if info.torch_layout else (codes, scale)
+
+
+def _fill(model: nn.Layer, tensors: Iterable[tuple[str, paddle.Tensor]], on_host: tuple[str, ...]) -> None:
+    """Give every parameter its value, and every Linear its FP8Weight in the place of its own. Names that
+    begin with one of `on_host` stay in host memory.
+    """
+    parameters, codes = dict(model.named_parameters()), {}
+    for name, tensor in tensors:
+        path, _, kind = name.rpartition(".weight.")
+        if kind == "codes":
+            codes[path], filled = tensor, []
+        elif kind == "scale":
+            weight = FP8Weight(codes.pop(path), tensor)
+            set_fp8_weight(model, path, weight, sublayer_at(model, path).bias)
+            filled = [weight.codes, weight.scale]
+        else:
+            parameter = parameters[name]
+            parameter.initialize()
+            parameter.set_value(tensor.astype(parameter.dtype))
+            filled = [parameter]
+        if name.startswith(on_host):
+            for each in filled:
+                move_to_host(each)

@@ -1,0 +1,79 @@
+"""The frozen base of a run, in the order that needs least memory: the encoders come, encode and leave, and
+only then does the transformer come, in FP8 and with swapped blocks if the config asks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import paddle
+
+from ppcoat.config.schema import RunConfig
+from ppcoat.data.cache import folder_identity
+from ppcoat.errors import ConfigError
+from ppcoat.models.flux_pipeline import FluxPipeline
+from ppcoat.models.fp8_base import load_fp8_transformer
+from ppcoat.models.fp8_copy import FP8Copy
+from ppcoat.models.loading import load_transformer, read_json
+from ppcoat.train.ranks import Ranks
+
+
+def check_swap(config: RunConfig) -> None:
+    """Raise ConfigError for more model.blocks_to_swap than the model has blocks, from its config alone."""
+    model = read_json(Path(config.model.name_or_path) / "transformer" / "config.json")
+    blocks = model.get("num_layers", 19) + model.get("num_single_layers", 38)
+    if config.model.blocks_to_swap > blocks:
+        raise ConfigError(
+            f"model.blocks_to_swap: came {config.model.blocks_to_swap}, but this model has {blocks} blocks: "
+            "lower it"
+        )
+
+
+def load_encoders(config: RunConfig, dtype: str | None) -> FluxPipeline:
+    """The pipeline without its transformer, in `dtype` (None: float32 on CPU, bfloat16 on a GPU)."""
+    return FluxPipeline.from_pretrained(config.model.name_or_path, dtype, without=("transformer",))
+
+
+def exchange_for_transformer(
+    pipeline: FluxPipeline, config: RunConfig, dtype: str | None, ranks: Ranks, keep_copy: bool = True
+) -> None:
+    """Drop the text encoders, send the VAE away (it stays for previews only), load the transformer.
+
+    With model.quantize its Linears are in FP8, and the FP8 weights are kept for the next start (unless
+    keep_copy is off); the first rank writes them.
+    """
+    pipeline.text_encoder = pipeline.text_encoder_2 = None  # from here on, all text comes from the cache
+    if not (config.sample.sample_every and (config.sample.prompts or config.sample.samples)):
+        pipeline.vae = None
+    elif _on_gpu():
+        pipeline.vae.to("cpu")
+    if _on_gpu():
+        paddle.device.cuda.empty_cache()
+    model = Path(config.model.name_or_path)
+    if not config.model.quantize:
+        pipeline.transformer = load_transformer(model / "transformer", dtype)
+        return
+    source, beside = folder_identity(model / "transformer"), config.model.quantized_beside_model
+    copy = FP8Copy.beside_or_in(model, config.cache_folder, source, beside) if keep_copy else None
+    with ranks.first_ahead():
+        pipeline.transformer = load_fp8_transformer(
+            model / "transformer", dtype, copy, config.model.blocks_to_swap
+        )
+
+
+@contextmanager
+def vae_on_device(pipeline: FluxPipeline) -> Iterator[None]:
+    """Within it, the VAE is where the transformer is; afterwards in main memory."""
+    if not _on_gpu():
+        yield
+        return
+    pipeline.vae.to(paddle.get_device())
+    try:
+        yield
+    finally:
+        pipeline.vae.to("cpu")
+
+
+def _on_gpu() -> bool:
+    return paddle.get_device().startswith("gpu")

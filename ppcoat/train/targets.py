@@ -1,0 +1,44 @@
+"""Which Linears of a transformer get a LoRA, by the config's filters."""
+
+from __future__ import annotations
+
+import paddle
+
+from ppcoat.config.schema import NetworkConfig
+from ppcoat.errors import ConfigError
+from ppcoat.lora.layer import target_paths
+
+
+def chosen_modules(network: NetworkConfig, transformer: paddle.nn.Layer) -> list[str]:
+    """Paths of the Linears that get a LoRA. Raises ConfigError if the filters leave none."""
+    all_paths = target_paths(transformer, network.targets)
+    paths = [p for p in all_paths if _is_in_range(p, network, transformer)]
+    if network.only_if_contains:
+        paths = [p for p in paths if any(part in f"transformer.{p}" for part in network.only_if_contains)]
+    if network.ignore_if_contains:
+        paths = [
+            p for p in paths if not any(part in f"transformer.{p}" for part in network.ignore_if_contains)
+        ]
+    if not paths:
+        raise ConfigError(
+            f"network: only_if_contains {network.only_if_contains}, ignore_if_contains "
+            f"{network.ignore_if_contains} and the ranges of blocks leave no module; "
+            f"names look like transformer.{all_paths[0]}"
+        )
+    return paths
+
+
+def _is_in_range(path: str, network: NetworkConfig, transformer: paddle.nn.Layer) -> bool:
+    """Whether network.double_blocks and network.single_blocks let the LoRA onto this Linear. Raises
+    ConfigError for a range beyond the blocks of the model."""
+    kinds = {"transformer_blocks": "double_blocks", "single_transformer_blocks": "single_blocks"}
+    blocks, _, rest = path.partition(".")
+    wanted = getattr(network, kinds[blocks]) if blocks in kinds else None
+    if wanted is None:
+        return True
+    count = len(getattr(transformer, blocks))
+    if wanted and wanted[1] >= count:
+        raise ConfigError(
+            f"network.{kinds[blocks]}: came {list(wanted)}, but this model has {count}: 0 to {count - 1}"
+        )
+    return bool(wanted) and wanted[0] <= int(rest.partition(".")[0]) <= wanted[1]

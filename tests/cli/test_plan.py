@@ -1,0 +1,66 @@
+"""The plan command: its table is the one in the configs, and its advice is lines that a config takes."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ppcoat.cli.main import main
+from ppcoat.cli.plan import settings_yaml, table
+from ppcoat.config.load import load_config
+from ppcoat.train.plan import as_given, plan, with_choice
+from ppcoat.train.plan_phases import Choice
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("flux_lora_*gb.yaml"))
+CHOICE = Choice("coat+recompute", 12, True, 30, 2, 3)
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_the_table_in_a_config_is_what_the_command_makes(file):
+    text = file.read_text(encoding="utf-8")
+    written = [line.removeprefix("#   ") for line in text.splitlines() if line.startswith("#   ")]
+    planned = plan(load_config(file))
+    assert table(planned).splitlines() == written
+    card = int(file.stem.removeprefix("flux_lora_").removesuffix("gb"))
+    assert planned.total <= card * 1e9
+    assert planned.choice.checkpoint_blocks == 0
+
+
+def test_there_is_a_config_for_each_card():
+    assert [file.stem for file in CONFIGS] == [f"flux_lora_{gb}gb" for gb in (12, 16, 24, 48)]
+
+
+def test_the_rows_add_up_to_the_total():
+    lines = table(plan(load_config(CONFIGS[0]))).splitlines()
+    body = [
+        line
+        for line in lines
+        if line[:4] not in ("GB  ", "poli", "at m", "peak") and "parameters" not in line
+    ]
+    columns = zip(*(line[22:].split() for line in body), strict=True)
+    for *parts, total in columns:
+        assert sum(float(x) for x in parts if x != "-") == pytest.approx(float(total), abs=0.03)
+
+
+def test_the_advice_is_read_back_as_the_choice(tmp_path):
+    given = yaml.safe_load(CONFIGS[0].read_text(encoding="utf-8"))
+    for section, values in yaml.safe_load(settings_yaml(CHOICE)).items():
+        given[section] = given[section] | values
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(given), encoding="utf-8")
+    config = load_config(file)
+    assert as_given(config, 57) == CHOICE
+    assert as_given(with_choice(load_config(CONFIGS[0]), CHOICE), 57) == CHOICE
+
+
+def test_the_command_prints_table_and_config_lines(tmp_path, capsys):
+    assert main(["plan", str(CONFIGS[1]), "--vram", "16", "--set", "coat.enabled=false"]) == 0
+    shown = capsys.readouterr().out
+    assert "11,901,408,320 parameters" in shown and "not a measurement" in shown
+    assert "blocks_to_swap:" in shown and "policy: none" in shown
+
+
+def test_a_budget_that_nothing_fits_is_one_line(capsys):
+    assert main(["plan", str(CONFIGS[0]), "--vram", "3", "--set", "coat.enabled=false"]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == "" and shown.err.count("\n") == 1 and "smallest possible need" in shown.err

@@ -1,0 +1,131 @@
+"""FP8 frozen weights under Linears and LoRAs, against float64 with the dequantised weight."""
+
+import ml_dtypes
+import numpy as np
+import paddle
+import pytest
+from paddle import nn
+
+from ppcoat.errors import ConfigError
+from ppcoat.lora import inject_lora, remove_lora
+from ppcoat.nn.convert import quantize_linears, replace_linear_with_fp8
+from ppcoat.nn.fp8_weight import FP8Weight, dense
+from ppcoat.nn.linear import FrozenLinear, LoRALinear
+from ppcoat.nn.saved import count_saved_tensors
+from ppcoat.nn.saving import apply_saving_policy, remove_saving_policy
+
+IN, OUT = 200, 136
+
+
+def model(bias: bool = True) -> nn.Layer:
+    paddle.seed(0)
+    return nn.Sequential(nn.Linear(IN, OUT, bias_attr=None if bias else False))
+
+
+def values(weight: FP8Weight) -> np.ndarray:
+    """codes * scale by ml_dtypes, float64."""
+    codes = weight.codes.numpy().view(ml_dtypes.float8_e4m3fn).astype("float64")
+    scale = weight.scale.numpy().astype("float64")
+    return codes * np.kron(scale, np.ones([128, 128]))[: codes.shape[0], : codes.shape[1]]
+
+
+def rows(count: int = 6) -> paddle.Tensor:
+    x = paddle.to_tensor(np.random.default_rng(1).standard_normal([2, count, IN]).astype("float32"))
+    x.stop_gradient = False
+    return x
+
+
+def test_it_has_the_shape_of_the_weight_and_a_byte_for_each_number():
+    weight = FP8Weight.of(model()[0].weight)
+    assert weight.shape == [IN, OUT] and weight.stop_gradient
+    assert weight.nbytes == IN * OUT + 4 * 2 * 2
+    np.testing.assert_array_equal(weight.dequantized("float32").numpy(), values(weight))
+    assert dense(weight, paddle.bfloat16).dtype == paddle.bfloat16
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_weights_that_are_not_finite_are_refused(bad):
+    with pytest.raises(ConfigError, match="NaN or infinities"):
+        FP8Weight.of(paddle.to_tensor([[1.0, bad]]))
+
+
+def test_scales_of_another_shape_are_refused():
+    with pytest.raises(ConfigError, match=r"\[2, 2\].*wanted \[1, 1\]"):
+        FP8Weight(paddle.zeros([3, 3], "uint8"), paddle.ones([2, 2]))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_frozen_linear_computes_and_differentiates_with_the_codes(bias):
+    layers, x = model(bias), rows()
+    assert quantize_linears(layers) == ["0"]
+    weight = layers[0].weight
+    assert isinstance(layers[0], FrozenLinear) and isinstance(weight, FP8Weight)
+    with count_saved_tensors() as saved:
+        y = layers(x)
+    assert saved.bytes_kept == 0
+    y.sum().backward()
+    w, offset = values(weight), layers[0].bias.numpy() if bias else 0
+    np.testing.assert_allclose(y.numpy(), x.numpy() @ w + offset, atol=1e-5)
+    np.testing.assert_allclose(x.grad.numpy(), np.broadcast_to(w.sum(1), x.shape), atol=1e-5)
+
+
+@pytest.mark.parametrize("policy", ["none", "coat"])
+def test_a_lora_stands_on_it_and_comes_off_again(policy):
+    layers, x = model(), rows()
+    quantize_linears(layers)
+    frozen = layers[0]
+    layer = inject_lora(layers, 4, 8.0, targets=["0"], policy=policy)["0"]
+    layer.lora_B.set_value(np.random.default_rng(2).standard_normal([4, OUT]).astype("float32"))
+    if policy == "coat":
+        replace_linear_with_fp8(layers)
+    y = layers(x)
+    y.sum().backward()
+    w, a, b = (np.asarray(each, "float64") for each in (values(frozen.weight), layer.lora_A, layer.lora_B))
+    np.testing.assert_allclose(y.numpy(), x.numpy() @ (w + 2 * a @ b) + frozen.bias.numpy(), atol=2e-5)
+    np.testing.assert_allclose(x.grad.numpy(), np.broadcast_to((w + 2 * a @ b).sum(1), x.shape), atol=2e-5)
+    wanted = 2 * np.einsum("bti,r->ir", x.numpy(), b.sum(1))
+    got = layer.lora_A.grad.numpy()
+    assert np.sqrt(np.mean((got - wanted) ** 2) / np.mean(wanted**2)) < (1e-6 if policy == "none" else 0.04)
+    layer.enabled = False
+    np.testing.assert_allclose(layers(x).numpy(), x.numpy() @ w + frozen.bias.numpy(), atol=1e-5)
+    remove_lora(layers)
+    assert layers[0] is frozen
+
+
+def test_only_the_bias_is_a_parameter_and_only_the_lora_trains():
+    layers = model()
+    quantize_linears(layers)
+    assert [name for name, _ in layers.named_parameters()] == ["0.bias"]
+    assert set(layers.state_dict()) == {"0.bias", "0.weight.codes", "0.weight.scale"}
+    inject_lora(layers, 2, 2.0, targets=["0"])
+    trained = [name for name, p in layers.named_parameters() if not p.stop_gradient]
+    assert trained == ["0.lora_A", "0.lora_B"]
+
+
+def test_a_linear_with_a_lora_is_not_quantised():
+    layers = model()
+    layers.add_sublayer("0", LoRALinear(layers[0], 2, 2.0))
+    with pytest.raises(ConfigError, match="0 carries a LoRA"):
+        quantize_linears(layers)
+
+
+@pytest.mark.parametrize("checkpointed", [0, 4])
+@pytest.mark.parametrize("policy", ["none", "coat", "coat+recompute", "coat+recompute+attention"])
+def test_flux_blocks_on_it_have_the_gradients_of_autograd(flux, build_flux, policy, checkpointed):
+    """Autograd runs on the same weights as floats."""
+    sizes = {"channels": 16, "text": 24, "pooled": 12, "guidance": True}
+    quantised, plain = (build_flux(2, 2, 2, 32, **sizes) for _ in range(2))
+    for layer in plain.sublayers():
+        if isinstance(layer, nn.Linear):
+            layer.weight.set_value(FP8Weight.of(layer.weight).dequantized("float32"))
+    quantize_linears(quantised)
+    for each in (quantised, plain):
+        flux.with_loras(each)
+    batch = flux.arguments(plain)
+    loss, wanted = flux.plain_gradients(plain, batch)
+    apply_saving_policy(quantised, policy, checkpointed, fp8_checkpoints=False)
+    got_loss, got = flux.gradients(quantised, batch)
+    remove_saving_policy(quantised)
+    assert abs(got_loss - loss) < 1e-5 * loss
+    exact = policy == "none" or checkpointed == 4
+    assert flux.errors(got, wanted)[1] < (1e-5 if exact else 0.08)

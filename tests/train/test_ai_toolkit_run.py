@@ -1,0 +1,65 @@
+"""ai-toolkit's published FLUX LoRA config trains here, with only the folders replaced and few steps."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from safetensors import safe_open
+
+from ppcoat.cli.main import main
+from ppcoat.data import garments
+from ppcoat.train.checkpoint import load_latest
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+PUBLISHED = FIXTURES / "ai_toolkit" / "train_lora_flux_24gb.yaml"
+COAT = """\
+coat:
+  enabled: true
+  optimizer: {use_fp8: true, m1_format: e4m3, m2_format: e4m3, block_size: 128}
+  activation: {use_fp8: true, linear_granularity: per_tensor, nonlinear_granularity: per_group}
+  memory: {enable_efficient_checkpoint: true}
+"""
+
+
+def test_the_published_config_trains_with_only_its_folders_replaced(tmp_path, monkeypatch, capfd, caplog):
+    garments.write_folder(tmp_path / "pictures", 3, seed=1, motif="gold star", prefix="")
+    text = PUBLISHED.read_text("utf-8")
+    for old, new in (
+        ("/path/to/images/folder", tmp_path / "pictures"),
+        ("black-forest-labs/FLUX.1-dev", FIXTURES / "tiny_flux_fp32"),
+    ):
+        assert text.count(old) == 1
+        text = text.replace(old, str(new))
+    (tmp_path / "run.yaml").write_text(text + COAT, "utf-8")
+    monkeypatch.chdir(tmp_path)
+    few = ["train.steps=2", "sample.sample_steps=1", "sample.width=64", "sample.height=64"]
+    assert main(["train", "run.yaml", *(flag for each in few for flag in ("--set", each))]) == 0
+
+    assert "9 pictures to encode" in capfd.readouterr().out  # 3 pictures at 3 resolutions
+    run = tmp_path / "output" / "first_flux_lora"
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text("utf-8").splitlines()]
+    assert [line["step"] for line in log] == [1, 2] and all(line["lr"] == 1e-4 for line in log)
+    assert all(np.isfinite(line["loss"]) and line["kept_bytes"] > 0 for line in log)
+    with safe_open(str(run / "first_flux_lora.safetensors"), framework="np") as file:
+        assert (file.metadata()["rank"], file.metadata()["step"]) == ("16", "2")
+        values = [file.get_tensor(name) for name in file.keys()]  # noqa: SIM118
+    assert {value.dtype for value in values} == {np.dtype("float16")}
+    assert all(np.isfinite(value).all() for value in values)
+    assert load_latest(run).tensors["ema"]
+    samples = sorted((run / "samples").iterdir())
+    assert [path.stem for path in samples] == [f"00000000{step}_0{i}" for step in (0, 2) for i in (0, 1)]
+    with Image.open(samples[0]) as picture:
+        assert (
+            picture.size == (64, 64) and picture.text["prompt"] == "a red dress on a hanger, first_flux_lora"
+        )
+    assert list((run / "cache").glob("*/*.safetensors"))
+
+    warnings = [record.getMessage() for record in caplog.records]
+    lines = (text + COAT).splitlines()
+    for warning in warnings:
+        place = re.fullmatch(r"run\.yaml:(\d+): (?:\w+\.)*(\w+): .+", warning)
+        assert place and lines[int(place[1]) - 1].strip().startswith(f"{place[2]}:"), warning
+    keys = [warning.split(": ")[1] for warning in warnings]
+    assert len(set(keys)) == len(keys) and set(keys) <= {"device", "meta", "train.optimizer", "network"}

@@ -1,0 +1,84 @@
+"""What the base does in a run: encoders leave, FP8 weights are kept for the next start, blocks travel."""
+
+import logging
+
+import numpy as np
+import pytest
+
+import ppcoat.train.base_model as base_model
+from ppcoat.config.load import load_config
+from ppcoat.errors import ConfigError
+from ppcoat.models.flux_pipeline import FluxPipeline
+from ppcoat.nn.fp8_weight import FP8Weight
+from ppcoat.train.flux_lora import train_flux_lora
+from ppcoat.train.plan import plan
+from ppcoat.train.ranks import Ranks
+
+
+def loaded(config, **keywords):
+    pipeline = base_model.load_encoders(config, "float32")
+    assert pipeline.transformer is None
+    base_model.exchange_for_transformer(pipeline, config, "float32", Ranks(), **keywords)
+    return pipeline
+
+
+def test_encoders_encode_as_in_a_whole_pipeline_and_leave(make_config):
+    config = make_config()
+    whole = FluxPipeline.from_pretrained(config.model.name_or_path, "float32")
+    encoders = base_model.load_encoders(config, "float32")
+    for ours, theirs in zip(
+        encoders.encode_prompt(["a red dress"]), whole.encode_prompt(["a red dress"]), strict=True
+    ):
+        assert (ours == theirs).all() and ours.dtype == theirs.dtype
+    pipeline = loaded(config)
+    assert pipeline.text_encoder is None and pipeline.text_encoder_2 is None
+    assert pipeline.vae is None  # no previews in this run
+    with_previews = make_config("sample.sample_every=2", "sample.prompts=['a dress']")
+    assert loaded(with_previews).vae is not None
+
+
+def test_fp8_base_is_kept_for_the_next_start(make_config, monkeypatch, caplog):
+    config = make_config("model.quantize=true")
+    pipeline = loaded(config)
+    weights = [layer for layer in pipeline.transformer.sublayers() if isinstance(layer, FP8Weight)]
+    assert len(weights) > 50
+    written = list(config.cache_folder.glob("*-transformer-fp8/*.safetensors"))
+    assert written
+    monkeypatch.setattr(
+        "ppcoat.models.fp8_base.quantised_tensors", lambda *_: pytest.fail("quantised a second time")
+    )
+    with caplog.at_level(logging.WARNING):
+        again = loaded(config)
+    assert not caplog.records
+    for name, value in again.transformer.state_dict().items():
+        assert (value.numpy() == pipeline.transformer.state_dict()[name].numpy()).all(), name
+
+
+def test_without_a_copy_nothing_is_written(make_config):
+    config = make_config("model.quantize=true")
+    loaded(config, keep_copy=False)
+    assert not config.cache_folder.exists()
+
+
+def test_a_run_on_swapped_blocks_is_bit_equal_and_on_fp8_weights_it_is_not(make_config):
+    plain = train_flux_lora(make_config("name=plain")).losses
+    swapped = train_flux_lora(make_config("name=swapped", "model.blocks_to_swap=4")).losses
+    quantised = train_flux_lora(make_config("name=fp8", "model.quantize=true")).losses
+    assert swapped == plain
+    assert quantised != plain and quantised == pytest.approx(plain, rel=0.05)
+
+
+def test_more_blocks_than_there_are_stop_the_run_before_anything_is_loaded(make_config, monkeypatch):
+    monkeypatch.setattr(base_model, "load_encoders", lambda *_: pytest.fail("loaded"))
+    with pytest.raises(ConfigError, match="blocks_to_swap: came 6, but this model has 5 blocks"):
+        train_flux_lora(make_config("model.blocks_to_swap=6"))
+
+
+def test_memory_auto_trains_with_what_the_plan_chooses(make_config):
+    config = make_config("memory=auto", "vram_gb=4")
+    choice = plan(config, 4).choice
+    assert np.isfinite(train_flux_lora(config).losses).all()
+    used = load_config(config.run_dir / "config.yaml")
+    assert (used.coat.activation.policy, used.train.batch_size) == (choice.policy, choice.batch_size)
+    with pytest.raises(ConfigError, match="smallest"):
+        train_flux_lora(make_config("name=none", "memory=auto", "vram_gb=0.01"))
