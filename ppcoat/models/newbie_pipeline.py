@@ -1,0 +1,217 @@
+"""NewBie-image from prompt to picture: encode_prompt -> integrate -> decode.
+
+The folder is the one that NewBie's converter writes (newbie_loading.py). Noise is drawn on the host from one
+seed per picture, so a seed gives the same picture on CPU and GPU, alone or within a batch.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import paddle
+import PIL.Image
+from ppdiffusers import AutoencoderKL, DiffusionPipeline
+from ppdiffusers.utils import BaseOutput
+
+from ppcoat.errors import ConfigError
+from ppcoat.models.gemma3 import Gemma3TextEncoder
+from ppcoat.models.jina_clip import JinaClipTextModel
+from ppcoat.models.newbie_loading import (
+    check_newbie_folder,
+    load_gemma3,
+    load_jina_clip,
+    load_newbie_vae,
+    load_nextdit,
+)
+from ppcoat.models.newbie_sampling import Guidance, guided_velocity, integrate, time_grid
+from ppcoat.models.newbie_tokens import CaptionTokenizer, load_gemma3_tokenizer, load_jina_clip_tokenizer
+from ppcoat.models.nextdit import NextDiT_CLIP
+
+_log = logging.getLogger(__name__)
+
+# What Gemma reads before a prompt, with the space at its end: so the base model was trained.
+PROMPT_PREFIX = (
+    "You are an assistant designed to generate high-quality anime images with the highest degree of "
+    "image-text alignment based on textual prompts. <Prompt Start> "
+)
+PIXELS_PER_TOKEN = 16  # of a side: the VAE's 8 times the transformer's patches of 2
+DEFAULT_SIDE = 1024
+
+
+@dataclass
+class NewbiePipelineOutput(BaseOutput):
+    """images by output_type: "pil" a list of PIL images; "np" float32 [B, height, width, 3] in 0..1;
+    "latent" float32 latents [B, 16, height/8, width/8]."""
+
+    images: list[PIL.Image.Image] | np.ndarray | paddle.Tensor
+
+
+class NewbiePipeline(DiffusionPipeline):
+    """The six parts of NewBie-image and the way through them; part names as in model_index.json."""
+
+    def __init__(
+        self,
+        transformer: NextDiT_CLIP,
+        text_encoder: Gemma3TextEncoder | None,
+        tokenizer: CaptionTokenizer | None,
+        clip_model: JinaClipTextModel | None,
+        clip_tokenizer: CaptionTokenizer | None,
+        vae: AutoencoderKL,
+    ):
+        super().__init__()
+        self.register_modules(
+            transformer=transformer,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            clip_model=clip_model,
+            clip_tokenizer=clip_tokenizer,
+            vae=vae,
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | os.PathLike,
+        paddle_dtype: str | paddle.dtype | None = None,
+        *,
+        transformer: NextDiT_CLIP | None = None,
+    ) -> NewbiePipeline:
+        """Loads a NewBie folder; writes nothing into it. transformer: used instead of the folder's.
+
+        paddle_dtype: dtype of all weights but the VAE's, which stay float32; by default float32 on CPU and
+        bfloat16 on a GPU. Raises ConfigError for an incomplete or inconsistent folder, before any weight is
+        read (check_newbie_folder).
+        """
+        folder = Path(folder)
+        check_newbie_folder(folder)
+        dtype = None if paddle_dtype is None else str(paddle_dtype).rsplit(".", 1)[-1]
+        return cls(
+            transformer=load_nextdit(folder / "transformer", dtype) if transformer is None else transformer,
+            text_encoder=load_gemma3(folder / "text_encoder", "bfloat16" if dtype == "float16" else dtype),
+            tokenizer=load_gemma3_tokenizer(folder / "text_encoder"),
+            clip_model=load_jina_clip(folder / "clip_model", dtype),
+            clip_tokenizer=load_jina_clip_tokenizer(folder / "clip_model"),
+            vae=load_newbie_vae(folder / "vae", "float32"),
+        )
+
+    @paddle.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        negative_prompt: str = "",
+        height: int = DEFAULT_SIDE,
+        width: int = DEFAULT_SIDE,
+        num_inference_steps: int = 28,
+        guidance_scale: float = 5.0,
+        num_images_per_prompt: int = 1,
+        seed: int | None = None,
+        latents: paddle.Tensor | None = None,
+        output_type: str = "pil",
+        prefix: str = PROMPT_PREFIX,
+        max_sequence_length: int | None = None,
+        shift: float = 6.0,
+        solver: str = "euler",
+        guidance_until: float = 1.0,
+        guidance_renorm: float = 0.0,
+        callback: Callable[[int, paddle.Tensor], None] | None = None,
+    ) -> NewbiePipelineOutput:
+        """Draws pictures; B = prompts * num_images_per_prompt, the pictures of one prompt side by side.
+
+        height, width: pixels, multiples of 16. Picture i is drawn from seed + i; latents [B, 16, height/8,
+        width/8]: noise instead. prefix, max_sequence_length: see encode_prompt. shift: of the time grid.
+        solver, guidance_until, guidance_renorm: see newbie_sampling (the original's cfg_trunc and
+        renorm_cfg). callback(step, latents) is called after each step. Raises ConfigError for sizes, output
+        types and solvers that are not as described.
+        """
+        _check(height, width, output_type, num_inference_steps)
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        prompts = [text for text in prompts for _ in range(num_images_per_prompt)]
+        batch = len(prompts)
+        texts = prompts + [negative_prompt] * batch
+        conditions = self.encode_prompt(texts, prefix, max_sequence_length)
+        if latents is None:
+            latents = _noise(batch, height // 8, width // 8, seed)
+        guidance = Guidance(guidance_scale, guidance_until, guidance_renorm)
+
+        def velocity(x: paddle.Tensor, t: float) -> paddle.Tensor:
+            return guided_velocity(self.transformer, x, t, conditions, guidance)
+
+        grid = time_grid(num_inference_steps + 1, shift)
+        with self.progress_bar(total=num_inference_steps) as progress:
+            for step, x in enumerate(integrate(velocity, latents.astype("float32"), grid, solver)):
+                if callback is not None:
+                    callback(step, x)
+                progress.update()
+        return NewbiePipelineOutput(images=self._pictures(x, output_type))
+
+    @paddle.no_grad()
+    def encode_prompt(
+        self, prompts: Sequence[str], prefix: str = PROMPT_PREFIX, max_sequence_length: int | None = None
+    ) -> dict[str, paddle.Tensor]:
+        """The transformer's arguments: cap_feats [B, L, dim] and cap_mask int64 [B, L] of Gemma3,
+        clip_text_pooled [B, dim] of Jina CLIP.
+
+        Gemma reads prefix + prompt, Jina the prompt alone; an empty prompt stays empty. max_sequence_length:
+        Gemma tokens (default 512), prefix included; what is longer is cut, with a warning.
+        """
+        texts = [prefix + prompt if prompt else "" for prompt in prompts]
+        tokens = self.tokenizer(texts, max_sequence_length)
+        if tokens.cut:
+            _log.warning(
+                "%d of %d captions are longer than %d tokens and were cut, the first is %.60r",
+                *(len(tokens.cut), len(prompts)),
+                *(max_sequence_length or self.tokenizer.max_tokens, prompts[tokens.cut[0]]),
+            )
+        dtype = self.transformer.dtype
+        ids, mask = paddle.to_tensor(tokens.ids), paddle.to_tensor(tokens.mask)
+        clip_ids = paddle.to_tensor(self.clip_tokenizer(prompts).ids)
+        return {
+            "cap_feats": self.text_encoder(ids, mask).astype(dtype),
+            "cap_mask": mask,
+            "clip_text_pooled": self.clip_model(clip_ids).astype(dtype),
+        }
+
+    @paddle.no_grad()
+    def encode_image(self, pixels: paddle.Tensor) -> paddle.Tensor:
+        """Pixels [B, 3, height, width] in -1..1 -> latents [B, 16, height/8, width/8].
+
+        As the transformer sees them: (mode - shift_factor) * scaling_factor, shift included.
+        """
+        latents = self.vae.encode(pixels.astype(self.vae.dtype)).latent_dist.mode()
+        return (latents - self.vae.config.shift_factor) * self.vae.config.scaling_factor
+
+    @paddle.no_grad()
+    def decode_latents(self, latents: paddle.Tensor) -> paddle.Tensor:
+        """The way back: latents [B, 16, h, w] -> pixels [B, 3, 8h, 8w], about -1..1, not clipped."""
+        config = self.vae.config
+        latents = latents.astype(self.vae.dtype) / config.scaling_factor + config.shift_factor
+        return self.vae.decode(latents).sample
+
+    def _pictures(self, latents: paddle.Tensor, output_type: str):
+        if output_type == "latent":
+            return latents
+        pixels = self.decode_latents(latents).astype("float32")
+        pixels = (pixels / 2 + 0.5).clip(0, 1).numpy().transpose(0, 2, 3, 1)
+        return self.numpy_to_pil(pixels) if output_type == "pil" else pixels
+
+
+def _noise(batch: int, height: int, width: int, seed: int | None) -> paddle.Tensor:
+    seed = int(np.random.default_rng().integers(2**62)) if seed is None else seed
+    generators = [np.random.default_rng(seed + i) for i in range(batch)]
+    shape = (16, height, width)
+    return paddle.to_tensor(np.stack([g.standard_normal(shape, dtype="float32") for g in generators]))
+
+
+def _check(height: int, width: int, output_type: str, steps: int) -> None:
+    step = PIXELS_PER_TOKEN
+    if height < step or width < step or height % step or width % step:
+        raise ConfigError(f"picture size {width}x{height}: width and height must be multiples of {step}")
+    if output_type not in ("pil", "np", "latent"):
+        raise ConfigError(f"output_type is {output_type!r}: choose pil, np or latent")
+    if steps < 1:
+        raise ConfigError(f"num_inference_steps is {steps}: it must be at least 1")
