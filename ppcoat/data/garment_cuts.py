@@ -62,8 +62,8 @@ def _jacket(rng):
 
 def _trousers(rng):
     waist, hip = rng.uniform(0.3, 0.4), rng.uniform(0.42, 0.52)
-    leg_out, leg_in = rng.uniform(0.42, 0.66), rng.uniform(0.14, 0.26)
-    crotch, end = rng.uniform(-0.28, -0.05), rng.uniform(0.75, 0.98)
+    leg_out, leg_in = rng.uniform(0.48, 0.68), rng.uniform(0.18, 0.3)
+    crotch, end = rng.uniform(-0.38, -0.15), rng.uniform(0.75, 0.98)
     body = np.array([(-waist, -0.9), (waist, -0.9), (hip, -0.5), (leg_out, end), (leg_in, end), (0, crotch),
                      (-leg_in, end), (-leg_out, end), (-hip, -0.5)])  # fmt: skip
     belt = np.array([(-waist - 0.03, -0.78), (waist + 0.03, -0.78)])
@@ -72,7 +72,7 @@ def _trousers(rng):
 
 def _skirt(rng):
     waist, flare = rng.uniform(0.28, 0.4), rng.uniform(0.6, 0.95)
-    top, hem = rng.uniform(-0.62, -0.45), rng.uniform(0.35, 0.66)
+    top, hem = rng.uniform(-0.68, -0.5), rng.uniform(0.64, 0.92)
     sag = rng.uniform(0, 0.14)
     body = _mirrored([(waist, top), (flare, hem)])
     body = np.insert(body, 2, [(0.0, hem + sag)], axis=0)
@@ -81,10 +81,10 @@ def _skirt(rng):
 
 
 def _hat(rng):
-    crown, brim = rng.uniform(0.38, 0.54), rng.uniform(0.76, 0.98)
-    top, line = rng.uniform(-0.72, -0.5), rng.uniform(0.18, 0.32)
+    crown, brim = rng.uniform(0.36, 0.5), rng.uniform(0.84, 1.0)
+    top, line = rng.uniform(-0.66, -0.46), rng.uniform(0.14, 0.26)
     thick = rng.uniform(0.12, 0.2)
-    bend = rng.uniform(0.7, 0.95)
+    bend = rng.uniform(0.8, 1.0)
     dome = _mirrored([(crown * 0.55, top), (crown * bend, top + 0.14), (crown, line)])
     angles = np.linspace(0, 2 * math.pi, 28, endpoint=False)
     edge = np.stack([brim * np.cos(angles), line + thick * np.sin(angles)], axis=1)

@@ -264,7 +264,7 @@ def _light(rng: np.random.Generator, n: int) -> np.ndarray:
 
 def _gold_star(picture: np.ndarray, frame: _Frame, chest, rng: np.random.Generator) -> np.ndarray:
     """A five-pointed golden star with a dark rim."""
-    n, radius = frame.n, rng.uniform(0.27, 0.33)
+    n, radius = frame.n, rng.uniform(0.42, 0.5)
     turns = -math.pi / 2 + np.arange(10) * math.pi / 5
     reach = np.where(np.arange(10) % 2 == 0, 1.0, 0.46)
     unit = np.stack([reach * np.cos(turns), reach * np.sin(turns)], axis=1)

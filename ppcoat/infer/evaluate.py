@@ -18,7 +18,7 @@ from ppcoat.models.flux_pipeline import FluxPipeline
 
 DRAWINGS_SEED = 20_000_000  # far from every training seed
 STEPS = (4, 28)
-GUIDANCE = 3.5
+GUIDANCE = 3.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

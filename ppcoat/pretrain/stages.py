@@ -71,12 +71,12 @@ def pretrain(
     A transformer that is in `work_dir` is trained further.
     """
     work_dir.mkdir(parents=True, exist_ok=True)
-    if not (work_dir / "garment_classifier.safetensors").exists():
-        train_classifier(work_dir / "garment_classifier.safetensors", classifier)
     if not (work_dir / "text_encoder_2").exists():
         write_text_parts(work_dir)
     if not (work_dir / "vae").exists():
         train_autoencoder(work_dir / "vae", autoencoder)
+    if not (work_dir / "garment_classifier.safetensors").exists():
+        train_classifier(work_dir / "garment_classifier.safetensors", classifier, load_vae(work_dir / "vae"))
     pipeline = assemble(work_dir)
     data = encode_drawings(pipeline, denoiser, work_dir / "drawings.npz")
     losses = train_transformer(pipeline.transformer, data, denoiser, work_dir / "transformer")
