@@ -118,14 +118,15 @@ def test_two_ranks_are_one_with_both_pictures(write, launch, tmp_path):
     ("coat", "tolerance"),
     [
         (IN_GROUPS, 2e-6),
-        ({"enabled": True, "activation": {"use_fp8": False}}, 5e-6),
+        ({"enabled": True, "activation": {"use_fp8": False}}, 2.8e-5),
         ({"enabled": True}, 1e-4),
     ],
     ids=["FP8 activations in groups", "FP8 optimizer", "all of COAT"],
 )
 def test_with_coat_two_ranks_are_one_up_to_its_rounding(write, launch, coat, tolerance):
-    """A code that falls to the other side of a rounding edge differs by 1/16 of its value; a scale per tensor
-    depends on the pictures of a rank."""
+    """A code that falls to the other side of a rounding edge differs by 1/16 of its value, which moves an
+    update of lr 1e-4 by 1/16 (first moment) and 1/32 (root of the second): 2.8e-5 in 3 steps. A scale per
+    tensor depends on the pictures of a rank."""
     two, one = write("two", 1, coat=coat), write("one", 2, coat=coat)
     assert launch(two).wait(timeout=300) == 0
     train_flux_lora(load_config(one))
