@@ -392,6 +392,11 @@ class SampleConfig(Section):
     guidance_scale: float = Field(3.5, ge=0, description="guidance of the previews")
     sample_steps: int = Field(28, ge=1, le=1000, description="denoising steps")
 
+    @property
+    def wanted(self) -> bool:
+        """Whether a run draws any."""
+        return self.sample_every > 0 and bool(self.prompts or self.samples)
+
 
 class LoggingConfig(Section):
     """Progress and curves."""

@@ -21,6 +21,7 @@ from ppdiffusers.utils import BaseOutput
 from ppcoat.errors import ConfigError
 from ppcoat.models import loading, saving
 from ppcoat.models.flux import FluxTransformer2DModel
+from ppcoat.models.pictures import LatentPictures
 from ppcoat.models.scheduler import FlowMatchEulerDiscreteScheduler, calculate_shift
 
 MAX_T5_TOKENS = 512
@@ -34,7 +35,7 @@ class FluxPipelineOutput(BaseOutput):
     images: list[PIL.Image.Image] | np.ndarray | paddle.Tensor
 
 
-class FluxPipeline(DiffusionPipeline):
+class FluxPipeline(LatentPictures, DiffusionPipeline):
     """The seven parts of FLUX.1 and the loop over them.
 
     A scheduler that cannot shift dynamically (ppdiffusers' own, in some versions) is replaced by ours with
@@ -198,7 +199,11 @@ class FluxPipeline(DiffusionPipeline):
             conditions["guidance"] = paddle.full([batch], guidance_scale, dtype="float32")
         latents = self._denoise(latents, conditions, callback_on_step_end, callback_on_step_end_tensor_inputs)
 
-        images = latents if output_type == "latent" else self._pictures(latents, rows, columns, output_type)
+        images = (
+            latents
+            if output_type == "latent"
+            else self.pictures(unpack_latents(latents, rows, columns), output_type)
+        )
         return FluxPipelineOutput(images=images) if return_dict else (images,)
 
     def _denoise(
@@ -253,28 +258,6 @@ class FluxPipeline(DiffusionPipeline):
         prompt_embeds = prompt_embeds.astype(dtype).repeat_interleave(num_images_per_prompt, axis=0)
         pooled = pooled_prompt_embeds.astype(dtype).repeat_interleave(num_images_per_prompt, axis=0)
         return prompt_embeds, pooled, paddle.zeros([prompt_embeds.shape[1], 3], dtype="float32")
-
-    @paddle.no_grad()
-    def encode_image(self, pixels: paddle.Tensor) -> paddle.Tensor:
-        """Pixels [B, 3, height, width] in -1..1 -> latents [B, 16, height/8, width/8].
-
-        As the transformer sees them: shifted and scaled, the mean of the VAE's distribution.
-        """
-        latents = self.vae.encode(pixels.astype(self.vae.dtype)).latent_dist.mode()
-        return (latents - self.vae.config.shift_factor) * self.vae.config.scaling_factor
-
-    @paddle.no_grad()
-    def decode_latents(self, latents: paddle.Tensor) -> paddle.Tensor:
-        """The way back: latents [B, 16, h, w] -> pixels [B, 3, 8h, 8w], about -1..1, not clipped."""
-        config = self.vae.config
-        return self.vae.decode(
-            latents.astype(self.vae.dtype) / config.scaling_factor + config.shift_factor
-        ).sample
-
-    def _pictures(self, latents: paddle.Tensor, rows: int, columns: int, output_type: str):
-        pixels = self.decode_latents(unpack_latents(latents, rows, columns)).astype("float32")
-        pixels = (pixels / 2 + 0.5).clip(0, 1).numpy().transpose(0, 2, 3, 1)
-        return self.numpy_to_pil(pixels) if output_type == "pil" else pixels
 
     def _set_timesteps(self, tokens: int, steps: int, timesteps, sigmas) -> None:
         config = self.scheduler.config

@@ -31,6 +31,7 @@ from ppcoat.models.newbie_loading import (
 from ppcoat.models.newbie_sampling import Guidance, guided_velocity, integrate, time_grid
 from ppcoat.models.newbie_tokens import CaptionTokenizer, load_gemma3_tokenizer, load_jina_clip_tokenizer
 from ppcoat.models.nextdit import NextDiT_CLIP
+from ppcoat.models.pictures import LatentPictures
 
 _log = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ class NewbiePipelineOutput(BaseOutput):
     images: list[PIL.Image.Image] | np.ndarray | paddle.Tensor
 
 
-class NewbiePipeline(DiffusionPipeline):
+class NewbiePipeline(LatentPictures, DiffusionPipeline):
     """The six parts of NewBie-image and the way through them; part names as in model_index.json."""
 
     def __init__(
@@ -147,7 +148,7 @@ class NewbiePipeline(DiffusionPipeline):
                 if callback is not None:
                     callback(step, x)
                 progress.update()
-        return NewbiePipelineOutput(images=self._pictures(x, output_type))
+        return NewbiePipelineOutput(images=x if output_type == "latent" else self.pictures(x, output_type))
 
     @paddle.no_grad()
     def encode_prompt(
@@ -175,29 +176,6 @@ class NewbiePipeline(DiffusionPipeline):
             "cap_mask": mask,
             "clip_text_pooled": self.clip_model(clip_ids).astype(dtype),
         }
-
-    @paddle.no_grad()
-    def encode_image(self, pixels: paddle.Tensor) -> paddle.Tensor:
-        """Pixels [B, 3, height, width] in -1..1 -> latents [B, 16, height/8, width/8].
-
-        As the transformer sees them: (mode - shift_factor) * scaling_factor, shift included.
-        """
-        latents = self.vae.encode(pixels.astype(self.vae.dtype)).latent_dist.mode()
-        return (latents - self.vae.config.shift_factor) * self.vae.config.scaling_factor
-
-    @paddle.no_grad()
-    def decode_latents(self, latents: paddle.Tensor) -> paddle.Tensor:
-        """The way back: latents [B, 16, h, w] -> pixels [B, 3, 8h, 8w], about -1..1, not clipped."""
-        config = self.vae.config
-        latents = latents.astype(self.vae.dtype) / config.scaling_factor + config.shift_factor
-        return self.vae.decode(latents).sample
-
-    def _pictures(self, latents: paddle.Tensor, output_type: str):
-        if output_type == "latent":
-            return latents
-        pixels = self.decode_latents(latents).astype("float32")
-        pixels = (pixels / 2 + 0.5).clip(0, 1).numpy().transpose(0, 2, 3, 1)
-        return self.numpy_to_pil(pixels) if output_type == "pil" else pixels
 
 
 def _noise(batch: int, height: int, width: int, seed: int | None) -> paddle.Tensor:

@@ -9,6 +9,11 @@ from ppcoat.errors import ConfigError
 from ppcoat.fp8.blocks import BLOCK, dequantize_blocks, quantize_blocks
 
 
+def fp8_bytes(rows: int, columns: int) -> int:
+    """Of an FP8Weight [rows, columns]: codes, and one float32 scale for each block."""
+    return rows * columns + 4 * -(-rows // BLOCK) * -(-columns // BLOCK)
+
+
 class FP8Weight(nn.Layer):
     """A weight [in, out] as E4M3 codes and a scale for each 128 x 128 block; never trained.
 
@@ -43,7 +48,7 @@ class FP8Weight(nn.Layer):
     @property
     def nbytes(self) -> int:
         """Bytes of codes and scales."""
-        return self.codes.size + 4 * self.scale.size
+        return fp8_bytes(*self.shape)
 
     @paddle.no_grad()
     def dequantized(self, dtype: str | paddle.dtype) -> paddle.Tensor:

@@ -179,11 +179,14 @@ def last_blocks(model: nn.Layer, count: int) -> dict[str, nn.Layer]:
     Raises ConfigError for a count that is not from 0 to the number of blocks.
     """
     blocks = [(path, block) for path, block, _ in flux_blocks(model)]
-    if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= len(blocks):
-        raise ConfigError(
-            f"blocks_to_swap: came {count!r}, but this model has {len(blocks)} blocks: lower it"
-        )
+    check_count(count, len(blocks))
     return dict(blocks[len(blocks) - count :])
+
+
+def check_count(count: int, blocks: int) -> None:
+    """Raise ConfigError for a count that is not from 0 to the number of blocks."""
+    if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= blocks:
+        raise ConfigError(f"blocks_to_swap: came {count!r}, but this model has {blocks} blocks: lower it")
 
 
 def move_to_host(x: paddle.Tensor) -> None:

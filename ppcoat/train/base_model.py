@@ -11,23 +11,20 @@ import paddle
 
 from ppcoat.config.schema import RunConfig
 from ppcoat.data.cache import folder_identity
-from ppcoat.errors import ConfigError
+from ppcoat.models.flux import FluxTransformer2DModel
 from ppcoat.models.flux_pipeline import FluxPipeline
 from ppcoat.models.fp8_base import load_fp8_transformer
 from ppcoat.models.fp8_copy import FP8Copy
-from ppcoat.models.loading import load_transformer, read_json
+from ppcoat.models.loading import load_transformer, unfilled
+from ppcoat.nn.swap import last_blocks
 from ppcoat.train.ranks import Ranks
 
 
 def check_swap(config: RunConfig) -> None:
-    """Raise ConfigError for more model.blocks_to_swap than the model has blocks, from its config alone."""
-    model = read_json(Path(config.model.name_or_path) / "transformer" / "config.json")
-    blocks = model.get("num_layers", 19) + model.get("num_single_layers", 38)
-    if config.model.blocks_to_swap > blocks:
-        raise ConfigError(
-            f"model.blocks_to_swap: came {config.model.blocks_to_swap}, but this model has {blocks} blocks: "
-            "lower it"
-        )
+    """Raise ConfigError for more model.blocks_to_swap than there are blocks, before any weight is read."""
+    if config.model.blocks_to_swap:
+        model, _ = unfilled(FluxTransformer2DModel, Path(config.model.name_or_path) / "transformer")
+        last_blocks(model, config.model.blocks_to_swap)
 
 
 def load_encoders(config: RunConfig, dtype: str | None) -> FluxPipeline:
@@ -44,7 +41,7 @@ def exchange_for_transformer(
     keep_copy is off); the first rank writes them.
     """
     pipeline.text_encoder = pipeline.text_encoder_2 = None  # from here on, all text comes from the cache
-    if not (config.sample.sample_every and (config.sample.prompts or config.sample.samples)):
+    if not config.sample.wanted:
         pipeline.vae = None
     elif _on_gpu():
         pipeline.vae.to("cpu")

@@ -31,7 +31,7 @@ from ppcoat.train.ema import RunningMean
 from ppcoat.train.lora_files import LoRAFiles
 from ppcoat.train.objective import FlowMatching
 from ppcoat.train.plan import with_memory_plan
-from ppcoat.train.previews import draw_previews, preview_prompts, previews
+from ppcoat.train.previews import draw_previews, preview_prompts
 from ppcoat.train.ranks import Ranks
 from ppcoat.train.targets import chosen_modules
 from ppcoat.train.trainer import StepResult, Trainer, TrainingResult
@@ -211,7 +211,7 @@ def build_trainer(
         schedule=schedule,
         coat=coat,
         save_weights=LoRAFiles(config, transformer).write,
-        draw_previews=(lambda: draw_previews(config, pipeline, cache)) if previews(config) else None,
+        draw_previews=(lambda: draw_previews(config, pipeline, cache)) if config.sample.wanted else None,
         ema=RunningMean(parameters, train.ema.ema_decay) if train.ema.use_ema else None,
         validation=validation,
         compatible=_compatible(config, list(modules)) | {"batch_size": global_batch},

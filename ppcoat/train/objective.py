@@ -34,8 +34,20 @@ class FlowLoss:
     of_pictures: paddle.Tensor
 
 
+class Objective:
+    """What any objective can do that has `draw` and `losses_at`."""
+
+    def loss(self, transformer: paddle.nn.Layer, batch: dict, rng: np.random.Generator) -> paddle.Tensor:
+        """`loss_at` with noise levels and noise from `draw`."""
+        return self.loss_at(transformer, batch, *self.draw(batch, rng))
+
+    def loss_at(self, transformer, batch: dict, levels: np.ndarray, noise: np.ndarray) -> paddle.Tensor:
+        """The mean of `losses_at`, scalar float32."""
+        return self.losses_at(transformer, batch, levels, noise).mean
+
+
 @dataclass(frozen=True)
-class FlowMatching:
+class FlowMatching(Objective):
     """Draws noise levels and noise, runs the transformer, returns the loss.
 
     timestep_type: "sigmoid" (sigmoid of a normal number), "linear" (uniform), "shift" (uniform, then
@@ -48,10 +60,6 @@ class FlowMatching:
     guidance: float = 1.0
     loss_type: str = "mse"
 
-    def loss(self, transformer: paddle.nn.Layer, batch: dict, rng: np.random.Generator) -> paddle.Tensor:
-        """`loss_at` with noise levels and noise from `draw`."""
-        return self.loss_at(transformer, batch, *self.draw(batch, rng))
-
     def draw(self, batch: dict, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """-> noise levels [B] and noise [B, tokens, C * 4], float32.
 
@@ -61,10 +69,6 @@ class FlowMatching:
         tokens = (height // 2) * (width // 2)
         sigma = self.draw_sigma(rng, count, tokens)
         return sigma, rng.standard_normal((count, tokens, 4 * channels), dtype=np.float32)
-
-    def loss_at(self, transformer, batch: dict, sigma: np.ndarray, noise: np.ndarray) -> paddle.Tensor:
-        """The mean of `losses_at`, scalar float32."""
-        return self.losses_at(transformer, batch, sigma, noise).mean
 
     def losses_at(self, transformer, batch: dict, sigma: np.ndarray, noise: np.ndarray) -> FlowLoss:
         """batch: latents [B, C, h, w], prompt_embeds [B, T, D], pooled [B, P] and, if wanted, loss_weight (a

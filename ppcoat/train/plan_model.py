@@ -20,7 +20,8 @@ from ppcoat.lora.layer import linear_paths
 from ppcoat.models.flux import FluxTransformer2DModel
 from ppcoat.models.flux_pipeline import MAX_T5_TOKENS
 from ppcoat.models.loading import read_json, tensor_infos
-from ppcoat.nn.fp8_weight import BLOCK
+from ppcoat.nn.convert import sublayer_at
+from ppcoat.nn.fp8_weight import fp8_bytes
 from ppcoat.nn.saving import flux_blocks
 from ppcoat.optim import FP8QuantizationConfig
 from ppcoat.train.targets import chosen_modules
@@ -100,11 +101,6 @@ class BaseModel:
         return [shape for rows, columns in pairs for shape in ((rows, rank), (rank, columns))]
 
 
-def fp8_bytes(rows: int, columns: int) -> int:
-    """Of an FP8 weight (nn/fp8_weight.py): codes, and one float32 scale per BLOCK x BLOCK of them."""
-    return rows * columns + FLOAT32 * math.ceil(rows / BLOCK) * math.ceil(columns / BLOCK)
-
-
 def read_model(config: RunConfig, settings: dict | None = None) -> BaseModel:
     """The model of a run; with settings, a transformer of these instead of the folder's.
 
@@ -116,7 +112,7 @@ def read_model(config: RunConfig, settings: dict | None = None) -> BaseModel:
         settings = FLUX_DEV if assumed else read_json(folder / "transformer" / "config.json")
     with paddle.LazyGuard():  # parameters get a shape and no memory
         model = FluxTransformer2DModel.from_config(settings)
-    linears = {path: _linear_shape(model, path) for path in linear_paths(model)}
+    linears = {path: tuple(sublayer_at(model, path).weight.shape) for path in linear_paths(model)}
     blocks = tuple(path for path, *_ in flux_blocks(model))
     others = dict.fromkeys(("", *blocks), 0)
     for name, parameter in model.named_parameters():
@@ -157,12 +153,6 @@ def optimizer_bytes(config: RunConfig, shapes: list[tuple[int, int]]) -> tuple[i
         block_size=states.block_size, use_dynamic_range_expansion=states.use_dynamic_range_expansion
     )
     return fp8.state_bytes(shapes, config.train.beta1), int(FP8_STEP * parameters)
-
-
-def _linear_shape(model: paddle.nn.Layer, path: str) -> tuple[int, int]:
-    for part in path.split("."):
-        model = model._sub_layers[part]
-    return tuple(model.weight.shape)
 
 
 def _block_of(name: str, blocks: tuple[str, ...]) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from ppcoat.config.schema import RunConfig
-from ppcoat.errors import ConfigError
+from ppcoat.nn.swap import check_count
 from ppcoat.train.plan_kept import KeptBytes, TracedModel, kept_bytes, small_lora_paths
 from ppcoat.train.plan_model import (
     BFLOAT16,
@@ -86,18 +86,14 @@ class Footprint:
         self.lora = self.model.lora_shapes(config.network.linear)
         self.lora_bytes = FLOAT32 * sum(map(math.prod, self.lora))
         self.optimizer, self.update_working = optimizer_bytes(config, self.lora)
-        self.previews = previews(config)
+        self.previews = previews(config) if config.sample.wanted else []
         self._base: dict[bool, list[int]] = {}
         self._kept: dict[tuple[str, bool], KeptBytes] = {}
 
     def phases(self, choice: Choice) -> tuple[Phase, ...]:
         """All phases of a run, in order. Raises ConfigError for more swapped blocks than there are."""
         base = self.base_by_swapped(choice.quantize)
-        if choice.blocks_to_swap >= len(base):
-            raise ConfigError(
-                f"model.blocks_to_swap: came {choice.blocks_to_swap}, wanted at most {len(base) - 1}: this "
-                "model has no more blocks"
-            )
+        check_count(choice.blocks_to_swap, len(base) - 1)
         beside = {"context": GPU_CONTEXT if self.on_gpu else HOST_PROCESS}
         pixels, encoders = 256 * self.image_tokens, self.model.encoders
         captions = {

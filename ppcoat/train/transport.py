@@ -18,13 +18,13 @@ import paddle
 
 from ppcoat.errors import ConfigError
 from ppcoat.models.scheduler import calculate_shift
-from ppcoat.train.objective import FlowLoss
+from ppcoat.train.objective import FlowLoss, Objective
 
 _PATCH = 2  # latent pixels of a side per image token
 
 
 @dataclass(frozen=True)
-class Transport:
+class Transport(Objective):
     """Draws times and noise, runs NextDiT_CLIP, returns the loss; the same methods as FlowMatching.
 
     time_type: "lognorm" (sigmoid of a normal number), "uniform", or "uniform_a_b" (between a and b). shift:
@@ -38,20 +38,12 @@ class Transport:
     def __post_init__(self) -> None:
         self._range()
 
-    def loss(self, transformer: paddle.nn.Layer, batch: dict, rng: np.random.Generator) -> paddle.Tensor:
-        """`loss_at` with times and noise from `draw`."""
-        return self.loss_at(transformer, batch, *self.draw(batch, rng))
-
     def draw(self, batch: dict, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """-> times [B] and noise [B, C, h, w], float32; all randomness is `rng`'s, on the host."""
         count, _, height, width = shape = batch["latents"].shape
         raw = rng.standard_normal(count) if self.time_type == "lognorm" else rng.uniform(size=count)
         times = self.times(raw, (height // _PATCH) * (width // _PATCH))
         return times, rng.standard_normal(shape, dtype=np.float32)
-
-    def loss_at(self, transformer, batch: dict, times: np.ndarray, noise: np.ndarray) -> paddle.Tensor:
-        """The mean of `losses_at`, scalar float32."""
-        return self.losses_at(transformer, batch, times, noise).mean
 
     def losses_at(self, transformer, batch: dict, times: np.ndarray, noise: np.ndarray) -> FlowLoss:
         """batch: latents [B, C, h, w], cap_feats [B, L, D], cap_mask [B, L], clip_text_pooled [B, P] and, if

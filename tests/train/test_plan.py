@@ -235,7 +235,7 @@ def test_a_budget_is_a_positive_number(vram):
 
 
 def test_more_swapped_blocks_than_there_are():
-    with pytest.raises(ConfigError, match="blocks_to_swap: came 58, wanted at most 57"):
+    with pytest.raises(ConfigError, match="blocks_to_swap: came 58, but this model has 57 blocks"):
         plan(dev_config(model={"blocks_to_swap": 58}))
 
 
