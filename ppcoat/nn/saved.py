@@ -178,7 +178,8 @@ class SavedTensors:
         key = _identity(x)
         kept = self._plain.get(key)
         if kept is None:
-            kept = self._plain[key] = _Kept(x)
+            # Without its graph: an op that keeps its own result would be held by itself, and never freed.
+            kept = self._plain[key] = _Kept(x.detach())
             if not x.persistable:
                 self.count(PlainTensor(x, statistic=x.stop_gradient))
         return kept
