@@ -152,9 +152,8 @@ class FP8AdamW(paddle.optimizer.Optimizer):
         if self._grad_clip is not None:
             grad = CLIPS[type(self._grad_clip)](self._grad_clip, grad, squares, self._space)
         hyper = AdamWHyper(self.get_lr() * self._lr_scale, self._weight_decay, *self._betas, self._epsilon)
-        values = self._space.values()
-        adamw_step(values, grad, self._state, self._codecs, hyper, finite)
-        self._space.store(values)
+        param, stored = self._space.updated()
+        adamw_step(param, grad, self._state, self._codecs, hyper, finite, stored)
 
     def minimize(self, loss, startup_program=None, parameters=None, no_grad_set=None):
         """Paddle's form of `step()` after `loss.backward()`: returns (None, [(parameter, gradient), ...])."""

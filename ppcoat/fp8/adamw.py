@@ -17,21 +17,13 @@ from dataclasses import dataclass
 
 import paddle
 
+from . import backend
+from .flat import round_into
 from .formats import FP8Format
-from .quantize import (
-    TINY,
-    dequantize,
-    log_decode,
-    log_encode,
-    quantize,
-    signed_log_decode,
-    signed_log_encode,
-)
+from .quantize import dequantize, log_decode, log_encode, quantize, signed_log_decode, signed_log_encode
+from .rules import DITHER_COLUMN, DITHER_PERIOD, DITHER_STEP, TINY
 
 State = dict[str, paddle.Tensor]
-# Steps of the dither sequence from one step to the next and from one column to the next, in 65536ths: the
-# golden section, and a fraction that keeps neighbouring columns apart.
-DITHER_STEP, DITHER_COLUMN, DITHER_PERIOD = 40503, 25717, 65536
 
 
 @dataclass(frozen=True)
@@ -145,6 +137,7 @@ class AdamWHyper:
     epsilon: float
 
 
+@backend.op
 def adamw_step(
     param: paddle.Tensor,
     grad: paddle.Tensor,
@@ -152,9 +145,12 @@ def adamw_step(
     codecs: Codecs,
     hyper: AdamWHyper,
     finite: paddle.Tensor,
+    stored: paddle.Tensor | None = None,
 ) -> None:
-    """Update `param` [G, B] float32 and `states` in place.
+    """Update `param` [G, B] and `states` in place.
 
+    param: float32, with `stored` (bfloat16 or float16 [G, B]) as its master copy: `stored` gets it rounded to
+    nearest; or bfloat16, without a master: the new value is rounded stochastically.
     states: "m2" and perhaps "m1" as `encode_moments` gives them; "beta_powers" (beta1^t, beta2^t; float32
     [1]); "count" (steps, skipped; int64 [1]). Without "m1" beta1 must be 0: the first moment is the gradient.
     `finite` is a boolean of one element; where it is false, all but count.skipped keeps its bits. Epsilon is
@@ -171,7 +167,10 @@ def adamw_step(
     # flat buffers are read as few times as possible
     rate = hyper.lr * root2 / (1.0 - powers["beta1"])
     update = (rate * m).divide_(paddle.sqrt(v).add_(hyper.epsilon * root2))
-    _select(finite, (param * (1.0 - hyper.lr * hyper.weight_decay)).subtract_(update), param)
+    values = param if param.dtype == paddle.float32 else param.astype("float32")
+    _select(finite, (values * (1.0 - hyper.lr * hyper.weight_decay)).subtract_(update), values)
+    if stored is not None or values is not param:
+        round_into(param if stored is None else stored, values, stochastic=stored is None)
     count = states["count"]
     new = encode_moments(m if "m1" in states else None, v, codecs, dither(count["steps"], grad.shape[-1]))
     for part, state in {**new, "beta_powers": powers}.items():

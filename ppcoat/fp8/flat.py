@@ -43,10 +43,14 @@ class FlatSpace:
 
     def store(self, values: paddle.Tensor) -> None:
         """Updated `values` -> parameters."""
-        if self.master is not None:
-            paddle.assign(values.astype(self._stored.dtype), output=self._stored)
-        elif self._stored.dtype != paddle.float32:
-            paddle.assign(round_stochastically(values), output=self._stored)
+        if self._stored.dtype != paddle.float32:
+            round_into(self._stored, values, stochastic=self.master is None)
+
+    def updated(self) -> tuple[paddle.Tensor, paddle.Tensor | None]:
+        """What a step writes: (master copy, parameters), or (parameters, None) where there is no master; all
+        [G, block_size].
+        """
+        return (self._stored, None) if self.master is None else (self.master, self._stored)
 
     def gather(self, tensors: list[paddle.Tensor]) -> paddle.Tensor:
         """Tensors in the order of the parameters -> float32 [G, block_size]; unused places are zero."""
@@ -106,6 +110,12 @@ class FlatSpace:
         used = np.full(self.shape[0], self.block_size, dtype=np.int32)
         used[np.cumsum(self.groups) - 1] = sizes - (self.groups - 1) * self.block_size
         return paddle.to_tensor(used[:, None])
+
+
+def round_into(stored: paddle.Tensor, values: paddle.Tensor, stochastic: bool) -> None:
+    """float32 `values` -> `stored` of a narrower dtype and the same shape, to nearest or stochastically."""
+    rounded = round_stochastically(values) if stochastic else values.astype(stored.dtype)
+    paddle.assign(rounded, output=stored)
 
 
 def round_stochastically(values: paddle.Tensor) -> paddle.Tensor:

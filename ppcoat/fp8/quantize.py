@@ -8,6 +8,8 @@ that every Paddle op and file format moves.
 
 A non-finite input stays visible: Paddle's casts turn inf and NaN into numbers, so the group's scale (or
 amax) becomes NaN and all its values decode to NaN.
+
+The functions marked `op` have Triton twins, see backend.py.
 """
 
 from __future__ import annotations
@@ -16,19 +18,20 @@ import math
 
 import paddle
 
+from . import backend
 from .formats import FP8Format
-
-TINY = 2.0**-126  # smallest normal float32: smaller numbers are flushed to zero on many devices
-LARGE = 2.0**127  # brings every normal number above 1
-K_STEP = 16  # the exponent k is stored in 16ths, as COAT
-K_MIN, K_MAX = 4, 255  # in 16ths, so that it fits a byte
-LEVELS, SIGNED_LEVELS = 255, 127  # codes of positive values without and with a sign
-# The robust minimum lies SPREAD standard deviations of log x below its mean, or NEAR octaves below amax if
-# that is further down: NEAR octaves cost little (steps of 3 %), so anything within them is always covered.
-SPREAD, NEAR = 5.0, 12.0
-NEAR_ZERO = 1e-3  # of amax: magnitudes below this count as this when the shift is chosen
+from .operands import Groups
+from .rules import K_MAX, K_MIN, K_STEP, LARGE, LEVELS, NEAR, NEAR_ZERO, SIGNED_LEVELS, SPREAD, TINY
 
 
+def floats(x: paddle.Tensor, groups: Groups | None) -> paddle.Tensor:
+    """Codes uint8 [..., D] -> their values; x itself where it has floats and `groups` is None."""
+    if groups is None:
+        return x
+    return dequantize(x, groups.scale, groups.fmt, groups.group_size, groups.dtype)
+
+
+@backend.op
 def quantize(
     x: paddle.Tensor, fmt: FP8Format, group_size: int | None = None
 ) -> tuple[paddle.Tensor, paddle.Tensor]:
@@ -52,6 +55,7 @@ def quantize(
     return _join_groups(codes, x.shape[-1]), scale.squeeze(-1)
 
 
+@backend.op
 def dequantize(
     codes: paddle.Tensor,
     scale: paddle.Tensor,
@@ -67,6 +71,7 @@ def dequantize(
     return _join_groups(grouped, codes.shape[-1]).astype(dtype)
 
 
+@backend.op
 def log_encode(
     x: paddle.Tensor, fmt: FP8Format, dither: paddle.Tensor | float = 0.5
 ) -> tuple[paddle.Tensor, paddle.Tensor, paddle.Tensor]:
@@ -90,6 +95,7 @@ def log_encode(
     return codes.clip_(1.0, LEVELS).multiply_(nonzero).astype("uint8"), amax, k.astype("uint8")
 
 
+@backend.op
 def log_decode(codes: paddle.Tensor, amax: paddle.Tensor, k: paddle.Tensor, fmt: FP8Format) -> paddle.Tensor:
     """Inverse of `log_encode` -> float32 [G, B]."""
     numbers = codes.astype("float32")
@@ -98,6 +104,7 @@ def log_decode(codes: paddle.Tensor, amax: paddle.Tensor, k: paddle.Tensor, fmt:
     return ratio.multiply_(amax).multiply_(nonzero)
 
 
+@backend.op
 def signed_log_encode(
     x: paddle.Tensor, fmt: FP8Format, dither: paddle.Tensor | float = 0.5
 ) -> tuple[paddle.Tensor, paddle.Tensor, paddle.Tensor]:
@@ -122,6 +129,7 @@ def signed_log_encode(
     return codes.astype("int8").view("uint8"), amax, k.astype("uint8")
 
 
+@backend.op
 def signed_log_decode(
     codes: paddle.Tensor, amax: paddle.Tensor, k: paddle.Tensor, fmt: FP8Format
 ) -> paddle.Tensor:

@@ -6,6 +6,8 @@ Both take and return [batch, tokens, heads, head_dim], the layout in which the L
 import paddle
 import paddle.nn.functional as F
 
+from ppcoat.fp8.norm import turned
+
 
 def attention(q: paddle.Tensor, k: paddle.Tensor, v: paddle.Tensor) -> paddle.Tensor:
     """softmax(q k^T / sqrt(head_dim)) v, without a mask.
@@ -23,7 +25,9 @@ def attention(q: paddle.Tensor, k: paddle.Tensor, v: paddle.Tensor) -> paddle.Te
 
 def uses_flash_attention(q: paddle.Tensor) -> bool:
     """Whether `attention` keeps q, k, v, the output and a row statistic for backward, and no score matrix."""
-    return q.place.is_gpu_place() and q.dtype in (paddle.bfloat16, paddle.float16)
+    # While a static graph is traced, tensors have no place yet: it will be the current device.
+    on_gpu = q.place.is_gpu_place() if paddle.in_dynamic_mode() else paddle.get_device().startswith("gpu")
+    return on_gpu and q.dtype in (paddle.bfloat16, paddle.float16)
 
 
 def _swap_tokens_and_heads(x: paddle.Tensor) -> paddle.Tensor:
@@ -60,7 +64,7 @@ def rotate(x: paddle.Tensor, cos: paddle.Tensor, sin: paddle.Tensor) -> paddle.T
     """
     if paddle.is_grad_enabled() and not x.stop_gradient:
         return _Rotate.apply(x, cos, sin)
-    return _turn(x, cos, sin)
+    return turned(x, cos, sin)
 
 
 class _Rotate(paddle.autograd.PyLayer):
@@ -69,16 +73,9 @@ class _Rotate(paddle.autograd.PyLayer):
     @staticmethod
     def forward(ctx, x, cos, sin):
         ctx.save_for_backward(cos, sin)
-        return _turn(x, cos, sin)
+        return turned(x, cos, sin)
 
     @staticmethod
     def backward(ctx, grad):
         cos, sin = ctx.saved_tensor()
-        return _turn(grad, cos, -sin)
-
-
-def _turn(x: paddle.Tensor, cos: paddle.Tensor, sin: paddle.Tensor) -> paddle.Tensor:
-    """A pair is a complex number, the turn a product: four times faster on CPU than splitting the pairs."""
-    pairs = x.astype("float32").reshape([*x.shape[:-1], x.shape[-1] // 2, 2])
-    turned = paddle.as_complex(pairs) * paddle.complex(cos, sin).unsqueeze(1)
-    return paddle.as_real(turned).reshape(x.shape).astype(x.dtype)
+        return turned(grad, cos, -sin)

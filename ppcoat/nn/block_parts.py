@@ -2,7 +2,7 @@
 
 Each object serves one forward pass: `forward` computes and holds, `backward` takes the gradient of its
 result and gives that of its input. Held tensors go through a Keeper, which packs and lists them. No autograd
-graph is built, except for attention and GELU, whose own gradients are taken on detached tensors.
+graph is built, except for attention, whose own gradient is taken on detached tensors.
 """
 
 from __future__ import annotations
@@ -11,13 +11,24 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import paddle
-import paddle.nn.functional as F
 from paddle import nn
 
-from .attention import attention, rotate, uses_flash_attention
+from ppcoat.fp8.norm import (
+    Angles,
+    modulated_norm,
+    modulated_norm_grad,
+    rms_norm_grad,
+    rms_norm_rotated,
+    rms_norm_rotated_grad,
+    rms_rstd,
+    turned,
+)
+from ppcoat.fp8.operands import Groups
+from ppcoat.fp8.pointwise import gelu, gelu_grad
+
+from .attention import attention, uses_flash_attention
 from .held import FinelyPackedTensor, HeldTensor, PackedTensor, PlainTensor, finely_pack, pack_tensor
 from .linear import LinearUse
-from .norm import modulated_norm, modulated_norm_grad, rms_norm, rms_norm_grad, rms_rstd
 from .policy import SavingPolicy
 from .saved import kept_as_they_are
 
@@ -138,10 +149,12 @@ class ModulatedNorm:
         """x again, as the readers' LoRA gradients see it."""
         if self.x is not None:
             return self.x.unpack()
-        return modulated_norm(self.h.unpack(), self.shift, self.scale)
+        h, groups = _codes_or_floats(self.h)
+        return modulated_norm(h, self.shift, self.scale, groups)
 
     def backward(self, dx: paddle.Tensor) -> paddle.Tensor:
-        return modulated_norm_grad(self.h.unpack(), self.scale, dx)
+        h, groups = _codes_or_floats(self.h)
+        return modulated_norm_grad(h, self.scale, dx, groups)
 
 
 class Gelu:
@@ -152,57 +165,56 @@ class Gelu:
 
     def forward(self, u: paddle.Tensor, reader: LinearPart | None = None) -> paddle.Tensor:
         """reader: the Linear that reads g alone, if there is one."""
-        policy, g = self.keeper.policy, _gelu(u)
+        policy, g = self.keeper.policy, gelu(u)
         self.u, self.g = self.keeper.packed(u, policy.group_size), None
         if reader is not None and reader.needs_x and not policy.recompute:
             self.g = self.keeper.packed(g, policy.linear_group_size)
         return g
 
-    def result(self, graph: LocalGraph) -> paddle.Tensor:
+    def result(self) -> paddle.Tensor:
         """g again, as the reader's LoRA gradients see it."""
-        return graph.output if self.g is None else self.g.unpack()
+        return gelu(*_codes_or_floats(self.u)) if self.g is None else self.g.unpack()
 
-    def again(self) -> LocalGraph:
-        return LocalGraph(_gelu, self.u.unpack())
+    def backward(self, dg: paddle.Tensor) -> paddle.Tensor:
+        u, groups = _codes_or_floats(self.u)
+        return gelu_grad(u, dg, groups)
 
 
 class HeadNorm:
-    """RMSNorm of the queries or keys of one stream. Holds its input x [B, tokens, dim], or only 1 / rms:
-    the output, known from attention, divided by the weight is the normalised input.
+    """RMSNorm of the queries or keys of one stream, and their rotation. Holds its input x [B, tokens, dim],
+    or only 1 / rms: the output, known from attention, turned back and divided by the weight is the normalised
+    input.
     """
 
-    def __init__(self, keeper: Keeper, weight: paddle.Tensor) -> None:
-        self.keeper, self.weight = keeper, weight
+    def __init__(self, keeper: Keeper, weight: paddle.Tensor, angles: Angles) -> None:
+        self.keeper, self.weight, self.angles = keeper, weight, angles
 
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
         """x [B, tokens, dim] -> [B, tokens, heads, head_dim]."""
-        heads = _heads(x, self.weight.shape[0])
+        y, rstd = rms_norm_rotated(_heads(x, self.weight.shape[0]), self.weight, self.angles)
         if self.keeper.policy.rebuild_heads:
-            self.rstd = self.keeper.plain(rms_rstd(heads.astype("float32")), statistic=True)
+            self.rstd = self.keeper.plain(rstd, statistic=True)
         else:
             self.x = self.keeper.packed(x, self.keeper.policy.group_size)
-        return rms_norm(heads, self.weight)
+        return y
 
     def backward(self, dy: paddle.Tensor, y: paddle.Tensor | None) -> paddle.Tensor:
         """dy, y [B, tokens, heads, head_dim], y wanted under `rebuild_heads` -> dx [B, tokens, dim]."""
         if self.keeper.policy.rebuild_heads:
-            rstd, xhat = self.rstd.tensor, (y / self.weight).astype("float32")
-        else:
-            xhat = _heads(self.x.unpack(), self.weight.shape[0]).astype("float32")
-            rstd = rms_rstd(xhat)
-            xhat = xhat * rstd
-        return rms_norm_grad(xhat, rstd, self.weight, dy).flatten(2)
+            return rms_norm_rotated_grad(dy, y, self.rstd.tensor, self.weight, self.angles).flatten(2)
+        x = _heads(self.x.unpack(), self.weight.shape[0]).astype("float32")
+        rstd, (cos, sin) = rms_rstd(x), self.angles
+        return rms_norm_grad(x * rstd, rstd, self.weight, turned(dy, cos, -sin)).flatten(2)
 
 
-class RotaryAttention:
-    """Rotation and attention over all tokens: q, k, v [B, tokens, heads, head_dim] -> o [B, tokens, dim]."""
+class Attention:
+    """Attention over all tokens: q, k (rotated), v [B, tokens, heads, head_dim] -> o [B, tokens, dim]."""
 
-    def __init__(self, keeper: Keeper, cos: paddle.Tensor, sin: paddle.Tensor) -> None:
-        self.keeper, self.cos, self.sin, self.graph = keeper, cos, sin, None
+    def __init__(self, keeper: Keeper) -> None:
+        self.keeper, self.graph = keeper, None
 
     def forward(self, q: paddle.Tensor, k: paddle.Tensor, v: paddle.Tensor) -> paddle.Tensor:
         policy, self.head_dim = self.keeper.policy, q.shape[-1]
-        q, k = rotate(q, self.cos, self.sin), rotate(k, self.cos, self.sin)
         if not policy.recompute and uses_flash_attention(q):
             # Its graph is what "coat" holds: q, k, v, the output and a statistic per row.
             self.graph = LocalGraph(attention, q, k, v)
@@ -225,26 +237,24 @@ class RotaryAttention:
         return self.graph
 
     def backward(self, graph: LocalGraph, do: paddle.Tensor) -> Tensors:
-        """do [B, tokens, dim] -> gradients of q, k (before rotation) and v."""
-        dq, dk, dv = graph.gradients(_heads(do, self.head_dim))
-        return self._turned_back(dq), self._turned_back(dk), dv
+        """do [B, tokens, dim] -> gradients of q, k, v."""
+        return tuple(graph.gradients(_heads(do, self.head_dim)))
 
-    def normalised(self, graph: LocalGraph) -> list[paddle.Tensor | None]:
-        """q and k as they came, from their rotated forms; None where no norm wants them."""
+    def rotated(self, graph: LocalGraph) -> list[paddle.Tensor | None]:
+        """q and k again; None where no norm wants them."""
         if not self.keeper.policy.rebuild_heads:
             return [None, None]
-        return [self._turned_back(x.detach()) for x in graph.inputs[:2]]
-
-    def _turned_back(self, x: paddle.Tensor) -> paddle.Tensor:
-        return rotate(x, self.cos, -self.sin)
+        return [x.detach() for x in graph.inputs[:2]]
 
 
 class Projections:
-    """x -> q, k (normalised) and v of one stream, [B, tokens, heads, head_dim]."""
+    """x -> q, k (normalised and rotated) and v of one stream, [B, tokens, heads, head_dim]."""
 
-    def __init__(self, keeper: Keeper, linears: Sequence[LinearPart], norms: Sequence[nn.Layer]) -> None:
+    def __init__(
+        self, keeper: Keeper, linears: Sequence[LinearPart], norms: Sequence[nn.Layer], angles: Angles
+    ) -> None:
         self.linears = linears
-        self.norms = [HeadNorm(keeper, norm.weight) for norm in norms]
+        self.norms = [HeadNorm(keeper, norm.weight, angles) for norm in norms]
 
     def forward(self, x: paddle.Tensor) -> list[paddle.Tensor]:
         q, k, v = (linear.forward(x) for linear in self.linears)
@@ -254,13 +264,16 @@ class Projections:
     def backward(
         self, grads: Sequence[paddle.Tensor], results: Sequence[paddle.Tensor | None]
     ) -> list[tuple[LinearPart, paddle.Tensor]]:
-        """Gradients of q, k, v -> those of the Linears' outputs. results: normalised q, k, where rebuilt."""
+        """Gradients of q, k, v -> those of the Linears' outputs. results: q, k, where rebuilt."""
         dq, dk = (norm.backward(dy, y) for norm, dy, y in zip(self.norms, grads, results, strict=False))
         return list(zip(self.linears, (dq, dk, grads[2].flatten(2)), strict=True))
 
 
-def _gelu(x: paddle.Tensor) -> paddle.Tensor:
-    return F.gelu(x, approximate=True)
+def _codes_or_floats(held: HeldTensor) -> tuple[paddle.Tensor, Groups | None]:
+    """What an op reads of a held tensor: codes and how to read them, or floats."""
+    if isinstance(held, PackedTensor):
+        return held.codes, Groups(held.scale, held.fmt, held.group_size, held.dtype)
+    return held.unpack(), None
 
 
 def _heads(x: paddle.Tensor, head_dim: int) -> paddle.Tensor:

@@ -28,13 +28,15 @@ from collections.abc import Sequence
 import paddle
 from paddle import nn
 
+from ppcoat.fp8.pointwise import gated_residual
+
 from .block_parts import (
+    Attention,
     Gelu,
     Keeper,
     LinearPart,
     ModulatedNorm,
     Projections,
-    RotaryAttention,
     Tensors,
     backward_of_readers,
 )
@@ -61,7 +63,7 @@ class BlockPass:
         return {path: LinearUse.of(sublayer_at(block, path)) for path in cls.linear_paths}
 
     def _modulation(self, norm: nn.Layer, vec: paddle.Tensor) -> list[paddle.Tensor]:
-        return [self.keeper.plain(part).tensor for part in norm(vec)]
+        return [self.keeper.plain(part.contiguous()).tensor for part in norm(vec)]
 
 
 class SinglePass(BlockPass):
@@ -77,34 +79,35 @@ class SinglePass(BlockPass):
         shift, scale, self.gate = self._modulation(block.norm, vec)
         self.norm, self.attn, self.gelu = (
             ModulatedNorm(keeper, shift, scale),
-            RotaryAttention(keeper, cos, sin),
+            Attention(keeper),
             Gelu(keeper),
         )
-        self.projections = Projections(keeper, qkv, (block.attn.norm_q, block.attn.norm_k))
+        norms = (block.attn.norm_q, block.attn.norm_k)
+        self.projections = Projections(keeper, qkv, norms, (cos, sin))
         y = self.norm.forward(x, (up, *qkv))
         mlp = self.gelu.forward(up.forward(y))
         both = paddle.concat([self.attn.forward(*self.projections.forward(y)), mlp], axis=-1)
         self.both = None
         if out.needs_x and not keeper.policy.recompute:
             self.both = keeper.packed(both, keeper.policy.linear_group_size)
-        return (out.forward(both).multiply_(self.gate).add_(x),)
+        return (gated_residual(out.forward(both), self.gate, x),)
 
     def backward(self, grads: Tensors, needs_dx: bool) -> Tensors:
         (dy,) = grads
         up, *_, out = self.linears.values()
-        attn, gelu = self.attn.again(), self.gelu.again()
+        attn = self.attn.again()
 
         def both() -> paddle.Tensor:
             if self.both is not None:
                 return self.both.unpack()
-            return paddle.concat([attn.output.flatten(2), gelu.output], axis=-1)
+            return paddle.concat([attn.output.flatten(2), self.gelu.result()], axis=-1)
 
-        d_both = backward_of_readers([(out, dy * self.gate)], both)
+        d_both = backward_of_readers([(out, gated_residual(dy, self.gate))], both)
         width = dy.shape[-1]
         do, d_mlp = paddle.split(d_both, [width, d_both.shape[-1] - width], axis=-1)
-        (du,) = gelu.gradients(d_mlp)
+        du = self.gelu.backward(d_mlp)
         d_qkv = self.attn.backward(attn, do)
-        linears = [(up, du), *self.projections.backward(d_qkv, self.attn.normalised(attn))]
+        linears = [(up, du), *self.projections.backward(d_qkv, self.attn.rotated(attn))]
         dx = backward_of_readers(linears, self.norm.result, needs_dx)
         return (self.norm.backward(dx).add_(dy),) if needs_dx else (None,)
 
@@ -127,17 +130,17 @@ class DoublePass(BlockPass):
         sin: paddle.Tensor,
     ) -> Tensors:
         block, attn = self.block, self.block.attn
-        linears = list(self.linears.values())
-        self.img = _Stream(self, self._modulation(block.norm1, vec), linears[0:3], (attn.norm_q, attn.norm_k))
-        self.txt = _Stream(
-            self,
-            self._modulation(block.norm1_context, vec),
-            linears[3:6],
-            (attn.norm_added_q, attn.norm_added_k),
+        linears, self.text_tokens = list(self.linears.values()), txt.shape[1]
+        txt_angles = cos[: self.text_tokens], sin[: self.text_tokens]
+        img_angles = cos[self.text_tokens :], sin[self.text_tokens :]
+        img_projections = Projections(self.keeper, linears[0:3], (attn.norm_q, attn.norm_k), img_angles)
+        txt_projections = Projections(
+            self.keeper, linears[3:6], (attn.norm_added_q, attn.norm_added_k), txt_angles
         )
+        self.img = _Stream(self.keeper, self._modulation(block.norm1, vec), img_projections)
+        self.txt = _Stream(self.keeper, self._modulation(block.norm1_context, vec), txt_projections)
         self.img.out, self.txt.out, self.img.up, self.img.down, self.txt.up, self.txt.down = linears[6:]
-        self.attn = RotaryAttention(self.keeper, cos, sin)
-        self.text_tokens = txt.shape[1]
+        self.attn = Attention(self.keeper)
         heads = zip(self.txt.heads(txt), self.img.heads(img), strict=True)
         both = self.attn.forward(*(paddle.concat(pair, axis=1) for pair in heads))
         attn_txt, attn_img = self._split(both)
@@ -151,7 +154,7 @@ class DoublePass(BlockPass):
         d_txt, do_txt = self.txt.rest_backward(d_txt, o_txt)
         d_qkv = self.attn.backward(graph, paddle.concat([do_txt, do_img], axis=1))
         d_qkv_txt, d_qkv_img = zip(*(self._split(d) for d in d_qkv), strict=True)
-        results_txt, results_img = zip(*(self._split(x) for x in self.attn.normalised(graph)), strict=True)
+        results_txt, results_img = zip(*(self._split(x) for x in self.attn.rotated(graph)), strict=True)
         return (
             self.img.heads_backward(d_img, d_qkv_img, results_img, needs_dx),
             self.txt.heads_backward(d_txt, d_qkv_txt, results_txt, needs_dx),
@@ -161,7 +164,8 @@ class DoublePass(BlockPass):
         """[B, tokens, ...] -> the text's and the image's part."""
         if both is None:
             return None, None
-        return paddle.split(both, [self.text_tokens, both.shape[1] - self.text_tokens], axis=1)
+        parts = paddle.split(both, [self.text_tokens, both.shape[1] - self.text_tokens], axis=1)
+        return [part.contiguous() for part in parts]
 
 
 class _Stream:
@@ -171,35 +175,28 @@ class _Stream:
     up: LinearPart
     down: LinearPart
 
-    def __init__(
-        self,
-        owner: DoublePass,
-        modulation: Sequence[paddle.Tensor],
-        qkv: Sequence[LinearPart],
-        norms: Sequence[nn.Layer],
-    ) -> None:
+    def __init__(self, keeper: Keeper, modulation: Sequence[paddle.Tensor], projections: Projections) -> None:
         shift_a, scale_a, self.gate_a, shift_m, scale_m, self.gate_m = modulation
-        self.keeper, self.qkv = owner.keeper, qkv
-        self.norm1 = ModulatedNorm(self.keeper, shift_a, scale_a)
-        self.norm2 = ModulatedNorm(self.keeper, shift_m, scale_m)
-        self.projections = Projections(self.keeper, qkv, norms)
-        self.gelu = Gelu(self.keeper)
+        self.norm1, self.norm2 = (
+            ModulatedNorm(keeper, shift_a, scale_a),
+            ModulatedNorm(keeper, shift_m, scale_m),
+        )
+        self.projections, self.gelu = projections, Gelu(keeper)
 
     def heads(self, h: paddle.Tensor) -> list[paddle.Tensor]:
-        return self.projections.forward(self.norm1.forward(h, self.qkv))
+        return self.projections.forward(self.norm1.forward(h, self.projections.linears))
 
     def rest(self, h: paddle.Tensor, o: paddle.Tensor) -> paddle.Tensor:
-        h = self.out.forward(o).multiply_(self.gate_a).add_(h)
+        h = gated_residual(self.out.forward(o), self.gate_a, h)
         mlp = self.gelu.forward(self.up.forward(self.norm2.forward(h, (self.up,))), self.down)
-        return self.down.forward(mlp).multiply_(self.gate_m).add_(h)
+        return gated_residual(self.down.forward(mlp), self.gate_m, h)
 
     def rest_backward(self, dy: paddle.Tensor, o: paddle.Tensor) -> Tensors:
         """dy -> gradients of h (the part that does not go through attention) and of o."""
-        gelu = self.gelu.again()
-        d_mlp = backward_of_readers([(self.down, dy * self.gate_m)], lambda: self.gelu.result(gelu))
-        (du,) = gelu.gradients(d_mlp)
+        d_mlp = backward_of_readers([(self.down, gated_residual(dy, self.gate_m))], self.gelu.result)
+        du = self.gelu.backward(d_mlp)
         dh = self.norm2.backward(backward_of_readers([(self.up, du)], self.norm2.result)).add_(dy)
-        return dh, backward_of_readers([(self.out, dh * self.gate_a)], lambda: o)
+        return dh, backward_of_readers([(self.out, gated_residual(dh, self.gate_a))], lambda: o)
 
     def heads_backward(
         self,

@@ -1,0 +1,158 @@
+"""Error and speed of the Triton kernels on a card, beside what they replace.
+
+    python -m ppcoat benchmark kernels --output kernels.json
+    python tests/fp8/kernels_with_torch.py --output kernels.json     # where there is torch and no Paddle
+
+Each kernel is compared with float64 on a small input; then come medians by device events at FLUX's shapes,
+beside what they replace, in the same run. Without an NVIDIA GPU it says so, exits 2 and claims nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ppcoat.cli.kernel_cases import Kernels
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is timed. tokens: at 512, 768 and 1024 pixels; linears: (in, out) of every FLUX Linear that works
+    on tokens; parameters: of the AdamW step; runs: of which the median counts."""
+
+    tokens: tuple[int, ...] = (1536, 2816, 4608)
+    width: int = 3072
+    heads: int = 24
+    linears: tuple[tuple[int, int], ...] = (
+        *((3072, 3072), (3072, 12288), (12288, 3072), (15360, 3072)),
+        *((4096, 3072), (64, 3072), (3072, 64)),
+    )
+    parameters: int = 100_000_000
+    peak: int = 8192  # side of the product that measures the device's FP8 peak
+    runs: int = 50
+
+
+@dataclass
+class Row:
+    """One timed kernel. ms: its median; others: medians of what it is compared with; targets: name of a
+    ratio -> its value and the least it should be."""
+
+    kernel: str
+    shape: list[int]
+    ms: float
+    others: dict[str, float] = field(default_factory=dict)
+    targets: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", default="kernels.json", help="JSON file to write (default: %(default)s)")
+    parser.add_argument(
+        "--runs", type=int, default=Sizes.runs, help="timed calls each (default: %(default)s)"
+    )
+
+
+def run_command(arguments: argparse.Namespace) -> None:
+    from ppcoat.cli.kernel_library import PaddleLibrary
+
+    run_with(PaddleLibrary, arguments)
+
+
+def run_with(library: type, arguments: argparse.Namespace) -> None:
+    """The command with tensors of `library`, a class like PaddleLibrary. Raises ConfigError for wrong flags
+    and where there is nothing to measure."""
+    from ppcoat.errors import ConfigError
+
+    output = Path(arguments.output)
+    if output.suffix != ".json" or not output.absolute().parent.is_dir():
+        raise ConfigError(f"--output must name a .json file in a folder that exists, got {arguments.output}")
+    if arguments.runs < 1:
+        raise ConfigError(f"--runs must be at least 1, got {arguments.runs}")
+    if not library.has_gpu():
+        raise ConfigError(f"{library.name} sees no NVIDIA GPU: nothing was measured; run it on a card")
+    if importlib.util.find_spec("triton") is None:
+        raise ConfigError("Triton is not installed: nothing was measured; pip install triton==3.5.0")
+    from ppcoat.cli.kernel_cases import Kernels
+
+    report = measure(Kernels(library()), Sizes(runs=arguments.runs))
+    output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print(table(report))
+    print(f"\nall numbers: {output}")
+
+
+def measure(kernels: Kernels, sizes: Sizes) -> dict[str, Any]:
+    """The report: device, errors in units of what the formats allow, one entry for each timed kernel."""
+    errors = kernels.errors()
+    rows = [*_streaming(kernels, sizes), *_matmul(kernels, sizes), _adamw(kernels, sizes)]
+    return {"device": kernels.library.device(), "errors": errors, "rows": [asdict(row) for row in rows]}
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report as plain text, with a word for each target that was missed."""
+    lines = [report["device"], "", "largest error, in units of what the formats allow:"]
+    lines += [f"  {name:26s}{error:8.3f}" for name, error in report["errors"].items()]
+    lines += ["", f"{'kernel':26s}{'shape':24s}{'ms':>9s}  compared with, ms; ratios"]
+    for row in report["rows"]:
+        others = ", ".join(f"{name} {ms:.4f}" for name, ms in row["others"].items())
+        ratios = ", ".join(
+            f"{name} {value:.2f}" + ("" if value >= least else f" (target {least:g}: missed)")
+            for name, (value, least) in row["targets"].items()
+        )
+        shape = "x".join(map(str, row["shape"]))
+        lines.append(f"{row['kernel']:26s}{shape:24s}{row['ms']:9.4f}  {others}; {ratios}")
+    return "\n".join(lines)
+
+
+def _streaming(kernels: Kernels, sizes: Sizes) -> Iterator[Row]:
+    """Kernels that are as fast as memory: against a copy of the same bytes, and eager ops in 16 bits."""
+    library = kernels.library
+    for tokens in sizes.tokens:
+        for name, call, nbytes, eager in kernels.streaming(tokens, sizes.width, sizes.heads):
+            row = Row(name, [tokens, sizes.width], library.median_ms(call, sizes.runs))
+            row.others["copy of its bytes"] = library.median_ms(library.copy(nbytes), sizes.runs)
+            row.targets["share of copy bandwidth"] = (row.others["copy of its bytes"] / row.ms, 0.8)
+            if eager is not None:
+                row.others["eager"] = library.median_ms(eager, sizes.runs)
+                row.targets["times as fast as eager"] = (row.others["eager"] / row.ms, 1.0)
+            yield row
+
+
+def _matmul(kernels: Kernels, sizes: Sizes) -> Iterator[Row]:
+    """FP8 products in both directions, quantising included, against 16-bit and the library's own FP8 ones."""
+    library, side = kernels.library, sizes.peak
+    own = library.scaled_fp8_matmul(side, side, side)
+    peak = 2e-9 * side**3 / library.median_ms(own, sizes.runs) if own else None
+    for tokens in sizes.tokens:
+        for k, n in sizes.linears:
+            dense = library.median_ms(kernels.dense_matmul(tokens, k, n), sizes.runs)
+            own = library.scaled_fp8_matmul(tokens, k, n)
+            own_ms = library.median_ms(own, sizes.runs) if own else None
+            for name, quantised, whole in kernels.products(tokens, k, n):
+                row = Row(name, [tokens, k, n], library.median_ms(whole, sizes.runs))
+                alone = library.median_ms(quantised, sizes.runs)
+                row.others = {"product alone": alone, "16-bit matmul": dense}
+                row.targets["times as fast as 16-bit, with quantising"] = (dense / row.ms, 1.3)
+                if own_ms:
+                    row.others["the library's FP8 matmul"] = own_ms
+                    row.targets["share of measured FP8 peak"] = (2e-9 * tokens * k * n / alone / peak, 0.6)
+                yield row
+
+
+def _adamw(kernels: Kernels, sizes: Sizes) -> Row:
+    """A step against the library's fused float32 AdamW and a copy of the bytes that it moves."""
+    library = kernels.library
+    call, count, nbytes = kernels.adamw(sizes.parameters)
+    row = Row("adamw_step", [count], library.median_ms(call, sizes.runs))
+    copy, fused = library.copy(nbytes), library.fused_adamw(count)
+    row.others = {
+        "copy of its bytes": library.median_ms(copy, sizes.runs),
+        "fused float32 AdamW": library.median_ms(fused, sizes.runs),
+    }
+    row.targets["share of copy bandwidth"] = (row.others["copy of its bytes"] / row.ms, 0.85)
+    row.targets["times as fast as fused float32 AdamW"] = (row.others["fused float32 AdamW"] / row.ms, 1.5)
+    return row

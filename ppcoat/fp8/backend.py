@@ -1,0 +1,249 @@
+"""Which version of an FP8 operation runs: the Paddle reference, a Triton kernel or an op of Paddle's own.
+
+    @backend.op                       # on the reference: callers keep calling quantize(x, ...)
+    def quantize(x, fmt, group_size=None): ...
+
+The faster versions of an op are functions of the same name and signature in the modules that MODULES names;
+one of the modules CHECKS has a function of that name, too. On a GPU the first version of ORDER that passes
+its check is taken; tensors elsewhere go to the reference. A check runs on first use and compares with the
+reference on a small input; the reason for every fallback is logged once.
+PPCOAT_BACKEND=reference|triton|paddle and `use(name)` force one; an op that was never written in it runs its
+reference.
+
+Nothing is imported before it is needed, neither Triton nor Paddle.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+from ppcoat.errors import ConfigError
+
+_log = logging.getLogger(__name__)
+
+VARIABLE = "PPCOAT_BACKEND"
+REFERENCE = "reference"
+ORDER = ("triton", "paddle", REFERENCE)  # the first that works is taken
+MODULES = {  # version -> op -> module in this package
+    "triton": {
+        "quantize": "quantize_triton",
+        "dequantize": "quantize_triton",
+        "log_encode": "log_codes_triton",
+        "log_decode": "log_codes_triton",
+        "signed_log_encode": "log_codes_triton",
+        "signed_log_decode": "log_codes_triton",
+        "adamw_step": "adamw_triton",
+        "modulated_norm": "norm_triton",
+        "modulated_norm_quantized": "norm_triton",
+        "modulated_norm_grad": "norm_triton",
+        "rms_norm_rotated": "norm_triton",
+        "rms_norm_rotated_grad": "norm_triton",
+        "gelu": "pointwise_triton",
+        "gelu_quantized": "pointwise_triton",
+        "gelu_grad": "pointwise_triton",
+        "silu": "pointwise_triton",
+        "silu_grad": "pointwise_triton",
+        "gated_residual": "pointwise_triton",
+        "scaled_matmul": "matmul_triton",
+    },
+    "paddle": {"quantize": "quantize_paddle", "dequantize": "quantize_paddle"},
+}
+CHECKS = ("checks", "layer_checks")  # modules with a function of the name of each op
+INSTALL_TRITON = "pip install triton==3.5.0"
+OPS: dict[str, Op] = {}  # every op by name, filled by the decorator `op`
+
+_forced: ContextVar[str | None] = ContextVar("ppcoat_backend", default=None)
+
+
+class Unsuited(ConfigError):
+    """Raised by a faster version for an input that it does not take: the next version gets the call."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What is known of one version of an op. error: the largest error of its self-check in units of what is
+    allowed (1.0 passes), None if it did not run; reason: why it is not used, empty if it can be; absent: no
+    such version was ever written."""
+
+    error: float | None
+    reason: str
+    absent: bool = False
+
+    @property
+    def usable(self) -> bool:
+        return not self.reason
+
+
+class Op:
+    """One operation and its versions. Calling it runs the one chosen for the place of its first argument, a
+    Paddle tensor."""
+
+    def __init__(self, reference: Callable) -> None:
+        functools.update_wrapper(self, reference)
+        self.name, self.reference = reference.__name__, reference
+        self._verdicts: dict[str, Verdict] = {}
+        self._said: set[str] = set()  # reasons already logged
+
+    def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        wanted = forced()
+        if wanted == REFERENCE or not (wanted or on_gpu(x)):
+            return self.reference(x, *args, **kwargs)
+        for version in (wanted,) if wanted else ORDER[:-1]:
+            if not self._may_use(version, wanted):
+                continue
+            try:
+                return self.version(version)(x, *args, **kwargs)
+            except Unsuited as error:
+                if wanted:
+                    raise
+                self._say(version, Verdict(None, str(error)))
+        return self.reference(x, *args, **kwargs)
+
+    def version(self, name: str) -> Callable | None:
+        """The function behind a name of ORDER, unchecked; None if there is none. Raises ImportError where
+        Triton is not installed."""
+        if name == REFERENCE:
+            return self.reference
+        module = MODULES[name].get(self.name)
+        if module is None:
+            return None
+        if name == "triton":
+            _connect_triton()
+        return getattr(importlib.import_module(f".{module}", __package__), self.name)
+
+    def verdict(self, name: str) -> Verdict:
+        """Whether a version may run on Paddle's current device; checked on first use."""
+        if name not in self._verdicts:
+            self._verdicts[name] = self._check(name)
+        return self._verdicts[name]
+
+    def _check(self, name: str) -> Verdict:
+        if name == REFERENCE:
+            return Verdict(0.0, "")
+        if self.name not in MODULES[name]:
+            return Verdict(None, f"there is no {name} version of it", absent=True)
+        reason = unavailable(name)
+        if reason:
+            return Verdict(None, reason)
+        try:
+            candidate = self.version(name)
+            with use(REFERENCE):
+                error = self.check()(candidate, self.reference)
+        except _failures() as failure:
+            return Verdict(None, f"it failed with {type(failure).__name__}: {_last_line(failure)}")
+        if not error <= 1.0:  # true for NaN
+            return Verdict(error, f"it disagrees with the reference: error {error:.3g}, allowed 1")
+        return Verdict(error, "")
+
+    def check(self) -> Callable[[Callable, Callable], float]:
+        """check(candidate, reference) -> largest error in units of what is allowed."""
+        modules = (importlib.import_module(f".{name}", __package__) for name in CHECKS)
+        return next(getattr(module, self.name) for module in modules if hasattr(module, self.name))
+
+    def _may_use(self, name: str, wanted: str | None) -> bool:
+        verdict = self.verdict(name)
+        if verdict.usable:
+            return True
+        if wanted and not verdict.absent:
+            raise ConfigError(
+                f"backend {name} was asked for, but {self.name} cannot run in it: {verdict.reason}; "
+                f"unset {VARIABLE}"
+            )
+        self._say(name, verdict)
+        return False
+
+    def _say(self, version: str, verdict: Verdict) -> None:
+        """Log a reason once."""
+        if verdict.reason not in self._said:
+            self._said.add(verdict.reason)
+            level = logging.DEBUG if verdict.absent else logging.WARNING
+            _log.log(level, "%s does not run in %s: %s", self.name, version, verdict.reason)
+
+
+def op(reference: Callable) -> Op:
+    """Decorator: make a reference the op that callers see; `.reference` is the plain function."""
+    made = Op(reference)
+    assert made.name not in OPS, f"two ops are called {made.name}"
+    OPS[made.name] = made
+    return made
+
+
+@contextmanager
+def use(name: str) -> Iterator[None]:
+    """Within it every op runs in the version `name`, one of ORDER. Raises ConfigError for another name."""
+    token = _forced.set(_known(name, "backend.use"))
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def forced() -> str | None:
+    """The version that `use` or PPCOAT_BACKEND asks for. Raises ConfigError for an unknown one."""
+    name = _forced.get() or os.environ.get(VARIABLE, "")
+    return _known(name, VARIABLE) if name else None
+
+
+def on_gpu(x: Any) -> bool:
+    """Whether a Paddle tensor lies on a GPU. While a static graph is traced tensors have no place, and the
+    graph holds Paddle's own ops only."""
+    import paddle
+
+    return paddle.in_dynamic_mode() and x.place.is_gpu_place()
+
+
+def unavailable(name: str) -> str:
+    """Why no op at all can run in this version on the present machine; empty if it can."""
+    import paddle
+
+    device = paddle.get_device()
+    if name == REFERENCE:
+        return ""
+    if not device.startswith("gpu"):
+        return f"this is {device}, and it needs an NVIDIA GPU"
+    if name == "triton" and importlib.util.find_spec("triton") is None:
+        return f"Triton is not installed ({INSTALL_TRITON})"
+    return ""
+
+
+def remedy(name: str) -> str:
+    """What a user can do where a version is not used."""
+    if name == "triton" and importlib.util.find_spec("triton") is None:
+        return f"on an NVIDIA GPU: {INSTALL_TRITON}"
+    return "it takes an NVIDIA GPU of sm_80 (Triton) or sm_89 (Paddle's FP8 ops) or later"
+
+
+def _known(name: str, source: str) -> str:
+    if name not in ORDER:
+        raise ConfigError(f"{source}: unknown backend {name!r}; use one of {', '.join(ORDER)}")
+    return name
+
+
+def _connect_triton() -> None:
+    """Let Triton ask Paddle for device, stream and tensors, where it would ask torch."""
+    import paddle
+
+    if paddle.is_compiled_with_cuda():
+        paddle.compat.paddle_triton_fun()
+
+
+def _last_line(error: Exception) -> str:
+    """The end of a message, where compilers say what is wrong."""
+    return (str(error).strip() or "no message").splitlines()[-1]
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """What a version may raise that does not work here: in compiling, in loading, in launching."""
+    kinds = (ImportError, AttributeError, TypeError, ValueError, RuntimeError, OSError, AssertionError)
+    if importlib.util.find_spec("triton") is None:
+        return kinds
+    return (*kinds, importlib.import_module("triton.errors").TritonError)

@@ -1,0 +1,149 @@
+"""What all Triton kernels share: FP8 numbers in registers, the quantise helper, and how a launcher looks at
+its tensors.
+
+The kernels take Paddle tensors, torch tensors and whatever else has data_ptr, dtype, shape, is_contiguous and
+new_empty; nothing here imports Paddle. MANTISSA is the format's number of mantissa bits, 3 for E4M3 and 2 for
+E5M2: it tells the two apart. NATIVE: the device converts to and from FP8 itself (sm_89 and later);
+elsewhere, and under Triton's interpreter, the same conversion is written out in integers, bit for bit.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import sys
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from .backend import Unsuited
+from .rules import TINY
+
+NATIVE_ARCH = 89  # compute capability from which Triton converts to E4M3
+LARGEST_GROUP = 8192  # elements of a group that one program holds in registers
+TILE = 2048  # elements that one program works on
+DTYPES = {"float32": tl.float32, "bfloat16": tl.bfloat16, "float16": tl.float16}
+
+_TINY = tl.constexpr(TINY)
+_INFINITY = tl.constexpr(math.inf)
+
+
+@triton.jit
+def quantize_rows(x, MANTISSA: tl.constexpr, NATIVE: tl.constexpr):
+    """x [R, B] float32, zeros where a row has ended -> codes uint8 [R, B], scale float32 [R, 1].
+
+    The rule of quantize.py: scale = amax / largest FP8 number, NaN for a row with a NaN or an infinity.
+    """
+    scale = scale_of(row_amax(x), MANTISSA)
+    return to_codes(x * tl.div_rn(1.0, scale), MANTISSA, NATIVE), scale
+
+
+@triton.jit
+def row_amax(x):
+    """[R, B] -> largest magnitude of each row [R, 1]; infinite where a value is NaN or infinite (a maximum
+    forgets NaN, so it goes as infinity)."""
+    magnitude = tl.where(x == x, tl.abs(x), _INFINITY)
+    return tl.max(magnitude, axis=1, keep_dims=True)
+
+
+@triton.jit
+def scale_of(amax, MANTISSA: tl.constexpr):
+    """amax, infinite for what is not finite -> scale of its codes; then NaN (inf * 0)."""
+    LARGEST: tl.constexpr = 448.0 if MANTISSA == 3 else 57344.0
+    return tl.maximum(tl.div_rn(amax, tl.full(amax.shape, LARGEST, tl.float32)), _TINY) + amax * 0.0
+
+
+@triton.jit
+def to_codes(x, MANTISSA: tl.constexpr, NATIVE: tl.constexpr):
+    """float32 no larger than the largest FP8 number by more than its rounding -> bits of FP8, uint8; to
+    nearest, ties to even."""
+    if NATIVE:
+        FP8: tl.constexpr = tl.float8e4nv if MANTISSA == 3 else tl.float8e5
+        return x.to(FP8).to(tl.uint8, bitcast=True)
+    # With the exponent's bias put right, an FP8 number is the upper part of a float32; below the smallest
+    # normal number, adding a power of two leaves the multiples of the smallest subnormal in the lowest bits.
+    CUT: tl.constexpr = 23 - MANTISSA
+    BIAS: tl.constexpr = 7 if MANTISSA == 3 else 15
+    LARGEST: tl.constexpr = 0x7E if MANTISSA == 3 else 0x7B
+    MAGIC: tl.constexpr = 2.0 ** (24 - BIAS - MANTISSA)
+    bits = x.to(tl.int32, bitcast=True)
+    size = bits & 0x7FFFFFFF
+    magnitude = size.to(tl.float32, bitcast=True)
+    even = (size + ((1 << (CUT - 1)) - 1) + ((size >> CUT) & 1)) >> CUT
+    small = (magnitude + MAGIC).to(tl.int32, bitcast=True) & ((1 << MANTISSA + 1) - 1)
+    code = tl.where(size < ((128 - BIAS) << 23), small, even - ((127 - BIAS) << MANTISSA))
+    return (tl.minimum(code, LARGEST) | ((bits >> 24) & 0x80)).to(tl.uint8)
+
+
+@triton.jit
+def from_codes(codes, MANTISSA: tl.constexpr, NATIVE: tl.constexpr):
+    """Bits of FP8, uint8 -> float32, exactly."""
+    if MANTISSA == 2:  # the upper half of a float16
+        return (codes.to(tl.uint16) << 8).to(tl.float16, bitcast=True).to(tl.float32)
+    if NATIVE:
+        return codes.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+    size = (codes & 0x7F).to(tl.int32)
+    normal = ((size << 20) + (120 << 23)).to(tl.float32, bitcast=True)
+    value = tl.where(size < 8, size.to(tl.float32) * 0.001953125, normal)  # 2^-9, the smallest subnormal
+    value = tl.where(size == 0x7F, float("nan"), value)
+    return tl.where(codes >= 0x80, -value, value)
+
+
+@triton.jit
+def narrowed(x, DTYPE: tl.constexpr):
+    """float32 -> DTYPE, to nearest, ties to even."""
+    if tl.bfloat16 == DTYPE:  # a plain cast would do on a GPU, but Triton's interpreter cuts the bits off
+        bits = x.to(tl.int32, bitcast=True)
+        even = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+        return tl.where(x == x, even.to(tl.float32, bitcast=True), x).to(tl.bfloat16)
+    return x.to(DTYPE)
+
+
+def native_fp8() -> bool:
+    """Whether the present device converts to FP8 itself."""
+    return capability() >= NATIVE_ARCH
+
+
+@functools.cache
+def capability() -> int:
+    """Compute capability of the present device, 90 for sm_90, 0 under the interpreter; asked once per
+    process."""
+    if interpreted():
+        return 0
+    target = triton.runtime.driver.active.get_current_target()
+    return target.arch if target.backend == "cuda" else 0
+
+
+def interpreted() -> bool:
+    """Whether the kernels of this process run in Triton's interpreter, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def require(x: Any, name: str, dtypes: tuple[str, ...]) -> None:
+    """Raises Unsuited for a tensor with gaps or of a dtype that the kernel does not read."""
+    if not x.is_contiguous():
+        raise Unsuited(f"{name} {list(x.shape)} is not contiguous: call .contiguous() on it first")
+    if dtype_name(x.dtype) not in dtypes:
+        raise Unsuited(f"{name} is {dtype_name(x.dtype)}, wanted {' or '.join(dtypes)}")
+
+
+def empty(like: Any, shape: list[int], dtype: str) -> Any:
+    """A new tensor of the same library on the same device, its values undefined."""
+    library = sys.modules[type(like.dtype).__module__.partition(".")[0]]
+    return like.new_empty(shape, dtype=getattr(library, dtype))
+
+
+def dtype_name(dtype: Any) -> str:
+    """`paddle.float32`, `torch.float32` or "float32" -> "float32"."""
+    return str(dtype).rpartition(".")[-1]
+
+
+def group_tile(group_size: int) -> tuple[int, int]:
+    """Elements of a group -> (groups of one program, width of its tile), both powers of two. Raises Unsuited
+    for a group that does not fit a program."""
+    if not 1 <= group_size <= LARGEST_GROUP:
+        raise Unsuited(f"a group of {group_size} elements; wanted 1 to {LARGEST_GROUP}")
+    width = triton.next_power_of_2(group_size)
+    return max(1, TILE // width), width

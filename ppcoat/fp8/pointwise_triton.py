@@ -1,0 +1,168 @@
+"""Triton twins of GELU, SiLU and gated residual: same names, signatures and rules; one kernel for all
+activations, their gradients, and FP8 in and out. Arithmetic is float32, and each result is rounded once.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import triton
+import triton.language as tl
+
+from .formats_triton import (
+    DTYPES,
+    TILE,
+    Unsuited,
+    dtype_name,
+    empty,
+    group_tile,
+    narrowed,
+    native_fp8,
+    quantize_rows,
+    require,
+)
+from .quantize_triton import FLOATS, group_offsets, load_values, readable, store_rows
+from .rules import GELU_CUBIC, GELU_LINEAR
+
+if TYPE_CHECKING:
+    from .formats import FP8Format
+    from .operands import Groups
+
+GELU, SILU = 0, 1  # which activation
+
+_GELU = tl.constexpr(GELU)
+_GELU_LINEAR, _GELU_CUBIC = tl.constexpr(GELU_LINEAR), tl.constexpr(GELU_CUBIC)
+_FAR = tl.constexpr(32.0)  # beyond it gelu is 0 or x, exactly; x^3 must stay finite
+
+
+def gelu(x: Any, groups: Groups | None = None) -> Any:
+    """x [..., D], floats or codes -> [..., D]. Raises Unsuited for a tensor with gaps."""
+    return _activate(x, None, groups, GELU)
+
+
+def gelu_quantized(x: Any, fmt: FP8Format, group_size: int) -> tuple[Any, Any]:
+    """x [..., D] floats -> codes uint8, scale float32 [..., ceil(D / group_size)]. Raises Unsuited for a
+    tensor with gaps and groups of more than 8192."""
+    *lead, width = x.shape
+    require(x, "x", FLOATS)
+    codes = empty(x, [*lead, width], "uint8")
+    scale = empty(x, [*lead, -(-width // group_size)], "float32")
+    _launch(x, (x, x), (codes, scale), (width, group_size), MANTISSA=0, OUT_MANTISSA=fmt.mantissa_bits,
+            PER_TENSOR=False, KIND=GELU, GRADIENT=False, DTYPE=None)  # fmt: skip
+    return codes, scale
+
+
+def gelu_grad(x: Any, dy: Any, groups: Groups | None = None) -> Any:
+    """-> gradient [..., D] by x. Raises Unsuited for tensors with gaps."""
+    return _activate(x, dy, groups, GELU)
+
+
+def silu(x: Any, groups: Groups | None = None) -> Any:
+    """As `gelu`."""
+    return _activate(x, None, groups, SILU)
+
+
+def silu_grad(x: Any, dy: Any, groups: Groups | None = None) -> Any:
+    """As `gelu_grad`."""
+    return _activate(x, dy, groups, SILU)
+
+
+def gated_residual(y: Any, gate: Any, x: Any = None) -> Any:
+    """y, x [B, tokens, dim], gate [B, 1, dim] -> a new [B, tokens, dim]. Raises Unsuited for tensors with
+    gaps."""
+    for name, tensor in (("y", y), ("gate", gate), ("x", y if x is None else x)):
+        require(tensor, name, FLOATS)
+    *lead, width = y.shape
+    tokens = math.prod(lead) // lead[0] if lead[0] else 0
+    if math.prod(gate.shape) != lead[0] * width:
+        raise Unsuited(f"gate {list(gate.shape)} for {list(y.shape)}; wanted [{lead[0]}, 1, {width}]")
+    out = empty(y, list(y.shape), dtype_name(y.dtype))
+    rows, block = group_tile(min(TILE, max(1, width)))
+    per_row = -(-width // block)
+    groups = math.prod(lead) * per_row
+    if groups:
+        gated_residual_kernel[(-(-groups // rows),)](
+            y, gate, y if x is None else x, out, groups, tokens, width, per_row,
+            RESIDUAL=x is not None, DTYPE=DTYPES[dtype_name(y.dtype)], ROWS=rows, BLOCK=block,
+        )  # fmt: skip
+    return out
+
+
+def _activate(x: Any, dy: Any, groups: Groups | None, kind: int) -> Any:
+    """dy None: the activation, else its gradient."""
+    scale, mantissa, dtype = readable(x, "x", groups)
+    if dy is not None:
+        require(dy, "dy", FLOATS)
+    out = empty(x, list(x.shape), dtype)
+    per_tensor = groups is None or groups.group_size is None
+    layout = (math.prod(x.shape), TILE) if per_tensor else (x.shape[-1], groups.group_size)
+    _launch(x, (scale, x if dy is None else dy), (out, out), layout, MANTISSA=mantissa, OUT_MANTISSA=0,
+            PER_TENSOR=per_tensor, KIND=kind, GRADIENT=dy is not None, DTYPE=DTYPES[dtype])  # fmt: skip
+    return out
+
+
+def _launch(
+    x: Any, others: tuple[Any, Any], out: tuple[Any, Any], layout: tuple[int, int], **constants
+) -> None:
+    """layout: width of a row, elements of a group; constants: those of the kernel that callers choose."""
+    width, group = layout
+    rows, block = group_tile(min(group, max(1, width)))
+    per_row = -(-width // group)
+    groups = math.prod(x.shape) // max(1, width) * per_row
+    if groups:
+        activation_kernel[(-(-groups // rows),)](
+            x, *others, *out, groups, width, group, per_row,
+            NATIVE=native_fp8(), ROWS=rows, BLOCK=block, **constants,
+        )  # fmt: skip
+
+
+@triton.jit
+def activation_kernel(
+    p_x, p_scale, p_dy, p_y, p_y_scale, groups, width, group, per_row,
+    KIND: tl.constexpr, GRADIENT: tl.constexpr, MANTISSA: tl.constexpr, PER_TENSOR: tl.constexpr,
+    OUT_MANTISSA: tl.constexpr, NATIVE: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """ROWS groups of x -> y, or with GRADIENT dx; OUT_MANTISSA 0: floats, else codes and scales."""
+    i_group, offset, inside = group_offsets(groups, width, group, per_row, ROWS, BLOCK)
+    x = load_values(p_x, p_scale, i_group, i_group < groups, offset, inside, MANTISSA, PER_TENSOR, NATIVE)
+    # gelu and silu are both x p, p the logistic function of z
+    if KIND == _GELU:
+        near = tl.where(tl.abs(x) > _FAR, tl.where(x > 0, _FAR, -_FAR), x)
+        z = near * (2.0 * _GELU_LINEAR) * (1.0 + _GELU_CUBIC * near * near)
+        slope = (2.0 * _GELU_LINEAR) * (1.0 + 3.0 * _GELU_CUBIC * near * near)
+    else:
+        near, z, slope = x, x, 1.0
+    # of p and 1 - p neither is a difference, so that both keep their digits
+    small = tl.exp(-tl.abs(z))
+    larger = 1.0 / (1.0 + small)
+    p, rest = tl.where(z < 0, small * larger, larger), tl.where(z < 0, larger, small * larger)
+    if GRADIENT:
+        dy = tl.load(p_dy + offset, mask=inside, other=0.0).to(tl.float32)
+        y = dy * p * (1.0 + near * rest * slope)
+    else:
+        y = x * p
+    if OUT_MANTISSA == 0:
+        tl.store(p_y + offset, narrowed(y, DTYPE), mask=inside)
+    else:
+        codes, scale = quantize_rows(y, OUT_MANTISSA, NATIVE)
+        tl.store(p_y + offset, codes, mask=inside)
+        store_rows(p_y_scale, scale, i_group, i_group < groups)
+
+
+@triton.jit
+def gated_residual_kernel(
+    p_y, p_gate, p_x, p_out, groups, tokens, width, per_row,
+    RESIDUAL: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """ROWS pieces of BLOCK channels."""
+    i_group, offset, inside = group_offsets(groups, width, BLOCK, per_row, ROWS, BLOCK)
+    i_row = i_group // per_row
+    column = ((i_group - i_row * per_row) * BLOCK)[:, None] + tl.arange(0, BLOCK).to(tl.int64)[None, :]
+    chosen = (i_row // tokens * width)[:, None] + column
+    gate = tl.load(p_gate + chosen, mask=inside, other=0.0).to(tl.float32)
+    out = tl.load(p_y + offset, mask=inside, other=0.0).to(tl.float32) * gate
+    if RESIDUAL:
+        out += tl.load(p_x + offset, mask=inside, other=0.0).to(tl.float32)
+    tl.store(p_out + offset, narrowed(out, DTYPE), mask=inside)

@@ -1,0 +1,21 @@
+"""Numbers that the references and the kernels share; imports nothing.
+
+Those of the optimizer's codecs come first. What they mean is said where they are used: `log_encode` and
+`signed_log_encode` in quantize.py, `dither` in adamw.py.
+"""
+
+TINY = 2.0**-126  # smallest normal float32: smaller numbers are flushed to zero on many devices
+LARGE = 2.0**127  # brings every normal number above 1
+K_STEP = 16  # the exponent k is stored in 16ths, as COAT
+K_MIN, K_MAX = 4, 255  # in 16ths, so that it fits a byte
+LEVELS, SIGNED_LEVELS = 255, 127  # codes of positive values without and with a sign
+# The robust minimum lies SPREAD standard deviations of log x below its mean, or NEAR octaves below amax if
+# that is further down: NEAR octaves cost little (steps of 3 %), so anything within them is always covered.
+SPREAD, NEAR = 5.0, 12.0
+NEAR_ZERO = 1e-3  # of amax: magnitudes below this count as this when the shift is chosen
+# Steps of the dither sequence from one step to the next and from one column to the next, in 65536ths: the
+# golden section, and a fraction that keeps neighbouring columns apart.
+DITHER_STEP, DITHER_COLUMN, DITHER_PERIOD = 40503, 25717, 65536
+
+NORM_EPSILON = 1e-6  # of all norms of FLUX
+GELU_LINEAR, GELU_CUBIC = 0.7978845608028654, 0.044715  # sqrt(2 / pi), and the factor of x^3

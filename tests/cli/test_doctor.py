@@ -1,0 +1,81 @@
+"""What the doctor says, and when it says that the main job cannot run."""
+
+import pytest
+
+from ppcoat.cli import doctor
+from ppcoat.cli.main import main
+from ppcoat.fp8 import backend
+
+
+@pytest.fixture(scope="module")
+def findings():
+    return {finding.name: finding for finding in doctor.examine()}
+
+
+def test_this_machine_can_run_the_main_job(capsys):
+    assert main(["doctor"]) == 0
+    shown = capsys.readouterr()
+    assert shown.err == "" and shown.out.splitlines()[-1].startswith("the main job can run")
+
+
+def test_every_subject_has_a_line(findings):
+    wanted = {
+        "python",
+        "ppdiffusers",
+        "safetensors",
+        "numpy",
+        "device",
+        "memory",
+        "FP8 cast",
+        "FP8 matmul",
+        "attention",
+    }
+    wanted |= {"tiny FLUX", *(f"built with {part}" for part in ("CUDA", "CINN", "NCCL", "distributed"))}
+    wanted |= {f"{op} in {v}" for v, ops in backend.MODULES.items() for op in ops}
+    assert wanted <= set(findings)
+
+
+def test_every_miss_says_what_is_lost_and_how_to_get_it(findings):
+    for finding in findings.values():
+        assert finding.mark in ("ok", "miss") and "\n" not in finding.what + finding.advice
+        assert bool(finding.advice) == (finding.mark == "miss")
+        assert any(word in finding.advice for word in ("install", "takes", "use ")) or finding.mark == "ok"
+
+
+@pytest.mark.skipif(doctor._on_gpu(), reason="there is a GPU")
+def test_without_a_gpu_no_fast_path_is_claimed(findings):
+    assert findings["device"].mark == "miss" and findings["device"].what.startswith("cpu")
+    for version, ops in backend.MODULES.items():
+        assert all("this is cpu" in findings[f"{op} in {version}"].what for op in ops)
+
+
+def test_a_missing_model_or_a_broken_cast_fails(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(doctor, "TINY_FLUX", tmp_path)
+    monkeypatch.setattr(doctor, "fast_paths", list)
+    assert main(["doctor"]) == 2
+    shown = capsys.readouterr()
+    assert shown.err.count("\n") == 1 and "the main job cannot run: tiny FLUX" in shown.err
+    assert "fail  tiny FLUX" in shown.out
+    monkeypatch.setattr(doctor, "dequantize", lambda codes, *_: codes.astype("float32"))
+    assert doctor.fp8_cast().mark == "fail"
+
+
+def test_a_fast_path_is_shown_with_error_and_speed(monkeypatch):
+    """As on a GPU: an op whose Triton version is the reference itself."""
+    op = backend.OPS["log_decode"]
+    monkeypatch.setattr(backend, "OPS", {"log_decode": op, "log_encode": backend.OPS["log_encode"]})
+    monkeypatch.setattr(backend, "unavailable", lambda name: "")
+    monkeypatch.setattr(backend.Op, "version", lambda self, name: self.reference)
+    monkeypatch.setattr(backend.Op, "_verdicts", {}, raising=False)
+    for each in backend.OPS.values():
+        monkeypatch.setattr(each, "_verdicts", {})
+    found = doctor.fast_paths()
+    assert [finding.name for finding in found] == ["log_decode in triton", "log_encode in triton"]
+    for finding in found:
+        assert finding.mark == "ok" and "error 0 of 1 allowed" in finding.what and finding.what.endswith("x")
+
+
+def test_an_op_has_arguments_to_be_timed_with():
+    for name, op in backend.OPS.items():
+        with backend.use(backend.REFERENCE):
+            op(*doctor._arguments(name))

@@ -1,0 +1,113 @@
+"""Triton kernels in tests: on a GPU as they are, else in Triton's interpreter on Paddle's CPU tensors."""
+
+import importlib
+import os
+import sys
+from dataclasses import fields, is_dataclass, replace
+
+import numpy as np
+import paddle
+import pytest
+
+from ppcoat.fp8 import backend
+
+# Read when a kernel is defined; compile_kernels.py sets it to 0.
+if not paddle.get_device().startswith("gpu") and os.environ.setdefault("TRITON_INTERPRET", "1") == "1":
+    # paddlenlp imports Triton, so Triton's own small kernels (tl.max, tl.sum) are defined again
+    for name in ("triton.language.standard", "triton.language.random", "triton.language"):
+        if name in sys.modules:
+            importlib.reload(sys.modules[name])
+
+
+class Adapter:
+    """A Paddle CPU tensor with the methods that Triton's interpreter asks torch tensors for. It is its own
+    storage, and lies on the CPU already: nothing is ever copied."""
+
+    def __init__(self, tensor: paddle.Tensor) -> None:
+        self.tensor = tensor
+        self.dtype, self.shape = tensor.dtype, tensor.shape
+
+    def data_ptr(self):
+        return self.tensor.data_ptr()
+
+    def is_contiguous(self):
+        return self.tensor.is_contiguous()
+
+    def new_empty(self, shape, dtype=None, device=None):
+        return Adapter(paddle.empty([shape] if isinstance(shape, int) else shape, dtype or self.dtype))
+
+    def untyped_storage(self):
+        return self
+
+    def cpu(self):
+        return self
+
+    def copy_(self, other):
+        assert other.data_ptr() == self.data_ptr()
+
+    def set_(self, storage, offset, size, stride):
+        self.tensor = storage.tensor
+
+    def storage_offset(self):
+        return 0
+
+    def size(self):
+        return self.tensor.shape
+
+    def stride(self):
+        return self.tensor.strides
+
+
+def adapted(value):
+    """Tensors inside dicts, tuples and dataclasses -> adapters."""
+    if isinstance(value, paddle.Tensor):
+        return Adapter(value)
+    if isinstance(value, dict):
+        return {name: adapted(each) for name, each in value.items()}
+    if isinstance(value, tuple):
+        return tuple(adapted(each) for each in value)
+    if is_dataclass(value) and any(isinstance(getattr(value, f.name), paddle.Tensor) for f in fields(value)):
+        return replace(value, **{f.name: adapted(getattr(value, f.name)) for f in fields(value)})
+    return value
+
+
+def plain(value):
+    """Inverse of `adapted` for what a launcher returns."""
+    if isinstance(value, tuple):
+        return tuple(plain(each) for each in value)
+    return value.tensor if isinstance(value, Adapter) else value
+
+
+@pytest.fixture(scope="session")
+def on_triton():
+    """on_triton(launcher) -> the launcher as a function of Paddle tensors."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    if paddle.get_device().startswith("gpu"):
+        return lambda launcher: launcher
+    return lambda launcher: (
+        lambda *args, **kwargs: plain(
+            launcher(*(adapted(arg) for arg in args), **{name: adapted(arg) for name, arg in kwargs.items()})
+        )
+    )
+
+
+@pytest.fixture(params=["reference", "triton"])
+def run(request):
+    """run(name) -> the op of that name as a function of Paddle tensors: its reference, then its kernel."""
+    if request.param == "reference":
+        return lambda name: backend.OPS[name].reference
+    on_triton = request.getfixturevalue("on_triton")
+    return lambda name: on_triton(backend.OPS[name].version("triton"))
+
+
+@pytest.fixture(scope="session")
+def in_float64():
+    """in_float64(function, x, dy) -> its value and the gradient by x, by Paddle's autograd in float64."""
+
+    def computed(function, x, dy):
+        x = paddle.to_tensor(np.asarray(x, dtype=np.float64), stop_gradient=False)
+        y = function(x)
+        y.backward(paddle.to_tensor(np.asarray(dy, dtype=np.float64)))
+        return y.numpy(), x.grad.numpy()
+
+    return computed

@@ -1,0 +1,65 @@
+"""The kernels, compiled for GPUs that need not be there: offsets of 64 bits, memory read in whole vectors."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+KERNELS = {
+    "quantize_kernel",
+    "dequantize_kernel",
+    "amax_kernel",
+    "encode_kernel",
+    "decode_kernel",
+    "adamw_kernel",
+    "modulated_norm_kernel",
+    "modulated_norm_grad_kernel",
+    "rms_norm_rotated_kernel",
+    "rms_norm_rotated_grad_kernel",
+    "activation_kernel",
+    "gated_residual_kernel",
+    "scaled_matmul_kernel",
+}
+CONVERTING = {
+    *("quantize_kernel", "dequantize_kernel", "adamw_kernel"),
+    *("modulated_norm_kernel", "modulated_norm_grad_kernel", "activation_kernel"),
+}
+# Bytes of shared memory that a block may have (CUDA programming guide, table of compute capabilities), and
+# what a product of FP8 matrices becomes.
+SHARED = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
+PRODUCTS = {
+    80: "f32.f16.f16.f32",
+    89: "e4m3.e4m3",
+    90: "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 89, 90])
+def test_kernels_compile_with_wide_offsets_and_reads(capability, tmp_path):
+    pytest.importorskip("triton", reason="Triton is not installed")
+    path = os.pathsep.join([str(HERE.parents[1]), *(entry for entry in sys.path if entry)])
+    done = subprocess.run(
+        [sys.executable, str(HERE / "compile_kernels.py"), str(capability)],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**os.environ, "PYTHONPATH": path, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert {kernel["name"] for kernel in found} == KERNELS
+    for kernel in found:
+        # an offset of 32 bits would wrap round above 2^31 elements
+        assert all("i64" in offset for offset in kernel["offsets"]), kernel
+        assert kernel["narrow_products"] == [], kernel
+        assert any("v4.b32" in access for access in kernel["accesses"]), kernel
+    native = {kernel["name"] for kernel in found if kernel["native_fp8"]}
+    assert native == (CONVERTING if capability >= 89 else set())
+    assert max(kernel["shared_bytes"] for kernel in found) <= SHARED[capability]
+    products = [kernel for kernel in found if kernel["name"] == "scaled_matmul_kernel"]
+    assert all(any(PRODUCTS[capability] in each for each in kernel["tensor_cores"]) for kernel in products)

@@ -1,0 +1,122 @@
+"""Norms for blocks, references and kernels: against autograd in float64, from floats and from FP8."""
+
+import ml_dtypes
+import numpy as np
+import paddle
+import paddle.nn.functional as F
+import pytest
+
+from ppcoat.fp8 import norm, quantize
+from ppcoat.fp8.formats import E4M3, E5M2
+from ppcoat.fp8.operands import Groups
+
+assert norm.modulated_norm.name == "modulated_norm"
+EPSILON = 1e-6
+
+
+def random(shape, seed, size=1.0, offset=0.0):
+    return (np.random.default_rng(seed).standard_normal(shape) * size + offset).astype(np.float32)
+
+
+def modulated(shift, scale):
+    """The formula, for tensors of any dtype."""
+    shift, scale = (paddle.to_tensor(t.astype(np.float64)) for t in (shift, scale))
+    return lambda x: F.layer_norm(x, x.shape[-1:], epsilon=EPSILON) * (1 + scale) + shift
+
+
+def close(got, want, roundings=64):
+    """Within so many roundings of float32 of the row's largest number."""
+    allowed = roundings * 2.0**-24 * np.abs(want).max(-1, keepdims=True) + 1e-30
+    assert (np.abs(got.astype("float32").numpy() - want) <= allowed).all()
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 40), (1, 2, 300), (3, 1, 5), (1, 1, 1)])
+def test_modulated_norm_and_its_gradient(shape, run, in_float64):
+    x, dy = random(shape, 0, 3, 1), random(shape, 1)
+    shift, scale = (random([shape[0], 1, shape[2]], seed) for seed in (2, 3))
+    value, gradient = in_float64(modulated(shift, scale), x, dy)
+    x, shift, scale, dy = (paddle.to_tensor(t) for t in (x, shift, scale, dy))
+    close(run("modulated_norm")(x, shift, scale), value)
+    if shape[-1] > 1:
+        close(run("modulated_norm_grad")(x, scale, dy), gradient, 256)
+
+
+@pytest.mark.parametrize(("fmt", "group"), [(E4M3, 16), (E5M2, 48), (E4M3, None), (E4M3, 7)])
+def test_from_codes_it_is_that_of_the_values_they_decode_to(fmt, group, run, in_float64):
+    x, dy = random([2, 2, 40], 0, 3), random([2, 2, 40], 1)
+    shift, scale = random([2, 1, 40], 2), random([2, 1, 40], 3)
+    codes, code_scale = quantize.quantize(paddle.to_tensor(x), fmt, group)
+    numpy_format = ml_dtypes.float8_e4m3fn if fmt is E4M3 else ml_dtypes.float8_e5m2
+    factors = code_scale.numpy().astype(np.float64)
+    if group is not None:
+        factors = np.repeat(factors, group, axis=-1)[..., :40]
+    values = codes.numpy().view(numpy_format).astype(np.float64) * factors
+    value, gradient = in_float64(modulated(shift, scale), values, dy)
+    groups = Groups(code_scale, fmt, group)
+    shift, scale, dy = (paddle.to_tensor(t) for t in (shift, scale, dy))
+    close(run("modulated_norm")(codes, shift, scale, groups), value)
+    close(run("modulated_norm_grad")(codes, scale, dy, groups), gradient)
+
+
+@pytest.mark.parametrize("group", [16, 40, 128, 7])
+def test_fp8_output_is_within_half_a_step(group, run, in_float64):
+    x, shift, scale = random([2, 2, 40], 0, 3), random([2, 1, 40], 2), random([2, 1, 40], 3)
+    value, _ = in_float64(modulated(shift, scale), x, np.ones_like(x))
+    x, shift, scale = (paddle.to_tensor(t) for t in (x, shift, scale))
+    codes, code_scale = run("modulated_norm_quantized")(x, shift, scale, E4M3, group)
+    groups = -(-40 // group)
+    assert codes.shape == [2, 2, 40] and code_scale.shape == [2, 2, groups]
+    starts = np.arange(0, 40, group)
+    amax = np.maximum.reduceat(np.abs(value), starts, axis=-1)
+    np.testing.assert_allclose(code_scale.numpy(), amax / 448, rtol=1e-5)
+    factors = np.repeat(code_scale.numpy().astype(np.float64), group, axis=-1)[..., :40]
+    decoded = codes.numpy().view(ml_dtypes.float8_e4m3fn).astype(np.float64) * factors
+    binade = np.floor(np.log2(np.maximum(np.abs(value) / factors, 2.0**-6)))
+    rounding = 64 * 2.0**-24 * np.abs(value).max(-1, keepdims=True)
+    assert (np.abs(decoded - value) <= 2.0 ** (binade - 4) * factors + rounding).all()
+
+
+def rotated(weight, angles):
+    """The formula, by pairs: (a, b) -> (a cos - b sin, a sin + b cos)."""
+    weight = paddle.to_tensor(weight.astype(np.float64))
+    cos, sin = (paddle.to_tensor(f(angles.astype(np.float64))).unsqueeze(1) for f in (np.cos, np.sin))
+
+    def function(x):
+        y = x * paddle.rsqrt((x * x).mean(-1, keepdim=True) + EPSILON) * weight
+        a, b = y[..., 0::2], y[..., 1::2]
+        return paddle.stack([a * cos - b * sin, a * sin + b * cos], axis=-1).reshape(x.shape)
+
+    return function
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 2, 16), (1, 5, 3, 12), (1, 1, 1, 2), (2, 40, 3, 128)])
+def test_rms_norm_with_rotation_and_its_gradient(shape, run, in_float64):
+    batch, tokens, heads, dim = shape
+    x, dy, weight = random(shape, 0, 5), random(shape, 1), np.abs(random([dim], 2)) + 0.5
+    angles = random([tokens, dim // 2], 3, 3)
+    value, gradient = in_float64(rotated(weight, angles), x, dy)
+    pair = tuple(paddle.to_tensor(f(angles)) for f in (np.cos, np.sin))
+    y, rstd = run("rms_norm_rotated")(paddle.to_tensor(x), paddle.to_tensor(weight), pair)
+    assert rstd.shape == [batch, tokens, heads, 1] and rstd.dtype == paddle.float32
+    np.testing.assert_allclose(
+        rstd.numpy()[..., 0], 1 / np.sqrt((x.astype(np.float64) ** 2).mean(-1) + EPSILON), rtol=1e-6
+    )
+    close(y, value)
+    dx = run("rms_norm_rotated_grad")(paddle.to_tensor(dy), y, rstd, paddle.to_tensor(weight), pair)
+    # two equal terms are subtracted where a head has two channels
+    size = np.abs(dy * weight).max() * np.abs(rstd.numpy()).max()
+    assert (np.abs(dx.numpy() - gradient) <= 64 * 2.0**-24 * max(size, np.abs(gradient).max())).all()
+
+
+def test_what_is_not_finite_stays_in_its_token(run):
+    x, one = random([1, 3, 40], 0), paddle.ones([1, 1, 40])
+    x[0, 1, 5], x[0, 2] = np.inf, 0.0
+    want = np.zeros([1, 3, 40], bool)
+    want[0, 1] = True
+    tensor = paddle.to_tensor(x)
+    assert (np.isnan(run("modulated_norm")(tensor, one, one).numpy()) == want).all()
+    assert (np.isnan(run("modulated_norm_grad")(tensor, one, tensor * 0 + 1.0).numpy())[0, 0] == 0).all()
+    _, scale = run("modulated_norm_quantized")(tensor, one, one, E4M3, 16)
+    assert (np.isnan(scale.numpy()) == want[..., :3]).all()
+    # a token of zeros has xhat 0: what remains is the shift
+    np.testing.assert_array_equal(run("modulated_norm")(tensor, one, one).numpy()[0, 2], np.ones(40))
