@@ -51,7 +51,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     if nested:
         data = unnest(data, origins)
     for override in overrides:
-        location = _apply(data, override, nested)
+        location = apply_override(data, override, nested)
         drop_other_spellings(data, location)
         origins.overrides[location] = override
     data = translate(_fill_in_name(data, data.get("name")), nested, origins)
@@ -197,8 +197,9 @@ def _fill_in_name(value: Any, name: Any) -> Any:
     return value.replace("[name]", name) if isinstance(value, str) and isinstance(name, str) else value
 
 
-def _apply(data: dict, override: str, nested: bool) -> Location:
-    """Put one "a.b=c" into data; returns its location ("a", "b")."""
+def apply_override(data: dict, override: str, nested: bool = False) -> Location:
+    """Put one "a.b=c" into data; returns its location ("a", "b"). nested: the file has ai-toolkit's form.
+    Raises ConfigError for what is not of this form or leads nowhere."""
     source = f"--set {printable(override)}"
     dotted, equals, text = override.partition("=")
     if not equals or not all(dotted.split(".")):

@@ -53,6 +53,10 @@ class ResumableBatches:
         self.batches += 1
         return self._streams[stream].batch(turn)
 
+    def batches_of(self, epochs: int) -> int:
+        """Batches until every ordinary example was seen `epochs` times (times its repeats)."""
+        return self._streams[-1].batches_before(epochs) * len(self._streams)
+
     def state_dict(self) -> dict[str, int]:
         """Position after the last batch, as JSON numbers, with what must be equal where it is loaded."""
         return {"batches": self.batches, **self._facts}
@@ -110,8 +114,8 @@ class _Stream:
 
     def batch(self, number: int) -> list[int]:
         # an epoch has no batch where the ones before have used it up; it has at most all of its entries
-        epoch = bisect_right(range(self._bound(number)), number, key=self._batches_before) - 1
-        place = number - self._batches_before(epoch)
+        epoch = bisect_right(range(self._bound(number)), number, key=self.batches_before) - 1
+        place = number - self.batches_before(epoch)
         turns = self._turns_of(epoch)
         bucket = turns[place]
         earlier = turns[:place].count(bucket)
@@ -122,7 +126,7 @@ class _Stream:
         first = self.buckets[0]
         return (number + 1) * first.batch_size // len(first.entries) + 2
 
-    def _batches_before(self, epoch: int) -> int:
+    def batches_before(self, epoch: int) -> int:
         return sum(bucket.batches_before(epoch) for bucket in self.buckets)
 
     def _turns_of(self, epoch: int) -> list[int]:

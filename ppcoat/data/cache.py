@@ -23,9 +23,10 @@ from ppcoat.errors import ConfigError
 
 # pixels float32 [N, 3, H, W] in [-1, 1] -> latents [N, C, h, w]: the VAE posterior's mean, shifted and scaled
 EncodeImage = Callable[[paddle.Tensor], paddle.Tensor]
-# N captions -> (prompt_embeds [N, T, D], pooled [N, P])
-EncodeText = Callable[[list[str]], tuple[paddle.Tensor, paddle.Tensor]]
-Embedding = tuple[paddle.Tensor, paddle.Tensor]  # prompt_embeds [T, D], pooled [P]
+# N captions -> one entry per name in Encoders.text_names, each with a row per caption; rows may be of
+# different lengths. FLUX: (prompt_embeds [N, T, D], pooled [N, P])
+EncodeText = Callable[[list[str]], tuple[paddle.Tensor | list[paddle.Tensor], ...]]
+Embedding = tuple[paddle.Tensor, ...]  # FLUX: prompt_embeds [T, D], pooled [P]
 
 _SAMPLED_BYTES = 2**20
 
@@ -35,20 +36,22 @@ class Encoders:
     """What turns pictures and captions into tensors, and by which names their results are known on disk.
 
     image_identity: names the VAE, its weights and dtype. text_identity: names the text encoders, their
-    weights and dtype, and the maximal number of tokens. Both matter only with a store.
+    weights and dtype, and the maximal number of tokens. Both matter only with a store. text_names: what the
+    tensors of a caption are called in a batch and on disk.
     """
 
     image: EncodeImage
     text: EncodeText
     image_identity: str = ""
     text_identity: str = ""
+    text_names: tuple[str, ...] = ("prompt_embeds", "pooled")
 
 
 @dataclass(frozen=True)
 class TrainingCache:
     """Encoded pictures and captions, in main memory, in the dtype the encoders gave.
 
-    latents: one tensor [C, h, w] per example; embeddings: caption -> (prompt_embeds [T, D], pooled [P]), each
+    latents: one tensor [C, h, w] per example; embeddings: caption -> its tensors, named text_names, each
     caption once. reg_weight: weight of the loss of regularisation examples.
     """
 
@@ -56,10 +59,11 @@ class TrainingCache:
     latents: list[paddle.Tensor]
     embeddings: dict[str, Embedding]
     reg_weight: float = 1.0
+    text_names: tuple[str, ...] = ("prompt_embeds", "pooled")
 
     def batch(self, indices: Sequence[int], rng: np.random.Generator) -> dict[str, paddle.Tensor | float]:
-        """Examples of one bucket by number -> {"latents" [B, C, h, w], "prompt_embeds" [B, T, D],
-        "pooled" [B, P], "loss_weight" float}.
+        """Examples of one bucket by number -> {"latents" [B, C, h, w], the text_names as `text` gives them,
+        "loss_weight" float}.
 
         Tensors on the current device. rng decides which captions are dropped; it gives B numbers for that,
         and B more for the choice of variants where the run has any.
@@ -72,18 +76,17 @@ class TrainingCache:
             picks = rng.random(len(chosen))
             captions = [e.captions[int(u * len(e.captions))] for e, u in zip(chosen, picks, strict=True)]
         captions = ["" if drop else text for text, drop in zip(captions, dropped, strict=True)]
-        prompt_embeds, pooled = self.text(captions)
         return {
             "latents": _stack([self.latents[i] for i in indices]),
-            "prompt_embeds": prompt_embeds,
-            "pooled": pooled,
+            **dict(zip(self.text_names, self.text(captions), strict=True)),
             "loss_weight": self.reg_weight if chosen[0].is_reg else 1.0,
         }
 
-    def text(self, captions: Sequence[str]) -> tuple[paddle.Tensor, paddle.Tensor]:
-        """Cached captions -> (prompt_embeds [B, T, D], pooled [B, P]) on the current device."""
-        pairs = [self.embeddings[caption] for caption in captions]
-        return _stack([pair[0] for pair in pairs]), _stack([pair[1] for pair in pairs])
+    def text(self, captions: Sequence[str]) -> Embedding:
+        """Cached captions -> their tensors with a first axis B, on the current device; FLUX's are
+        (prompt_embeds [B, T, D], pooled [B, P]). Shorter rows end in zeros."""
+        rows = [self.embeddings[caption] for caption in captions]
+        return tuple(_stack(list(column)) for column in zip(*rows, strict=True))
 
 
 def build_cache(
@@ -107,7 +110,7 @@ def build_cache(
     embeddings = _embeddings(
         list(dict.fromkeys([*captions, *blank, *extra_captions])), encoders, batch_size, store
     )
-    return TrainingCache(list(examples), latents, embeddings, reg_weight)
+    return TrainingCache(list(examples), latents, embeddings, reg_weight, encoders.text_names)
 
 
 def folder_identity(*folders: Path) -> str:
@@ -159,18 +162,18 @@ def _embeddings(
     keys = {caption: content_key("text", caption, encoders.text_identity) for caption in captions}
     for caption in captions if store else ():
         if (found := store.get(keys[caption])) is not None:
-            embeddings[caption] = found["prompt_embeds"], found["pooled"]
+            embeddings[caption] = tuple(found[name] for name in encoders.text_names)
     missing = [caption for caption in captions if caption not in embeddings]
     with tqdm(total=len(captions), initial=len(embeddings), desc="encoding captions", unit="caption") as bar:
         for some in _chunks(missing, batch_size):
-            prompt_embeds, pooled = encoders.text(list(some))
-            rows = zip(some, prompt_embeds.cpu().unbind(0), pooled.cpu().unbind(0), strict=True)
-            for caption, embeds, vector in rows:
-                _check_finite(embeds, f"the text embedding of {caption!r}")
-                _check_finite(vector, f"the pooled text embedding of {caption!r}")
-                embeddings[caption] = (embeds, vector)
+            columns = [[row.cpu() for row in column] for column in encoders.text(list(some))]
+            for caption, *row in zip(some, *columns, strict=True):
+                named = dict(zip(encoders.text_names, row, strict=True))
+                for name, tensor in named.items():
+                    _check_finite(tensor, f"the {name} text embedding of {caption!r}")
+                embeddings[caption] = tuple(row)
                 if store:
-                    store.put(keys[caption], {"prompt_embeds": embeds, "pooled": vector})
+                    store.put(keys[caption], named)
             bar.update(len(some))
     return embeddings
 
@@ -208,4 +211,12 @@ def _check_finite(tensor: paddle.Tensor, what: str) -> None:
 
 
 def _stack(rows: list[paddle.Tensor]) -> paddle.Tensor:
-    return paddle.stack(rows).to(paddle.get_device())
+    """[B, ...] on the current device; rows with a shorter first axis are filled with zeros at its end."""
+    longest = max((row.shape[0] for row in rows if row.ndim), default=0)
+    whole = [
+        row
+        if not row.ndim or row.shape[0] == longest
+        else paddle.concat([row, paddle.zeros([longest - row.shape[0], *row.shape[1:]], row.dtype)])
+        for row in rows
+    ]
+    return paddle.stack(whole).to(paddle.get_device())

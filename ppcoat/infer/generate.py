@@ -1,20 +1,26 @@
-"""Draw pictures with a FLUX folder and, if wanted, a LoRA, and save them as PNG."""
+"""Draw pictures with a FLUX or NewBie-image folder and, if wanted, a LoRA, and save them as PNG."""
 
 from __future__ import annotations
 
 import argparse
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from ppcoat.errors import ConfigError
 from ppcoat.host import compute_dtype, set_device, tune_host
-from ppcoat.lora.formats import read_lora_file
+from ppcoat.lora import LoRAInfo, load_adapter, read_adapter, read_lora_file
 from ppcoat.models.flux_pipeline import FluxPipeline
-from ppcoat.models.loading import check_folder
+from ppcoat.models.loading import check_folder, read_json
+from ppcoat.models.newbie_loading import check_newbie_folder
+from ppcoat.models.newbie_pipeline import NewbiePipeline
+
+Draw = Callable[[str], list[Image.Image]]
 
 
 @dataclass(frozen=True)
@@ -28,11 +34,12 @@ class Drawing:
     lora_scale: float = 1.0
     seed: int = 42
     steps: int = 28
-    guidance_scale: float = 3.5
+    guidance_scale: float | None = None
     height: int | None = None
     width: int | None = None
     num_images: int = 1
     max_sequence_length: int | None = None
+    negative_prompt: str = ""
     device: str = "auto"
     dtype: str = "auto"
 
@@ -40,10 +47,10 @@ class Drawing:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `inference/generate.py`; their names are Drawing's fields."""
     add = parser.add_argument
-    add("--model", required=True, help="folder of a FLUX pipeline in the diffusers layout")
+    add("--model", required=True, help="folder of a FLUX or NewBie pipeline in the diffusers layout")
     add("--prompt", required=True, nargs="+", help="what to draw; several prompts give several pictures")
     add("--output_dir", default=Drawing.output_dir, help="folder for the PNG files (default: %(default)s)")
-    add("--path_to_lora", default=None, help="LoRA file with diffusers keys (.safetensors)")
+    add("--path_to_lora", default=None, help="LoRA file (.safetensors); for NewBie also its directory")
     add(
         "--lora_scale",
         type=float,
@@ -52,9 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--seed", type=int, default=Drawing.seed, help="seed of the first picture (default: %(default)s)")
     add("--steps", type=int, default=Drawing.steps, help="denoising steps (default: %(default)s)")
-    add(
-        "--guidance_scale", type=float, default=Drawing.guidance_scale, help="guidance (default: %(default)s)"
-    )
+    add("--guidance_scale", type=float, default=None, help="guidance (default: FLUX 3.5, NewBie 5)")
     add("--height", type=int, default=None, help="pixels, a multiple of 16 (default: the model's own size)")
     add("--width", type=int, default=None, help="pixels, a multiple of 16 (default: the model's own size)")
     add(
@@ -64,8 +69,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="pictures per prompt (default: %(default)s)",
     )
     add(
-        "--max_sequence_length", type=int, default=None, help="T5 tokens (default: what the tokenizer allows)"
+        "--max_sequence_length",
+        type=int,
+        default=None,
+        help="T5 or Gemma tokens (default: what the tokenizer allows)",
     )
+    add("--negative_prompt", default="", help="what to draw away from; for NewBie")
     add("--device", default=Drawing.device, help="auto, cpu, gpu or gpu:N (default: %(default)s)")
     add(
         "--dtype",
@@ -83,46 +92,84 @@ def run_command(arguments: argparse.Namespace) -> None:
 def generate(drawing: Drawing) -> list[Path]:
     """Draw and save; returns the files. Raises ConfigError before any model is loaded for what it can
     check."""
-    _check(drawing)
-    check_folder(drawing.model)
-    if drawing.path_to_lora is not None:
-        read_lora_file(drawing.path_to_lora)
+    check_drawing(drawing)
+    index = read_json(Path(drawing.model) / "model_index.json", "the folder of a pipeline has one")
+    newbie = index.get("_class_name") == "NewbiePipeline"
+    (_check_newbie if newbie else _check_flux)(drawing)
     set_device(drawing.device)
     dtype = compute_dtype(drawing.dtype)
     folder = Path(drawing.output_dir)
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"output_dir {folder} is a file, wanted a folder")
-    pipeline = FluxPipeline.from_pretrained(drawing.model, dtype)
-    if drawing.path_to_lora is not None:
-        info = pipeline.load_lora_weights(drawing.path_to_lora)
-        print(
-            f"LoRA on {len(info.ranks)} layers"
-            + (f", trigger word {info.trigger_word}" if info.trigger_word else "")
-        )
+    draw = (_newbie_drawer if newbie else _flux_drawer)(drawing, dtype)
     folder.mkdir(parents=True, exist_ok=True)
     files = []
     for number, prompt in enumerate(drawing.prompt):
-        pictures = pipeline(
-            prompt,
-            height=drawing.height,
-            width=drawing.width,
-            num_inference_steps=drawing.steps,
-            guidance_scale=drawing.guidance_scale,
-            num_images_per_prompt=drawing.num_images,
-            seed=drawing.seed,
-            max_sequence_length=drawing.max_sequence_length,
-            joint_attention_kwargs={"scale": drawing.lora_scale} if drawing.path_to_lora else None,
-        ).images
-        for i, picture in enumerate(pictures):
-            files.append(folder / f"{number:03d}_{_slug(prompt)}_{drawing.seed + i}.png")
-            note = PngInfo()
-            note.add_itxt("prompt", prompt)
-            picture.save(files[-1], pnginfo=note)
-            print(files[-1])
+        for i, picture in enumerate(draw(prompt)):
+            files.append(save_picture(picture, folder, number, prompt, drawing.seed + i))
     return files
 
 
-def _check(drawing: Drawing) -> None:
+def _check_flux(drawing: Drawing) -> None:
+    if drawing.negative_prompt:
+        raise ConfigError("negative_prompt: FLUX.1 has none; say in the prompt what to draw instead")
+    check_folder(drawing.model)
+    if drawing.path_to_lora is not None:
+        read_lora_file(drawing.path_to_lora)
+
+
+def _check_newbie(drawing: Drawing) -> None:
+    check_newbie_folder(drawing.model)
+    if drawing.path_to_lora is not None:
+        read_adapter(drawing.path_to_lora)
+
+
+def _flux_drawer(drawing: Drawing, dtype: str | None) -> Draw:
+    pipeline = FluxPipeline.from_pretrained(drawing.model, dtype)
+    if drawing.path_to_lora is not None:
+        _tell(pipeline.load_lora_weights(drawing.path_to_lora))
+    lora = {"joint_attention_kwargs": {"scale": drawing.lora_scale}} if drawing.path_to_lora else {}
+    return lambda prompt: pipeline(prompt, **_options(drawing, 3.5), **lora).images
+
+
+def _newbie_drawer(drawing: Drawing, dtype: str | None) -> Draw:
+    """Euler steps on a time grid with shift 6."""
+    pipeline = NewbiePipeline.from_pretrained(drawing.model, dtype)
+    if drawing.path_to_lora is not None:
+        _tell(load_adapter(pipeline.transformer, drawing.path_to_lora, drawing.lora_scale))
+    return lambda prompt: pipeline(prompt, drawing.negative_prompt, **_options(drawing, 5.0)).images
+
+
+def _options(drawing: Drawing, guidance_scale: float) -> dict:
+    """What both pipelines are called with; a size that was not given is the pipeline's own."""
+    sizes = {"height": drawing.height, "width": drawing.width}
+    return {
+        "num_inference_steps": drawing.steps,
+        "guidance_scale": guidance_scale if drawing.guidance_scale is None else drawing.guidance_scale,
+        "num_images_per_prompt": drawing.num_images,
+        "seed": drawing.seed,
+        "max_sequence_length": drawing.max_sequence_length,
+        **{name: side for name, side in sizes.items() if side is not None},
+    }
+
+
+def _tell(info: LoRAInfo) -> None:
+    trigger = f", trigger word {info.trigger_word}" if info.trigger_word else ""
+    print(f"LoRA on {len(info.ranks)} layers{trigger}")
+
+
+def save_picture(picture: Image.Image, folder: Path, number: int, prompt: str, seed: int) -> Path:
+    """Write a PNG whose name tells number, prompt and seed, with the whole prompt in its text; prints it."""
+    file = folder / f"{number:03d}_{_slug(prompt)}_{seed}.png"
+    note = PngInfo()
+    note.add_itxt("prompt", prompt)
+    picture.save(file, pnginfo=note)
+    print(file)
+    return file
+
+
+def check_drawing(drawing: Drawing) -> None:
+    """Raises ConfigError for a number that cannot be drawn with."""
     for name, least in (("num_images", 1), ("steps", 1), ("seed", 0)):
         if getattr(drawing, name) < least:
             raise ConfigError(f"{name}: came {getattr(drawing, name)}, wanted at least {least}")
@@ -131,7 +178,7 @@ def _check(drawing: Drawing) -> None:
         if side is not None and (side < 16 or side % 16):
             raise ConfigError(f"{name}: came {side}, wanted a multiple of 16")
     for name in ("lora_scale", "guidance_scale"):
-        if not math.isfinite(getattr(drawing, name)):
+        if getattr(drawing, name) is not None and not math.isfinite(getattr(drawing, name)):
             raise ConfigError(f"{name}: came {getattr(drawing, name)}, wanted a finite number")
 
 

@@ -117,7 +117,7 @@ def load_lora(
     else:
         remove_lora(model)
         for path, module in modules.items():
-            base = linears[path].base if isinstance(linears[path], LoRALinear) else linears[path]
+            base = getattr(linears[path], "base", linears[path])  # of an adapter that was loaded before
             set_sublayer(model, path, _make_layer(base, module, scale))
     ranks = {path: module.rank for path, module in modules.items()}
     scales = {path: module.scale * scale for path, module in modules.items()}

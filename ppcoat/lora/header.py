@@ -22,6 +22,7 @@ IN_OUT = "lora_A [in, rank], lora_B [rank, out]"  # the field `layout` of a file
 # Fields that speak of the tensors in a file. Whoever writes other tensors writes these anew or not at all.
 OF_TENSORS = (
     *("format", "layout", "rank", "alpha", "software", ADAPTER_METADATA),
+    *("adapter_type", "lora_rank", "lora_alpha"),
     *("ss_network_module", "ss_network_dim", "ss_network_alpha"),
     *("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256"),
 )
@@ -82,16 +83,18 @@ def step_from_header(header: Mapping[str, str]) -> int | None:
 
 
 def scale_from_header(header: Mapping[str, str], path: str, rank: int) -> float:
-    """alpha / rank as the header says it: diffusers' adapter metadata, else `alpha`, else 1 (folded into the
-    weights).
+    """alpha / rank as the header says it: diffusers' adapter metadata, else `alpha` or `lora_alpha`, else 1
+    (folded into the weights).
     """
     adapter = _adapter_metadata(header)
     if "lora_alpha" in adapter:
         alpha = _number(_pattern(adapter.get("alpha_pattern"), path, adapter["lora_alpha"]), "lora_alpha")
         return alpha / (math.sqrt(rank) if adapter.get("use_rslora") is True else rank)
-    if "alpha" in header:
-        # The header's rank belongs to its alpha; without it, this module's own rank is meant.
-        return _number(header["alpha"], "alpha") / _number(header.get("rank", rank), "rank")
+    for name in ("", "lora_"):  # ours, NewBie's
+        if f"{name}alpha" in header:
+            # The header's rank belongs to its alpha; without it, this module's own rank is meant.
+            own = _number(header.get(f"{name}rank", rank), "rank")
+            return _number(header[f"{name}alpha"], "alpha") / own
     return 1.0
 
 

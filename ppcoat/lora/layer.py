@@ -1,5 +1,5 @@
-"""LoRA put into a model from outside: choose Linears by name, replace them by LoRALinears, take them out
-again.
+"""LoRA and LoKr put into a model from outside: choose Linears by name, replace them by LoRALinears or
+LoKrLinears, take them out again.
 
 The default targets are the attention and feed-forward Linears of both FLUX block kinds; norms, modulation and
 embedders are left alone. The model needs to know nothing: its sublayers carry diffusers' names.
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import paddle
@@ -19,6 +19,9 @@ from ppcoat.errors import ConfigError
 from ppcoat.nn.convert import set_sublayer
 from ppcoat.nn.linear import FrozenLinear, LoRALinear
 
+from .lokr import LoKrLinear, LoKrSettings, new_factors
+
+Adapter = LoRALinear | LoKrLinear
 FLUX_TARGETS = {  # block list -> suffixes of the Linears inside a block
     "transformer_blocks": (
         *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
@@ -46,22 +49,51 @@ def inject_lora(
     parameters are trainable afterwards; the start depends on `seed` and the path alone. Raises ConfigError if
     a target matches nothing (the nearest names are given) or the model already has a LoRA.
     """
-    if lora_layers(model):
-        raise ConfigError("the model already has a LoRA; call remove_lora first")
     if not alpha > 0:
         raise ConfigError(f"LoRA alpha must be positive for training, got {alpha!r}")
+
+    def make(path: str, base: nn.Layer) -> LoRALinear:
+        return LoRALinear(base, rank, alpha, dropout, policy, group_size, _seed_of(path, seed))
+
+    return _inject(model, targets, make)
+
+
+def inject_lokr(
+    model: nn.Layer,
+    settings: LoKrSettings,
+    targets: Sequence[str] | None = None,
+    dropout: tuple[float, float] = (0.0, 0.0),
+    seed: int = 0,
+) -> dict[str, LoKrLinear]:
+    """As `inject_lora`, with LoKrLinears. dropout: of output rows, and of whole modules."""
+
+    def make(path: str, base: nn.Layer) -> LoKrLinear:
+        factors = new_factors(*base.weight.shape, settings, _seed_of(path, seed))
+        return LoKrLinear(base, factors, settings, dropout)
+
+    return _inject(model, targets, make)
+
+
+def _inject(
+    model: nn.Layer, targets: Sequence[str] | None, make: Callable[[str, nn.Layer], Adapter]
+) -> dict[str, Adapter]:
+    """Freeze `model` and put make(path, Linear) in the place of each target."""
+    if adapter_layers(model):
+        raise ConfigError("the model already has a LoRA; call remove_lora first")
     paths = target_paths(model, targets)
     for param in model.parameters():
         param.stop_gradient = True
     layers = dict(model.named_sublayers())
     injected = {}
     for path in paths:
-        injected[path] = LoRALinear(
-            layers[path], rank, alpha, dropout, policy, group_size, zlib.crc32(f"{seed}/{path}".encode())
-        )
+        injected[path] = make(path, layers[path])
         injected[path].training = layers[path].training
         set_sublayer(model, path, injected[path])
     return injected
+
+
+def _seed_of(path: str, seed: int) -> int:
+    return zlib.crc32(f"{seed}/{path}".encode())
 
 
 def target_paths(model: nn.Layer, targets: Sequence[str] | None = None) -> list[str]:
@@ -85,14 +117,19 @@ def target_paths(model: nn.Layer, targets: Sequence[str] | None = None) -> list[
 
 
 def remove_lora(model: nn.Layer) -> None:
-    """Put the wrapped Linears back. Their parameters were shared all along and stay frozen."""
-    for path, layer in lora_layers(model).items():
+    """Put the Linears under LoRAs and LoKrs back. Their parameters were shared all along and stay frozen."""
+    for path, layer in adapter_layers(model).items():
         set_sublayer(model, path, layer.base)
 
 
 def lora_layers(model: nn.Layer) -> dict[str, LoRALinear]:
     """{path: LoRALinear} in model order."""
     return {path: layer for path, layer in model.named_sublayers() if isinstance(layer, LoRALinear)}
+
+
+def adapter_layers(model: nn.Layer) -> dict[str, Adapter]:
+    """{path: LoRALinear or LoKrLinear} in model order."""
+    return {path: layer for path, layer in model.named_sublayers() if isinstance(layer, Adapter)}
 
 
 def lora_parameters(model: nn.Layer) -> list[paddle.Tensor]:
@@ -102,8 +139,8 @@ def lora_parameters(model: nn.Layer) -> list[paddle.Tensor]:
 
 @contextmanager
 def lora_disabled(model: nn.Layer) -> Iterator[None]:
-    """Within it, the model computes as if it had no LoRA."""
-    layers = list(lora_layers(model).values())
+    """Within it, the model computes as if it had no LoRA and no LoKr."""
+    layers = list(adapter_layers(model).values())
     before = [layer.enabled for layer in layers]
     try:
         for layer in layers:
@@ -116,7 +153,7 @@ def lora_disabled(model: nn.Layer) -> Iterator[None]:
 
 def linear_paths(model: nn.Layer) -> list[str]:
     """Dotted paths of everything that a LoRA can stand on, or already stands on."""
-    kinds = (nn.Linear, FrozenLinear, LoRALinear)
+    kinds = (nn.Linear, FrozenLinear, LoRALinear, LoKrLinear)
     return [path for path, layer in model.named_sublayers() if isinstance(layer, kinds)]
 
 

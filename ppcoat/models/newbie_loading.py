@@ -69,7 +69,7 @@ def check_newbie_folder(folder: str | Path) -> None:
     for name in ("text_encoder", "clip_model"):
         if not (folder / name / "tokenizer.json").is_file():
             raise ConfigError(f"{folder / name}/tokenizer.json is missing: take it from the original model")
-    _check_vae(folder / "vae")
+    check_newbie_vae(folder / "vae")
     models = []
     for name, build, source_of in (
         ("transformer", _nextdit, _nextdit_source),
@@ -87,6 +87,12 @@ def check_newbie_folder(folder: str | Path) -> None:
                 f"the transformer's {key} is {wanted}, but {type(encoder).__name__} gives {width}: "
                 f"the parts of {folder} do not belong together"
             )
+
+
+def unfilled_nextdit(folder: str | Path) -> NextDiT_CLIP:
+    """The transformer of a component folder with parameters that have a shape and no memory."""
+    with paddle.LazyGuard():
+        return _nextdit(Path(folder))
 
 
 def load_nextdit(folder: str | Path, dtype: str | None = None) -> NextDiT_CLIP:
@@ -116,14 +122,15 @@ def load_jina_clip(folder: str | Path, dtype: str | None = None) -> JinaClipText
 def load_newbie_vae(folder: str | Path, dtype: str | None = None) -> AutoencoderKL:
     """The FLUX autoencoder of a component folder, in eval mode. Raises ConfigError for another number of
     latent channels than 16."""
-    config = _check_vae(folder)
+    config = check_newbie_vae(folder)
     vae = load_vae(folder, dtype)
     absent = {key: value for key, value in FLUX_LATENTS.items() if config.get(key) is None}
     vae.register_to_config(**absent)
     return vae
 
 
-def _check_vae(folder: str | Path) -> dict:
+def check_newbie_vae(folder: str | Path) -> dict:
+    """config.json of a component folder. Raises ConfigError for another number of latent channels than 16."""
     config = read_json(Path(folder) / "config.json")
     channels = config.get("latent_channels")
     if channels != LATENT_CHANNELS:

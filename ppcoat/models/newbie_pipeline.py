@@ -29,7 +29,12 @@ from ppcoat.models.newbie_loading import (
     load_nextdit,
 )
 from ppcoat.models.newbie_sampling import Guidance, guided_velocity, integrate, time_grid
-from ppcoat.models.newbie_tokens import CaptionTokenizer, load_gemma3_tokenizer, load_jina_clip_tokenizer
+from ppcoat.models.newbie_tokens import (
+    CaptionTokenizer,
+    Tokens,
+    load_gemma3_tokenizer,
+    load_jina_clip_tokenizer,
+)
 from ppcoat.models.nextdit import NextDiT_CLIP
 from ppcoat.models.pictures import LatentPictures
 
@@ -57,12 +62,12 @@ class NewbiePipeline(LatentPictures, DiffusionPipeline):
 
     def __init__(
         self,
-        transformer: NextDiT_CLIP,
+        transformer: NextDiT_CLIP | None,
         text_encoder: Gemma3TextEncoder | None,
         tokenizer: CaptionTokenizer | None,
         clip_model: JinaClipTextModel | None,
         clip_tokenizer: CaptionTokenizer | None,
-        vae: AutoencoderKL,
+        vae: AutoencoderKL | None,
     ):
         super().__init__()
         self.register_modules(
@@ -81,8 +86,10 @@ class NewbiePipeline(LatentPictures, DiffusionPipeline):
         paddle_dtype: str | paddle.dtype | None = None,
         *,
         transformer: NextDiT_CLIP | None = None,
+        without: Sequence[str] = (),
     ) -> NewbiePipeline:
-        """Loads a NewBie folder; writes nothing into it. transformer: used instead of the folder's.
+        """Loads a NewBie folder; writes nothing into it. transformer: used instead of the folder's. without:
+        "transformer" leaves that part None.
 
         paddle_dtype: dtype of all weights but the VAE's, which stay float32; by default float32 on CPU and
         bfloat16 on a GPU. Raises ConfigError for an incomplete or inconsistent folder, before any weight is
@@ -91,8 +98,10 @@ class NewbiePipeline(LatentPictures, DiffusionPipeline):
         folder = Path(folder)
         check_newbie_folder(folder)
         dtype = None if paddle_dtype is None else str(paddle_dtype).rsplit(".", 1)[-1]
+        if transformer is None and "transformer" not in without:
+            transformer = load_nextdit(folder / "transformer", dtype)
         return cls(
-            transformer=load_nextdit(folder / "transformer", dtype) if transformer is None else transformer,
+            transformer=transformer,
             text_encoder=load_gemma3(folder / "text_encoder", "bfloat16" if dtype == "float16" else dtype),
             tokenizer=load_gemma3_tokenizer(folder / "text_encoder"),
             clip_model=load_jina_clip(folder / "clip_model", dtype),
@@ -103,7 +112,7 @@ class NewbiePipeline(LatentPictures, DiffusionPipeline):
     @paddle.no_grad()
     def __call__(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | Sequence[str] | None = None,
         negative_prompt: str = "",
         height: int = DEFAULT_SIDE,
         width: int = DEFAULT_SIDE,
@@ -120,8 +129,11 @@ class NewbiePipeline(LatentPictures, DiffusionPipeline):
         guidance_until: float = 1.0,
         guidance_renorm: float = 0.0,
         callback: Callable[[int, paddle.Tensor], None] | None = None,
+        conditions: dict[str, paddle.Tensor] | None = None,
     ) -> NewbiePipelineOutput:
         """Draws pictures; B = prompts * num_images_per_prompt, the pictures of one prompt side by side.
+
+        conditions: what encode_prompt gave for B prompts and then B negative prompts, instead of `prompt`.
 
         height, width: pixels, multiples of 16. Picture i is drawn from seed + i; latents [B, 16, height/8,
         width/8]: noise instead. prefix, max_sequence_length: see encode_prompt. shift: of the time grid.
@@ -130,11 +142,14 @@ class NewbiePipeline(LatentPictures, DiffusionPipeline):
         types and solvers that are not as described.
         """
         _check(height, width, output_type, num_inference_steps)
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        prompts = [text for text in prompts for _ in range(num_images_per_prompt)]
-        batch = len(prompts)
-        texts = prompts + [negative_prompt] * batch
-        conditions = self.encode_prompt(texts, prefix, max_sequence_length)
+        if (prompt is None) == (conditions is None):
+            raise ConfigError("give prompt or conditions, one of them")
+        if conditions is None:
+            prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+            prompts = [text for text in prompts for _ in range(num_images_per_prompt)]
+            texts = prompts + [negative_prompt] * len(prompts)
+            conditions = self.encode_prompt(texts, prefix, max_sequence_length)
+        batch = conditions["cap_mask"].shape[0] // 2
         if latents is None:
             latents = _noise(batch, height // 8, width // 8, seed)
         guidance = Guidance(guidance_scale, guidance_until, guidance_renorm)
@@ -152,23 +167,25 @@ class NewbiePipeline(LatentPictures, DiffusionPipeline):
 
     @paddle.no_grad()
     def encode_prompt(
-        self, prompts: Sequence[str], prefix: str = PROMPT_PREFIX, max_sequence_length: int | None = None
+        self,
+        prompts: Sequence[str],
+        prefix: str = PROMPT_PREFIX,
+        max_sequence_length: int | None = None,
+        warn: bool = True,
     ) -> dict[str, paddle.Tensor]:
         """The transformer's arguments: cap_feats [B, L, dim] and cap_mask int64 [B, L] of Gemma3,
         clip_text_pooled [B, dim] of Jina CLIP.
 
         Gemma reads prefix + prompt, Jina the prompt alone; an empty prompt stays empty. max_sequence_length:
-        Gemma tokens (default 512), prefix included; what is longer is cut, with a warning.
+        Gemma tokens (default 512), prefix included; what is longer is cut, with a warning unless `warn` is
+        off.
         """
-        texts = [prefix + prompt if prompt else "" for prompt in prompts]
-        tokens = self.tokenizer(texts, max_sequence_length)
-        if tokens.cut:
-            _log.warning(
-                "%d of %d captions are longer than %d tokens and were cut, the first is %.60r",
-                *(len(tokens.cut), len(prompts)),
-                *(max_sequence_length or self.tokenizer.max_tokens, prompts[tokens.cut[0]]),
-            )
-        dtype = self.transformer.dtype
+        tokens = self.tokenizer(with_prefix(prompts, prefix), max_sequence_length)
+        if warn:
+            warn_of_cut(tokens, prompts, max_sequence_length or self.tokenizer.max_tokens)
+        # in training the transformer comes later, in Gemma's dtype
+        first = self.text_encoder.embed_tokens.weight if self.transformer is None else self.transformer
+        dtype = first.dtype
         ids, mask = paddle.to_tensor(tokens.ids), paddle.to_tensor(tokens.mask)
         clip_ids = paddle.to_tensor(self.clip_tokenizer(prompts).ids)
         return {
@@ -176,6 +193,20 @@ class NewbiePipeline(LatentPictures, DiffusionPipeline):
             "cap_mask": mask,
             "clip_text_pooled": self.clip_model(clip_ids).astype(dtype),
         }
+
+
+def with_prefix(prompts: Sequence[str], prefix: str) -> list[str]:
+    """What Gemma reads: an empty prompt stays empty."""
+    return [prefix + prompt if prompt else "" for prompt in prompts]
+
+
+def warn_of_cut(tokens: Tokens, prompts: Sequence[str], limit: int) -> None:
+    """One line that counts the prompts whose end Gemma will not see; none where there are none."""
+    if tokens.cut:
+        _log.warning(
+            "%d of %d captions are longer than %d tokens and were cut, the first is %.60r",
+            *(len(tokens.cut), len(prompts), limit, prompts[tokens.cut[0]]),
+        )
 
 
 def _noise(batch: int, height: int, width: int, seed: int | None) -> paddle.Tensor:

@@ -1,4 +1,4 @@
-"""The frozen base of a run, in the order that needs least memory: the encoders come, encode and leave, and
+"""The frozen FLUX of a run, in the order that needs least memory: the encoders come, encode and leave, and
 only then does the transformer come, in FP8 and with swapped blocks if the config asks for it."""
 
 from __future__ import annotations
@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import paddle
 
@@ -40,13 +41,7 @@ def exchange_for_transformer(
     With model.quantize its Linears are in FP8, and the FP8 weights are kept for the next start (unless
     keep_copy is off); the first rank writes them.
     """
-    pipeline.text_encoder = pipeline.text_encoder_2 = None  # from here on, all text comes from the cache
-    if not config.sample.wanted:
-        pipeline.vae = None
-    elif _on_gpu():
-        pipeline.vae.to("cpu")
-    if _on_gpu():
-        paddle.device.cuda.empty_cache()
+    drop_encoders(pipeline, ("text_encoder", "text_encoder_2"), config.sample.wanted)
     model = Path(config.model.name_or_path)
     if not config.model.quantize:
         pipeline.transformer = load_transformer(model / "transformer", dtype)
@@ -59,8 +54,19 @@ def exchange_for_transformer(
         )
 
 
+def drop_encoders(pipeline: Any, names: tuple[str, ...], keep_vae: bool) -> None:
+    """Take these parts out of a pipeline (from here on, all text comes from the cache) and give their memory
+    back. keep_vae: it waits in main memory instead of leaving too."""
+    for name in (*names, *(() if keep_vae else ("vae",))):
+        setattr(pipeline, name, None)
+    if _on_gpu():
+        if keep_vae:
+            pipeline.vae.to("cpu")
+        paddle.device.cuda.empty_cache()
+
+
 @contextmanager
-def vae_on_device(pipeline: FluxPipeline) -> Iterator[None]:
+def vae_on_device(pipeline: Any) -> Iterator[None]:
     """Within it, the VAE is where the transformer is; afterwards in main memory."""
     if not _on_gpu():
         yield

@@ -37,6 +37,10 @@ class FlowLoss:
 class Objective:
     """What any objective can do that has `draw` and `losses_at`."""
 
+    def noise_levels(self, levels: np.ndarray) -> np.ndarray:
+        """What `draw` gives -> share of noise, 1 for noise alone; and back."""
+        return levels
+
     def loss(self, transformer: paddle.nn.Layer, batch: dict, rng: np.random.Generator) -> paddle.Tensor:
         """`loss_at` with noise levels and noise from `draw`."""
         return self.loss_at(transformer, batch, *self.draw(batch, rng))

@@ -1,13 +1,14 @@
-"""Preview pictures of a run: which ones, and drawing them from cached prompt embeddings."""
+"""Preview pictures of a run: which ones, and drawing them in training."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 from PIL import Image
 
 from ppcoat.config.schema import PreviewConfig, RunConfig
-from ppcoat.data.cache import TrainingCache
 from ppcoat.data.captions import final_caption
-from ppcoat.models.flux_pipeline import FluxPipeline
 from ppcoat.train.base_model import vae_on_device
 
 
@@ -36,23 +37,15 @@ def final_prompt(prompt: str, trigger_word: str | None) -> str:
 
 
 def draw_previews(
-    config: RunConfig, pipeline: FluxPipeline, cache: TrainingCache
+    config: RunConfig, pipeline: Any, draw: Callable[[PreviewConfig], list[Image.Image]]
 ) -> tuple[list[Image.Image], list[str]]:
-    """One picture per preview, and its prompt. Draws nothing from the generator that training uses."""
+    """What `draw` makes of each preview with this pipeline, and its prompt. Draws nothing from the generator
+    that training uses."""
     pictures, wanted = [], previews(config)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.transformer.eval()
     with vae_on_device(pipeline):
         for preview in wanted:
-            embeds, pooled = cache.text([preview.prompt])
-            pictures += pipeline(
-                prompt_embeds=embeds,
-                pooled_prompt_embeds=pooled,
-                height=preview.height,
-                width=preview.width,
-                num_inference_steps=preview.sample_steps,
-                guidance_scale=preview.guidance_scale,
-                seed=preview.seed,
-            ).images
+            pictures += draw(preview)
     pipeline.transformer.train()
     return pictures, [preview.prompt for preview in wanted]

@@ -1,12 +1,42 @@
-"""Which Linears of a transformer get a LoRA, by the config's filters."""
+"""Which Linears of a transformer get an adapter, by the config's filters, and putting it in."""
 
 from __future__ import annotations
 
 import paddle
 
-from ppcoat.config.schema import NetworkConfig
+from ppcoat.config.schema import NetworkConfig, RunConfig
 from ppcoat.errors import ConfigError
+from ppcoat.lora import LoKrSettings, inject_lokr, inject_lora
 from ppcoat.lora.layer import target_paths
+
+
+def put_adapter(
+    config: RunConfig, transformer: paddle.nn.Layer, policy: str, group_size: int | None
+) -> dict[str, paddle.nn.Layer]:
+    """Freeze `transformer` and put the adapter of section `network` on it -> {path: adapter layer}.
+
+    policy, group_size: how a LoRA keeps its input for backward, see inject_lora.
+    """
+    network = config.network
+    paths = chosen_modules(network, transformer)
+    if network.type == "lokr":
+        return inject_lokr(
+            transformer,
+            LoKrSettings(network.linear, network.linear_alpha, network.lokr_factor),
+            paths,
+            (network.lokr_rank_dropout, network.lokr_module_dropout),
+            config.seed,
+        )
+    return inject_lora(
+        transformer,
+        rank=network.linear,
+        alpha=network.linear_alpha,
+        dropout=network.dropout,
+        targets=paths,
+        policy=policy,
+        seed=config.seed,
+        group_size=group_size,
+    )
 
 
 def chosen_modules(network: NetworkConfig, transformer: paddle.nn.Layer) -> list[str]:

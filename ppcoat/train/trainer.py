@@ -28,13 +28,16 @@ from ppcoat.nn.saved import SavedTensors
 from ppcoat.train.coat import COATTrainer
 from ppcoat.train.ema import RunningMean
 from ppcoat.train.finite import first_bad_module
-from ppcoat.train.objective import FlowMatching
+from ppcoat.train.objective import Objective
 from ppcoat.train.optimizer_state import optimizer_state_bytes
 from ppcoat.train.ranks import Ranks
 from ppcoat.train.report import Report, SigmaBins
 from ppcoat.train.run_state import resume_run, save_run
 from ppcoat.train.stopping import FinishStepOnSignal
 from ppcoat.train.validation import Validation
+
+# (step, whether it is the last) -> the files it wrote, each with what is in it
+SaveWeights = Callable[[int, bool], list[tuple[Path, LoRASummary]]]
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ class TrainingResult:
 
 @dataclass
 class Trainer:
-    """Everything a run needs, put together elsewhere (flux_lora.py); `run` does the rest.
+    """Everything a run needs, put together elsewhere (lora_run.py); `run` does the rest.
 
     parameters: what is trained, by name. save_weights(step, final) writes the result files and says what is
     in them. draw_previews() -> (pictures, prompts). ema: the running mean that previews, validation and
@@ -74,13 +77,13 @@ class Trainer:
     config: RunConfig
     model: paddle.nn.Layer
     parameters: dict[str, paddle.Tensor]
-    objective: FlowMatching
+    objective: Objective
     cache: TrainingCache
     batches: ResumableBatches
     optimizer: paddle.optimizer.Optimizer
     schedule: paddle.optimizer.lr.LRScheduler
     coat: COATTrainer
-    save_weights: Callable[[int, bool], list[tuple[Path, LoRASummary]]]
+    save_weights: SaveWeights
     draw_previews: Callable[[], tuple[list[Image.Image], list[str]]] | None = None
     ema: RunningMean | None = None
     validation: Validation | None = None
@@ -201,13 +204,13 @@ class Trainer:
         pictures = table[:, passes:].reshape([self.ranks.size, passes, -1]).swapaxes(0, 1)
         return table[:, :passes], pictures.reshape(-1), squares
 
-    def _update(self, sigmas: np.ndarray, of_pictures: np.ndarray) -> None:
+    def _update(self, levels: np.ndarray, of_pictures: np.ndarray) -> None:
         self.optimizer.step()
         self.schedule.step()
         if self.ema is not None:
             self.ema.update()
         self._note_memory("after_optimizer_step")
-        self.bins.add(sigmas, of_pictures)
+        self.bins.add(self.objective.noise_levels(levels), of_pictures)
         self.skipped_in_a_row = 0
 
     @paddle.no_grad()

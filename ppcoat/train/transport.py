@@ -45,6 +45,10 @@ class Transport(Objective):
         times = self.times(raw, (height // _PATCH) * (width // _PATCH))
         return times, rng.standard_normal(shape, dtype=np.float32)
 
+    def noise_levels(self, levels: np.ndarray) -> np.ndarray:
+        """Times -> share of noise; and back."""
+        return 1 - levels
+
     def losses_at(self, transformer, batch: dict, times: np.ndarray, noise: np.ndarray) -> FlowLoss:
         """batch: latents [B, C, h, w], cap_feats [B, L, D], cap_mask [B, L], clip_text_pooled [B, P] and, if
         wanted, loss_weight (a number that multiplies the mean); times [B] in 0..1 and noise [B, C, h, w].
@@ -53,7 +57,7 @@ class Transport(Objective):
         times = paddle.to_tensor(times, dtype="float32")
         noisy, target = interpolate(latents, paddle.to_tensor(noise, dtype="float32"), times)
         velocity = transformer(
-            noisy.astype(latents.dtype),
+            noisy.astype(batch["cap_feats"].dtype),  # the weights'; latents may be more exact
             times,
             batch["cap_feats"],
             batch["cap_mask"],

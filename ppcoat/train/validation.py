@@ -13,11 +13,11 @@ import numpy as np
 import paddle
 
 from ppcoat.config.schema import RunConfig
+from ppcoat.data.cache import Encoders
 from ppcoat.data.captions import final_caption
 from ppcoat.data.sources import load_image, scan_folder
 from ppcoat.errors import ConfigError
-from ppcoat.models.flux_pipeline import FluxPipeline
-from ppcoat.train.objective import FlowMatching
+from ppcoat.train.objective import Objective
 
 NOISE_SEED = 0  # not the run's: runs of different seeds compare
 DEFAULT_SIGMAS = (1.0, 0.75, 0.5, 0.25)  # as ai-toolkit's validation_config has them
@@ -25,11 +25,11 @@ DEFAULT_SIGMAS = (1.0, 0.75, 0.5, 0.25)  # as ai-toolkit's validation_config has
 
 @dataclass(frozen=True)
 class Validation:
-    """pictures: one batch of a single picture each, with latents [1, C, h, w], prompt_embeds [1, T, D] and
-    pooled [1, P]. sigmas: noise levels in 0..1."""
+    """pictures: one batch of a single picture each, as TrainingCache.batch gives them. sigmas: noise levels
+    in 0..1."""
 
     pictures: Sequence[dict[str, paddle.Tensor]]
-    objective: FlowMatching
+    objective: Objective
     sigmas: Sequence[float] = DEFAULT_SIGMAS
 
     @paddle.no_grad()
@@ -54,7 +54,7 @@ class Validation:
         batch = self.pictures[number]
         # one noise per picture for all levels, whatever the order and the number of the others
         _, noise = self.objective.draw(batch, np.random.default_rng([NOISE_SEED, number]))
-        levels = np.full(1, sigma, dtype=np.float32)
+        levels = self.objective.noise_levels(np.full(1, sigma, dtype=np.float32))
         return self.objective.losses_at(transformer, batch, levels, noise).of_pictures
 
 
@@ -78,7 +78,7 @@ def validation_pairs(config: RunConfig) -> list[tuple[Path, str]]:
 
 @paddle.no_grad()
 def encode_validation(
-    config: RunConfig, pairs: Sequence[tuple[Path, str]], pipeline: FluxPipeline, objective: FlowMatching
+    config: RunConfig, pairs: Sequence[tuple[Path, str]], encoders: Encoders, objective: Objective
 ) -> Validation | None:
     """Encode the pictures, cropped to squares, and their captions; None where there are none."""
     if not pairs:
@@ -86,8 +86,7 @@ def encode_validation(
     side, pictures = config.train.validation.resolution, []
     for path, caption in pairs:
         pixels = paddle.to_tensor(load_image(path, side, side)[None])
-        embeds, pooled = pipeline.encode_prompt(
-            [caption], max_sequence_length=config.train.max_sequence_length
-        )[:2]
-        pictures.append({"latents": pipeline.encode_image(pixels), "prompt_embeds": embeds, "pooled": pooled})
+        text = [paddle.stack(list(rows)) for rows in encoders.text([caption])]
+        named = dict(zip(encoders.text_names, text, strict=True))
+        pictures.append({"latents": encoders.image(pixels), **named})
     return Validation(pictures, objective, config.train.validation.sigmas)

@@ -111,7 +111,7 @@ REFUSED = [
     ("type", "ui_trainer", "diffusion_trainer"), ("guidance", "{a: 1}", "null"),
     ("embedding", "{a: 1}", "null"),
     ("decorator", "{a: 1}", "null"), ("adapter", "{a: 1}", "null"), ("do_lorm", "true", "false"),
-    ("network.type", "lokr", "lora"), ("network.transformer_only", "false", "true"),
+    ("network.type", "dora", "lora"), ("network.transformer_only", "false", "true"),
     ("network.pretrained_lora_path", "a.safetensors", "null"),
     ("datasets[].random_crop", "true", "false"),
     ("datasets[].random_scale", "true", "false"), ("datasets[].scale", "1.5", "1.0"),
@@ -197,6 +197,10 @@ def test_keys_that_would_change_the_result_are_refused(load, refusal, warnings, 
     assert said.startswith(f"--set {override(key, value)}: {key.replace('[]', '.0')}: came ")
     assert not warnings(override(key, quiet))
     assert load(override(key, quiet)) == load()
+
+
+def test_lokr_is_refused_for_flux(refusal):
+    assert "network.type lokr is for model.family newbie only; use lora" in refusal("network.type=lokr")
 
 
 @pytest.mark.parametrize("key", sorted(IDLE))

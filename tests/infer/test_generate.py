@@ -15,6 +15,7 @@ from ppcoat.config.load import load_config
 from ppcoat.data import garments
 from ppcoat.errors import ConfigError
 from ppcoat.infer.generate import Drawing, generate
+from ppcoat.models.newbie_pipeline import NewbiePipeline
 from ppcoat.train.flux_lora import train_flux_lora
 
 FIXTURE = Path(__file__).parent.parent / "fixtures" / "tiny_flux_fp32"
@@ -170,3 +171,45 @@ def test_a_lora_of_another_model_is_refused_by_its_keys(drawing, tmp_path):
 def test_a_size_that_is_no_multiple_of_16_is_refused(drawing):
     with pytest.raises(ConfigError, match="width: came 40, wanted a multiple of 16"):
         generate(dataclasses.replace(drawing, width=40))
+
+
+NEWBIE = Path(__file__).parent.parent / "fixtures" / "tiny_newbie"
+
+
+@pytest.fixture
+def newbie_drawing(drawing):
+    return dataclasses.replace(drawing, model=str(NEWBIE), max_sequence_length=None)
+
+
+def test_newbie_draws_what_its_pipeline_draws_with_guidance_5_and_shift_6(newbie_drawing):
+    (file,) = generate(newbie_drawing)
+    pipeline = NewbiePipeline.from_pretrained(NEWBIE)
+    pipeline.set_progress_bar_config(disable=True)
+    options = {"num_inference_steps": 2, "seed": 5, "height": 32, "width": 32, "solver": "euler"}
+    (want,) = pipeline(PROMPT, guidance_scale=5.0, shift=6.0, **options).images
+    assert Drawing.steps == 28
+    assert np.abs(pixels(file) - np.asarray(want).astype(int)).max() <= 1
+    away = generate(
+        dataclasses.replace(newbie_drawing, negative_prompt="stars", output_dir=str(file.parent / "b"))
+    )
+    assert (pixels(away[0]) != pixels(file)).any()
+
+
+@pytest.mark.parametrize("kind", ["lora", "lokr_full"])
+def test_newbie_takes_adapter_directories_at_any_strength(newbie_drawing, tmp_path, capsys, kind):
+    def draw(name, **changes):
+        folder = str(tmp_path / name)
+        return pixels(generate(dataclasses.replace(newbie_drawing, output_dir=folder, **changes))[0])
+
+    plain, lora = draw("plain"), draw("lora", path_to_lora=str(NEWBIE / kind))
+    assert "LoRA on 20 layers" in capsys.readouterr().out
+    assert (plain != lora).any()
+    assert (draw("off", path_to_lora=str(NEWBIE / kind), lora_scale=0.0) == plain).all()
+
+
+def test_mistakes_with_newbie_are_named_before_loading(drawing, newbie_drawing, monkeypatch, tmp_path):
+    monkeypatch.setattr(NewbiePipeline, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(ConfigError, match="no LoRA at"):
+        generate(dataclasses.replace(newbie_drawing, path_to_lora=str(tmp_path / "none")))
+    with pytest.raises(ConfigError, match="FLUX.1 has none"):
+        generate(dataclasses.replace(drawing, negative_prompt="stars"))

@@ -10,7 +10,7 @@ import paddle
 import pytest
 from safetensors.numpy import load_file
 
-from ppcoat.train import flux_lora
+from ppcoat.train import flux_lora, lora_run
 from ppcoat.train.checkpoint import load_latest
 from ppcoat.train.flux_lora import train_flux_lora
 from ppcoat.train.trainer import Trainer
@@ -200,7 +200,7 @@ def test_skipped_steps_survive_a_resume(make_config, monkeypatch):
 
 
 def test_the_first_bad_module_is_named(make_config, monkeypatch):
-    built = flux_lora.build_trainer
+    built = lora_run.build_trainer
 
     def build(*arguments):
         trainer = built(*arguments)
@@ -208,7 +208,7 @@ def test_the_first_bad_module_is_named(make_config, monkeypatch):
         norm.set_value(paddle.full_like(norm, float("inf")))
         return trainer
 
-    monkeypatch.setattr(flux_lora, "build_trainer", build)
+    monkeypatch.setattr(lora_run, "build_trainer", build)
     with pytest.raises(
         FloatingPointError, match=r"the loss, nan, and before it the output of norm_out\.linear\."
     ):

@@ -177,9 +177,9 @@ def test_a_killed_rank_ends_the_run(write, launch, tmp_path):
 INFINITE_ON_RANK_1 = """
 import os, sys
 from ppcoat.cli.main import run
-from ppcoat.train import flux_lora
+from ppcoat.train import lora_run
 
-built = flux_lora.build_trainer
+built = lora_run.build_trainer
 
 def build(*arguments):
     trainer = built(*arguments)
@@ -188,7 +188,7 @@ def build(*arguments):
         norm.set_value(norm * float("inf"))
     return trainer
 
-flux_lora.build_trainer = build
+lora_run.build_trainer = build
 sys.exit(run("train"))
 """
 

@@ -1,0 +1,29 @@
+"""python train_scripts/train_newbie_lora.py --config_file my_config.toml [--set train.steps=50]
+
+The config.yaml that a run leaves in its folder may be given, too.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ppcoat.config.load import load_config
+from ppcoat.config.newbie import load_newbie_config
+from ppcoat.host import tune_host
+
+from .train import add_set_flag
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config_file", required=True, help="TOML file, e.g. configs/newbie_lora.toml")
+    add_set_flag(parser)
+
+
+def run_command(arguments: argparse.Namespace) -> None:
+    load = load_config if Path(arguments.config_file).suffix in (".yaml", ".yml") else load_newbie_config
+    config = load(arguments.config_file, arguments.overrides)
+    from ppcoat.train.newbie_lora import train_newbie_lora
+
+    tune_host()
+    train_newbie_lora(config)

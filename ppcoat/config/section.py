@@ -1,0 +1,27 @@
+"""What the sections of a run's settings share: strictness, and the types of more than one of them."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, Strict
+
+# YAML gives lists and frozen models hold tuples: the one place where a value may change its type
+Strings = Annotated[tuple[str, ...], Strict(False)]
+# one latent token covers 16 x 16 pixels (8 by the VAE, 2 by patchify)
+Pixels = Annotated[int, Field(ge=16, le=8192, multiple_of=16)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+
+
+class Section(BaseModel):
+    """What all sections share: frozen, unknown keys refused, no silent conversion, no NaN or infinity."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+def checked_trigger_word(value: str | None) -> str | None:
+    if value is not None and (not value.strip() or value != " ".join(value.split())):
+        raise ValueError("the trigger word must not be blank or have extra spaces; leave it out for none")
+    if value is not None and ("[trigger]" in value or "[name]" in value):
+        raise ValueError("the trigger word must not hold [trigger] or [name], which it replaces")
+    return value

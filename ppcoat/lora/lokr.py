@@ -1,0 +1,163 @@
+"""LoKr: an update that is the Kronecker product of a small and a large matrix, as LyCORIS defines it.
+
+    W [out, in] += scale * kron(w1 [a, b], w2 [c, d])        out = a c,  in = b d
+
+w2 is a product w2_a w2_b of rank `rank` where that is smaller, and scale is then alpha / rank; a LoKr of two
+full matrices has scale 1, whatever alpha and rank are. The product is never built: x is read as [b, d] and
+multiplied by w2, then by w1. Matrices are in torch's order, [out, in], as in LyCORIS' files.
+Source: LyCORIS (arXiv 2309.14859, section 4) and its public code.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import paddle
+from paddle import nn
+
+from ppcoat.errors import ConfigError
+from ppcoat.nn.linear import FrozenLinear, frozen_linear
+
+# A matrix is stored whole under the first name or as a product of the other two.
+FACTORS = {"lokr_w1": ("lokr_w1_a", "lokr_w1_b"), "lokr_w2": ("lokr_w2_a", "lokr_w2_b")}
+
+
+@dataclass(frozen=True)
+class LoKrSettings:
+    """rank: of w2; where it is not below half of w2's larger side, w2 is full. factor: largest side of w1,
+    -1 for any."""
+
+    rank: int
+    alpha: float
+    factor: int = -1
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or not (math.isfinite(self.alpha) and self.alpha > 0):
+            raise ConfigError(f"LoKr: came rank {self.rank}, alpha {self.alpha}; wanted both above 0")
+        if self.factor != -1 and self.factor < 1:
+            raise ConfigError(f"LoKr: came factor {self.factor}, wanted -1 or at least 1")
+
+
+class LoKrLinear(nn.Layer):
+    """A frozen Linear plus a trainable LoKr: x [..., in] -> [..., out].
+
+    factors: the matrices by name (FACTORS), float32 in torch's order. rank_dropout: share of output rows that
+    a training step leaves out; module_dropout: probability that it leaves out the whole update. `enabled` and
+    `scale_multiplier` are as in LoRALinear. Raises ConfigError for factors that do not fit the Linear.
+    """
+
+    def __init__(
+        self,
+        base: nn.Linear | FrozenLinear,
+        factors: Mapping[str, np.ndarray],
+        settings: LoKrSettings,
+        dropout: tuple[float, float] = (0.0, 0.0),
+    ) -> None:
+        super().__init__()
+        self.__dict__["base"] = base  # not a sublayer: its parameters are registered here
+        self.weight, self.bias = base.weight, base.bias
+        for frozen in (self.weight, self.bias):
+            if frozen is not None:
+                frozen.stop_gradient = True
+        for name, value in factors.items():
+            start = nn.initializer.Assign(np.ascontiguousarray(value, dtype="float32"))
+            factor = self.create_parameter(list(value.shape), dtype="float32", default_initializer=start)
+            self.add_parameter(name, factor)
+        self.factors = tuple(factors)
+        self.rank, self.alpha = settings.rank, settings.alpha
+        self.rank_dropout, self.module_dropout = dropout
+        self.enabled, self.scale_multiplier = True, 1.0
+        self._check(*base.weight.shape)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether both matrices are whole, so that alpha and rank mean nothing."""
+        return all(name in self.factors for name in FACTORS)
+
+    @property
+    def own_scale(self) -> float:
+        """Factor of the update without `scale_multiplier`."""
+        return 1.0 if self.is_full else self.alpha / self.rank
+
+    @property
+    def scale(self) -> float:
+        """Factor of the update."""
+        return self.own_scale * self.scale_multiplier
+
+    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
+        y = frozen_linear(x, self.weight, self.bias)
+        if not self.enabled:
+            return y
+        update = self.update(x) * self.scale
+        # what is left out is multiplied by zero: its gradients are zeros, and the device decides alone
+        for rate, shape in ((self.rank_dropout, [y.shape[-1]]), (self.module_dropout, [1])):
+            if self.training and rate > 0:
+                update = update * (paddle.rand(shape) >= rate).astype(x.dtype)
+        return y + update
+
+    def update(self, x: paddle.Tensor) -> paddle.Tensor:
+        """x [..., in] kron(w1, w2)^T, [..., out], in x's dtype; without scale."""
+        w1, w2 = (self.matrix(name).astype(x.dtype) for name in FACTORS)
+        rows = x.reshape([-1, w1.shape[1], w2.shape[1]])
+        out = paddle.matmul(w1, paddle.matmul(rows, w2, transpose_y=True))
+        return out.reshape([*x.shape[:-1], w1.shape[0] * w2.shape[0]])
+
+    def delta(self) -> paddle.Tensor:
+        """scale * kron(w1, w2) as it is added to the weight: float32 [in, out]."""
+        return paddle.kron(self.matrix("lokr_w1"), self.matrix("lokr_w2")).t() * self.scale
+
+    def matrix(self, name: str) -> paddle.Tensor:
+        """w1 or w2 ("lokr_w1", "lokr_w2"), float32, multiplied out where it is a product."""
+        if name in self.factors:
+            return getattr(self, name)
+        left, right = FACTORS[name]
+        return paddle.matmul(getattr(self, left), getattr(self, right))
+
+    def extra_repr(self) -> str:
+        shapes = " x ".join(str(list(getattr(self, name).shape)) for name in self.factors)
+        return f"{shapes}, scale={self.scale:g}"
+
+    def _check(self, width_in: int, width_out: int) -> None:
+        for name, parts in FACTORS.items():
+            if (name in self.factors) == all(part in self.factors for part in parts):
+                raise ConfigError(
+                    f"LoKr has {', '.join(self.factors)}; wanted {name} or {' and '.join(parts)}"
+                )
+        (a, b), (c, d) = (self.matrix(name).shape for name in FACTORS)
+        if (a * c, b * d) != (width_out, width_in):
+            raise ConfigError(
+                f"LoKr: kron([{a}, {b}], [{c}, {d}]) does not fit a Linear {width_in} -> {width_out}"
+            )
+
+
+def new_factors(width_in: int, width_out: int, settings: LoKrSettings, seed: int) -> dict[str, np.ndarray]:
+    """The matrices that training starts from: kron(w1, w2) = 0, because w2 (or w2_b) is zero; the others are
+    Kaiming-uniform with a = sqrt(5)."""
+    (a, c), (b, d) = (split(width, settings.factor) for width in (width_out, width_in))
+    rng, rank = np.random.default_rng(seed), settings.rank
+
+    def uniform(rows: int, columns: int) -> np.ndarray:
+        bound = 1.0 / math.sqrt(columns)
+        return rng.uniform(-bound, bound, [rows, columns]).astype("float32")
+
+    w1 = {"lokr_w1": uniform(a, b)}
+    if rank >= max(c, d) / 2:
+        return w1 | {"lokr_w2": np.zeros([c, d], "float32")}
+    return w1 | {"lokr_w2_a": uniform(c, rank), "lokr_w2_b": np.zeros([rank, d], "float32")}
+
+
+def split(width: int, factor: int = -1) -> tuple[int, int]:
+    """width as (small, large) with small * large = width.
+
+    The factor itself where it divides the width; else the largest divisor that is above neither the factor
+    nor the root of the width.
+    """
+    if factor > 0 and width % factor == 0:
+        small = min(factor, width // factor)
+        return small, width // small
+    most = math.isqrt(width) if factor < 0 else min(factor, math.isqrt(width))
+    small = next(each for each in range(most, 0, -1) if width % each == 0)
+    return small, width // small

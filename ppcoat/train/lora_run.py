@@ -1,0 +1,292 @@
+"""An adapter run of any model: check every input, encode once, put in adapter and COAT, train, save.
+
+What depends on the model is a Family: flux_lora.py and newbie_lora.py hold one each.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import paddle
+from PIL import Image
+
+from ppcoat.config.load import dump_config
+from ppcoat.config.schema import PreviewConfig, RunConfig
+from ppcoat.data.batches import ResumableBatches
+from ppcoat.data.cache import Encoders, TrainingCache, build_cache
+from ppcoat.data.data_report import data_report
+from ppcoat.data.embedding_store import EmbeddingStore
+from ppcoat.data.examples import Dataset, Example, all_examples, scan_datasets
+from ppcoat.errors import ConfigError
+from ppcoat.host import compute_dtype, set_device
+from ppcoat.nn.swap import swap_blocks
+from ppcoat.optim import ScheduleShape, lr_scheduler
+from ppcoat.train.coat import COATTrainer
+from ppcoat.train.ema import RunningMean
+from ppcoat.train.objective import Objective
+from ppcoat.train.previews import draw_previews, preview_prompts
+from ppcoat.train.ranks import Ranks
+from ppcoat.train.targets import put_adapter
+from ppcoat.train.trainer import SaveWeights, StepResult, Trainer, TrainingResult
+from ppcoat.train.validation import Validation, encode_validation, validation_pairs
+
+DRY_STEPS = 2
+
+_log = logging.getLogger(__name__)
+
+
+class Family(Protocol):
+    """What a run needs to know of its model. A pipeline has `vae`, `transformer` (None until it is loaded)
+    and encode_image."""
+
+    preview_negatives: tuple[str, ...]  # prompts that previews need beside their own
+
+    def with_memory_plan(self, config: RunConfig) -> RunConfig:
+        """What `memory: auto` makes of a config."""
+
+    def check(self, config: RunConfig) -> None:
+        """Raise ConfigError for a wrong folder or setting, before any weight is read."""
+
+    def check_captions(self, config: RunConfig, captions: Sequence[str]) -> None:
+        """Warn of captions that are cut, and raise ConfigError for those that cannot be read."""
+
+    def load_encoders(self, config: RunConfig, dtype: str | None) -> Any:
+        """The pipeline without its transformer."""
+
+    def encoders(self, config: RunConfig, pipeline: Any) -> Encoders:
+        """What encodes pictures and captions, with the identities that a cache on disk needs."""
+
+    def exchange_for_transformer(
+        self, pipeline: Any, config: RunConfig, dtype: str | None, ranks: Ranks, keep_copy: bool = True
+    ) -> None:
+        """Drop the text encoders and load the transformer."""
+
+    def objective(self, config: RunConfig) -> Objective:
+        """What the steps of this run minimise."""
+
+    def set_up_checkpointing(self, config: RunConfig, transformer: paddle.nn.Layer) -> None:
+        """Gradient checkpointing where the COAT policies do not bring it."""
+
+    def last_blocks(self, transformer: paddle.nn.Layer, count: int) -> dict[str, paddle.nn.Layer]:
+        """The blocks that model.blocks_to_swap means, by path."""
+
+    def save_weights(self, config: RunConfig, transformer: paddle.nn.Layer) -> SaveWeights:
+        """What writes the adapter of a step; see Trainer."""
+
+    def draw(self, pipeline: Any, preview: PreviewConfig, cache: TrainingCache) -> list[Image.Image]:
+        """One preview from cached text."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run starts from, checked: pictures, validation pictures with captions, compute dtype, ranks."""
+
+    datasets: list[Dataset]
+    validation: list[tuple[Path, str]]
+    dtype: str | None
+    ranks: Ranks
+
+    @property
+    def examples(self) -> list[Example]:
+        """Those of all datasets."""
+        return all_examples(self.datasets)
+
+
+def train_lora(family: Family, config: RunConfig) -> TrainingResult:
+    """The whole run, on all ranks that paddle.distributed.launch started. Raises ConfigError for wrong inputs
+    before any model is loaded or any file is written."""
+    config = family.with_memory_plan(config)
+    inputs = check_inputs(family, config)
+    config, ranks = with_steps_of_epochs(config, inputs), inputs.ranks
+    if ranks.is_first:
+        _start_run_folder(config)
+    pipeline = family.load_encoders(config, inputs.dtype)
+    # with a cache on disk the first rank encodes and the others read; without, each encodes for itself
+    with ranks.first_ahead() if _caches_to_disk(config) else nullcontext():
+        cache = encode_dataset(family, config, inputs.examples, pipeline)
+    validation = None
+    if ranks.is_first:
+        encoders = family.encoders(config, pipeline)
+        validation = encode_validation(config, inputs.validation, encoders, family.objective(config))
+    family.exchange_for_transformer(pipeline, config, inputs.dtype, ranks)
+    return build_trainer(family, config, pipeline, cache, validation, ranks).run()
+
+
+def dry_run(family: Family, config: RunConfig) -> Iterator[tuple[StepResult, float]]:
+    """The first two steps of a new run, each with its seconds; writes and resumes nothing.
+
+    Only the pictures of these steps are encoded. Raises ConfigError as train_lora does.
+    """
+    config = family.with_memory_plan(config)
+    inputs = check_inputs(family, config)
+    config = with_steps_of_epochs(config, inputs)
+    train, examples, ranks = config.train, inputs.examples, inputs.ranks
+    batches = ResumableBatches(examples, train.batch_size * ranks.size, config.seed)
+    needed = sorted({i for _ in range(DRY_STEPS * train.gradient_accumulation) for i in next(batches)})
+    pipeline = family.load_encoders(config, inputs.dtype)
+    in_memory = tuple(data.model_copy(update={"cache_to_disk": False}) for data in config.datasets)
+    config = config.model_copy(update={"datasets": in_memory})
+    cache = encode_dataset(family, config, [examples[i] for i in needed], pipeline)
+    latents = dict(zip(needed, cache.latents, strict=True))
+    cache = replace(cache, examples=examples, latents=[latents.get(i) for i in range(len(examples))])
+    family.exchange_for_transformer(pipeline, config, inputs.dtype, ranks, keep_copy=False)
+    trainer = build_trainer(family, config, pipeline, cache, ranks=ranks)
+    for _ in range(DRY_STEPS):
+        began = time.perf_counter()
+        yield trainer.train_step(), time.perf_counter() - began
+    ranks.close()
+
+
+def check_inputs(family: Family, config: RunConfig) -> Inputs:
+    """Find and check everything that a run reads, print what it will train on, set the device and meet the
+    other ranks. Raises ConfigError for a mistake in any of it."""
+    datasets = scan_datasets(config)
+    validation = validation_pairs(config)
+    family.check(config)
+    captions = [caption for each in all_examples(datasets) for caption in each.captions]
+    family.check_captions(config, list(dict.fromkeys([*captions, *preview_prompts(config)])))
+    set_device(config.device)
+    dtype = compute_dtype(config.model.dtype)
+    ranks = Ranks.current(config.device)
+    if ranks.is_first:
+        print(data_report(datasets))
+    return Inputs(datasets, validation, dtype, ranks)
+
+
+def with_steps_of_epochs(config: RunConfig, inputs: Inputs) -> RunConfig:
+    """The config with train.steps, and save.save_every, of train.num_epochs; as it is without that.
+
+    Raises ConfigError for a warmup that is longer than the run.
+    """
+    train, save = config.train, config.save
+    if train.num_epochs is None:
+        return config
+    per_step = train.batch_size * inputs.ranks.size
+    batches = ResumableBatches(inputs.examples, per_step, config.seed)
+    steps, of_one = (-(-batches.batches_of(epochs) // train.gradient_accumulation)
+                     for epochs in (train.num_epochs, save.save_every_epochs or 1))  # fmt: skip
+    if train.lr_warmup_steps > steps:
+        raise ConfigError(
+            f"lr_warmup_steps {train.lr_warmup_steps} is more than the {steps} steps of {train.num_epochs} "
+            "epochs; lower it or train longer"
+        )
+    every = min(save.save_every, of_one) if save.save_every_epochs else save.save_every
+    return config.model_copy(
+        update={
+            "train": train.model_copy(update={"steps": steps}),
+            "save": save.model_copy(update={"save_every": every}),
+        }
+    )
+
+
+def encode_dataset(
+    family: Family, config: RunConfig, examples: Sequence[Example], pipeline: Any
+) -> TrainingCache:
+    """VAE latents of the pictures, text embeddings of their captions and of the preview prompts: each
+    once, or from config.cache_folder if a dataset has cache_to_disk."""
+    prompts = preview_prompts(config)
+    return build_cache(
+        examples,
+        family.encoders(config, pipeline),
+        extra_captions=[*prompts, *family.preview_negatives] if prompts else (),
+        reg_weight=config.reg_weight,
+        store=EmbeddingStore(config.cache_folder) if _caches_to_disk(config) else None,
+    )
+
+
+def build_trainer(
+    family: Family,
+    config: RunConfig,
+    pipeline: Any,
+    cache: TrainingCache,
+    validation: Validation | None = None,
+    ranks: Ranks | None = None,
+) -> Trainer:
+    """Put adapter and COAT into the transformer and everything a Trainer needs around it. ranks: by default,
+    this process alone."""
+    ranks = ranks or Ranks()
+    global_batch = config.train.batch_size * ranks.size
+    train, transformer = config.train, pipeline.transformer
+    coat = COATTrainer(config.coat, train.gradient_checkpointing)
+    if config.coat.memory.checkpoint_blocks and not train.gradient_checkpointing:
+        _log.warning("coat.memory.checkpoint_blocks has no effect without train.gradient_checkpointing")
+    modules = put_adapter(config, transformer, coat.policy, coat.linear_group_size)
+    coat.convert(transformer)
+    family.set_up_checkpointing(config, transformer)
+    if config.model.blocks_to_swap:
+        swap_blocks(list(family.last_blocks(transformer, config.model.blocks_to_swap).values()))
+    transformer.train()
+    parameters = {f"{path}.{name}": parameter for path, layer in modules.items()
+                  for name, parameter in layer.named_parameters() if not parameter.stop_gradient}  # fmt: skip
+    shape = ScheduleShape(train.lr_num_cycles, train.lr_power, train.lr_step_size or 1, train.lr_gamma)
+    schedule = lr_scheduler(train.lr_scheduler, train.lr, train.steps, train.lr_warmup_steps, shape)
+    optimizer = coat.create_optimizer(
+        parameters.values(),
+        schedule,
+        train.weight_decay,
+        (train.beta1, train.beta2),
+        train.epsilon,
+        train.max_grad_norm,
+        fp8_states=config.uses_fp8_optimizer,
+    )
+
+    def draw() -> tuple[list[Image.Image], list[str]]:
+        return draw_previews(config, pipeline, lambda preview: family.draw(pipeline, preview, cache))
+
+    return Trainer(
+        config=config,
+        model=transformer,
+        parameters=parameters,
+        objective=family.objective(config),
+        cache=cache,
+        batches=ResumableBatches(cache.examples, global_batch, config.seed),
+        optimizer=optimizer,
+        schedule=schedule,
+        coat=coat,
+        save_weights=family.save_weights(config, transformer),
+        draw_previews=draw if config.sample.wanted else None,
+        ema=RunningMean(parameters, train.ema.ema_decay) if train.ema.use_ema else None,
+        validation=validation,
+        compatible=_compatible(config, list(modules)) | {"batch_size": global_batch},
+        ranks=ranks,
+    )
+
+
+def _start_run_folder(config: RunConfig) -> None:
+    try:
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+        (config.run_dir / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"output folder {config.run_dir}: cannot be written to ({error.strerror}); choose another "
+            "output_dir or make it writable"
+        ) from None
+
+
+def _caches_to_disk(config: RunConfig) -> bool:
+    return any(data.cache_to_disk for data in config.datasets)
+
+
+def _compatible(config: RunConfig, modules: list[str]) -> dict:
+    """What a checkpoint must share with the run that resumes from it; everything else may change."""
+    network = config.network
+    adapter = {"linear": network.linear, "linear_alpha": network.linear_alpha, "modules": modules}
+    if network.type == "lokr":
+        adapter["type"] = f"lokr, factor {network.lokr_factor}"
+    optimizer = {"fp8": config.uses_fp8_optimizer}
+    ema = {"ema_decay": config.train.ema.ema_decay} if config.train.ema.use_ema else {}
+    if config.uses_fp8_optimizer:
+        optimizer |= config.coat.optimizer.model_dump()
+    return {
+        "model": Path(config.model.name_or_path).name,
+        "network": adapter,
+        "optimizer": optimizer,
+        **ema,
+        "resolution": config.data.resolution,
+    }

@@ -1,0 +1,164 @@
+"""What an adapter run needs to know of NewBie-image; the run itself is in lora_run.py.
+
+The original trainer's faults that are not repeated here are listed in the tests (test_newbie_lora.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import paddle
+from PIL import Image
+
+from ppcoat.config.schema import CoatMemoryConfig, NetworkConfig, PreviewConfig, RunConfig, TrainConfig
+from ppcoat.data.cache import Encoders, TrainingCache, folder_identity
+from ppcoat.errors import ConfigError
+from ppcoat.host import compute_dtype
+from ppcoat.models.newbie_loading import check_newbie_folder, load_nextdit, unfilled_nextdit
+from ppcoat.models.newbie_pipeline import PROMPT_PREFIX, NewbiePipeline, warn_of_cut, with_prefix
+from ppcoat.models.newbie_tokens import load_gemma3_tokenizer
+from ppcoat.nn.convert import quantize_linears
+from ppcoat.nn.swap import check_count
+from ppcoat.train import lora_run
+from ppcoat.train.base_model import drop_encoders
+from ppcoat.train.newbie_files import NewbieFiles
+from ppcoat.train.ranks import Ranks
+from ppcoat.train.targets import chosen_modules
+from ppcoat.train.trainer import SaveWeights, StepResult, TrainingResult
+from ppcoat.train.transport import Transport
+
+TEXT_NAMES = ("cap_feats", "cap_mask", "clip_text_pooled")
+# Settings of FLUX's objective and blocks: (section, its model, keys).
+_OF_FLUX = (
+    ("train", TrainConfig, ("timestep_type", "cfg_scale", "loss_type")),
+    ("network", NetworkConfig, ("double_blocks", "single_blocks")),
+    ("coat.memory", CoatMemoryConfig, ("checkpoint_blocks",)),
+)
+
+
+def train_newbie_lora(config: RunConfig) -> TrainingResult:
+    """The whole run of a config with model.family newbie, on all ranks. Raises ConfigError for wrong inputs
+    before any model is loaded or any file is written."""
+    return lora_run.train_lora(NewbieFamily(), config)
+
+
+def dry_run(config: RunConfig) -> Iterator[tuple[StepResult, float]]:
+    """See lora_run.dry_run."""
+    return lora_run.dry_run(NewbieFamily(), config)
+
+
+class NewbieFamily:
+    """NewBie-image; see lora_run.Family."""
+
+    preview_negatives = ("",)
+
+    def with_memory_plan(self, config: RunConfig) -> RunConfig:
+        """The config as it is. Raises ConfigError for memory: auto."""
+        if config.memory != "as_given":
+            raise ConfigError("memory: auto plans FLUX runs only; use as_given and choose the settings")
+        return config
+
+    def check(self, config: RunConfig) -> None:
+        """Kind of model, settings that it has, folder, targets and number of swapped blocks."""
+        if config.model.family != "newbie":
+            raise ConfigError(
+                f"model.family is {config.model.family}: train it with train_scripts/train_flux_lora.py"
+            )
+        for name, section, keys in _OF_FLUX:
+            here = config.coat.memory if name == "coat.memory" else getattr(config, name)
+            for key in keys:
+                if getattr(here, key) != section.model_fields[key].default:
+                    raise ConfigError(f"{name}.{key} is FLUX's: leave it out for model.family newbie")
+        check_newbie_folder(config.model.name_or_path)
+        model = unfilled_nextdit(Path(config.model.name_or_path) / "transformer")
+        chosen_modules(config.network, model)
+        check_count(config.model.blocks_to_swap, len(model.layers))
+
+    def check_captions(self, config: RunConfig, captions: Sequence[str]) -> None:
+        """How many captions Gemma will cut; the rest must fit into the transformer's positions."""
+        model = Path(config.model.name_or_path)
+        tokenizer, limit = load_gemma3_tokenizer(model / "text_encoder"), config.train.max_sequence_length
+        tokens = tokenizer(with_prefix(captions, _prefix(config)), limit)
+        warn_of_cut(tokens, captions, limit or tokenizer.max_tokens)
+        positions = unfilled_nextdit(model / "transformer").config.axes_lens[0]
+        longest = int(tokens.mask.sum(-1).argmax())
+        if tokens.mask[longest].sum() >= positions:
+            raise ConfigError(
+                f"a caption of {tokens.mask[longest].sum()} tokens is too long for the transformer, which "
+                f"has {positions} positions: lower train.max_sequence_length to {positions - 1}, or "
+                f"shorten {captions[longest][:60]!r}"
+            )
+
+    def load_encoders(self, config: RunConfig, dtype: str | None) -> NewbiePipeline:
+        """Gemma3, Jina CLIP and the VAE."""
+        return NewbiePipeline.from_pretrained(config.model.name_or_path, dtype, without=("transformer",))
+
+    def encoders(self, config: RunConfig, pipeline: NewbiePipeline) -> Encoders:
+        """The VAE (float32); Gemma3 with the prefix and Jina CLIP without. Rows have no padding."""
+        prefix, tokens = _prefix(config), config.train.max_sequence_length
+        vae, text = "", ""
+        if any(data.cache_to_disk for data in config.datasets):  # reads files, so only where it is of use
+            model, dtype = Path(config.model.name_or_path), compute_dtype(config.model.dtype)
+            vae = folder_identity(model / "vae")
+            encoders = folder_identity(model / "text_encoder", model / "clip_model")
+            text = f"{encoders} {dtype} {tokens} {prefix!r}"
+
+        def encode_text(captions: list[str]) -> tuple[paddle.Tensor | list[paddle.Tensor], ...]:
+            found = pipeline.encode_prompt(captions, prefix, tokens, warn=False)
+            lengths = found["cap_mask"].sum(-1).tolist()
+            features, masks = ([rows[:length] for rows, length in zip(found[name], lengths, strict=True)]
+                               for name in TEXT_NAMES[:2])  # fmt: skip
+            return features, masks, found["clip_text_pooled"]
+
+        return Encoders(pipeline.encode_image, encode_text, vae, text, TEXT_NAMES)
+
+    def exchange_for_transformer(
+        self,
+        pipeline: NewbiePipeline,
+        config: RunConfig,
+        dtype: str | None,
+        ranks: Ranks,
+        keep_copy: bool = True,
+    ) -> None:
+        """The transformer, in FP8 with model.quantize; no FP8 copy is kept on disk."""
+        drop_encoders(pipeline, ("text_encoder", "clip_model"), config.sample.wanted)
+        pipeline.transformer = load_nextdit(Path(config.model.name_or_path) / "transformer", dtype)
+        if config.model.quantize:
+            quantize_linears(pipeline.transformer)
+
+    def objective(self, config: RunConfig) -> Transport:
+        """Flow matching with logit-normal times, shifted by the size of the batch's pictures."""
+        return Transport()
+
+    def set_up_checkpointing(self, config: RunConfig, transformer: paddle.nn.Layer) -> None:
+        """All `layers`, not the refiners, as in the original."""
+        if config.train.gradient_checkpointing:
+            transformer.enable_gradient_checkpointing()
+
+    def last_blocks(self, transformer: paddle.nn.Layer, count: int) -> dict[str, paddle.nn.Layer]:
+        """Of `layers`."""
+        first = len(transformer.layers) - count
+        return {f"layers.{i}": transformer.layers[i] for i in range(first, len(transformer.layers))}
+
+    def save_weights(self, config: RunConfig, transformer: paddle.nn.Layer) -> SaveWeights:
+        """The adapter directory of the original, and a file for ComfyUI in it."""
+        return NewbieFiles(config, transformer).write
+
+    def draw(
+        self, pipeline: NewbiePipeline, preview: PreviewConfig, cache: TrainingCache
+    ) -> list[Image.Image]:
+        """One preview, guided away from the empty prompt."""
+        text = cache.text([preview.prompt, *self.preview_negatives])
+        return pipeline(
+            conditions=dict(zip(TEXT_NAMES, text, strict=True)),
+            height=preview.height,
+            width=preview.width,
+            num_inference_steps=preview.sample_steps,
+            guidance_scale=preview.guidance_scale,
+            seed=preview.seed,
+        ).images
+
+
+def _prefix(config: RunConfig) -> str:
+    return PROMPT_PREFIX if config.model.prompt_prefix is None else config.model.prompt_prefix

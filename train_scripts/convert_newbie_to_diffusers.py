@@ -1,0 +1,12 @@
+"""Make the folder that NewBie-image training and drawing read, from the released parts:
+
+    python train_scripts/convert_newbie_to_diffusers.py --checkpoint consolidated.00-of-01.pth \
+        --gemma3 models/gemma-3-4b-it --jina models/jina-clip-v2 --vae models/FLUX.1-dev \
+        --output models/newbie-diffusers --dtype bf16
+"""
+
+import sys
+
+from ppcoat.cli.main import run
+
+sys.exit(run("convert-newbie"))

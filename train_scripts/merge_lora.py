@@ -1,0 +1,11 @@
+"""Add a NewBie-image LoRA or LoKr to the weights of its base model:
+
+    python train_scripts/merge_lora.py --base_model_path models/newbie-diffusers --lora_path output/my_lora \
+        --output_path output/merged_model
+"""
+
+import sys
+
+from ppcoat.cli.main import run
+
+sys.exit(run("merge-newbie"))
