@@ -20,6 +20,7 @@ ALLOWED = {
     "data": ("config",),
     "infer": ("models", "lora", "data"),
     "train": ("config", "data", "models", "lora", "nn", "optim"),
+    "distill": ("config", "data", "lora", "models", "nn", "optim", "train"),
     "pretrain": ("data", "models", "infer"),
 }
 OPEN_TO_ALL = ("errors", "host")

@@ -21,7 +21,7 @@ from ppcoat.config.load import load_config
 from ppcoat.config.schema import RunConfig
 from ppcoat.errors import ConfigError
 from ppcoat.host import tune_host
-from ppcoat.infer.evaluate import held_out_garments
+from ppcoat.infer.garment_scores import held_out_garments
 from ppcoat.models.flux_pipeline import FluxPipeline
 from ppcoat.nn.policy import POLICIES
 from ppcoat.train.flux_lora import train_flux_lora

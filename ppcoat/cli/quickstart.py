@@ -22,8 +22,8 @@ from ppcoat.config.schema import RunConfig
 from ppcoat.data import garments
 from ppcoat.errors import ConfigError
 from ppcoat.host import tune_host
-from ppcoat.infer.evaluate import held_out_garments
 from ppcoat.infer.garment_classifier import GarmentClassifier, classify
+from ppcoat.infer.garment_scores import held_out_garments
 from ppcoat.models.flux_pipeline import FluxPipeline
 from ppcoat.train.flux_lora import train_flux_lora
 from ppcoat.train.trainer import TrainingResult

@@ -1,28 +1,37 @@
-"""Score the tiny FLUX: does the autoencoder keep what it sees, do the samples show what the caption says,
-how near are they to drawings, at few and at many steps. All on captions and seeds that no training used."""
+"""The command that scores pictures: those in folders (folders.py), or those that a tiny FLUX and a student
+of it draw on captions that no training used (garment_scores.py)."""
 
 from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
-
-from ppcoat.data import garments
+from ppcoat.errors import ConfigError
 from ppcoat.host import tune_host
-from ppcoat.infer.garment_classifier import SIZE, GarmentClassifier, classify, pictures_to_tensor
-from ppcoat.infer.metrics import frechet_distance, psnr
-from ppcoat.models.flux_pipeline import FluxPipeline
-
-DRAWINGS_SEED = 20_000_000  # far from every training seed
-STEPS = (4, 28)
-GUIDANCE = 3.0
+from ppcoat.infer.clip_score import CLIP
+from ppcoat.infer.folders import FEATURES, features_named, picture_files, score_folders, table
+from ppcoat.infer.garment_scores import GUIDANCE, compare_student, comparison_table, evaluate, sheet
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, help="folder of the tiny FLUX")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--model", help="folder of a tiny FLUX to draw and score with")
+    what.add_argument(
+        "--pictures", nargs="+", metavar="[NAME=]FOLDER", help="folders of pictures to score, a row for each"
+    )
+    add = parser.add_argument
+    add(
+        "--student",
+        metavar="LORA",
+        help="with --model: a distilled LoRA, to compare at 4 steps with its teacher",
+    )
+    add("--references", type=Path, help="with --pictures: folder to take the Frechet distance to")
+    add("--features", choices=FEATURES, default="garments", help="of the distance (default: %(default)s)")
+    add("--inception", metavar="FILE", help="weights of paddle.vision's Inception v3, .safetensors")
+    add("--clip", metavar="FOLDER", help="with --pictures: folder of a CLIP, for the CLIP score")
+    add("--prompts", type=Path, help="one a line, by picture name (default: beside or in each picture)")
     parser.add_argument("--samples", type=int, default=2000, help="pictures per score (default: %(default)s)")
     parser.add_argument(
         "--batch_size", type=int, default=100, help="pictures drawn at once (default: %(default)s)"
@@ -38,6 +47,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_command(arguments: argparse.Namespace) -> None:
     tune_host()
+    if arguments.pictures:
+        if arguments.student:
+            raise ConfigError("--student goes with --model, the folder of its teacher, not with --pictures")
+        _score_folders(arguments)
+        return
+    if arguments.student:
+        _score_student(arguments)
+        return
     scores, samples = evaluate(
         arguments.model, arguments.samples, arguments.batch_size, arguments.guidance_scale
     )
@@ -49,68 +66,45 @@ def run_command(arguments: argparse.Namespace) -> None:
         sheet(samples[:64]).save(arguments.sheet)
 
 
-def evaluate(
-    model: str, count: int, batch_size: int, guidance_scale: float = GUIDANCE
-) -> tuple[dict[str, float], list[Image.Image]]:
-    """-> ({score: value}, the 28-step samples). Frechet distances are between features of the garment
-    classifier."""
-    pipeline = FluxPipeline.from_pretrained(model)
-    classifier = GarmentClassifier.load()
-    wanted = held_out_garments(count)
-    drawings = [garments.draw(garment, DRAWINGS_SEED + i) for i, garment in enumerate(wanted)]
-    found = classify(classifier, drawings)
-    scores = {"autoencoder PSNR, dB": _reconstruction_psnr(pipeline, drawings[: min(count, 256)])}
-    scores |= {
-        f"{name}, drawings": _share(found[name], wanted, name) for name in ("kind", "colour", "pattern")
-    }
-    for steps in STEPS:
-        pipeline.set_progress_bar_config(desc=f"{steps} steps")
-        samples = []
-        for start in range(0, count, batch_size):
-            captions = [garment.caption for garment in wanted[start : start + batch_size]]
-            samples += pipeline(
-                captions,
-                num_inference_steps=steps,
-                guidance_scale=guidance_scale,
-                seed=start,
-                height=SIZE,
-                width=SIZE,
-            ).images
-        seen = classify(classifier, samples)
-        for name in ("kind", "colour", "pattern"):
-            scores[f"{name}, {steps} steps"] = _share(seen[name], wanted, name)
-        scores[f"Frechet distance, {steps} steps"] = frechet_distance(seen["features"], found["features"])
-    scores["Frechet 4 steps / 28 steps"] = (
-        scores["Frechet distance, 4 steps"] / scores["Frechet distance, 28 steps"]
+def _score_student(arguments: argparse.Namespace) -> None:
+    """The table of --student; the sheet has a row of each kind of samples."""
+    scores, pictures = compare_student(
+        arguments.model,
+        arguments.student,
+        arguments.samples,
+        arguments.batch_size,
+        arguments.guidance_scale,
     )
-    return scores, samples
+    print(comparison_table(scores))
+    if arguments.output:
+        rows = [asdict(score) for score in scores]
+        Path(arguments.output).write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    if arguments.sheet:
+        sheet([picture for row in pictures for picture in row[:16]]).save(arguments.sheet)
 
 
-def held_out_garments(count: int) -> list[garments.Garment]:
-    """`count` garments whose captions no training used, every pattern as often as the others."""
-    _, held_out = garments.split_garments()
-    rng = np.random.default_rng(DRAWINGS_SEED)
-    return [garments.choose(held_out, rng) for _ in range(count)]
-
-
-def sheet(pictures: list[Image.Image], columns: int = 16) -> Image.Image:
-    """Pictures side by side in rows."""
-    width, height = pictures[0].size
-    image = Image.new("RGB", (width * columns, height * -(-len(pictures) // columns)), "white")
-    for i, picture in enumerate(pictures):
-        image.paste(picture, (i % columns * width, i // columns * height))
-    return image
-
-
-def _share(found: np.ndarray, wanted: list[garments.Garment], name: str) -> float:
-    return float(np.mean(found == np.array([getattr(garment, name) for garment in wanted])))
-
-
-def _reconstruction_psnr(pipeline: FluxPipeline, pictures: list[Image.Image], batch_size: int = 16) -> float:
-    """Mean PSNR in dB of pictures that went through the autoencoder."""
-    values = []
-    for start in range(0, len(pictures), batch_size):
-        pixels = pictures_to_tensor(pictures[start : start + batch_size])
-        again = pipeline.decode_latents(pipeline.encode_image(pixels)).clip(-1, 1)
-        values.append(psnr(again.astype("float32"), pixels))
-    return float(np.concatenate(values).mean())
+def _score_folders(arguments: argparse.Namespace) -> None:
+    """The table of --pictures."""
+    if arguments.references is None and arguments.clip is None:
+        raise ConfigError("nothing to score --pictures by: give --references <folder> or --clip <folder>")
+    if arguments.batch_size < 1:
+        raise ConfigError(f"batch_size: came {arguments.batch_size}, wanted at least 1")
+    folders = {}
+    for given in arguments.pictures:
+        name, equals, folder = given.partition("=")
+        path = Path(folder if equals else given)
+        folders[name if equals else path.name] = path
+    if len(folders) < len(arguments.pictures):
+        raise ConfigError("two --pictures have one name: tell them apart with NAME=FOLDER")
+    for folder in [*folders.values(), *([arguments.references] if arguments.references else [])]:
+        picture_files(folder)
+    clip = CLIP(arguments.clip) if arguments.clip else None
+    wanted = arguments.references is not None
+    features = features_named(arguments.features, arguments.inception, clip) if wanted else None
+    scores = score_folders(
+        folders, arguments.references, features, clip, arguments.prompts, arguments.batch_size
+    )
+    print(table(scores, arguments.features))
+    if arguments.output:
+        rows = [asdict(score) for score in scores]
+        Path(arguments.output).write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")

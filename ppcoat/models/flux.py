@@ -95,20 +95,12 @@ class FluxTransformer2DModel(CheckpointedBlocks, ModelMixin, ConfigMixin):
         Raises ConfigError for an unknown joint_attention_kwargs key and for a missing or unwanted guidance.
         """
         scale = scale_of(joint_attention_kwargs)
-        if (guidance is not None) != self.config.guidance_embeds:
-            wanted = "a guidance tensor [B]" if self.config.guidance_embeds else "guidance=None"
-            raise ConfigError(
-                f"guidance is {'absent' if guidance is None else 'given'}, but the transformer has "
-                f"guidance_embeds={self.config.guidance_embeds}: pass {wanted}"
-            )
-
+        self._check_guidance(guidance)
         with adapters_set(adapters(self, scale) if scale is not None else {}):
-            img = self.x_embedder(hidden_states)
-            txt = self.context_embedder(encoder_hidden_states)
-            # Each block begins with the same SiLU of the same vector: it is taken here, once.
-            vec = F.silu(self.time_text_embed(timestep, guidance, pooled_projections, img.dtype))
-            ids = paddle.concat([_one_for_all(txt_ids), _one_for_all(img_ids)], axis=0)
-            cos, sin = rotary_angles(ids, self.config.axes_dims_rope)
+            img, txt, vec = self._embed(
+                hidden_states, encoder_hidden_states, timestep, guidance, pooled_projections
+            )
+            cos, sin = self._angles(txt_ids, img_ids)
 
             for i, block in enumerate(self.transformer_blocks):
                 img, txt = self.run_block(block, img, txt, vec, cos, sin)
@@ -125,10 +117,86 @@ class FluxTransformer2DModel(CheckpointedBlocks, ModelMixin, ConfigMixin):
                     img = img + _pick(controlnet_single_block_samples, i, len(self.single_transformer_blocks))
                     both = paddle.concat([txt, img], axis=1)
 
-            _, img = paddle.split(both, [text_tokens, image_tokens], axis=1)
-            scale_out, shift_out = self.norm_out(vec)  # here the scale comes first, unlike in the blocks
-            sample = self.proj_out(modulated_norm(img, shift_out, scale_out))
+            sample = self._velocity(both[:, text_tokens:], vec)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def jit_forward(
+        self,
+        hidden_states: paddle.Tensor,
+        encoder_hidden_states: paddle.Tensor = None,
+        pooled_projections: paddle.Tensor = None,
+        timestep: paddle.Tensor = None,
+        img_ids: paddle.Tensor = None,
+        txt_ids: paddle.Tensor = None,
+        guidance: paddle.Tensor | None = None,
+        joint_attention_kwargs: dict | None = None,
+        return_dict: bool = True,
+    ) -> Transformer2DModelOutput | tuple[paddle.Tensor]:
+        """`forward` by way of the two methods below, in whose place their static graphs may stand.
+
+        Arguments, result and errors are those of `forward`; there are no controlnets, and blocks are not
+        checkpointed. A graph keeps the strength that adapters had when it was traced, so a model with
+        adapters refuses a "scale" with ConfigError. Names as in PaddleMIX's FLUX-Lightning example.
+        """
+        if scale_of(joint_attention_kwargs) is not None and adapters(self):
+            raise ConfigError("a static graph cannot change the scale of a LoRA: merge_lora(model) first")
+        self._check_guidance(guidance)
+        img, txt, vec = self._embed(
+            hidden_states, encoder_hidden_states, timestep, guidance, pooled_projections
+        )
+        cos, sin = self._angles(txt_ids, img_ids)
+        img, txt = self.jit_transformer_blocks(img, txt, vec, cos, sin)
+        both = self.jit_single_transformer_blocks(paddle.concat([txt, img], axis=1), vec, cos, sin)
+        sample = self._velocity(both[:, txt.shape[1] :], vec)
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def jit_transformer_blocks(
+        self,
+        img: paddle.Tensor,
+        txt: paddle.Tensor,
+        vec: paddle.Tensor,
+        cos: paddle.Tensor,
+        sin: paddle.Tensor,
+    ) -> tuple[paddle.Tensor, paddle.Tensor]:
+        """All double blocks, tensors in and out as paddle.jit wants it -> (img, txt).
+
+        img [B, image tokens, dim], txt [B, text tokens, dim], vec [B, dim], cos and sin float32 [text +
+        image tokens, head_dim / 2] (`rotary_angles`).
+        """
+        for block in self.transformer_blocks:
+            img, txt = block(img, txt, vec, cos, sin)
+        return img, txt
+
+    def jit_single_transformer_blocks(
+        self, both: paddle.Tensor, vec: paddle.Tensor, cos: paddle.Tensor, sin: paddle.Tensor
+    ) -> paddle.Tensor:
+        """All single blocks; both: [B, text + image tokens, dim], text first, as it comes back."""
+        for block in self.single_transformer_blocks:
+            both = block(both, vec, cos, sin)
+        return both
+
+    def _check_guidance(self, guidance: paddle.Tensor | None) -> None:
+        if (guidance is not None) != self.config.guidance_embeds:
+            wanted = "a guidance tensor [B]" if self.config.guidance_embeds else "guidance=None"
+            raise ConfigError(
+                f"guidance is {'absent' if guidance is None else 'given'}, but the transformer has "
+                f"guidance_embeds={self.config.guidance_embeds}: pass {wanted}"
+            )
+
+    def _embed(self, hidden_states, encoder_hidden_states, timestep, guidance, pooled_projections):
+        """-> img, txt [B, tokens, dim] and vec [B, dim]: what blocks work on."""
+        img = self.x_embedder(hidden_states)
+        txt = self.context_embedder(encoder_hidden_states)
+        # Each block begins with the same SiLU of the same vector: it is taken here, once.
+        return img, txt, F.silu(self.time_text_embed(timestep, guidance, pooled_projections, img.dtype))
+
+    def _angles(self, txt_ids, img_ids):
+        ids = paddle.concat([_one_for_all(txt_ids), _one_for_all(img_ids)], axis=0)
+        return rotary_angles(ids, self.config.axes_dims_rope)
+
+    def _velocity(self, img, vec):
+        scale_out, shift_out = self.norm_out(vec)  # here the scale comes first, unlike in the blocks
+        return self.proj_out(modulated_norm(img, shift_out, scale_out))
 
 
 class DoubleBlock(nn.Layer):

@@ -1,0 +1,11 @@
+"""Draw in four steps with a FLUX-Lightning LoRA and the model in --model, a local folder:
+
+python inference/text_to_image_generation_flux_lightning.py --path_to_lora lora.safetensors \
+    --prompt "a beautiful girl" --output_dir ./
+"""
+
+import sys
+
+from ppcoat.cli.main import run
+
+sys.exit(run("lightning"))

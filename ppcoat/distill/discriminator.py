@@ -1,0 +1,192 @@
+"""The discriminator: frozen FLUX blocks see a noisy picture, and a small head on each judges what it sees.
+
+A head is a 1x1 network on image tokens, as in phased consistency models (arXiv 2405.18407): two layers of
+width dim with GroupNorm(32) and LeakyReLU, the second with a residual, then one score per token. At FLUX.1's
+width a head has 18.9 M parameters, the 57 of them 1,077 M: twelve times a LoRA of rank 16.
+
+Heads never exist all at once in memory: each runs, forward and backward, as soon as its block has given its
+features. The gradients are those of running them together, because no head sees another's output.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import paddle
+import paddle.nn.functional as F
+from paddle import nn
+from paddle.autograd import PyLayer
+
+from ppcoat.distill.losses import discriminator_hinge, generator_hinge
+from ppcoat.nn.held import PlainTensor
+from ppcoat.nn.saved import kept_as_they_are, record
+
+GROUPS = 32
+EPSILON = 1e-5
+
+
+class Head(nn.Layer):
+    """Image tokens [B, tokens, dim] -> scores [B, tokens, 1] in their dtype; parameters are float32."""
+
+    def __init__(self, dim: int, seed: int) -> None:
+        super().__init__()
+        rng = np.random.default_rng(seed)
+        self.conv1, self.norm1 = _linear(dim, dim, rng), GroupNorm(dim)
+        self.conv2, self.norm2 = _linear(dim, dim, rng), GroupNorm(dim)
+        self.conv_out = _linear(dim, 1, rng)
+
+    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
+        x = F.leaky_relu(self.norm1(_apply(self.conv1, x)), 0.01)
+        x = F.leaky_relu(self.norm2(_apply(self.conv2, x)), 0.01) + x
+        return _apply(self.conv_out, x)
+
+
+class GroupNorm(nn.Layer):
+    """GroupNorm over tokens and the channels of a group, for [B, tokens, dim]; computed in float32."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.groups = math.gcd(GROUPS, dim)  # 32 for FLUX; small models may be narrower than that
+        self.weight = self.create_parameter([dim], default_initializer=nn.initializer.Constant(1.0))
+        self.bias = self.create_parameter([dim], is_bias=True)
+
+    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
+        batch, tokens, dim = x.shape
+        y = x.astype("float32").reshape([batch, tokens, self.groups, dim // self.groups])
+        y = y - y.mean([1, 3], keepdim=True)
+        y = y * (y.square().mean([1, 3], keepdim=True) + EPSILON).rsqrt()
+        return (y.reshape([batch, tokens, dim]) * self.weight + self.bias).astype(x.dtype)
+
+
+class Discriminator(nn.Layer):
+    """Heads on the blocks of a transformer. blocks "fixed": on all; "published": on every other one.
+
+    The transformer is not part of it, so that its parameters are those of the heads alone.
+    """
+
+    def __init__(self, transformer: nn.Layer, seed: int = 0, blocks: str = "fixed") -> None:
+        super().__init__()
+        chosen = flux_blocks(transformer)[:: 2 if blocks == "published" else 1]
+        self.paths = [path for path, _ in chosen]
+        self.heads = nn.LayerList([Head(transformer.inner_dim, seed + i) for i in range(len(chosen))])
+
+    def train_heads(
+        self, transformer: nn.Layer, run: Callable[[], object], is_real: bool, weight: float = 1.0
+    ) -> paddle.Tensor:
+        """Add `weight` times the gradients of the hinge loss to those of the heads; -> the loss, a constant.
+
+        run(): a pass of noisy pictures through `transformer`. Of the loss, the mean over heads, only values
+        leave a head: its graph is gone when the next one runs, and no pass keeps anything.
+        """
+        losses = []
+
+        def judge(head: Head, features: paddle.Tensor) -> None:
+            features = features.detach()
+            with paddle.enable_grad(), kept_as_they_are():
+                loss = discriminator_hinge(head(features), is_real)
+                (loss * (weight / len(self.heads))).backward()
+            losses.append(loss.detach())
+
+        with paddle.no_grad(), self._on_features(transformer, judge):
+            run()
+        return paddle.stack(losses).mean()
+
+    def generator_loss(self, transformer: nn.Layer, run: Callable[[], object]) -> paddle.Tensor:
+        """The hinge loss of fakes, a mean over heads, with its graph back to what run() put in.
+
+        Heads get no gradients. Each is run backward at once; until the blocks' own backward, only the
+        gradient of its features is kept.
+        """
+        losses = []
+
+        def judge(head: Head, features: paddle.Tensor) -> None:
+            leaf = features.detach()
+            leaf.stop_gradient = False
+            with paddle.enable_grad(), kept_as_they_are():
+                loss = generator_hinge(head(leaf)) / len(self.heads)
+                (gradient,) = paddle.grad(loss, leaf)
+            losses.append(_WithGradient.apply(features, _Known(loss.detach(), gradient)))
+
+        for parameter in self.parameters():
+            parameter.stop_gradient = True
+        try:
+            with self._on_features(transformer, judge):
+                run()
+        finally:
+            for parameter in self.parameters():
+                parameter.stop_gradient = False
+        return paddle.stack(losses).sum()
+
+    @contextmanager
+    def _on_features(
+        self, transformer: nn.Layer, judge: Callable[[Head, paddle.Tensor], None]
+    ) -> Iterator[None]:
+        """Within it, judge(head, image tokens [B, tokens, dim]) is called after each block with a head."""
+        image_tokens = [0]
+
+        def note_size(layer: nn.Layer, inputs: tuple) -> None:
+            image_tokens[0] = inputs[0].shape[1]
+
+        def after(head: Head) -> Callable:
+            def hook(layer: nn.Layer, inputs: tuple, outputs: object) -> None:
+                # a double block gives (image, text), a single one both in a row, text first
+                image = outputs[0] if isinstance(outputs, tuple | list) else outputs[:, -image_tokens[0] :]
+                judge(head, image)
+
+            return hook
+
+        blocks = dict(flux_blocks(transformer))
+        hooks = [transformer.x_embedder.register_forward_pre_hook(note_size)]
+        hooks += [
+            blocks[path].register_forward_post_hook(after(head))
+            for path, head in zip(self.paths, self.heads, strict=True)
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def flux_blocks(transformer: nn.Layer) -> list[tuple[str, nn.Layer]]:
+    """(path, block) of a FLUX transformer in the order in which they run."""
+    lists = ("transformer_blocks", "single_transformer_blocks")
+    return [(f"{name}.{i}", block) for name in lists for i, block in enumerate(getattr(transformer, name))]
+
+
+class _Known:
+    """A loss and its gradient for some features; hides both from PyLayer.apply, which takes tensors for
+    inputs that want gradients."""
+
+    def __init__(self, loss: paddle.Tensor, gradient: paddle.Tensor) -> None:
+        self.loss, self.gradient = loss, gradient
+
+
+class _WithGradient(PyLayer):
+    """features -> a loss that is known already, with a gradient that is known already."""
+
+    @staticmethod
+    def forward(ctx, features: paddle.Tensor, known: _Known) -> paddle.Tensor:
+        ctx.gradient = known.gradient
+        record([PlainTensor(known.gradient)])
+        return known.loss.clone()
+
+    @staticmethod
+    def backward(ctx, upstream: paddle.Tensor) -> paddle.Tensor:
+        return ctx.gradient * upstream.astype(ctx.gradient.dtype)
+
+
+def _linear(dim_in: int, dim_out: int, rng: np.random.Generator) -> nn.Linear:
+    """A Linear [in, out] that starts as a 1x1 convolution does in the reference: uniform in 1/sqrt(in)."""
+    bound = 1.0 / math.sqrt(dim_in)
+    linear = nn.Linear(dim_in, dim_out)
+    linear.weight.set_value(rng.uniform(-bound, bound, [dim_in, dim_out]).astype("float32"))
+    linear.bias.set_value(rng.uniform(-bound, bound, [dim_out]).astype("float32"))
+    return linear
+
+
+def _apply(linear: nn.Linear, x: paddle.Tensor) -> paddle.Tensor:
+    return F.linear(x, linear.weight.astype(x.dtype), linear.bias.astype(x.dtype))

@@ -1,0 +1,252 @@
+"""A FLUX-Lightning run: check, unpack, encode, put LoRA, COAT and heads together, train."""
+
+from __future__ import annotations
+
+import argparse
+from contextlib import nullcontext
+from pathlib import Path
+
+import paddle
+import yaml
+from PIL import Image
+
+from ppcoat.config.lightning import LightningConfig, add_flags, lightning_config
+from ppcoat.config.schema import RunConfig
+from ppcoat.data.batches import ResumableBatches
+from ppcoat.data.cache import TrainingCache
+from ppcoat.data.data_report import data_report
+from ppcoat.data.examples import all_examples, scan_datasets
+from ppcoat.data.laion import LaionSource, unpack_laion
+from ppcoat.distill.discriminator import Discriminator
+from ppcoat.distill.heads_optimizer import HeadsOptimizer
+from ppcoat.distill.objective import DiscriminatorObjective, Distillation, Rules, Terms
+from ppcoat.distill.trainer import (
+    DISCRIMINATOR,
+    GENERATOR,
+    LightningTrainer,
+    NothingKept,
+    RestartedBatches,
+    Side,
+    both_sides,
+)
+from ppcoat.errors import ConfigError
+from ppcoat.host import compute_dtype, set_device, tune_host
+from ppcoat.lora import inject_lora
+from ppcoat.models.flux_pipeline import FluxPipeline
+from ppcoat.models.loading import check_folder
+from ppcoat.models.scheduler import calculate_shift
+from ppcoat.nn.swap import last_blocks, swap_blocks
+from ppcoat.optim import lr_scheduler
+from ppcoat.train.base_model import check_swap, exchange_for_transformer, load_encoders
+from ppcoat.train.coat import COATTrainer
+from ppcoat.train.flux_lora import FluxFamily, encode_dataset
+from ppcoat.train.lora_files import LoRAFiles
+from ppcoat.train.previews import draw_previews
+from ppcoat.train.ranks import Ranks
+from ppcoat.train.trainer import TrainingResult
+
+GIGABYTE = 10**9
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `train_scripts/train_flux_lightning_lora.py`: the fields of LightningConfig."""
+    add_flags(parser)
+
+
+def run_command(arguments: argparse.Namespace) -> None:
+    config = lightning_config(vars(arguments))
+    tune_host()
+    train_flux_lightning(config)
+
+
+def train_flux_lightning(config: LightningConfig) -> TrainingResult:
+    """The whole run, on all ranks that paddle.distributed.launch started. Raises ConfigError for wrong inputs
+    before any model is loaded."""
+    run = config.run_config(config.data_path)
+    check_folder(config.pretrained_teacher_model)
+    check_swap(run)
+    _check_fresh(config, run)
+    set_device(config.device)
+    dtype = compute_dtype(run.model.dtype)
+    ranks = Ranks.current(config.device)
+    if config.file_list_path is not None:
+        run = config.run_config(_unpacked(config, run, ranks))
+    datasets = scan_datasets(run)
+    if ranks.is_first:
+        print(data_report(datasets))
+        _start_run_folder(config, run)
+        _say_dtype(config)
+    pre_allocate(config.pre_alloc_memory)
+    pipeline = load_encoders(run, dtype)
+    with ranks.first_ahead() if config.cache_to_disk else nullcontext():
+        cache = encode_dataset(run, all_examples(datasets), pipeline)
+    exchange_for_transformer(pipeline, run, dtype, ranks)
+    return build_trainer(config, run, pipeline, cache, ranks).run()
+
+
+def build_trainer(
+    config: LightningConfig,
+    run: RunConfig,
+    pipeline: FluxPipeline,
+    cache: TrainingCache,
+    ranks: Ranks | None = None,
+) -> LightningTrainer:
+    """Put LoRA, COAT and heads on the transformer and everything a trainer needs around them."""
+    ranks, transformer = ranks or Ranks(), pipeline.transformer
+    coat = COATTrainer(run.coat, config.gradient_checkpointing)
+    modules = inject_lora(
+        transformer,
+        rank=run.network.linear,
+        alpha=run.network.linear_alpha,
+        policy=coat.policy,
+        group_size=coat.linear_group_size,
+        seed=config.seed,
+    )
+    coat.convert(transformer)
+    if config.blocks_to_swap:
+        swap_blocks(list(last_blocks(transformer, config.blocks_to_swap).values()))
+    transformer.train()
+    parameters = {f"{path}.{name}": getattr(layer, name) for path, layer in modules.items()
+                  for name in ("lora_A", "lora_B")}  # fmt: skip
+    sides = build_sides(config, coat, transformer, parameters, pipeline.scheduler.config)
+
+    def draw() -> tuple[list[Image.Image], list[str]]:
+        return draw_previews(run, pipeline, lambda preview: FluxFamily().draw(pipeline, preview, cache))
+
+    global_batch = config.train_batch_size * ranks.size
+    order = RestartedBatches if config.resume_order == "published" else ResumableBatches
+    return LightningTrainer(
+        config=run,
+        model=transformer,
+        cache=cache,
+        batches=order(cache.examples, global_batch, config.seed),
+        save_weights=LoRAFiles(run, transformer).write,
+        draw_previews=draw if run.sample.wanted else None,
+        compatible=_compatible(config, list(modules)) | {"batch_size": global_batch},
+        ranks=ranks,
+        sides=sides,
+        **both_sides(sides),
+    )
+
+
+def build_sides(
+    config: LightningConfig,
+    coat: COATTrainer,
+    transformer: paddle.nn.Layer,
+    parameters: dict[str, paddle.Tensor],
+    scheduler: dict,
+) -> dict[str, Side]:
+    """The LoRA's side and, with adv_weight, that of the heads. scheduler: its config, for the shift."""
+    steps = max(1, config.generator_steps)
+    heads = None
+    if config.adv_weight > 0:
+        heads = Discriminator(transformer, config.seed, config.head_blocks)
+    terms = Terms(
+        loss_type=config.loss_type,
+        huber_c=config.huber_c,
+        adv_weight=config.adv_weight,
+        dmd_weight=config.dmd_weight if config.use_dmd_loss else 0.0,
+        reflow_weight=config.reflow_loss_weight if config.apply_reflow_loss else 0.0,
+        whole_phase=config.use_distill_loss,
+    )
+    rules = Rules(**{name: getattr(config, name) for name in Rules.__dataclass_fields__})
+
+    def shift(tokens: int) -> float:
+        return calculate_shift(
+            tokens, scheduler["base_image_seq_len"], scheduler["max_image_seq_len"],
+            scheduler["base_shift"], scheduler["max_shift"],
+        )  # fmt: skip
+
+    distillation = Distillation(
+        config.num_euler_timesteps, config.multiphase, config.guidance_scale, terms, rules, heads, shift
+    )
+    schedule = lr_scheduler(config.lr_scheduler, config.learning_rate, steps, config.lr_warmup_steps)
+    shared = {"weight_decay": config.adam_weight_decay, "epsilon": config.adam_epsilon,
+              "max_grad_norm": config.max_grad_norm, "fp8_states": config.fp8_optimizer}  # fmt: skip
+    betas = (config.adam_beta1, config.adam_beta2)
+    optimizer = coat.create_optimizer(parameters.values(), schedule, betas=betas, **shared)
+    sides = {GENERATOR: Side(parameters, distillation, optimizer, schedule, coat)}
+    if heads is not None:
+        # beta1 is 0 as in the public code: the first moment is the gradient, and need not be kept
+        constant = lr_scheduler("constant", config.adv_lr, config.max_train_steps)
+        own = shared | {"betas": (0.0, config.adam_beta2), "max_grad_norm": 0.0}
+
+        def make(head: list[paddle.Tensor]) -> paddle.optimizer.Optimizer:
+            return coat.create_optimizer(head, constant, **own)
+
+        optimizer = HeadsOptimizer(heads.heads, make, config.max_grad_norm)
+        judging = DiscriminatorObjective(distillation, config.gradient_accumulation_steps)
+        named = dict(heads.named_parameters())
+        sides[DISCRIMINATOR] = Side(named, judging, optimizer, constant, NothingKept())
+    return sides
+
+
+def pre_allocate(gigabytes: int) -> None:
+    """Take so many GB of the GPU's memory and give them to Paddle's pool, so that it lies in one piece.
+
+    Raises ConfigError for more than the GPU has. On a CPU one line says that there is nothing to do.
+    """
+    if not gigabytes:
+        return
+    if not paddle.get_device().startswith("gpu"):
+        print("pre_alloc_memory: nothing to do, this run is on a CPU")
+        return
+    there = paddle.device.cuda.get_device_properties().total_memory
+    if gigabytes * GIGABYTE >= there:
+        raise ConfigError(
+            f"pre_alloc_memory: came {gigabytes} GB, wanted less than this GPU's {there / GIGABYTE:.0f}"
+        )
+    paddle.empty([gigabytes * GIGABYTE], dtype="uint8")  # freed at once; Paddle keeps it for what comes
+
+
+def _check_fresh(config: LightningConfig, run: RunConfig) -> None:
+    if config.resume_from_checkpoint is None and (run.run_dir / "checkpoints" / "latest").exists():
+        raise ConfigError(
+            f"{run.run_dir} has checkpoints of an earlier run: give --resume_from_checkpoint latest to go on "
+            "from them, or another --output_dir or --tracker_project_name"
+        )
+
+
+def _unpacked(config: LightningConfig, run: RunConfig, ranks: Ranks) -> Path:
+    """The folder of unpacked shards; the first rank unpacks. No more pictures than the run can see."""
+    seen = config.max_train_steps * config.gradient_accumulation_steps * config.train_batch_size * ranks.size
+    source = LaionSource(
+        config.data_path, config.file_list_path, config.image_column, config.caption_column, seen,
+        config.max_bad_share, config.bad_rows == "published", config.dataloader_num_workers,
+    )  # fmt: skip
+    folder = run.run_dir / f"laion-{source.key()}"
+    with ranks.first_ahead():
+        done = unpack_laion(source, folder)
+    if ranks.is_first:
+        print(done.line())
+    return folder
+
+
+def _start_run_folder(config: LightningConfig, run: RunConfig) -> None:
+    try:
+        run.run_dir.mkdir(parents=True, exist_ok=True)
+        text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        (run.run_dir / "config.yaml").write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"output folder {run.run_dir}: cannot be written to ({error.strerror}); choose another "
+            "output_dir or make it writable"
+        ) from None
+
+
+def _say_dtype(config: LightningConfig) -> None:
+    if config.mixed_precision == "bf16" and paddle.get_device() == "cpu":
+        print("mixed_precision bf16: Paddle computes in float32 on a CPU")
+
+
+def _compatible(config: LightningConfig, modules: list[str]) -> dict:
+    """What a checkpoint must share with the run that resumes from it; everything else may change."""
+    alike = ("lora_rank", "lora_alpha", "resolution", "fp8_optimizer", "num_euler_timesteps", "multiphase",
+             "head_blocks", "guidance_scale")  # fmt: skip
+    turns = {"even": DISCRIMINATOR, "odd": GENERATOR} if config.adv_weight > 0 else {"all": GENERATOR}
+    return {
+        "model": Path(config.pretrained_teacher_model).name,
+        **{name: getattr(config, name) for name in alike},
+        "turns": turns,
+        "modules": modules,
+    }

@@ -1,0 +1,144 @@
+"""Scores of a tiny FLUX, and of a student distilled from it, by the independent garment classifier.
+
+Does the autoencoder keep what it sees, do the samples show what the caption says, how near are they to
+drawings, at few and at many steps. All on captions and seeds that no training used.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from ppcoat.data import garments
+from ppcoat.infer.garment_classifier import SIZE, GarmentClassifier, classify, pictures_to_tensor
+from ppcoat.infer.metrics import frechet_distance, psnr
+from ppcoat.models.flux_pipeline import FluxPipeline
+
+DRAWINGS_SEED = 20_000_000  # far from every training seed
+STEPS = (4, 28)
+GUIDANCE = 3.0
+FACTS = ("kind", "colour", "pattern")
+
+
+def evaluate(
+    model: str, count: int, batch_size: int, guidance_scale: float = GUIDANCE
+) -> tuple[dict[str, float], list[Image.Image]]:
+    """-> ({score: value}, the 28-step samples). Frechet distances are between features of the garment
+    classifier."""
+    pipeline = FluxPipeline.from_pretrained(model)
+    classifier = GarmentClassifier.load()
+    wanted = held_out_garments(count)
+    drawings = [garments.draw(garment, DRAWINGS_SEED + i) for i, garment in enumerate(wanted)]
+    found = classify(classifier, drawings)
+    scores = {"autoencoder PSNR, dB": _reconstruction_psnr(pipeline, drawings[: min(count, 256)])}
+    scores |= {f"{name}, drawings": _share(found[name], wanted, name) for name in FACTS}
+    for steps in STEPS:
+        samples = draw_samples(pipeline, wanted, steps, guidance_scale, batch_size)
+        seen = classify(classifier, samples)
+        scores |= {f"{name}, {steps} steps": _share(seen[name], wanted, name) for name in FACTS}
+        scores[f"Frechet distance, {steps} steps"] = frechet_distance(seen["features"], found["features"])
+    scores["Frechet 4 steps / 28 steps"] = (
+        scores["Frechet distance, 4 steps"] / scores["Frechet distance, 28 steps"]
+    )
+    return scores, samples
+
+
+@dataclass(frozen=True)
+class SampleScores:
+    """Of one set of samples: shares recognised, and the Frechet distance to the teacher's 28-step samples
+    (0 for these themselves)."""
+
+    who: str
+    steps: int
+    kind: float
+    colour: float
+    pattern: float
+    frechet: float
+
+
+def compare_student(
+    model: str, lora_file: str, count: int, batch_size: int, guidance_scale: float = GUIDANCE
+) -> tuple[list[SampleScores], list[list[Image.Image]]]:
+    """A teacher, and the same model with a distilled LoRA, on unseen captions: -> (scores, pictures) of the
+    teacher at 28 and at 4 steps and of the student at 4. All begin from the same noise."""
+    pipeline = FluxPipeline.from_pretrained(model)
+    classifier, wanted = GarmentClassifier.load(), held_out_garments(count)
+    few, many = STEPS
+    scores, pictures, goal = [], [], None
+    for who, steps in (("teacher", many), ("teacher", few), ("student", few)):
+        if who == "student":
+            pipeline.load_lora_weights(lora_file)
+        pictures.append(draw_samples(pipeline, wanted, steps, guidance_scale, batch_size))
+        seen = classify(classifier, pictures[-1])
+        goal = seen["features"] if goal is None else goal
+        shares = {name: _share(seen[name], wanted, name) for name in FACTS}
+        distance = 0.0 if seen["features"] is goal else frechet_distance(seen["features"], goal)
+        scores.append(SampleScores(who, steps, **shares, frechet=distance))
+    return scores, pictures
+
+
+def comparison_table(scores: list[SampleScores]) -> str:
+    """Rows of `compare_student`, and what part of the teacher's distance at few steps the student has."""
+    lines = [f"{'':20s}{'kind':>8s}{'colour':>8s}{'pattern':>9s}{'Frechet distance to the first':>31s}"]
+    for row in scores:
+        shares = f"{row.kind:8.1%}{row.colour:8.1%}{row.pattern:9.1%}"
+        lines.append(f"{f'{row.who}, {row.steps} steps':20s}{shares}{row.frechet:31.2f}")
+    _, few, student = scores
+    ratio = student.frechet / few.frechet
+    lines.append(f"the student's distance is {ratio:.2f} of the teacher's at {few.steps} steps")
+    return "\n".join(lines)
+
+
+def draw_samples(
+    pipeline: FluxPipeline,
+    wanted: list[garments.Garment],
+    steps: int,
+    guidance_scale: float,
+    batch_size: int,
+) -> list[Image.Image]:
+    """A picture for each caption; the seed of a batch is the number of its first."""
+    pipeline.set_progress_bar_config(desc=f"{steps} steps")
+    samples = []
+    for start in range(0, len(wanted), batch_size):
+        captions = [garment.caption for garment in wanted[start : start + batch_size]]
+        samples += pipeline(
+            captions,
+            num_inference_steps=steps,
+            guidance_scale=guidance_scale,
+            seed=start,
+            height=SIZE,
+            width=SIZE,
+        ).images
+    return samples
+
+
+def held_out_garments(count: int) -> list[garments.Garment]:
+    """`count` garments whose captions no training used, every pattern as often as the others."""
+    _, held_out = garments.split_garments()
+    rng = np.random.default_rng(DRAWINGS_SEED)
+    return [garments.choose(held_out, rng) for _ in range(count)]
+
+
+def sheet(pictures: list[Image.Image], columns: int = 16) -> Image.Image:
+    """Pictures side by side in rows."""
+    width, height = pictures[0].size
+    image = Image.new("RGB", (width * columns, height * -(-len(pictures) // columns)), "white")
+    for i, picture in enumerate(pictures):
+        image.paste(picture, (i % columns * width, i // columns * height))
+    return image
+
+
+def _share(found: np.ndarray, wanted: list[garments.Garment], name: str) -> float:
+    return float(np.mean(found == np.array([getattr(garment, name) for garment in wanted])))
+
+
+def _reconstruction_psnr(pipeline: FluxPipeline, pictures: list[Image.Image], batch_size: int = 16) -> float:
+    """Mean PSNR in dB of pictures that went through the autoencoder."""
+    values = []
+    for start in range(0, len(pictures), batch_size):
+        pixels = pictures_to_tensor(pictures[start : start + batch_size])
+        again = pipeline.decode_latents(pipeline.encode_image(pixels)).clip(-1, 1)
+        values.append(psnr(again.astype("float32"), pixels))
+    return float(np.concatenate(values).mean())

@@ -1,0 +1,167 @@
+"""Draw in four steps with a FLUX-Lightning LoRA, if wanted through static graphs (cinn.py), and time it.
+
+The flags are those of PaddleMIX's FLUX-Lightning example, and `--model`. One thing differs: a LoRA file says
+its own alpha here, so `--lora_scale` is 1.0 unless told otherwise. The file published by PaddleMIX was
+trained with rank 32 and alpha 8 and does not say so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from safetensors import safe_open
+
+from ppcoat.errors import ConfigError
+from ppcoat.host import set_device, tune_host
+from ppcoat.infer.cinn import compile_transformer, wait_for_device
+from ppcoat.infer.generate import Drawing, check_drawing, save_picture
+from ppcoat.lora import merge_lora, read_lora_file
+from ppcoat.lora.header import ADAPTER_METADATA
+from ppcoat.models.flux_pipeline import FluxPipeline
+from ppcoat.models.loading import check_folder
+
+WARM_UPS = 3
+
+
+@dataclass(frozen=True)
+class LightningDrawing(Drawing):
+    """Drawing's settings with FLUX-Lightning's defaults.
+
+    inference_optimize: merge the LoRA into the weights (in their dtype: bfloat16 rounds it) and draw through
+    static graphs. repeat: print the mean time of so many runs after WARM_UPS others; 0 draws once.
+    """
+
+    output_dir: str = "./"
+    steps: int = 4
+    guidance_scale: float = 3.5
+    inference_optimize: bool = False
+    repeat: int = 0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    def add(name: str, what: str, **settings: object) -> None:
+        shown = settings.get("default") is not None
+        parser.add_argument(name, help=what + " (default: %(default)s)" * shown, **settings)
+
+    add(
+        "--model", "folder of a FLUX pipeline in the diffusers layout", default="black-forest-labs/FLUX.1-dev"
+    )
+    add("--path_to_lora", "LoRA file (.safetensors)", required=True)
+    add("--prompt", "what to draw", required=True)
+    add("--output_dir", "folder for the PNG file", default=LightningDrawing.output_dir)
+    add("--guidance_scale", "distilled guidance", type=float, default=LightningDrawing.guidance_scale)
+    add("--height", "pixels, a multiple of 16 (default: the model's own size, 1024 for FLUX.1)", type=int)
+    add("--width", "pixels, a multiple of 16 (default: the model's own size, 1024 for FLUX.1)", type=int)
+    add(
+        "--lora_scale",
+        "strength of the LoRA (default: 1.0; PaddleMIX's published file needs 0.25)",
+        type=float,
+    )
+    add("--step", "denoising steps", type=int, default=LightningDrawing.steps)
+    add("--seed", "seed of the noise", type=int, default=LightningDrawing.seed)
+    add("--max_sequence_length", "T5 tokens (default: what the tokenizer allows)", type=int)
+    add("--device", "auto, cpu, gpu or gpu:N", default=LightningDrawing.device)
+    parser.add_argument(
+        "--inference_optimize",
+        action="store_true",
+        help="fold the LoRA into the weights and compile the blocks, with CINN where Paddle has it",
+    )
+    add(
+        "--repeat",
+        f"draw {WARM_UPS} times to warm up, then so many times, and print the average time; 0 draws once",
+        type=int,
+        default=0,
+    )
+
+
+def run_command(arguments: argparse.Namespace) -> None:
+    tune_host()
+    given = vars(arguments)
+    read_lora_file(arguments.path_to_lora)
+    if given["lora_scale"] is None:
+        given["lora_scale"] = default_scale(arguments.path_to_lora)
+    draw_lightning(LightningDrawing(steps=given.pop("step"), prompt=[given.pop("prompt")], **given))
+
+
+def draw_lightning(drawing: LightningDrawing) -> Path:
+    """Draw the first prompt of `drawing` with its LoRA and save it; returns the file.
+
+    Raises ConfigError before any weight is read for what can be checked.
+    """
+    check_drawing(drawing)
+    if drawing.repeat < 0:
+        raise ConfigError(f"repeat: came {drawing.repeat}, wanted 0 (draw once) or how many runs to average")
+    if not Path(drawing.model).is_dir():
+        raise ConfigError(f"no model folder {drawing.model}: download it there, or give --model <folder>")
+    check_folder(drawing.model)
+    folder = Path(drawing.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"output_dir {folder} is a file, wanted a folder")
+    set_device(drawing.device)
+    pipeline = FluxPipeline.from_pretrained(drawing.model)
+    info = pipeline.load_lora_weights(drawing.path_to_lora, drawing.lora_scale)
+    print(f"LoRA on {len(info.ranks)} layers at scale {drawing.lora_scale:g}")
+    if drawing.inference_optimize:
+        merge_lora(pipeline.transformer)
+        compile_transformer(pipeline.transformer)
+    pipeline.set_progress_bar_config(disable=drawing.repeat > 0)
+    picture = _timed(lambda: draw_once(pipeline, drawing), drawing.repeat)
+    folder.mkdir(parents=True, exist_ok=True)
+    return save_picture(picture, folder, 0, drawing.prompt[0], drawing.seed)
+
+
+def draw_once(
+    pipeline: FluxPipeline, drawing: LightningDrawing, output_type: str = "pil"
+) -> Image.Image | np.ndarray:
+    """The picture of the first prompt with what `pipeline` holds; output_type as in FluxPipeline."""
+    return pipeline(
+        drawing.prompt[0],
+        height=drawing.height,
+        width=drawing.width,
+        num_inference_steps=drawing.steps,
+        guidance_scale=drawing.guidance_scale,
+        seed=drawing.seed,
+        max_sequence_length=drawing.max_sequence_length,
+        output_type=output_type,
+    ).images[0]
+
+
+def default_scale(path: str | Path) -> float:
+    """1.0, with a word of warning for a file that does not say its alpha."""
+    if not states_alpha(path):
+        print(
+            f"{path} does not say its alpha, so alpha = rank is assumed (scale 1.0). The FLUX-Lightning file "
+            "that PaddleMIX published was trained with alpha 8 at rank 32: give --lora_scale 0.25 for it"
+        )
+    return 1.0
+
+
+def states_alpha(path: str | Path) -> bool:
+    """Whether a LoRA file says its alpha: in tensors, in the header, or in diffusers' adapter metadata."""
+    with safe_open(str(path), framework="np") as file:
+        header = file.metadata() or {}
+        in_tensors = any(key.endswith(".alpha") for key in file.keys())  # noqa: SIM118
+    return in_tensors or "alpha" in header or "lora_alpha" in header.get(ADAPTER_METADATA, "")
+
+
+def _timed(draw: Callable[[], Image.Image], repeat: int) -> Image.Image:
+    for _ in range(WARM_UPS if repeat else 1):
+        picture = draw()
+    wait_for_device()
+    start = time.perf_counter()
+    for _ in range(repeat):
+        picture = draw()
+    wait_for_device()
+    if repeat:
+        milliseconds = (time.perf_counter() - start) / repeat * 1000
+        print(
+            f"average of {repeat} runs after {WARM_UPS} to warm up: "
+            f"{milliseconds:.1f} ms from prompt to picture"
+        )
+    return picture
