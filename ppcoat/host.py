@@ -13,7 +13,8 @@ import paddle
 
 from ppcoat.errors import ConfigError
 
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # <malloc.h>
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # <malloc.h>
+LARGEST_KEPT = 32 << 20  # HEAP_MAX_SIZE / 2 of glibc on 64 bits
 
 
 def tune_host() -> None:
@@ -24,19 +25,20 @@ def tune_host() -> None:
 
 
 def keep_freed_memory() -> bool:
-    """Let glibc reuse freed memory instead of handing every large block back to the kernel.
+    """Let glibc reuse freed memory instead of handing every block above 128 KiB back to the kernel.
 
     Paddle's CPU allocator calls malloc for each tensor; by default blocks above 128 KiB are mapped and
     unmapped anew each time, and the page faults cost more than the arithmetic (measured: an elementwise
-    product of 1 M floats takes 1.6 ms by default and 0.12 ms after this call). Returns False where malloc
-    is not glibc's.
+    product of 1 M floats takes 1.6 ms by default and 0.12 ms after this call). Blocks of more than
+    LARGEST_KEPT bytes, the most that glibc allows here, still go back at once: what a process holds beyond
+    its tensors is then made of smaller ones. Returns False where malloc is not glibc's.
     """
     if not sys.platform.startswith("linux"):
         return False
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "mallopt"):
         return False
-    settings = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 64 << 20))
+    settings = ((_M_MMAP_THRESHOLD, LARGEST_KEPT), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 64 << 20))
     return all([libc.mallopt(name, value) == 1 for name, value in settings])
 
 

@@ -4,7 +4,7 @@
     the same moments stored by each codec: once at the end, and after every step  ->  relative RMS errors
 
 The update is m / (sqrt(v) + 1e-8). Errors are relative RMS errors, see `relative_rms`. All sets are drawn
-from fixed seeds.
+from fixed seeds. `accuracy weights` is another table: weight_accuracy.py.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import paddle
 
+from ppcoat.cli import weight_accuracy
 from ppcoat.data import garments
 from ppcoat.fp8.adamw import decode_moments, dither, encode_moments
 from ppcoat.fp8.published import PUBLISHED
@@ -46,9 +47,16 @@ class Errors:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the numbers as JSON, too")
+    weights = parser.add_subparsers(dest="other", title="another table, with flags of its own").add_parser(
+        "weights", help="errors of weights in FP8, and of the transformer's output"
+    )
+    weight_accuracy.add_arguments(weights)
 
 
 def run_command(arguments: argparse.Namespace) -> None:
+    if arguments.other == "weights":
+        weight_accuracy.run_command(arguments)
+        return
     tune_host()
     sets = {**drawn_sets(), "recorded": recorded_gradients()}
     results = {name: compare(gradients) for name, gradients in sets.items()}

@@ -5,7 +5,8 @@
 
 "standard" is Paddle's AdamW with ordinary activations, "coat" is FP8AdamW and, with --use_fp8_activation, a
 saving policy; everything else is the same in both. Writes JSON with every step, and a plot beside it; prints
-a table. All numbers are measured in this call.
+a table. All numbers are measured in this call. `benchmark full_size` and
+`benchmark kernels` are other measurements: full_size.py, kernels.py.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from ppcoat.cli import full_size, kernels
 from ppcoat.errors import ConfigError
 from ppcoat.train.measure import BenchmarkCase
 from ppcoat.train.side_by_side import PROBE_STEPS, largest_batch, measured_peak, run_side_by_side
@@ -50,8 +52,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output", default="benchmark_results.json", help="JSON file; the plot is beside it, as .png"
     )
 
+    others = parser.add_subparsers(dest="other", title="another measurement, with flags of its own")
+    for name, module, what in (
+        ("full_size", full_size, "LoRA steps on random weights of FLUX.1-dev's size, on the CPU"),
+        ("kernels", kernels, "error and speed of the Triton kernels on a card"),
+    ):
+        module.add_arguments(others.add_parser(name, help=what))
+
 
 def run_command(arguments: argparse.Namespace) -> None:
+    if arguments.other == "full_size":
+        full_size.run_command(arguments)
+        return
+    if arguments.other == "kernels":
+        kernels.run_command(arguments)
+        return
     cases, output = cases_of(arguments), output_file(arguments.output)
     budget = arguments.memory_budget_gb
     settings = {**vars(arguments), "policy": cases["coat"].policy}

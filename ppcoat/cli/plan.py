@@ -1,16 +1,24 @@
-"""python -m ppcoat plan config.yaml [--vram 24]: the memory a run will need, before anything is allocated."""
+"""The memory a run will need, before anything is allocated.
+
+python -m ppcoat plan config.yaml [--vram 24]
+python -m ppcoat plan lightning [--vram 48] [--resolution 1024]
+"""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 
 import yaml
 
 from ppcoat.cli.train import add_set_flag
+from ppcoat.config.lightning import LightningConfig, lightning_config
 from ppcoat.config.load import load_config
 from ppcoat.config.schema import RunConfig
-from ppcoat.train.plan import GB, Plan, plan
-from ppcoat.train.plan_phases import FLOPS, PCIE_RATE, Choice
+from ppcoat.errors import ConfigError
+from ppcoat.train.plan import GB, Plan, check_budget, plan
+from ppcoat.train.plan_lightning import LightningFootprint
+from ppcoat.train.plan_phases import FLOPS, PCIE_RATE, Choice, Phase
 
 NAMES = {  # component -> its row in the table
     "context": "context and libraries",
@@ -21,19 +29,39 @@ NAMES = {  # component -> its row in the table
     "optimizer": "optimizer states",
     "gradients": "gradients",
     "kept": "kept for backward",
+    "heads": "heads",
+    "head states": "their optimizer states",
+    "head gradients": "their gradients",
+    "head features": "gradients of features",
     "working": "working memory",
 }
+LIGHTNING = "lightning"
+RESOLUTION = 1024
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", help="YAML file of a training run, e.g. configs/flux_lora_24gb.yaml")
+    parser.add_argument(
+        "config",
+        help="YAML file of a training run, e.g. configs/flux_lora_24gb.yaml; or the word lightning, for the "
+        "distillation of FLUX.1-dev with all losses and gradient checkpointing",
+    )
     parser.add_argument(
         "--vram", type=float, metavar="GB", help="choose the fastest settings that fit into so many GB"
+    )
+    parser.add_argument(
+        "--resolution", type=int, metavar="PIXELS", help=f"of lightning's pictures (default: {RESOLUTION})"
     )
     add_set_flag(parser)
 
 
 def run_command(arguments: argparse.Namespace) -> None:
+    if arguments.config == LIGHTNING:
+        if arguments.overrides:
+            raise ConfigError("--set changes a config file; plan lightning takes --vram and --resolution")
+        print(lightning_plans(arguments.resolution or RESOLUTION, check_budget(arguments.vram)))
+        return
+    if arguments.resolution is not None:
+        raise ConfigError("--resolution is for plan lightning; a config file says it in its datasets")
     config = load_config(arguments.config, arguments.overrides)
     planned = plan(config, arguments.vram)
     print(table(planned))
@@ -43,7 +71,11 @@ def run_command(arguments: argparse.Namespace) -> None:
 
 def table(planned: Plan) -> str:
     """What a plan says, as text of at most 108 columns: facts, settings, GB by component and phase."""
-    phases = planned.phases
+    return "\n".join([*planned.facts, _settings(planned.choice), *phase_table(planned.phases)])
+
+
+def phase_table(phases: Sequence[Phase]) -> list[str]:
+    """GB by component and phase, a total for each phase, and the peak."""
     rows = [["GB", *(phase.name for phase in phases)]]
     for name, title in NAMES.items():
         if any(name in phase.parts for phase in phases):
@@ -54,7 +86,39 @@ def table(planned: Plan) -> str:
         + "".join(f"{cell:>{len(head) + 3}s}" for cell, head in zip(rest, rows[0][1:], strict=True))
         for first, *rest in rows
     ]
-    return "\n".join([*planned.facts, _settings(planned.choice), *lines, f"peak: {_gb(planned.total)} GB"])
+    return [*lines, f"peak: {_gb(max(phase.total for phase in phases))} GB"]
+
+
+def lightning_plans(resolution: int, vram_gb: float | None = None) -> str:
+    """A table each for a bfloat16 and an FP8 base."""
+    lines = []
+    for fp8_base in (False, True):
+        footprint = LightningFootprint(lightning_case(resolution, fp8_base), on_gpu=True)
+        choice, heads = footprint.choice, footprint.heads
+        phases = footprint.phases(choice)
+        if not lines:
+            lines += [*footprint.facts, f"{heads.count} heads of {heads.bytes_of_one // 4:,} parameters"]
+        lines += ["", _settings(choice), *phase_table(phases)]
+        if vram_gb is not None:
+            fits = max(phase.total for phase in phases) <= vram_gb * GB
+            lines.append(f"fits into {vram_gb:g} GB: {'yes' if fits else 'no'}")
+    return "\n".join(lines)
+
+
+def lightning_case(resolution: int, fp8_base: bool) -> LightningConfig:
+    """The published recipe at a resolution, on FLUX.1-dev. Raises ConfigError for a wrong resolution."""
+    return lightning_config(
+        {
+            "data_path": "pictures",
+            "pretrained_teacher_model": "models/FLUX.1-dev",
+            "device": "gpu",
+            "resolution": resolution,
+            "gradient_checkpointing": True,
+            "use_dmd_loss": True,
+            "apply_reflow_loss": True,
+            "fp8_base": fp8_base,
+        }
+    )
 
 
 def settings_yaml(choice: Choice) -> str:

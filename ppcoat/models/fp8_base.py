@@ -1,7 +1,7 @@
 """The FLUX transformer with its Linears in FP8, read tensor by tensor: never in memory unquantised.
 
 `load_fp8_transformer` quantises while it reads, or reads the FP8 copy that an earlier start left on disk
-(fp8_copy.py). `weight_errors` and `output_error` say what the quantisation costs.
+(fp8_copy.py). `weight_errors` and `output_errors` say what the quantisation costs.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from ppcoat.errors import ConfigError
 from ppcoat.models.flux import FluxTransformer2DModel
 from ppcoat.models.fp8_copy import DamagedCopyError, FP8Copy
 from ppcoat.models.loading import TensorInfo, in_file_order, load_transformer, map_tensor, unfilled
-from ppcoat.nn.convert import set_fp8_weight, sublayer_at
+from ppcoat.nn.convert import set_fp8_weight, set_sublayer, sublayer_at
 from ppcoat.nn.fp8_weight import BLOCK, FP8Weight
+from ppcoat.nn.saving import flux_blocks
 from ppcoat.nn.swap import last_blocks, move_to_host
 
 _log = logging.getLogger(__name__)
@@ -29,11 +30,21 @@ BAND = 8 * BLOCK  # rows quantised at a time: what is in float32 beside the code
 
 
 class WeightError(NamedTuple):
-    """One Linear: its path, the shape [in, out] of its weight, and RMS(FP8 - exact) / RMS(exact)."""
+    """One Linear: its path, the shape [in, out] of its weight, RMS(FP8 - exact) / RMS(exact), and whether it
+    is inside a block.
+    """
 
     path: str
     shape: list[int]
     relative_rms: float
+    in_block: bool
+
+
+class OutputErrors(NamedTuple):
+    """RMS(FP8 - exact) / RMS(exact) of the velocity: every Linear in FP8, and those of the blocks alone."""
+
+    all_linears: float
+    in_blocks: float
 
 
 def load_fp8_transformer(
@@ -86,6 +97,12 @@ def quantised_tensors(infos: dict[str, TensorInfo], model: nn.Layer) -> Iterator
             yield name, paddle.to_tensor(map_tensor(info))
 
 
+def fp8_model_bytes(model: nn.Layer) -> int:
+    """Bytes of a model's FP8 weights and of its parameters."""
+    weights = sum(layer.nbytes for layer in model.sublayers() if isinstance(layer, FP8Weight))
+    return weights + sum(p.size * p.element_size() for p in model.parameters())
+
+
 def weight_errors(folder: str | Path) -> Iterator[WeightError]:
     """What FP8 does to each Linear of a transformer folder, in the order of the files."""
     model, infos = unfilled(FluxTransformer2DModel, folder)
@@ -100,23 +117,41 @@ def weight_errors(folder: str | Path) -> Iterator[WeightError]:
             wrong += float(error.square().sum())
             total += float(exact.square().sum())
         shape = info.shape[::-1] if info.torch_layout else info.shape
-        yield WeightError(paths[name], shape, (wrong / total) ** 0.5 if total else 0.0)
+        relative = (wrong / total) ** 0.5 if total else 0.0
+        yield WeightError(paths[name], shape, relative, _is_in_block(paths[name], model))
 
 
 @paddle.no_grad()
-def output_error(folder: str | Path, tokens: int = 64, seed: int = 0) -> float:
-    """RMS(FP8 - exact) / RMS(exact) of the velocity for random inputs of a square picture of `tokens` tokens.
+def output_errors(folder: str | Path, tokens: int = 64, seeds: Iterable[int] = (0,)) -> OutputErrors:
+    """Means over random inputs, one for each seed, of a square picture of `tokens` tokens.
 
     Holds the exact and the quantised transformer of the folder in memory, in the compute dtype of the device.
     """
     exact, rounded = load_transformer(folder), load_fp8_transformer(folder)
-    rng, sizes, dtype = np.random.default_rng(seed), exact.config, exact.proj_out.weight.dtype
+    inputs = [_random_inputs(exact, tokens, seed) for seed in seeds]
+
+    def relative_errors() -> float:
+        errors = []
+        for each in inputs:
+            want, got = (model(**each, return_dict=False)[0].astype("float32") for model in (exact, rounded))
+            errors.append(float(((got - want).square().mean() / want.square().mean()).sqrt()))
+        return float(np.mean(errors))
+
+    all_linears = relative_errors()
+    for path in linear_paths(exact):
+        if not _is_in_block(path, exact):
+            set_sublayer(rounded, path, sublayer_at(exact, path))
+    return OutputErrors(all_linears, relative_errors())
+
+
+def _random_inputs(model: FluxTransformer2DModel, tokens: int, seed: int) -> dict[str, paddle.Tensor | None]:
+    rng, sizes, dtype = np.random.default_rng(seed), model.config, model.proj_out.weight.dtype
 
     def normal(*shape: int) -> paddle.Tensor:
         return paddle.to_tensor(rng.standard_normal(shape, dtype=np.float32)).astype(dtype)
 
     rows, columns = np.divmod(np.arange(tokens), max(1, int(tokens**0.5)))
-    inputs = {
+    return {
         "hidden_states": normal(1, tokens, sizes.in_channels),
         "encoder_hidden_states": normal(1, 32, sizes.joint_attention_dim),
         "pooled_projections": normal(1, sizes.pooled_projection_dim),
@@ -124,10 +159,11 @@ def output_error(folder: str | Path, tokens: int = 64, seed: int = 0) -> float:
         "guidance": paddle.full([1], 3.5, dtype) if sizes.guidance_embeds else None,
         "img_ids": paddle.to_tensor(np.stack([0 * rows, rows, columns], -1).astype("float32")),
         "txt_ids": paddle.zeros([32, 3]),
-        "return_dict": False,
     }
-    want, got = (model(**inputs)[0].astype("float32") for model in (exact, rounded))
-    return float(((got - want).square().mean() / want.square().mean()).sqrt())
+
+
+def _is_in_block(path: str, model: nn.Layer) -> bool:
+    return any(path.startswith(f"{block}.") for block, *_ in flux_blocks(model))
 
 
 def _bands(info: TensorInfo) -> Iterator[paddle.Tensor]:

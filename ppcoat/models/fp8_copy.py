@@ -8,10 +8,8 @@ all.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import shutil
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -22,17 +20,19 @@ import paddle
 
 from ppcoat.errors import ConfigError
 from ppcoat.models.loading import TensorInfo, in_file_order, map_tensor, read_json, tensor_infos
-from ppcoat.models.saving import SHARD_BYTES, write_json
+from ppcoat.models.streaming import (
+    INDEX,
+    Layout,
+    check_room,
+    layout_bytes,
+    shard_metadata,
+    write_component,
+)
 from ppcoat.nn.fp8_weight import BLOCK
 
 _log = logging.getLogger(__name__)
 
 FORMAT = f"E4M3, blocks of {BLOCK} x {BLOCK}, scales powers of two"
-STEM = "diffusion_pytorch_model"
-_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "U8": 1}
-_ALIGNMENT = 64  # of the first byte of data in a shard
-
-Layout = dict[str, tuple[str, list[int]]]  # name -> dtype as safetensors names it, shape
 
 
 class DamagedCopyError(ConfigError):
@@ -65,7 +65,7 @@ class FP8Copy:
             infos = tensor_infos(self.folder)
             if self._sums().keys() != infos.keys():
                 raise ConfigError(f"{self.folder}: its index has not a checksum for each tensor")
-            said = {_metadata(file).get("source") for file in {info.file for info in infos.values()}}
+            said = {shard_metadata(file).get("source") for file in {info.file for info in infos.values()}}
         except (ConfigError, OSError) as error:
             _log.warning("the FP8 copy is damaged (%s): it is made anew", error)
             return False
@@ -95,45 +95,20 @@ class FP8Copy:
         linears: paths of the quantised Linears. Raises ConfigError with both numbers if the disk has not
         enough room, before anything is written.
         """
-        shards = _shards(_layout(infos, {f"{path}.weight" for path in linears}))
-        self._check_room(sum(_nbytes(entry) for shard in shards for entry in shard.values()))
-        part = self.folder.with_name(f"{self.folder.name}.tmp-{os.getpid()}")
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        try:
-            write_json(part / "config.json", read_json(Path(model) / "config.json"))
-            stream, sums, weight_map = iter(tensors), {}, {}
-            for number, shard in enumerate(shards, 1):
-                file = part / f"{STEM}-{number:05d}-of-{len(shards):05d}.safetensors"
-                sums |= _write_shard(file, shard, stream, self._stamp)
-                weight_map |= dict.fromkeys(shard, file.name)
-            total = sum(_nbytes(entry) for shard in shards for entry in shard.values())
-            metadata = {"total_size": total, "crc32": sums}
-            write_json(
-                part / f"{STEM}.safetensors.index.json", {"metadata": metadata, "weight_map": weight_map}
-            )
-            if self.folder.exists():  # the stale one; a folder cannot be renamed onto another
-                shutil.rmtree(self.folder)
-            part.rename(self.folder)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
+        layout = _layout(infos, {f"{path}.weight" for path in linears})
+        advice = "make room there, or set cache_dir to another disk"
+        place, wanted = self.folder.parent, layout_bytes(layout)
+        check_room(place, wanted, "the FP8 copy of the transformer takes", advice)
+        config = read_json(Path(model) / "config.json")
+        values = ((name, tensor.numpy()) for name, tensor in tensors)
+        write_component(self.folder, config, layout, values, {"format": "pd", "source": self._stamp})
 
     @property
     def _stamp(self) -> str:
         return f"{FORMAT}; {self.source}"
 
     def _sums(self) -> dict[str, int]:
-        return read_json(self.folder / f"{STEM}.safetensors.index.json").get("metadata", {}).get("crc32", {})
-
-    def _check_room(self, wanted: int) -> None:
-        place = self.folder.parent
-        place.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(place).free
-        if free < wanted:
-            raise ConfigError(
-                f"the FP8 copy of the transformer takes {wanted / 1e9:.2f} GB, and {place} has "
-                f"{free / 1e9:.2f} GB free: make room there, or set cache_dir to another disk"
-            )
+        return read_json(self.folder / INDEX).get("metadata", {}).get("crc32", {})
 
 
 def _layout(infos: dict[str, TensorInfo], weights: set[str]) -> Layout:
@@ -147,50 +122,3 @@ def _layout(infos: dict[str, TensorInfo], weights: set[str]) -> Layout:
         else:
             layout[name] = info.dtype, info.shape
     return layout
-
-
-def _shards(layout: Layout) -> list[Layout]:
-    """Cut before the tensor that would make a shard pass SHARD_BYTES."""
-    shards, filled = [{}], 0
-    for name, entry in layout.items():
-        if shards[-1] and filled + _nbytes(entry) > SHARD_BYTES:
-            shards.append({})
-            filled = 0
-        shards[-1][name] = entry
-        filled += _nbytes(entry)
-    return shards
-
-
-def _nbytes(entry: tuple[str, list[int]]) -> int:
-    return _BYTES[entry[0]] * int(np.prod(entry[1]))
-
-
-def _write_shard(
-    file: Path, layout: Layout, stream: Iterator[tuple[str, paddle.Tensor]], stamp: str
-) -> dict[str, int]:
-    """The next tensors of the stream as one safetensors file -> name -> CRC-32. One tensor is in memory."""
-    header: dict = {"__metadata__": {"format": "pd", "source": stamp}}
-    end = 0
-    for name, entry in layout.items():
-        start, end = end, end + _nbytes(entry)
-        header[name] = {"dtype": entry[0], "shape": entry[1], "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-(8 + len(text)) % _ALIGNMENT)
-    sums = {}
-    with file.open("wb") as out:
-        out.write(len(text).to_bytes(8, "little") + text)
-        for wanted, entry in layout.items():
-            name, tensor = next(stream)
-            data = np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8)
-            assert name == wanted and data.size == _nbytes(entry), (name, wanted, data.size)
-            sums[name] = zlib.crc32(data)
-            out.write(data)
-        out.flush()
-        os.fsync(out.fileno())
-    return sums
-
-
-def _metadata(file: Path) -> dict[str, str]:
-    with file.open("rb") as stream:
-        header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-    return header.get("__metadata__", {})

@@ -25,7 +25,7 @@ from ppcoat.nn.linear import FrozenLinear
 # File stems in the order tried: diffusers, transformers, ppdiffusers.
 _STEMS = ("diffusion_pytorch_model", "model", "diffusion_paddle_model")
 # Constants that older CLIP files carry beside the weights.
-_IGNORED = {"text_model.embeddings.position_ids"}
+_IGNORED = {"text_model.embeddings.position_ids", "vision_model.embeddings.position_ids"}
 # T5 reads one table under two names; the file has the first.
 TIED = {"encoder.embed_tokens.weight": "shared.weight"}
 # What NumPy reads for a dtype of safetensors; Paddle takes uint16 for the bits of bfloat16.

@@ -106,7 +106,7 @@ def save_weights(model: nn.Layer, folder: Path, stem: str, dtype: str | None = N
     linears = linear_weights(model)
     tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in TIED}
     sizes = {name: t.size * paddle.empty([0], dtype or t.dtype).element_size() for name, t in tensors.items()}
-    shards = _shards(sizes)
+    shards = cut_into_shards(sizes)
     weight_map = {}
     for number, names in enumerate(shards, 1):
         part = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
@@ -126,8 +126,8 @@ def write_json(file: Path, content: dict) -> None:
     file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _shards(sizes: dict[str, int]) -> list[list[str]]:
-    """Names in order, cut before the shard that would pass SHARD_BYTES."""
+def cut_into_shards(sizes: dict[str, int]) -> list[list[str]]:
+    """Name -> bytes, in order -> the names of each shard: a new one before SHARD_BYTES would be passed."""
     shards, filled = [[]], 0
     for name, size in sizes.items():
         if shards[-1] and filled + size > SHARD_BYTES:

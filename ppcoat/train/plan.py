@@ -27,7 +27,7 @@ GB = 1e9
 @dataclass(frozen=True)
 class Plan:
     """choice: the settings planned for. phases: in the order of a run. seconds: of an update on a GPU, by the
-    model of `Footprint.seconds`. facts: what was planned, two lines. vram_gb: the budget, if there was one.
+    model of `Footprint.seconds`. facts: what was planned, a line each. vram_gb: the budget, if there was one.
     """
 
     choice: Choice
@@ -60,8 +60,7 @@ def plan(config: RunConfig, vram_gb: float | None = None) -> Plan:
     taken only where model.quantize allows it, and only if it is faster or needed. Raises ConfigError if
     nothing fits, naming the smallest need, and for what the config asks of a model that lacks it.
     """
-    if vram_gb is not None and not (math.isfinite(vram_gb) and vram_gb > 0):
-        raise ConfigError(f"vram: came {vram_gb}, wanted the card's memory in GB, say 24")
+    check_budget(vram_gb)
     footprint = Footprint(config, planned_for_gpu(config, vram_gb))
     if vram_gb is None:
         return _plan(footprint, as_given(config, len(footprint.model.blocks)))
@@ -70,6 +69,13 @@ def plan(config: RunConfig, vram_gb: float | None = None) -> Plan:
     if not fitting:
         raise ConfigError(_nothing_fits(config, min(plans, key=lambda each: each.total), vram_gb))
     return replace(min(fitting, key=lambda each: (each.seconds, each.total)), vram_gb=vram_gb)
+
+
+def check_budget(vram_gb: float | None) -> float | None:
+    """The budget as it came; raises ConfigError unless it is a positive number or None."""
+    if vram_gb is not None and not (math.isfinite(vram_gb) and vram_gb > 0):
+        raise ConfigError(f"vram: came {vram_gb}, wanted the card's memory in GB, say 24")
+    return vram_gb
 
 
 def planned_for_gpu(config: RunConfig, vram_gb: float | None) -> bool:

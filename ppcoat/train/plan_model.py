@@ -102,12 +102,13 @@ class BaseModel:
 
 
 def read_model(config: RunConfig, settings: dict | None = None) -> BaseModel:
-    """The model of a run; with settings, a transformer of these instead of the folder's.
+    """The model of a run; with settings, a transformer of these instead of the folder's, and FLUX.1-dev's
+    encoders.
 
     Raises ConfigError for a folder that is there but not complete, and for a LoRA that fits no Linear.
     """
     folder = Path(config.model.name_or_path)
-    assumed = not folder.exists()
+    assumed, given = not folder.exists(), settings is not None
     if settings is None:
         settings = FLUX_DEV if assumed else read_json(folder / "transformer" / "config.json")
     with paddle.LazyGuard():  # parameters get a shape and no memory
@@ -126,7 +127,7 @@ def read_model(config: RunConfig, settings: dict | None = None) -> BaseModel:
         double=len(model.transformer_blocks),
         others=others,
         lora_paths=tuple(chosen_modules(config.network, model)),
-        encoders=_dev_encoders() if assumed else _encoders(folder),
+        encoders=_dev_encoders() if assumed or given else _encoders(folder),
         text_tokens=_text_tokens(config, folder),
         assumed=assumed,
     )

@@ -129,6 +129,7 @@ def test_generate_hands_every_flag_on(monkeypatch):
         "width": 32,
         "num_images": 2,
         "max_sequence_length": 9,
+        "negative_prompt": "",
         "device": "cpu",
         "dtype": "float32",
     }

@@ -64,3 +64,32 @@ def test_a_budget_that_nothing_fits_is_one_line(capsys):
     assert main(["plan", str(CONFIGS[0]), "--vram", "3", "--set", "coat.enabled=false"]) == 2
     shown = capsys.readouterr()
     assert shown.out == "" and shown.err.count("\n") == 1 and "smallest possible need" in shown.err
+
+
+def test_lightning_has_a_table_for_each_base(capsys):
+    assert main(["plan", "lightning", "--resolution", "512", "--vram", "48"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("peak: ") == 2 and "FP8 base" in shown and "base not quantised" in shown
+    assert "57 heads of 18,895,873 parameters" in shown and "at most 1024 image tokens" in shown
+    assert shown.count("fits into 48 GB: ") == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["lightning", "--resolution", "1000"], "resolution: came 1000"),
+        (["lightning", "--vram", "0"], "vram: came 0"),
+        (["lightning", "--set", "train.steps=3"], "--set changes a config file"),
+        ([str(CONFIGS[0]), "--resolution", "512"], "--resolution is for plan lightning"),
+    ],
+)
+def test_flags_that_do_not_fit_are_one_line(arguments, said, capsys):
+    assert main(["plan", *arguments]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == "" and said in shown.err and shown.err.count("\n") == 1
+
+
+def test_a_plan_for_a_cpu_says_what_its_allocator_adds(capsys):
+    assert main(["plan", str(CONFIGS[0]), "--set", "device=cpu", "--set", "coat.enabled=false"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "freed blocks below 32 MiB stay with it" in lines[2] and len(lines[2]) <= 108

@@ -1,6 +1,7 @@
 """The FP8 copy on disk: equal to what was quantised, known by its source, whole or absent."""
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from safetensors import safe_open
 
 from ppcoat.errors import ConfigError
-from ppcoat.models import fp8_copy
+from ppcoat.models import saving
 from ppcoat.models.fp8_base import load_fp8_transformer
 from ppcoat.models.fp8_copy import FP8Copy
 
@@ -52,7 +53,7 @@ def test_the_second_start_reads_the_copy_and_no_weight_of_the_model(
 
 
 def test_it_is_a_folder_of_shards_that_safetensors_reads(source, copy, monkeypatch):
-    monkeypatch.setattr(fp8_copy, "SHARD_BYTES", 200_000)
+    monkeypatch.setattr(saving, "SHARD_BYTES", 200_000)
     plain = states(load_fp8_transformer(source))
     assert_same(load_fp8_transformer(source, copy=copy), load_fp8_transformer(source))
     names = json.loads((copy.folder / INDEX).read_text())["weight_map"]
@@ -130,7 +131,7 @@ def test_a_failure_while_writing_leaves_nothing(source, copy, monkeypatch):
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(fp8_copy.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
         load_fp8_transformer(source, copy=copy)
     assert not list(copy.folder.parent.iterdir())
