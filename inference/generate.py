@@ -1,7 +1,7 @@
 """Draw with a FLUX or NewBie folder and a LoRA:
 
     python inference/generate.py --model ppcoat/assets/tiny_flux --prompt "a red dress with white dots" \
-        --path_to_lora output/quickstart/coat/coat.safetensors --output_dir output/pictures
+        --path_to_lora output/quickstart/quickstart.safetensors --output_dir output/pictures
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Make the built-in tiny FLUX from nothing (about two hours on two CPU cores):
+"""Make the built-in tiny FLUX from nothing (about four hours on two CPU cores):
 
 python train_scripts/pretrain_tiny_flux.py --work_dir output/pretrain --output_dir output/tiny_flux
 """

@@ -12,7 +12,7 @@ from ppcoat.errors import ConfigError
 from ppcoat.host import tune_host
 from ppcoat.infer.clip_score import CLIP
 from ppcoat.infer.folders import FEATURES, features_named, picture_files, score_folders, table
-from ppcoat.infer.garment_scores import GUIDANCE, compare_student, comparison_table, evaluate, sheet
+from ppcoat.infer.garment_scores import GUIDANCE, Guidance, compare_student, comparison_table, evaluate, sheet
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,7 +37,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch_size", type=int, default=100, help="pictures drawn at once (default: %(default)s)"
     )
     parser.add_argument(
-        "--guidance_scale", type=float, default=GUIDANCE, help="of the samples (default: %(default)s)"
+        "--guidance_scale",
+        type=float,
+        default=GUIDANCE.distilled,
+        help="distilled guidance of the samples (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--true_cfg_scale",
+        type=float,
+        default=GUIDANCE.true_cfg,
+        help="their classifier-free guidance, twice the time above 1 (default: %(default)s)",
     )
     parser.add_argument("--output", default=None, help="write the scores to this JSON file too")
     parser.add_argument(
@@ -55,15 +64,17 @@ def run_command(arguments: argparse.Namespace) -> None:
     if arguments.student:
         _score_student(arguments)
         return
-    scores, samples = evaluate(
-        arguments.model, arguments.samples, arguments.batch_size, arguments.guidance_scale
-    )
+    scores, samples = evaluate(arguments.model, arguments.samples, arguments.batch_size, _guidance(arguments))
     for name, value in scores.items():
         print(f"{name:28s} {value:.4g}")
     if arguments.output:
         Path(arguments.output).write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
     if arguments.sheet:
         sheet(samples[:64]).save(arguments.sheet)
+
+
+def _guidance(arguments: argparse.Namespace) -> Guidance:
+    return Guidance(arguments.guidance_scale, arguments.true_cfg_scale)
 
 
 def _score_student(arguments: argparse.Namespace) -> None:
@@ -73,7 +84,7 @@ def _score_student(arguments: argparse.Namespace) -> None:
         arguments.student,
         arguments.samples,
         arguments.batch_size,
-        arguments.guidance_scale,
+        _guidance(arguments),
     )
     print(comparison_table(scores))
     if arguments.output:

@@ -18,12 +18,23 @@ from ppcoat.models.flux_pipeline import FluxPipeline
 
 DRAWINGS_SEED = 20_000_000  # far from every training seed
 STEPS = (4, 28)
-GUIDANCE = 3.0
 FACTS = ("kind", "colour", "pattern")
 
 
+@dataclass(frozen=True)
+class Guidance:
+    """distilled: what the model's guidance embedding gets. true_cfg: scale of classifier-free guidance with
+    a second pass, 1 for none."""
+
+    distilled: float = 3.0
+    true_cfg: float = 1.0
+
+
+GUIDANCE = Guidance()
+
+
 def evaluate(
-    model: str, count: int, batch_size: int, guidance_scale: float = GUIDANCE
+    model: str, count: int, batch_size: int, guidance: Guidance = GUIDANCE
 ) -> tuple[dict[str, float], list[Image.Image]]:
     """-> ({score: value}, the 28-step samples). Frechet distances are between features of the garment
     classifier."""
@@ -35,7 +46,7 @@ def evaluate(
     scores = {"autoencoder PSNR, dB": _reconstruction_psnr(pipeline, drawings[: min(count, 256)])}
     scores |= {f"{name}, drawings": _share(found[name], wanted, name) for name in FACTS}
     for steps in STEPS:
-        samples = draw_samples(pipeline, wanted, steps, guidance_scale, batch_size)
+        samples = draw_samples(pipeline, wanted, steps, guidance, batch_size)
         seen = classify(classifier, samples)
         scores |= {f"{name}, {steps} steps": _share(seen[name], wanted, name) for name in FACTS}
         scores[f"Frechet distance, {steps} steps"] = frechet_distance(seen["features"], found["features"])
@@ -59,7 +70,7 @@ class SampleScores:
 
 
 def compare_student(
-    model: str, lora_file: str, count: int, batch_size: int, guidance_scale: float = GUIDANCE
+    model: str, lora_file: str, count: int, batch_size: int, guidance: Guidance = GUIDANCE
 ) -> tuple[list[SampleScores], list[list[Image.Image]]]:
     """A teacher, and the same model with a distilled LoRA, on unseen captions: -> (scores, pictures) of the
     teacher at 28 and at 4 steps and of the student at 4. All begin from the same noise."""
@@ -70,7 +81,7 @@ def compare_student(
     for who, steps in (("teacher", many), ("teacher", few), ("student", few)):
         if who == "student":
             pipeline.load_lora_weights(lora_file)
-        pictures.append(draw_samples(pipeline, wanted, steps, guidance_scale, batch_size))
+        pictures.append(draw_samples(pipeline, wanted, steps, guidance, batch_size))
         seen = classify(classifier, pictures[-1])
         goal = seen["features"] if goal is None else goal
         shares = {name: _share(seen[name], wanted, name) for name in FACTS}
@@ -95,7 +106,7 @@ def draw_samples(
     pipeline: FluxPipeline,
     wanted: list[garments.Garment],
     steps: int,
-    guidance_scale: float,
+    guidance: Guidance,
     batch_size: int,
 ) -> list[Image.Image]:
     """A picture for each caption; the seed of a batch is the number of its first."""
@@ -106,7 +117,8 @@ def draw_samples(
         samples += pipeline(
             captions,
             num_inference_steps=steps,
-            guidance_scale=guidance_scale,
+            guidance_scale=guidance.distilled,
+            true_cfg_scale=guidance.true_cfg,
             seed=start,
             height=SIZE,
             width=SIZE,

@@ -40,6 +40,7 @@ class Drawing:
     num_images: int = 1
     max_sequence_length: int | None = None
     negative_prompt: str = ""
+    true_cfg_scale: float = 1.0
     device: str = "auto"
     dtype: str = "auto"
 
@@ -74,7 +75,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="T5 or Gemma tokens (default: what the tokenizer allows)",
     )
-    add("--negative_prompt", default="", help="what to draw away from; for NewBie")
+    add("--negative_prompt", default="", help="what to draw away from; for FLUX with --true_cfg_scale")
+    add(
+        "--true_cfg_scale",
+        type=float,
+        default=Drawing.true_cfg_scale,
+        help="classifier-free guidance of FLUX, twice the time above 1 (default: %(default)s)",
+    )
     add("--device", default=Drawing.device, help="auto, cpu, gpu or gpu:N (default: %(default)s)")
     add(
         "--dtype",
@@ -111,14 +118,16 @@ def generate(drawing: Drawing) -> list[Path]:
 
 
 def _check_flux(drawing: Drawing) -> None:
-    if drawing.negative_prompt:
-        raise ConfigError("negative_prompt: FLUX.1 has none; say in the prompt what to draw instead")
+    if drawing.negative_prompt and not drawing.true_cfg_scale > 1:
+        raise ConfigError("negative_prompt: FLUX sees it only with a true_cfg_scale above 1; give e.g. 3")
     check_folder(drawing.model)
     if drawing.path_to_lora is not None:
         read_lora_file(drawing.path_to_lora)
 
 
 def _check_newbie(drawing: Drawing) -> None:
+    if drawing.true_cfg_scale != 1:
+        raise ConfigError("true_cfg_scale is for FLUX; NewBie's classifier-free guidance is guidance_scale")
     check_newbie_folder(drawing.model)
     if drawing.path_to_lora is not None:
         read_adapter(drawing.path_to_lora)
@@ -129,7 +138,8 @@ def _flux_drawer(drawing: Drawing, dtype: str | None) -> Draw:
     if drawing.path_to_lora is not None:
         _tell(pipeline.load_lora_weights(drawing.path_to_lora))
     lora = {"joint_attention_kwargs": {"scale": drawing.lora_scale}} if drawing.path_to_lora else {}
-    return lambda prompt: pipeline(prompt, **_options(drawing, 3.5), **lora).images
+    cfg = {"negative_prompt": drawing.negative_prompt, "true_cfg_scale": drawing.true_cfg_scale}
+    return lambda prompt: pipeline(prompt, **_options(drawing, 3.5), **cfg, **lora).images
 
 
 def _newbie_drawer(drawing: Drawing, dtype: str | None) -> Draw:
@@ -177,7 +187,7 @@ def check_drawing(drawing: Drawing) -> None:
         side = getattr(drawing, name)
         if side is not None and (side < 16 or side % 16):
             raise ConfigError(f"{name}: came {side}, wanted a multiple of 16")
-    for name in ("lora_scale", "guidance_scale"):
+    for name in ("lora_scale", "guidance_scale", "true_cfg_scale"):
         if getattr(drawing, name) is not None and not math.isfinite(getattr(drawing, name)):
             raise ConfigError(f"{name}: came {getattr(drawing, name)}, wanted a finite number")
 

@@ -164,6 +164,8 @@ class FluxPipeline(LatentPictures, DiffusionPipeline):
         callback_on_step_end: Callable[["FluxPipeline", int, float, dict], dict | None] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         max_sequence_length: int | None = None,
+        negative_prompt: str | Sequence[str] = "",
+        true_cfg_scale: float = 1.0,
     ) -> FluxPipelineOutput | tuple:
         """Draws pictures; B = prompts * num_images_per_prompt, the pictures of one prompt side by side.
 
@@ -172,6 +174,8 @@ class FluxPipeline(LatentPictures, DiffusionPipeline):
         from seed + i; without seed, a number from `generator` (or from the system) is the seed. latents:
         packed noise [B, tokens, channels] instead. prompt_embeds and pooled_prompt_embeds replace the
         prompts. max_sequence_length: T5 tokens, by default what tokenizer_2 allows, 512 at most.
+        true_cfg_scale above 1 is classifier-free guidance away from negative_prompt (one for all prompts, or
+        as many), at two passes a step; guidance_scale, the model's own distilled guidance, is then best 1.
         callback_on_step_end(pipeline, step, timestep, tensors) may return a dict of tensors to go on with.
         Raises ConfigError for sizes, output types, prompts and callback tensors that are not as described.
         """
@@ -197,7 +201,13 @@ class FluxPipeline(LatentPictures, DiffusionPipeline):
         }
         if self.transformer.config.guidance_embeds:
             conditions["guidance"] = paddle.full([batch], guidance_scale, dtype="float32")
-        latents = self._denoise(latents, conditions, callback_on_step_end, callback_on_step_end_tensor_inputs)
+        away = None
+        if true_cfg_scale > 1:
+            embeds = self._negative(negative_prompt, batch, length=prompt_embeds.shape[1])
+            away = _Away(true_cfg_scale, *embeds)
+        latents = self._denoise(
+            latents, conditions, away, callback_on_step_end, callback_on_step_end_tensor_inputs
+        )
 
         images = (
             latents
@@ -206,8 +216,26 @@ class FluxPipeline(LatentPictures, DiffusionPipeline):
         )
         return FluxPipelineOutput(images=images) if return_dict else (images,)
 
+    def _negative(
+        self, prompt: str | Sequence[str], batch: int, length: int
+    ) -> tuple[paddle.Tensor, paddle.Tensor]:
+        """The embeddings of negative prompts, one for each of `batch` pictures."""
+        prompts = _as_list(prompt)
+        if len(prompts) != 1 and batch % len(prompts):
+            raise ConfigError(
+                f"{len(prompts)} negative prompts for {batch} pictures: give one, or one a prompt"
+            )
+        each = batch // len(prompts)
+        embeds, pooled, _ = self.encode_prompt(prompts, None, each, max_sequence_length=length)
+        return embeds, pooled
+
     def _denoise(
-        self, latents: paddle.Tensor, conditions: dict, callback: Callable | None, asked: Sequence[str]
+        self,
+        latents: paddle.Tensor,
+        conditions: dict,
+        away: "_Away | None",
+        callback: Callable | None,
+        asked: Sequence[str],
     ) -> paddle.Tensor:
         """Take the scheduler's steps from noise to latents. conditions: arguments of the transformer."""
         batch, dtype = latents.shape[0], latents.dtype
@@ -215,6 +243,11 @@ class FluxPipeline(LatentPictures, DiffusionPipeline):
             for i, t in enumerate(self.scheduler.timesteps.tolist()):
                 time = paddle.full([batch], t / 1000, dtype="float32").astype(dtype)
                 velocity = self.transformer(latents, timestep=time, **conditions).sample
+                if away is not None:
+                    other = self.transformer(
+                        latents, timestep=time, **{**conditions, **away.conditions}
+                    ).sample
+                    velocity = other + away.scale * (velocity - other)
                 latents = self.scheduler.step(velocity, t, latents).prev_sample
                 if callback is not None:
                     state = {"latents": latents, "prompt_embeds": conditions["encoder_hidden_states"]}
@@ -287,6 +320,20 @@ class FluxPipeline(LatentPictures, DiffusionPipeline):
             raise ConfigError(
                 f"callback tensors {sorted(unknown)}: only {self._callback_tensor_inputs} can be had"
             )
+
+
+@dataclass(frozen=True)
+class _Away:
+    """Classifier-free guidance: its scale, and the text that it leads away from."""
+
+    scale: float
+    embeds: paddle.Tensor
+    pooled: paddle.Tensor
+
+    @property
+    def conditions(self) -> dict[str, paddle.Tensor]:
+        """The transformer's arguments that differ."""
+        return {"encoder_hidden_states": self.embeds, "pooled_projections": self.pooled}
 
 
 def pack_latents(latents: paddle.Tensor) -> paddle.Tensor:

@@ -11,6 +11,7 @@ import ppcoat.infer.garment_scores as garment_scores
 from ppcoat.data import garments
 from ppcoat.infer.garment_classifier import GarmentClassifier
 from ppcoat.infer.garment_scores import (
+    Guidance,
     SampleScores,
     compare_student,
     comparison_table,
@@ -58,8 +59,10 @@ def test_shares_are_counted_against_the_captions(monkeypatch):
         def set_progress_bar_config(self, desc):
             pass
 
-        def __call__(self, captions, num_inference_steps, guidance_scale, seed, height, width):
-            assert guidance_scale == 2.5
+        def __call__(
+            self, captions, num_inference_steps, guidance_scale, true_cfg_scale, seed, height, width
+        ):
+            assert (guidance_scale, true_cfg_scale) == (2.5, 1.5)
             self.calls.append((num_inference_steps, seed, len(captions)))
             pictures = [Image.new("RGB", (width, height), "black") for _ in captions]
             return type("Output", (), {"images": pictures})
@@ -73,7 +76,7 @@ def test_shares_are_counted_against_the_captions(monkeypatch):
     painter = Painter()
     monkeypatch.setattr(garment_scores, "classify", judge)
     monkeypatch.setattr(garment_scores.FluxPipeline, "from_pretrained", lambda _: painter)
-    scores, samples = evaluate("anything", 7, 3, guidance_scale=2.5)
+    scores, samples = evaluate("anything", 7, 3, Guidance(2.5, 1.5))
     assert len(samples) == 7
     assert painter.calls == [(4, 0, 3), (4, 3, 3), (4, 6, 1), (28, 0, 3), (28, 3, 3), (28, 6, 1)]
     wanted = held_out_garments(7)

@@ -211,5 +211,7 @@ def test_mistakes_with_newbie_are_named_before_loading(drawing, newbie_drawing, 
     monkeypatch.setattr(NewbiePipeline, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
     with pytest.raises(ConfigError, match="no LoRA at"):
         generate(dataclasses.replace(newbie_drawing, path_to_lora=str(tmp_path / "none")))
-    with pytest.raises(ConfigError, match="FLUX.1 has none"):
+    with pytest.raises(ConfigError, match="true_cfg_scale is for FLUX"):
+        generate(dataclasses.replace(newbie_drawing, true_cfg_scale=3.0))
+    with pytest.raises(ConfigError, match="only with a true_cfg_scale above 1"):
         generate(dataclasses.replace(drawing, negative_prompt="stars"))

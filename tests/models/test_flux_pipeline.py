@@ -90,6 +90,22 @@ def test_pictures_of_one_prompt_stand_side_by_side(pipeline):
     np.testing.assert_allclose(both[2], fox[0], atol=1e-5)
 
 
+@pytest.mark.parametrize("negative", ["stars", ["stars", "noise"]])
+def test_true_guidance_leads_away_from_the_negative_prompt(pipeline, negative):
+    """One Euler step is a line in the velocity, so the guided latents lie on the line through the two others:
+    negative + scale * (positive - negative)."""
+    prompts = ["a red hat", "a blue hat"]
+    settings = {"num_inference_steps": 1, "seed": 5, "output_type": "latent", "max_sequence_length": 16,
+                "height": 64, "width": 64}  # fmt: skip
+    away = [negative, negative] if isinstance(negative, str) else negative
+    one, other = (pipeline(text, **settings).images.numpy() for text in (prompts, away))
+    guided = pipeline(prompts, negative_prompt=negative, true_cfg_scale=3.0, **settings).images.numpy()
+    np.testing.assert_allclose(guided, other + 3.0 * (one - other), rtol=0, atol=TOLERANCE)
+    assert np.abs(one - other).max() > 1e-3
+    unguided = pipeline(prompts, negative_prompt=negative, true_cfg_scale=1.0, **settings).images.numpy()
+    np.testing.assert_array_equal(unguided, one)
+
+
 def test_pil_output_and_default_size(pipeline):
     (picture,) = pipeline("a cat", num_inference_steps=1, seed=0, max_sequence_length=16).images
     assert isinstance(picture, PIL.Image.Image)
