@@ -4,33 +4,18 @@ import json
 from pathlib import Path
 
 import numpy as np
-import paddle
 import pytest
 from PIL import Image
 
 import ppcoat.infer.evaluate as evaluate_module
-import ppcoat.infer.garment_scores as garment_scores
 from ppcoat.cli.main import run
-from ppcoat.infer.garment_classifier import GarmentClassifier
-from ppcoat.models import flux_pipeline
 
 FIXTURE = Path(__file__).parent.parent / "fixtures" / "tiny_flux_fp32"
 FACTS = ("kind", "colour", "pattern")
 NAMES = {"autoencoder PSNR, dB", "Frechet 4 steps / 28 steps"}
 NAMES |= {f"{name}, {where}" for name in FACTS for where in ("drawings", "4 steps", "28 steps")}
 NAMES |= {f"Frechet distance, {steps} steps" for steps in (4, 28)}
-
-
-@pytest.fixture(autouse=True)
-def quick_and_untrained(monkeypatch):
-    """Scores need no good judge to be counted, and captions no 512 tokens."""
-    monkeypatch.setattr(flux_pipeline, "MAX_T5_TOKENS", 16)
-
-    def load():
-        paddle.seed(0)
-        return GarmentClassifier()
-
-    monkeypatch.setattr(garment_scores.GarmentClassifier, "load", staticmethod(load))
+pytestmark = pytest.mark.usefixtures("quick_and_untrained")
 
 
 def test_the_command_prints_and_writes_every_score(tmp_path, capsys, monkeypatch):

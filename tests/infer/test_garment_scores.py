@@ -9,7 +9,6 @@ from PIL import Image
 
 import ppcoat.infer.garment_scores as garment_scores
 from ppcoat.data import garments
-from ppcoat.infer.garment_classifier import GarmentClassifier
 from ppcoat.infer.garment_scores import (
     Guidance,
     SampleScores,
@@ -21,22 +20,10 @@ from ppcoat.infer.garment_scores import (
 )
 from ppcoat.infer.metrics import frechet_distance
 from ppcoat.lora import inject_lora, save_lora
-from ppcoat.models import flux_pipeline
 from ppcoat.models.flux_pipeline import FluxPipeline
 
 FIXTURE = Path(__file__).parent.parent / "fixtures" / "tiny_flux_fp32"
-
-
-@pytest.fixture(autouse=True)
-def quick_and_untrained(monkeypatch):
-    """Scores need no good judge to be counted, and captions no 512 tokens."""
-    monkeypatch.setattr(flux_pipeline, "MAX_T5_TOKENS", 16)
-
-    def load():
-        paddle.seed(0)
-        return GarmentClassifier()
-
-    monkeypatch.setattr(garment_scores.GarmentClassifier, "load", staticmethod(load))
+pytestmark = pytest.mark.usefixtures("quick_and_untrained")
 
 
 def test_shares_are_counted_against_the_captions(monkeypatch):

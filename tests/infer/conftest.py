@@ -1,0 +1,20 @@
+"""What tests of scores share."""
+
+import paddle
+import pytest
+
+import ppcoat.infer.garment_scores as garment_scores
+from ppcoat.infer.garment_classifier import GarmentClassifier
+from ppcoat.models import flux_pipeline
+
+
+@pytest.fixture
+def quick_and_untrained(monkeypatch):
+    """Scores need no good judge to be counted, and captions no 512 tokens."""
+    monkeypatch.setattr(flux_pipeline, "MAX_T5_TOKENS", 16)
+
+    def load():
+        paddle.seed(0)
+        return GarmentClassifier()
+
+    monkeypatch.setattr(garment_scores.GarmentClassifier, "load", staticmethod(load))
