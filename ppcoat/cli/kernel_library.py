@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from ppcoat.cli.kernels import Sizes
 
 FLUSHED = 2**28  # bytes written before each timed call, more than any cache holds
 NORM_EPSILON, BLOCK = 1e-6, 128
@@ -71,6 +74,18 @@ class PaddleLibrary:
             times.append(start.elapsed_time(stop))
         return float(np.median(times))
 
+    def peak_bytes(self, call: Callable[[], Any]) -> int | None:
+        """The most that a call allocates on the device at one time; None on a CPU."""
+        if not self.on_gpu:
+            return None
+        cuda = self.paddle.device.cuda
+        cuda.synchronize()
+        cuda.reset_max_memory_allocated()
+        before = cuda.memory_allocated()
+        call()
+        cuda.synchronize()
+        return cuda.max_memory_allocated() - before
+
     def matmul(self, x: Any, w: Any) -> Any:
         return self.paddle.matmul(x, w)
 
@@ -103,7 +118,8 @@ class PaddleLibrary:
         def rms(x, weight, cos, sin):
             y = x * self.paddle.rsqrt((x * x).mean(-1, keepdim=True) + NORM_EPSILON) * weight
             a, b = y[..., 0::2], y[..., 1::2]
-            return self.paddle.stack([a * cos - b * sin, a * sin + b * cos], -1).reshape(x.shape)
+            turned = self.paddle.stack([a * cos - b * sin, a * sin + b * cos], -1)
+            return turned.reshape(x.shape).astype(x.dtype)
 
         return {
             "modulated_norm": norm,
@@ -118,6 +134,18 @@ class PaddleLibrary:
         x = x.detach()
         x.stop_gradient = False
         return lambda: self.paddle.grad([function(x)], [x], [dy])
+
+    def double_block(self, tokens: int, sizes: Sizes) -> dict[str, Callable[[], list[Any]]]:
+        """Ways through a double block, see kernel_block.py."""
+        from .kernel_block import double_block
+
+        return double_block(tokens, sizes, self.half)
+
+    def fallbacks(self) -> list[str]:
+        """Ops of the double block that do not run in a kernel here."""
+        from .kernel_block import fallbacks
+
+        return fallbacks()
 
 
 def _host_ms(call: Callable[[], Any], runs: int) -> float:

@@ -2,13 +2,14 @@
 
     python tests/fp8/kernels_with_torch.py --output kernels.json
 
-The package is entered without its __init__, which wants Paddle.
+The package is entered without its __init__, which wants Paddle. The double block is in launcher_block.py.
 """
 
 import argparse
 import importlib.util
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,12 @@ FLUSHED, NORM_EPSILON = 2**28, 1e-6  # as in ppcoat/cli/kernel_library.py
 class TorchLibrary:
     """torch on its CUDA device; methods as in PaddleLibrary."""
 
-    name, half, on_gpu = "torch", "bfloat16", True
+    name, half, device_name = "torch", "bfloat16", "cuda"
 
     def __init__(self) -> None:
         import torch
         import torch.nn.functional as F
+        import torch.utils.checkpoint
 
         self.torch, self.F = torch, F
 
@@ -41,14 +43,14 @@ class TorchLibrary:
         return f"{self.torch.cuda.get_device_name()}, torch {self.torch.__version__}"
 
     def put(self, values: np.ndarray, dtype: str | None = None) -> Any:
-        tensor = self.torch.from_numpy(values).cuda()
+        tensor = self.torch.from_numpy(values).to(self.device_name)
         return tensor if dtype is None else tensor.to(getattr(self.torch, dtype))
 
     def get(self, x: Any) -> np.ndarray:
-        return x.double().cpu().numpy()
+        return x.detach().double().cpu().numpy()
 
     def zeros(self, shape: list[int], dtype: str) -> Any:
-        return self.torch.zeros(shape, dtype=getattr(self.torch, dtype), device="cuda")
+        return self.torch.zeros(shape, dtype=getattr(self.torch, dtype), device=self.device_name)
 
     def median_ms(self, call: Callable[[], Any], runs: int) -> float:
         call()
@@ -62,6 +64,15 @@ class TorchLibrary:
             stop.synchronize()
             times.append(start.elapsed_time(stop))
         return float(np.median(times))
+
+    def peak_bytes(self, call: Callable[[], Any]) -> int | None:
+        cuda = self.torch.cuda
+        cuda.synchronize()
+        cuda.reset_peak_memory_stats()
+        before = cuda.memory_allocated()
+        call()
+        cuda.synchronize()
+        return cuda.max_memory_allocated() - before
 
     def matmul(self, x: Any, w: Any) -> Any:
         return x @ w
@@ -92,7 +103,7 @@ class TorchLibrary:
         def rms(x, weight, cos, sin):
             y = x * torch.rsqrt((x * x).mean(-1, keepdim=True) + NORM_EPSILON) * weight
             a, b = y[..., 0::2], y[..., 1::2]
-            return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).reshape(x.shape)
+            return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).reshape(x.shape).to(x.dtype)
 
         return {
             "modulated_norm": norm,
@@ -105,6 +116,91 @@ class TorchLibrary:
     def gradient(self, function: Callable, x: Any, dy: Any) -> Callable[[], Any]:
         x = x.detach().requires_grad_()
         return lambda: self.torch.autograd.grad(function(x), x, dy)
+
+    def double_block(self, tokens: int, sizes: Any) -> dict[str, Callable[[], list[Any]]]:
+        from launcher_block import LauncherBlock, autograd_block, random_stream
+
+        from ppcoat.cli.kernel_cases import LAUNCHERS
+        from ppcoat.cli.kernels import CHECKPOINTED, COAT, PLAIN
+
+        def put(values: np.ndarray, dtype: str = self.half) -> Any:
+            return self.put(values, dtype)
+
+        counts, rng = (sizes.text, tokens - sizes.text), np.random.default_rng(0)
+        streams = tuple(random_stream(put, sizes, count, seed) for seed, count in enumerate(counts))
+        inputs, grads = (
+            [put(rng.standard_normal([1, n, sizes.width], dtype="float32")) for n in counts] for _ in range(2)
+        )
+        vec = put(rng.standard_normal([1, sizes.width], dtype="float32"))
+        wanted = [*inputs, *(lora for stream in streams for lora in stream.loras())]
+        for x in wanted:
+            x.requires_grad_()
+        ops, operation = TorchOps(), _block_operation(self.torch)
+        plain = partial(autograd_block, self.eager(), ops, streams, vec)
+        checkpoint = partial(self.torch.utils.checkpoint.checkpoint, plain, use_reentrant=False)
+
+        def coat(*_: Any) -> tuple[Any, Any]:
+            return operation.apply(LauncherBlock(LAUNCHERS, ops, streams, self.half), vec, *wanted)
+
+        def forward_and_backward(block: Callable) -> list[Any]:
+            outputs = block(*inputs)
+            return [*outputs, *self.torch.autograd.grad(outputs, wanted, grads)]
+
+        ways = {COAT: coat, PLAIN: plain, CHECKPOINTED: checkpoint}
+        return {way: partial(forward_and_backward, block) for way, block in ways.items()}
+
+    def fallbacks(self) -> list[str]:
+        return []
+
+
+class TorchOps:
+    """Products and attention as launcher_block.py wants them."""
+
+    def __init__(self) -> None:
+        import torch
+
+        self.torch, self.F = torch, torch.nn.functional
+
+    def linear(self, x: Any, w: Any, b: Any) -> Any:
+        return self.F.linear(x, w.t(), b)
+
+    def times(self, x: Any, w: Any) -> Any:
+        return x @ w
+
+    def times_transposed(self, x: Any, w: Any) -> Any:
+        return x @ w.t()
+
+    def transposed_times(self, x: Any, y: Any) -> Any:
+        return x.flatten(0, 1).t() @ y.flatten(0, 1)
+
+    def concat(self, parts: Any, axis: int) -> Any:
+        return self.torch.cat(parts, axis)
+
+    def attention(self, *qkv: Any) -> Any:
+        heads_first = self.F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in qkv))
+        return heads_first.transpose(1, 2).contiguous()
+
+    def attention_again(self, *qkv: Any) -> tuple[Any, Callable]:
+        qkv = [x.detach().requires_grad_() for x in qkv]
+        with self.torch.enable_grad():
+            output = self.attention(*qkv)
+        return output.detach(), lambda do: self.torch.autograd.grad(output, qkv, do)
+
+
+def _block_operation(torch: Any) -> type:
+    class BlockOperation(torch.autograd.Function):
+        """A LauncherBlock as one operation: vec, txt, img and all LoRAs -> txt, img."""
+
+        @staticmethod
+        def forward(ctx, block, vec, txt, img, *loras):
+            ctx.block = block
+            return block.forward(vec, txt, img)
+
+        @staticmethod
+        def backward(ctx, d_txt, d_img):
+            return None, None, *ctx.block.backward(d_txt, d_img)
+
+    return BlockOperation
 
 
 def main(argv: list[str]) -> int:
