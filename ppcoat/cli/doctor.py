@@ -177,7 +177,7 @@ def attention() -> Finding:
 def tiny_flux() -> Finding:
     """The built-in model: there, and read by ppdiffusers' pipeline class."""
     if not (TINY_FLUX / "model_index.json").is_file():
-        advice = "quickstart has no model: install ppcoat with its assets (pip install . from the repository)"
+        advice = "quickstart has no model: install ppcoat from its repository (pip install --no-deps -e .)"
         return Finding("fail", "tiny FLUX", f"{TINY_FLUX.name} is missing", advice)
     config = FluxPipeline.load_config(str(TINY_FLUX))
     return Finding("ok", "tiny FLUX", f"{config['_class_name']} in {TINY_FLUX.parent.name}/{TINY_FLUX.name}")

@@ -1,6 +1,6 @@
 """LoRA steps on a FLUX of FLUX.1-dev's size with an FP8 base, on a CPU, with random weights.
 
-    python -m ppcoat benchmark full_size --folder /tmp/full_size --steps 2
+    python -m ppcoat benchmark full_size --steps 2
 
 Writes a transformer folder of 23.8 GB (three shards, bfloat16) and its FP8 copy of 11.9 GB, or uses those of
 an earlier call; trains on random latents of a picture of 128 x 128 pixels and random text embeddings, so that

@@ -82,7 +82,7 @@ class LightningConfig(BaseModel):
     )
     guidance_scale: float = Field(3.5, ge=0, description="guidance of teacher, student and previews")
     validation_steps: int = Field(
-        20000, ge=0, description=f"steps between previews in {STEPS} steps; 0: none"
+        20000, ge=0, description="steps between previews, drawn in multiphase steps; 0: none"
     )
     checkpointing_steps: int = Field(
         1000, ge=1, description="steps between checkpoints, each with a LoRA file"

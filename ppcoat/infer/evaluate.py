@@ -13,6 +13,12 @@ from ppcoat.host import tune_host
 from ppcoat.infer.clip_score import CLIP
 from ppcoat.infer.folders import FEATURES, features_named, picture_files, score_folders, table
 from ppcoat.infer.garment_scores import GUIDANCE, Guidance, compare_student, comparison_table, evaluate, sheet
+from ppcoat.lora import read_lora_file
+from ppcoat.models.loading import check_folder
+
+OF_MODEL = ("student", "samples", "guidance_scale", "true_cfg_scale", "sheet")
+OF_PICTURES = ("references", "features", "inception", "clip", "prompts")
+SAMPLES = 2000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,25 +34,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --model: a distilled LoRA, to compare at 4 steps with its teacher",
     )
     add("--references", type=Path, help="with --pictures: folder to take the Frechet distance to")
-    add("--features", choices=FEATURES, default="garments", help="of the distance (default: %(default)s)")
+    add("--features", choices=FEATURES, help=f"with --pictures: of the distance (default: {FEATURES[0]})")
     add("--inception", metavar="FILE", help="weights of paddle.vision's Inception v3, .safetensors")
     add("--clip", metavar="FOLDER", help="with --pictures: folder of a CLIP, for the CLIP score")
     add("--prompts", type=Path, help="one a line, by picture name (default: beside or in each picture)")
-    parser.add_argument("--samples", type=int, default=2000, help="pictures per score (default: %(default)s)")
+    add("--samples", type=int, help=f"with --model: pictures per score (default: {SAMPLES})")
     parser.add_argument(
         "--batch_size", type=int, default=100, help="pictures drawn at once (default: %(default)s)"
     )
     parser.add_argument(
         "--guidance_scale",
         type=float,
-        default=GUIDANCE.distilled,
-        help="distilled guidance of the samples (default: %(default)s)",
+        help=f"with --model: distilled guidance of the samples (default: {GUIDANCE.distilled})",
     )
     parser.add_argument(
         "--true_cfg_scale",
         type=float,
-        default=GUIDANCE.true_cfg,
-        help="their classifier-free guidance, twice the time above 1 (default: %(default)s)",
+        help=f"their classifier-free guidance, twice the time above 1 (default: {GUIDANCE.true_cfg})",
     )
     parser.add_argument("--output", default=None, help="write the scores to this JSON file too")
     parser.add_argument(
@@ -55,26 +59,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_command(arguments: argparse.Namespace) -> None:
+    _check(arguments)
     tune_host()
     if arguments.pictures:
-        if arguments.student:
-            raise ConfigError("--student goes with --model, the folder of its teacher, not with --pictures")
         _score_folders(arguments)
-        return
-    if arguments.student:
+    elif arguments.student:
         _score_student(arguments)
-        return
-    scores, samples = evaluate(arguments.model, arguments.samples, arguments.batch_size, _guidance(arguments))
+    else:
+        _score_model(arguments)
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Raise ConfigError for flags of the other use and for counts, and fill in what was not given."""
+    chosen, others = ("--pictures", OF_MODEL) if arguments.pictures else ("--model", OF_PICTURES)
+    for name in others:
+        if getattr(arguments, name) is not None:
+            raise ConfigError(f"--{name} has no effect with {chosen}; leave it out")
+    defaults = {"features": FEATURES[0], "samples": SAMPLES}
+    defaults |= {"guidance_scale": GUIDANCE.distilled, "true_cfg_scale": GUIDANCE.true_cfg}
+    for name, value in defaults.items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, value)
+    for name in ("samples", "batch_size"):
+        if getattr(arguments, name) < 1:
+            raise ConfigError(f"{name}: came {getattr(arguments, name)}, wanted at least 1")
+    if arguments.model:
+        check_folder(arguments.model)
+    if arguments.student:
+        read_lora_file(arguments.student)
+
+
+def _score_model(arguments: argparse.Namespace) -> None:
+    """The scores of --model."""
+    guidance = Guidance(arguments.guidance_scale, arguments.true_cfg_scale)
+    scores, samples = evaluate(arguments.model, arguments.samples, arguments.batch_size, guidance)
     for name, value in scores.items():
         print(f"{name:28s} {value:.4g}")
     if arguments.output:
         Path(arguments.output).write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
     if arguments.sheet:
         sheet(samples[:64]).save(arguments.sheet)
-
-
-def _guidance(arguments: argparse.Namespace) -> Guidance:
-    return Guidance(arguments.guidance_scale, arguments.true_cfg_scale)
 
 
 def _score_student(arguments: argparse.Namespace) -> None:
@@ -84,7 +108,7 @@ def _score_student(arguments: argparse.Namespace) -> None:
         arguments.student,
         arguments.samples,
         arguments.batch_size,
-        _guidance(arguments),
+        Guidance(arguments.guidance_scale, arguments.true_cfg_scale),
     )
     print(comparison_table(scores))
     if arguments.output:
@@ -98,8 +122,6 @@ def _score_folders(arguments: argparse.Namespace) -> None:
     """The table of --pictures."""
     if arguments.references is None and arguments.clip is None:
         raise ConfigError("nothing to score --pictures by: give --references <folder> or --clip <folder>")
-    if arguments.batch_size < 1:
-        raise ConfigError(f"batch_size: came {arguments.batch_size}, wanted at least 1")
     folders = {}
     for given in arguments.pictures:
         name, equals, folder = given.partition("=")

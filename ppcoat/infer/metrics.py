@@ -8,8 +8,8 @@ import paddle
 
 
 def psnr(pictures: paddle.Tensor, references: paddle.Tensor) -> np.ndarray:
-    """Peak signal-to-noise ratio in dB of each picture; both [N, C, H, W] in -1..1 (peak to peak 2). ->
-    [N]"""
+    """Peak signal-to-noise ratio in dB of each picture -> [N]; both [N, C, H, W] in -1..1 (2 from peak to
+    peak)."""
     error = ((pictures - references) ** 2).mean(axis=[1, 2, 3]).numpy()
     return 10 * np.log10(4 / np.maximum(error, 1e-12))
 
@@ -18,8 +18,7 @@ def frechet_distance(features: np.ndarray, references: np.ndarray) -> float:
     """Frechet distance between the Gaussians fitted to two sets of features, [N, D] and [M, D].
 
     |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), as in FID (arXiv 1706.08500). The trace of the root is
-    that of
-    (S1^(1/2) S2 S1^(1/2))^(1/2), which is symmetric, so its eigenvalues are real. Computed in float64.
+    that of (S1^(1/2) S2 S1^(1/2))^(1/2), which is symmetric, so its eigenvalues are real. All in float64.
     """
     (mean1, cov1), (mean2, cov2) = (
         (x.mean(axis=0), np.cov(x, rowvar=False))

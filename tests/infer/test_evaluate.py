@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 import ppcoat.infer.evaluate as evaluate_module
+import ppcoat.infer.garment_scores as garment_scores
 from ppcoat.cli.main import run
 
 FIXTURE = Path(__file__).parent.parent / "fixtures" / "tiny_flux_fp32"
@@ -36,7 +37,16 @@ def test_the_command_prints_and_writes_every_score(tmp_path, capsys, monkeypatch
     assert Image.open(contact_sheet).size == (16 * 64, 64)
 
 
-def test_a_student_goes_with_the_model_of_its_teacher(capsys):
-    flags = f"--pictures a={FIXTURE} --references {FIXTURE} --student lora.safetensors"
-    assert run("evaluate", flags.split()) == 2
-    assert "--student goes with --model" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--pictures a={0} --references {0} --student x", "--student has no effect with --pictures"),
+        ("--model {0} --clip x", "--clip has no effect with --model"),
+        ("--model {0} --samples 0", "samples: came 0, wanted at least 1"),
+        ("--model {0} --student {0}/none.safetensors", "none.safetensors"),
+    ],
+)
+def test_mistakes_are_named_before_anything_is_drawn(flags, message, capsys, monkeypatch):
+    monkeypatch.setattr(garment_scores.FluxPipeline, "from_pretrained", lambda *_: pytest.fail("loaded"))
+    assert run("evaluate", flags.format(FIXTURE).split()) == 2
+    assert message in capsys.readouterr().err
