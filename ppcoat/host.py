@@ -1,5 +1,5 @@
-"""The process and the device a command runs on: CPU settings that change speed but never results, and
-set_device."""
+"""The process and the device a command runs on: CPU settings that change speed but never results,
+set_device and compute_dtype; and whether another process is alive."""
 
 from __future__ import annotations
 
@@ -110,6 +110,19 @@ def compute_dtype(name: str) -> str | None:
     if name not in ("auto", "float32") and paddle.get_device() == "cpu":
         raise ConfigError(f"dtype {name}: Paddle computes in float32 only on a CPU; use auto or float32")
     return None if name == "auto" else name
+
+
+def is_running(pid: int) -> bool:
+    """Whether another living process of this machine has this id; the caller's own is not another."""
+    if pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # alive, of another user
+        return True
+    return True
 
 
 def memory_in_use() -> str:

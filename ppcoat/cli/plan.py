@@ -1,19 +1,23 @@
 """The memory a run will need, before anything is allocated.
 
 python -m ppcoat plan config.yaml [--vram 24]
+python -m ppcoat plan newbie_config.toml [--vram 16]
 python -m ppcoat plan lightning [--vram 48] [--resolution 1024]
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
+from pathlib import Path
 
 import yaml
 
 from ppcoat.cli.train import add_set_flag
 from ppcoat.config.lightning import LightningConfig, lightning_config
 from ppcoat.config.load import load_config
+from ppcoat.config.newbie import load_newbie_config
 from ppcoat.config.schema import RunConfig
 from ppcoat.errors import ConfigError
 from ppcoat.train.plan import GB, Plan, check_budget, plan
@@ -42,8 +46,8 @@ RESOLUTION = 1024
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "config",
-        help="YAML file of a training run, e.g. configs/flux_lora_24gb.yaml; or the word lightning, for the "
-        "distillation of FLUX.1-dev with all losses and gradient checkpointing",
+        help="file of a training run, e.g. configs/flux_lora_24gb.yaml, or TOML for NewBie-image; or the "
+        "word lightning, for the distillation of FLUX.1-dev with all losses and gradient checkpointing",
     )
     parser.add_argument(
         "--vram", type=float, metavar="GB", help="choose the fastest settings that fit into so many GB"
@@ -62,7 +66,8 @@ def run_command(arguments: argparse.Namespace) -> None:
         return
     if arguments.resolution is not None:
         raise ConfigError("--resolution is for plan lightning; a config file says it in its datasets")
-    config = load_config(arguments.config, arguments.overrides)
+    load = load_newbie_config if Path(arguments.config).suffix == ".toml" else load_config
+    config = load(arguments.config, arguments.overrides)
     planned = plan(config, arguments.vram)
     print(table(planned))
     if arguments.vram is not None:
@@ -123,7 +128,25 @@ def lightning_case(resolution: int, fp8_base: bool) -> LightningConfig:
 
 def settings_yaml(choice: Choice) -> str:
     """The lines to put into a config."""
-    sections = {
+    sections = _sections(choice)
+    if choice.checkpoint_blocks:
+        sections["coat"]["memory"] = {"checkpoint_blocks": choice.checkpoint_blocks}
+    return yaml.safe_dump(sections, sort_keys=False).rstrip()
+
+
+def settings_toml(choice: Choice) -> str:
+    """The same for NewBie-image, as tables beside [Model] and [Optimization]."""
+    sections = _sections(choice)
+    tables = {"model": sections["model"], "train": sections["train"]}
+    tables["coat.activation"] = sections["coat"]["activation"]
+    lines = []
+    for name, values in tables.items():
+        lines += [f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in values.items())]
+    return "\n".join(lines)
+
+
+def _sections(choice: Choice) -> dict[str, dict]:
+    return {
         "model": {"quantize": choice.quantize, "blocks_to_swap": choice.blocks_to_swap},
         "train": {
             "batch_size": choice.batch_size,
@@ -132,9 +155,6 @@ def settings_yaml(choice: Choice) -> str:
         },
         "coat": {"activation": {"policy": choice.policy}},
     }
-    if choice.checkpoint_blocks:
-        sections["coat"]["memory"] = {"checkpoint_blocks": choice.checkpoint_blocks}
-    return yaml.safe_dump(sections, sort_keys=False).rstrip()
 
 
 def advice(config: RunConfig, planned: Plan) -> str:
@@ -144,10 +164,11 @@ def advice(config: RunConfig, planned: Plan) -> str:
         if config.model.quantize
         else "An FP8 base was not considered: model.quantize: true would allow it."
     )
+    settings = settings_toml if config.model.family == "newbie" else settings_yaml
     return (
         f"\nThe fastest that fits into {planned.vram_gb:g} GB: about {planned.seconds:.1f} s an update by a "
         f"model of the time\n({FLOPS / 1e12:.0f} TFLOP/s, PCIe {PCIE_RATE / GB:.0f} GB/s), not a "
-        f"measurement. {allowed}\nIn the config:\n\n{settings_yaml(planned.choice)}"
+        f"measurement. {allowed}\nIn the config:\n\n{settings(planned.choice)}"
     )
 
 

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from ppcoat.config.load import dump_config, load_config
 from ppcoat.config.schema import RunConfig
 from ppcoat.host import tune_host
 
+if TYPE_CHECKING:
+    from ppcoat.train.trainer import StepResult
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="YAML file, e.g. configs/quickstart.yaml")
     add_set_flag(parser)
-    parser.add_argument(
-        "--dry_run",
-        action="store_true",
-        help="check everything, show settings and data, time two steps, and leave nothing on the disk",
-    )
+    add_dry_run_flag(parser)
 
 
 def add_set_flag(parser: argparse.ArgumentParser) -> None:
@@ -31,23 +32,31 @@ def add_set_flag(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_dry_run_flag(parser: argparse.ArgumentParser) -> None:
+    """--dry_run, as every command that trains from a config file has it."""
+    parser.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="check everything, show settings and data, time two steps, and leave nothing on the disk",
+    )
+
+
 def run_command(arguments: argparse.Namespace) -> None:
     config = load_config(arguments.config, arguments.overrides)
-    from ppcoat.train.flux_lora import train_flux_lora
+    from ppcoat.train.flux_lora import dry_run, train_flux_lora
 
     tune_host()
     if arguments.dry_run:
-        show_dry_run(config)
+        show_dry_run(config, dry_run(config))
     else:
         train_flux_lora(config)
 
 
-def show_dry_run(config: RunConfig) -> None:
-    """Print the complete settings, the data report and what two steps give."""
-    from ppcoat.train.flux_lora import dry_run
-
+def show_dry_run(config: RunConfig, steps: Iterator[tuple[StepResult, float]]) -> None:
+    """Print the complete settings, the data report and what two steps give. steps: lora_run.dry_run's, each
+    step with its seconds."""
     print(dump_config(config))
-    for number, (result, seconds) in enumerate(dry_run(config), start=1):
+    for number, (result, seconds) in enumerate(steps, start=1):
         kept = "not counted" if result.saved is None else f"{result.saved.bytes_kept / 1e6:.2f} MB"
         note = " (not finite: nothing was updated)" if result.skipped else ""
         print(f"step {number}: loss {result.loss:.4f}{note}, activations kept {kept}, {seconds * 1e3:.0f} ms")

@@ -1,4 +1,4 @@
-"""python train_scripts/train_newbie_lora.py --config_file my_config.toml [--set train.steps=50]
+"""python train_scripts/train_newbie_lora.py --config_file my_config.toml [--set train.steps=50] [--dry_run]
 
 The config.yaml that a run leaves in its folder may be given, too.
 """
@@ -12,18 +12,22 @@ from ppcoat.config.load import load_config
 from ppcoat.config.newbie import load_newbie_config
 from ppcoat.host import tune_host
 
-from .train import add_set_flag
+from .train import add_dry_run_flag, add_set_flag, show_dry_run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config_file", required=True, help="TOML file, e.g. configs/newbie_lora.toml")
     add_set_flag(parser)
+    add_dry_run_flag(parser)
 
 
 def run_command(arguments: argparse.Namespace) -> None:
     load = load_config if Path(arguments.config_file).suffix in (".yaml", ".yml") else load_newbie_config
     config = load(arguments.config_file, arguments.overrides)
-    from ppcoat.train.newbie_lora import train_newbie_lora
+    from ppcoat.train.newbie_lora import dry_run, train_newbie_lora
 
     tune_host()
-    train_newbie_lora(config)
+    if arguments.dry_run:
+        show_dry_run(config, dry_run(config))
+    else:
+        train_newbie_lora(config)

@@ -22,6 +22,7 @@ import safetensors.paddle
 from safetensors import SafetensorError
 
 from ppcoat.errors import ConfigError
+from ppcoat.host import is_running
 
 FORMAT = "ppcoat-embedding-1"  # part of every key, so that entries of another format are never found
 _KEY = re.compile(r"^[0-9a-f]{64}$")
@@ -171,11 +172,6 @@ def _is_forgotten(draft: Path, host: str, pid: int) -> bool:
     try:
         if time.time() - draft.stat().st_mtime > _FORGOTTEN_SECONDS:
             return True
-        if host != _HOST:
-            return False
-        os.kill(pid, 0)
-    except (FileNotFoundError, ProcessLookupError):
+    except FileNotFoundError:
         return True
-    except PermissionError:  # alive, of another user
-        return False
-    return pid == os.getpid()  # an id used again: this process is not writing yet
+    return host == _HOST and not is_running(pid)  # this process's own id, used again, is not writing yet

@@ -31,7 +31,6 @@ from ppcoat.distill.trainer import (
 )
 from ppcoat.errors import ConfigError
 from ppcoat.host import compute_dtype, set_device, tune_host
-from ppcoat.lora import inject_lora
 from ppcoat.models.flux_pipeline import FluxPipeline
 from ppcoat.models.loading import check_folder
 from ppcoat.models.scheduler import calculate_shift
@@ -41,8 +40,10 @@ from ppcoat.train.base_model import check_swap, exchange_for_transformer, load_e
 from ppcoat.train.coat import COATTrainer
 from ppcoat.train.flux_lora import FluxFamily, encode_dataset
 from ppcoat.train.lora_files import LoRAFiles
+from ppcoat.train.lora_run import start_run_folder
 from ppcoat.train.previews import draw_previews
 from ppcoat.train.ranks import Ranks
+from ppcoat.train.targets import put_adapter, trained_parameters
 from ppcoat.train.trainer import TrainingResult
 
 GIGABYTE = 10**9
@@ -74,7 +75,8 @@ def train_flux_lightning(config: LightningConfig) -> TrainingResult:
     datasets = scan_datasets(run)
     if ranks.is_first:
         print(data_report(datasets))
-        _start_run_folder(config, run)
+        settings = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        start_run_folder(run.run_dir, settings)
         _say_dtype(config)
     pre_allocate(config.pre_alloc_memory)
     pipeline = load_encoders(run, dtype)
@@ -94,20 +96,12 @@ def build_trainer(
     """Put LoRA, COAT and heads on the transformer and everything a trainer needs around them."""
     ranks, transformer = ranks or Ranks(), pipeline.transformer
     coat = COATTrainer(run.coat, config.gradient_checkpointing)
-    modules = inject_lora(
-        transformer,
-        rank=run.network.linear,
-        alpha=run.network.linear_alpha,
-        policy=coat.policy,
-        group_size=coat.linear_group_size,
-        seed=config.seed,
-    )
+    modules = put_adapter(run, transformer, coat.policy, coat.linear_group_size)
     coat.convert(transformer)
     if config.blocks_to_swap:
         swap_blocks(list(last_blocks(transformer, config.blocks_to_swap).values()))
     transformer.train()
-    parameters = {f"{path}.{name}": getattr(layer, name) for path, layer in modules.items()
-                  for name in ("lora_A", "lora_B")}  # fmt: skip
+    parameters = trained_parameters(modules)
     sides = build_sides(config, coat, transformer, parameters, pipeline.scheduler.config)
 
     def draw() -> tuple[list[Image.Image], list[str]]:
@@ -220,18 +214,6 @@ def _unpacked(config: LightningConfig, run: RunConfig, ranks: Ranks) -> Path:
     if ranks.is_first:
         print(done.line())
     return folder
-
-
-def _start_run_folder(config: LightningConfig, run: RunConfig) -> None:
-    try:
-        run.run_dir.mkdir(parents=True, exist_ok=True)
-        text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-        (run.run_dir / "config.yaml").write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(
-            f"output folder {run.run_dir}: cannot be written to ({error.strerror}); choose another "
-            "output_dir or make it writable"
-        ) from None
 
 
 def _say_dtype(config: LightningConfig) -> None:

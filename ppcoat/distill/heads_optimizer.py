@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import paddle
 
-from ppcoat.train.optimizer_state import optimizer_state_bytes
+from ppcoat.train.optimizer_state import is_of_parameter, optimizer_state_bytes
 
 
 class HeadsOptimizer:
@@ -59,7 +59,7 @@ class HeadsOptimizer:
         """The states of all; names that do not begin with a parameter's own get the number of the head in
         front."""
         return {
-            name if _is_of_parameter(name, parameters) else f"{i}.{name}": value
+            name if is_of_parameter(name, parameters) else f"{i}.{name}": value
             for i, (optimizer, parameters) in self._numbered()
             for name, value in optimizer.state_dict().items()
         }
@@ -67,7 +67,7 @@ class HeadsOptimizer:
     def set_state_dict(self, state: dict[str, paddle.Tensor]) -> None:
         """Restore what state_dict gave. Raises ConfigError as FP8AdamW does."""
         for i, (optimizer, parameters) in self._numbered():
-            own = {name: value for name, value in state.items() if _is_of_parameter(name, parameters)}
+            own = {name: value for name, value in state.items() if is_of_parameter(name, parameters)}
             prefix = f"{i}."
             own |= {name.removeprefix(prefix): v for name, v in state.items() if name.startswith(prefix)}
             optimizer.set_state_dict(own)
@@ -85,7 +85,3 @@ class HeadsOptimizer:
 def _release(parameters: list[paddle.Tensor]) -> None:
     for parameter in parameters:
         parameter.clear_gradient(False)
-
-
-def _is_of_parameter(name: str, parameters: list[paddle.Tensor]) -> bool:
-    return any(name.startswith(f"{parameter.name}_") for parameter in parameters)

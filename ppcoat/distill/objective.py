@@ -24,9 +24,9 @@ from ppcoat.distill.discriminator import Discriminator
 from ppcoat.distill.losses import distance, matching_target
 from ppcoat.distill.solver import EulerPhases, jump, noised, per_picture
 from ppcoat.lora import lora_disabled
-from ppcoat.models.flux_pipeline import latent_image_ids, pack_latents
+from ppcoat.models.flux_pipeline import pack_latents
 from ppcoat.models.scheduler import calculate_shift
-from ppcoat.train.objective import FlowLoss, Objective
+from ppcoat.train.objective import FlowLoss, Objective, velocity
 
 NOISES = ("picture", "fake", "real", "matching", "reflow")
 PLACES = ("adversarial", "matching", "reflow")
@@ -183,7 +183,6 @@ class Scene:
         self.transformer, self._batch, self._drawn = transformer, batch, drawn
         self._objective = objective
         clean = pack_latents(batch["latents"])
-        self._dtype = clean.dtype
         self.solver = objective.solver(clean.shape[1])
         self.step = drawn["step"]
         self._start = self.solver.start_of(self.step)
@@ -193,20 +192,7 @@ class Scene:
 
     def velocity(self, x: paddle.Tensor, sigma: np.ndarray) -> paddle.Tensor:
         """The transformer as it stands, at levels sigma [B]: [B, tokens, C] -> the same shape."""
-        height, width = (side // 2 for side in self._batch["latents"].shape[-2:])
-        embeds, guidance = self._batch["prompt_embeds"], None
-        if self.transformer.config.guidance_embeds:
-            guidance = paddle.full([x.shape[0]], self._objective.guidance, dtype="float32")
-        return self.transformer(
-            hidden_states=x.astype(self._dtype),
-            encoder_hidden_states=embeds,
-            pooled_projections=self._batch["pooled"],
-            timestep=paddle.to_tensor(sigma, dtype="float32"),
-            img_ids=latent_image_ids(height, width),
-            txt_ids=paddle.zeros([embeds.shape[1], 3]),
-            guidance=guidance,
-            return_dict=False,
-        )[0]
+        return velocity(self.transformer, self._batch, x, sigma, self._objective.guidance)
 
     def teacher_velocity(self, x: paddle.Tensor, sigma: np.ndarray) -> paddle.Tensor:
         """`velocity` without the LoRA."""

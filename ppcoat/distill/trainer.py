@@ -17,7 +17,7 @@ import paddle
 from ppcoat.data.batches import ResumableBatches
 from ppcoat.distill.objective import DiscriminatorObjective, Distillation
 from ppcoat.train.coat import COATTrainer
-from ppcoat.train.optimizer_state import optimizer_state_bytes
+from ppcoat.train.optimizer_state import is_of_parameter, optimizer_state_bytes
 from ppcoat.train.report import Report, SigmaBins
 from ppcoat.train.trainer import StepResult, Trainer
 
@@ -62,7 +62,7 @@ class BothOptimizers:
     def state_dict(self) -> dict:
         """Both states; names that do not begin with a parameter's own get that of the side in front."""
         return {
-            key if _is_of_parameter(key, side) else f"{name}.{key}": value
+            key if is_of_parameter(key, side.parameters.values()) else f"{name}.{key}": value
             for name, side in self._sides.items()
             for key, value in side.optimizer.state_dict().items()
         }
@@ -70,7 +70,8 @@ class BothOptimizers:
     def set_state_dict(self, state: dict) -> None:
         """Restore what state_dict gave. Raises ConfigError as FP8AdamW does."""
         for name, side in self._sides.items():
-            own = {key: value for key, value in state.items() if _is_of_parameter(key, side)}
+            parameters = side.parameters.values()
+            own = {key: value for key, value in state.items() if is_of_parameter(key, parameters)}
             prefix = f"{name}."
             own |= {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
             side.optimizer.set_state_dict(own)
@@ -142,7 +143,3 @@ def both_sides(sides: dict[str, Side]) -> dict:
     first = sides[GENERATOR]
     return {"parameters": parameters, "optimizer": BothOptimizers(sides), "schedule": first.schedule,
             "objective": first.objective, "coat": first.coat, "bins": first.bins}  # fmt: skip
-
-
-def _is_of_parameter(key: str, side: Side) -> bool:
-    return any(key.startswith(f"{parameter.name}_") for parameter in side.parameters.values())

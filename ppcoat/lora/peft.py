@@ -12,7 +12,6 @@ neither: diffusion_model.<path>.lora_down.weight and so on.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from .files import tensors_and_header
 from .formats import lora_modules
 from .layer import adapter_layers
 from .lokr import FACTORS, LoKrLinear
+from .writing import whole_file
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -48,11 +48,9 @@ def save_peft(
     header = _header("lyco_lokr" if _is_lokr(layers) else "lora", first.rank, first.alpha)
     config = _lokr_config(first) if _is_lokr(layers) else _lora_config(first, targets, dropout)
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     _write(folder / WEIGHTS, tensors, header, dtype)
-    draft = folder / f".{CONFIG}.tmp-{os.getpid()}"
-    draft.write_text(json.dumps(config, indent=2, sort_keys=not _is_lokr(layers)), encoding="utf-8")
-    draft.replace(folder / CONFIG)
+    with whole_file(folder / CONFIG) as draft:
+        draft.write_text(json.dumps(config, indent=2, sort_keys=not _is_lokr(layers)), encoding="utf-8")
     return adapter_summary(model)
 
 
@@ -172,19 +170,11 @@ def _lokr_config(layer: LoKrLinear) -> dict:
 
 def _write(path: Path, tensors: Mapping[str, np.ndarray], header: dict[str, str], dtype: str) -> None:
     """Write, read back and compare, then give it its name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     whole = {name: paddle.to_tensor(np.array(value, order="C"), place=paddle.CPUPlace()).astype(dtype)
              for name, value in tensors.items()}  # fmt: skip
-    try:
+    with whole_file(path) as draft:
         save_file(whole, str(draft), metadata=header)
-        draft.chmod(0o644)  # safetensors makes files that only their owner can read
-        with draft.open("rb") as file:
-            os.fsync(file.fileno())
         found, _ = tensors_and_header(draft)
         for name, tensor in whole.items():
             if name not in found or found[name].numpy().tobytes() != tensor.numpy().tobytes():
                 raise OSError(f"{path.name}: {name} is not in the file as it was written; nothing was saved")
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)

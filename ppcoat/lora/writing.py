@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -44,21 +45,28 @@ def write_lora_file(
     _check_target(path, modules, file_format, dtype)
     named = _named(modules, file_format)
     header = {**fields, **make_header(named, file_format)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        save_file(_to_tensors(named, file_format, dtype), str(temporary), metadata=header)
-        temporary.chmod(0o644)  # safetensors makes files that only their owner can read
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
+    with whole_file(path) as draft:
+        save_file(_to_tensors(named, file_format, dtype), str(draft), metadata=header)
         # kohya's fused modules have names beside those in `modules`, but only FLUX's have them
         paths = None if file_format == "kohya" else modules.keys()
-        found = parse_lora(*tensors_and_header(temporary), paths)
-        error = _compare(found, modules, path.name, dtype)
-        temporary.replace(path)
+        found = parse_lora(*tensors_and_header(draft), paths)
+        return _compare(found, modules, path.name, dtype)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """The path of a draft beside `path`, to be written and checked in the body. It becomes `path`, synced and
+    readable by all, when the body ends; where anything raises it is removed, and `path` stays as it was."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        yield draft
+        draft.chmod(0o644)  # safetensors makes files that only their owner can read
+        with draft.open("rb") as file:
+            os.fsync(file.fileno())
+        draft.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)
-    return error
+        draft.unlink(missing_ok=True)
 
 
 def _check_target(path: Path, modules: Mapping[str, LoRAModule], file_format: str, dtype: str) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from ppcoat.errors import ConfigError
+from ppcoat.host import is_running
 from ppcoat.models.saving import cut_into_shards, write_json
 
 _log = logging.getLogger(__name__)
@@ -114,19 +115,9 @@ def _remove_drafts(folder: Path) -> None:
     """What this process or one that is gone left of `folder`, which may be many gigabytes."""
     for draft in folder.parent.glob(f"{folder.name}.tmp-*"):
         match = re.fullmatch(r".*\.tmp-([0-9]+)", draft.name)
-        if match and (int(match[1]) == os.getpid() or not _is_running(int(match[1]))):
+        if match and not is_running(int(match[1])):
             _log.warning("removing %s, which a stopped process left unfinished", draft)
             shutil.rmtree(draft)
-
-
-def _is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # alive, of another user
-        return True
-    return True
 
 
 def _nbytes(entry: tuple[str, list[int]]) -> int:

@@ -24,6 +24,7 @@ import paddle
 import safetensors.paddle
 
 from ppcoat.errors import ConfigError
+from ppcoat.host import is_running
 
 FORMAT = "ppcoat-checkpoint-1"
 _COMMITTED = re.compile(r"^[0-9]{9}$")
@@ -247,19 +248,6 @@ def _clean_up(root: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
-
-
-def is_running(pid: int) -> bool:
-    """Whether another living process may still be writing under this id."""
-    if pid == os.getpid():
-        return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _prune(root: Path, step: int, keep: int) -> None:

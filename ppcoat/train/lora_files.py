@@ -13,8 +13,8 @@ from pathlib import Path
 import paddle
 
 from ppcoat.config.schema import RunConfig
+from ppcoat.host import is_running
 from ppcoat.lora import LoRASummary, save_lora
-from ppcoat.train.checkpoint import is_running
 
 
 @dataclass(frozen=True)

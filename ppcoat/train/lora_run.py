@@ -32,7 +32,7 @@ from ppcoat.train.ema import RunningMean
 from ppcoat.train.objective import Objective
 from ppcoat.train.previews import draw_previews, preview_prompts
 from ppcoat.train.ranks import Ranks
-from ppcoat.train.targets import put_adapter
+from ppcoat.train.targets import put_adapter, trained_parameters
 from ppcoat.train.trainer import SaveWeights, StepResult, Trainer, TrainingResult
 from ppcoat.train.validation import Validation, encode_validation, validation_pairs
 
@@ -105,7 +105,7 @@ def train_lora(family: Family, config: RunConfig) -> TrainingResult:
     inputs = check_inputs(family, config)
     config, ranks = with_steps_of_epochs(config, inputs), inputs.ranks
     if ranks.is_first:
-        _start_run_folder(config)
+        start_run_folder(config.run_dir, dump_config(config))
     pipeline = family.load_encoders(config, inputs.dtype)
     # with a cache on disk the first rank encodes and the others read; without, each encodes for itself
     with ranks.first_ahead() if _caches_to_disk(config) else nullcontext():
@@ -150,7 +150,8 @@ def check_inputs(family: Family, config: RunConfig) -> Inputs:
     validation = validation_pairs(config)
     family.check(config)
     captions = [caption for each in all_examples(datasets) for caption in each.captions]
-    family.check_captions(config, list(dict.fromkeys([*captions, *preview_prompts(config)])))
+    captions += [*preview_prompts(config), *(caption for _, caption in validation)]
+    family.check_captions(config, list(dict.fromkeys(captions)))
     set_device(config.device)
     dtype = compute_dtype(config.model.dtype)
     ranks = Ranks.current(config.device)
@@ -222,8 +223,7 @@ def build_trainer(
     if config.model.blocks_to_swap:
         swap_blocks(list(family.last_blocks(transformer, config.model.blocks_to_swap).values()))
     transformer.train()
-    parameters = {f"{path}.{name}": parameter for path, layer in modules.items()
-                  for name, parameter in layer.named_parameters() if not parameter.stop_gradient}  # fmt: skip
+    parameters = trained_parameters(modules)
     shape = ScheduleShape(train.lr_num_cycles, train.lr_power, train.lr_step_size or 1, train.lr_gamma)
     schedule = lr_scheduler(train.lr_scheduler, train.lr, train.steps, train.lr_warmup_steps, shape)
     optimizer = coat.create_optimizer(
@@ -258,13 +258,15 @@ def build_trainer(
     )
 
 
-def _start_run_folder(config: RunConfig) -> None:
+def start_run_folder(folder: Path, settings: str) -> None:
+    """Make the folder of a run with its settings, YAML, in config.yaml. Raises ConfigError where it cannot be
+    written to."""
     try:
-        config.run_dir.mkdir(parents=True, exist_ok=True)
-        (config.run_dir / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(settings, encoding="utf-8")
     except OSError as error:
         raise ConfigError(
-            f"output folder {config.run_dir}: cannot be written to ({error.strerror}); choose another "
+            f"output folder {folder}: cannot be written to ({error.strerror}); choose another "
             "output_dir or make it writable"
         ) from None
 

@@ -5,6 +5,7 @@ The original trainer's faults that are not repeated here are listed in the tests
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -22,7 +23,9 @@ from ppcoat.nn.convert import quantize_linears
 from ppcoat.nn.swap import check_count
 from ppcoat.train import lora_run
 from ppcoat.train.base_model import drop_encoders
+from ppcoat.train.coat import COATTrainer
 from ppcoat.train.newbie_files import NewbieFiles
+from ppcoat.train.plan import with_memory_plan
 from ppcoat.train.ranks import Ranks
 from ppcoat.train.targets import chosen_modules
 from ppcoat.train.trainer import SaveWeights, StepResult, TrainingResult
@@ -35,6 +38,8 @@ _OF_FLUX = (
     ("network", NetworkConfig, ("double_blocks", "single_blocks")),
     ("coat.memory", CoatMemoryConfig, ("checkpoint_blocks",)),
 )
+
+_log = logging.getLogger(__name__)
 
 
 def train_newbie_lora(config: RunConfig) -> TrainingResult:
@@ -53,11 +58,7 @@ class NewbieFamily:
 
     preview_negatives = ("",)
 
-    def with_memory_plan(self, config: RunConfig) -> RunConfig:
-        """The config as it is. Raises ConfigError for memory: auto."""
-        if config.memory != "as_given":
-            raise ConfigError("memory: auto plans FLUX runs only; use as_given and choose the settings")
-        return config
+    with_memory_plan = staticmethod(with_memory_plan)
 
     def check(self, config: RunConfig) -> None:
         """Kind of model, settings that it has, folder, targets and number of swapped blocks."""
@@ -132,8 +133,13 @@ class NewbieFamily:
         return Transport()
 
     def set_up_checkpointing(self, config: RunConfig, transformer: paddle.nn.Layer) -> None:
-        """All `layers`, not the refiners, as in the original."""
+        """All `layers`, not the refiners, as in the original; a warning where this loses FP8 activations."""
         if config.train.gradient_checkpointing:
+            if COATTrainer(config.coat).fp8_activations:
+                _log.warning(
+                    "coat.activation has no effect with train.gradient_checkpointing: set that to false for "
+                    "FP8 activations"
+                )
             transformer.enable_gradient_checkpointing()
 
     def last_blocks(self, transformer: paddle.nn.Layer, count: int) -> dict[str, paddle.nn.Layer]:

@@ -79,29 +79,12 @@ class FlowMatching(Objective):
         number, 1 by default, that multiplies the loss); noise levels [B] in 0..1 and noise
         [B, tokens, C * 4].
         """
-        latents = pack_latents(batch["latents"])
-        count = latents.shape[0]
-        levels = paddle.to_tensor(sigma, dtype="float32")
         noise = paddle.to_tensor(noise, dtype="float32")
-        mix = levels.reshape([-1, 1, 1])
-        clean = latents.astype("float32")
-        noisy = ((1 - mix) * clean + mix * noise).astype(latents.dtype)
-        height, width = (side // 2 for side in batch["latents"].shape[-2:])
-        embeds = batch["prompt_embeds"]
-        guidance = None
-        if transformer.config.guidance_embeds:
-            guidance = paddle.full([count], self.guidance, dtype="float32")
-        velocity = transformer(
-            hidden_states=noisy,
-            encoder_hidden_states=embeds,
-            pooled_projections=batch["pooled"],
-            timestep=levels,
-            img_ids=latent_image_ids(height, width),
-            txt_ids=paddle.zeros([embeds.shape[1], 3]),
-            guidance=guidance,
-            return_dict=False,
-        )[0]
-        distance = self._distance(velocity.astype("float32") - (noise - clean))
+        mix = paddle.to_tensor(sigma, dtype="float32").reshape([-1, 1, 1])
+        clean = pack_latents(batch["latents"]).astype("float32")
+        noisy = (1 - mix) * clean + mix * noise
+        predicted = velocity(transformer, batch, noisy, sigma, self.guidance)
+        distance = self._distance(predicted.astype("float32") - (noise - clean))
         mean = distance.mean()
         if self.timestep_type == "weighted":
             mean = (distance.mean([1, 2]) * paddle.to_tensor(level_weights(sigma))).mean()
@@ -124,6 +107,30 @@ class FlowMatching(Objective):
         if self.loss_type == "pseudo_huber":
             return (error.square() + PSEUDO_HUBER_C**2).sqrt() - PSEUDO_HUBER_C
         return error.square()
+
+
+def velocity(
+    transformer: paddle.nn.Layer, batch: dict, x: paddle.Tensor, levels: np.ndarray, guidance: float
+) -> paddle.Tensor:
+    """What a FLUX transformer predicts for noisy latents x [B, tokens, C * 4] at noise levels [B] in 0..1, of
+    the shape of x, in the dtype of the model.
+
+    batch: see FlowMatching.losses_at; x is cast to the dtype of its latents. guidance: for the guidance
+    embedding, where the model has one.
+    """
+    height, width = (side // 2 for side in batch["latents"].shape[-2:])
+    embeds = batch["prompt_embeds"]
+    with_guidance = transformer.config.guidance_embeds
+    return transformer(
+        hidden_states=x.astype(batch["latents"].dtype),
+        encoder_hidden_states=embeds,
+        pooled_projections=batch["pooled"],
+        timestep=paddle.to_tensor(levels, dtype="float32"),
+        img_ids=latent_image_ids(height, width),
+        txt_ids=paddle.zeros([embeds.shape[1], 3]),
+        guidance=paddle.full([x.shape[0]], guidance, dtype="float32") if with_guidance else None,
+        return_dict=False,
+    )[0]
 
 
 def level_weights(sigma: np.ndarray) -> np.ndarray:

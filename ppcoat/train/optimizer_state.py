@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import paddle
 
 
@@ -11,6 +13,11 @@ def optimizer_state_bytes(optimizer: paddle.optimizer.Optimizer) -> int:
         return optimizer.state_bytes()
     moments = [t for name, t in optimizer.state_dict().items() if "moment" in name]
     return sum(t.size * t.element_size() for t in moments)
+
+
+def is_of_parameter(name: str, parameters: Iterable[paddle.Tensor]) -> bool:
+    """Whether a name in an optimizer's state begins with that of one of the parameters."""
+    return any(name.startswith(f"{parameter.name}_") for parameter in parameters)
 
 
 def optimizer_tensors(

@@ -17,8 +17,8 @@ import paddle
 
 from ppcoat.config.schema import RunConfig
 from ppcoat.errors import ConfigError
-from ppcoat.nn.policy import POLICIES
 from ppcoat.train.meter import GpuMeter, HostMeter
+from ppcoat.train.plan_newbie import NewbieFootprint
 from ppcoat.train.plan_phases import Choice, Footprint, Phase
 
 GB = 1e9
@@ -55,13 +55,14 @@ class Plan:
 def plan(config: RunConfig, vram_gb: float | None = None) -> Plan:
     """Without vram_gb the plan of the config as it is; with it, of the fastest settings that fit.
 
-    Chosen are the saving policy (FP8 only where coat.enabled), checkpointed blocks, swapped blocks, and the
-    batch size with gradient_accumulation such that an update sees the same number of pictures. An FP8 base is
-    taken only where model.quantize allows it, and only if it is faster or needed. Raises ConfigError if
-    nothing fits, naming the smallest need, and for what the config asks of a model that lacks it.
+    Chosen are the saving policy (FP8 only where coat.enabled), checkpointed blocks (NewBie-image: all or
+    none), swapped blocks, and the batch size with gradient_accumulation such that an update sees the same
+    number of pictures. An FP8 base is taken only where model.quantize allows it, and only if it is faster or
+    needed. Raises ConfigError if nothing fits, naming the smallest need, and for what the config asks of a
+    model that lacks it.
     """
     check_budget(vram_gb)
-    footprint = Footprint(config, planned_for_gpu(config, vram_gb))
+    footprint = footprint_of(config, planned_for_gpu(config, vram_gb))
     if vram_gb is None:
         return _plan(footprint, as_given(config, len(footprint.model.blocks)))
     plans = [_plan(footprint, choice) for choice in _candidates(footprint, vram_gb * GB)]
@@ -69,6 +70,11 @@ def plan(config: RunConfig, vram_gb: float | None = None) -> Plan:
     if not fitting:
         raise ConfigError(_nothing_fits(config, min(plans, key=lambda each: each.total), vram_gb))
     return replace(min(fitting, key=lambda each: (each.seconds, each.total)), vram_gb=vram_gb)
+
+
+def footprint_of(config: RunConfig, on_gpu: bool) -> Footprint:
+    """That of the config's kind of model."""
+    return (NewbieFootprint if config.model.family == "newbie" else Footprint)(config, on_gpu)
 
 
 def check_budget(vram_gb: float | None) -> float | None:
@@ -107,11 +113,11 @@ def with_choice(config: RunConfig, choice: Choice) -> RunConfig:
         "gradient_accumulation": choice.gradient_accumulation,
         "gradient_checkpointing": choice.checkpoint_blocks > 0,
     }
+    # NewBie-image checkpoints all of its layers or none
+    of_flux = choice.checkpoint_blocks if config.model.family == "flux" else 0
     coat = {
         "activation": config.coat.activation.model_copy(update={"policy": choice.policy}),
-        "memory": config.coat.memory.model_copy(
-            update={"checkpoint_blocks": choice.checkpoint_blocks or None}
-        ),
+        "memory": config.coat.memory.model_copy(update={"checkpoint_blocks": of_flux or None}),
     }
     return config.model_copy(
         update={
@@ -145,13 +151,12 @@ def _candidates(footprint: Footprint, budget: float) -> Iterator[Choice]:
     """Every base, batch, policy and number of checkpointed blocks, each with the fewest swapped blocks that
     fit; with all, where none do.
     """
-    config, blocks = footprint.config, len(footprint.model.blocks)
-    fp8 = config.coat.enabled and config.coat.activation.use_fp8
+    config = footprint.config
     pictures = config.train.batch_size * config.train.gradient_accumulation
     for batch in (n for n in range(1, pictures + 1) if pictures % n == 0):
         for quantize in (False, True) if config.model.quantize else (False,):
-            for policy in POLICIES if fp8 else ("none",):
-                for checkpointed in range(blocks + 1):
+            for policy in footprint.policies:
+                for checkpointed in footprint.checkpoint_counts:
                     bare = Choice(policy, checkpointed, quantize, 0, batch, pictures // batch)
                     yield _with_fewest_swapped(footprint, bare, budget)
 

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import paddle
 
-from ppcoat.config.schema import RunConfig
+from ppcoat.config.schema import NetworkConfig, RunConfig
 from ppcoat.data.buckets import AREA_TOLERANCE
 from ppcoat.data.examples import all_examples, scan_datasets
 from ppcoat.lora.layer import linear_paths
+from ppcoat.lora.lokr import LoKrSettings, new_factors
 from ppcoat.models.flux import FluxTransformer2DModel
 from ppcoat.models.flux_pipeline import MAX_T5_TOKENS
 from ppcoat.models.loading import read_json, tensor_infos
@@ -30,24 +31,26 @@ PIXELS_PER_TOKEN = 16 * 16
 FLOAT32, BFLOAT16 = 4, 2  # bytes of a value
 FLUX_DEV = {"guidance_embeds": True}  # all else is FluxTransformer2DModel's default
 # Parameters of FLUX.1-dev's encoders, T5's heads and inner width, the VAE's channels at full resolution.
-_DEV_TEXT, _DEV_VAE = 4_762_310_656 + 123_060_480, 83_819_683
-_DEV_T5, _DEV_VAE_CHANNELS = (64, 10240), 128
+_DEV_TEXT, DEV_VAE = 4_762_310_656 + 123_060_480, 83_819_683
+_DEV_T5, DEV_VAE_CHANNELS = (64, 10240), 128
 FP8_STEP = 9.31  # passing bytes of an FP8AdamW step per byte of float32 parameter, measured
 
 
 @dataclass(frozen=True)
 class Encoders:
-    """Parameters of both text encoders and of the VAE; what decides their working memory."""
+    """Parameters of both text encoders and of the VAE; what decides their working memory: heads and inner
+    width of the larger text encoder, the VAE's channels at full resolution."""
 
     text: int
     vae: int
-    t5_heads: int
-    t5_inner: int
+    text_heads: int
+    text_inner: int
     vae_channels: int
 
     def text_working(self, captions: int, tokens: int, itemsize: int) -> int:
-        """Bytes while T5 reads so many captions: its scores (before, after softmax, bias) and inner layer."""
-        return captions * (3 * self.t5_heads * tokens**2 + 3 * self.t5_inner * tokens) * itemsize
+        """Bytes while T5 or Gemma3 reads so many captions: its scores (before, after softmax, bias) and inner
+        layer."""
+        return captions * (3 * self.text_heads * tokens**2 + 3 * self.text_inner * tokens) * itemsize
 
     def vae_working(self, pixels: int, itemsize: int, decode: bool, on_gpu: bool) -> int:
         """Bytes while the VAE works on so many pixels. Measured on Paddle's CPU in units of channels at full
@@ -60,11 +63,14 @@ class Encoders:
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A FLUX folder by its shapes.
+    """A model folder by its shapes; also of NewBie-image, whose `layers` are the blocks (all of them count as
+    double).
 
     settings: of the transformer, as its config.json has them. linears: path -> (in, out). blocks: paths of
     the double blocks, then of the single ones. others: path of a block, or "" -> values that are no Linear
-    weight. assumed: the folder is not there, and FLUX.1-dev's shapes stand in.
+    weight. width: channels of a token inside the blocks; heads: of attention. of_picture: parts of the paths
+    of Linears that see one row a picture, not its tokens. assumed: the folder is not there, and the published
+    model's shapes stand in.
     """
 
     settings: dict
@@ -75,12 +81,10 @@ class BaseModel:
     lora_paths: tuple[str, ...]
     encoders: Encoders
     text_tokens: int
+    width: int
+    heads: int
     assumed: bool
-
-    @property
-    def width(self) -> int:
-        """Channels of a token inside the blocks."""
-        return self.settings["attention_head_dim"] * self.settings["num_attention_heads"]
+    of_picture: tuple[str, ...] = ("norm",)
 
     @cached_property
     def parameters(self) -> int:
@@ -95,10 +99,14 @@ class BaseModel:
             held[block] += fp8_bytes(rows, columns) if fp8 else rows * columns * itemsize
         return held[""], [held[path] for path in self.blocks]
 
-    def lora_shapes(self, rank: int) -> list[tuple[int, int]]:
-        """Shapes of all lora_A and lora_B."""
-        pairs = (self.linears[path] for path in self.lora_paths)
-        return [shape for rows, columns in pairs for shape in ((rows, rank), (rank, columns))]
+    def adapter_shapes(self, network: NetworkConfig) -> list[tuple[int, int]]:
+        """Shapes of all that is trained: lora_A and lora_B, or the matrices of the LoKrs."""
+        pairs, rank = [self.linears[path] for path in self.lora_paths], network.linear
+        if network.type == "lora":
+            return [shape for rows, columns in pairs for shape in ((rows, rank), (rank, columns))]
+        settings = LoKrSettings(rank, network.linear_alpha, network.lokr_factor)
+        of_pairs = {pair: [f.shape for f in new_factors(*pair, settings, 0).values()] for pair in set(pairs)}
+        return [shape for pair in pairs for shape in of_pairs[pair]]
 
 
 def read_model(config: RunConfig, settings: dict | None = None) -> BaseModel:
@@ -113,13 +121,8 @@ def read_model(config: RunConfig, settings: dict | None = None) -> BaseModel:
         settings = FLUX_DEV if assumed else read_json(folder / "transformer" / "config.json")
     with paddle.LazyGuard():  # parameters get a shape and no memory
         model = FluxTransformer2DModel.from_config(settings)
-    linears = {path: tuple(sublayer_at(model, path).weight.shape) for path in linear_paths(model)}
     blocks = tuple(path for path, *_ in flux_blocks(model))
-    others = dict.fromkeys(("", *blocks), 0)
-    for name, parameter in model.named_parameters():
-        path, _, last = name.rpartition(".")
-        if not (last == "weight" and path in linears):
-            others[_block_of(name, blocks)] += parameter.size
+    linears, others = weights_by_block(model, blocks)
     return BaseModel(
         settings=dict(model.config),
         linears=linears,
@@ -129,8 +132,23 @@ def read_model(config: RunConfig, settings: dict | None = None) -> BaseModel:
         lora_paths=tuple(chosen_modules(config.network, model)),
         encoders=_dev_encoders() if assumed or given else _encoders(folder),
         text_tokens=_text_tokens(config, folder),
+        width=model.config.attention_head_dim * model.config.num_attention_heads,
+        heads=model.config.num_attention_heads,
         assumed=assumed,
     )
+
+
+def weights_by_block(
+    model: paddle.nn.Layer, blocks: tuple[str, ...]
+) -> tuple[dict[str, tuple[int, int]], dict[str, int]]:
+    """A model without memory -> `linears` and `others` of BaseModel."""
+    linears = {path: tuple(sublayer_at(model, path).weight.shape) for path in linear_paths(model)}
+    others = dict.fromkeys(("", *blocks), 0)
+    for name, parameter in model.named_parameters():
+        path, _, last = name.rpartition(".")
+        if not (last == "weight" and path in linears):
+            others[_block_of(name, blocks)] += parameter.size
+    return linears, others
 
 
 def image_tokens(config: RunConfig) -> int:
@@ -163,19 +181,21 @@ def _block_of(name: str, blocks: tuple[str, ...]) -> str:
 
 
 def _dev_encoders() -> Encoders:
-    return Encoders(_DEV_TEXT, _DEV_VAE, *_DEV_T5, _DEV_VAE_CHANNELS)
+    return Encoders(_DEV_TEXT, DEV_VAE, *_DEV_T5, DEV_VAE_CHANNELS)
+
+
+def stored_values(folder: Path) -> int:
+    """Numbers in the weights of a component folder, by file headers."""
+    return sum(math.prod(info.shape) for info in tensor_infos(folder).values())
 
 
 def _encoders(folder: Path) -> Encoders:
-    def parameters(name: str) -> int:
-        return sum(math.prod(info.shape) for info in tensor_infos(folder / name).values())
-
     t5, vae = (read_json(folder / name / "config.json") for name in ("text_encoder_2", "vae"))
     return Encoders(
-        text=parameters("text_encoder") + parameters("text_encoder_2"),
-        vae=parameters("vae"),
-        t5_heads=t5["num_heads"],
-        t5_inner=t5["d_ff"],
+        text=stored_values(folder / "text_encoder") + stored_values(folder / "text_encoder_2"),
+        vae=stored_values(folder / "vae"),
+        text_heads=t5["num_heads"],
+        text_inner=t5["d_ff"],
         vae_channels=vae["block_out_channels"][0],
     )
 

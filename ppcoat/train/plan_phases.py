@@ -8,16 +8,19 @@ encoders leave the device after use, and the transformer comes after them.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from ppcoat.config.schema import RunConfig
 from ppcoat.host import LARGEST_KEPT
+from ppcoat.nn.policy import POLICIES
 from ppcoat.nn.swap import check_count
 from ppcoat.train.plan_kept import KeptBytes, TracedModel, kept_bytes, small_lora_paths
 from ppcoat.train.plan_model import (
     BFLOAT16,
     FLOAT32,
+    PIXELS_PER_TOKEN,
     BaseModel,
     image_tokens,
     optimizer_bytes,
@@ -73,53 +76,75 @@ class Phase:
 class Footprint:
     """The facts of one config, read once. `phases` and `seconds` take any settings.
 
-    settings: of a FluxTransformer2DModel that has no folder. Raises ConfigError as `read_model` and
-    `image_tokens` do.
+    settings: of a transformer that has no folder. Raises ConfigError as `read_model` and `image_tokens` do.
+    This is FLUX; plan_newbie.py says what is different for NewBie-image.
     """
+
+    assumed_name = "FLUX.1-dev"
+    forward_working = FORWARD_WORKING
+    drawn_at_once = 1  # pictures that the transformer sees in a step of a preview
 
     def __init__(self, config: RunConfig, on_gpu: bool, settings: dict | None = None) -> None:
         self.config, self.on_gpu = config, on_gpu
         self.half = on_gpu and config.model.dtype != "float32"
         self.itemsize = BFLOAT16 if self.half else FLOAT32
-        self.model: BaseModel = read_model(config, settings)
+        self.model: BaseModel = self.read_model(settings)
         self.image_tokens, self.text_tokens = image_tokens(config), self.model.text_tokens
         self.tokens = self.image_tokens + self.text_tokens
-        self.lora = self.model.lora_shapes(config.network.linear)
+        self.vae_itemsize = self.itemsize
+        self.lora = self.model.adapter_shapes(config.network)
         self.lora_bytes = FLOAT32 * sum(map(math.prod, self.lora))
         self.optimizer, self.update_working = optimizer_bytes(config, self.lora)
         self.previews = previews(config) if config.sample.wanted else []
         self._base: dict[bool, list[int]] = {}
         self._kept: dict[tuple[str, bool], KeptBytes] = {}
 
+    def read_model(self, settings: dict | None) -> BaseModel:
+        """The shapes of the config's model, or of one with these settings."""
+        return read_model(self.config, settings)
+
+    @property
+    def policies(self) -> tuple[str, ...]:
+        """Saving policies between which a plan may choose."""
+        coat = self.config.coat
+        return tuple(POLICIES) if coat.enabled and coat.activation.use_fp8 else ("none",)
+
+    @property
+    def checkpoint_counts(self) -> Sequence[int]:
+        """How many blocks can be checkpointed."""
+        return range(len(self.model.blocks) + 1)
+
     def phases(self, choice: Choice) -> tuple[Phase, ...]:
         """All phases of a run, in order. Raises ConfigError for more swapped blocks than there are."""
         base = self.base_by_swapped(choice.quantize)
         check_count(choice.blocks_to_swap, len(base) - 1)
         beside = {"context": GPU_CONTEXT if self.on_gpu else HOST_PROCESS}
-        pixels, encoders = 256 * self.image_tokens, self.model.encoders
-        captions = {
-            "encoders": encoders.text * self.itemsize,
-            "working": encoders.text_working(ENCODED_AT_ONCE, self.text_tokens, self.itemsize),
-        }
-        pictures = {
-            "encoders": encoders.vae * self.itemsize,
-            "working": encoders.vae_working(ENCODED_AT_ONCE * pixels, self.itemsize, False, self.on_gpu),
-        }
         held = {"base": base[choice.blocks_to_swap], "LoRA": self.lora_bytes, "optimizer": self.optimizer}
         if self.config.train.ema.use_ema:
             held["EMA"] = self.lora_bytes
         learning = held | {"gradients": self.lora_bytes}
         kept, working = self.activations(choice)
         phases = [
-            ("captions", captions),
-            ("pictures", pictures),
+            *self.preparing(choice),
             ("forward, backward", learning | {"kept": kept, "working": working}),
             ("update", learning | {"working": self.update_working}),
         ]
         if self.previews:
-            working = self._preview_working(choice)
-            phases.append(("previews", held | {"encoders": pictures["encoders"], "working": working}))
+            drawing = {"encoders": self._vae_bytes, "working": self._preview_working(choice)}
+            phases.append(("previews", held | drawing))
         return tuple(Phase(name, beside | parts) for name, parts in phases)
+
+    def preparing(self, choice: Choice) -> list[tuple[str, dict[str, int]]]:
+        """What encoders hold, by phase, before the transformer comes: beside the context."""
+        encoders, count = self.model.encoders, ENCODED_AT_ONCE
+        reading = encoders.text_working(count, self.text_tokens, self.itemsize)
+        seeing = encoders.vae_working(
+            count * PIXELS_PER_TOKEN * self.image_tokens, self.vae_itemsize, False, self.on_gpu
+        )
+        return [
+            ("captions", {"encoders": encoders.text * self.itemsize, "working": reading}),
+            ("pictures", {"encoders": self._vae_bytes, "working": seeing}),
+        ]
 
     def base_by_swapped(self, quantize: bool) -> list[int]:
         """Bytes of the frozen weights on the device if 0, 1, ... all blocks are swapped, the last ones first;
@@ -157,7 +182,7 @@ class Footprint:
             coat = self.config.coat
             activation = coat.activation.model_copy(update={"policy": policy})
             traced = TracedModel(
-                settings=_hashable(self.model.settings),
+                settings=hashable(self.model.settings),
                 lora_paths=small_lora_paths(self.model.lora_paths, self.model.blocks),
                 rank=self.config.network.linear,
                 coat=coat.model_copy(update={"activation": activation}),
@@ -167,6 +192,11 @@ class Footprint:
                 traced, self.image_tokens, self.text_tokens, checkpointed
             )
         return self._kept[policy, checkpointed]
+
+    def packed(self, choice: Choice) -> int:
+        """Bytes of one picture that go through FP8 if no block is checkpointed."""
+        double = self.model.double
+        return self.kept(choice.policy).of_blocks(double, len(self.model.blocks) - double)
 
     def seconds(self, choice: Choice) -> float:
         """Time of an update on a GPU by a simple model, to compare settings by: products of matrices at FLOPS
@@ -178,15 +208,22 @@ class Footprint:
         rows = choice.batch_size * self.tokens
         count = len(model.blocks)
         again = choice.checkpoint_blocks / count
-        linears = 2 * rows * sum(a * b for path, (a, b) in model.linears.items() if "norm" not in path)
+        linears = (
+            2
+            * rows
+            * sum(
+                a * b
+                for path, (a, b) in model.linears.items()
+                if not any(part in path for part in model.of_picture)
+            )
+        )
         attention = 4 * rows * self.tokens * model.width * count
         # attention's backward takes 2.5 forwards; +recompute takes its forward again
         attentions = 3.5 + (again if "recompute" not in choice.policy else 1.0)
         compute = (linears * (2 + again) + attention * attentions) / FLOPS
         moved = 0
         if choice.policy != "none":
-            kept = self.kept(choice.policy).of_blocks(model.double, count - model.double)
-            moved += 3 * 2 * kept * choice.batch_size * (1 - again)
+            moved += 3 * 2 * self.packed(choice) * choice.batch_size * (1 - again)
         if choice.quantize:
             moved += 3 * (2 + again) * model.parameters
         _, blocks = self.model.weight_bytes(choice.quantize, self.itemsize)
@@ -197,12 +234,13 @@ class Footprint:
     def facts(self) -> tuple[str, ...]:
         """What is planned, for the head of a table."""
         model, config = self.model, self.config
-        source = "FLUX.1-dev's shapes, as the folder is not here" if model.assumed else "its shapes"
+        source = f"{self.assumed_name}'s shapes, as the folder is not here" if model.assumed else "its shapes"
+        adapter = "LoRA" if config.network.type == "lora" else "LoKr"
         device = f"{'GPU' if self.on_gpu else 'CPU'}, {'bfloat16' if self.half else 'float32'}"
         facts = (
             f"{config.model.name_or_path} by {source}: {model.parameters:,} parameters; {device}",
-            f"at most {self.image_tokens} image tokens and {self.text_tokens} text tokens a picture; LoRA "
-            f"rank {config.network.linear} on {len(model.lora_paths)} Linears",
+            f"at most {self.image_tokens} image tokens and {self.text_tokens} text tokens a picture; "
+            f"{adapter} rank {config.network.linear} on {len(model.lora_paths)} Linears",
         )
         if self.on_gpu:
             return facts
@@ -213,10 +251,13 @@ class Footprint:
 
     def _working(self, lines: tuple[tuple[float, float], ...], batch: int, tokens: int | None = None) -> int:
         tokens = self.tokens if tokens is None else tokens
-        heads = self.model.settings["num_attention_heads"]
-        scores = 0 if self.half else heads * tokens**2
+        scores = 0 if self.half else self.model.heads * tokens**2
         values = max(a * tokens * self.model.width + b * scores for a, b in lines)
         return int(batch * self.itemsize * values)
+
+    @property
+    def _vae_bytes(self) -> int:
+        return self.model.encoders.vae * self.vae_itemsize
 
     def _largest_weight(self, choice: Choice) -> int:
         """An FP8 weight is unpacked to compute with."""
@@ -224,11 +265,14 @@ class Footprint:
 
     def _preview_working(self, choice: Choice) -> int:
         pixels = max(preview.width * preview.height for preview in self.previews)
-        denoise = self._working(FORWARD_WORKING, 1, pixels // 256 + self.text_tokens)
-        decode = self.model.encoders.vae_working(pixels, self.itemsize, True, self.on_gpu)
+        denoise = self._working(
+            self.forward_working, self.drawn_at_once, pixels // PIXELS_PER_TOKEN + self.text_tokens
+        )
+        decode = self.model.encoders.vae_working(pixels, self.vae_itemsize, True, self.on_gpu)
         return max(denoise + self._largest_weight(choice), decode)
 
 
-def _hashable(settings: dict) -> tuple[tuple[str, object], ...]:
+def hashable(settings: dict) -> tuple[tuple[str, object], ...]:
+    """A model's settings without the private ones, as TracedModel takes them."""
     pairs = ((name, tuple(value) if isinstance(value, list) else value) for name, value in settings.items())
     return tuple(pair for pair in pairs if not pair[0].startswith("_"))

@@ -39,6 +39,16 @@ def put_adapter(
     )
 
 
+def trained_parameters(modules: dict[str, paddle.nn.Layer]) -> dict[str, paddle.Tensor]:
+    """What trains of the adapter layers that `put_adapter` gives, by path in the transformer."""
+    return {
+        f"{path}.{name}": parameter
+        for path, layer in modules.items()
+        for name, parameter in layer.named_parameters()
+        if not parameter.stop_gradient
+    }
+
+
 def chosen_modules(network: NetworkConfig, transformer: paddle.nn.Layer) -> list[str]:
     """Paths of the Linears that get a LoRA. Raises ConfigError if the filters leave none."""
     all_paths = target_paths(transformer, network.targets)

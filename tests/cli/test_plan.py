@@ -93,3 +93,12 @@ def test_a_plan_for_a_cpu_says_what_its_allocator_adds(capsys):
     assert main(["plan", str(CONFIGS[0]), "--set", "device=cpu", "--set", "coat.enabled=false"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "freed blocks below 32 MiB stay with it" in lines[2] and len(lines[2]) <= 108
+
+
+def test_a_newbie_config_has_its_own_table_and_advice(capsys):
+    file = CONFIGS[0].with_name("newbie_lora.toml")
+    flags = ["--set", "datasets.0.resolution=512", "--set", "model.name_or_path=no/such/model"]
+    assert main(["plan", str(file), "--vram", "24", *flags]) == 0
+    shown = capsys.readouterr().out
+    assert "NewBie-image 3B's shapes" in shown and "3,486,636,096 parameters" in shown
+    assert '[coat.activation]\npolicy = "none"' in shown and "[train]\nbatch_size = 1\n" in shown

@@ -13,6 +13,7 @@ that fill (here) - 11 encoders that stay (here) - 12 alpha and EXIF (data/test_s
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -24,6 +25,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 import ppcoat.cli.merge_newbie as merge_command
+import ppcoat.cli.train_newbie as train_command
 from ppcoat.cli.main import run
 from ppcoat.config.newbie import load_newbie_config
 from ppcoat.config.schema import CoatConfig
@@ -34,7 +36,7 @@ from ppcoat.models.newbie_loading import load_nextdit
 from ppcoat.models.newbie_pipeline import NewbiePipeline
 from ppcoat.train import lora_run
 from ppcoat.train.coat import COATTrainer
-from ppcoat.train.newbie_lora import NewbieFamily, dry_run, train_newbie_lora
+from ppcoat.train.newbie_lora import NewbieFamily, train_newbie_lora
 from ppcoat.train.ranks import Ranks
 from ppcoat.train.trainer import Trainer
 from ppcoat.train.transport import Transport
@@ -280,7 +282,7 @@ def test_only_the_adapter_is_trained_and_counted_in_the_norm(make_config, kind):
     assert set(seen[0]) <= {p.name for p in trainer.parameters.values()} and seen[0]
 
 
-def test_policies_checkpointing_swapping_and_an_fp8_base_train_alike(make_config, tmp_path):
+def test_policies_checkpointing_swapping_and_an_fp8_base_train_alike(make_config, tmp_path, caplog):
     def two_steps(*overrides):
         trainer, _ = built(make_config("train.steps=9", f"cache_dir={tmp_path}/cache", *overrides))
         done = [trainer.train_step() for _ in range(2)]
@@ -293,6 +295,10 @@ def test_policies_checkpointing_swapping_and_an_fp8_base_train_alike(make_config
     assert two_steps(none, "model.blocks_to_swap=2")[0] == plain
     both, uncounted = two_steps("model.blocks_to_swap=1", "train.gradient_checkpointing=true")
     assert both == pytest.approx(plain, rel=1e-5) and uncounted is None
+    lost = "coat.activation has no effect with train.gradient_checkpointing"
+    assert lost not in caplog.text
+    built(make_config("coat.enabled=true", "train.gradient_checkpointing=true"))
+    assert caplog.text.count(lost) == 1
     quantised, _ = two_steps(none, "model.quantize=true")
     assert quantised != plain and quantised == pytest.approx(plain, rel=0.05)
 
@@ -316,7 +322,15 @@ def test_saved_steps_are_pruned_and_have_both_forms(make_config):
     config = make_config("train.steps=5", "save.save_every=1", "save.max_step_saves_to_keep=2")
     other = config.run_dir.with_name("run_step_old")
     other.mkdir(parents=True)
+    first, dead = config.run_dir.with_name("run_step_1"), 2**22 + 1  # more than Linux gives out
+    drafts = [folder / f".{name}.tmp-{process}" for folder, name, process in (
+        (first, "adapter_model.safetensors", dead), (config.run_dir, "adapter_config.json", dead),
+        (config.run_dir, "run.safetensors", os.getppid()))]  # fmt: skip
+    for draft in drafts:
+        draft.parent.mkdir(exist_ok=True)
+        draft.touch()
     train_newbie_lora(config)
+    assert [draft.exists() for draft in drafts] == [False, False, True]
     folders = sorted(path.name for path in config.run_dir.parent.iterdir())
     assert folders == ["run", "run_step_3", "run_step_4", "run_step_old"]
     names = {"adapter_config.json", "adapter_model.safetensors", "run.safetensors"}
@@ -334,8 +348,14 @@ def test_cut_captions_are_counted_once_and_too_long_ones_refused_before_loading(
     monkeypatch.setattr(NewbiePipeline, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
     long = make_config("name=long")
     (Path(long.data.folder_path) / "2_dress/0000.txt").write_text("very long " * 300)
-    with pytest.raises(ConfigError, match="512 tokens is too long .* 256 positions: lower .* to 255"):
+    too_long = "512 tokens is too long .* 256 positions: lower .* to 255"
+    with pytest.raises(ConfigError, match=too_long):
         train_newbie_lora(long)
+    picture = Path(long.data.folder_path) / "2_dress/0000.png"
+    picture.with_suffix(".txt").write_text("a dress")
+    kept_aside = f"[{{image_path: {picture}, prompt: '{'very long ' * 300}'}}]"
+    with pytest.raises(ConfigError, match=too_long):
+        train_newbie_lora(make_config("name=long", f"train.validation.items={kept_aside}"))
 
 
 def test_validation_levels_are_of_noise(make_config):
@@ -368,8 +388,15 @@ def test_epochs_count_pictures_repeats_and_buckets(make_config, tmp_path):
         lora_run.with_steps_of_epochs(make_config("train.num_epochs=3", "train.lr_warmup_steps=100"), inputs)
 
 
-def test_dry_run_gives_two_steps_and_writes_nothing(make_config, tmp_path):
-    assert [np.isfinite(step.loss) for step, _ in dry_run(make_config())] == [True, True]
+def test_a_dry_run_shows_settings_data_and_two_steps_and_writes_nothing(
+    make_config, tmp_path, monkeypatch, capsys
+):
+    make_config()  # for its TOML
+    monkeypatch.setattr(train_command, "tune_host", lambda: None)
+    assert run("train-newbie", ["--config_file", str(tmp_path / "run.toml"), "--dry_run"]) == 0
+    shown = capsys.readouterr().out
+    assert "family: newbie" in shown and "data: " in shown and "dry run: two steps done" in shown
+    assert re.findall(r"^step (\d): loss \d+\.\d{4}, ", shown, re.MULTILINE) == ["1", "2"]
     assert not (tmp_path / "out").exists()
 
 
@@ -396,7 +423,6 @@ def test_bad_inputs_stop_before_a_model_is_loaded(make_config, tmp_path, monkeyp
         ([f"model.name_or_path={bare}"], "model_index.json is missing"),
         (["network.targets=[attention.qvk]"], "matches no Linear; the nearest are attention.qkv"),
         (["model.blocks_to_swap=3"], "this model has 2 blocks"),
-        (["memory=auto"], "memory: auto plans FLUX runs only"),
         (["train.timestep_type=linear"], "train.timestep_type is FLUX's"),
         (["coat.memory.checkpoint_blocks=1"], "coat.memory.checkpoint_blocks is FLUX's"),
         (["datasets.0.folder_path=nowhere"], "nowhere"),

@@ -1,0 +1,224 @@
+"""The plan of a NewBie-image run against the counters of training and Paddle's allocator; 3B by shapes."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import paddle
+import pytest
+
+from ppcoat.cli.plan import settings_toml
+from ppcoat.config.newbie import load_newbie_config
+from ppcoat.config.schema import RunConfig
+from ppcoat.errors import ConfigError
+from ppcoat.lora import adapter_layers
+from ppcoat.models.nextdit import NextDiT_CLIP
+from ppcoat.nn.convert import quantize_linears
+from ppcoat.train.coat import COATTrainer
+from ppcoat.train.newbie_lora import NewbieFamily
+from ppcoat.train.plan import as_given, plan, with_choice
+from ppcoat.train.plan_newbie import NewbieFootprint
+from ppcoat.train.plan_phases import Choice
+from ppcoat.train.targets import put_adapter
+from ppcoat.train.transport import Transport
+
+CAPTION_WIDTH, POOLED_WIDTH = 96, 64
+TARGETS = ("attention.qkv", "attention.out", "feed_forward.w2", "time_text_embed.1")
+TOML = (
+    '[Model]\nbase_model_path = "no/such/newbie"\noutput_name = "run"\n'
+    'train_data_dir = "no/such/pictures"\nresolution = 768\nlora_rank = 32\n'
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A small NextDiT_CLIP and a batch: heads of head_dim channels, key heads, layers; rows x columns image
+    tokens and words."""
+
+    head_dim: int
+    heads: int
+    key_heads: int
+    layers: int
+    batch: int
+    grid: tuple[int, int]
+    words: int
+
+    @property
+    def settings(self) -> dict:
+        d = self.head_dim
+        return {"dim": d * self.heads, "n_layers": self.layers, "n_heads": self.heads,
+                "n_kv_heads": self.key_heads, "multiple_of": 64, "cap_feat_dim": CAPTION_WIDTH,
+                "clip_text_dim": POOLED_WIDTH, "axes_dims": (d // 2, d // 4, d // 4)}  # fmt: skip
+
+
+SIZES = (Case(96, 4, 2, 3, 1, (12, 12), 40), Case(96, 3, 1, 3, 2, (8, 16), 48))
+WIDE = Case(32, 20, 10, 3, 1, (8, 8), 80)  # wider than the small copies
+NONE, COAT = "none", "coat"
+
+
+@pytest.fixture
+def make_config(tmp_path):
+    """make_config("train.steps=3", ...) -> RunConfig for a GPU; no folder exists: NewBie-image 3B."""
+    file = tmp_path / "run.toml"
+    file.write_text(TOML)
+    return lambda *overrides: load_newbie_config(file, ("device=gpu", "coat.enabled=true", *overrides))
+
+
+@pytest.fixture
+def small_config(make_config):
+    """small_config(policy, kind) -> RunConfig of an adapter of rank 4."""
+
+    def make(policy: str, kind: str = "lora") -> RunConfig:
+        config = make_config("device=cpu", f"coat.activation.policy={policy}", f"network.type={kind}")
+        network = {"linear": 4, "linear_alpha": 4.0, "targets": TARGETS, "dropout": 0.0}
+        return config.model_copy(update={"network": config.network.model_copy(update=network)})
+
+    return make
+
+
+def planned(config: RunConfig, case: Case) -> NewbieFootprint:
+    footprint = NewbieFootprint(config, False, case.settings)
+    footprint.image_tokens, footprint.text_tokens = case.grid[0] * case.grid[1], case.words
+    footprint.tokens = footprint.image_tokens + case.words
+    return footprint
+
+
+class Training:
+    """Steps of the real model with the real parts of a run."""
+
+    def __init__(self, config: RunConfig, case: Case, checkpointed: bool = False, quantize: bool = False):
+        self.model = NextDiT_CLIP(**case.settings)
+        if quantize:
+            quantize_linears(self.model)
+        self.coat = COATTrainer(config.coat, checkpointed)
+        put_adapter(config, self.model, self.coat.policy, self.coat.linear_group_size)
+        self.coat.convert(self.model)
+        train = config.train.model_copy(update={"gradient_checkpointing": checkpointed})
+        NewbieFamily().set_up_checkpointing(config.model_copy(update={"train": train}), self.model)
+        self.model.train()
+        self.trained = [p for p in self.model.parameters() if not p.stop_gradient]
+        rng, (rows, columns) = np.random.default_rng(0), case.grid
+        shapes = {"latents": (16, 2 * rows, 2 * columns), "cap_feats": (case.words, CAPTION_WIDTH),
+                  "clip_text_pooled": (POOLED_WIDTH,)}  # fmt: skip
+        self.batch = {
+            name: paddle.to_tensor(rng.standard_normal((case.batch, *shape), dtype=np.float32))
+            for name, shape in shapes.items()
+        } | {"cap_mask": paddle.ones([case.batch, case.words], dtype="int64")}
+
+    def forward(self):
+        with self.coat.saved_tensors() as saved:
+            return Transport().loss(self.model, self.batch, np.random.default_rng(0)), saved
+
+    def growth(self) -> int:
+        """Most bytes by which a step grows what Paddle has allocated."""
+        core = paddle.base.core
+        for _ in range(2):
+            before = core.host_memory_stat_current_value("Allocated", 0)
+            core.host_memory_stat_reset_peak_value("Allocated", 0)
+            loss, _ = self.forward()
+            loss.backward()
+            grown = core.host_memory_stat_peak_value("Allocated", 0) - before
+            del loss
+            for parameter in self.trained:
+                parameter.clear_gradient(False)
+        return grown
+
+
+@pytest.mark.parametrize(
+    ("case", "policy", "quantize", "kind"),
+    [
+        (WIDE, NONE, False, "lora"),
+        (WIDE, COAT, False, "lora"),
+        (SIZES[1], NONE, True, "lora"),
+        (WIDE, COAT, False, "lokr"),
+    ],
+    ids=["none", "coat", "FP8 base", "lokr"],
+)
+def test_kept_bytes_are_those_that_training_counts(small_config, case, policy, quantize, kind):
+    config = small_config(policy, kind)
+    kept, _ = planned(config, case).activations(Choice(policy, 0, quantize, 0, case.batch, 1))
+    training = Training(config, case, quantize=quantize)
+    assert adapter_layers(training.model)
+    counted = training.forward()[1].bytes_kept
+    print(f"{kind} {policy} fp8 base {quantize}: planned {kept / 1e6:.2f} MB, counted {counted / 1e6:.2f} MB")
+    # the sides of a LoKr's matrices are no straight line in the width
+    assert kept == pytest.approx(counted, rel=0.02 if kind == "lokr" else 0.005)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["whole", "checkpointed"])
+@pytest.mark.parametrize("policy", [NONE, COAT])
+@pytest.mark.parametrize("case", SIZES, ids=["4 heads", "3 heads"])
+def test_allocated_memory_of_a_step_agrees(small_config, case, policy, checkpointed):
+    config = small_config(policy)
+    footprint = planned(config, case)
+    choice = Choice(policy, case.layers * checkpointed, False, 0, case.batch, 1)
+    step = next(p.parts for p in footprint.phases(choice) if p.name == "forward, backward")
+    expected = sum(step[name] for name in ("gradients", "kept", "working"))
+    grown = Training(config, case, checkpointed).growth()
+    unit = 4 * case.batch * footprint.tokens * footprint.model.width
+    scores = case.heads * footprint.tokens / footprint.model.width
+    print(f"{policy} ck {checkpointed} sc {scores:.2f}: planned {expected / 1e6:.1f} MB, measured "
+          f"{grown / 1e6:.1f} MB; U: kept {step['kept'] / unit:.1f} work {step['working'] / unit:.1f} "
+          f"grads {step['gradients'] / unit:.2f} measured {grown / unit:.1f}")  # fmt: skip
+    assert expected == pytest.approx(grown, rel=0.10)
+
+
+def test_newbie_3b_by_its_shapes(make_config):
+    footprint = NewbieFootprint(make_config("model.quantize=true"), on_gpu=True)
+    model = footprint.model
+    assert model.assumed and model.parameters == 3_486_636_096
+    assert len(model.blocks) == 36 and len(model.linears) == 246 and model.width == 2304
+    assert footprint.base_by_swapped(False)[0] == 2 * 3_486_636_096
+    assert footprint.base_by_swapped(True)[0] == pytest.approx(3_486_636_096, rel=0.002)
+    # of 10 swapped layers two stay: qkv, out, three of the feed-forward, modulation, norms
+    layer = 2304 * (2304 + 2 * 768) + 2304**2 + 3 * 2304 * 9216 + 1024 * 4 * 2304
+    saved = footprint.base_by_swapped(False)[0] - footprint.base_by_swapped(False)[10]
+    assert saved == pytest.approx(8 * 2 * layer, rel=0.001)
+    # Gemma3-4B's text layers are 3.88e9 values, and its last layer is not there; Jina CLIP's tower 0.56e9
+    assert footprint.model.encoders.text == pytest.approx(3.88e9 - 0.094e9 + 0.56e9, rel=0.01)
+    assert sum(a * b for a, b in footprint.lora) == sum(
+        32 * sum(model.linears[path]) for path in model.lora_paths
+    )
+
+
+def test_an_fp8_base_is_made_from_the_whole_model(make_config):
+    names = {p.name: p for p in plan(make_config("model.quantize=true")).phases}
+    assert names["FP8 base"].total > (2 + 1) * 3_486_636_096
+    assert "FP8 base" not in {p.name for p in plan(make_config()).phases}
+
+
+def test_all_encoders_are_there_while_any_encodes(make_config):
+    phases = {p.name: p.parts for p in plan(make_config()).phases}
+    encoders = NewbieFootprint(make_config(), on_gpu=True).model.encoders
+    held = 2 * encoders.text + 4 * encoders.vae  # the VAE is float32
+    assert phases["captions"]["encoders"] == phases["pictures"]["encoders"] == held
+
+
+def test_the_choice_is_among_what_newbie_has(make_config):
+    config = make_config("memory=auto", "vram_gb=24")
+    footprint = NewbieFootprint(config, on_gpu=True)
+    assert footprint.policies == (NONE, COAT) and footprint.checkpoint_counts == (0, 36)
+    found = plan(config, 24)
+    assert found.total <= 24e9 and not found.choice.quantize
+    for policy in footprint.policies:
+        for checkpointed in footprint.checkpoint_counts:
+            for swapped in (0, 20):
+                other = Choice(policy, checkpointed, False, swapped, 1, 1)
+                total = max(phase.total for phase in footprint.phases(other))
+                assert total > 24e9 or footprint.seconds(other) >= found.seconds
+    applied = NewbieFamily().with_memory_plan(config)
+    assert applied.coat.memory.checkpoint_blocks is None  # FLUX's, and refused
+    assert as_given(applied, 36) == found.choice
+    with pytest.raises(ConfigError, match="nothing fits into 4 GB: the smallest possible need is"):
+        plan(config, 4)
+
+
+def test_without_coat_nothing_is_packed(make_config):
+    assert NewbieFootprint(make_config("coat.enabled=false"), on_gpu=True).policies == (NONE,)
+
+
+def test_the_advice_is_read_back_as_the_choice(make_config, tmp_path):
+    choice = Choice(COAT, 0, True, 7, 1, 3)
+    file = tmp_path / "advised.toml"
+    file.write_text(TOML + settings_toml(choice) + "\n[coat]\nenabled = true\n")
+    assert as_given(load_newbie_config(file), 36) == choice
+    assert as_given(with_choice(make_config(), choice), 36) == choice
