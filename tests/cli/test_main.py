@@ -130,6 +130,7 @@ def test_generate_hands_every_flag_on(monkeypatch):
         "num_images": 2,
         "max_sequence_length": 9,
         "negative_prompt": "",
+        "true_cfg_scale": 1.0,
         "device": "cpu",
         "dtype": "float32",
     }
