@@ -14,6 +14,7 @@ import paddle
 import paddle.nn.functional as F
 
 from . import backend
+from .broadcast import spread
 from .formats import FP8Format
 from .operands import Groups
 from .quantize import floats, quantize
@@ -31,7 +32,7 @@ def modulated_norm(
     x [B, tokens, dim]: floats, or codes uint8 that `groups` tells how to read; shift, scale [B, 1, dim].
     """
     x = floats(x, groups)
-    return F.layer_norm(x, x.shape[-1:], epsilon=NORM_EPSILON) * (1 + scale) + shift
+    return F.layer_norm(x, x.shape[-1:], epsilon=NORM_EPSILON) * spread(1 + scale, x) + spread(shift, x)
 
 
 @backend.op
@@ -53,12 +54,12 @@ def modulated_norm_grad(
     """
     x = floats(x, groups)
     x32 = x.astype("float32")
-    centred = x32 - x32.mean(axis=-1, keepdim=True)
-    rstd = paddle.rsqrt(paddle.square(centred).mean(axis=-1, keepdim=True) + NORM_EPSILON)
+    centred = x32 - spread(x32.mean(axis=-1, keepdim=True), x32)
+    rstd = spread(rms_rstd(centred), x32)
     xhat = centred.multiply_(rstd)
-    g = (dy * (1 + scale)).astype("float32")
-    along = (g * xhat).mean(axis=-1, keepdim=True)
-    mean = g.mean(axis=-1, keepdim=True)
+    g = (dy * spread(1 + scale, dy)).astype("float32")
+    along = spread((g * xhat).mean(axis=-1, keepdim=True), x32)
+    mean = spread(g.mean(axis=-1, keepdim=True), x32)
     return g.subtract_(mean).subtract_(xhat.multiply_(along)).multiply_(rstd).astype(x.dtype)
 
 
@@ -72,7 +73,8 @@ def rms_norm_rotated(
     """
     x32 = x.astype("float32")
     rstd = rms_rstd(x32)
-    return turned((x32 * rstd).astype(x.dtype) * weight, *angles), rstd
+    y = (x32 * spread(rstd, x32)).astype(x.dtype)
+    return turned(y * spread(weight, y), *angles), rstd
 
 
 @backend.op
@@ -83,14 +85,15 @@ def rms_norm_rotated_grad(
     normalised input. dy, y and the result [B, tokens, heads, head_dim].
     """
     cos, sin = angles
-    xhat = (turned(y, cos, -sin) / weight).astype("float32")
+    xhat = (turned(y, cos, -sin) / spread(weight, y)).astype("float32")
     return rms_norm_grad(xhat, rstd, weight, turned(dy, cos, -sin))
 
 
 def rms_norm(x: paddle.Tensor, weight: paddle.Tensor) -> paddle.Tensor:
     """x / rms(x) * weight over the last axis. Written out: Paddle's fused form has no CPU gradient."""
     x32 = x.astype("float32")
-    return (x32 * rms_rstd(x32)).astype(x.dtype) * weight
+    xhat = (x32 * spread(rms_rstd(x32), x32)).astype(x.dtype)
+    return xhat * spread(weight, xhat)
 
 
 def rms_rstd(x32: paddle.Tensor) -> paddle.Tensor:
@@ -105,9 +108,9 @@ def rms_norm_grad(
 
     xhat float32 [..., D], rstd float32 [..., 1], weight [D], dy [..., D]; the result has dy's dtype.
     """
-    g = (dy * weight).astype("float32")
-    along = (g * xhat).mean(axis=-1, keepdim=True)
-    return g.subtract_(xhat * along).multiply_(rstd).astype(dy.dtype)
+    g = (dy * spread(weight, dy)).astype("float32")
+    along = spread((g * xhat).mean(axis=-1, keepdim=True), g)
+    return g.subtract_(xhat * along).multiply_(spread(rstd, g)).astype(dy.dtype)
 
 
 def turned(x: paddle.Tensor, cos: paddle.Tensor, sin: paddle.Tensor) -> paddle.Tensor:
@@ -116,5 +119,6 @@ def turned(x: paddle.Tensor, cos: paddle.Tensor, sin: paddle.Tensor) -> paddle.T
     A pair is a complex number, the turn a product: four times faster on CPU than splitting the pairs.
     """
     pairs = x.astype("float32").reshape([*x.shape[:-1], x.shape[-1] // 2, 2])
-    product = paddle.as_complex(pairs) * paddle.complex(cos, sin).unsqueeze(1)
+    turn = spread(paddle.stack([cos, sin], axis=-1).unsqueeze(1), pairs)
+    product = paddle.as_complex(pairs) * paddle.as_complex(turn)
     return paddle.as_real(product).reshape(x.shape).astype(x.dtype)

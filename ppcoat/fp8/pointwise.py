@@ -12,6 +12,7 @@ import paddle
 import paddle.nn.functional as F
 
 from . import backend
+from .broadcast import spread
 from .formats import FP8Format
 from .operands import Groups
 from .quantize import floats, quantize
@@ -64,5 +65,5 @@ def silu_grad(x: paddle.Tensor, dy: paddle.Tensor, groups: Groups | None = None)
 def gated_residual(y: paddle.Tensor, gate: paddle.Tensor, x: paddle.Tensor | None = None) -> paddle.Tensor:
     """y * gate + x -> a new tensor. y, x [B, tokens, dim]; gate [B, 1, dim]. Without x it is the gradient:
     that by y is gate times that of the sum."""
-    gated = y * gate
+    gated = y * spread(gate, y)
     return gated if x is None else gated.add_(x)

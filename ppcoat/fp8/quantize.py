@@ -19,6 +19,7 @@ import math
 import paddle
 
 from . import backend
+from .broadcast import spread
 from .formats import FP8Format
 from .operands import Groups
 from .rules import K_MAX, K_MIN, K_STEP, LARGE, LEVELS, NEAR, NEAR_ZERO, SIGNED_LEVELS, SPREAD, TINY
@@ -49,7 +50,7 @@ def quantize(
     if group_size is None:
         amax = amax.max()  # in two stages, as COAT's group scaling: rows side by side, then their maxima
     scale = paddle.clip(amax / fmt.max, min=TINY) + amax * 0.0  # clip may drop a NaN, the sum brings it back
-    codes = _to_codes(values / scale, fmt)
+    codes = _to_codes(values / spread(scale, values), fmt)
     if group_size is None:
         return codes, scale.reshape([1])
     return _join_groups(codes, x.shape[-1]), scale.squeeze(-1)
@@ -66,8 +67,9 @@ def dequantize(
     """Inverse of `quantize`: codes uint8 [..., D] and their scale -> values [..., D] in `dtype`."""
     values = _from_codes(codes, fmt)
     if group_size is None:
-        return (values * scale).astype(dtype)
-    grouped = _split_groups(values, group_size) * scale.unsqueeze(-1)
+        return (values * spread(scale, values)).astype(dtype)
+    grouped = _split_groups(values, group_size)
+    grouped = grouped * spread(scale.unsqueeze(-1), grouped)
     return _join_groups(grouped, codes.shape[-1]).astype(dtype)
 
 
