@@ -1,7 +1,7 @@
 """What a training step costs on a CPU, as ratios of steps that alternate in one process (slow).
 
-The shape: 4 + 8 blocks, 8 heads of 64, 256 image and 64 text tokens, LoRA of rank 16, batch 1. The plain model
-computes the same with ppdiffusers' modules, nn.Linear and autograd.
+The shape: 4 + 8 blocks, 8 heads of 64, 256 image and 64 text tokens, LoRA of rank 16, batch 1. The plain
+model computes the same with ppdiffusers' modules, nn.Linear and autograd.
 """
 
 import statistics
