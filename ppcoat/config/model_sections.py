@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, Strict, field_validator
+from pydantic import Field, Strict, field_validator, model_validator
 
 from ppcoat.config.section import Section, Strings
 
@@ -25,12 +25,21 @@ class ModelConfig(Section):
     quantize: bool = Field(
         False, description="store the frozen Linears in FP8: half of bfloat16's memory, 2.6 % rounding"
     )
+    quantize_matmul: bool = Field(
+        False, description="with quantize: multiply in FP8 too, which rounds activations; wants sm_89 on"
+    )
     quantized_beside_model: bool = Field(
         False, description="keep the FP8 copy for the next start in the model's folder, not in cache_dir"
     )
     blocks_to_swap: int = Field(
         0, ge=0, description="last blocks whose frozen weights stay in host memory until they compute"
     )
+
+    @model_validator(mode="after")
+    def _multiplies_what_is_quantised(self) -> ModelConfig:
+        if self.quantize_matmul and not self.quantize:
+            raise ValueError("quantize_matmul multiplies FP8 weights: set quantize, too")
+        return self
 
 
 class NetworkConfig(Section):

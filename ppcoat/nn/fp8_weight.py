@@ -1,12 +1,21 @@
-"""A frozen weight in FP8: what stands in a Linear where a float parameter stood."""
+"""A frozen weight in FP8: what stands in a Linear where a float parameter stood; and products with either.
+
+A product with an FP8 weight turns it into the compute dtype first or, where `in_fp8` is set, rounds the other
+factor to FP8 too and multiplies the codes (fp8/matmul.py): faster on a GPU that multiplies FP8, less exact.
+"""
 
 from __future__ import annotations
 
 import paddle
+import paddle.nn.functional as F
 from paddle import nn
 
 from ppcoat.errors import ConfigError
 from ppcoat.fp8.blocks import BLOCK, dequantize_blocks, quantize_blocks
+from ppcoat.fp8.formats import E4M3
+from ppcoat.fp8.matmul import scaled_matmul
+from ppcoat.fp8.operands import BlockMatrix, Epilogue
+from ppcoat.fp8.quantize import quantize
 
 
 def fp8_bytes(rows: int, columns: int) -> int:
@@ -18,10 +27,11 @@ class FP8Weight(nn.Layer):
     """A weight [in, out] as E4M3 codes and a scale for each 128 x 128 block; never trained.
 
     codes uint8 [in, out], scale float32 [ceil(in / 128), ceil(out / 128)], both buffers: 1.0002 bytes for
-    each number. `dequantized` makes the values anew for each use and keeps nothing.
+    each number. `dequantized` makes the values anew for each use and keeps nothing. in_fp8: see above.
     """
 
     stop_gradient = True
+    in_fp8 = False
 
     def __init__(self, codes: paddle.Tensor, scale: paddle.Tensor) -> None:
         super().__init__()
@@ -60,8 +70,41 @@ class FP8Weight(nn.Layer):
 
 
 Weight = paddle.Tensor | FP8Weight
+LowRank = tuple[paddle.Tensor, paddle.Tensor]  # two factors whose product is added
 
 
-def dense(weight: Weight, dtype: paddle.dtype) -> paddle.Tensor:
+def times(
+    x: paddle.Tensor, weight: Weight, bias: paddle.Tensor | None = None, update: LowRank | None = None
+) -> paddle.Tensor:
+    """x [..., in], weight [in, out], bias [out], update (down [..., rank], up [rank, out]) ->
+    x W + bias + down up [..., out] in x's dtype. Builds no graph."""
+    if isinstance(weight, FP8Weight) and weight.in_fp8:
+        return _in_fp8(x, weight, False, bias, update)
+    y = F.linear(x, _dense(weight, x.dtype), bias)
+    return y if update is None else y.add_(paddle.matmul(*update))
+
+
+def times_transposed(dy: paddle.Tensor, weight: Weight, update: LowRank | None = None) -> paddle.Tensor:
+    """dy [..., out], weight [in, out], update (down [..., rank], up [in, rank]) -> dy W^T + down up^T
+    [..., in] in dy's dtype. Builds no graph."""
+    if isinstance(weight, FP8Weight) and weight.in_fp8:
+        return _in_fp8(dy, weight, True, None, update)
+    dx = paddle.matmul(dy, _dense(weight, dy.dtype), transpose_y=True)
+    return dx if update is None else dx.add_(paddle.matmul(*update, transpose_y=True))
+
+
+@paddle.no_grad()
+def _in_fp8(
+    x: paddle.Tensor, weight: FP8Weight, transpose: bool, bias: paddle.Tensor | None, update: LowRank | None
+) -> paddle.Tensor:
+    codes, scale = quantize(x.reshape([-1, x.shape[-1]]).contiguous(), E4M3, BLOCK)
+    down, up = (None, None) if update is None else (update[0].reshape([-1, update[0].shape[-1]]), update[1])
+    dtype = str(x.dtype).rpartition(".")[2]
+    y = scaled_matmul(codes, scale, BlockMatrix(weight.codes, weight.scale), transpose,
+                      Epilogue(bias, down, up), dtype)  # fmt: skip
+    return y.reshape([*x.shape[:-1], y.shape[-1]])
+
+
+def _dense(weight: Weight, dtype: paddle.dtype) -> paddle.Tensor:
     """A weight to multiply with: itself, or for FP8 a transient in `dtype`."""
     return weight.dequantized(dtype) if isinstance(weight, FP8Weight) else weight

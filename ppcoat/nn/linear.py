@@ -19,14 +19,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import paddle
-import paddle.nn.functional as F
 from paddle import nn
 from paddle.autograd import PyLayer
 
 from ppcoat.errors import ConfigError
 from ppcoat.fp8.formats import E4M3
 
-from .fp8_weight import Weight, dense
+from .fp8_weight import Weight, times, times_transposed
 from .policy import check_policy
 from .saved import pack
 
@@ -113,7 +112,7 @@ def frozen_linear(x: paddle.Tensor, weight: Weight, bias: paddle.Tensor | None) 
     """
     if x.stop_gradient or not paddle.is_grad_enabled():
         with paddle.no_grad():
-            return F.linear(x, dense(weight, x.dtype), bias)
+            return times(x, weight, bias)
     return _FrozenLinear.apply(x, LinearParameters(weight, bias))
 
 
@@ -131,11 +130,11 @@ class _FrozenLinear(PyLayer):
     @staticmethod
     def forward(ctx, x: paddle.Tensor, of: LinearParameters) -> paddle.Tensor:
         ctx.weight = of.weight
-        return F.linear(x, dense(of.weight, x.dtype), of.bias)
+        return times(x, of.weight, of.bias)
 
     @staticmethod
     def backward(ctx, dy: paddle.Tensor) -> paddle.Tensor:
-        return paddle.matmul(dy, dense(ctx.weight, dy.dtype), transpose_y=True)
+        return times_transposed(dy, ctx.weight)
 
 
 class _LoRALinear(PyLayer):
@@ -193,12 +192,11 @@ class LinearUse:
     def forward(self, x: paddle.Tensor) -> tuple[paddle.Tensor, paddle.Tensor | None]:
         """x [..., in] -> y [..., out], and drop(x) A [..., rank] or None without LoRA. Builds no graph."""
         layer = self.layer
-        y = F.linear(x, dense(layer.weight, x.dtype), layer.bias)
         if self.scale is None:
-            return y, None
+            return times(x, layer.weight, layer.bias), None
         xa = paddle.matmul(self.drop(x), layer.lora_A.astype(x.dtype))
-        update = paddle.matmul(xa, layer.lora_B.astype(x.dtype))
-        return y.add_(update.scale_(self.scale)), xa
+        update = xa.scale(self.scale), layer.lora_B.astype(x.dtype)
+        return times(x, layer.weight, layer.bias, update), xa
 
     def gradients(
         self, x: paddle.Tensor | None, dy: paddle.Tensor, needs_dx: bool, xa: paddle.Tensor | None
@@ -208,9 +206,8 @@ class LinearUse:
         x [..., in] is wanted where `needs_x`, and so is xa: drop(x) A as `forward` gave it.
         """
         layer, da, db = self.layer, None, None
-        dx = paddle.matmul(dy, dense(layer.weight, dy.dtype), transpose_y=True) if needs_dx else None
         if self.scale is None:
-            return dx, None, None
+            return times_transposed(dy, layer.weight) if needs_dx else None, None, None
         lora_a = layer.lora_A.astype(dy.dtype)
         dyb = paddle.matmul(dy, layer.lora_B.astype(dy.dtype), transpose_y=True).scale_(self.scale)
         dropped = self.drop(x) if x is not None else None
@@ -219,10 +216,13 @@ class LinearUse:
         if not layer.lora_B.stop_gradient:
             db = self.scale * paddle.matmul(_rows(xa), _rows(dy), transpose_x=True)
             db = db.astype(layer.lora_B.dtype)
-        if needs_dx:
-            # dropping is its own transpose
-            dx = dx.add_(self.drop(paddle.matmul(dyb, lora_a, transpose_y=True)))
-        return dx, da, db
+        if not needs_dx:
+            return None, da, db
+        if self.seed is None:
+            return times_transposed(dy, layer.weight, (dyb, lora_a)), da, db
+        # dropping is its own transpose
+        dropped = self.drop(paddle.matmul(dyb, lora_a, transpose_y=True))
+        return times_transposed(dy, layer.weight).add_(dropped), da, db
 
     def drop(self, x: paddle.Tensor) -> paddle.Tensor:
         """Inverted dropout on the LoRA's input; x itself without dropout."""

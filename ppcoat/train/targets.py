@@ -8,6 +8,7 @@ from ppcoat.config.schema import NetworkConfig, RunConfig
 from ppcoat.errors import ConfigError
 from ppcoat.lora import LoKrSettings, inject_lokr, inject_lora
 from ppcoat.lora.layer import target_paths
+from ppcoat.nn.convert import multiply_in_fp8
 
 
 def put_adapter(
@@ -15,8 +16,11 @@ def put_adapter(
 ) -> dict[str, paddle.nn.Layer]:
     """Freeze `transformer` and put the adapter of section `network` on it -> {path: adapter layer}.
 
-    policy, group_size: how a LoRA keeps its input for backward, see inject_lora.
+    policy, group_size: how a LoRA keeps its input for backward, see inject_lora. With model.quantize_matmul
+    the FP8 weights under it multiply in FP8.
     """
+    if config.model.quantize_matmul:
+        multiply_in_fp8(transformer)
     network = config.network
     paths = chosen_modules(network, transformer)
     if network.type == "lokr":

@@ -8,8 +8,8 @@ from paddle import nn
 
 from ppcoat.errors import ConfigError
 from ppcoat.lora import inject_lora, remove_lora
-from ppcoat.nn.convert import quantize_linears, replace_linear_with_fp8
-from ppcoat.nn.fp8_weight import FP8Weight, dense
+from ppcoat.nn.convert import multiply_in_fp8, quantize_linears, replace_linear_with_fp8
+from ppcoat.nn.fp8_weight import FP8Weight, times, times_transposed
 from ppcoat.nn.linear import FrozenLinear, LoRALinear
 from ppcoat.nn.saved import count_saved_tensors
 from ppcoat.nn.saving import apply_saving_policy, remove_saving_policy
@@ -40,7 +40,7 @@ def test_it_has_the_shape_of_the_weight_and_a_byte_for_each_number():
     assert weight.shape == [IN, OUT] and weight.stop_gradient
     assert weight.nbytes == IN * OUT + 4 * 2 * 2
     np.testing.assert_array_equal(weight.dequantized("float32").numpy(), values(weight))
-    assert dense(weight, paddle.bfloat16).dtype == paddle.bfloat16
+    assert weight.dequantized("bfloat16").dtype == paddle.bfloat16
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -129,3 +129,51 @@ def test_flux_blocks_on_it_have_the_gradients_of_autograd(flux, build_flux, poli
     assert abs(got_loss - loss) < 1e-5 * loss
     exact = policy == "none" or checkpointed == 4
     assert flux.errors(got, wanted)[1] < (1e-5 if exact else 0.08)
+
+
+def rounded_rows(x: np.ndarray) -> np.ndarray:
+    """x [N, D] rounded to E4M3 in groups of 128 by ml_dtypes, float64."""
+    pieces = []
+    for start in range(0, x.shape[1], 128):
+        piece = x[:, start : start + 128]
+        scale = (np.abs(piece).max(1, keepdims=True) / np.float32(448)).astype("float32")
+        pieces.append((piece / scale).astype(ml_dtypes.float8_e4m3fn).astype("float64") * scale)
+    return np.concatenate(pieces, axis=1)
+
+
+def test_products_in_fp8_round_both_factors():
+    layers, rng = model(), np.random.default_rng(2)
+    weight, bias = FP8Weight.of(layers[0].weight), layers[0].bias
+    weight.in_fp8 = True
+    x, dy, down = (rng.standard_normal([5, width]).astype("float32") for width in (IN, OUT, 3))
+    a, b = (rng.standard_normal(shape).astype("float32") for shape in ([IN, 3], [3, OUT]))
+    given = [paddle.to_tensor(each) for each in (x, dy, down, a, b)]
+    y = times(given[0].reshape([1, 5, IN]), weight, bias, (given[2].reshape([1, 5, 3]), given[4]))
+    dx = times_transposed(given[1], weight, (given[2], given[3]))
+    wanted = rounded_rows(x) @ values(weight) + bias.numpy() + down @ b
+    np.testing.assert_allclose(y.numpy()[0], wanted, atol=1e-4)
+    np.testing.assert_allclose(dx.numpy(), rounded_rows(dy) @ values(weight).T + down @ a.T, atol=1e-4)
+
+
+def test_only_the_blocks_of_flux_multiply_in_fp8(build_flux):
+    transformer = build_flux(1, 1, 2, 32, channels=16, text=24, pooled=12, guidance=True)
+    assert multiply_in_fp8(transformer) == []  # nothing is in FP8 yet
+    quantize_linears(transformer)
+    chosen = multiply_in_fp8(transformer)
+    assert len(chosen) == 12 + 5  # the Linears that a LoRA goes on by default
+    assert "single_transformer_blocks.0.proj_out" in chosen
+    assert not any("norm" in path or "embed" in path for path in chosen)
+
+
+def test_lora_gradients_with_products_in_fp8(flux, build_flux):
+    """Beside products with the same FP8 weights in the compute dtype."""
+    transformer = build_flux(2, 2, 2, 64, channels=16, text=24, pooled=12, guidance=True)
+    quantize_linears(transformer)
+    flux.with_loras(transformer)
+    batch = flux.arguments(transformer)
+    loss, wanted = flux.gradients(transformer, batch)
+    multiply_in_fp8(transformer)
+    fp8_loss, got = flux.gradients(transformer, batch)
+    print(loss, fp8_loss, flux.errors(got, wanted)[1])
+    assert 0 < abs(fp8_loss - loss) < 0.01 * loss
+    assert flux.errors(got, wanted)[1] < 0.08
