@@ -97,7 +97,7 @@ def recorded_gradients(
     from ppcoat.models.flux_pipeline import FluxPipeline
     from ppcoat.train.flux_lora import build_trainer, encode_dataset
 
-    from .quickstart import CONFIG, MOTIF
+    from .quickstart import CONFIG, DATA_SEED, MOTIF
 
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "data"
@@ -105,7 +105,7 @@ def recorded_gradients(
         changes = [f"output_dir={folder}", f"datasets.0.folder_path={data}", f"train.steps={steps}"]
         changes += [f"train.batch_size={batch_size}", "coat.enabled=false", "sample.prompts=[]"]
         config = load_config(str(CONFIG), changes)
-        garments.write_folder(data, PICTURES, 7, config.data.resolution, MOTIF, "[trigger] ")
+        garments.write_folder(data, PICTURES, DATA_SEED, config.data.resolution, MOTIF, "[trigger] ")
         pipeline = FluxPipeline.from_pretrained(config.model.name_or_path)
         examples = all_examples(scan_datasets(config))
         trainer = build_trainer(config, pipeline, encode_dataset(config, examples, pipeline))

@@ -47,7 +47,6 @@ def run_command(arguments: argparse.Namespace) -> None:
     }
     config = read_json(Path(arguments.transformer_config)) if arguments.transformer_config else None
     infos = checkpoint_infos(checkpoint)
-    output.parent.mkdir(parents=True, exist_ok=True)
     write_newbie_folder(output, infos, parts, arguments.dtype, config)
     print(f"{checkpoint}: {len(infos)} tensors, {arguments.dtype} -> {output}")
 

@@ -12,8 +12,10 @@ import argparse
 import math
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import paddle
@@ -27,6 +29,7 @@ from ppcoat.models.saving import save_diffusers_model
 
 from .convert import read_known
 
+Checked = TypeVar("Checked")
 ROUNDING = {"F32": ("float32", 2.0**-24), "BF16": ("bfloat16", 2.0**-8), "F16": ("float16", 2.0**-11)}
 
 
@@ -47,9 +50,8 @@ def run_command(arguments: argparse.Namespace) -> None:
     # A sum of weights: a card would only have to hold the model.
     paddle.set_device("cpu")
     folder, output = Path(arguments.model), Path(arguments.output_dir)
-    check_output(folder, output)
-    if not math.isfinite(arguments.scale):
-        raise ConfigError(f"--scale must be a finite number, got {arguments.scale}")
+    check_output(folder, output, "--output_dir")
+    check_scale(arguments.scale)
     lora = read_known(Path(arguments.lora), arguments.ignore_unknown)
     check_folder(folder)
     check_fits(lora, folder / "transformer")
@@ -57,14 +59,8 @@ def run_command(arguments: argparse.Namespace) -> None:
     model = load_transformer(folder / "transformer", dtype)
     load_lora(model, arguments.lora, arguments.scale)
     merge_lora(model)
-    temporary = output.with_name(f".{output.name}.tmp-{os.getpid()}")
-    try:
-        shutil.copytree(folder, temporary, ignore=lambda path, names: left_out(folder, path, names))
-        save_diffusers_model(model, temporary / "transformer")
-        lost = check_merged(folder, temporary, linear_weights(model), Added(lora, arguments.scale, unit))
-        temporary.rename(output)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    linears, added = linear_weights(model), Added(lora, arguments.scale, unit)
+    lost = write_merged(folder, output, model, lambda merged: check_merged(folder, merged, linears, added))
     print(f"{folder} + {arguments.scale:g} x {arguments.lora} -> {output}")
     print(
         f"{len(lora.modules)} modules, {dtype}; delta-W in the written weights within {lost:.2g} of its norm"
@@ -80,14 +76,40 @@ class Added:
     unit: float
 
 
-def check_output(folder: Path, output: Path) -> None:
-    """Raises ConfigError for an output that is there already, or lies in the model's folder."""
+def check_output(folder: Path, output: Path, flag: str) -> None:
+    """Raises ConfigError, which names `flag`, for an output that is there already or lies in the model's
+    folder."""
     inside = output.resolve()
     if folder.resolve() in (inside, *inside.parents):
-        raise ConfigError(f"--output_dir {output} is inside the model {folder}: choose a folder elsewhere")
+        raise ConfigError(f"{flag} {output} is inside the model {folder}: choose a folder elsewhere")
     if output.exists():
-        raise ConfigError(f"--output_dir {output} exists: remove it, or choose another name")
+        raise ConfigError(f"{flag} {output} exists: remove it, or choose another name")
+
+
+def check_scale(scale: float) -> None:
+    """Raises ConfigError for a --scale that is NaN or infinite."""
+    if not math.isfinite(scale):
+        raise ConfigError(f"--scale must be a finite number, got {scale}")
+
+
+def write_merged(
+    folder: Path, output: Path, model: paddle.nn.Layer, check: Callable[[Path], Checked]
+) -> Checked:
+    """The pipeline in `folder` as `output`, with `model` for its transformer: there whole or not at all.
+
+    check: looks at the new folder before it takes its name; what it returns is returned, and what it raises
+    leaves nothing behind.
+    """
     output.parent.mkdir(parents=True, exist_ok=True)
+    draft = output.with_name(f".{output.name}.tmp-{os.getpid()}")
+    try:
+        shutil.copytree(folder, draft, ignore=lambda path, names: left_out(folder, path, names))
+        save_diffusers_model(model, draft / "transformer")
+        found = check(draft)
+        draft.rename(output)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return found
 
 
 def check_fits(lora: LoRAFile, folder: Path) -> None:

@@ -9,20 +9,15 @@ The sum is taken in float32 and rounded once to the base's dtype; the other part
 from __future__ import annotations
 
 import argparse
-import math
-import os
-import shutil
 from pathlib import Path
 
 import paddle
 
-from ppcoat.errors import ConfigError
 from ppcoat.host import tune_host
 from ppcoat.lora import load_adapter, merge_lora
 from ppcoat.models.newbie_loading import check_newbie_folder, load_nextdit
-from ppcoat.models.saving import save_diffusers_model
 
-from .merge import base_dtype, left_out
+from .merge import base_dtype, check_output, check_scale, write_merged
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,25 +32,13 @@ def run_command(arguments: argparse.Namespace) -> None:
     # A sum of weights: a card would only have to hold the model.
     paddle.set_device("cpu")
     folder, output = Path(arguments.base_model_path), Path(arguments.output_path)
-    if folder.resolve() in (output.resolve(), *output.resolve().parents):
-        raise ConfigError(f"--output_path {output} is inside the model {folder}: choose a folder elsewhere")
-    if output.exists():
-        raise ConfigError(f"--output_path {output} exists: remove it, or choose another name")
-    if not math.isfinite(arguments.scale):
-        raise ConfigError(f"--scale must be a finite number, got {arguments.scale}")
+    check_output(folder, output, "--output_path")
+    check_scale(arguments.scale)
     check_newbie_folder(folder)
     dtype, _ = base_dtype(folder / "transformer")
     model = load_nextdit(folder / "transformer", dtype)
     modules = load_adapter(model, arguments.lora_path, arguments.scale).ranks
     merge_lora(model)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    draft = output.with_name(f".{output.name}.tmp-{os.getpid()}")
-    try:
-        shutil.copytree(folder, draft, ignore=lambda path, names: left_out(folder, path, names))
-        save_diffusers_model(model, draft / "transformer")
-        check_newbie_folder(draft)
-        draft.rename(output)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+    write_merged(folder, output, model, check_newbie_folder)
     print(f"{folder} + {arguments.scale:g} x {arguments.lora_path} -> {output}")
     print(f"{len(modules)} modules, {dtype}")

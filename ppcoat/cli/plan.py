@@ -128,17 +128,14 @@ def lightning_case(resolution: int, fp8_base: bool) -> LightningConfig:
 
 def settings_yaml(choice: Choice) -> str:
     """The lines to put into a config."""
-    sections = _sections(choice)
-    if choice.checkpoint_blocks:
-        sections["coat"]["memory"] = {"checkpoint_blocks": choice.checkpoint_blocks}
-    return yaml.safe_dump(sections, sort_keys=False).rstrip()
+    return yaml.safe_dump(_sections(choice), sort_keys=False).rstrip()
 
 
 def settings_toml(choice: Choice) -> str:
     """The same for NewBie-image, as tables beside [Model] and [Optimization]."""
     sections = _sections(choice)
     tables = {"model": sections["model"], "train": sections["train"]}
-    tables["coat.activation"] = sections["coat"]["activation"]
+    tables |= {f"coat.{name}": values for name, values in sections["coat"].items()}
     lines = []
     for name, values in tables.items():
         lines += [f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in values.items())]
@@ -146,6 +143,8 @@ def settings_toml(choice: Choice) -> str:
 
 
 def _sections(choice: Choice) -> dict[str, dict]:
+    blocks = choice.checkpoint_blocks
+    memory = {"memory": {"checkpoint_blocks": blocks}} if blocks else {}
     return {
         "model": {"quantize": choice.quantize, "blocks_to_swap": choice.blocks_to_swap},
         "train": {
@@ -153,7 +152,7 @@ def _sections(choice: Choice) -> dict[str, dict]:
             "gradient_accumulation": choice.gradient_accumulation,
             "gradient_checkpointing": choice.checkpoint_blocks > 0,
         },
-        "coat": {"activation": {"policy": choice.policy}},
+        "coat": {"activation": {"policy": choice.policy}} | memory,
     }
 
 

@@ -1,4 +1,4 @@
-"""python train_scripts/train_flux_lora.py config.yaml [--set train.steps=50] [--dry_run]"""
+"""python train_scripts/train_flux_lora.py config.yaml [--set train.steps=50] [--strict] [--dry_run]"""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="YAML file, e.g. configs/quickstart.yaml")
-    add_set_flag(parser)
-    add_dry_run_flag(parser)
+    add_run_flags(parser)
 
 
 def add_set_flag(parser: argparse.ArgumentParser) -> None:
@@ -32,8 +31,17 @@ def add_set_flag(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_dry_run_flag(parser: argparse.ArgumentParser) -> None:
-    """--dry_run, as every command that trains from a config file has it."""
+def add_run_flags(parser: argparse.ArgumentParser) -> None:
+    """--set, --strict and --dry_run, as every command that trains from a config file has them."""
+    add_set_flag(parser)
+    parser.add_argument(
+        "--strict",
+        dest="overrides",
+        action="append_const",
+        const="save.strict_resume=true",
+        help="stop where the latest checkpoint is damaged, instead of going on from the one before it; "
+        "the same as --set save.strict_resume=true",
+    )
     parser.add_argument(
         "--dry_run",
         action="store_true",

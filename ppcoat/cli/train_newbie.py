@@ -1,4 +1,4 @@
-"""python train_scripts/train_newbie_lora.py --config_file my_config.toml [--set train.steps=50] [--dry_run]
+"""python train_scripts/train_newbie_lora.py --config_file my_config.toml [--set a.b=c] [--strict] [--dry_run]
 
 The config.yaml that a run leaves in its folder may be given, too.
 """
@@ -12,13 +12,12 @@ from ppcoat.config.load import load_config
 from ppcoat.config.newbie import load_newbie_config
 from ppcoat.host import tune_host
 
-from .train import add_dry_run_flag, add_set_flag, show_dry_run
+from .train import add_run_flags, show_dry_run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config_file", required=True, help="TOML file, e.g. configs/newbie_lora.toml")
-    add_set_flag(parser)
-    add_dry_run_flag(parser)
+    add_run_flags(parser)
 
 
 def run_command(arguments: argparse.Namespace) -> None:

@@ -99,7 +99,9 @@ def translate(data: dict[str, Any], nested: bool, origins: Origins) -> dict[str,
     Logs one warning per key that has no effect or another one than in ai-toolkit. Raises ConfigError for a
     key that would change the result and cannot be followed. Keys that ai-toolkit does not have are passed on.
     """
-    document = Document(data, nested, _fill_in_defaults(data) if nested else frozenset())
+    if nested:
+        _fill_in_defaults(data)
+    document = Document(data, nested)
     ours: dict[str, Any] = {}
     overruling: dict[Location, tuple[Any, Location]] = {}
     order = {key: number for number, key in enumerate(KEYS)}
@@ -236,18 +238,16 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _fill_in_defaults(data: dict[str, Any]) -> frozenset[str]:
-    """Put ai-toolkit's defaults into data; dotted names of those that were needed."""
+def _fill_in_defaults(data: dict[str, Any]) -> None:
+    """Put ai-toolkit's defaults into data where it says nothing."""
     leaves = ((location, _target(location), value) for location, value in _leaves(data))
     present = {
         dotted(target) for location, target, value in leaves if value is not None or target == location
     }
-    missing = DEFAULTS.keys() - present
-    for name in missing:
+    for name in DEFAULTS.keys() - present:
         section, _, key = name.partition(".")
         if isinstance(data.setdefault(section, {}), dict):
             data[section][key] = DEFAULTS[name]
-    return frozenset(missing)
 
 
 def _fit_network(ours: dict[str, Any], origins: Origins) -> None:

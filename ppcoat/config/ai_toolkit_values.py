@@ -14,23 +14,15 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Document:
-    """A run as written, without ai-toolkit's nesting.
-
-    nested: it had one, so ai-toolkit's defaults hold; filled_in: dotted names of those that data got.
-    """
+    """A run as written, without ai-toolkit's nesting. nested: it had one, so ai-toolkit's defaults hold."""
 
     data: dict[str, Any]
     nested: bool
-    filled_in: frozenset[str] = frozenset()
 
     def get(self, section: str, key: str, default: Any = None) -> Any:
         """One value as written, or `default` where the section or the key is absent."""
         inside = self.data.get(section)
         return inside.get(key, default) if isinstance(inside, dict) else default
-
-    def says(self, section: str, key: str) -> bool:
-        """Whether the user wrote the value."""
-        return self.get(section, key) is not None and f"{section}.{key}" not in self.filled_in
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ class CoatActivationConfig(Section):
     use_fp8: bool = Field(True, description="keep activations for backward in FP8")
     policy: SavingPolicy = Field(
         "coat",
-        description="what a FLUX block keeps: +recompute rebuilds linear inputs, +attention packs q, k, v",
+        description="what a block keeps: +recompute rebuilds linear inputs, +attention packs q, k, v",
     )
     linear_granularity: Granularity = Field("per_tensor", description="scales of inputs of linear layers")
     nonlinear_granularity: Granularity = Field(

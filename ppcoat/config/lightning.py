@@ -19,6 +19,7 @@ from ppcoat.errors import ConfigError
 
 TINY_FLUX = str(Path(__file__).parents[1] / "assets" / "tiny_flux")
 STEPS = 4  # in which a student draws
+WINDOW = 1024  # pictures that a rank encodes ahead where there are too many to hold them all
 Rule = Literal["fixed", "published"]
 # The known mistakes of the public code: each of these fields has the values of Rule.
 MISTAKES = ("forward_noise", "reflow_entry", "dmd_normalizer", "last_sigma", "phase_delta",
@@ -36,6 +37,7 @@ NEEDS = {
     "caption_column": "file_list_path",
     "bad_rows": "file_list_path",
     "max_bad_share": "file_list_path",
+    "strict_resume": "resume_from_checkpoint",
 }
 
 
@@ -133,6 +135,15 @@ class LightningConfig(BaseModel):
         None, ge=1, le=512, description="T5 tokens; none: what the tokenizer allows, at most 512"
     )
     cache_to_disk: bool = Field(False, description="keep encoded pictures and captions in <run folder>/cache")
+    encode_ahead: int | None = Field(
+        None,
+        ge=1,
+        description="pictures that each rank encodes ahead and holds in host memory; none: all of the run "
+        f"where they take up to 16 GB on all ranks together, else {WINDOW}",
+    )
+    strict_resume: bool = Field(
+        False, description="stop where that checkpoint is damaged, instead of going on from the one before it"
+    )
     validation_prompt: tuple[str, ...] = Field(("a beautiful girl",), description="previews, one for each")
     log_every: int = Field(10, ge=1, description="steps between points in the curves")
     visualdl: bool = Field(True, description="write VisualDL curves")
@@ -180,6 +191,12 @@ class LightningConfig(BaseModel):
             raise ValueError("huber_c has no effect with loss_type l2; leave it out or use huber")
         if self.mixed_precision == "fp16":
             raise ValueError("mixed_precision fp16: FLUX's activations overflow float16; use bf16 or no")
+        in_step = self.train_batch_size * self.gradient_accumulation_steps
+        if self.encode_ahead is not None and self.encode_ahead < in_step:
+            raise ValueError(
+                f"encode_ahead: came {self.encode_ahead}, wanted at least the {in_step} pictures that a rank "
+                "sees in one step (train_batch_size x gradient_accumulation_steps)"
+            )
         if 1000 % self.num_euler_timesteps:
             raise ValueError(
                 f"num_euler_timesteps: came {self.num_euler_timesteps}, wanted a divisor of 1000"
@@ -249,6 +266,7 @@ class LightningConfig(BaseModel):
                 "save_every": self.checkpointing_steps,
                 "max_step_saves_to_keep": self.checkpoints_total_limit,
                 "format": self.save_format,
+                "strict_resume": self.strict_resume,
             },
             "sample": {
                 "sample_every": previews,

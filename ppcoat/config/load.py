@@ -39,7 +39,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     file and line (or the override), the key, what came and what was wanted; an unknown key is answered with
     the nearest known one.
     """
-    text = _read(Path(path))
+    text = read_config_text(Path(path), (".yaml", ".yml"))
     root = _parse(text, str(path))
     data = {} if root is None else _to_data(root, str(path))
     if not isinstance(data, dict):
@@ -65,6 +65,32 @@ def dump_config(config: RunConfig) -> str:
     """The complete settings as YAML text that load_config reads back to an equal RunConfig."""
     data = config.model_dump(mode="json")
     return yaml.dump(data, Dumper=_ConfigDumper, sort_keys=False, allow_unicode=True, width=110)
+
+
+def read_config_text(path: Path, endings: tuple[str, ...]) -> str:
+    """The text of a config file, UTF-8 with or without a byte order mark. endings: allowed, with their dot.
+
+    At most MAX_CONFIG_BYTES and one more are read. Raises ConfigError for another ending, and for a file
+    that is not there, larger or not UTF-8.
+    """
+    if path.suffix not in endings:
+        raise ConfigError(
+            f"config file {path}: came the ending '{path.suffix}', wanted {' or '.join(endings)}"
+        )
+    try:
+        with open(path, "rb") as file:
+            raw = file.read(MAX_CONFIG_BYTES + 1)
+        if len(raw) > MAX_CONFIG_BYTES:
+            raise ConfigError(
+                f"config file {path}: more than {MAX_CONFIG_BYTES} bytes; is this the right file?"
+            )
+        return raw.decode("utf-8-sig")
+    except OSError as error:
+        raise ConfigError(f"cannot read the config file {path}: {error.strerror}; check the path") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"config file {path}: byte {error.start} is not UTF-8; save the file as UTF-8"
+        ) from None
 
 
 class _ConfigLoader(yaml.SafeLoader):
@@ -125,25 +151,6 @@ for _tag, _pattern, _first in (
     ),
 ):
     _ConfigLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
-
-
-def _read(path: Path) -> str:
-    if path.suffix not in (".yaml", ".yml"):
-        raise ConfigError(f"config file {path}: came the ending '{path.suffix}', wanted .yaml or .yml")
-    try:
-        with open(path, "rb") as file:
-            raw = file.read(MAX_CONFIG_BYTES + 1)
-        if len(raw) > MAX_CONFIG_BYTES:
-            raise ConfigError(
-                f"config file {path}: more than {MAX_CONFIG_BYTES} bytes; is this the right file?"
-            )
-        return raw.decode("utf-8-sig")
-    except OSError as error:
-        raise ConfigError(f"cannot read the config file {path}: {error.strerror}; check the path") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"config file {path}: byte {error.start} is not UTF-8; save the file as UTF-8"
-        ) from None
 
 
 def _parse(text: str, source: str) -> yaml.Node | None:

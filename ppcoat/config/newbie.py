@@ -18,7 +18,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from ppcoat.config.explain import explain, printable
-from ppcoat.config.load import MAX_CONFIG_BYTES, apply_override
+from ppcoat.config.load import apply_override, read_config_text
 from ppcoat.config.origin import Location, Origins
 from ppcoat.config.schema import RunConfig
 from ppcoat.errors import ConfigError
@@ -82,7 +82,7 @@ def load_newbie_config(path: str | Path, overrides: Sequence[str] = ()) -> RunCo
     unknown key is answered with the nearest known one.
     """
     path = Path(path)
-    text = _read(path)
+    text = read_config_text(path, (".toml",))
     try:
         content = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -115,21 +115,6 @@ class _TomlOrigins(Origins):
         keys = [part for part in location if isinstance(part, str)]
         found = keys and re.search(rf"(?m)^\s*{re.escape(keys[-1])}\s*=", self.text)
         return f"{self.path}:{self.text[: found.end()].count(chr(10)) + 1}" if found else self.path
-
-
-def _read(path: Path) -> str:
-    if path.suffix != ".toml":
-        raise ConfigError(f"config file {path}: came the ending '{path.suffix}', wanted .toml")
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"cannot read the config file {path}: {error.strerror}; check the path") from None
-    if len(raw) > MAX_CONFIG_BYTES:
-        raise ConfigError(f"config file {path}: more than {MAX_CONFIG_BYTES} bytes; is this the right file?")
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"config file {path}: byte {error.start} is not UTF-8") from None
 
 
 def _split(content: dict, origins: _TomlOrigins) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -21,6 +21,10 @@ class SaveConfig(Section):
         description="epochs between checkpoints, beside save_every; needs train.num_epochs",
     )
     max_step_saves_to_keep: int = Field(4, ge=1, description="checkpoints kept, and LoRA files of steps")
+    strict_resume: bool = Field(
+        False,
+        description="stop where the latest checkpoint is damaged, instead of going on from the one before it",
+    )
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="dtype in the LoRA file")
     format: Annotated[tuple[LoRAFormat, ...], Strict(False)] = Field(
         ("diffusers",), min_length=1, description="key names of the LoRA file; one file for each listed"

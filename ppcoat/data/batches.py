@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import zlib
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from itertools import islice
 
 import numpy as np
 
@@ -52,6 +54,10 @@ class ResumableBatches:
         turn, stream = divmod(self.batches, len(self._streams))
         self.batches += 1
         return self._streams[stream].batch(turn)
+
+    def ahead(self, count: int) -> Iterator[list[int]]:
+        """The next `count` batches, without giving them out."""
+        return islice(copy.copy(self), count)  # shares all but the position
 
     def batches_of(self, epochs: int) -> int:
         """Batches until every ordinary example was seen `epochs` times (times its repeats)."""

@@ -28,6 +28,8 @@ EncodeImage = Callable[[paddle.Tensor], paddle.Tensor]
 EncodeText = Callable[[list[str]], tuple[paddle.Tensor | list[paddle.Tensor], ...]]
 Embedding = tuple[paddle.Tensor, ...]  # FLUX: prompt_embeds [T, D], pooled [P]
 
+# In one call of an encoder: captions, or pictures of one size, and of these at most so many pixels in all.
+ENCODED_AT_ONCE, ENCODED_PIXELS = 8, 1024 * 1024
 _SAMPLED_BYTES = 2**20
 
 
@@ -94,15 +96,15 @@ def build_cache(
     encoders: Encoders,
     extra_captions: Iterable[str] = (),
     reg_weight: float = 1.0,
-    batch_size: int = 8,
+    batch_size: int = ENCODED_AT_ONCE,
     store: EmbeddingStore | None = None,
 ) -> TrainingCache:
     """Encode all examples once, with a progress bar each for pictures and captions.
 
     Equal captions are encoded once; the empty caption is added where dropout needs it, extra_captions (say,
-    preview prompts) are taken as they are. batch_size: pictures of one size, or captions, in one call of an
-    encoder. store: read before anything is encoded, and given what was. Raises ConfigError naming the
-    picture or caption whose encoding is not finite.
+    preview prompts) are taken as they are. batch_size: captions in one call of an encoder; of pictures, see
+    `pictures_at_once`. store: read before anything is encoded, and given what was. Raises ConfigError naming
+    the picture or caption whose encoding is not finite.
     """
     blank = [""] if any(example.caption_dropout_rate > 0 for example in examples) else []
     captions = [caption for example in examples for caption in example.captions]
@@ -111,6 +113,12 @@ def build_cache(
         list(dict.fromkeys([*captions, *blank, *extra_captions])), encoders, batch_size, store
     )
     return TrainingCache(list(examples), latents, embeddings, reg_weight, encoders.text_names)
+
+
+def pictures_at_once(pixels: int, batch_size: int = ENCODED_AT_ONCE) -> int:
+    """How many pictures of so many pixels go through the VAE in one call: up to batch_size, and as many as
+    ENCODED_PIXELS hold, but one at least. Its memory grows with the pixels of a call."""
+    return max(1, min(batch_size, ENCODED_PIXELS // pixels))
 
 
 def folder_identity(*folders: Path) -> str:
@@ -142,7 +150,7 @@ def _latents(
         if i not in latents:
             sizes.setdefault(example.size, []).append(i)
     with tqdm(total=len(examples), initial=len(latents), desc="encoding pictures", unit="file") as bar:
-        for some in (some for numbers in sizes.values() for some in _chunks(numbers, batch_size)):
+        for some in _calls(sizes, batch_size):
             pixels = np.stack([_pixels(examples[i]) for i in some])
             encoded = encoders.image(paddle.to_tensor(pixels)).cpu().unbind(0)
             for i, latent in zip(some, encoded, strict=True):
@@ -198,6 +206,12 @@ def _image_keys(examples: Sequence[Example], identity: str) -> list[str]:
 def _pixels(example: Example) -> np.ndarray:
     width, height = example.size
     return load_image(example.item.image_path, height, width, example.flip_x, example.flip_y)
+
+
+def _calls(sizes: dict[tuple[int, int], list[int]], batch_size: int) -> Iterable[Sequence[int]]:
+    """Numbers of pictures by size -> those of each call of the VAE."""
+    for (width, height), numbers in sizes.items():
+        yield from _chunks(numbers, pictures_at_once(width * height, batch_size))
 
 
 def _chunks(entries: Sequence, size: int) -> Iterable[Sequence]:

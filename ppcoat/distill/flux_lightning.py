@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from contextlib import nullcontext
 from pathlib import Path
 
 import paddle
@@ -15,9 +14,11 @@ from ppcoat.config.schema import RunConfig
 from ppcoat.data.batches import ResumableBatches
 from ppcoat.data.cache import TrainingCache
 from ppcoat.data.data_report import data_report
-from ppcoat.data.examples import all_examples, scan_datasets
+from ppcoat.data.examples import Example, all_examples, scan_datasets
 from ppcoat.data.laion import LaionSource, unpack_laion
+from ppcoat.data.windowed_cache import WindowedCache
 from ppcoat.distill.discriminator import Discriminator
+from ppcoat.distill.encoding import encode_pictures
 from ppcoat.distill.heads_optimizer import HeadsOptimizer
 from ppcoat.distill.objective import DiscriminatorObjective, Distillation, Rules, Terms
 from ppcoat.distill.trainer import (
@@ -38,7 +39,7 @@ from ppcoat.nn.swap import last_blocks, swap_blocks
 from ppcoat.optim import lr_scheduler
 from ppcoat.train.base_model import check_swap, exchange_for_transformer, load_encoders
 from ppcoat.train.coat import COATTrainer
-from ppcoat.train.flux_lora import FluxFamily, encode_dataset
+from ppcoat.train.flux_lora import FluxFamily
 from ppcoat.train.lora_files import LoRAFiles
 from ppcoat.train.lora_run import start_run_folder
 from ppcoat.train.previews import draw_previews
@@ -80,8 +81,8 @@ def train_flux_lightning(config: LightningConfig) -> TrainingResult:
         _say_dtype(config)
     pre_allocate(config.pre_alloc_memory)
     pipeline = load_encoders(run, dtype)
-    with ranks.first_ahead() if config.cache_to_disk else nullcontext():
-        cache = encode_dataset(run, all_examples(datasets), pipeline)
+    examples = all_examples(datasets)
+    cache = encode_pictures(config, run, examples, _batches(config, examples, ranks), pipeline, ranks)
     exchange_for_transformer(pipeline, run, dtype, ranks)
     return build_trainer(config, run, pipeline, cache, ranks).run()
 
@@ -90,10 +91,11 @@ def build_trainer(
     config: LightningConfig,
     run: RunConfig,
     pipeline: FluxPipeline,
-    cache: TrainingCache,
+    cache: TrainingCache | WindowedCache,
     ranks: Ranks | None = None,
 ) -> LightningTrainer:
-    """Put LoRA, COAT and heads on the transformer and everything a trainer needs around them."""
+    """Put LoRA, COAT and heads on the transformer and everything a trainer needs around them. A
+    WindowedCache brings its sampler."""
     ranks, transformer = ranks or Ranks(), pipeline.transformer
     coat = COATTrainer(run.coat, config.gradient_checkpointing)
     modules = put_adapter(run, transformer, coat.policy, coat.linear_group_size)
@@ -107,16 +109,16 @@ def build_trainer(
     def draw() -> tuple[list[Image.Image], list[str]]:
         return draw_previews(run, pipeline, lambda preview: FluxFamily().draw(pipeline, preview, cache))
 
-    global_batch = config.train_batch_size * ranks.size
-    order = RestartedBatches if config.resume_order == "published" else ResumableBatches
+    windowed = isinstance(cache, WindowedCache)
+    batches = cache.batches if windowed else _batches(config, cache.examples, ranks)
     return LightningTrainer(
         config=run,
         model=transformer,
         cache=cache,
-        batches=order(cache.examples, global_batch, config.seed),
+        batches=batches,
         save_weights=LoRAFiles(run, transformer).write,
         draw_previews=draw if run.sample.wanted else None,
-        compatible=_compatible(config, list(modules)) | {"batch_size": global_batch},
+        compatible=_compatible(config, list(modules)) | {"batch_size": batches.batch_size},
         ranks=ranks,
         sides=sides,
         **both_sides(sides),
@@ -191,6 +193,11 @@ def pre_allocate(gigabytes: int) -> None:
             f"pre_alloc_memory: came {gigabytes} GB, wanted less than this GPU's {there / GIGABYTE:.0f}"
         )
     paddle.empty([gigabytes * GIGABYTE], dtype="uint8")  # freed at once; Paddle keeps it for what comes
+
+
+def _batches(config: LightningConfig, examples: list[Example], ranks: Ranks) -> ResumableBatches:
+    order = RestartedBatches if config.resume_order == "published" else ResumableBatches
+    return order(examples, config.train_batch_size * ranks.size, config.seed)
 
 
 def _check_fresh(config: LightningConfig, run: RunConfig) -> None:

@@ -105,9 +105,7 @@ def generate(drawing: Drawing) -> list[Path]:
     (_check_newbie if newbie else _check_flux)(drawing)
     set_device(drawing.device)
     dtype = compute_dtype(drawing.dtype)
-    folder = Path(drawing.output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"output_dir {folder} is a file, wanted a folder")
+    folder = output_folder(drawing)
     draw = (_newbie_drawer if newbie else _flux_drawer)(drawing, dtype)
     folder.mkdir(parents=True, exist_ok=True)
     files = []
@@ -190,6 +188,14 @@ def check_drawing(drawing: Drawing) -> None:
     for name in ("lora_scale", "guidance_scale", "true_cfg_scale"):
         if getattr(drawing, name) is not None and not math.isfinite(getattr(drawing, name)):
             raise ConfigError(f"{name}: came {getattr(drawing, name)}, wanted a finite number")
+
+
+def output_folder(drawing: Drawing) -> Path:
+    """Where the pictures go, not made yet. Raises ConfigError if a file has that name."""
+    folder = Path(drawing.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"output_dir {folder} is a file, wanted a folder")
+    return folder
 
 
 def _slug(prompt: str) -> str:

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from ppcoat.errors import ConfigError
 from ppcoat.host import set_device, tune_host
 from ppcoat.infer.cinn import compile_transformer, wait_for_device
-from ppcoat.infer.generate import Drawing, check_drawing, save_picture
+from ppcoat.infer.generate import Drawing, check_drawing, output_folder, save_picture
 from ppcoat.lora import merge_lora, read_lora_file
 from ppcoat.lora.header import ADAPTER_METADATA
 from ppcoat.models.flux_pipeline import FluxPipeline
@@ -100,9 +100,7 @@ def draw_lightning(drawing: LightningDrawing) -> Path:
     if not Path(drawing.model).is_dir():
         raise ConfigError(f"no model folder {drawing.model}: download it there, or give --model <folder>")
     check_folder(drawing.model)
-    folder = Path(drawing.output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"output_dir {folder} is a file, wanted a folder")
+    folder = output_folder(drawing)
     set_device(drawing.device)
     pipeline = FluxPipeline.from_pretrained(drawing.model)
     info = pipeline.load_lora_weights(drawing.path_to_lora, drawing.lora_scale)

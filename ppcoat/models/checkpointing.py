@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import paddle
 from paddle import nn
-from paddle.distributed.fleet.utils import recompute
 
 from ppcoat.models.adapters import adapters, adapters_set
+from ppcoat.nn.checkpoint import checkpointed
 
 
 class CheckpointedBlocks:
-    """For a ModelMixin whose forward runs its blocks through `run_block`."""
+    """For a ModelMixin whose forward runs its blocks through `run_block`.
+
+    What a block keeps then is its inputs, in the form that the context around the forward pass says
+    (nn/checkpoint.py).
+    """
 
     _supports_gradient_checkpointing = True
     gradient_checkpointing = False
@@ -26,8 +30,8 @@ class CheckpointedBlocks:
             with adapters_set(scales):
                 return block(*args)
 
-        # The re-entrant form drops the gradients of a block no input of which needs one (block 0 of a LoRA).
-        return recompute(run_with_scales, *args, use_reentrant=False)
+        trained = [parameter for parameter in block.parameters() if not parameter.stop_gradient]
+        return checkpointed(run_with_scales, *args, trained=trained)
 
     def _set_gradient_checkpointing(self, layer: nn.Layer, value: bool = False) -> None:
         if layer is self:

@@ -1,13 +1,14 @@
-"""The FLUX transformer with its Linears in FP8, read tensor by tensor: never in memory unquantised.
+"""A transformer with its Linears in FP8, read tensor by tensor: never in memory unquantised.
 
-`load_fp8_transformer` quantises while it reads, or reads the FP8 copy that an earlier start left on disk
-(fp8_copy.py). `weight_errors` and `output_errors` say what the quantisation costs.
+`load_fp8` quantises while it reads, or reads the FP8 copy that an earlier start left on disk (fp8_copy.py);
+`load_fp8_transformer` is that for FLUX, newbie_fp8.py for NewBie-image. `weight_errors` and `output_errors`
+say what the quantisation costs FLUX.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +27,8 @@ from ppcoat.nn.swap import last_blocks, move_to_host
 
 _log = logging.getLogger(__name__)
 
+# A model whose parameters have no memory yet, with its `source_config`, and where its tensors lie.
+Unfilled = Callable[[], tuple[nn.Layer, dict[str, TensorInfo]]]
 BAND = 8 * BLOCK  # rows quantised at a time: what is in float32 beside the codes
 
 
@@ -53,25 +56,40 @@ def load_fp8_transformer(
     """The FLUX transformer of a component folder in eval mode, the weight of every Linear in FP8.
 
     All 504 Linears of FLUX.1-dev are quantised, 494 of them in its blocks; biases and norms are in `dtype`
-    (None: float32 on CPU, bfloat16 on GPU). copy: where the FP8 weights are kept for the next start; a stale
-    or damaged one is made anew, with one warning. blocks_to_swap: the last so many blocks are left in host
-    memory, for nn/swap.py. Peak memory: the FP8 model, one tensor and a band of `BAND` rows in float32.
-    Raises ConfigError as `load_transformer`, naming a tensor that is not finite, for a disk too full for the
-    copy, and for more blocks_to_swap than blocks.
+    (None: float32 on CPU, bfloat16 on GPU). copy, and what else is raised: see `load_fp8`. blocks_to_swap:
+    the last so many blocks are left in host memory, for nn/swap.py. Raises ConfigError as `load_transformer`,
+    and for more blocks_to_swap than blocks.
     """
-    model, infos = unfilled(FluxTransformer2DModel, folder, dtype)
-    on_host = tuple(f"{path}." for path in last_blocks(model, blocks_to_swap))
+    return load_fp8(
+        lambda: unfilled(FluxTransformer2DModel, folder, dtype),
+        copy,
+        lambda model: last_blocks(model, blocks_to_swap),
+    )
+
+
+def load_fp8(
+    unfilled_model: Unfilled, copy: FP8Copy | None, swapped: Callable[[nn.Layer], Iterable[str]]
+) -> nn.Layer:
+    """The model in eval mode, the weight of every Linear in FP8 and all else in the dtype of its parameter.
+
+    copy: where the FP8 weights are kept for the next start; a stale or damaged one is made anew, with one
+    warning. swapped: a model -> paths of the blocks that are left in host memory. Peak memory: the FP8 model,
+    one tensor and a band of `BAND` rows in float32. Raises ConfigError naming a tensor that is not finite,
+    and for a disk too full for the copy.
+    """
+    model, infos = unfilled_model()
+    on_host = tuple(f"{path}." for path in swapped(model))
     if copy is None:
         _fill(model, quantised_tensors(infos, model), on_host)
         return model.eval()
     if not copy.is_usable():
-        copy.write(folder, infos, quantised_tensors(infos, model), linear_paths(model))
+        _write(copy, model, infos)
     try:
         _fill(model, copy.tensors(), on_host)
     except DamagedCopyError as error:
         _log.warning("%s: the copy is made anew", error)
-        model, infos = unfilled(FluxTransformer2DModel, folder, dtype)
-        copy.write(folder, infos, quantised_tensors(infos, model), linear_paths(model))
+        model, infos = unfilled_model()
+        _write(copy, model, infos)
         _fill(model, copy.tensors(), on_host)
     return model.eval()
 
@@ -182,6 +200,10 @@ def _quantised(name: str, info: TensorInfo) -> tuple[paddle.Tensor, paddle.Tenso
     codes = paddle.concat([part.codes for part in parts], axis=0)
     scale = paddle.concat([part.scale for part in parts], axis=0)
     return (codes.t().contiguous(), scale.t().contiguous()) if info.torch_layout else (codes, scale)
+
+
+def _write(copy: FP8Copy, model: nn.Layer, infos: dict[str, TensorInfo]) -> None:
+    copy.write(model.source_config, infos, quantised_tensors(infos, model), linear_paths(model))
 
 
 def _fill(model: nn.Layer, tensors: Iterable[tuple[str, paddle.Tensor]], on_host: tuple[str, ...]) -> None:

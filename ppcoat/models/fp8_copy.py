@@ -85,21 +85,20 @@ class FP8Copy:
 
     def write(
         self,
-        model: str | Path,
+        config: dict,
         infos: dict[str, TensorInfo],
         tensors: Iterable[tuple[str, paddle.Tensor]],
         linears: Iterable[str],
     ) -> None:
-        """Write `tensors` (as quantised_tensors gives them for `infos` of the folder `model`) one by one.
+        """Write `tensors` (as fp8_base.quantised_tensors gives them for `infos`) one by one.
 
-        linears: paths of the quantised Linears. Raises ConfigError with both numbers if the disk has not
-        enough room, before anything is written.
+        config: the model's config.json. linears: paths of the quantised Linears. Raises ConfigError with both
+        numbers if the disk has not enough room, before anything is written.
         """
         layout = _layout(infos, {f"{path}.weight" for path in linears})
         advice = "make room there, or set cache_dir to another disk"
         place, wanted = self.folder.parent, layout_bytes(layout)
         check_room(place, wanted, "the FP8 copy of the transformer takes", advice)
-        config = read_json(Path(model) / "config.json")
         values = ((name, tensor.numpy()) for name, tensor in tensors)
         write_component(self.folder, config, layout, values, {"format": "pd", "source": self._stamp})
 

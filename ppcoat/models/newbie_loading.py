@@ -95,6 +95,18 @@ def unfilled_nextdit(folder: str | Path) -> NextDiT_CLIP:
         return _nextdit(Path(folder))
 
 
+def open_nextdit(folder: str | Path, dtype: str | None = None) -> tuple[NextDiT_CLIP, dict[str, TensorInfo]]:
+    """`unfilled_nextdit` with parameters of `dtype`, and where their tensors lie. Raises ConfigError unless
+    names and shapes in the files are exactly the model's."""
+    folder = Path(folder)
+    with weights_in(dtype):
+        model = unfilled_nextdit(folder)
+    source = _nextdit_source(model, folder)
+    _check_tensors(model, source, folder)
+    model.source_config = read_json(folder / "config.json")  # which saving.py writes again
+    return model, source.infos
+
+
 def load_nextdit(folder: str | Path, dtype: str | None = None) -> NextDiT_CLIP:
     """The transformer of a component folder, in `dtype` (None: see loading.default_dtype), in eval mode."""
     model = _loaded(_nextdit, _nextdit_source, folder, dtype)

@@ -1,4 +1,5 @@
 """Writes a NewBie-image folder from its four parts, as the original converter does: names and layout stay.
+One tensor is in memory at a time.
 
 transformer/ text_encoder/ clip_model/ vae/ model_index.json
 """
@@ -7,17 +8,21 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
-from safetensors.paddle import save_file
+import numpy as np
+import paddle
 
 from ppcoat.errors import ConfigError
-from ppcoat.models.loading import TensorInfo, read_header, read_json, read_tensors, tensor_infos
+from ppcoat.models.loading import TensorInfo, in_file_order, map_tensor, read_header, read_json, tensor_infos
 from ppcoat.models.newbie_checkpoint import tensor_infos_of_pth
 from ppcoat.models.newbie_loading import check_newbie_folder, check_newbie_vae
 from ppcoat.models.saving import write_json
+from ppcoat.models.streaming import STEM, Layout, check_room, layout_bytes, write_file
 
-DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+# Name on the command line -> Paddle's, safetensors'.
+DTYPES = {"bf16": ("bfloat16", "BF16"), "fp16": ("float16", "F16"), "fp32": ("float32", "F32")}
 TRANSFORMER_CLASS = "NextDiT_3B_GQA_patch2_Adaln_Refiner_WHIT_CLIP"
 MODEL_INDEX = {
     "_class_name": "NewbiePipeline",
@@ -59,18 +64,28 @@ def write_newbie_folder(
     of DTYPES, for all weights. config: transformer/config.json (None: CONFIG_3B and Gemma's width).
 
     Written whole or not at all, and checked as a model that is loaded is. Raises ConfigError for parts that
-    do not fit.
+    do not fit, and, before anything is written, for a disk that has not enough room.
     """
-    draft = output.with_name(f".{output.name}.tmp-{os.getpid()}")
     check_newbie_vae(parts["vae"])
+    files = {Path("transformer") / f"{STEM}.safetensors": transformer}
+    for name, folder in parts.items():
+        tensor_infos(folder)  # raises for a folder without whole weights
+        files |= {Path(name) / file.name: read_header(file) for file in sorted(folder.glob("*.safetensors"))}
+    wanted = sum(layout_bytes(_layout(infos, dtype)) for infos in files.values())
+    check_room(output.parent, wanted, f"{output.name} takes", "make room there, or choose another output")
+    draft = output.with_name(f".{output.name}.tmp-{os.getpid()}")
     try:
-        _write_weights(transformer, draft / "transformer" / "diffusion_pytorch_model.safetensors", dtype)
+        for file, infos in files.items():
+            (draft / file).parent.mkdir(parents=True, exist_ok=True)
+            write_file(draft / file, _layout(infos, dtype), _values(infos, dtype), {"format": "pt"})
         if config is None:
             gemma = read_json(parts["text_encoder"] / "config.json")
             config = CONFIG_3B | {"cap_feat_dim": gemma.get("text_config", gemma).get("hidden_size", 2560)}
         write_json(draft / "transformer" / "config.json", config)
         for name, folder in parts.items():
-            _copy_part(folder, draft / name, dtype)
+            for file in folder.iterdir():
+                if file.suffix in _TEXT_SUFFIXES and file.is_file():
+                    shutil.copyfile(file, draft / name / file.name)
         write_json(draft / "model_index.json", MODEL_INDEX)
         check_newbie_folder(draft)
         draft.rename(output)
@@ -89,21 +104,18 @@ def checkpoint_infos(file: Path) -> dict[str, TensorInfo]:
     raise ConfigError(f"checkpoint {file}: came the ending '{file.suffix}', wanted .safetensors or .pth")
 
 
-def _copy_part(folder: Path, target: Path, dtype: str) -> None:
-    tensor_infos(folder)  # raises for a folder without whole weights
-    target.mkdir(parents=True)
-    for file in sorted(folder.iterdir()):
-        if file.suffix in _TEXT_SUFFIXES and file.is_file():
-            shutil.copyfile(file, target / file.name)
-        elif file.suffix == ".safetensors":
-            _write_weights(read_header(file), target / file.name, dtype)
+def _layout(infos: dict[str, TensorInfo], dtype: str) -> Layout:
+    """Floats in another dtype, all else as it lies."""
+    return {
+        name: (DTYPES[dtype][1] if info.dtype in _FLOATS else info.dtype, info.shape)
+        for name, info in in_file_order(infos)
+    }
 
 
-def _write_weights(infos: dict[str, TensorInfo], file: Path, dtype: str) -> None:
-    """Tensors as they lie, floats in another dtype."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {}
-    for name, tensor in read_tensors(infos, set()):
-        tensors[name] = tensor.astype(DTYPES[dtype]) if infos[name].dtype in _FLOATS else tensor
-    save_file(tensors, str(file), metadata={"format": "pt"})
-    file.chmod(0o644)  # safetensors makes files that only their owner can read
+def _values(infos: dict[str, TensorInfo], dtype: str) -> Iterator[tuple[str, np.ndarray]]:
+    """What `_layout` says, in its order."""
+    for name, info in in_file_order(infos):
+        values = map_tensor(info)
+        if info.dtype in _FLOATS and info.dtype != DTYPES[dtype][1]:
+            values = paddle.to_tensor(values).astype(DTYPES[dtype][0]).numpy()
+        yield name, values

@@ -13,6 +13,7 @@ matrix is a plain nn.Linear, so LoRA, FP8 and saving policies are put in from ou
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import paddle
@@ -35,8 +36,11 @@ class NextDiT_CLIP(CheckpointedBlocks, ModelMixin, ConfigMixin):
     """The defaults are those of NewBie-image 3B: 535 tensors, 3,486,636,096 parameters.
 
     axes_dims: channels of a head for (caption position, row, column). axes_lens: how many positions each of
-    them has. Raises ConfigError for sizes that do not fit together.
+    them has. Raises ConfigError for sizes that do not fit together. checkpoint_layers: how many of `layers`,
+    from the first, enable_gradient_checkpointing() covers; None: all.
     """
+
+    checkpoint_layers: int | None = None
 
     @register_to_config
     def __init__(
@@ -117,8 +121,10 @@ class NextDiT_CLIP(CheckpointedBlocks, ModelMixin, ConfigMixin):
         joint = _join(cap, img, lengths, counts)
         cos, sin = self._angles(joint_positions)
         bias = padding_bias(totals, joint.shape[1])
-        for block in self.layers:
-            joint = self.run_block(block, joint, cos, sin, bias, adaln)
+        for index, block in enumerate(self.layers):
+            covered = self.checkpoint_layers is None or index < self.checkpoint_layers
+            run = partial(self.run_block, block) if covered else block
+            joint = run(joint, cos, sin, bias, adaln)
         out = self.final_layer(joint, adaln)
         images = [
             self._unpatchify(out[i, length : length + count], grid)

@@ -12,6 +12,7 @@ from paddle import nn
 
 from ppcoat.models.masked_attention import masked_attention
 from ppcoat.nn.attention import rotate
+from ppcoat.nn.checkpoint import recomputed, recomputed_attention
 
 HEAD_NORM_EPSILON = 1e-6  # of q_norm, k_norm and clip_text_pooled_proj.0; norm_eps does not reach them
 
@@ -33,13 +34,13 @@ class Block(nn.Layer):
             self.adaLN_modulation = nn.Sequential(nn.Silu(), nn.Linear(adaln_dim, 4 * dim))
 
     def forward(self, x, cos, sin, bias, adaln=None):
-        if not self.modulated:
-            x = x + self.attention_norm2(self.attention(self.attention_norm1(x), cos, sin, bias))
-            return x + self.ffn_norm2(self.feed_forward(self.ffn_norm1(x)))
-        scale_a, gate_a, scale_m, gate_m = self.adaLN_modulation(adaln).unsqueeze(1).chunk(4, axis=-1)
-        attended = self.attention(self.attention_norm1(x) * (1 + scale_a), cos, sin, bias)
-        x = x + F.tanh(gate_a) * self.attention_norm2(attended)
-        return x + F.tanh(gate_m) * self.ffn_norm2(self.feed_forward(self.ffn_norm1(x) * (1 + scale_m)))
+        scale_a = gate_a = scale_m = gate_m = None
+        if self.modulated:
+            scale_a, gate_a, scale_m, gate_m = self.adaLN_modulation(adaln).unsqueeze(1).chunk(4, axis=-1)
+        attended = self.attention(_scaled(self.attention_norm1, x, scale_a), cos, sin, bias)
+        x = x + _gated(self.attention_norm2, attended, gate_a)
+        fed = self.feed_forward(_scaled(self.ffn_norm1, x, scale_m))
+        return x + _gated(self.ffn_norm2, fed, gate_m)
 
 
 class Attention(nn.Layer):
@@ -57,8 +58,12 @@ class Attention(nn.Layer):
     def forward(self, x, cos, sin, bias):
         heads = self.qkv(x).reshape([0, 0, sum(self.heads_of_parts), self.head_dim])
         q, k, v = paddle.split(heads, self.heads_of_parts, axis=2)
+        return self.out(recomputed_attention(self._core, q, k, v, cos, sin, bias))
+
+    def _core(self, q, k, v, cos, sin, bias):
+        """[B, tokens, dim]."""
         q, k = _rotate_all(self.q_norm(q), cos, sin), _rotate_all(self.k_norm(k), cos, sin)
-        return self.out(masked_attention(q, k, v, bias).flatten(2))
+        return masked_attention(q, k, v, bias).flatten(2)
 
 
 class FeedForward(nn.Layer):
@@ -70,7 +75,7 @@ class FeedForward(nn.Layer):
         self.w2 = nn.Linear(hidden_dim, dim, bias_attr=False)
 
     def forward(self, x):
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        return self.w2(recomputed(lambda gate, up: F.silu(gate) * up, self.w1(x), self.w3(x)))
 
 
 class FinalLayer(nn.Layer):
@@ -109,6 +114,20 @@ class RMSNorm(nn.Layer):
         x32 = x.astype("float32")
         rstd = paddle.rsqrt(paddle.square(x32).mean(axis=-1, keepdim=True) + self.epsilon)
         return (x32 * rstd).astype(x.dtype) * self.weight
+
+
+def _scaled(norm: RMSNorm, x: paddle.Tensor, scale: paddle.Tensor | None) -> paddle.Tensor:
+    """norm(x) (1 + scale); without the factor if scale is None."""
+    if scale is None:
+        return recomputed(norm, x)
+    return recomputed(lambda x, scale: norm(x) * (1 + scale), x, scale)
+
+
+def _gated(norm: RMSNorm, y: paddle.Tensor, gate: paddle.Tensor | None) -> paddle.Tensor:
+    """tanh(gate) norm(y); without the factor if gate is None."""
+    if gate is None:
+        return recomputed(norm, y)
+    return recomputed(lambda y, gate: F.tanh(gate) * norm(y), y, gate)
 
 
 def _rotate_all(x: paddle.Tensor, cos: paddle.Tensor, sin: paddle.Tensor) -> paddle.Tensor:

@@ -128,7 +128,7 @@ class FlowMatchEulerDiscreteScheduler(SchedulerMixin, ConfigMixin):
         the following ones take the next level each.
         """
         if self._step_index is None:
-            self._step_index = self._begin_index if self._begin_index is not None else self._index(timestep)
+            self._step_index = self._index(timestep)
         sigma, sigma_next = self._levels[self._step_index], self._levels[self._step_index + 1]
         self._step_index += 1
         prev = sample.astype("float32") + float(sigma_next - sigma) * model_output.astype("float32")
@@ -144,10 +144,6 @@ class FlowMatchEulerDiscreteScheduler(SchedulerMixin, ConfigMixin):
         sigma = sigma.reshape([-1] + [1] * (sample.ndim - 1))
         mixed = sigma * noise.astype("float32") + (1 - sigma) * sample.astype("float32")
         return mixed.astype(sample.dtype)
-
-    def set_begin_index(self, begin_index: int = 0) -> None:
-        """Where the next sequence of steps starts; by default the first `step` looks its timestep up."""
-        self._begin_index = begin_index
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps
@@ -167,7 +163,7 @@ class FlowMatchEulerDiscreteScheduler(SchedulerMixin, ConfigMixin):
         self._levels = np.append(levels, np.float32(0))
         self.timesteps, self.sigmas = paddle.to_tensor(self._times), paddle.to_tensor(self._levels)
         self.num_inference_steps = len(levels)
-        self._step_index = self._begin_index = None
+        self._step_index = None
 
     def _index(self, timestep: float | paddle.Tensor) -> int:
         distance = np.abs(self._times - np.float32(float(timestep)))

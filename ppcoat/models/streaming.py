@@ -1,4 +1,5 @@
-"""Writes a component folder of safetensors shards tensor by tensor: one tensor is in memory at a time.
+"""Writes safetensors files, alone or as a component folder of shards, tensor by tensor: one is in memory at
+a time.
 
 The whole layout is known before the first byte, so that the room on the disk is checked first and every
 shard's header can be written before its tensors. The folder takes its name when it is complete; what a killed
@@ -15,6 +16,7 @@ import shutil
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -26,14 +28,14 @@ _log = logging.getLogger(__name__)
 
 STEM = "diffusion_pytorch_model"
 INDEX = f"{STEM}.safetensors.index.json"
-_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "U8": 1}
+_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U8": 1, "BOOL": 1}
 _ALIGNMENT = 64  # of the first byte of data in a shard
 
 Layout = dict[str, tuple[str, list[int]]]  # name -> dtype as safetensors names it, shape
 
 
 def layout_bytes(layout: Layout) -> int:
-    """Bytes of all tensors of a layout."""
+    """Bytes of all tensors of a layout. Raises ConfigError for a dtype that cannot be written."""
     return sum(_nbytes(entry) for entry in layout.values())
 
 
@@ -67,7 +69,7 @@ def write_component(
         stream, sums, weight_map = iter(tensors), {}, {}
         for number, names in enumerate(shards, 1):
             file = part / f"{STEM}-{number:05d}-of-{len(shards):05d}.safetensors"
-            sums |= _write_shard(file, {name: layout[name] for name in names}, stream, metadata)
+            sums |= write_file(file, {name: layout[name] for name in names}, stream, metadata)
             weight_map |= dict.fromkeys(names, file.name)
         said = {"total_size": layout_bytes(layout), "crc32": sums}
         write_json(part / INDEX, {"metadata": said, "weight_map": weight_map})
@@ -86,10 +88,11 @@ def shard_metadata(file: Path) -> dict[str, str]:
     return header.get("__metadata__", {})
 
 
-def _write_shard(
+def write_file(
     file: Path, layout: Layout, stream: Iterator[tuple[str, np.ndarray]], metadata: dict[str, str]
 ) -> dict[str, int]:
-    """The next tensors of the stream as one safetensors file -> name -> CRC-32."""
+    """The next tensors of the stream, (name, values) in the order of `layout`, bfloat16 as uint16, as one
+    safetensors file -> name -> CRC-32. Raises OSError (disk full)."""
     header: dict = {"__metadata__": metadata}
     end = 0
     for name, entry in layout.items():
@@ -100,15 +103,20 @@ def _write_shard(
     sums = {}
     with file.open("wb") as out:
         out.write(len(text).to_bytes(8, "little") + text)
-        for wanted, entry in layout.items():
-            name, values = next(stream)
-            data = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
-            assert name == wanted and data.size == _nbytes(entry), (name, wanted, data.size)
-            sums[name] = zlib.crc32(data)
-            out.write(data)
+        for wanted in layout:
+            # no name is bound here, or this tensor would still be there while the next one is made
+            sums[wanted] = _write_tensor(out, (wanted, _nbytes(layout[wanted])), *next(stream))
         out.flush()
         os.fsync(out.fileno())
     return sums
+
+
+def _write_tensor(out: BinaryIO, wanted: tuple[str, int], name: str, values: np.ndarray) -> int:
+    """-> CRC-32. wanted: the name and number of bytes that the header speaks of."""
+    data = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+    assert (name, data.size) == wanted, (name, data.size, wanted)
+    out.write(data)
+    return zlib.crc32(data)
 
 
 def _remove_drafts(folder: Path) -> None:
@@ -121,4 +129,6 @@ def _remove_drafts(folder: Path) -> None:
 
 
 def _nbytes(entry: tuple[str, list[int]]) -> int:
+    if entry[0] not in _BYTES:
+        raise ConfigError(f"{entry[0]} numbers cannot be written; wanted one of {', '.join(_BYTES)}")
     return _BYTES[entry[0]] * int(np.prod(entry[1]))

@@ -27,10 +27,10 @@ from ppcoat.fp8.operands import Groups
 from ppcoat.fp8.pointwise import gelu, gelu_grad
 
 from .attention import attention, uses_flash_attention
+from .checkpoint import LocalGraph
 from .held import FinelyPackedTensor, HeldTensor, PackedTensor, PlainTensor, finely_pack, pack_tensor
 from .linear import LinearUse
 from .policy import SavingPolicy
-from .saved import kept_as_they_are
 
 Tensors = tuple[paddle.Tensor, ...]
 
@@ -76,23 +76,6 @@ class FlashRemainder:
     def nbytes_bf16(self) -> int:
         batch, tokens, heads, head_dim = self.shape
         return batch * tokens * heads * (2 * head_dim + 4)
-
-
-class LocalGraph:
-    """output = function(*inputs) with a graph of its own, cut off from everything around it."""
-
-    def __init__(self, function: Callable[..., paddle.Tensor], *inputs: paddle.Tensor) -> None:
-        self.inputs = [x.detach() for x in inputs]
-        for x in self.inputs:
-            x.stop_gradient = False
-        with paddle.enable_grad(), kept_as_they_are():
-            self._output = function(*self.inputs)
-        self.output = self._output.detach()
-
-    def gradients(self, grad: paddle.Tensor) -> list[paddle.Tensor]:
-        # Not paddle.grad: it must not run inside another paddle.grad.
-        paddle.autograd.backward([self._output], [grad])
-        return [x.grad for x in self.inputs]
 
 
 class LinearPart:

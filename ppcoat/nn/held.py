@@ -1,7 +1,10 @@
-"""The forms in which a tensor is held for backward, each with its bytes: as it is, FP8, FP8 and a half."""
+"""The forms in which a tensor is held for backward, each with its bytes: as it is, FP8, FP8 and a half, or
+not at all, but computed again.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import paddle
@@ -96,7 +99,19 @@ class FinelyPackedTensor:
         return (coarse.astype("float32") * (1 + (steps - 8) / FINE_STEPS)).astype(coarse.dtype)
 
 
-HeldTensor = PackedTensor | FinelyPackedTensor | PlainTensor
+@dataclass(eq=False)
+class RebuiltTensor:
+    """A tensor that is not held: `again` computes it from what others hold."""
+
+    again: Callable[[], paddle.Tensor]
+    nbytes = nbytes_bf16 = nbytes_unpacked = 0
+
+    def unpack(self) -> paddle.Tensor:
+        """The values again."""
+        return self.again()
+
+
+HeldTensor = PackedTensor | FinelyPackedTensor | PlainTensor | RebuiltTensor
 
 
 def pack_tensor(x: paddle.Tensor, fmt: FP8Format, group_size: int | None) -> PackedTensor:

@@ -1,11 +1,13 @@
-"""Saving policies by name: what a FLUX block keeps for backward, and in which form.
+"""Saving policies by name: what a block keeps for backward, and in which form.
 
     none                       what autograd keeps, in compute dtype
-    coat                       every input of a Linear, LayerNorm or GELU in FP8; attention as it is
-    coat+recompute             of those only the inputs of LayerNorm and GELU; the rest is computed again
+    coat                       every input of a Linear, norm or GELU in FP8; attention as it is
+    coat+recompute             of those only the inputs of norms and GELU; the rest is computed again
     coat+recompute+attention   the same, and values in FP8, queries and keys in FP8 and half a byte
 
-Source of the first step: COAT (arXiv 2410.19313) section 5. Bytes per block: see flux_block.py.
+FLUX blocks go backward by hand for it (flux_block.py, with bytes per block); other models, NextDiT_CLIP among
+them, get the first step from hooks (saved.py), the others from ops that they call (checkpoint.py).
+Source of the first step: COAT (arXiv 2410.19313) section 5.
 """
 
 from __future__ import annotations

@@ -91,11 +91,6 @@ class BlockSwapper:
             self._hooks.append(block.register_forward_pre_hook(self._before_forward(index)))
             self._hooks.append(block.register_forward_post_hook(self._after_forward(index)))
 
-    @property
-    def host_bytes(self) -> int:
-        """Bytes of all swapped blocks."""
-        return sum(x.size * x.element_size() for hosts in self._hosts for x in hosts)
-
     def enter(self, index: int, direction: int) -> None:
         """Swapped block `index` is about to compute: have it on the device, and send for the next."""
         if index == self._current and index > 0 and direction == FORWARD and self._direction == BACKWARD:

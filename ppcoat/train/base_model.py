@@ -42,16 +42,21 @@ def exchange_for_transformer(
     keep_copy is off); the first rank writes them.
     """
     drop_encoders(pipeline, ("text_encoder", "text_encoder_2"), config.sample.wanted)
-    model = Path(config.model.name_or_path)
+    folder = Path(config.model.name_or_path) / "transformer"
     if not config.model.quantize:
-        pipeline.transformer = load_transformer(model / "transformer", dtype)
+        pipeline.transformer = load_transformer(folder, dtype)
         return
-    source, beside = folder_identity(model / "transformer"), config.model.quantized_beside_model
-    copy = FP8Copy.beside_or_in(model, config.cache_folder, source, beside) if keep_copy else None
+    copy = fp8_copy_of(config) if keep_copy else None
     with ranks.first_ahead():
-        pipeline.transformer = load_fp8_transformer(
-            model / "transformer", dtype, copy, config.model.blocks_to_swap
-        )
+        pipeline.transformer = load_fp8_transformer(folder, dtype, copy, config.model.blocks_to_swap)
+
+
+def fp8_copy_of(config: RunConfig) -> FP8Copy:
+    """Where the FP8 weights of the config's transformer are kept for the next start. Reads pieces of the
+    model's files, to know whose copy it is."""
+    model = Path(config.model.name_or_path)
+    source = folder_identity(model / "transformer")
+    return FP8Copy.beside_or_in(model, config.cache_folder, source, config.model.quantized_beside_model)
 
 
 def drop_encoders(pipeline: Any, names: tuple[str, ...], keep_vae: bool) -> None:

@@ -74,31 +74,31 @@ def save_checkpoint(
     return root / name
 
 
-def load_latest(run_dir: str | Path) -> Checkpoint | None:
+def load_latest(run_dir: str | Path, strict: bool = False) -> Checkpoint | None:
     """The newest intact checkpoint of a run, or None where the run has none.
 
     Starts at the one `latest` names; one with a missing file, a wrong size or a wrong sha256 is reported as
-    a warning and the one before it is tried. Left-overs of killed saves are removed. Raises ConfigError
-    where there are checkpoints but none is intact.
+    a warning and the one before it is tried. strict: it is an error instead, and so is a `latest` that names
+    no step. Left-overs of killed saves are removed. Raises ConfigError where there are checkpoints but none
+    is intact, and for the first damage where strict, naming the file.
     """
     root = Path(run_dir) / "checkpoints"
     if not root.is_dir():
         return None
     _clean_up(root)
     candidates = _committed(root)
-    newest = _pointed(root)
+    newest = _pointed(root, strict)
     if newest is not None:
         # later ones belong to a history that was given up when training went on from an earlier one
         candidates = [path for path in candidates if int(path.name) <= newest]
         if not candidates or int(candidates[-1].name) != newest:
-            _log.warning(
-                "checkpoint %09d, which %s names, is gone; trying earlier ones", newest, root / "latest"
-            )
+            lost = root / f"{newest:09d}" / "manifest.json"
+            _report(f"{lost} of the checkpoint that 'latest' names is gone", "trying earlier ones", strict)
     for path in reversed(candidates):
         try:
             return _load(path)
         except _Damaged as damage:
-            _log.warning("checkpoint %s is damaged (%s); trying the one before it", path, damage)
+            _report(f"checkpoint {path} is damaged ({damage})", "trying the one before it", strict)
     if candidates or newest is not None:
         raise ConfigError(
             f"no checkpoint in {root} is intact; restore one, or remove that folder to start over"
@@ -188,7 +188,17 @@ def _is_ours(path: Path) -> bool:
     return not path.is_symlink() and (path / "manifest.json").is_file()
 
 
-def _pointed(root: Path) -> int | None:
+def _report(damage: str, instead: str, strict: bool) -> None:
+    """Refuse to go on where strict; else say loudly what is done instead."""
+    if strict:
+        raise ConfigError(
+            f"{damage}; restore it, or resume without --strict (save.strict_resume) from the newest "
+            "checkpoint that is intact"
+        )
+    _log.warning("%s; %s", damage, instead)
+
+
+def _pointed(root: Path, strict: bool) -> int | None:
     """Step that `latest` names; None where there is no pointer or it holds something else."""
     try:
         text = (root / "latest").read_text("ascii").strip()
@@ -197,9 +207,8 @@ def _pointed(root: Path) -> int | None:
     except UnicodeDecodeError:
         text = "bytes that are not ASCII"
     if not _COMMITTED.match(text):
-        _log.warning(
-            "%s holds %.40r, wanted a step of nine digits; using the newest step", root / "latest", text
-        )
+        damage = f"{root / 'latest'} holds {text[:40]!r}, wanted a step of nine digits"
+        _report(damage, "using the newest step", strict)
         return None
     return int(text)
 
@@ -212,7 +221,8 @@ def _load(path: Path) -> Checkpoint:
         contents = {name: _verified(path, name, facts) for name, facts in manifest["files"].items()}
         state = json.loads(contents.pop("state.json"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _Damaged(f"manifest or state: {type(error).__name__}: {error}") from None
+        # every other file has the bytes that the manifest says, or has been named
+        raise _Damaged(f"manifest.json: {type(error).__name__}: {error}") from None
     tensors = {
         name.removesuffix(".safetensors"): safetensors.paddle.load(content)
         for name, content in contents.items()

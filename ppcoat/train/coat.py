@@ -19,6 +19,7 @@ import paddle
 from pydantic import Field
 
 from ppcoat.config.schema import CoatConfig
+from ppcoat.models.checkpointing import CheckpointedBlocks
 from ppcoat.nn.convert import replace_linear_with_fp8
 from ppcoat.nn.policy import get_policy, granularity_groups
 from ppcoat.nn.saved import SavedTensors, fp8_saved_tensors
@@ -37,15 +38,16 @@ class COATConfig(CoatConfig):
 class COATTrainer:
     """Chooses optimizer, saving policy and Linears of a run from its `coat` settings.
 
-    gradient_checkpointing: blocks are computed again in backward. FLUX blocks then keep their inputs only, in
-    FP8 if coat.memory.enable_efficient_checkpoint. Any other model checkpoints by itself; Paddle allows no
-    second pair of saved-tensor hooks beside those of its recompute, so nothing is packed or counted there.
+    gradient_checkpointing: blocks are computed again in backward and keep their inputs only, in FP8 if
+    coat.memory.enable_efficient_checkpoint. FLUX blocks are told by `convert`, NextDiT_CLIP by its
+    enable_gradient_checkpointing(). Any other model checkpoints by itself; Paddle allows no second pair of
+    saved-tensor hooks beside those of its recompute, so nothing is packed or counted there.
     """
 
     def __init__(self, config: CoatConfig | None = None, gradient_checkpointing: bool = False):
         self.config = config if config is not None else COATConfig()
         self.gradient_checkpointing = gradient_checkpointing
-        self._model_checkpoints_itself = gradient_checkpointing
+        self._model_takes_hooks = gradient_checkpointing  # until `convert` meets one that does not
 
     @property
     def fp8_activations(self) -> bool:
@@ -71,6 +73,8 @@ class COATTrainer:
 
         Frozen Linears without LoRA keep nothing for backward; FLUX blocks follow the policy.
         """
+        if isinstance(model, CheckpointedBlocks):
+            self._model_takes_hooks = False
         activation = self.config.activation
         if self.fp8_activations:
             replace_linear_with_fp8(model, activation.linear_granularity, activation.group_size)
@@ -85,12 +89,10 @@ class COATTrainer:
             granularity_groups(activation.nonlinear_granularity, activation.group_size),
             self.linear_group_size,
         )
-        fp8_inputs = self.config.enabled and memory.enable_efficient_checkpoint
-        left = apply_saving_policy(model, policy, checkpointed, fp8_inputs)
-        self._model_checkpoints_itself = bool(checkpointed and left)
-        if self._model_checkpoints_itself:
+        left = apply_saving_policy(model, policy, checkpointed, self._fp8_checkpoints)
+        if checkpointed and left:
             # Holding everything of these blocks could be more than the memory that checkpointing was to save.
-            _log.warning("the model checkpoints all blocks by itself, without FP8 activations")
+            _log.warning("the model checkpoints all blocks by itself")
             remove_saving_policy(model)
             model.enable_gradient_checkpointing()
         return model
@@ -98,12 +100,21 @@ class COATTrainer:
     def saved_tensors(self) -> AbstractContextManager[SavedTensors | None]:
         """Context for the forward pass: what autograd keeps becomes FP8, or is only counted.
 
-        Where the model checkpoints by itself nothing can be counted, and the context gives None.
+        Where a model takes the hooks for its own recompute nothing can be counted: the context gives None.
         """
-        if self._model_checkpoints_itself:
+        if self._model_takes_hooks:
             return nullcontext()
         activation = self.config.activation
-        return fp8_saved_tensors(self.policy, activation.nonlinear_granularity, activation.group_size)
+        return fp8_saved_tensors(
+            self.policy,
+            activation.nonlinear_granularity,
+            activation.group_size,
+            fp8_checkpoints=self._fp8_checkpoints,
+        )
+
+    @property
+    def _fp8_checkpoints(self) -> bool:
+        return self.config.enabled and self.config.memory.enable_efficient_checkpoint
 
     def create_optimizer(
         self,

@@ -1,6 +1,6 @@
 """An adapter run of any model: check every input, encode once, put in adapter and COAT, train, save.
 
-What depends on the model is a Family: flux_lora.py and newbie_lora.py hold one each.
+What depends on the model is a Family (family.py).
 """
 
 from __future__ import annotations
@@ -8,18 +8,16 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import paddle
 from PIL import Image
 
 from ppcoat.config.load import dump_config
-from ppcoat.config.schema import PreviewConfig, RunConfig
+from ppcoat.config.schema import RunConfig
 from ppcoat.data.batches import ResumableBatches
-from ppcoat.data.cache import Encoders, TrainingCache, build_cache
+from ppcoat.data.cache import TrainingCache, build_cache
 from ppcoat.data.data_report import data_report
 from ppcoat.data.embedding_store import EmbeddingStore
 from ppcoat.data.examples import Dataset, Example, all_examples, scan_datasets
@@ -29,58 +27,17 @@ from ppcoat.nn.swap import swap_blocks
 from ppcoat.optim import ScheduleShape, lr_scheduler
 from ppcoat.train.coat import COATTrainer
 from ppcoat.train.ema import RunningMean
-from ppcoat.train.objective import Objective
+from ppcoat.train.family import Family
+from ppcoat.train.handover import handover_folder
 from ppcoat.train.previews import draw_previews, preview_prompts
 from ppcoat.train.ranks import Ranks
 from ppcoat.train.targets import put_adapter, trained_parameters
-from ppcoat.train.trainer import SaveWeights, StepResult, Trainer, TrainingResult
+from ppcoat.train.trainer import StepResult, Trainer, TrainingResult
 from ppcoat.train.validation import Validation, encode_validation, validation_pairs
 
 DRY_STEPS = 2
 
 _log = logging.getLogger(__name__)
-
-
-class Family(Protocol):
-    """What a run needs to know of its model. A pipeline has `vae`, `transformer` (None until it is loaded)
-    and encode_image."""
-
-    preview_negatives: tuple[str, ...]  # prompts that previews need beside their own
-
-    def with_memory_plan(self, config: RunConfig) -> RunConfig:
-        """What `memory: auto` makes of a config."""
-
-    def check(self, config: RunConfig) -> None:
-        """Raise ConfigError for a wrong folder or setting, before any weight is read."""
-
-    def check_captions(self, config: RunConfig, captions: Sequence[str]) -> None:
-        """Warn of captions that are cut, and raise ConfigError for those that cannot be read."""
-
-    def load_encoders(self, config: RunConfig, dtype: str | None) -> Any:
-        """The pipeline without its transformer."""
-
-    def encoders(self, config: RunConfig, pipeline: Any) -> Encoders:
-        """What encodes pictures and captions, with the identities that a cache on disk needs."""
-
-    def exchange_for_transformer(
-        self, pipeline: Any, config: RunConfig, dtype: str | None, ranks: Ranks, keep_copy: bool = True
-    ) -> None:
-        """Drop the text encoders and load the transformer."""
-
-    def objective(self, config: RunConfig) -> Objective:
-        """What the steps of this run minimise."""
-
-    def set_up_checkpointing(self, config: RunConfig, transformer: paddle.nn.Layer) -> None:
-        """Gradient checkpointing where the COAT policies do not bring it."""
-
-    def last_blocks(self, transformer: paddle.nn.Layer, count: int) -> dict[str, paddle.nn.Layer]:
-        """The blocks that model.blocks_to_swap means, by path."""
-
-    def save_weights(self, config: RunConfig, transformer: paddle.nn.Layer) -> SaveWeights:
-        """What writes the adapter of a step; see Trainer."""
-
-    def draw(self, pipeline: Any, preview: PreviewConfig, cache: TrainingCache) -> list[Image.Image]:
-        """One preview from cached text."""
 
 
 @dataclass(frozen=True)
@@ -107,9 +64,7 @@ def train_lora(family: Family, config: RunConfig) -> TrainingResult:
     if ranks.is_first:
         start_run_folder(config.run_dir, dump_config(config))
     pipeline = family.load_encoders(config, inputs.dtype)
-    # with a cache on disk the first rank encodes and the others read; without, each encodes for itself
-    with ranks.first_ahead() if _caches_to_disk(config) else nullcontext():
-        cache = encode_dataset(family, config, inputs.examples, pipeline)
+    cache = encode_for_all(family, config, inputs.examples, pipeline, ranks)
     validation = None
     if ranks.is_first:
         encoders = family.encoders(config, pipeline)
@@ -186,18 +141,47 @@ def with_steps_of_epochs(config: RunConfig, inputs: Inputs) -> RunConfig:
     )
 
 
+def encode_for_all(
+    family: Family, config: RunConfig, examples: Sequence[Example], pipeline: Any, ranks: Ranks
+) -> TrainingCache:
+    """encode_dataset on all ranks: the first encodes, the others read what it found.
+
+    From config.cache_folder if a dataset has cache_to_disk, else from a folder in the run folder that is
+    removed when all have read it. A rank on a machine that does not share these encodes for itself. Raises
+    ConfigError where the folder cannot be written to.
+    """
+    try:
+        with handover_folder(config.run_dir, ranks) as handover, ranks.first_ahead():
+            return encode_dataset(family, config, examples, pipeline, handover)
+    except OSError as error:
+        if error.errno is None:  # one of Paddle's, who gives device errors this type
+            raise
+        raise ConfigError(
+            f"encoded pictures and captions could not be written ({error.strerror}); make room on the disk, "
+            "or choose another output_dir or cache_dir"
+        ) from error
+
+
 def encode_dataset(
-    family: Family, config: RunConfig, examples: Sequence[Example], pipeline: Any
+    family: Family,
+    config: RunConfig,
+    examples: Sequence[Example],
+    pipeline: Any,
+    handover: Path | None = None,
 ) -> TrainingCache:
     """VAE latents of the pictures, text embeddings of their captions and of the preview prompts: each
-    once, or from config.cache_folder if a dataset has cache_to_disk."""
+    once, or from config.cache_folder if a dataset has cache_to_disk, else from the folder `handover`.
+
+    handover: a folder of this run alone, because encoders without a cache on disk do not say who they are.
+    """
     prompts = preview_prompts(config)
+    folder = config.cache_folder if any(data.cache_to_disk for data in config.datasets) else handover
     return build_cache(
         examples,
         family.encoders(config, pipeline),
         extra_captions=[*prompts, *family.preview_negatives] if prompts else (),
         reg_weight=config.reg_weight,
-        store=EmbeddingStore(config.cache_folder) if _caches_to_disk(config) else None,
+        store=None if folder is None else EmbeddingStore(folder),
     )
 
 
@@ -269,10 +253,6 @@ def start_run_folder(folder: Path, settings: str) -> None:
             f"output folder {folder}: cannot be written to ({error.strerror}); choose another "
             "output_dir or make it writable"
         ) from None
-
-
-def _caches_to_disk(config: RunConfig) -> bool:
-    return any(data.cache_to_disk for data in config.datasets)
 
 
 def _compatible(config: RunConfig, modules: list[str]) -> dict:

@@ -5,25 +5,22 @@ The original trainer's faults that are not repeated here are listed in the tests
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import paddle
 from PIL import Image
 
-from ppcoat.config.schema import CoatMemoryConfig, NetworkConfig, PreviewConfig, RunConfig, TrainConfig
+from ppcoat.config.schema import NetworkConfig, PreviewConfig, RunConfig, TrainConfig
 from ppcoat.data.cache import Encoders, TrainingCache, folder_identity
 from ppcoat.errors import ConfigError
 from ppcoat.host import compute_dtype
+from ppcoat.models.newbie_fp8 import last_layers, load_fp8_nextdit
 from ppcoat.models.newbie_loading import check_newbie_folder, load_nextdit, unfilled_nextdit
 from ppcoat.models.newbie_pipeline import PROMPT_PREFIX, NewbiePipeline, warn_of_cut, with_prefix
 from ppcoat.models.newbie_tokens import load_gemma3_tokenizer
-from ppcoat.nn.convert import quantize_linears
-from ppcoat.nn.swap import check_count
 from ppcoat.train import lora_run
-from ppcoat.train.base_model import drop_encoders
-from ppcoat.train.coat import COATTrainer
+from ppcoat.train.base_model import drop_encoders, fp8_copy_of
 from ppcoat.train.newbie_files import NewbieFiles
 from ppcoat.train.plan import with_memory_plan
 from ppcoat.train.ranks import Ranks
@@ -36,10 +33,7 @@ TEXT_NAMES = ("cap_feats", "cap_mask", "clip_text_pooled")
 _OF_FLUX = (
     ("train", TrainConfig, ("timestep_type", "cfg_scale", "loss_type")),
     ("network", NetworkConfig, ("double_blocks", "single_blocks")),
-    ("coat.memory", CoatMemoryConfig, ("checkpoint_blocks",)),
 )
-
-_log = logging.getLogger(__name__)
 
 
 def train_newbie_lora(config: RunConfig) -> TrainingResult:
@@ -67,14 +61,13 @@ class NewbieFamily:
                 f"model.family is {config.model.family}: train it with train_scripts/train_flux_lora.py"
             )
         for name, section, keys in _OF_FLUX:
-            here = config.coat.memory if name == "coat.memory" else getattr(config, name)
             for key in keys:
-                if getattr(here, key) != section.model_fields[key].default:
+                if getattr(getattr(config, name), key) != section.model_fields[key].default:
                     raise ConfigError(f"{name}.{key} is FLUX's: leave it out for model.family newbie")
         check_newbie_folder(config.model.name_or_path)
         model = unfilled_nextdit(Path(config.model.name_or_path) / "transformer")
         chosen_modules(config.network, model)
-        check_count(config.model.blocks_to_swap, len(model.layers))
+        last_layers(model, config.model.blocks_to_swap)
 
     def check_captions(self, config: RunConfig, captions: Sequence[str]) -> None:
         """How many captions Gemma will cut; the rest must fit into the transformer's positions."""
@@ -122,30 +115,30 @@ class NewbieFamily:
         ranks: Ranks,
         keep_copy: bool = True,
     ) -> None:
-        """The transformer, in FP8 with model.quantize; no FP8 copy is kept on disk."""
+        """The transformer; with model.quantize in FP8, of which the first rank keeps a copy for the next
+        start (unless keep_copy is off)."""
         drop_encoders(pipeline, ("text_encoder", "clip_model"), config.sample.wanted)
-        pipeline.transformer = load_nextdit(Path(config.model.name_or_path) / "transformer", dtype)
-        if config.model.quantize:
-            quantize_linears(pipeline.transformer)
+        folder = Path(config.model.name_or_path) / "transformer"
+        if not config.model.quantize:
+            pipeline.transformer = load_nextdit(folder, dtype)
+            return
+        copy = fp8_copy_of(config) if keep_copy else None
+        with ranks.first_ahead():
+            pipeline.transformer = load_fp8_nextdit(folder, dtype, copy, config.model.blocks_to_swap)
 
     def objective(self, config: RunConfig) -> Transport:
         """Flow matching with logit-normal times, shifted by the size of the batch's pictures."""
         return Transport()
 
     def set_up_checkpointing(self, config: RunConfig, transformer: paddle.nn.Layer) -> None:
-        """All `layers`, not the refiners, as in the original; a warning where this loses FP8 activations."""
+        """Of `layers`, not of the refiners, as in the original; the first ones, or all."""
         if config.train.gradient_checkpointing:
-            if COATTrainer(config.coat).fp8_activations:
-                _log.warning(
-                    "coat.activation has no effect with train.gradient_checkpointing: set that to false for "
-                    "FP8 activations"
-                )
+            transformer.checkpoint_layers = config.coat.memory.checkpoint_blocks
             transformer.enable_gradient_checkpointing()
 
     def last_blocks(self, transformer: paddle.nn.Layer, count: int) -> dict[str, paddle.nn.Layer]:
         """Of `layers`."""
-        first = len(transformer.layers) - count
-        return {f"layers.{i}": transformer.layers[i] for i in range(first, len(transformer.layers))}
+        return last_layers(transformer, count)
 
     def save_weights(self, config: RunConfig, transformer: paddle.nn.Layer) -> SaveWeights:
         """The adapter directory of the original, and a file for ComfyUI in it."""

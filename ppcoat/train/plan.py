@@ -55,11 +55,10 @@ class Plan:
 def plan(config: RunConfig, vram_gb: float | None = None) -> Plan:
     """Without vram_gb the plan of the config as it is; with it, of the fastest settings that fit.
 
-    Chosen are the saving policy (FP8 only where coat.enabled), checkpointed blocks (NewBie-image: all or
-    none), swapped blocks, and the batch size with gradient_accumulation such that an update sees the same
-    number of pictures. An FP8 base is taken only where model.quantize allows it, and only if it is faster or
-    needed. Raises ConfigError if nothing fits, naming the smallest need, and for what the config asks of a
-    model that lacks it.
+    Chosen are the saving policy (FP8 only where coat.enabled), checkpointed blocks, swapped blocks, and the
+    batch size with gradient_accumulation such that an update sees the same number of pictures. An FP8 base is
+    taken only where model.quantize allows it, and only if it is faster or needed. Raises ConfigError if
+    nothing fits, naming the smallest need, and for what the config asks of a model that lacks it.
     """
     check_budget(vram_gb)
     footprint = footprint_of(config, planned_for_gpu(config, vram_gb))
@@ -113,11 +112,10 @@ def with_choice(config: RunConfig, choice: Choice) -> RunConfig:
         "gradient_accumulation": choice.gradient_accumulation,
         "gradient_checkpointing": choice.checkpoint_blocks > 0,
     }
-    # NewBie-image checkpoints all of its layers or none
-    of_flux = choice.checkpoint_blocks if config.model.family == "flux" else 0
+    memory = {"checkpoint_blocks": choice.checkpoint_blocks or None}
     coat = {
         "activation": config.coat.activation.model_copy(update={"policy": choice.policy}),
-        "memory": config.coat.memory.model_copy(update={"checkpoint_blocks": of_flux or None}),
+        "memory": config.coat.memory.model_copy(update=memory),
     }
     return config.model_copy(
         update={

@@ -4,7 +4,8 @@ A step trains either the heads or the LoRA. Heads' turn: the transformer keeps n
 run one by one, but the gradients of all of them stay until the update, which gives them back head by head.
 LoRA's turn: the student's pass, the teacher's pass under the heads and, with the reflow loss, a second pass
 of the student are all kept until one backward, and beside them the gradient of every head's features
-(distill/discriminator.py).
+(distill/discriminator.py). Between two steps the next pictures may be encoded (distill/encoding.py), one by
+one, while blocks of the transformer wait in host memory.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from ppcoat.config.lightning import LightningConfig
 from ppcoat.optim import FP8QuantizationConfig
 from ppcoat.train.plan import as_given
-from ppcoat.train.plan_model import FLOAT32, FP8_STEP
+from ppcoat.train.plan_model import FLOAT32, FP8_STEP, PIXELS_PER_TOKEN
 from ppcoat.train.plan_phases import FORWARD_WORKING, Choice, Footprint, Phase
 
 # Passing memory of a head that goes forward and backward, in float32 tensors of image tokens x width:
@@ -71,6 +72,7 @@ class LightningFootprint(Footprint):
         learner = own["update"] | {"heads": count * one, "head states": self.head_states}
         judging = learner | {"head gradients": count * one}
         named = [("captions", own["captions"]), ("pictures", own["pictures"])]
+        named.append(("window", learner | self._encoding(choice)))
         if self.heads.count:
             passing = int(FP8_STEP * one) if self.lightning.fp8_optimizer else one
             named += [
@@ -82,6 +84,22 @@ class LightningFootprint(Footprint):
             resident = {name: learner[name] for name in ("heads", "head states")}
             named.append(("previews", own["previews"] | resident))
         return tuple(Phase(name, parts) for name, parts in named)
+
+    def _encoding(self, choice: Choice) -> dict[str, int]:
+        """What differs while encoders are there beside the learner: on a GPU, the last blocks that weigh as
+        much have left."""
+        encoders, count = self.model.encoders, len(self.model.blocks)
+        weight = encoders.text * self.itemsize + encoders.vae * self.vae_itemsize
+        base, room = self.base_by_swapped(choice.quantize)[choice.blocks_to_swap], weight
+        _, blocks = self.model.weight_bytes(choice.quantize, self.itemsize)
+        for block in reversed(blocks[: count - choice.blocks_to_swap]):
+            if self.on_gpu and room > 0:
+                base, room = base - block, room - block
+        reading = encoders.text_working(1, self.text_tokens, self.itemsize)
+        seeing = encoders.vae_working(
+            PIXELS_PER_TOKEN * self.image_tokens, self.vae_itemsize, False, self.on_gpu
+        )
+        return {"base": base, "encoders": weight, "working": max(reading, seeing)}
 
     def _judging(self, choice: Choice) -> int:
         """Working memory of the heads' turn: a pass without gradients, and the head in its midst."""

@@ -1,15 +1,12 @@
 """The plan of a NewBie-image run: what is different from FLUX in plan_model.py and plan_phases.py.
 
-All three encoders are loaded together, the VAE in float32. An FP8 base is made from the whole model in
-compute dtype, so that both are there for a moment. Gradient checkpointing covers all `layers` or none, and no
-hooks pack anything then. A model folder that is not there is taken for NewBie-image 3B with Gemma3-4B and
-Jina CLIP v2.
+All three encoders are loaded together, the VAE in float32. Gradient checkpointing covers the first of the
+`layers`. A model folder that is not there is taken for NewBie-image 3B with Gemma3-4B and Jina CLIP v2.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 
 import paddle
@@ -37,13 +34,14 @@ from ppcoat.train.plan_newbie_kept import TracedNextDiT
 from ppcoat.train.plan_phases import Choice, Footprint, hashable
 from ppcoat.train.targets import chosen_modules
 
-# As WORKING in plan_phases.py, by policy and checkpointing, beside what a layer keeps that has been computed
-# again. Measured with Paddle's allocator.
+# As WORKING in plan_phases.py; "checkpointed" is beside what a layer keeps that has been computed again.
+# Measured with Paddle's allocator.
 NEWBIE_WORKING = {
-    ("none", False): ((9.2, 0.0), (-3.4, 2.0)),
-    ("coat", False): ((26.0, 0.0), (19.7, 2.3)),
-    ("none", True): ((2.2, 0.0), (-10.4, 2.0)),
-    ("coat", True): ((11.0, 0.0), (-1.6, 2.0)),
+    "none": ((9.2, 0.0), (-3.4, 2.0)),
+    "coat": ((26.0, 0.0), (19.7, 2.3)),
+    "coat+recompute": ((27.4, 0.0), (26.9, 2.3)),
+    "coat+recompute+attention": ((27.4, 0.0), (26.9, 2.3)),
+    "checkpointed": ((5.3, 0.0), (4.0, 2.0)),
 }
 NEWBIE_FORWARD_WORKING = ((18.0, 0.0), (11.0, 2.0))
 # Linears that see one row a picture.
@@ -88,44 +86,50 @@ class NewbieFootprint(Footprint):
             of_picture=OF_PICTURE,
         )
 
-    @property
-    def policies(self) -> tuple[str, ...]:
-        """Everything beyond "coat" says something about FLUX blocks only."""
-        return tuple(policy for policy in super().policies if policy in ("none", "coat"))
-
-    @property
-    def checkpoint_counts(self) -> Sequence[int]:
-        """None, or all."""
-        return 0, len(self.model.blocks)
-
     def preparing(self, choice: Choice) -> list[tuple[str, dict[str, int]]]:
-        """Encoding with all encoders on the device; then, for an FP8 base, both forms of it."""
+        """Encoding with all encoders on the device."""
         text = self.model.encoders.text * self.itemsize
-        phases = [
+        return [
             (name, parts | {"encoders": text + self._vae_bytes}) for name, parts in super().preparing(choice)
         ]
-        if choice.quantize:
-            whole, packed = (self.base_by_swapped(fp8)[0] for fp8 in (False, True))
-            phases.append(("FP8 base", {"base": whole, "working": packed + 2 * self._largest_weight(choice)}))
-        return phases
 
     def activations(self, choice: Choice) -> tuple[int, int]:
-        """Bytes kept for backward and working memory at the fullest moment of a step."""
-        count, batch = len(self.model.blocks), choice.batch_size
-        checkpointed = choice.checkpoint_blocks > 0
-        policy = "none" if choice.policy == "none" else "coat"
-        of = self.kept(policy, checkpointed, choice.quantize)
-        working = self._working(NEWBIE_WORKING[policy, checkpointed], batch)
+        """Bytes kept for backward and working memory at the fullest moment of a step: at the end of the
+        forward pass, or where backward comes to the checkpointed layers and computes one again.
+        """
+        batch, checkpointed, moments = choice.batch_size, choice.checkpoint_blocks, []
+        if checkpointed < len(self.model.blocks):
+            working = self._working(NEWBIE_WORKING[choice.policy], batch)
+            moments.append((self.kept_after_forward(choice, len(self.model.blocks)), working))
         if checkpointed:
-            working += round(batch * of.double)
-            kept = of.outside + count * self.tokens * self.model.width * self.itemsize
-        else:
-            kept = of.of_blocks(count, 0)
-        return round(batch * kept), working + self._largest_weight(choice)
+            again = self.kept("none" if choice.policy == "none" else "coat", True, choice.quantize).double
+            working = self._working(NEWBIE_WORKING["checkpointed"], batch) + round(batch * again)
+            moments.append((self.kept_after_forward(choice, checkpointed), working))
+        kept, working = max(moments, key=sum)
+        return kept, working + self._largest_weight(choice)
+
+    def kept_after_forward(self, choice: Choice, layers: int) -> int:
+        """Bytes kept for backward by the first `layers` and what stands outside them."""
+        of = self.kept(choice.policy, False, choice.quantize)
+        kept = of.of_blocks(layers, 0, choice.checkpoint_blocks)
+        if choice.checkpoint_blocks:
+            tables = max(0, of.first - of.double)  # of rotation, which the first layer is to keep
+            kept += choice.checkpoint_blocks * self._input_bytes + tables
+        return round(choice.batch_size * kept)
+
+    @property
+    def _input_bytes(self) -> int:
+        """Of one picture's tokens, as a checkpointed layer keeps them."""
+        coat, width = self.config.coat, self.model.width
+        if not (coat.enabled and coat.memory.enable_efficient_checkpoint):
+            return self.tokens * width * self.itemsize
+        per_group = coat.activation.nonlinear_granularity == "per_group"
+        scales = math.ceil(width / coat.activation.group_size) if per_group else 0
+        return self.tokens * (width + FLOAT32 * scales)
 
     def packed(self, choice: Choice) -> int:
         """Bytes of one picture that go through FP8 if no layer is checkpointed."""
-        return self.kept("coat", False, choice.quantize).of_blocks(len(self.model.blocks), 0)
+        return self.kept(choice.policy, False, choice.quantize).of_blocks(len(self.model.blocks), 0)
 
     def kept(self, policy: str, checkpointed: bool = False, quantize: bool = False) -> KeptBytes:
         """Of one picture, counted once."""

@@ -1,14 +1,13 @@
 """How many bytes NextDiT_CLIP keeps for backward: what is different from FLUX in plan_kept.py.
 
-The small copy has two of the `layers` and all refiners. Unlike FLUX blocks, which say themselves what they
-hold, these are served by the hooks of `fp8_saved_tensors`, and while the model checkpoints its layers there
-are no hooks: "checkpointed" here counts what a layer holds that has just been computed again, unpacked, and
-what is kept outside the layers in the same way.
+The small copy has two of the `layers` and all refiners. A checkpointed layer keeps its input, whose bytes are
+known; so "checkpointed" counts here what a layer holds while it is computed again, unpacked.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +17,8 @@ from ppcoat.config.schema import NetworkConfig
 from ppcoat.lora import LoKrSettings, inject_lokr, inject_lora
 from ppcoat.models.nextdit import NextDiT_CLIP
 from ppcoat.nn.convert import quantize_linears
-from ppcoat.nn.saved import SavedTensors, count_saved_tensors
+from ppcoat.nn.policy import get_policy
+from ppcoat.nn.saved import SavedTensors, count_saved_tensors, kept_as_they_are
 from ppcoat.train.coat import COATTrainer
 from ppcoat.train.plan_kept import SIDE, TracedModel
 from ppcoat.train.transport import Transport
@@ -91,12 +91,20 @@ class TracedNextDiT(TracedModel):
         """What the pass computes."""
         return Transport()
 
-    def saving(self, checkpointed: bool = False) -> SavedTensors:
-        """Hooks without packing if the layers are checkpointed, which is when training has none."""
-        return count_saved_tensors() if checkpointed else COATTrainer(self.coat).saved_tensors()
+    @contextmanager
+    def saving(self, checkpointed: bool = False) -> Iterator[SavedTensors]:
+        """Nothing is packed in what is computed again."""
+        if not checkpointed:
+            with COATTrainer(self.coat).saved_tensors() as saved:
+                yield saved
+            return
+        with count_saved_tensors() as saved, kept_as_they_are():
+            yield saved
 
     def written_attention(self, heads: int, image: int, text: int, checkpointed: bool) -> np.ndarray:
         """What written-out attention keeps of the numbers of KeptBytes."""
+        if self._leaves_out_attention(checkpointed):
+            return np.zeros(4)
 
         def scores(tokens: int) -> int:
             return self.scores_bytes(heads, tokens, checkpointed)
@@ -106,6 +114,8 @@ class TracedNextDiT(TracedModel):
     def true_attention(self, image: int, text: int, checkpointed: bool) -> np.ndarray:
         """What attention keeps of these numbers at the true size; on a GPU q, k, v, the output and a float32
         per row (flash attention), and what RMSNorms keep in float32 where a CPU counts bfloat16."""
+        if self._leaves_out_attention(checkpointed):
+            return np.zeros(4)
 
         def of_block(tokens: int) -> float:
             if not self.half:
@@ -118,6 +128,10 @@ class TracedNextDiT(TracedModel):
             return tokens * (self.heads * (4 * of_head + 4) + norms)
 
         return self._of_parts(of_block(image), of_block(text), of_block(image + text))
+
+    def _leaves_out_attention(self, checkpointed: bool) -> bool:
+        """Whether it is computed again: what it reads is counted with the block."""
+        return not checkpointed and get_policy(COATTrainer(self.coat).policy).recompute
 
     def _of_parts(self, image: float, text: float, both: float) -> np.ndarray:
         refiners = self.setting("n_refiner_layers")

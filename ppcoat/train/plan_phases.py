@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from ppcoat.config.schema import RunConfig
+from ppcoat.data.cache import ENCODED_AT_ONCE, ENCODED_PIXELS
 from ppcoat.host import LARGEST_KEPT
 from ppcoat.nn.policy import POLICIES
 from ppcoat.nn.swap import check_count
@@ -28,7 +29,6 @@ from ppcoat.train.plan_model import (
 )
 from ppcoat.train.previews import previews
 
-ENCODED_AT_ONCE = 8  # pictures or captions in one call of an encoder: build_cache's batch_size
 RESIDENT_SWAPPED = 2  # of the swapped blocks one computes while the next one comes
 # Working memory of the block that goes backward, in tensors of tokens x width (a) and, where attention is
 # written out, in scores (b): the larger of the two a + b * scores. Measured with Paddle's allocator.
@@ -136,11 +136,11 @@ class Footprint:
 
     def preparing(self, choice: Choice) -> list[tuple[str, dict[str, int]]]:
         """What encoders hold, by phase, before the transformer comes: beside the context."""
-        encoders, count = self.model.encoders, ENCODED_AT_ONCE
-        reading = encoders.text_working(count, self.text_tokens, self.itemsize)
-        seeing = encoders.vae_working(
-            count * PIXELS_PER_TOKEN * self.image_tokens, self.vae_itemsize, False, self.on_gpu
-        )
+        encoders, largest = self.model.encoders, PIXELS_PER_TOKEN * self.image_tokens
+        reading = encoders.text_working(ENCODED_AT_ONCE, self.text_tokens, self.itemsize)
+        # one of the largest pictures, or smaller ones up to the limit
+        pixels = max(largest, min(ENCODED_AT_ONCE * largest, ENCODED_PIXELS))
+        seeing = encoders.vae_working(pixels, self.vae_itemsize, False, self.on_gpu)
         return [
             ("captions", {"encoders": encoders.text * self.itemsize, "working": reading}),
             ("pictures", {"encoders": self._vae_bytes, "working": seeing}),

@@ -27,7 +27,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -156,9 +156,9 @@ class Ranks:
             return
         import paddle.distributed as dist
 
-        self.barrier()
-        for parameter in parameters:
-            dist.broadcast(parameter, src=0)
+        with self._exchange():
+            for parameter in parameters:
+                dist.broadcast(parameter, src=0)
 
     def gather(self, values: Sequence[float]) -> np.ndarray:
         """As many numbers from every rank -> float64 [size, n], exact and the same on all; NaN and inf stay
@@ -170,9 +170,20 @@ class Ranks:
     def _sum(self, tensor: paddle.Tensor) -> paddle.Tensor:
         import paddle.distributed as dist
 
-        self.barrier()  # gloo's 30 seconds then cover the transfer only
-        dist.all_reduce(tensor)
+        with self._exchange():
+            dist.all_reduce(tensor)
         return tensor
+
+    @contextmanager
+    def _exchange(self) -> Iterator[None]:
+        """What goes over the process group stands within it; only with several ranks."""
+        self.barrier()  # gloo's 30 seconds then cover the transfer only
+        try:
+            yield
+        except (RuntimeError, OSError):  # gloo's and nccl's words for a peer that has died meanwhile, too
+            if self._line is not None:
+                self._line.leave_if_lost()
+            raise
 
 
 def _number(variable: str, default: int) -> int:
@@ -187,8 +198,9 @@ def _number(variable: str, default: int) -> int:
 class _Line:
     """Rank 0's connections to all others, or another rank's one connection to rank 0.
 
-    A thread reads them. A peer that closes its end without having said _END is dead: `meet` leaves with
-    SystemExit, and after a time of grace the process ends wherever its main thread stands.
+    A thread reads them. A peer that closes its end without having said _END is dead: one line says so at
+    once, `meet` leaves with SystemExit, and after a time of grace the process ends wherever its main thread
+    stands.
     """
 
     def __init__(self, rank: int, peers: dict[int, socket.socket]) -> None:
@@ -209,19 +221,27 @@ class _Line:
         with self._changed:
             self._changed.wait_for(lambda: self._lost is not None or all(self._arrived.values()))
             if self._lost is not None:
-                raise _leaving(self._lost)
+                raise SystemExit(LOST_EXIT)
             for rank in self._arrived:
                 self._arrived[rank] -= 1
             self._ended = word == _END
         if self._is_first:
             self._send(word)
 
+    def leave_if_lost(self) -> None:
+        """Leave with LOST_EXIT if a rank is dead, also if the news of it is still on its way: another's death
+        comes from rank 0, which may take its time of grace first."""
+        with self._changed:
+            if self._changed.wait_for(lambda: self._lost is not None, timeout=_GRACE_SECONDS + 2):
+                raise SystemExit(LOST_EXIT)
+
     def _send(self, word: bytes) -> None:
         for rank, peer in self._peers.items():
             try:
                 peer.sendall(word)
             except OSError:
-                raise _leaving(rank) from None
+                self._lose(rank)
+                raise SystemExit(LOST_EXIT) from None
 
     def _listen(self) -> None:
         with selectors.DefaultSelector() as selector:
@@ -233,28 +253,30 @@ class _Line:
                     with self._changed:
                         if not words and self._ended:
                             return
-                        if not words:
-                            self._lost = ready.data
                         self._arrived[ready.data] += len(words)
                         # at once, not in meet: rank 0 may close right after its answer
                         self._ended |= words.endswith(_END) and not self._is_first
                         self._changed.notify_all()
                     if not words:
-                        return self._leave(ready.data)
+                        self._lose(ready.data)
+                        time.sleep(_GRACE_SECONDS)
+                        os._exit(LOST_EXIT)  # the main thread may wait inside nccl, deaf to exceptions
 
-    def _leave(self, rank: int) -> None:
-        time.sleep(_GRACE_SECONDS)
-        _leaving(rank)
-        os._exit(LOST_EXIT)  # the main thread may wait inside nccl, where no exception reaches it
-
-
-def _leaving(rank: int) -> SystemExit:
-    print(
-        f"rank {rank} has died and so ends this one; run the same command again to go on from the checkpoint",
-        file=sys.stderr,
-        flush=True,
-    )
-    return SystemExit(LOST_EXIT)
+    def _lose(self, rank: int) -> None:
+        """Say that a rank is dead, once, whichever thread notices first: at once, because a launcher may end
+        this process before its time of grace is over."""
+        with self._changed:
+            if self._lost is not None:
+                return
+            with suppress(OSError):  # a log on a full disk must not keep this process alive
+                print(
+                    f"rank {rank} has died and so ends this one; run the same command again to go on from "
+                    "the checkpoint",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            self._lost = rank
+            self._changed.notify_all()
 
 
 def _connect(rank: int, size: int) -> _Line:

@@ -39,10 +39,11 @@ def resume_run(trainer: Trainer) -> None:
     """Go on from the latest checkpoint, if there is one, and make all ranks start alike.
 
     The number of ranks may differ from the checkpoint's where the global batch does not. Raises ConfigError
-    for a checkpoint of other settings, and where the ranks do not see the same pictures and checkpoints.
+    for a checkpoint of other settings, a damaged one with save.strict_resume, and where the ranks do not see
+    the same pictures and checkpoints.
     """
     with trainer.ranks.first_ahead():  # it also removes what a killed save left
-        checkpoint = load_latest(trainer.config.run_dir)
+        checkpoint = load_latest(trainer.config.run_dir, trainer.config.save.strict_resume)
     if checkpoint is not None:
         _go_on_from(checkpoint, trainer)
     facts = {"step": trainer.step, **trainer.batches.state_dict()}

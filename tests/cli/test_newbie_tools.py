@@ -1,7 +1,9 @@
 """merge_lora.py and convert_newbie_to_diffusers.py: numbers of the original tools, and refusals."""
 
+import gc
 import json
 import shutil
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from safetensors.paddle import save_file as save_paddle
 
 import ppcoat.cli.convert_newbie as convert_command
 import ppcoat.cli.merge_newbie as merge_command
+import ppcoat.models.newbie_saving as newbie_saving
 from ppcoat.cli.main import run
 from ppcoat.models.newbie_loading import check_newbie_folder, load_nextdit
 
@@ -34,11 +37,9 @@ def refs():
         return dict(refs) | dict(adapters)
 
 
-def merge(base, lora, output):
-    return run(
-        "merge-newbie",
-        ["--base_model_path", str(base), "--lora_path", str(lora), "--output_path", str(output)],
-    )
+def merge(base, lora, output, *flags):
+    paths = ["--base_model_path", base, "--lora_path", lora, "--output_path", output]
+    return run("merge-newbie", [*map(str, paths), *flags])
 
 
 def convert(output, *flags, checkpoint=FOLDER / "raw/consolidated.00-of-01.pth", vae=FOLDER):
@@ -129,6 +130,38 @@ def test_converting_to_bf16_rounds_all_floats_and_nothing_else(tmp_path):
     check_newbie_folder(tmp_path / "out")
 
 
+def test_converting_holds_one_tensor_at_a_time(tmp_path, monkeypatch):
+    """In NumPy, and in Paddle (which rounds) by its own account of allocated bytes."""
+    made, core, values = [], paddle.base.core, newbie_saving._values
+
+    def watched(infos, dtype):
+        stream = values(infos, dtype)
+        while (item := next(stream, None)) is not None:
+            assert all(earlier() is None for earlier in made)
+            made.append(weakref.ref(item[1]))
+            yield item
+            del item
+
+    monkeypatch.setattr(newbie_saving, "_values", watched)
+    gc.collect()  # what earlier tests left must not go meanwhile
+    before = core.host_memory_stat_current_value("Allocated", 0)
+    core.host_memory_stat_reset_peak_value("Allocated", 0)
+    assert convert(tmp_path / "out") == 0
+    assert len(made) == sum(len(load_file(next((FOLDER / part).glob("*.safetensors")))) for part in PARTS)
+    largest = 145_920  # Gemma3's embeddings, float32; rounded, they take half of it
+    assert core.host_memory_stat_peak_value("Allocated", 0) - before <= 1.5 * largest + 4096
+
+
+def test_too_little_room_is_told_before_anything_is_written(tmp_path, monkeypatch, capsys):
+    written = sum(file.stat().st_size for part in PARTS for file in (FOLDER / part).glob("*.safetensors"))
+    for free, result in ((written // 2 - 200_000, 2), (written // 2, 0)):  # bf16 takes half
+        usage = shutil._ntuple_diskusage(10**12, 10**12, free)
+        monkeypatch.setattr(shutil, "disk_usage", lambda place, usage=usage: usage)
+        assert convert(tmp_path / "out") == result
+        assert result == 0 or not list(tmp_path.iterdir())
+    assert "out takes 0.00 GB, and" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("given", ["exists", "hub", "checkpoint", "vae", "config"])
 def test_wrong_inputs_of_the_converter_are_named_and_leave_nothing(tmp_path, capsys, given):
     output = tmp_path / "out"
@@ -167,4 +200,7 @@ def test_wrong_inputs_of_the_merge_are_named_and_leave_nothing(tmp_path, capsys)
     assert merge(base, FOLDER / "lora", base / "out") == 2
     assert "inside the model" in capsys.readouterr().err
     assert merge(base, FOLDER / "lora", base.parent / "base") == 2
+    assert "--output_path" in capsys.readouterr().err
+    assert merge(base, FOLDER / "lora", tmp_path / "out", "--scale", "nan") == 2
+    assert "--scale must be a finite number, got nan" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["base"]

@@ -1,6 +1,7 @@
 """`python -m ppcoat train`: a dry run shows what a run would do; what goes wrong ends in one line and its
 exit status."""
 
+import argparse
 import errno
 import json
 import re
@@ -9,6 +10,7 @@ import paddle
 import pytest
 import yaml
 
+from ppcoat.cli import train, train_newbie
 from ppcoat.cli.main import main
 from ppcoat.config.load import load_config
 from ppcoat.data import garments
@@ -128,6 +130,19 @@ def test_an_output_folder_that_cannot_be_written_is_named_before_the_model_is_lo
     assert main(["train", str(file), "--set", f"output_dir={tmp_path}/a_file"]) == 2
     said = capsys.readouterr().err
     assert re.fullmatch(r"error: output folder .*a_file/run: cannot be written to .*\n", said)
+
+
+@pytest.mark.parametrize(
+    ("command", "config"), [(train, ["run.yaml"]), (train_newbie, ["--config_file", "run.toml"])]
+)
+def test_strict_sets_its_key_and_later_flags_win(command, config):
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    given = ["--set", "seed=7", "--strict", "--set", "save.strict_resume=false"]
+    assert parser.parse_args(config).overrides == []
+    assert parser.parse_args([*config, "--strict"]).overrides == ["save.strict_resume=true"]
+    assert parser.parse_args([*config, *given]).overrides == [
+        "seed=7", "save.strict_resume=true", "save.strict_resume=false"]  # fmt: skip
 
 
 def test_the_settings_of_a_run_lie_beside_its_results(file):

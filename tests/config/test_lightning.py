@@ -39,6 +39,7 @@ def test_the_published_command_is_taken_as_it_stands_and_is_the_default():
     assert config.pretrained_teacher_model == "black-forest-labs/FLUX.1-dev"
     assert config.gradient_checkpointing and config.use_dmd_loss and config.apply_reflow_loss
     assert config.generator_steps == 14326
+    assert config.encode_ahead is None and not config.strict_resume
     few = parse("--data_path your_path/laion-45w")
     alone = {"file_list_path", "pretrained_teacher_model", "gradient_checkpointing", "use_dmd_loss",
              "apply_reflow_loss", "pre_alloc_memory", "dataloader_num_workers",
@@ -65,6 +66,8 @@ def test_the_run_in_the_lora_trainers_terms():
     assert run.sample.sample_steps == 4 and run.sample.sample_every == 20000
     assert run.save.save_every == 1000 and run.save.max_step_saves_to_keep == 30
     assert run.model.dtype == "auto" and run.uses_fp8_optimizer
+    strict = parse("--data_path x --resume_from_checkpoint latest --strict").run_config("pictures")
+    assert strict.save.strict_resume and not run.save.strict_resume
     exact = parse("--data_path x --mixed_precision no --lora_alpha 8").run_config("pictures")
     assert exact.model.dtype == "float32" and exact.network.linear_alpha == 8
 
@@ -85,6 +88,10 @@ def test_the_run_in_the_lora_trainers_terms():
         ("--resolution 100", "resolution: came '100', wanted a multiple of 16"),
         ("--learning_rate nan", "learning_rate: came 'nan', wanted a finite number"),
         ("--lora_rank 1.5", "lora_rank: came '1.5'"),
+        ("--encode_ahead 0", "encode_ahead: came '0', wanted greater than or equal to 1"),
+        ("--encode_ahead -5", "encode_ahead: came '-5', wanted greater than or equal to 1"),
+        ("--encode_ahead 5 --train_batch_size 3 --gradient_accumulation_steps 2", "at least the 6 pictures"),
+        ("--strict_resume", "strict_resume has no effect without resume_from_checkpoint"),
         ("--train_batch_size 0", "train_batch_size: came '0', wanted greater than or equal to 1"),
     ],
 )

@@ -1,6 +1,7 @@
 """The NewBie trainer's TOML: every key read, differences said, mistakes named with their line."""
 
 import logging
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -65,12 +66,21 @@ def test_the_template_becomes_a_run_of_the_same_numbers():
 
 @pytest.mark.parametrize(
     ("name", "rank", "resolution", "rate", "targets"),
-    [("16gb", 16, 768, 5e-5, 3), ("24gb", 32, 1024, 1e-4, 5), ("40gb", 64, 1024, 2e-4, 9)],
+    [("_16gb", 16, 768, 5e-5, 3), ("", 32, 1024, 1e-4, 5), ("_40gb", 64, 1024, 2e-4, 9)],
 )
 def test_the_three_strategies(name, rank, resolution, rate, targets):
-    config = load_newbie_config(CONFIGS / f"newbie_lora_{name}.toml")
+    config = load_newbie_config(CONFIGS / f"newbie_lora{name}.toml")
     assert (config.network.linear, config.data.resolution, config.train.lr) == (rank, resolution, rate)
     assert len(config.network.targets) == targets
+    assert config.name == f"newbie_lora{name}"
+
+
+def test_no_two_files_hold_one_strategy():
+    """Their own name apart."""
+    configs = [load_newbie_config(file).model_copy(update={"name": ""})
+               for file in sorted(CONFIGS.glob("newbie*.toml"))]  # fmt: skip
+    assert len(configs) == 3
+    assert all(first != second for i, first in enumerate(configs) for second in configs[:i])
 
 
 def test_what_is_left_out_is_as_in_the_template(load):
@@ -172,6 +182,18 @@ def test_other_files_are_refused(tmp_path):
     (tmp_path / "c.toml").write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigError, match="not UTF-8"):
         load_newbie_config(tmp_path / "c.toml")
+
+
+def test_of_a_file_that_is_no_config_only_the_beginning_is_read(tmp_path):
+    file = tmp_path / "weights.toml"
+    with file.open("wb") as stream:
+        stream.truncate(200_000_000)  # a hole: it takes no room
+    tracemalloc.start()
+    with pytest.raises(ConfigError, match="more than 1048576 bytes; is this the right file"):
+        load_newbie_config(file)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 5_000_000
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,7 @@ def test_resumed_order_is_the_same_and_batches_are_of_one_kind(example, kinds, s
     whole = list(islice(ResumableBatches(examples, size, seed), stop + 9))
     first = ResumableBatches(examples, size, seed)
     head = list(islice(first, stop))
+    assert list(first.ahead(9)) == whole[stop:] and first.batches == stop
     second = ResumableBatches(examples, size, seed)
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     assert head + list(islice(second, 9)) == whole

@@ -8,6 +8,7 @@ import paddle
 import pytest
 from PIL import Image
 
+import ppcoat.data.cache as cache_module
 from ppcoat.data.cache import Encoders, build_cache, folder_identity
 from ppcoat.data.captions import CaptionRules, caption_variants, final_caption
 from ppcoat.data.embedding_store import EmbeddingStore
@@ -60,6 +61,25 @@ def test_everything_is_encoded_once(examples):
     recorder = Recorder()
     build([*examples[:3], *with_dropout(examples[3:], 0.1)], recorder)
     assert recorder.captions == ["a sks", "sks bb", "sks dddd", ""]
+
+
+@pytest.mark.parametrize(
+    ("side", "batch_size", "calls"),
+    [(1024, 8, [1, 1, 1]), (1040, 8, [1, 1, 1]), (512, 8, [4, 4, 1]), (768, 8, [1, 1, 1]),
+     (256, 8, [8, 1]), (256, 3, [3, 3, 3])],
+)  # fmt: skip
+def test_pictures_in_a_call_have_a_million_pixels_at_most(examples, monkeypatch, side, batch_size, calls):
+    """Or one picture that has more; and never more than batch_size."""
+    monkeypatch.setattr(cache_module, "_pixels", lambda example: np.zeros((3, 4, 4), np.float32))
+    same = [replace(examples[0], size=(side, side))] * sum(calls)
+    sizes = []
+
+    def image(pixels):
+        sizes.append(len(pixels))
+        return pixels
+
+    build_cache(same, Encoders(image, Recorder().text), batch_size=batch_size)
+    assert sizes == calls
 
 
 def test_batches_hold_the_right_rows(examples):

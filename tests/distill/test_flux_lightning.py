@@ -2,12 +2,14 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors import safe_open
 
+import ppcoat.distill.encoding as encoding
 import ppcoat.distill.flux_lightning as flux_lightning
 from ppcoat.config.lightning import lightning_config
 from ppcoat.data import garments
@@ -123,6 +125,72 @@ def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(make_config, whole, 
     assert log(halves) == log(whole[0])
     manifests = [checkpoint(config, 5, "manifest.json").read_text() for config in (halves, whole[0])]
     assert manifests[0] == manifests[1]
+
+
+@pytest.mark.parametrize("stop", [0, 3])
+def test_a_run_in_windows_is_bit_equal_to_one_that_encodes_all_at_once(make_config, whole, stop):
+    """Uninterrupted, and resumed in the midst of a window of two steps."""
+    name = f"windows {stop}"
+    if stop:
+        train_flux_lightning(make_config(name, max_train_steps=stop, encode_ahead=4))
+    config = make_config(
+        name,
+        encode_ahead=4,
+        validation_steps=4,
+        resume_from_checkpoint="latest" if stop else None,
+        checkpointing_steps=2,
+    )
+    train_flux_lightning(config)
+    assert log(config) == log(whole[0])
+    manifests = [checkpoint(each, 5, "manifest.json").read_text() for each in (config, whole[0])]
+    assert manifests[0] == manifests[1]
+    pictures = [(folder_of(each) / "samples").glob("*.png") for each in (config, whole[0])]
+    for ours, theirs in zip(*map(sorted, pictures), strict=True):
+        assert ours.name == theirs.name and ours.read_bytes() == theirs.read_bytes()
+
+
+def test_a_picture_that_goes_bad_in_training_is_named_and_the_run_goes_on_later(
+    make_config, whole, tmp_path, monkeypatch
+):
+    """All were decoded when the run began; this one breaks when the second window is due."""
+    shutil.copytree(whole[0].data_path, tmp_path / "data")
+    plain = {"adv_weight": 0, "adv_lr": None, "use_dmd_loss": False, "apply_reflow_loss": False}
+    config = make_config(
+        "bad",
+        data_path=str(tmp_path / "data"),
+        encode_ahead=2,
+        checkpointing_steps=1,
+        max_train_steps=4,
+        **plain,
+    )
+    kept, load, loads = {}, encoding.load_encoders, []
+
+    def load_and_break(*arguments):
+        loads.append(1)
+        if len(loads) == 2:
+            for path in (tmp_path / "data").glob("*.png"):
+                kept[path] = path.read_bytes()
+                path.write_bytes(b"")
+        return load(*arguments)
+
+    monkeypatch.setattr(encoding, "load_encoders", load_and_break)
+    with pytest.raises(ConfigError, match=r"\.png.*checkpoints are unharmed"):
+        train_flux_lightning(config)
+    for path, content in kept.items():
+        path.write_bytes(content)
+    again = config.model_copy(update={"resume_from_checkpoint": "latest", "strict_resume": True})
+    train_flux_lightning(again)
+    assert [line["step"] for line in log(again)] == [1, 2, 3, 4]
+    assert len(loads) == 2 + 3
+
+
+def test_a_damaged_checkpoint_stops_a_strict_run(make_config):
+    plain = {"adv_weight": 0, "adv_lr": None, "use_dmd_loss": False, "apply_reflow_loss": False}
+    train_flux_lightning(make_config("strict", max_train_steps=2, checkpointing_steps=1, **plain))
+    config = make_config("strict", resume_from_checkpoint="latest", strict_resume=True, **plain)
+    checkpoint(config, 2, "lora.safetensors").write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"lora\.safetensors"):
+        train_flux_lightning(config)
 
 
 def test_without_heads_every_step_trains_the_lora_and_published_order_begins_again(make_config):

@@ -1,4 +1,5 @@
-"""Two processes from paddle.distributed.launch distil as one process with both their pictures."""
+"""Two processes from paddle.distributed.launch distil as one process with both their pictures, and in windows
+as with everything encoded at once."""
 
 import json
 import os
@@ -37,17 +38,20 @@ def test_two_ranks_are_one_with_both_pictures(tmp_path):
     shared += ["--validation_steps", "0", "--log_every", "1"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PADDLE_")}
     environment |= {"PYTHONPATH": str(ROOT)}
-    for name, size, start in (("one", 2, []), ("two", 1, [*LAUNCH, str(tmp_path / "log")])):
+    two = [*LAUNCH, str(tmp_path / "log")]
+    for name, size, start in (("one", 2, []), ("two", 1, two), ("windows", 1, two)):
         own = ["--tracker_project_name", name, "--train_batch_size", str(size)]
+        own += ["--encode_ahead", "1"] if name == "windows" else []
         command = [sys.executable, *start, str(SCRIPT), *shared, *own]
         done = subprocess.run(
             command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=400
         )
         assert done.returncode == 0, done.stdout + done.stderr
-    one, two = (
+    one, two, windows = (
         [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
-        for name in ("one", "two")
+        for name in ("one", "two", "windows")
     )
+    assert windows == two
     assert [line.keys() - {"kept_bytes"} for line in one] == [line.keys() - {"kept_bytes"} for line in two]
     for name in ("loss", "grad_norm"):
         assert [line[name] for line in one] == pytest.approx([line[name] for line in two], rel=1e-4), name

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 PACKAGE = Path(__file__).resolve().parents[2] / "ppcoat"
-FLUSHED, NORM_EPSILON = 2**28, 1e-6  # as in ppcoat/cli/kernel_library.py
+FLUSHED, NORM_EPSILON = 2**28, 1e-6  # as in ppcoat/cli/kernel_library.py and ppcoat/fp8/rules.py
 
 
 class TorchLibrary:

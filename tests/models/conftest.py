@@ -1,7 +1,9 @@
 """The tiny random FLUX folders and the outputs that diffusers computed from them."""
 
+from collections.abc import Callable
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -32,3 +34,21 @@ def pipeline(fp32_folder) -> FluxPipeline:
     pipeline = FluxPipeline.from_pretrained(fp32_folder)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+@pytest.fixture(scope="session")
+def rounded() -> Callable[[np.ndarray], np.ndarray]:
+    """rounded(weight) : float [in, out] -> E4M3 in blocks of 128 x 128 with power-of-two scales, by
+    ml_dtypes."""
+
+    def rounded(weight: np.ndarray) -> np.ndarray:
+        values = np.empty_like(weight)
+        for i in range(0, weight.shape[0], 128):
+            for j in range(0, weight.shape[1], 128):
+                part = weight[i : i + 128, j : j + 128]
+                scale = np.float32(2.0 ** np.ceil(np.log2(np.abs(part).max().astype("float64") / 448)))
+                codes = (part / scale).astype(ml_dtypes.float8_e4m3fn).astype("float32")
+                values[i : i + 128, j : j + 128] = codes * scale
+        return values
+
+    return rounded

@@ -59,7 +59,8 @@ def test_checkpointing_gives_the_same_gradients(model, computed, torch_refs):
     np.testing.assert_array_equal(sample, computed[0])
     np.testing.assert_array_equal(grad_hidden, computed[2])
     for name, gradient in gradients.items():
-        np.testing.assert_array_equal(gradient, computed[3][name], err_msg=name)
+        # a vector that all blocks read has its gradients summed in another order
+        np.testing.assert_allclose(gradient, computed[3][name], rtol=0, atol=1e-8, err_msg=name)
 
 
 def test_checkpointing_runs_each_block_twice(model, torch_refs):

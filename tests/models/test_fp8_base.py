@@ -17,7 +17,7 @@ from ppcoat.models.flux import FluxTransformer2DModel
 from ppcoat.models.fp8_base import linear_paths, load_fp8_transformer, output_errors, weight_errors
 from ppcoat.models.loading import load_transformer
 from ppcoat.models.saving import save_weights
-from ppcoat.nn.convert import quantize_linears
+from ppcoat.nn.convert import multiply_in_fp8, quantize_linears
 from ppcoat.nn.fp8_weight import FP8Weight
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -28,18 +28,6 @@ def tiny_flux():
     import ppcoat
 
     return f"{ppcoat.__path__[0]}/assets/tiny_flux/transformer"
-
-
-def rounded(weight: np.ndarray) -> np.ndarray:
-    """float [in, out] -> E4M3 in blocks of 128 x 128 with power-of-two scales, by ml_dtypes."""
-    values = np.empty_like(weight)
-    for i in range(0, weight.shape[0], 128):
-        for j in range(0, weight.shape[1], 128):
-            part = weight[i : i + 128, j : j + 128]
-            scale = np.float32(2.0 ** np.ceil(np.log2(np.abs(part).max().astype("float64") / 448)))
-            codes = (part / scale).astype(ml_dtypes.float8_e4m3fn).astype("float32")
-            values[i : i + 128, j : j + 128] = codes * scale
-    return values
 
 
 def test_flux_dev_has_504_linears_494_of_them_in_blocks():
@@ -56,7 +44,7 @@ def test_flux_dev_has_504_linears_494_of_them_in_blocks():
 
 
 @pytest.mark.parametrize("folder", ["fp32_folder", "bf16_folder"])
-def test_every_linear_is_rounded_once_and_all_else_is_as_it_was(request, folder):
+def test_every_linear_is_rounded_once_and_all_else_is_as_it_was(request, folder, rounded):
     folder = request.getfixturevalue(folder) / "transformer"
     exact, model = load_transformer(folder), load_fp8_transformer(folder)
     assert not model.training and model.source_config == exact.source_config
@@ -71,7 +59,7 @@ def test_every_linear_is_rounded_once_and_all_else_is_as_it_was(request, folder)
         np.testing.assert_array_equal(got.numpy(), wanted, err_msg=name)
 
 
-def test_float16_sources_are_read(fp32_folder, tmp_path):
+def test_float16_sources_are_read(fp32_folder, tmp_path, rounded):
     tensors = load_file(fp32_folder / "transformer" / WEIGHTS)
     save_file({n: t.astype("float16") for n, t in tensors.items()}, tmp_path / WEIGHTS, {"format": "pt"})
     (tmp_path / "config.json").write_bytes((fp32_folder / "transformer/config.json").read_bytes())
@@ -95,7 +83,7 @@ def test_more_swapped_blocks_than_blocks_are_refused(fp32_folder):
         load_fp8_transformer(fp32_folder / "transformer", blocks_to_swap=99)
 
 
-def test_errors_of_weights_are_those_of_e4m3(tiny_flux):
+def test_errors_of_weights_are_those_of_e4m3(tiny_flux, rounded):
     rows, exact = list(weight_errors(tiny_flux)), load_transformer(tiny_flux)
     weights = {name: p.numpy() for name, p in exact.named_parameters()}
     assert sorted(row.path for row in rows) == sorted(linear_paths(exact))
@@ -165,8 +153,11 @@ def test_a_lora_learns_as_well_on_an_fp8_base(build_flux):
 def test_a_lora_learns_as_well_on_the_fp8_base_of_the_tiny_flux(tiny_flux):
     plain = trained_loss(load_transformer(tiny_flux), 60)
     quantised = trained_loss(load_fp8_transformer(tiny_flux), 60)
-    print(f"loss {plain:.4f}, on the FP8 base {quantised:.4f}")
-    assert quantised < 1.02 * plain
+    multiplying = load_fp8_transformer(tiny_flux)
+    multiply_in_fp8(multiplying)
+    in_fp8 = trained_loss(multiplying, 60)
+    print(f"loss {plain:.4f}, on the FP8 base {quantised:.4f}, multiplying in FP8 too {in_fp8:.4f}")
+    assert quantised < 1.02 * plain and in_fp8 < 1.02 * plain
 
 
 CHILD = """

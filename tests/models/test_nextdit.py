@@ -164,7 +164,7 @@ def test_checkpointing_gives_the_same_gradients_and_runs_layers_twice(model, ref
     for hook in hooks:
         hook.remove()
     for one, other in zip(plain, again, strict=True):
-        np.testing.assert_array_equal(one, other)
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-8)  # summed in another order
     assert sorted(calls) == ["layers", "layers", "refiner"]
 
 

@@ -100,13 +100,10 @@ def test_only_frozen_tensors_of_these_blocks_move_and_come_back(flux, build_flux
     paths = list(last_blocks(model, 2))
     assert paths == ["single_transformer_blocks.1", "single_transformer_blocks.2"]
     swapper, _ = swapped(model, 2)
-    frozen = 0
     for name, value in model.state_dict().items():
         away = name.startswith(tuple(paths)) and "lora_" not in name
-        frozen += away * value.size * 4
         same = np.array_equal(value.numpy(), before[name])
         assert same == (not away or not before[name].any()), name
-    assert swapper.host_bytes == frozen
     swapper.remove()
     for name, value in model.state_dict().items():
         np.testing.assert_array_equal(value.numpy(), before[name], err_msg=name)

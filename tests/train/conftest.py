@@ -1,10 +1,18 @@
-"""A small run on the reference FLUX: 6 drawings of 64 x 64, rank 2, everything in a folder of the test's
-own."""
+"""A small run on the reference FLUX (6 drawings of 64 x 64, rank 2, everything in a folder of the test's
+own), and processes that are ranks."""
+
+import multiprocessing
+import os
+import socket
+import time
 
 import pytest
 
 from ppcoat.config.load import load_config
 from ppcoat.data import garments
+from ppcoat.train import ranks
+
+CONTEXT = multiprocessing.get_context("fork")  # a fork has Paddle imported already
 
 
 @pytest.fixture
@@ -17,3 +25,37 @@ def make_config(tmp_path, write_run):
         tmp_path, data, train=train, coat={"optimizer": {"block_size": 16}}, save={"save_every": 2}
     )
     return lambda *overrides: load_config(file, overrides)
+
+
+@pytest.fixture
+def start():
+    """start(work, size) -> (processes, receivers), one of each per rank: the process runs work(its Ranks,
+    tell), and what it tells comes from its receiver."""
+    started = []
+
+    def start(work, size=2, grace=0.3):
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+        environment = {
+            "PADDLE_TRAINERS_NUM": str(size),
+            "PADDLE_MASTER": f"127.0.0.1:{port}",
+            "PADDLE_TRAINER_ENDPOINTS": ",".join(f"127.0.0.1:{port + 1 + i}" for i in range(size)),
+        }
+        results = [CONTEXT.Pipe(duplex=False) for _ in range(size)]
+
+        def run(rank):
+            os.environ.update(environment, PADDLE_TRAINER_ID=str(rank), PADDLE_CURRENT_ENDPOINT="127.0.0.1:1")
+            ranks._GRACE_SECONDS = grace
+            if rank:
+                time.sleep(0.3)  # Paddle's store asks again only after 3 seconds
+            work(ranks.Ranks.current(), results[rank][1].send)
+
+        for rank in range(size):
+            process = CONTEXT.Process(target=run, args=(rank,))
+            process.start()
+            started.append(process)
+        return started, [receive for receive, _ in results]
+
+    yield start
+    for process in started:
+        process.kill()

@@ -194,15 +194,21 @@ def spoil_empty(path):
     "spoil", [spoil_cut, spoil_flip, spoil_empty, os.remove], ids=lambda each: each.__name__
 )
 @pytest.mark.parametrize("name", ["lora.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
-def test_a_damaged_file_is_named_and_the_one_before_is_used(tmp_path, caplog, spoil, name):
+def test_a_damaged_file_is_named_and_the_one_before_is_used_or_where_strict_none(
+    tmp_path, caplog, spoil, name
+):
     save(tmp_path, 10)
     newest = save(tmp_path, 20)
+    assert intact(load_latest(tmp_path, strict=True), 20)
     spoil(newest / name)
     if name == "manifest.json" and spoil is spoil_flip:  # one flipped bit in white space or a digit may hide
         (newest / name).write_bytes(b"{}")
     with caplog.at_level(logging.WARNING):
+        with pytest.raises(ConfigError, match=rf"000000020.*{name}.* without --strict") as refused:
+            load_latest(tmp_path, strict=True)
+        assert "\n" not in str(refused.value) and not caplog.text
         assert intact(load_latest(tmp_path), 10)
-    assert "000000020" in caplog.text and ("gone" in caplog.text or name.split(".")[0] in caplog.text)
+    assert "000000020" in caplog.text and name in caplog.text
 
 
 def test_nothing_intact_is_refused_not_started_over(tmp_path):
@@ -233,6 +239,14 @@ def test_a_wrong_pointer_is_survived(tmp_path, text, caplog):
     with caplog.at_level(logging.WARNING):
         assert intact(load_latest(tmp_path), 10)
     assert "latest" in caplog.text
+    with pytest.raises(ConfigError, match="latest.* without --strict"):
+        load_latest(tmp_path, strict=True)
+
+
+def test_a_first_save_killed_before_its_pointer_is_no_damage(tmp_path):
+    save(tmp_path, 10)
+    (tmp_path / "checkpoints/latest").unlink()
+    assert intact(load_latest(tmp_path, strict=True), 10)
 
 
 def test_a_manifest_cannot_point_outside(tmp_path, caplog):

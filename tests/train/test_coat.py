@@ -13,6 +13,7 @@ from ppcoat import COATConfig, COATTrainer, FP8AdamW
 from ppcoat.config.schema import CoatActivationConfig, CoatConfig, CoatMemoryConfig, CoatOptimizerConfig
 from ppcoat.fp8.formats import E4M3
 from ppcoat.lora import inject_lora
+from ppcoat.models.nextdit import NextDiT_CLIP
 from ppcoat.nn.linear import FrozenLinear
 from ppcoat.nn.policy import get_policy
 from ppcoat.nn.saving import flux_blocks
@@ -138,13 +139,31 @@ def test_a_flux_with_unusual_blocks_checkpoints_by_itself(transformer, caplog):
     coat.convert(transformer)
     assert transformer.gradient_checkpointing and savings(transformer) == [None] * 3
     with coat.saved_tensors() as saved:
-        assert saved is None
+        assert saved.checkpoint_fmt == E4M3  # of the blocks' inputs
     assert "norm.linear.bias is trained" in caplog.text and "by itself" in caplog.text
 
 
 def test_with_gradient_checkpointing_of_another_model_nothing_is_counted():
-    with COATTrainer(COATConfig(), gradient_checkpointing=True).saved_tensors() as saved:
+    coat = COATTrainer(COATConfig(), gradient_checkpointing=True)
+    coat.convert(nn.Linear(2, 2))
+    with coat.saved_tensors() as saved:
         assert saved is None
+
+
+@pytest.mark.parametrize(
+    ("config", "fmt"),
+    [
+        (COATConfig(), E4M3),
+        (OFF, None),
+        (COATConfig(memory=CoatMemoryConfig(enable_efficient_checkpoint=False)), None),
+    ],
+)
+def test_a_nextdit_takes_hooks_and_checkpoints_in_fp8_as_the_settings_say(config, fmt):
+    coat = COATTrainer(config, gradient_checkpointing=True)
+    sizes = {"dim": 16, "n_layers": 1, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 1, "multiple_of": 8}
+    coat.convert(NextDiT_CLIP(**sizes, cap_feat_dim=4, clip_text_dim=4, axes_dims=[2, 2, 4]))
+    with coat.saved_tensors() as saved:
+        assert saved.checkpoint_fmt == fmt and saved.policy.name == coat.policy
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@ early."""
 
 import json
 import os
+import re
 import signal
 
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image
 from safetensors import safe_open
 
 import ppcoat.train.flux_lora as flux_lora
+from ppcoat.cli.main import run
 from ppcoat.config.load import load_config
 from ppcoat.data import garments
 from ppcoat.errors import ConfigError
@@ -190,6 +192,21 @@ def test_a_finished_run_called_again_trains_nothing_and_keeps_its_file(make_conf
     after = tensors(again.lora_file)
     assert before[1] == after[1]
     assert all(np.array_equal(value, after[0][name]) for name, value in before[0].items())
+
+
+def test_with_strict_a_damaged_checkpoint_stops_the_command_and_without_the_one_before_is_used(
+    make_config, tmp_path, capsys, caplog
+):
+    train_flux_lora(make_config("train.steps=2", "save.save_every=1"))
+    spoilt = tmp_path / "run" / "checkpoints" / "000000002" / "lora.safetensors"
+    spoilt.write_bytes(spoilt.read_bytes()[:-1])
+    command = [str(tmp_path / "run.yaml"), "--set", "train.steps=2"]
+    assert run("train", [*command, "--strict"]) == 2
+    said = capsys.readouterr().err
+    assert re.search(r"^error: checkpoint .*000000002 is damaged \(lora.safetensors has .* bytes", said, re.M)
+    assert run("train", command) == 0
+    assert "000000001: 1 of 2 steps are left" in capsys.readouterr().out
+    assert "lora.safetensors" in caplog.text and "trying the one before it" in caplog.text
 
 
 def test_filters_choose_modules_and_an_empty_choice_is_refused(make_config):

@@ -11,7 +11,7 @@ import paddle
 import pytest
 
 from ppcoat.config.schema import RunConfig
-from ppcoat.data.cache import build_cache
+from ppcoat.data.cache import build_cache, pictures_at_once
 from ppcoat.errors import ConfigError
 from ppcoat.train.coat import COATTrainer
 from ppcoat.train.measure import HEAD_DIM, BenchmarkCase, MeasuredTraining, coat_of
@@ -88,11 +88,14 @@ def counted(case: BenchmarkCase, checkpoint_blocks: int = 0) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("policy", ["none", "coat", "coat+recompute", "coat+recompute+attention"])
-@pytest.mark.parametrize(("width", "tokens", "words"), [(320, 80, 48), (384, 200, 100)])
-def test_kept_bytes_are_those_that_training_counts(policy, width, tokens, words):
-    """Beyond the sizes of the small copies in tokens, text and heads: the counts are lines in all three."""
-    case = replace(SMALL, policy=policy, fp8_states=policy != "none",
-                   hidden_size=width, tokens=tokens, text_tokens=words)  # fmt: skip
+@pytest.mark.parametrize(
+    ("width", "layers", "batch", "tokens", "words"), [(320, 4, 2, 80, 48), (384, 5, 1, 200, 100)]
+)
+def test_kept_bytes_are_those_that_training_counts(policy, width, layers, batch, tokens, words):
+    """Beyond the sizes of the small copies in tokens, text and heads: the counts are lines in all three. The
+    second model is the second of SIZES, whose lines are counted once."""
+    case = replace(SMALL, policy=policy, fp8_states=policy != "none", hidden_size=width, num_layers=layers,
+                   batch_size=batch, tokens=tokens, text_tokens=words)  # fmt: skip
     planned = PlannedCase(case)
     kept, _ = planned.activations(planned.choice)
     assert kept == pytest.approx(counted(case)[0], rel=0.005)
@@ -255,6 +258,16 @@ def test_auto_applies_the_plan_and_as_given_does_nothing():
 
 def test_the_encoders_are_called_as_the_cache_calls_them():
     assert inspect.signature(build_cache).parameters["batch_size"].default == ENCODED_AT_ONCE
+
+
+@pytest.mark.parametrize(("side", "pixels"), [(256, 8 * 256**2), (512, 1024**2), (1024, 1024**2),
+                                             (1536, 1536**2)])  # fmt: skip
+def test_so_many_pictures_are_planned_as_the_cache_encodes_at_once(side, pixels):
+    """bfloat16 on a GPU: 4.1 tensors of 128 channels, and what cuDNN takes."""
+    config = dev_config(datasets=[{"folder_path": "no/such", "resolution": side, "bucket_rule": "square"}])
+    preparing = dict(Footprint(config, on_gpu=True).preparing(as_given(config, 57)))
+    assert preparing["pictures"]["working"] == pytest.approx(4.1 * 128 * 2 * pixels + 512e6, rel=1e-6)
+    assert pixels == pictures_at_once(side**2) * side**2
 
 
 def test_lora_paths_of_the_small_model():

@@ -117,6 +117,24 @@ def test_phases_of_flux_dev_at_1024():
     assert max(p.total for p in fp8.phases(fp8.choice)) < 28e9
 
 
+def test_the_next_window_is_encoded_below_the_peak_of_the_steps():
+    """Of FLUX.1-dev at 1024; T5-XXL, CLIP-L and the VAE have 4.969 G parameters, a single block 141.6 M."""
+    block = 2 * (3072 * 21504 + 21504 + 15360 * 3072 + 3072 + 3072 * 9216 + 9216 + 2 * 128)
+    for fp8_base in (False, True):
+        flags = {"settings": None, "resolution": 1024, "device": "gpu", "fp8_base": fp8_base}
+        footprint = planned(max_sequence_length=512, use_dmd_loss=True, apply_reflow_loss=True, **flags)
+        totals = {p.name: p.total for p in footprint.phases(footprint.choice)}
+        assert totals["window"] < 0.95 * totals["heads' step"]
+        window, step = phase(footprint, "window"), phase(footprint, "heads' step")
+        assert window["encoders"] == pytest.approx(2 * 4.969e9, rel=1e-3)
+        left = step["base"] - window["base"]
+        assert window["encoders"] <= left < window["encoders"] + block
+        assert window["heads"] == step["heads"] and "head gradients" not in window
+        if not fp8_base:
+            assert left == 36 * block
+    assert phase(planned(), "window")["base"] == phase(planned(), "heads' step")["base"]  # on a CPU
+
+
 def test_without_the_adversarial_loss_there_are_no_heads():
     footprint = planned(adv_weight=0.0)
     names = [p.name for p in footprint.phases(footprint.choice)]

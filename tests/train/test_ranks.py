@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import multiprocessing
 import os
 import re
 import signal
@@ -22,7 +21,6 @@ from ppcoat.optim import FP8AdamW, FP8QuantizationConfig
 from ppcoat.train import ranks as module
 from ppcoat.train.ranks import LOST_EXIT, Ranks
 
-CONTEXT = multiprocessing.get_context("fork")  # a fork has Paddle imported already
 SHAPES = ([3, 5], [7], [2, 2, 2])
 
 
@@ -32,40 +30,6 @@ def gradients(rank):
     rng = np.random.default_rng(rank)
     drawn = [rng.standard_normal(shape).astype(np.float32) for shape in SHAPES]
     return [drawn[0], None if rank == 1 else drawn[1], None]
-
-
-@pytest.fixture
-def start(monkeypatch):
-    """start(work, size) -> processes, one per rank, that run work(Ranks.current(), queue, rank's own `tell`);
-    what is told comes from `heard`."""
-    started = []
-
-    def start(work, size=2, grace=0.3):
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            port = server.getsockname()[1]
-        environment = {
-            "PADDLE_TRAINERS_NUM": str(size),
-            "PADDLE_MASTER": f"127.0.0.1:{port}",
-            "PADDLE_TRAINER_ENDPOINTS": ",".join(f"127.0.0.1:{port + 1 + i}" for i in range(size)),
-        }
-        results = [CONTEXT.Pipe(duplex=False) for _ in range(size)]
-
-        def run(rank):
-            os.environ.update(environment, PADDLE_TRAINER_ID=str(rank), PADDLE_CURRENT_ENDPOINT="127.0.0.1:1")
-            module._GRACE_SECONDS = grace
-            if rank:
-                time.sleep(0.3)  # Paddle's store asks again only after 3 seconds
-            work(Ranks.current(), results[rank][1].send)
-
-        for rank in range(size):
-            process = CONTEXT.Process(target=run, args=(rank,))
-            process.start()
-            started.append(process)
-        return started, [receive for receive, _ in results]
-
-    yield start
-    for process in started:
-        process.kill()
 
 
 def finish(processes, seconds=20):
@@ -191,6 +155,71 @@ def test_a_rank_that_waits_for_a_dead_one_leaves_with_one_line(start, dying):
     assert code == LOST_EXIT and re.fullmatch(rf"rank {dying} has died.*go on from the checkpoint\n", said)
     assert time.time() - killed < 2
     assert finish(processes)[dying] == -signal.SIGKILL
+
+
+@contextlib.contextmanager
+def one_line_before_leaving():
+    """What is said within it goes to the StringIO; it must end in LOST_EXIT after one line."""
+    errors = io.StringIO()
+    with pytest.raises(SystemExit) as left, contextlib.redirect_stderr(errors):
+        yield errors
+    assert left.value.code == LOST_EXIT
+    assert re.fullmatch(r"rank 1 has died.*go on from the checkpoint\n", errors.getvalue())
+
+
+def notice_while_at_work(ranks, tell):
+    """Rank 0 does not wait for anybody when rank 1 dies."""
+    ranks.barrier()
+    if ranks.rank == 1:
+        time.sleep(0.2)
+        os.kill(os.getpid(), signal.SIGKILL)
+    with one_line_before_leaving() as errors:
+        end = time.monotonic() + 5
+        while not errors.getvalue().endswith("\n") and time.monotonic() < end:
+            time.sleep(0.01)
+        tell(("within the time of grace", errors.getvalue()))
+        ranks.barrier()
+    tell("once")
+
+
+def test_a_death_is_told_at_once_and_once(start):
+    """A launcher may end this process before its time of grace is over, and the line would be lost."""
+    _, heard = start(notice_while_at_work, grace=60)
+    assert "rank 1 has died" in hear(heard[0])[1]
+    assert hear(heard[0]) == "once"
+
+
+def exchange_with_the_dead(ranks, tell):
+    """Rank 1 dies between the meeting and the transfer, where the process group notices it first."""
+    ranks.barrier()
+    if ranks.rank == 1:
+        ranks.barrier()
+        time.sleep(0.3)
+        os.kill(os.getpid(), signal.SIGKILL)
+    with one_line_before_leaving():
+        ranks.gather([1.0])
+    tell("left")
+
+
+def test_a_death_in_a_transfer_is_told_as_any_other(start):
+    _, heard = start(exchange_with_the_dead, grace=2)
+    assert hear(heard[0]) == "left"
+
+
+def test_an_error_of_the_process_group_that_is_no_death_stays_what_it_is(start, monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("the network card is on fire")
+
+    def work(ranks, tell):
+        monkeypatch.setattr(paddle.distributed, "all_reduce", broken)
+        with pytest.raises(RuntimeError, match="on fire"):
+            ranks.gather([1.0])
+        ranks.close()
+        tell("raised")
+
+    processes, heard = start(work)
+    assert [hear(receiver) for receiver in heard] == ["raised", "raised"]
+    assert finish(processes) == [0, 0]
 
 
 def work_alone(ranks, tell):

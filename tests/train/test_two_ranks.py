@@ -113,6 +113,20 @@ def test_two_ranks_are_one_with_both_pictures(write, launch, tmp_path):
         assert said not in second
 
 
+ENCODES_ON_RANK_0_ONLY = """
+import os, sys
+from ppcoat.cli.main import run
+from ppcoat.models.flux_pipeline import FluxPipeline
+
+def refuse(*_, **__):
+    raise AssertionError("rank 1 encodes")
+
+if os.environ["PADDLE_TRAINER_ID"] == "1":
+    FluxPipeline.encode_image = FluxPipeline.encode_prompt = refuse
+sys.exit(run("train"))
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("coat", "tolerance"),
@@ -123,14 +137,18 @@ def test_two_ranks_are_one_with_both_pictures(write, launch, tmp_path):
     ],
     ids=["FP8 activations in groups", "FP8 optimizer", "all of COAT"],
 )
-def test_with_coat_two_ranks_are_one_up_to_its_rounding(write, launch, coat, tolerance):
+def test_with_coat_two_ranks_are_one_up_to_its_rounding(write, launch, tmp_path, coat, tolerance):
     """A code that falls to the other side of a rounding edge differs by 1/16 of its value, which moves an
     update of lr 1e-4 by 1/16 (first moment) and 1/32 (root of the second): 2.8e-5 in 3 steps. A scale per
-    tensor depends on the pictures of a rank."""
+    tensor depends on the pictures of a rank. Without a cache on disk, and yet one rank encodes for both."""
     two, one = write("two", 1, coat=coat), write("one", 2, coat=coat)
-    assert launch(two).wait(timeout=300) == 0
+    script = tmp_path / "encodes_once.py"
+    script.write_text(ENCODES_ON_RANK_0_ONLY)
+    process = launch(two, script=script)
+    assert process.wait(timeout=300) == 0, process.stdout.read()
     train_flux_lora(load_config(one))
     assert_equal_runs(two, one, tolerance)
+    assert not list(run_of(two).glob("handover*"))
 
 
 @pytest.mark.slow
