@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -44,13 +45,18 @@ def explain(error: ValidationError, origins: Origins) -> str:
     elif first["type"] == "value_error":
         what = f"{key + ': ' if key else ''}{first['ctx']['error']}"
     else:
-        wanted = _WANTED.get(first["type"], first["msg"].removeprefix("Input should be "))
-        wanted = wanted.format(**first.get("ctx", {}))
-        came = repr(first["input"]) if first["input"] is not None else "nothing"
-        came = came if len(came) <= 80 else came[:77] + "..."
-        what = f"{key}: came {came}, wanted {wanted} ({_description(location)})"
+        what = f"{key}: {came_and_wanted(first)} ({_description(location)})"
     line = f"{where}: {what}" + (f" (and {more} more)" if more else "")
     return printable(line)  # keys and values may hold line ends
+
+
+def came_and_wanted(problem: Mapping[str, Any]) -> str:
+    """One of pydantic's problems, of a value: what it is, and what it should be."""
+    wanted = _WANTED.get(problem["type"], problem["msg"].removeprefix("Input should be "))
+    missing = problem["type"] == "missing" or problem["input"] is None
+    came = "nothing" if missing else repr(problem["input"])
+    came = came if len(came) <= 80 else came[:77] + "..."
+    return f"came {came}, wanted {wanted.format(**problem.get('ctx', {}))}"
 
 
 def nearest_key(location: Location) -> str:

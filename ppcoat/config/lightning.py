@@ -13,6 +13,7 @@ from typing import Any, Literal, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from ppcoat.config.explain import came_and_wanted
 from ppcoat.config.output_sections import LoRAFormat
 from ppcoat.config.schema import BucketRule, RunConfig, SavingPolicy
 from ppcoat.errors import ConfigError
@@ -315,7 +316,5 @@ def _line(error: ValidationError) -> str:
     else:
         name = str(first["loc"][0])
         what = LightningConfig.model_fields.get(name)
-        wanted = first["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-        came = "nothing" if first["type"] == "missing" else repr(first["input"])[:80]
-        line = f"{name}: came {came}, wanted {wanted}" + (f" ({what.description})" if what else "")
+        line = f"{name}: {came_and_wanted(first)}" + (f" ({what.description})" if what else "")
     return line + (f" (and {more} more)" if more else "")

@@ -24,7 +24,7 @@ from ppcoat.distill.discriminator import Discriminator
 from ppcoat.distill.losses import distance, matching_target
 from ppcoat.distill.solver import EulerPhases, jump, noised, per_picture
 from ppcoat.lora import lora_disabled
-from ppcoat.models.flux_pipeline import pack_latents
+from ppcoat.models.packing import pack_latents
 from ppcoat.models.scheduler import calculate_shift
 from ppcoat.train.objective import FlowLoss, Objective, velocity
 

@@ -21,7 +21,8 @@ from ppdiffusers.utils import BaseOutput
 from ppcoat.errors import ConfigError
 from ppcoat.models import loading, saving
 from ppcoat.models.flux import FluxTransformer2DModel
-from ppcoat.models.pictures import LatentPictures
+from ppcoat.models.packing import latent_image_ids, pack_latents, unpack_latents
+from ppcoat.models.pictures import LatentPictures, check_drawing, noise_of_seeds
 from ppcoat.models.scheduler import FlowMatchEulerDiscreteScheduler, calculate_shift
 
 MAX_T5_TOKENS = 512
@@ -181,39 +182,34 @@ class FluxPipeline(LatentPictures, DiffusionPipeline):
         """
         size = self.vae.config.sample_size
         height, width = height or size, width or size
-        self._check(height, width, output_type, callback_on_step_end_tensor_inputs)
+        check_drawing(height, width, 2 * self.vae_scale_factor, output_type)
+        self._check_callback(callback_on_step_end_tensor_inputs)
         prompt_embeds, pooled, txt_ids = self.encode_prompt(
             prompt, prompt_2, num_images_per_prompt, prompt_embeds, pooled_prompt_embeds, max_sequence_length
         )
-        batch, dtype = prompt_embeds.shape[0], prompt_embeds.dtype
-        rows, columns = (side // (2 * self.vae_scale_factor) for side in (height, width))
+        batch = len(prompt_embeds)
+        rows, columns = grid = tuple(side // (2 * self.vae_scale_factor) for side in (height, width))
         if latents is None:
-            latents = self._noise(batch, rows, columns, _seed(seed, generator))
-        latents = latents.astype(dtype)
-
+            channels = self.transformer.config.in_channels // 4
+            noise = noise_of_seeds(batch, (channels, 2 * rows, 2 * columns), _seed(seed, generator))
+            latents = pack_latents(noise)
         self._set_timesteps(rows * columns, num_inference_steps, timesteps, sigmas)
-        conditions = {
-            "encoder_hidden_states": prompt_embeds,
-            "pooled_projections": pooled,
-            "img_ids": latent_image_ids(rows, columns),
-            "txt_ids": txt_ids,
-            "joint_attention_kwargs": joint_attention_kwargs,
-        }
-        if self.transformer.config.guidance_embeds:
-            conditions["guidance"] = paddle.full([batch], guidance_scale, dtype="float32")
+        conditions = self._conditions(prompt_embeds, pooled, txt_ids, grid, guidance_scale)
+        conditions["joint_attention_kwargs"] = joint_attention_kwargs
         away = None
         if true_cfg_scale > 1:
             embeds = self._negative(negative_prompt, batch, length=prompt_embeds.shape[1])
             away = _Away(true_cfg_scale, *embeds)
         latents = self._denoise(
-            latents, conditions, away, callback_on_step_end, callback_on_step_end_tensor_inputs
+            latents.astype(prompt_embeds.dtype),
+            conditions,
+            away,
+            callback_on_step_end,
+            callback_on_step_end_tensor_inputs,
         )
-
-        images = (
-            latents
-            if output_type == "latent"
-            else self.pictures(unpack_latents(latents, rows, columns), output_type)
-        )
+        images = latents
+        if output_type != "latent":
+            images = self.pictures(unpack_latents(latents, rows, columns), output_type)
         return FluxPipelineOutput(images=images) if return_dict else (images,)
 
     def _negative(
@@ -303,19 +299,27 @@ class FluxPipeline(LatentPictures, DiffusionPipeline):
             sigmas = np.linspace(1.0, 1 / steps, steps)
         self.scheduler.set_timesteps(timesteps=timesteps, sigmas=sigmas, mu=mu)
 
-    def _noise(self, batch: int, rows: int, columns: int, seed: int) -> paddle.Tensor:
-        shape = (self.transformer.config.in_channels // 4, 2 * rows, 2 * columns)
-        generators = [np.random.default_rng(seed + i) for i in range(batch)]
-        noise = np.stack([generator.standard_normal(shape, dtype="float32") for generator in generators])
-        return pack_latents(paddle.to_tensor(noise))
+    def _conditions(
+        self,
+        prompt_embeds: paddle.Tensor,
+        pooled: paddle.Tensor,
+        txt_ids: paddle.Tensor,
+        grid: tuple[int, int],
+        guidance_scale: float,
+    ) -> dict:
+        """Arguments of the transformer that stay the same over all steps."""
+        conditions = {
+            "encoder_hidden_states": prompt_embeds,
+            "pooled_projections": pooled,
+            "img_ids": latent_image_ids(*grid),
+            "txt_ids": txt_ids,
+        }
+        if self.transformer.config.guidance_embeds:
+            conditions["guidance"] = paddle.full([len(prompt_embeds)], guidance_scale, dtype="float32")
+        return conditions
 
-    def _check(self, height: int, width: int, output_type: str, callback_inputs: Sequence[str]) -> None:
-        step = 2 * self.vae_scale_factor
-        if height < step or width < step or height % step or width % step:
-            raise ConfigError(f"picture size {width}x{height}: width and height must be multiples of {step}")
-        if output_type not in ("pil", "np", "latent"):
-            raise ConfigError(f"output_type is {output_type!r}: choose pil, np or latent")
-        unknown = set(callback_inputs) - set(self._callback_tensor_inputs)
+    def _check_callback(self, asked: Sequence[str]) -> None:
+        unknown = set(asked) - set(self._callback_tensor_inputs)
         if unknown:
             raise ConfigError(
                 f"callback tensors {sorted(unknown)}: only {self._callback_tensor_inputs} can be had"
@@ -334,26 +338,6 @@ class _Away:
     def conditions(self) -> dict[str, paddle.Tensor]:
         """The transformer's arguments that differ."""
         return {"encoder_hidden_states": self.embeds, "pooled_projections": self.pooled}
-
-
-def pack_latents(latents: paddle.Tensor) -> paddle.Tensor:
-    """[B, channels, 2 * rows, 2 * columns] -> tokens [B, rows * columns, 4 * channels], each a 2x2 patch."""
-    b, c, h, w = latents.shape
-    patches = latents.reshape([b, c, h // 2, 2, w // 2, 2]).transpose([0, 2, 4, 1, 3, 5])
-    return patches.reshape([b, (h // 2) * (w // 2), c * 4])
-
-
-def unpack_latents(tokens: paddle.Tensor, rows: int, columns: int) -> paddle.Tensor:
-    """The way back: [B, rows * columns, 4 * channels] -> [B, channels, 2 * rows, 2 * columns]."""
-    b, _, c = tokens.shape
-    patches = tokens.reshape([b, rows, columns, c // 4, 2, 2]).transpose([0, 3, 1, 4, 2, 5])
-    return patches.reshape([b, c // 4, 2 * rows, 2 * columns])
-
-
-def latent_image_ids(rows: int, columns: int) -> paddle.Tensor:
-    """Position ids of image tokens, float32 [rows * columns, 3]: (0, row, column), rows first."""
-    row, column = np.divmod(np.arange(rows * columns), columns)
-    return paddle.to_tensor(np.stack([np.zeros_like(row), row, column], axis=1).astype("float32"))
 
 
 def _as_list(prompt: str | Sequence[str]) -> list[str]:

@@ -36,7 +36,7 @@ from ppcoat.models.newbie_tokens import (
     load_jina_clip_tokenizer,
 )
 from ppcoat.models.nextdit import NextDiT_CLIP
-from ppcoat.models.pictures import LatentPictures
+from ppcoat.models.pictures import LatentPictures, check_drawing, noise_of_seeds
 
 _log = logging.getLogger(__name__)
 
@@ -47,6 +47,7 @@ PROMPT_PREFIX = (
 )
 PIXELS_PER_TOKEN = 16  # of a side: the VAE's 8 times the transformer's patches of 2
 DEFAULT_SIDE = 1024
+LATENT_CHANNELS = 16
 
 
 @dataclass
@@ -141,7 +142,9 @@ class NewbiePipeline(LatentPictures, DiffusionPipeline):
         renorm_cfg). callback(step, latents) is called after each step. Raises ConfigError for sizes, output
         types and solvers that are not as described.
         """
-        _check(height, width, output_type, num_inference_steps)
+        check_drawing(height, width, PIXELS_PER_TOKEN, output_type)
+        if num_inference_steps < 1:
+            raise ConfigError(f"num_inference_steps is {num_inference_steps}: it must be at least 1")
         if (prompt is None) == (conditions is None):
             raise ConfigError("give prompt or conditions, one of them")
         if conditions is None:
@@ -151,7 +154,8 @@ class NewbiePipeline(LatentPictures, DiffusionPipeline):
             conditions = self.encode_prompt(texts, prefix, max_sequence_length)
         batch = conditions["cap_mask"].shape[0] // 2
         if latents is None:
-            latents = _noise(batch, height // 8, width // 8, seed)
+            seed = int(np.random.default_rng().integers(2**62)) if seed is None else seed
+            latents = noise_of_seeds(batch, (LATENT_CHANNELS, height // 8, width // 8), seed)
         guidance = Guidance(guidance_scale, guidance_until, guidance_renorm)
 
         def velocity(x: paddle.Tensor, t: float) -> paddle.Tensor:
@@ -207,20 +211,3 @@ def warn_of_cut(tokens: Tokens, prompts: Sequence[str], limit: int) -> None:
             "%d of %d captions are longer than %d tokens and were cut, the first is %.60r",
             *(len(tokens.cut), len(prompts), limit, prompts[tokens.cut[0]]),
         )
-
-
-def _noise(batch: int, height: int, width: int, seed: int | None) -> paddle.Tensor:
-    seed = int(np.random.default_rng().integers(2**62)) if seed is None else seed
-    generators = [np.random.default_rng(seed + i) for i in range(batch)]
-    shape = (16, height, width)
-    return paddle.to_tensor(np.stack([g.standard_normal(shape, dtype="float32") for g in generators]))
-
-
-def _check(height: int, width: int, output_type: str, steps: int) -> None:
-    step = PIXELS_PER_TOKEN
-    if height < step or width < step or height % step or width % step:
-        raise ConfigError(f"picture size {width}x{height}: width and height must be multiples of {step}")
-    if output_type not in ("pil", "np", "latent"):
-        raise ConfigError(f"output_type is {output_type!r}: choose pil, np or latent")
-    if steps < 1:
-        raise ConfigError(f"num_inference_steps is {steps}: it must be at least 1")

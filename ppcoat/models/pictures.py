@@ -1,8 +1,27 @@
-"""Between pixels and the latents that a transformer sees, through FLUX's autoencoder, which NewBie shares."""
+"""What drawing is for FLUX and NewBie alike: noise from seeds, and the way between pixels and the latents
+that a transformer sees, through FLUX's autoencoder, which NewBie shares.
+"""
 
 from __future__ import annotations
 
+import numpy as np
 import paddle
+
+from ppcoat.errors import ConfigError
+
+
+def check_drawing(height: int, width: int, step: int, output_type: str) -> None:
+    """Raise ConfigError for a size in pixels that is not a multiple of `step`, and an unknown output type."""
+    if height < step or width < step or height % step or width % step:
+        raise ConfigError(f"picture size {width}x{height}: width and height must be multiples of {step}")
+    if output_type not in ("pil", "np", "latent"):
+        raise ConfigError(f"output_type is {output_type!r}: choose pil, np or latent")
+
+
+def noise_of_seeds(batch: int, shape: tuple[int, ...], seed: int) -> paddle.Tensor:
+    """Normal noise float32 [batch, *shape], drawn on the host: row i is of seed + i, whatever the others."""
+    generators = [np.random.default_rng(seed + i) for i in range(batch)]
+    return paddle.to_tensor(np.stack([g.standard_normal(shape, dtype="float32") for g in generators]))
 
 
 class LatentPictures:

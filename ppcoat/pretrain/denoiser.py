@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 from ppcoat.data import garments
 from ppcoat.models.flux import FluxTransformer2DModel
-from ppcoat.models.flux_pipeline import FluxPipeline, latent_image_ids, pack_latents
+from ppcoat.models.flux_pipeline import FluxPipeline
+from ppcoat.models.packing import latent_image_ids, pack_latents
 from ppcoat.models.saving import save_diffusers_model
 from ppcoat.models.scheduler import calculate_shift
 from ppcoat.pretrain.autoencoder import HELD_OUT_SEED, to_pixels

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import paddle
 
-from ppcoat.models.flux_pipeline import latent_image_ids, pack_latents
+from ppcoat.models.packing import latent_image_ids, pack_latents
 from ppcoat.models.scheduler import calculate_shift
 
 PSEUDO_HUBER_C = 0.01  # errors below it count by their square, errors above it by their size

@@ -9,8 +9,9 @@ from safetensors import safe_open
 
 from ppcoat.errors import ConfigError
 from ppcoat.models import saving
-from ppcoat.models.flux_pipeline import FluxPipeline, latent_image_ids, pack_latents, unpack_latents
+from ppcoat.models.flux_pipeline import FluxPipeline
 from ppcoat.models.loading import load_transformer
+from ppcoat.models.packing import latent_image_ids, pack_latents, unpack_latents
 from ppcoat.models.registration import register
 from ppcoat.models.scheduler import FlowMatchEulerDiscreteScheduler
 from ppcoat.nn.convert import replace_linear_with_fp8
