@@ -30,7 +30,7 @@ from ppcoat.train.trainer import TrainingResult
 
 MOTIF = garments.MOTIFS[0]
 CONFIG = Path(__file__).parent.parent.parent / "configs" / "quickstart.yaml"
-PICTURES, DATA_SEED = 48, 7
+PICTURES, DATA_SEED = 96, 7
 GRID_COLUMNS = 8
 DRAWN = ".drawn_by_quickstart"  # lies in the data folder
 
