@@ -99,6 +99,7 @@ def overrides(folder, *more):
         f"datasets.0.folder_path={folder / 'data'}",
         "device=cpu",
         "train.steps=2",
+        "train.lr_warmup_steps=0",
         "train.batch_size=2",
         "network.linear=2",
         "sample.sample_steps=1",
