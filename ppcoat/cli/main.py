@@ -35,6 +35,7 @@ COMMANDS = {  # name -> (module, what it does)
     "plan": ("ppcoat.cli.plan", "tell the memory a run will need, choose settings that fit a card"),
     "benchmark": ("ppcoat.cli.benchmark", "measure standard and COAT training side by side"),
     "parity": ("ppcoat.cli.parity", "train quickstart's LoRA under every saving policy and compare"),
+    "ablation": ("ppcoat.cli.ablation", "distil the tiny FLUX with each loss of FLUX-Lightning and compare"),
     "accuracy": ("ppcoat.cli.accuracy", "error of the FP8 optimizer states beside the published rules"),
     "pretrain-tiny-flux": ("ppcoat.pretrain.stages", "make the built-in tiny FLUX from nothing"),
 }
@@ -63,7 +64,7 @@ def run(name: str, argv: Sequence[str] | None = None, prog: str | None = None) -
     )
     try:
         module = importlib.import_module(module_name)
-        parser = argparse.ArgumentParser(prog=prog, description=what)
+        parser = argparse.ArgumentParser(prog=prog, description=what, allow_abbrev=False)
         module.add_arguments(parser)
         module.run_command(parser.parse_args(argv))
     except ConfigError as error:

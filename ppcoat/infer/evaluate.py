@@ -12,7 +12,14 @@ from ppcoat.errors import ConfigError
 from ppcoat.host import tune_host
 from ppcoat.infer.clip_score import CLIP
 from ppcoat.infer.folders import FEATURES, features_named, picture_files, score_folders, table
-from ppcoat.infer.garment_scores import GUIDANCE, Guidance, compare_student, comparison_table, evaluate, sheet
+from ppcoat.infer.garment_scores import (
+    GUIDANCE,
+    Guidance,
+    compare_students,
+    comparison_table,
+    evaluate,
+    sheet,
+)
 from ppcoat.lora import read_lora_file
 from ppcoat.models.loading import check_folder
 
@@ -84,7 +91,7 @@ def _check(arguments: argparse.Namespace) -> None:
         if getattr(arguments, name) < 1:
             raise ConfigError(f"{name}: came {getattr(arguments, name)}, wanted at least 1")
     if arguments.model:
-        check_folder(arguments.model)
+        check_folder(arguments.model, "--model")
     if arguments.student:
         read_lora_file(arguments.student)
 
@@ -103,9 +110,9 @@ def _score_model(arguments: argparse.Namespace) -> None:
 
 def _score_student(arguments: argparse.Namespace) -> None:
     """The table of --student; the sheet has a row of each kind of samples."""
-    scores, pictures = compare_student(
+    scores, pictures = compare_students(
         arguments.model,
-        arguments.student,
+        {"student": arguments.student},
         arguments.samples,
         arguments.batch_size,
         Guidance(arguments.guidance_scale, arguments.true_cfg_scale),

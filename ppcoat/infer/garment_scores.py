@@ -6,7 +6,9 @@ drawings, at few and at many steps. All on captions and seeds that no training u
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -69,19 +71,26 @@ class SampleScores:
     frechet: float
 
 
-def compare_student(
-    model: str, lora_file: str, count: int, batch_size: int, guidance: Guidance = GUIDANCE
+def compare_students(
+    model: str,
+    lora_files: Mapping[str, str | Path],
+    count: int,
+    batch_size: int,
+    guidance: Guidance = GUIDANCE,
 ) -> tuple[list[SampleScores], list[list[Image.Image]]]:
-    """A teacher, and the same model with a distilled LoRA, on unseen captions: -> (scores, pictures) of the
-    teacher at 28 and at 4 steps and of the student at 4. All begin from the same noise."""
+    """A teacher, and the same model with each of some distilled LoRAs, by name, on unseen captions ->
+    (scores, pictures) of the teacher at 28 and at 4 steps and of the students at 4. All begin from the same
+    noise."""
     pipeline = FluxPipeline.from_pretrained(model)
     classifier, wanted = GarmentClassifier.load(), held_out_garments(count)
     few, many = STEPS
     scores, pictures, goal = [], [], None
-    for who, steps in (("teacher", many), ("teacher", few), ("student", few)):
-        if who == "student":
-            pipeline.load_lora_weights(lora_file)
+    for who, steps in (("teacher", many), ("teacher", few), *((name, few) for name in lora_files)):
+        if who in lora_files:
+            pipeline.load_lora_weights(lora_files[who])
         pictures.append(draw_samples(pipeline, wanted, steps, guidance, batch_size))
+        if who in lora_files:
+            pipeline.unload_lora_weights()
         seen = classify(classifier, pictures[-1])
         goal = seen["features"] if goal is None else goal
         shares = {name: _share(seen[name], wanted, name) for name in FACTS}
@@ -91,7 +100,8 @@ def compare_student(
 
 
 def comparison_table(scores: list[SampleScores]) -> str:
-    """Rows of `compare_student`, and what part of the teacher's distance at few steps the student has."""
+    """Rows of `compare_students` for one student, and what part of the teacher's distance at few steps it
+    has."""
     lines = [f"{'':20s}{'kind':>8s}{'colour':>8s}{'pattern':>9s}{'Frechet distance to the first':>31s}"]
     for row in scores:
         shares = f"{row.kind:8.1%}{row.colour:8.1%}{row.pattern:9.1%}"

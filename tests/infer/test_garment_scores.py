@@ -12,7 +12,7 @@ from ppcoat.data import garments
 from ppcoat.infer.garment_scores import (
     Guidance,
     SampleScores,
-    compare_student,
+    compare_students,
     comparison_table,
     evaluate,
     held_out_garments,
@@ -95,8 +95,8 @@ def test_sheet_fills_rows_from_the_left():
     assert [picture.getpixel((x, y)) for y in (0, 3) for x in (0, 4, 8)] == [*colours, (255, 255, 255)]
 
 
-def test_a_student_is_compared_with_the_first_row(monkeypatch, tmp_path):
-    """Teacher at 28 and 4 steps without the LoRA, student at 4 with it; distances are to the first row."""
+def test_students_are_compared_with_the_first_row(monkeypatch, tmp_path):
+    """Teacher at 28 and 4 steps without the LoRA, students at 4 with theirs; distances are to the first row."""
     pipeline = FluxPipeline.from_pretrained(str(FIXTURE))
     layers = inject_lora(pipeline.transformer, rank=2, alpha=2.0, seed=0)
     for layer in layers.values():
@@ -116,9 +116,11 @@ def test_a_student_is_compared_with_the_first_row(monkeypatch, tmp_path):
 
     monkeypatch.setattr(garment_scores.FluxPipeline, "__call__", note)
     monkeypatch.setattr(garment_scores, "classify", judge)
-    scores, pictures = compare_student(str(FIXTURE), str(tmp_path / "student.safetensors"), 6, 6)
-    assert strengths == [(28, False), (4, False), (4, True)]
-    assert [len(row) for row in pictures] == [6, 6, 6]
+    files = dict.fromkeys(("student", "another"), tmp_path / "student.safetensors")
+    scores, pictures = compare_students(str(FIXTURE), files, 6, 6)
+    assert strengths == [(28, False), (4, False), (4, True), (4, True)]
+    assert [row.who for row in scores] == ["teacher", "teacher", "student", "another"]
+    assert [len(row) for row in pictures] == [6, 6, 6, 6]
     wanted = [0.0] + [frechet_distance(found, features[0]) for found in features[1:]]
     assert [row.frechet for row in scores] == pytest.approx(wanted)
 
