@@ -4,7 +4,7 @@
     final loss and motif rate beside those of float32
 
 Each finished run is written to parity.json in the output folder at once; a second call with the same settings
-goes on with those that are missing.
+goes on with those that are missing. With another number of --samples it draws again and trains nothing.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=400, help="of each run (default: %(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(default: 0 1 2)")
     parser.add_argument(
-        "--samples", type=int, default=200, help="pictures per motif rate (default: %(default)s)"
+        "--samples", type=int, default=600, help="pictures per motif rate (default: %(default)s)"
     )
     parser.add_argument("--output_dir", default="output/parity", help="(default: %(default)s)")
     add_set_flag(parser)
@@ -51,20 +51,22 @@ def run_command(arguments: argparse.Namespace) -> None:
         "config": Path(arguments.config).read_text(encoding="utf-8"),
         "overrides": arguments.overrides,
         "steps": arguments.steps,
-        "samples": arguments.samples,
     }
     results = earlier_results(folder / "parity.json", settings)
     fresh = not results
     for seed in arguments.seeds:
         for policy in (FLOAT32, *POLICIES[1:]):
             key = f"{policy}/{seed}"
-            if key in results:
+            found = results.get(key, {})
+            if found.get("samples") == arguments.samples:
                 continue
             config = run_config(arguments, policy, seed)
             if fresh:
                 draw_data(config)
                 fresh = False
-            results[key] = train_and_measure(config, arguments.samples)
+            found = found or trained(config)
+            rate = rate_of(config, arguments.samples)
+            results[key] = found | {"motif": rate, "samples": arguments.samples}
             content = {"settings": settings, "results": results}
             (folder / "parity.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     print(table(results, arguments.seeds))
@@ -94,19 +96,23 @@ def run_config(arguments: argparse.Namespace, policy: str, seed: int) -> RunConf
     return load_config(arguments.config, [*arguments.overrides, *run, *coat])
 
 
-def train_and_measure(config: RunConfig, samples: int) -> dict[str, float]:
-    """-> loss: mean of the last 50 steps; motif: share of pictures with the motif; kept_mib; seconds."""
+def trained(config: RunConfig) -> dict[str, float]:
+    """-> loss: mean of the last 50 steps; kept_mib; seconds."""
     print(f"\n{config.name}: {config.train.steps} steps")
     result = train_flux_lora(config)
-    pipeline = FluxPipeline.from_pretrained(config.model.name_or_path)
-    pipeline.load_lora_weights(result.lora_file)
-    prompts = [f"{config.trigger_word} {garment.caption}" for garment in held_out_garments(samples)]
     return {
         "loss": final_loss(result),
-        "motif": motif_rate(draw(pipeline, prompts, config)),
         "kept_mib": result.bytes_kept / 2**20,
         "seconds": result.seconds,
     }
+
+
+def rate_of(config: RunConfig, samples: int) -> float:
+    """Share of pictures with the motif, drawn with the LoRA of a finished run."""
+    pipeline = FluxPipeline.from_pretrained(config.model.name_or_path)
+    pipeline.load_lora_weights(config.run_dir / f"{config.name}.safetensors")
+    prompts = [f"{config.trigger_word} {garment.caption}" for garment in held_out_garments(samples)]
+    return motif_rate(draw(pipeline, prompts, config))
 
 
 def table(results: dict[str, dict], seeds: list[int]) -> str:

@@ -15,18 +15,20 @@ def trained(monkeypatch, tmp_path):
     """Configs of the runs made; nothing is trained."""
     configs = []
 
-    def train_and_measure(config, samples):
+    def train(config):
         configs.append(config)
-        return {"loss": 0.5, "motif": samples / 100, "kept_mib": 1.0, "seconds": 1.0}
+        return {"loss": 0.5, "kept_mib": 1.0, "seconds": 1.0}
 
     monkeypatch.setattr(parity, "tune_host", lambda: None)
-    monkeypatch.setattr(parity, "train_and_measure", train_and_measure)
+    monkeypatch.setattr(parity, "trained", train)
+    monkeypatch.setattr(parity, "rate_of", lambda config, samples: samples / 100)
     monkeypatch.setattr(parity, "draw_data", lambda config: Path(config.data.folder_path).mkdir(parents=True))
     return configs
 
 
 def call(folder, *more):
-    return run("parity", ["--steps", "7", "--samples", "50", "--output_dir", str(folder), *more])
+    short = ["--steps", "7", "--set", "train.lr_warmup_steps=0", "--samples", "50"]
+    return run("parity", [*short, "--output_dir", str(folder), *more])
 
 
 def test_every_policy_and_seed_with_the_same_data(trained, tmp_path):
@@ -56,6 +58,16 @@ def test_it_goes_on_after_a_stop_and_refuses_other_settings(trained, tmp_path, c
     assert call(tmp_path, "--set", "train.lr=1e-3") == 2
     assert "parity.json has results of other settings" in capsys.readouterr().err
     assert call(tmp_path, "--steps", "0") == 2
+
+
+def test_another_number_of_samples_is_drawn_again_without_training(trained, tmp_path):
+    assert call(tmp_path, "--seeds", "0") == 0
+    trained.clear()
+    assert call(tmp_path, "--seeds", "0", "--samples", "80") == 0
+    results = json.loads((tmp_path / "parity.json").read_text())["results"]
+    assert not trained and {(r["motif"], r["samples"], r["loss"]) for r in results.values()} == {
+        (0.8, 80, 0.5)
+    }
 
 
 def test_table_gives_means_and_the_furthest_difference():
