@@ -1,14 +1,69 @@
 """What tests of several parts need: a small random FLUX transformer, and the config file of a small run."""
 
+import json
+import subprocess
+import sys
+from functools import cache
 from pathlib import Path
 
 import paddle
 import pytest
 import yaml
 
+from ppcoat.models import loading, newbie_pipeline
 from ppcoat.models.flux import FluxTransformer2DModel
 
-FIXTURE = Path(__file__).parent / "fixtures" / "tiny_flux_fp32"
+FIXTURES = Path(__file__).parent / "fixtures"
+FIXTURE = FIXTURES / "tiny_flux_fp32"
+# What a process tells of itself that only a new one can tell; to import ppcoat takes one seconds.
+FRESH = """
+import json, sys
+import paddle
+import ppcoat.train.report
+modules = sorted(sys.modules)
+from ppcoat.host import LARGEST_KEPT, keep_freed_memory
+from ppcoat.train.meter import HostMeter
+tuned = keep_freed_memory()
+(paddle.ones([4, 4]) @ paddle.ones([4, 4])).numpy()
+left = {}
+for name, size in {"large": 4 * LARGEST_KEPT, "small": LARGEST_KEPT // 2}.items() if tuned else ():
+    before = HostMeter().memory()
+    x = paddle.ones([4, size // 16])
+    held = HostMeter().memory() - before
+    del x
+    left[name] = (HostMeter().memory() - before) / held
+print(json.dumps({"modules": modules, "left": left}))
+"""
+
+
+@pytest.fixture(scope="module")
+def encoders_read_once():
+    """Runs on the reference models share their encoders, which no run changes. How they are loaded is tested
+    in tests/models."""
+
+    def read_once(load):
+        known = cache(load)
+
+        def found(folder, dtype=None):
+            return (known if FIXTURES in Path(folder).parents else load)(folder, dtype)
+
+        return found
+
+    names = {loading: ("load_vae", "load_clip", "load_t5"),
+             newbie_pipeline: ("load_newbie_vae", "load_gemma3", "load_jina_clip")}  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        for module, functions in names.items():
+            for name in functions:
+                patch.setattr(module, name, read_once(getattr(module, name)))
+        yield
+
+
+@pytest.fixture(scope="session")
+def fresh_process():
+    """-> {"modules": those that `import ppcoat.train.report` loads, "left": shares of a large and of a small
+    tensor's memory that stay with the process after keep_freed_memory() when they are freed}."""
+    child = subprocess.run([sys.executable, "-c", FRESH], capture_output=True, text=True, check=True)
+    return json.loads(child.stdout.splitlines()[-1])
 
 
 @pytest.fixture(scope="session")

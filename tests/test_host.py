@@ -57,28 +57,9 @@ def test_memory_is_kept_where_malloc_is_glibcs(monkeypatch):
     assert keep_freed_memory() is False
 
 
-FREED = """
-import paddle
-from ppcoat.host import LARGEST_KEPT, keep_freed_memory
-from ppcoat.train.meter import HostMeter
-assert keep_freed_memory()
-(paddle.ones([4, 4]) @ paddle.ones([4, 4])).numpy()
-left = []
-for size in (4 * LARGEST_KEPT, LARGEST_KEPT // 2):
-    before = HostMeter().memory()
-    x = paddle.ones([4, size // 16])
-    held = HostMeter().memory() - before
-    del x
-    left.append((HostMeter().memory() - before) / held)
-print(*left)
-"""
-
-
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's malloc")
-def test_large_blocks_leave_the_process_when_they_are_freed_and_others_stay():
-    child = subprocess.run([sys.executable, "-c", FREED], capture_output=True, text=True, check=True)
-    large, small = map(float, child.stdout.split()[-2:])
-    assert large < 0.1 and small > 0.9
+def test_large_blocks_leave_the_process_when_they_are_freed_and_others_stay(fresh_process):
+    assert fresh_process["left"]["large"] < 0.1 and fresh_process["left"]["small"] > 0.9
 
 
 CPUINFO = "vendor_id : {maker}\nflags : fpu sse2 {flags}\n"

@@ -19,7 +19,7 @@ ALLOWED = {
     "lora": ("nn", "models.keymap"),
     "data": ("config",),
     "infer": ("models", "lora", "data"),
-    "train": ("config", "data", "models", "lora", "nn", "optim"),
+    "train": ("config", "data", "models", "lora", "nn", "optim", "fp8"),
     "distill": ("config", "data", "lora", "models", "nn", "optim", "train"),
     "pretrain": ("data", "models", "infer"),
 }

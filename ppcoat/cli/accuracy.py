@@ -102,8 +102,9 @@ def recorded_gradients(
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "data"
         data.mkdir()
-        changes = [f"output_dir={folder}", f"datasets.0.folder_path={data}", f"train.steps={steps}"]
-        changes += [f"train.batch_size={batch_size}", "coat.enabled=false", "sample.prompts=[]"]
+        changes = [f"output_dir={folder}", f"datasets.0.folder_path={data}"]
+        changes += [f"train.steps={steps}", "train.lr_warmup_steps=0", f"train.batch_size={batch_size}"]
+        changes += ["coat.enabled=false", "sample.prompts=[]"]
         config = load_config(str(CONFIG), changes)
         garments.write_folder(data, PICTURES, DATA_SEED, config.data.resolution, MOTIF, "[trigger] ")
         pipeline = FluxPipeline.from_pretrained(config.model.name_or_path)

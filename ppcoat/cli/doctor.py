@@ -35,6 +35,7 @@ OPTIONAL = ("paddlepaddle-gpu", "triton")
 TINY_FLUX = Path(__file__).parents[1] / "assets" / "tiny_flux"
 TIMED = 5  # runs of which the median counts
 ROWS_GPU, ROWS_CPU, WIDTH, HEAD_DIM = 4608, 64, 3072, 128  # tokens of 1024 px; FLUX's width
+TITLES = {"triton": "Triton kernels", "paddle": "Paddle's FP8 ops"}
 LAYER_MODULES = ("norm_triton", "pointwise_triton", "matmul_triton")
 
 
@@ -71,13 +72,16 @@ def examine() -> list[Finding]:
 
 
 def table(findings: list[Finding]) -> str:
-    """One line for each finding, then one line of advice for each that is not ok."""
+    """One line for each finding, then each advice once, behind the names of all that it is for."""
     width = max(len(finding.name) for finding in findings)
     lines = [f"{f.mark:4s}  {f.name:{width}s}  {f.what}" for f in findings]
-    advice = {f.advice: f.name for f in reversed(findings) if f.mark != "ok"}
+    advice: dict[str, list[str]] = {}
+    for finding in findings:
+        if finding.mark != "ok":
+            advice.setdefault(finding.advice, []).append(finding.name)
     if advice:
         lines += ["", "what is missing:"]
-        lines += [f"  {name}: {text}" for text, name in reversed(advice.items())]
+        lines += [f"  {', '.join(names)}: {text}" for text, names in advice.items()]
     return "\n".join(lines)
 
 
@@ -184,10 +188,16 @@ def tiny_flux() -> Finding:
 
 
 def fast_paths() -> list[Finding]:
-    """Each op in each faster version: its self-check, and its time beside the reference's."""
+    """Each op in each faster version: its self-check, and its time beside the reference's; one line for a
+    version in which no op can run here."""
     found = []
-    for name, op in backend.OPS.items():
-        for version in backend.ORDER[:-1]:
+    for version in backend.ORDER[:-1]:
+        if reason := backend.unavailable(version):
+            what = f"none of {len(backend.MODULES[version])} used: {reason}"
+            advice = f"the plain references run instead, which is slower; {backend.remedy(version)}"
+            found.append(Finding("miss", TITLES[version], what, advice))
+            continue
+        for name, op in backend.OPS.items():
             verdict = op.verdict(version)
             title = f"{name} in {version}"
             if verdict.usable:

@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_command(arguments: argparse.Namespace) -> None:
     file = Path(arguments.file)
-    print(describe(file, read_lora_file(file)))
+    print(describe(file, read_lora_file(file, incomplete_too=True)))
 
 
 def describe(file: Path, lora: LoRAFile) -> str:
@@ -45,8 +45,11 @@ def describe(file: Path, lora: LoRAFile) -> str:
             f"{len(lora.unknown)} keys"
             + (f": {', '.join(map(clean, lora.unknown))}" if lora.unknown else ""),
         ),
-        ("header", f"{len(lora.header)} fields"),
     ]
+    if lora.incomplete:
+        halves = [f"{clean(name)} has {roles}" for name, roles in lora.incomplete.items()]
+        rows.append(("incomplete", f"{len(halves)} modules, wanted A and B: {some(halves)}"))
+    rows.append(("header", f"{len(lora.header)} fields"))
     rows += [(f"  {clean(key)}", clean(text)) for key, text in sorted(lora.header.items())]
     width = max(12, *(len(name) for name, _ in rows)) + 2
     return "\n".join(f"{name:{width}s}{text}" for name, text in rows)

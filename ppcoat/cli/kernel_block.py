@@ -1,7 +1,8 @@
 """A FLUX double block with LoRA forward and backward, as `benchmark kernels` times it with Paddle.
 
-Three ways through the same weights: the saving policy "coat+recompute", and the block's own forward under
-autograd in 16-bit floats, without and with gradient checkpointing. For a machine without Paddle there is
+Four ways through the same weights: the saving policy "coat+recompute", the same with an FP8 base whose
+Linears multiply in FP8 (model.quantize_matmul), and the block's own forward under autograd in 16-bit floats,
+without and with gradient checkpointing. For a machine without Paddle there is
 tests/fp8/launcher_block.py.
 """
 
@@ -13,21 +14,23 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import paddle
+from paddle import nn
 from paddle.distributed.fleet.utils import recompute
 
 from ppcoat.fp8 import backend
 from ppcoat.lora import inject_lora
 from ppcoat.models.flux import DoubleBlock
+from ppcoat.nn.convert import multiply_in_fp8, quantize_linears
 from ppcoat.nn.flux_block import DoublePass
 from ppcoat.nn.saving import apply_saving_policy
 
-from .kernels import CHECKPOINTED, COAT, PLAIN
+from .kernels import CHECKPOINTED, COAT, FP8_PRODUCTS, PLAIN
 
 if TYPE_CHECKING:
     from .kernels import Sizes
 
 USED = ("quantize", "dequantize", "modulated_norm", "modulated_norm_grad", "rms_norm_rotated",
-        "rms_norm_rotated_grad", "gelu", "gelu_grad", "gated_residual")  # fmt: skip
+        "rms_norm_rotated_grad", "gelu", "gelu_grad", "gated_residual", "scaled_matmul")  # fmt: skip
 LORA_DEVIATION = 0.02  # of a LoRA's B, so that its A has a gradient
 
 Call = Callable[[], list[paddle.Tensor]]
@@ -42,20 +45,42 @@ def double_block(tokens: int, sizes: Sizes, dtype: str) -> dict[str, Call]:
     """
     block = DoubleBlock(sizes.heads, sizes.width // sizes.heads)
     block.to(dtype=dtype)
-    for layer in inject_lora(block, sizes.rank, sizes.rank, targets=DoublePass.linear_paths).values():
-        layer.lora_B.set_value(paddle.randn(layer.lora_B.shape) * LORA_DEVIATION)
-    block.train()
     own_forward = block.forward
-    apply_saving_policy(block, COAT)
+    quantised = _with_fp8_products(block, sizes)
+    _train_loras(block, sizes.rank)
 
     inputs = _inputs(tokens, sizes, dtype)
     return {
         COAT: partial(_forward_and_backward, block, block, *inputs),
+        FP8_PRODUCTS: partial(_forward_and_backward, quantised, quantised, *inputs),
         PLAIN: partial(_forward_and_backward, block, own_forward, *inputs),
         CHECKPOINTED: partial(
             _forward_and_backward, block, partial(recompute, own_forward, use_reentrant=False), *inputs
         ),
     }
+
+
+def _with_fp8_products(block: DoubleBlock, sizes: Sizes) -> DoubleBlock:
+    """A block of the same weights in FP8; its Linears of attention and feed-forward multiply in FP8."""
+    model = nn.Layer()
+    model.blocks = nn.LayerList([DoubleBlock(sizes.heads, sizes.width // sizes.heads)])
+    (quantised,) = model.blocks
+    quantised.to(dtype=str(block.attn.to_q.weight.dtype).rpartition(".")[2])
+    quantised.set_state_dict(block.state_dict())
+    quantize_linears(model)
+    multiply_in_fp8(model)
+    _train_loras(quantised, sizes.rank)
+    return quantised
+
+
+def _train_loras(block: DoubleBlock, rank: int) -> None:
+    """Put LoRAs into `block`, every time the same."""
+    rng = np.random.default_rng(1)
+    for layer in inject_lora(block, rank, rank, targets=DoublePass.linear_paths).values():
+        b = rng.standard_normal(layer.lora_B.shape) * LORA_DEVIATION
+        layer.lora_B.set_value(b.astype(np.float32))
+    block.train()
+    apply_saving_policy(block, COAT)
 
 
 def fallbacks() -> list[str]:

@@ -123,7 +123,18 @@ class PaddleLibrary:
             turned = self.paddle.stack([a * cos - b * sin, a * sin + b * cos], -1)
             return turned.reshape(x.shape).astype(x.dtype)
 
+        def quantize(x):
+            groups = x.reshape([*x.shape[:-1], -1, BLOCK])
+            scale = groups.abs().max(-1, keepdim=True).astype("float32") / 448
+            return (groups / scale.astype(x.dtype)).astype("float8_e4m3fn"), scale
+
+        def dequantize(codes, scale):
+            values = codes.view("float8_e4m3fn").astype(self.half).reshape([*scale.shape, BLOCK])
+            return values * scale.astype(self.half).unsqueeze(-1)
+
         return {
+            "quantize": quantize,
+            "dequantize": dequantize,
             "modulated_norm": norm,
             "rms_norm_rotated": rms,
             "gelu": lambda x: F.gelu(x, approximate=True),

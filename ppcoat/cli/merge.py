@@ -12,6 +12,7 @@ import argparse
 import math
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ from ppcoat.models.saving import save_diffusers_model
 from .convert import read_known
 
 Checked = TypeVar("Checked")
+NOTABLE_LOSS = 0.05  # of the norm of delta-W
 ROUNDING = {"F32": ("float32", 2.0**-24), "BF16": ("bfloat16", 2.0**-8), "F16": ("float16", 2.0**-11)}
 
 
@@ -53,7 +55,7 @@ def run_command(arguments: argparse.Namespace) -> None:
     check_output(folder, output, "--output_dir")
     check_scale(arguments.scale)
     lora = read_known(Path(arguments.lora), arguments.ignore_unknown)
-    check_folder(folder)
+    check_folder(folder, "--model")
     check_fits(lora, folder / "transformer")
     dtype, unit = base_dtype(folder / "transformer")
     model = load_transformer(folder / "transformer", dtype)
@@ -62,9 +64,13 @@ def run_command(arguments: argparse.Namespace) -> None:
     linears, added = linear_weights(model), Added(lora, arguments.scale, unit)
     lost = write_merged(folder, output, model, lambda merged: check_merged(folder, merged, linears, added))
     print(f"{folder} + {arguments.scale:g} x {arguments.lora} -> {output}")
-    print(
-        f"{len(lora.modules)} modules, {dtype}; delta-W in the written weights within {lost:.2g} of its norm"
-    )
+    print(f"{len(lora.modules)} modules; rounding to {dtype} changed delta-W by {lost:.2%} of its norm")
+    if lost > NOTABLE_LOSS:
+        print(
+            f"warning: {dtype} does not hold all of this LoRA; draw with the LoRA file itself (generate "
+            "--path_to_lora), or merge into a float32 folder",
+            file=sys.stderr,
+        )
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ def run_command(arguments: argparse.Namespace) -> None:
     folder, output = Path(arguments.base_model_path), Path(arguments.output_path)
     check_output(folder, output, "--output_path")
     check_scale(arguments.scale)
-    check_newbie_folder(folder)
+    check_newbie_folder(folder, "--base_model_path")
     dtype, _ = base_dtype(folder / "transformer")
     model = load_nextdit(folder / "transformer", dtype)
     modules = load_adapter(model, arguments.lora_path, arguments.scale).ranks

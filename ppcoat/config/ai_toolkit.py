@@ -32,6 +32,12 @@ _MODULATION = [
     *(f"transformer.transformer_blocks.{i}.norm1_context.linear" for i in range(19)),
     *(f"transformer.single_transformer_blocks.{i}.norm.linear" for i in range(38)),
 ]
+# Suffixes that name every Linear in FLUX's blocks, and what they name outside of them.
+_BLOCK_LINEARS = [
+    *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+    *("net.0.proj", "net.2", "proj_mlp", "proj_out", "norm1.linear", "norm1_context.linear", "norm.linear"),
+]
+_OUTSIDE = "transformer.proj_out"
 
 
 def is_nested(data: dict[str, Any]) -> bool:
@@ -269,9 +275,11 @@ def _fit_network(ours: dict[str, Any], origins: Origins) -> None:
     if left_out:
         text = (
             "%s: network: the LoRA goes to attention and feed-forward; ai-toolkit also adapts %d modulation "
-            "Linears such as %s. network_kwargs.ignore_if_contains: [norm] makes both agree"
+            "Linears such as %s. To train these here: network.targets: [%s] and "
+            "network_kwargs.ignore_if_contains: [%s]; to leave them out there: "
+            "network_kwargs.ignore_if_contains: [norm]"
         )
-        _log.warning(text, where, len(left_out), left_out[0])
+        _log.warning(text, where, len(left_out), left_out[0], ", ".join(_BLOCK_LINEARS), _OUTSIDE)
 
 
 def _fit_buckets(ours: dict[str, Any]) -> None:

@@ -38,6 +38,7 @@ NEEDS = {
     "caption_column": "file_list_path",
     "bad_rows": "file_list_path",
     "max_bad_share": "file_list_path",
+    "dataloader_num_workers": "file_list_path",
     "strict_resume": "resume_from_checkpoint",
 }
 
@@ -187,6 +188,7 @@ class LightningConfig(BaseModel):
         by_hand = self.model_fields_set - (set(MISTAKES) if self.compat == "reference" else set())
         for name, wanted in NEEDS.items():
             if name in by_hand and not getattr(self, wanted):
+                wanted += " above 0" * (wanted == "adv_weight")
                 raise ValueError(f"{name} has no effect without {wanted}; leave it out or give {wanted}")
         if "huber_c" in by_hand and self.loss_type == "l2" and not self.apply_reflow_loss:
             raise ValueError("huber_c has no effect with loss_type l2; leave it out or use huber")

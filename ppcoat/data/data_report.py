@@ -40,7 +40,8 @@ def _dataset_line(dataset: Dataset) -> str:
     facts.append(f"{missing} without a caption of their own" if missing else "all with captions")
     if dataset.trigger_word:
         hits = sum(holds_trigger(item.caption_raw, dataset.trigger_word) for item in items)
-        facts.append(f"trigger {dataset.trigger_word!r} in {hits} of {len(items)}")
+        rest = "" if hits == len(items) or data.is_reg else ", put in front of the others"
+        facts.append(f"trigger {dataset.trigger_word!r} written in {hits} of {len(items)}{rest}")
     if dataset.images.bad:
         facts.append(f"{_count(len(dataset.images.bad), 'bad file')} left out")
     kind = "regularisation: " if data.is_reg else ""

@@ -201,7 +201,7 @@ def _caption_of(image: Path, path: Path | None, suffix: str, default_caption: st
     if default_caption is not None:
         return None
     missing = f"no caption {image.stem}{suffix}" if path is None else f"the caption {path.name} is empty"
-    raise _BadFile(f"{missing} (write one or set default_caption)")
+    raise _BadFile(f'{missing} (write one or set default_caption, e.g. "[trigger]")')
 
 
 def _read_caption(path: Path) -> str:

@@ -44,10 +44,12 @@ from ppcoat.train.lora_files import LoRAFiles
 from ppcoat.train.lora_run import start_run_folder
 from ppcoat.train.previews import draw_previews
 from ppcoat.train.ranks import Ranks
+from ppcoat.train.stopping import ResumeWords
 from ppcoat.train.targets import put_adapter, trained_parameters
 from ppcoat.train.trainer import TrainingResult
 
 GIGABYTE = 10**9
+WORDS = ResumeWords("give --resume_from_checkpoint latest", "--strict_resume")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,12 +67,12 @@ def train_flux_lightning(config: LightningConfig) -> TrainingResult:
     """The whole run, on all ranks that paddle.distributed.launch started. Raises ConfigError for wrong inputs
     before any model is loaded."""
     run = config.run_config(config.data_path)
-    check_folder(config.pretrained_teacher_model)
+    check_folder(config.pretrained_teacher_model, "--pretrained_teacher_model")
     check_swap(run)
     _check_fresh(config, run)
     set_device(config.device)
     dtype = compute_dtype(run.model.dtype)
-    ranks = Ranks.current(config.device)
+    ranks = Ranks.current(config.device, WORDS.again)
     if config.file_list_path is not None:
         run = config.run_config(_unpacked(config, run, ranks))
     datasets = scan_datasets(run)
@@ -119,6 +121,7 @@ def build_trainer(
         save_weights=LoRAFiles(run, transformer).write,
         draw_previews=draw if run.sample.wanted else None,
         compatible=_compatible(config, list(modules)) | {"batch_size": batches.batch_size},
+        words=WORDS,
         ranks=ranks,
         sides=sides,
         **both_sides(sides),

@@ -193,6 +193,14 @@ def forced() -> str | None:
     return _known(name, VARIABLE) if name else None
 
 
+def check_forced() -> None:
+    """Raises ConfigError where `use` or PPCOAT_BACKEND asks for a version in which no op can run on Paddle's
+    current device: so a run can say so before it starts."""
+    wanted = forced()
+    if wanted and (reason := unavailable(wanted)):
+        raise ConfigError(f"backend {wanted} was asked for, but {reason}; unset {VARIABLE}")
+
+
 def on_gpu(x: Any) -> bool:
     """Whether a Paddle tensor lies on a GPU. While a static graph is traced tensors have no place, and the
     graph holds Paddle's own ops only."""

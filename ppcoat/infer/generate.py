@@ -16,7 +16,7 @@ from ppcoat.errors import ConfigError
 from ppcoat.host import compute_dtype, set_device, tune_host
 from ppcoat.lora import LoRAInfo, load_adapter, read_adapter, read_lora_file
 from ppcoat.models.flux_pipeline import FluxPipeline
-from ppcoat.models.loading import check_folder, read_json
+from ppcoat.models.loading import check_folder, check_there, read_json
 from ppcoat.models.newbie_loading import check_newbie_folder
 from ppcoat.models.newbie_pipeline import NewbiePipeline
 
@@ -100,6 +100,7 @@ def generate(drawing: Drawing) -> list[Path]:
     """Draw and save; returns the files. Raises ConfigError before any model is loaded for what it can
     check."""
     check_drawing(drawing)
+    check_there(Path(drawing.model), "--model")
     index = read_json(Path(drawing.model) / "model_index.json", "the folder of a pipeline has one")
     newbie = index.get("_class_name") == "NewbiePipeline"
     (_check_newbie if newbie else _check_flux)(drawing)

@@ -97,9 +97,7 @@ def draw_lightning(drawing: LightningDrawing) -> Path:
     check_drawing(drawing)
     if drawing.repeat < 0:
         raise ConfigError(f"repeat: came {drawing.repeat}, wanted 0 (draw once) or how many runs to average")
-    if not Path(drawing.model).is_dir():
-        raise ConfigError(f"no model folder {drawing.model}: download it there, or give --model <folder>")
-    check_folder(drawing.model)
+    check_folder(drawing.model, "--model")
     folder = output_folder(drawing)
     set_device(drawing.device)
     pipeline = FluxPipeline.from_pretrained(drawing.model)

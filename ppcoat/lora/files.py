@@ -58,17 +58,19 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pdparams")
 @dataclass(frozen=True)
 class LoRAFile:
     """A LoRA read from a file. format: the program whose keys these are; modules: {diffusers path:
-    LoRAModule}; unknown: keys that name no module; dtypes: of A and B as stored."""
+    LoRAModule}; unknown: keys that name no module; dtypes: of A and B as stored; incomplete: modules that
+    lack A or B, and what they have."""
 
     format: str
     modules: dict[str, LoRAModule]
     unknown: list[str]
     header: dict[str, str]
     dtypes: tuple[str, ...]
+    incomplete: dict[str, str] = field(default_factory=dict)
 
 
-def read_lora_file(path: str | Path, paths: Set[str] | None = None) -> LoRAFile:
-    """A .safetensors file -> LoRAFile; `paths` as in `parse_lora`.
+def read_lora_file(path: str | Path, paths: Set[str] | None = None, incomplete_too: bool = False) -> LoRAFile:
+    """A .safetensors file -> LoRAFile; `paths` and `incomplete_too` as in `parse_lora`.
 
     Raises ConfigError for pickles, for missing or damaged files, and as `parse_lora` does.
     """
@@ -83,19 +85,29 @@ def read_lora_file(path: str | Path, paths: Set[str] | None = None) -> LoRAFile:
         tensors, header = tensors_and_header(path)
     except SafetensorError as error:
         raise ConfigError(f"{path} is not a whole safetensors file: {error}") from error
-    return parse_lora(tensors, header, paths)
+    return parse_lora(tensors, header, paths, incomplete_too)
 
 
 def parse_lora(
-    tensors: Mapping[str, paddle.Tensor], header: Mapping[str, str], paths: Set[str] | None = None
+    tensors: Mapping[str, paddle.Tensor],
+    header: Mapping[str, str],
+    paths: Set[str] | None = None,
+    incomplete_too: bool = False,
 ) -> LoRAFile:
     """Tensors of a file, by key, and its header -> LoRAFile.
 
-    paths: the Linears of a model, to which names are held; None: all of FLUX's. Raises ConfigError for a
-    module that lacks A or B, comes twice, or whose shapes do not fit each other, and for an alpha that is no
-    number.
+    paths: the Linears of a model, to which names are held; None: all of FLUX's. incomplete_too: list modules
+    that lack A or B instead of raising. Raises ConfigError for such a module, for one that comes twice or
+    whose shapes do not fit each other, and for an alpha that is no number.
     """
     stems, unknown = _group(tensors, paths)
+    halves = {_shown_name(stem): ", ".join(sorted(stem.tensors)) for stem in stems if not stem.is_whole}
+    if halves and not incomplete_too:
+        (name, has), *_ = halves.items()
+        listed = ", ".join(repr(key) for key in unknown[:5])  # repr: a file may hold control characters
+        missed = f"; {len(unknown)} unknown keys: {listed}{', ...' * (len(unknown) > 5)}" if unknown else ""
+        raise ConfigError(f"LoRA of {name} is incomplete: it has {has}, wanted A and B{missed}")
+    stems = [stem for stem in stems if stem.is_whole]
     in_out = _is_in_out(stems, tensors, header)
     modules: dict[str, LoRAModule] = {}
     for stem in stems:
@@ -105,7 +117,9 @@ def parse_lora(
             modules[path] = module
     programs = {"paddle"} if in_out else {stem.program for stem in stems}
     dtypes = {_dtype(stem.tensors[role]) for stem in stems for role in "AB"}
-    return LoRAFile(" + ".join(sorted(programs)), modules, unknown, dict(header), tuple(sorted(dtypes)))
+    return LoRAFile(
+        " + ".join(sorted(programs)), modules, unknown, dict(header), tuple(sorted(dtypes)), halves
+    )
 
 
 @dataclass(frozen=True)
@@ -116,6 +130,10 @@ class _Stem:
     module: flux_names.FluxName
     program: str
     tensors: dict[str, paddle.Tensor] = field(default_factory=dict)
+
+    @property
+    def is_whole(self) -> bool:
+        return {"A", "B"} <= self.tensors.keys()
 
 
 def _group(tensors: Mapping[str, paddle.Tensor], paths: Set[str] | None) -> tuple[list[_Stem], list[str]]:
@@ -154,6 +172,11 @@ def _find(name: str, paths: Set[str] | None) -> _Stem | None:
         name = name.removeprefix(prefix)
 
 
+def _shown_name(stem: _Stem) -> str:
+    """diffusers' path where it is one, else the file's own name."""
+    return stem.module.paths[0] if len(stem.module.paths) == 1 else stem.name
+
+
 def _is_in_out(stems: list[_Stem], keys: Iterable[str], header: Mapping[str, str]) -> bool:
     """Whether A is [in, rank], Paddle's way: by the header or our names, else by where the rank stands.
 
@@ -161,8 +184,7 @@ def _is_in_out(stems: list[_Stem], keys: Iterable[str], header: Mapping[str, str
     """
     if header.get("format") == "pd" or any(key.endswith((".lora_A", ".lora_B")) for key in keys):
         return True
-    pairs = [stem.tensors for stem in stems if {"A", "B"} <= stem.tensors.keys()]
-    shapes = [(pair["A"].shape, pair["B"].shape) for pair in pairs]
+    shapes = [(stem.tensors["A"].shape, stem.tensors["B"].shape) for stem in stems]
     if header.get("format") == "pt" or not shapes or any(len(a) != 2 or len(b) != 2 for a, b in shapes):
         return False
     if not all(a[1] == b[0] for a, b in shapes):
@@ -172,11 +194,7 @@ def _is_in_out(stems: list[_Stem], keys: Iterable[str], header: Mapping[str, str
 
 def _read_module(stem: _Stem, in_out: bool, header: Mapping[str, str]) -> LoRAModule:
     """One module's tensors, checked against each other, in torch's order and float32, with its alpha."""
-    tensors, name = stem.tensors, stem.module.paths[0] if len(stem.module.paths) == 1 else stem.name
-    if "A" not in tensors or "B" not in tensors:
-        raise ConfigError(
-            f"LoRA of {name} is incomplete: it has {', '.join(sorted(tensors))}, wanted A and B"
-        )
+    tensors, name = stem.tensors, _shown_name(stem)
     a, b = (tensors[role].astype("float32").numpy() for role in "AB")
     a, b = (a.T, b.T) if in_out else (a, b)
     if not (a.ndim == b.ndim == 2 and len(a) == b.shape[-1] > 0):

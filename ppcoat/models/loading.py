@@ -20,6 +20,7 @@ from ppcoat.models.flux import FluxTransformer2DModel
 from ppcoat.models.scheduler import FlowMatchEulerDiscreteScheduler
 from ppcoat.models.tensor_files import (
     TensorInfo,
+    check_there,
     in_file_order,
     map_tensor,
     read_header,
@@ -34,6 +35,7 @@ __all__ = [
     "TensorInfo",
     "check_components",
     "check_folder",
+    "check_there",
     "default_dtype",
     "in_file_order",
     "linear_weights",
@@ -83,14 +85,16 @@ def check_components(folder: Path, pipeline: str, components: Sequence[str]) -> 
             )
 
 
-def check_folder(folder: str | Path) -> None:
+def check_folder(folder: str | Path, setting: str = "the model") -> None:
     """Checks a FLUX pipeline folder by its JSON files and safetensors headers; reads no weight.
 
-    Raises ConfigError naming the file or tensor: a missing component, config, shard or tokenizer file; a
-    cut-off or unreadable file; a missing, unexpected or wrongly shaped tensor of the transformer or the VAE
-    (the text encoders' shapes are checked when they are loaded, before their weights are read).
+    setting: the flag or key that named it. Raises ConfigError naming the folder, file or tensor: a missing
+    component, config, shard or tokenizer file; a cut-off or unreadable file; a missing, unexpected or wrongly
+    shaped tensor of the transformer or the VAE (the text encoders' shapes are checked when they are loaded,
+    before their weights are read).
     """
     folder = Path(folder)
+    check_there(folder, setting)
     check_components(folder, "FluxPipeline", COMPONENTS)
     for name in ("text_encoder", "text_encoder_2"):
         read_json(folder / name / "config.json")

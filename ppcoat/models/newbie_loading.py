@@ -23,6 +23,7 @@ from ppcoat.models.jina_clip import JinaClipConfig, JinaClipTextModel
 from ppcoat.models.loading import (
     TensorInfo,
     check_components,
+    check_there,
     linear_weights,
     load_vae,
     read_json,
@@ -57,14 +58,15 @@ class _Source:
     lora_scale: float = 0.0
 
 
-def check_newbie_folder(folder: str | Path) -> None:
+def check_newbie_folder(folder: str | Path, setting: str = "the model") -> None:
     """Checks a NewBie folder by its JSON files and safetensors headers; reads no weight.
 
-    Raises ConfigError: no model_index.json or one of another pipeline, a missing part or tokenizer, missing,
-    unexpected or wrongly shaped tensors (all are listed), a VAE without 16 latent channels, text encoders of
-    other widths than the transformer wants.
+    setting: the flag or key that named it. Raises ConfigError: no such folder, no model_index.json or one of
+    another pipeline, a missing part or tokenizer, missing, unexpected or wrongly shaped tensors (all are
+    listed), a VAE without 16 latent channels, text encoders of other widths than the transformer wants.
     """
     folder = Path(folder)
+    check_there(folder, setting)
     check_components(folder, "NewbiePipeline", COMPONENTS)
     for name in ("text_encoder", "clip_model"):
         if not (folder / name / "tokenizer.json").is_file():

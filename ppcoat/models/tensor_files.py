@@ -77,6 +77,16 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     }
 
 
+def check_there(folder: Path, setting: str) -> None:
+    """Raises ConfigError where there is no such folder, as for the name of a model on a hub. setting: what
+    the user would give another one with."""
+    if not folder.is_dir():
+        raise ConfigError(
+            f"no model folder {folder}: models are not downloaded; download it there, or set {setting} to a "
+            "local folder"
+        )
+
+
 def read_json(file: Path, why: str = "the folder is not complete") -> dict:
     """The object in a JSON file. Raises ConfigError if the file is missing or is not JSON."""
     if not file.is_file():

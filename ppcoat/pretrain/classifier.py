@@ -37,6 +37,7 @@ class ClassifierTraining:
     steps: int = 7000
     batch_size: int = 32
     learning_rate: float = 1.5e-3
+    tested: int = 1000  # fresh drawings of the accuracy that is printed
     seed: int = 0
 
 
@@ -71,7 +72,7 @@ class LabelledDrawings(Dataset):
 def train_classifier(
     file: str | Path, training: ClassifierTraining, autoencoder: AutoencoderKL
 ) -> GarmentClassifier:
-    """Train, print accuracy on 1,000 fresh drawings, save as float16 safetensors.
+    """Train, print accuracy on fresh drawings, save as float16 safetensors.
 
     A file that already holds a classifier is trained further.
     """
@@ -92,7 +93,7 @@ def train_classifier(
         optimizer.clear_grad()
         schedule.step()
     model.eval()
-    print("classifier on fresh drawings:", accuracy(model, 1000))
+    print("classifier on fresh drawings:", accuracy(model, training.tested))
     save_file({k: v.astype("float16") for k, v in model.state_dict().items()}, str(file), {"format": "pd"})
     Path(file).chmod(0o644)
     return model

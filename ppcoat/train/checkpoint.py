@@ -27,6 +27,7 @@ from ppcoat.errors import ConfigError
 from ppcoat.host import is_running
 
 FORMAT = "ppcoat-checkpoint-1"
+STRICT_FLAG = "--strict (save.strict_resume)"  # as commands with a config file call it
 _COMMITTED = re.compile(r"^[0-9]{9}$")
 _IN_PROGRESS = re.compile(r"^([0-9]{9}|latest)\.(tmp|old)-([0-9]+)$")
 _FILE_NAME = re.compile(r"^[A-Za-z0-9_]+\.(safetensors|json)$")
@@ -74,31 +75,35 @@ def save_checkpoint(
     return root / name
 
 
-def load_latest(run_dir: str | Path, strict: bool = False) -> Checkpoint | None:
+def load_latest(
+    run_dir: str | Path, strict: bool = False, strict_flag: str = STRICT_FLAG
+) -> Checkpoint | None:
     """The newest intact checkpoint of a run, or None where the run has none.
 
     Starts at the one `latest` names; one with a missing file, a wrong size or a wrong sha256 is reported as
     a warning and the one before it is tried. strict: it is an error instead, and so is a `latest` that names
-    no step. Left-overs of killed saves are removed. Raises ConfigError where there are checkpoints but none
-    is intact, and for the first damage where strict, naming the file.
+    no step. strict_flag: what the user calls `strict`, for that error. Left-overs of killed saves are
+    removed. Raises ConfigError where there are checkpoints but none is intact, and for the first damage where
+    strict, naming the file.
     """
     root = Path(run_dir) / "checkpoints"
     if not root.is_dir():
         return None
     _clean_up(root)
     candidates = _committed(root)
-    newest = _pointed(root, strict)
+    refusing = strict_flag if strict else None
+    newest = _pointed(root, refusing)
     if newest is not None:
         # later ones belong to a history that was given up when training went on from an earlier one
         candidates = [path for path in candidates if int(path.name) <= newest]
         if not candidates or int(candidates[-1].name) != newest:
             lost = root / f"{newest:09d}" / "manifest.json"
-            _report(f"{lost} of the checkpoint that 'latest' names is gone", "trying earlier ones", strict)
+            _report(f"{lost} of the checkpoint that 'latest' names is gone", "trying earlier ones", refusing)
     for path in reversed(candidates):
         try:
             return _load(path)
         except _Damaged as damage:
-            _report(f"checkpoint {path} is damaged ({damage})", "trying the one before it", strict)
+            _report(f"checkpoint {path} is damaged ({damage})", "trying the one before it", refusing)
     if candidates or newest is not None:
         raise ConfigError(
             f"no checkpoint in {root} is intact; restore one, or remove that folder to start over"
@@ -188,17 +193,16 @@ def _is_ours(path: Path) -> bool:
     return not path.is_symlink() and (path / "manifest.json").is_file()
 
 
-def _report(damage: str, instead: str, strict: bool) -> None:
-    """Refuse to go on where strict; else say loudly what is done instead."""
-    if strict:
+def _report(damage: str, instead: str, refusing: str | None) -> None:
+    """Refuse to go on where a flag, `refusing`, asks for that; else say loudly what is done instead."""
+    if refusing is not None:
         raise ConfigError(
-            f"{damage}; restore it, or resume without --strict (save.strict_resume) from the newest "
-            "checkpoint that is intact"
+            f"{damage}; restore it, or resume without {refusing} from the newest checkpoint that is intact"
         )
     _log.warning("%s; %s", damage, instead)
 
 
-def _pointed(root: Path, strict: bool) -> int | None:
+def _pointed(root: Path, refusing: str | None) -> int | None:
     """Step that `latest` names; None where there is no pointer or it holds something else."""
     try:
         text = (root / "latest").read_text("ascii").strip()
@@ -208,7 +212,7 @@ def _pointed(root: Path, strict: bool) -> int | None:
         text = "bytes that are not ASCII"
     if not _COMMITTED.match(text):
         damage = f"{root / 'latest'} holds {text[:40]!r}, wanted a step of nine digits"
-        _report(damage, "using the newest step", strict)
+        _report(damage, "using the newest step", refusing)
         return None
     return int(text)
 

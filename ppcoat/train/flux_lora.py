@@ -68,7 +68,7 @@ class FluxFamily:
             raise ConfigError(
                 f"model.family is {config.model.family}: train it with train_scripts/train_newbie_lora.py"
             )
-        check_folder(config.model.name_or_path)
+        check_folder(config.model.name_or_path, "model.name_or_path")
         check_swap(config)
 
     def check_captions(self, config: RunConfig, captions: Sequence[str]) -> None:

@@ -22,6 +22,7 @@ from ppcoat.data.data_report import data_report
 from ppcoat.data.embedding_store import EmbeddingStore
 from ppcoat.data.examples import Dataset, Example, all_examples, scan_datasets
 from ppcoat.errors import ConfigError
+from ppcoat.fp8 import backend
 from ppcoat.host import compute_dtype, set_device
 from ppcoat.nn.swap import swap_blocks
 from ppcoat.optim import ScheduleShape, lr_scheduler
@@ -101,13 +102,14 @@ def dry_run(family: Family, config: RunConfig) -> Iterator[tuple[StepResult, flo
 def check_inputs(family: Family, config: RunConfig) -> Inputs:
     """Find and check everything that a run reads, print what it will train on, set the device and meet the
     other ranks. Raises ConfigError for a mistake in any of it."""
+    family.check(config)
     datasets = scan_datasets(config)
     validation = validation_pairs(config)
-    family.check(config)
     captions = [caption for each in all_examples(datasets) for caption in each.captions]
     captions += [*preview_prompts(config), *(caption for _, caption in validation)]
     family.check_captions(config, list(dict.fromkeys(captions)))
     set_device(config.device)
+    backend.check_forced()
     dtype = compute_dtype(config.model.dtype)
     ranks = Ranks.current(config.device)
     if ranks.is_first:

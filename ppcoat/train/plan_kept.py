@@ -13,8 +13,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import ClassVar
 
 import numpy as np
 import paddle
@@ -45,6 +46,7 @@ class TracedModel:
     rank: int
     coat: CoatConfig
     half: bool
+    own_sizes: ClassVar[tuple[str, ...]] = ("num_layers", "num_single_layers", "num_attention_heads")
 
     def setting(self, name: str) -> int:
         """One number of the settings."""
@@ -70,6 +72,10 @@ class TracedModel:
         group = self.coat.activation.group_size
         few = math.lcm(128, self.head_dim, group if group <= 512 else 1) // self.head_dim
         return (few, 2 * few) if self.heads > 2 * few else (self.heads,)
+
+    def without_own_sizes(self) -> TracedModel:
+        """The settings without those that `small_model` sets by itself: what one trace serves."""
+        return replace(self, settings=tuple(pair for pair in self.settings if pair[0] not in self.own_sizes))
 
     def small_model(self, heads: int, checkpointed: bool) -> paddle.nn.Layer:
         """Two double blocks and a single one, made ready as for training."""
@@ -220,7 +226,7 @@ def kept_bytes(model: TracedModel, image_tokens: int, text_tokens: int, checkpoi
 
 def _at_tokens(model: TracedModel, heads: int, checkpointed: bool, image: int, text: int) -> np.ndarray:
     """The four numbers of KeptBytes with so many heads; what attention keeps by itself is left out."""
-    start, by_image, by_text = _lines(model, heads, checkpointed)
+    start, by_image, by_text = _lines(model.without_own_sizes(), heads, checkpointed)
     return start + by_image * (image - SIDE**2) + by_text * (text - TEXT)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import paddle
@@ -34,6 +35,7 @@ class TracedNextDiT(TracedModel):
     network: NetworkConfig
     quantize: bool
     hidden: int
+    own_sizes: ClassVar[tuple[str, ...]] = ("n_layers",)
 
     @property
     def heads(self) -> int:

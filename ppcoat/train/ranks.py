@@ -34,6 +34,7 @@ import numpy as np
 import paddle
 
 from ppcoat.errors import ConfigError
+from ppcoat.train.stopping import AGAIN
 
 LOST_EXIT = 75  # EX_TEMPFAIL of <sysexits.h>: the same command may well succeed the next time
 _GRACE_SECONDS = 5.0  # for a rank to end by itself, with its own message, after another has died
@@ -57,12 +58,12 @@ class Ranks:
     _line: _Line | None = field(default=None, repr=False, compare=False)
 
     @staticmethod
-    def current(device: str = "auto") -> Ranks:
+    def current(device: str = "auto", again: str = AGAIN) -> Ranks:
         """From PADDLE_TRAINER_ID and PADDLE_TRAINERS_NUM, as paddle.distributed.launch sets them.
 
         Starts the process group where there is more than one rank. Call once, after the device is set and
-        before long work. Raises ConfigError for numbers that make no sense, and for a config's `device`
-        gpu:N with several ranks, which would all take the same GPU.
+        before long work. again: what to do when a rank has died. Raises ConfigError for numbers that make no
+        sense, and for a config's `device` gpu:N with several ranks, which would all take the same GPU.
         """
         rank, size = _number("PADDLE_TRAINER_ID", 0), _number("PADDLE_TRAINERS_NUM", 1)
         if not 0 <= rank < size:
@@ -82,7 +83,7 @@ class Ranks:
         if paddle.get_device() == "cpu":
             os.environ["PADDLE_DISTRI_BACKEND"] = "gloo"  # a GPU wheel would take nccl for a run on CPU
         dist.init_parallel_env()
-        return Ranks(rank, size, _connect(rank, size))
+        return Ranks(rank, size, _connect(rank, size, again))
 
     @property
     def is_first(self) -> bool:
@@ -203,8 +204,8 @@ class _Line:
     stands.
     """
 
-    def __init__(self, rank: int, peers: dict[int, socket.socket]) -> None:
-        self._is_first, self._peers = rank == 0, peers
+    def __init__(self, rank: int, peers: dict[int, socket.socket], again: str = AGAIN) -> None:
+        self._is_first, self._peers, self._again = rank == 0, peers, again
         self._arrived = dict.fromkeys(peers, 0)  # words of each peer that no meeting has used yet
         self._lost: int | None = None
         self._ended = False
@@ -270,8 +271,7 @@ class _Line:
                 return
             with suppress(OSError):  # a log on a full disk must not keep this process alive
                 print(
-                    f"rank {rank} has died and so ends this one; run the same command again to go on from "
-                    "the checkpoint",
+                    f"rank {rank} has died and so ends this one; {self._again} to go on from the checkpoint",
                     file=sys.stderr,
                     flush=True,
                 )
@@ -279,7 +279,7 @@ class _Line:
             self._changed.notify_all()
 
 
-def _connect(rank: int, size: int) -> _Line:
+def _connect(rank: int, size: int, again: str) -> _Line:
     """Rank 0 listens where the launcher placed it and tells the port, with a token that strangers lack, over
     the process group."""
     import paddle.distributed as dist
@@ -291,12 +291,12 @@ def _connect(rank: int, size: int) -> _Line:
             token = secrets.randbits(62)
             paddle.assign(paddle.to_tensor([server.getsockname()[1], token], dtype="int64"), output=news)
             dist.broadcast(news, src=0)
-            return _Line(0, _accept(server, token, size))
+            return _Line(0, _accept(server, token, size), again)
     dist.broadcast(news, src=0)
     port, token = news.tolist()
     line = socket.create_connection((host, port), timeout=_GREETING_SECONDS)
     line.sendall(_GREETING.pack(token, rank))
-    return _Line(rank, {0: line})
+    return _Line(rank, {0: line}, again)
 
 
 def _accept(server: socket.socket, token: int, size: int) -> dict[int, socket.socket]:

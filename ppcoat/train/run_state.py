@@ -42,8 +42,9 @@ def resume_run(trainer: Trainer) -> None:
     for a checkpoint of other settings, a damaged one with save.strict_resume, and where the ranks do not see
     the same pictures and checkpoints.
     """
+    config = trainer.config
     with trainer.ranks.first_ahead():  # it also removes what a killed save left
-        checkpoint = load_latest(trainer.config.run_dir, trainer.config.save.strict_resume)
+        checkpoint = load_latest(config.run_dir, config.save.strict_resume, trainer.words.strict_flag)
     if checkpoint is not None:
         _go_on_from(checkpoint, trainer)
     facts = {"step": trainer.step, **trainer.batches.state_dict()}

@@ -3,7 +3,23 @@
 from __future__ import annotations
 
 import signal
+from dataclasses import dataclass
 from types import FrameType
+
+from ppcoat.train.checkpoint import STRICT_FLAG
+
+AGAIN = "run the same command again"  # what a command with a config file needs to go on
+
+
+@dataclass(frozen=True)
+class ResumeWords:
+    """What a user is told to do after a stop, in the flags of the command that runs.
+
+    again: the start of "... to go on from there"; strict_flag: what made a damaged checkpoint an error.
+    """
+
+    again: str = AGAIN
+    strict_flag: str = STRICT_FLAG
 
 
 class FinishStepOnSignal:

@@ -33,7 +33,7 @@ from ppcoat.train.optimizer_state import optimizer_state_bytes
 from ppcoat.train.ranks import Ranks
 from ppcoat.train.report import Report, SigmaBins
 from ppcoat.train.run_state import resume_run, save_run
-from ppcoat.train.stopping import FinishStepOnSignal
+from ppcoat.train.stopping import FinishStepOnSignal, ResumeWords
 from ppcoat.train.validation import Validation
 
 # (step, whether it is the last) -> the files it wrote, each with what is in it
@@ -69,9 +69,9 @@ class Trainer:
     """Everything a run needs, put together elsewhere (lora_run.py); `run` does the rest.
 
     parameters: what is trained, by name. save_weights(step, final) writes the result files and says what is
-    in them. draw_previews() -> (pictures, prompts). ema: the running mean that previews, validation and
-    files are made of, if there is one. compatible: facts that a resumed run must share. batches give the
-    global batch of all `ranks`.
+    in them. draw_previews() -> (pictures, prompts). ema: the running mean that previews, validation and files
+    are made of, if there is one. compatible: facts that a resumed run must share. words: how a user goes on
+    after a stop. batches give the global batch of all `ranks`.
     """
 
     config: RunConfig
@@ -88,6 +88,7 @@ class Trainer:
     ema: RunningMean | None = None
     validation: Validation | None = None
     compatible: dict = field(default_factory=dict)
+    words: ResumeWords = ResumeWords()
     ranks: Ranks = field(default_factory=Ranks)
     step: int = 0
     skipped: int = 0
@@ -143,7 +144,7 @@ class Trainer:
         if last or stopping or self.step % config.save.save_every == 0:
             self._save(report, with_weights=not last)
         if stopping:
-            report.message(f"stopped at step {self.step}; run the same command again to go on from there")
+            report.message(f"stopped at step {self.step}; {self.words.again} to go on from there")
         elif every and (last or self.step % every == 0):
             self._preview(report)
 
@@ -278,7 +279,8 @@ class Trainer:
             pictures, prompts = self.draw_previews()
         report.images(self.step, pictures, prompts)
         seconds = time.perf_counter() - began
-        report.message(f"step {self.step}: {len(pictures)} previews in {seconds:.1f} s")
+        drawn = f"{len(pictures)} preview{'' if len(pictures) == 1 else 's'}"
+        report.message(f"step {self.step}: {drawn} in {seconds:.1f} s")
 
     def _final_weights(self) -> AbstractContextManager[None]:
         """Within it, the model has the weights that are written: the running mean where there is one."""
@@ -286,7 +288,7 @@ class Trainer:
 
     def _write_weights(self, report: Report, final: bool) -> Path:
         """The LoRA files of this step or of the end; the first of them."""
-        with self._final_weights(), _disk_errors_explained(self.step):
+        with self._final_weights(), _disk_errors_explained(self.step, self.words.again):
             written = self.save_weights(self.step, final)
         for path, summary in written:
             report.message(f"LoRA file: {path}: {summary.line()}")
@@ -296,16 +298,16 @@ class Trainer:
         """A checkpoint, and the LoRA files of its step; those of the last step are the final ones."""
         if with_weights:
             self._write_weights(report, final=False)
-        with _disk_errors_explained(self.step):
+        with _disk_errors_explained(self.step, self.words.again):
             save_run(self)
 
 
 @contextmanager
-def _disk_errors_explained(step: int) -> Iterator[None]:
+def _disk_errors_explained(step: int, again: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         raise ConfigError(
             f"step {step} could not be saved: {error.strerror or error}; what was saved before is unharmed; "
-            "make room on the disk and run the same command again"
+            f"make room on the disk and {again}"
         ) from error

@@ -1,6 +1,7 @@
 """convert, inspect and merge from the command line, with numbers from float64 numpy."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -156,6 +157,25 @@ def test_inspect_shows_what_a_file_holds(rng, tmp_path, capsys):
     assert "trigger_word" in shown and "sks" in shown and "\x1b" not in shown and "(900 characters)" in shown
 
 
+def test_a_half_under_an_unknown_key_is_shown_by_inspect_and_named_where_it_stops(rng, tmp_path, capsys):
+    tensors, _ = lora_of(rng, FIXTURES / "tiny_flux_fp32")
+    lost = f"transformer.{K}.lora_A.weight"
+    tensors[f"foo\x1b.{lost}"] = tensors.pop(lost)
+    file = tmp_path / "lora.safetensors"
+    save_file(tensors, file)
+    assert main(["inspect", str(file)]) == 0
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown
+    rows = {line.split("  ")[0]: line.split("  ")[-1].strip() for line in shown.splitlines()}
+    assert (rows["modules"], rows["dtype"]) == ("1", "float32")
+    assert rows["unknown"] == f"1 keys: foo\\u001b.{lost}"
+    assert rows["incomplete"] == f"1 modules, wanted A and B: {K} has B, alpha"
+    assert main(["convert", str(file), str(tmp_path / "out.safetensors"), "--format", "kohya"]) == 2
+    message = one_line(capsys)
+    assert f"LoRA of {K} is incomplete" in message and f"1 unknown keys: 'foo\\x1b.{lost}'" in message
+    assert "\x1b" not in message
+
+
 def test_inspect_answers_for_a_file_without_a_module(tmp_path, capsys):
     save_file({"x": np.ones([1])}, tmp_path / "lora.safetensors")
     assert main(["inspect", str(tmp_path / "lora.safetensors")]) == 0
@@ -239,3 +259,22 @@ def test_merge_reads_back_what_it_wrote(rng, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="to_k"):
         main(["merge", "--model", str(folder), *flags])
     assert [path.name for path in tmp_path.iterdir()] == ["lora.safetensors"]
+
+
+@pytest.mark.parametrize(("size", "warned"), [(0.5, False), (0.005, True)])
+def test_merge_says_how_much_of_the_lora_the_folders_dtype_loses(rng, tmp_path, capsys, size, warned):
+    """Weights near 0.25 in steps of 1/1024 do not hold a delta-W of a few 1e-5."""
+    folder, lora, out = FIXTURES / "tiny_flux_bf16_sharded", tmp_path / "lora.safetensors", tmp_path / "out"
+    tensors, deltas = lora_of(rng, folder, size)
+    save_file(tensors, lora)
+    assert main(["merge", "--model", str(folder), "--lora", str(lora), "--output_dir", str(out)]) == 0
+    shown = capsys.readouterr()
+    before, after = raw(folder / "transformer"), raw(out / "transformer")
+    off = [
+        after[f"{p}.weight"][1] - np.float64(before[f"{p}.weight"][1]) - delta for p, delta in deltas.items()
+    ]
+    lost = np.sqrt(sum(np.sum(o**2) for o in off) / sum(np.sum(delta**2) for delta in deltas.values()))
+    said = re.search(r"2 modules; rounding to bfloat16 changed delta-W by ([\d.]+)% of its norm", shown.out)
+    assert float(said[1]) == pytest.approx(100 * lost, rel=0.02, abs=0.006)
+    assert (lost > 0.05) == warned == ("warning: bfloat16 does not hold all of this LoRA" in shown.err)
+    assert not warned or "--path_to_lora" in shown.err

@@ -28,7 +28,7 @@ PUBLISHED = """
 
 
 def parse(text):
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(allow_abbrev=False)
     add_flags(parser)
     return lightning_config(vars(parser.parse_args(shlex.split(text))))
 
@@ -66,7 +66,7 @@ def test_the_run_in_the_lora_trainers_terms():
     assert run.sample.sample_steps == 4 and run.sample.sample_every == 20000
     assert run.save.save_every == 1000 and run.save.max_step_saves_to_keep == 30
     assert run.model.dtype == "auto" and run.uses_fp8_optimizer
-    strict = parse("--data_path x --resume_from_checkpoint latest --strict").run_config("pictures")
+    strict = parse("--data_path x --resume_from_checkpoint latest --strict_resume").run_config("pictures")
     assert strict.save.strict_resume and not run.save.strict_resume
     exact = parse("--data_path x --mixed_precision no --lora_alpha 8").run_config("pictures")
     assert exact.model.dtype == "float32" and exact.network.linear_alpha == 8
@@ -78,7 +78,11 @@ def test_the_run_in_the_lora_trainers_terms():
         ("--mixed_precision fp16", "overflow float16; use bf16"),
         ("--dmd_weight 0.1", "dmd_weight has no effect without use_dmd_loss"),
         ("--reflow_loss_weight 0.1", "reflow_loss_weight has no effect without apply_reflow_loss"),
-        ("--adv_weight 0 --adv_lr 1e-4", "adv_lr has no effect without adv_weight"),
+        (
+            "--adv_weight 0 --adv_lr 1e-4",
+            "without adv_weight above 0; leave it out or give adv_weight above 0",
+        ),
+        ("--dataloader_num_workers 4", "dataloader_num_workers has no effect without file_list_path"),
         ("--image_column 2", "image_column has no effect without file_list_path"),
         ("--phase_delta published", "phase_delta has no effect without use_distill_loss"),
         ("--loss_type l2 --huber_c 0.1", "huber_c has no effect with loss_type l2"),

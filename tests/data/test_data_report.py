@@ -20,10 +20,11 @@ def test_counts_captions_and_crops_are_those_of_the_folder(draw, run_config, tmp
     assert lines[0] == "data: 7 pictures to encode, 11 per epoch"
     assert lines[1] == (
         f"  {tmp_path}/a at 512: 5 pictures, each 1 to 5 times, 1 without a caption of their own, "
-        "trigger 'sks' in 3 of 5, 1 bad file left out"
+        "trigger 'sks' written in 3 of 5, put in front of the others, 1 bad file left out"
     )
-    assert lines[2].startswith(
-        f"  regularisation: {tmp_path}/reg at 512: 1 picture, copies by flip_x, all with"
+    assert lines[2] == (  # a trigger word is put in front of no regularisation picture
+        f"  regularisation: {tmp_path}/reg at 512: 1 picture, copies by flip_x, all with captions, "
+        "trigger 'sks' written in 0 of 1"
     )
     assert lines[4].split() == ["512", "x", "512", "6", "0.0%", "0.0%"]
     # 3:2 in 576 x 448: 1 - (576 / 448) / 1.5 = 14.3 %

@@ -72,7 +72,7 @@ def test_missing_folder_file_and_empty_folder(tmp_path):
 
 def _no_caption(folder):
     picture(folder / "x.png", caption=None)
-    return "x.png: no caption x.txt"
+    return 'x.png: no caption x.txt (write one or set default_caption, e.g. "[trigger]")'
 
 
 def _empty_caption(folder):

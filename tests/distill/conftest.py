@@ -7,6 +7,11 @@ import pytest
 from ppcoat.lora import inject_lora, lora_layers
 
 
+@pytest.fixture(autouse=True)
+def shared_encoders(encoders_read_once):
+    """In every test here."""
+
+
 @pytest.fixture
 def student(build_flux):
     """3 + 2 blocks, latents of 4 channels, LoRA of rank 2 with random B."""

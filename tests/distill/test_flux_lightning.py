@@ -1,8 +1,11 @@
 """Whole runs on the reference FLUX: what they leave, exact resume at either side's turn, early refusals."""
 
+import errno
 import json
 import math
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +14,13 @@ from safetensors import safe_open
 
 import ppcoat.distill.encoding as encoding
 import ppcoat.distill.flux_lightning as flux_lightning
+import ppcoat.train.trainer as trainer_module
 from ppcoat.config.lightning import lightning_config
 from ppcoat.data import garments
 from ppcoat.distill.flux_lightning import pre_allocate, train_flux_lightning
+from ppcoat.distill.trainer import LightningTrainer
 from ppcoat.errors import ConfigError
+from ppcoat.train.ranks import Ranks
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "tiny_flux_fp32"
 
@@ -189,8 +195,37 @@ def test_a_damaged_checkpoint_stops_a_strict_run(make_config):
     train_flux_lightning(make_config("strict", max_train_steps=2, checkpointing_steps=1, **plain))
     config = make_config("strict", resume_from_checkpoint="latest", strict_resume=True, **plain)
     checkpoint(config, 2, "lora.safetensors").write_bytes(b"")
-    with pytest.raises(ConfigError, match=r"lora\.safetensors"):
+    with pytest.raises(ConfigError, match=r"lora\.safetensors.* resume without --strict_resume from"):
         train_flux_lightning(config)
+
+
+def test_after_a_stop_the_flag_that_goes_on_is_named(make_config, monkeypatch, capfd):
+    """The same command again is refused; and so it is said where a disk is full or a rank dies."""
+    step = LightningTrainer.train_step
+
+    def interrupted(trainer):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return step(trainer)
+
+    plain = {"adv_weight": 0, "adv_lr": None, "use_dmd_loss": False, "apply_reflow_loss": False}
+    config = make_config("stopped", max_train_steps=2, **plain)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(LightningTrainer, "train_step", interrupted)
+        train_flux_lightning(config)
+    said, advice = capfd.readouterr().err, "give --resume_from_checkpoint latest"
+    assert stopped.value.code == 143 and f"stopped at step 1; {advice} to go on from there" in said
+    with pytest.raises(ConfigError, match=advice):
+        train_flux_lightning(config)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    seen, current = [], Ranks.current
+    monkeypatch.setattr(Ranks, "current", lambda *given: seen.append(given) or current(*given))
+    monkeypatch.setattr(trainer_module, "save_run", full)
+    with pytest.raises(ConfigError, match=f"make room on the disk and {advice}$"):
+        train_flux_lightning(config.model_copy(update={"resume_from_checkpoint": "latest"}))
+    assert seen == [("cpu", advice)]
 
 
 def test_without_heads_every_step_trains_the_lora_and_published_order_begins_again(make_config):
@@ -227,7 +262,7 @@ def no_model_is_loaded(monkeypatch):
 def test_wrong_inputs_stop_before_a_model_is_loaded(make_config, whole, no_model_is_loaded):
     with pytest.raises(ConfigError, match="nowhere"):
         train_flux_lightning(make_config("new", data_path="nowhere"))
-    with pytest.raises(ConfigError, match="no_model"):
+    with pytest.raises(ConfigError, match="no_model: .* set --pretrained_teacher_model"):
         train_flux_lightning(make_config("new", pretrained_teacher_model="no_model"))
     with pytest.raises(ConfigError, match="--resume_from_checkpoint latest"):
         train_flux_lightning(make_config("whole"))

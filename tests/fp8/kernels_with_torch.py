@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 PACKAGE = Path(__file__).resolve().parents[2] / "ppcoat"
-FLUSHED, NORM_EPSILON = 2**28, 1e-6  # as in ppcoat/cli/kernel_library.py and ppcoat/fp8/rules.py
+FLUSHED, BLOCK, NORM_EPSILON = 2**28, 128, 1e-6  # as in ppcoat/cli/kernel_library.py and ppcoat/fp8/rules.py
 
 
 class TorchLibrary:
@@ -105,7 +105,18 @@ class TorchLibrary:
             a, b = y[..., 0::2], y[..., 1::2]
             return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).reshape(x.shape).to(x.dtype)
 
+        def quantize(x):
+            groups = x.unflatten(-1, (-1, BLOCK))
+            scale = groups.abs().amax(-1, keepdim=True).float() / 448
+            return (groups / scale.to(x.dtype)).to(torch.float8_e4m3fn), scale
+
+        def dequantize(codes, scale):
+            values = codes.view(torch.float8_e4m3fn).to(torch.bfloat16).unflatten(-1, (-1, BLOCK))
+            return values * scale.to(torch.bfloat16).unsqueeze(-1)
+
         return {
+            "quantize": quantize,
+            "dequantize": dequantize,
             "modulated_norm": norm,
             "rms_norm_rotated": rms,
             "gelu": lambda x: F.gelu(x, approximate="tanh"),
@@ -118,10 +129,10 @@ class TorchLibrary:
         return lambda: self.torch.autograd.grad(function(x), x, dy)
 
     def double_block(self, tokens: int, sizes: Any) -> dict[str, Callable[[], list[Any]]]:
-        from launcher_block import LauncherBlock, autograd_block, random_stream
+        from launcher_block import LauncherBlock, autograd_block, random_stream, with_fp8_weights
 
         from ppcoat.cli.kernel_cases import LAUNCHERS
-        from ppcoat.cli.kernels import CHECKPOINTED, COAT, PLAIN
+        from ppcoat.cli.kernels import CHECKPOINTED, COAT, FP8_PRODUCTS, PLAIN
 
         def put(values: np.ndarray, dtype: str = self.half) -> Any:
             return self.put(values, dtype)
@@ -139,14 +150,15 @@ class TorchLibrary:
         plain = partial(autograd_block, self.eager(), ops, streams, vec)
         checkpoint = partial(self.torch.utils.checkpoint.checkpoint, plain, use_reentrant=False)
 
-        def coat(*_: Any) -> tuple[Any, Any]:
+        def coat(streams: Any, *_: Any) -> tuple[Any, Any]:
             return operation.apply(LauncherBlock(LAUNCHERS, ops, streams, self.half), vec, *wanted)
 
         def forward_and_backward(block: Callable) -> list[Any]:
             outputs = block(*inputs)
             return [*outputs, *self.torch.autograd.grad(outputs, wanted, grads)]
 
-        ways = {COAT: coat, PLAIN: plain, CHECKPOINTED: checkpoint}
+        in_fp8 = partial(coat, with_fp8_weights(ops, streams))
+        ways = {COAT: partial(coat, streams), FP8_PRODUCTS: in_fp8, PLAIN: plain, CHECKPOINTED: checkpoint}
         return {way: partial(forward_and_backward, block) for way, block in ways.items()}
 
     def fallbacks(self) -> list[str]:
@@ -172,6 +184,12 @@ class TorchOps:
 
     def transposed_times(self, x: Any, y: Any) -> Any:
         return x.flatten(0, 1).t() @ y.flatten(0, 1)
+
+    def fp8_weight(self, w: Any) -> tuple[Any, Any]:
+        blocks = w.float().unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK))
+        scale = blocks.abs().amax((1, 3)) / 448
+        codes = (blocks / scale[:, None, :, None]).to(self.torch.float8_e4m3fn)
+        return codes.view(self.torch.uint8).reshape(w.shape), scale
 
     def concat(self, parts: Any, axis: int) -> Any:
         return self.torch.cat(parts, axis)

@@ -2,19 +2,21 @@
 the same block in plain ops for autograd.
 
 `LauncherBlock` does what nn/flux_block.py does under the saving policy "coat+recompute", with tensors of any
-library; batch 1. Products and attention are the library's own: `ops` has
+library; batch 1. Attention is the library's own, and so are the products, except those with a weight that
+`with_fp8_weights` has put into FP8. `ops` has
     linear(x, w, b)  times(x, w)  times_transposed(x, w) = x w^T  transposed_times(x, y) = x^T y over all rows
+    fp8_weight(w) -> codes and scales of its 128 x 128 blocks
     concat(parts, axis)  attention(q, k, v)  attention_again(q, k, v) -> result, its gradients as a function
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from ppcoat.cli.kernel_cases import E4M3, GROUP
-from ppcoat.fp8.operands import Groups
+from ppcoat.cli.kernel_errors import E4M3, GROUP
+from ppcoat.fp8.operands import BlockMatrix, Epilogue, Groups
 
 LINEARS = {"q": (1, 1), "k": (1, 1), "v": (1, 1), "out": (1, 1), "up": (1, 4), "down": (4, 1)}  # widths
 DEVIATION = 0.02  # of a LoRA's A and B, and of biases
@@ -22,12 +24,14 @@ DEVIATION = 0.02  # of a LoRA's A and B, and of biases
 
 @dataclass
 class LoRALinear:
-    """x W + b + (x A) B: weight [in, out], bias [out], a [in, rank], b [rank, out]; alpha = rank."""
+    """x W + b + (x A) B: weight [in, out], bias [out], a [in, rank], b [rank, out]; alpha = rank. stored: the
+    weight in FP8, where products with it are FP8 ones."""
 
     weight: Any
     bias: Any
     a: Any
     b: Any
+    stored: BlockMatrix | None = None
 
 
 @dataclass
@@ -62,6 +66,18 @@ def random_stream(put: Callable, sizes: Any, tokens: int, seed: int) -> Stream:
         (normal(width, 6 * width), normal(6 * width)),
         tuple(put(rng.uniform(0.5, 1.5, [head_dim]).astype("float32")) for _ in range(2)),
         tuple(put(part(angles).astype("float32"), "float32") for part in (np.cos, np.sin)),
+    )
+
+
+def with_fp8_weights(ops: Any, streams: tuple[Stream, ...]) -> tuple[Stream, ...]:
+    """The same parameters; the Linears with LoRA hold their weights in FP8, too."""
+
+    def stored(linear: LoRALinear) -> LoRALinear:
+        return replace(linear, stored=BlockMatrix(*ops.fp8_weight(linear.weight)))
+
+    return tuple(
+        replace(stream, linears={name: stored(linear) for name, linear in stream.linears.items()})
+        for stream in streams
     )
 
 
@@ -171,13 +187,22 @@ class _StreamPass:
     def _linear(self, name: str, x: Any) -> Any:
         part = self.stream.linears[name]
         self.xa[name] = self.ops.times(x, part.a)
+        if part.stored is not None:
+            return self._fp8_product(x, part.stored, False, Epilogue(part.bias, self.xa[name][0], part.b))
         return self.ops.linear(x, part.weight, part.bias).add_(self.ops.times(self.xa[name], part.b))
 
     def _backward(self, name: str, x: Any, dy: Any) -> Any:
         ops, part = self.ops, self.stream.linears[name]
         dyb = ops.times_transposed(dy, part.b)
         self.lora_gradients[name] = ops.transposed_times(x, dyb), ops.transposed_times(self.xa[name], dy)
+        if part.stored is not None:
+            return self._fp8_product(dy, part.stored, True, Epilogue(None, dyb[0], part.a))
         return ops.times_transposed(dy, part.weight).add_(ops.times_transposed(dyb, part.a))
+
+    def _fp8_product(self, x: Any, weight: BlockMatrix, transpose: bool, added: Epilogue) -> Any:
+        """As nn/fp8_weight.py: x rounded to FP8, LoRA and bias added before the result is rounded."""
+        codes, scale = self.run["quantize"](x[0].contiguous(), E4M3, GROUP)
+        return self.run["scaled_matmul"](codes, scale, weight, transpose, added, self.half).unsqueeze(0)
 
     def _packed(self, x: Any) -> tuple[Any, Groups]:
         codes, scale = self.run["quantize"](x, E4M3, GROUP)

@@ -7,6 +7,8 @@ import numpy as np
 import paddle
 import pytest
 
+from ppcoat.cli.main import main
+from ppcoat.data import garments
 from ppcoat.errors import ConfigError
 from ppcoat.fp8 import adamw, backend, checks, layer_checks, matmul, norm, pointwise
 from ppcoat.fp8.backend import Op, Unsuited, Verdict
@@ -143,6 +145,23 @@ def test_triton_forced_without_a_gpu(monkeypatch):
         ConfigError, match="quantize cannot run in it: this is cpu, and it needs an NVIDIA GPU"
     ):
         quantize(X, adamw.FP8Format("e4m3", 448.0, 0.1, 0.1, 3, paddle.float8_e4m3fn), 2)
+
+
+@pytest.mark.skipif(paddle.is_compiled_with_cuda(), reason="Triton may run here")
+def test_triton_forced_without_a_gpu_stops_a_training_before_its_pictures_are_encoded(
+    tmp_path, write_run, monkeypatch, capsys
+):
+    data = tmp_path / "data"
+    garments.write_folder(data, 2, seed=1, motif="gold star", prefix="[trigger] ")
+    monkeypatch.setenv(backend.VARIABLE, "triton")
+    before = sorted(tmp_path.rglob("*"))
+    assert main(["train", str(write_run(tmp_path, data, train={"steps": 1}))]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "it needs an NVIDIA GPU; unset PPCOAT_BACKEND" in error
+    assert "quantize" not in error  # no op was asked for yet
+    assert sorted(tmp_path.rglob("*")) == sorted([*before, tmp_path / "run.yaml"])
+    monkeypatch.setenv(backend.VARIABLE, "reference")
+    backend.check_forced()
 
 
 def test_an_unknown_name_is_refused(monkeypatch):

@@ -78,3 +78,23 @@ def test_a_nan_scale_spoils_its_row_or_its_columns_only(run):
     want = np.zeros([4, 256], bool)
     want[2], want[:, 128:] = True, True
     np.testing.assert_array_equal(np.isnan(got), want)
+
+
+EDGES = np.uint8([0x00, 0x80, 0x01, 0x07, 0x08, 0x7E, 0xFE, 0x7F])  # 0, -0, subnormal, normal, 448, -448, NaN
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("size", [1.0, 2.0**-126])
+def test_every_pair_of_edge_codes(size, transpose, run):
+    """Row i of x holds the i-th code, column j of W the j-th: all sums are exact, and a NaN spoils its row or
+    its column. size: the smallest scale that there is, too."""
+    x, w = np.tile(EDGES[:, None], [1, 130]), np.tile(EDGES, [130, 1])
+    scales = np.full([len(EDGES), 2], size, np.float32), np.full([1, 2] if transpose else [2, 1], 2.0**20)
+    stored = BlockMatrix(
+        paddle.to_tensor(w.T.copy() if transpose else w), paddle.to_tensor(scales[1], "float32")
+    )
+    got = run("scaled_matmul")(paddle.to_tensor(x), paddle.to_tensor(scales[0]), stored, transpose).numpy()
+    values = EDGES.view(ml_dtypes.float8_e4m3fn).astype(np.float64)
+    want = 130 * np.outer(values, values) * size * 2.0**20
+    flushed = 130 * 448 * 2.0**20 * 2.0**-126 if size < 1 else 0.0  # x below the normal numbers may be 0
+    np.testing.assert_allclose(got, want, rtol=0, atol=flushed)

@@ -120,3 +120,21 @@ def test_what_is_not_finite_stays_in_its_token(run):
     assert (np.isnan(scale.numpy()) == want[..., :3]).all()
     # a token of zeros has xhat 0: what remains is the shift
     np.testing.assert_array_equal(run("modulated_norm")(tensor, one, one).numpy()[0, 2], np.ones(40))
+
+
+def test_edges_of_rms_norm_with_rotation(run):
+    """Heads of 0, subnormal, 448 and with an infinity or a NaN: of a constant the norm is 1, turned by 90
+    degrees (a, b) is (-b, a); what is not finite stays visible in its own head."""
+    x = np.ones([1, 5, 1, 8], np.float32) * np.float32([0.0, 1e-40, 448.0, 1.0, 1.0])[:, None, None]
+    x[0, 3, 0, 2], x[0, 4, 0, 5] = np.inf, np.nan
+    turn = paddle.zeros([5, 4]), paddle.ones([5, 4])
+    x, weight = paddle.to_tensor(x), paddle.full([8], 2.0)
+    y, rstd = run("rms_norm_rotated")(x, weight, turn)
+    got = y.numpy()[0, :, 0]
+    np.testing.assert_allclose(rstd.numpy()[0, :3, 0, 0], [1e3, 1e3, 1 / 448], rtol=1e-6)
+    np.testing.assert_allclose(got[:2], 0.0, atol=1e3 * 2.0**-126)
+    np.testing.assert_allclose(got[2], [-2, 2] * 4, rtol=1e-6)
+    assert np.isnan(got[3]).any() and np.isnan(got[4]).any()
+    dx = run("rms_norm_rotated_grad")(paddle.ones_like(x), y, rstd, weight, turn).numpy()[0, :, 0]
+    np.testing.assert_allclose(dx[:2], [[2e3, -2e3] * 4] * 2, rtol=1e-6)  # turned back, 1 / rms = 1000
+    assert np.isnan(dx[3:]).any(axis=-1).all()

@@ -92,3 +92,17 @@ def test_gated_residual_and_its_gradient(shape, run):
     assert (np.abs(got - (exact + x)) <= 2.0**-23 * (np.abs(exact) + np.abs(x))).all()
     for tensor, before in zip(tensors, (y, gate, x), strict=True):
         np.testing.assert_array_equal(tensor.numpy(), before)
+
+
+def test_edges_of_the_gated_residual(run):
+    """Each stays in its own element; where the gate is 0, an infinity becomes NaN and does not vanish."""
+    edges = np.float32([0.0, -0.0, 1e-40, 448.0, -448.0, 3e38, np.inf, -np.inf, np.nan])
+    y = paddle.to_tensor(edges.reshape([1, 1, 9]))
+    one, none = paddle.ones_like(y), paddle.zeros_like(y)
+    smallest = 2.0**-126  # below it numbers may be flushed
+    np.testing.assert_allclose(run("gated_residual")(y, one).numpy()[0, 0], edges, rtol=0, atol=smallest)
+    np.testing.assert_array_equal(run("gated_residual")(y, one, one).numpy()[0, 0, 3:], edges[3:] + 1)
+    np.testing.assert_array_equal(run("gated_residual")(one, one, y).numpy()[0, 0, 3:], edges[3:] + 1)
+    with np.errstate(invalid="ignore"):
+        shut = run("gated_residual")(y, none, one).numpy()[0, 0]
+    np.testing.assert_array_equal(shut, [1, 1, 1, 1, 1, 1, np.nan, np.nan, np.nan])

@@ -96,7 +96,7 @@ def test_sheet_fills_rows_from_the_left():
 
 
 def test_students_are_compared_with_the_first_row(monkeypatch, tmp_path):
-    """Teacher at 28 and 4 steps without the LoRA, students at 4 with theirs; distances are to the first row."""
+    """Teacher at 28 and 4 steps without a LoRA, students at 4 with theirs; distances are to the first row."""
     pipeline = FluxPipeline.from_pretrained(str(FIXTURE))
     layers = inject_lora(pipeline.transformer, rank=2, alpha=2.0, seed=0)
     for layer in layers.values():

@@ -134,7 +134,10 @@ def no_model_is_loaded(monkeypatch):
         ({"lora_scale": float("nan")}, "lora_scale: came nan"),
         ({"device": "tpu"}, "device: came 'tpu'"),
         ({"dtype": "bfloat16"}, "float32 only"),
-        ({"model": "nowhere"}, "nowhere/model_index.json is missing"),
+        (
+            {"model": "nowhere"},
+            "no model folder nowhere: models are not downloaded; download it there, or set --model",
+        ),
         ({"path_to_lora": "nowhere.safetensors"}, "no LoRA file at nowhere.safetensors"),
         ({"path_to_lora": "lora.ckpt"}, "lora.ckpt is a pickle"),
         ({"path_to_lora": "lora.txt"}, "a LoRA file is a .safetensors"),

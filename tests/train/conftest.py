@@ -15,6 +15,11 @@ from ppcoat.train import ranks
 CONTEXT = multiprocessing.get_context("fork")  # a fork has Paddle imported already
 
 
+@pytest.fixture(autouse=True)
+def shared_encoders(encoders_read_once):
+    """In every test here."""
+
+
 @pytest.fixture
 def make_config(tmp_path, write_run):
     """make_config("train.steps=3", ...) -> RunConfig; runs are named by `name=`, all in tmp_path."""
@@ -33,7 +38,7 @@ def start():
     tell), and what it tells comes from its receiver."""
     started = []
 
-    def start(work, size=2, grace=0.3):
+    def start(work, size=2, grace=0.3, again=ranks.AGAIN):
         with socket.create_server(("127.0.0.1", 0)) as server:
             port = server.getsockname()[1]
         environment = {
@@ -48,7 +53,7 @@ def start():
             ranks._GRACE_SECONDS = grace
             if rank:
                 time.sleep(0.3)  # Paddle's store asks again only after 3 seconds
-            work(ranks.Ranks.current(), results[rank][1].send)
+            work(ranks.Ranks.current(again=again), results[rank][1].send)
 
         for rank in range(size):
             process = CONTEXT.Process(target=run, args=(rank,))

@@ -1,4 +1,5 @@
-"""ai-toolkit's published FLUX LoRA config trains here, with only the folders replaced and few steps."""
+"""ai-toolkit's published FLUX LoRA config trains here: as it is but for its two folders, two steps of it; and
+with COAT and few steps, to the end."""
 
 import json
 import re
@@ -23,7 +24,8 @@ coat:
 """
 
 
-def test_the_published_config_trains_with_only_its_folders_replaced(tmp_path, monkeypatch, capfd, caplog):
+def with_folders(tmp_path):
+    """The published file with a folder of three pictures and that of the tiny model in place of its own."""
     garments.write_folder(tmp_path / "pictures", 3, seed=1, motif="gold star", prefix="")
     text = PUBLISHED.read_text("utf-8")
     for old, new in (
@@ -32,6 +34,28 @@ def test_the_published_config_trains_with_only_its_folders_replaced(tmp_path, mo
     ):
         assert text.count(old) == 1
         text = text.replace(old, str(new))
+    return text
+
+
+def test_two_steps_of_the_published_config_with_nothing_replaced_but_its_folders(
+    tmp_path, monkeypatch, capfd
+):
+    """Its 2000 steps, sizes and previews stay: a dry run does the first two steps, whatever they say."""
+    (tmp_path / "run.yaml").write_text(with_folders(tmp_path), "utf-8")
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    assert main(["train", "run.yaml", "--dry_run"]) == 0
+    said = capfd.readouterr().out
+    losses = re.findall(r"^step (\d): loss (\S+), activations kept", said, re.MULTILINE)
+    assert [number for number, _ in losses] == ["1", "2"]
+    assert all(0 < float(loss) < 10 for _, loss in losses)
+    for line in ("steps: 2000", "sample_steps: 20", "width: 1024", "quantize: true"):
+        assert line in said
+    assert sorted(tmp_path.rglob("*")) == before  # a dry run leaves nothing
+
+
+def test_the_published_config_trains_to_the_end_with_coat_and_few_steps(tmp_path, monkeypatch, capfd, caplog):
+    text = with_folders(tmp_path)
     (tmp_path / "run.yaml").write_text(text + COAT, "utf-8")
     monkeypatch.chdir(tmp_path)
     few = ["train.steps=2", "sample.sample_steps=1", "sample.width=64", "sample.height=64"]

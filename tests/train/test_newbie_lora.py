@@ -65,16 +65,28 @@ visualdl = false
 """
 
 
-@pytest.fixture
-def make_config(tmp_path):
-    """make_config("train.steps=3", ...) -> RunConfig of a run on 4 drawings, each twice an epoch."""
-    data = tmp_path / "data" / "2_dress"
+def configs_in(folder):
+    data = folder / "data" / "2_dress"
     data.mkdir(parents=True)
     garments.write_folder(data, 4, seed=1, motif="gold star", prefix="")
     (data / "0003.txt").write_text("a far longer caption than those of the others, " * 3)
-    file = tmp_path / "run.toml"
-    file.write_text(TOML.format(model=FOLDER, out=tmp_path / "out", data=tmp_path / "data"))
+    file = folder / "run.toml"
+    file.write_text(TOML.format(model=FOLDER, out=folder / "out", data=folder / "data"))
     return lambda *overrides: load_newbie_config(file, overrides)
+
+
+@pytest.fixture
+def make_config(tmp_path):
+    """make_config("train.steps=3", ...) -> RunConfig of a run on 4 drawings, each twice an epoch."""
+    return configs_in(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """make_config of a run that has done its one step; nobody may train it further."""
+    make = configs_in(tmp_path_factory.mktemp("finished"))
+    train_newbie_lora(make("train.steps=1"))
+    return make
 
 
 @pytest.fixture(scope="module")
@@ -198,10 +210,9 @@ def test_stopped_and_resumed_run_is_bit_equal_to_an_uninterrupted_one(make_confi
         ("datasets.0.resolution=32", "resolution was 64 .* is 32 now"),
     ],
 )
-def test_resuming_with_another_adapter_is_refused_by_name(make_config, override, refusal):
-    train_newbie_lora(make_config("train.steps=1"))
+def test_resuming_with_another_adapter_is_refused_by_name(finished, override, refusal):
     with pytest.raises(ConfigError, match=f"cannot resume.* {refusal}"):
-        train_newbie_lora(make_config("train.steps=1", override))
+        train_newbie_lora(finished("train.steps=1", override))
 
 
 def test_batches_of_cached_captions_are_those_of_the_original(make_config, refs):
@@ -439,6 +450,7 @@ def test_bad_inputs_stop_before_a_model_is_loaded(make_config, tmp_path, monkeyp
     picture = tmp_path / "data/2_dress/0001.png"
     for overrides, part in (
         ([f"model.name_or_path={model}"], "4 latent channels, wanted 16"),
+        (["model.name_or_path=a/hub"], "no model folder a/hub: .*or set model.name_or_path"),
         ([f"model.name_or_path={bare}"], "model_index.json is missing"),
         (["network.targets=[attention.qvk]"], "matches no Linear; the nearest are attention.qkv"),
         (["model.blocks_to_swap=3"], "this model has 2 blocks"),

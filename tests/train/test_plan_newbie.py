@@ -1,7 +1,7 @@
 """The plan of a NewBie-image run against the counters of training and Paddle's allocator; 3B by shapes."""
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 import paddle
@@ -19,6 +19,7 @@ from ppcoat.train import plan_newbie
 from ppcoat.train.coat import COATTrainer
 from ppcoat.train.newbie_lora import NewbieFamily
 from ppcoat.train.plan import as_given, plan, with_choice
+from ppcoat.train.plan_model import Encoders
 from ppcoat.train.plan_newbie import NewbieFootprint
 from ppcoat.train.plan_phases import Choice
 from ppcoat.train.targets import put_adapter
@@ -229,22 +230,31 @@ def test_all_encoders_are_there_while_any_encodes(make_config):
     assert phases["captions"]["encoders"] == phases["pictures"]["encoders"] == held
 
 
-def test_the_choice_is_among_what_newbie_has(make_config):
-    config = make_config("memory=auto", "vram_gb=24")
+@pytest.fixture
+def narrow(monkeypatch):
+    """A model of NewBie-image's depth, but soon counted; encoders of a million values."""
+    sizes = {"dim": 256, "n_heads": 8, "n_kv_heads": 4, "axes_dims": (16, 8, 8), "cap_feat_dim": 96}
+    monkeypatch.setattr(plan_newbie, "NextDiT_CLIP", partial(NextDiT_CLIP, **sizes))
+    monkeypatch.setattr(plan_newbie, "_encoders", lambda folder: Encoders(10**6, 10**6, 8, 2048, 32))
+
+
+def test_the_choice_is_among_what_newbie_has(make_config, narrow):
+    budget = 2.6
+    config = make_config("memory=auto", f"vram_gb={budget}")
     footprint = NewbieFootprint(config, on_gpu=True)
     assert footprint.policies == POLICIES and footprint.checkpoint_counts == range(37)
-    found = plan(config, 24)
-    assert found.total <= 24e9 and not found.choice.quantize
+    found = plan(config, budget)
+    assert found.total <= budget * 1e9 and not found.choice.quantize
     for policy in footprint.policies:
         for checkpointed in (0, 12, 36):
             for swapped in (0, 20):
                 other = Choice(policy, checkpointed, False, swapped, 1, 1)
                 total = max(phase.total for phase in footprint.phases(other))
-                assert total > 24e9 or footprint.seconds(other) >= found.seconds
+                assert total > budget * 1e9 or footprint.seconds(other) >= found.seconds
     applied = NewbieFamily().with_memory_plan(config)
     assert as_given(applied, 36) == found.choice
-    with pytest.raises(ConfigError, match="nothing fits into 4 GB: the smallest possible need is"):
-        plan(config, 4)
+    with pytest.raises(ConfigError, match="nothing fits into 1 GB: the smallest possible need is"):
+        plan(config, 1)
 
 
 def test_without_coat_nothing_is_packed(make_config):

@@ -148,11 +148,13 @@ def wait_for_the_dead(ranks, tell, dying):
 
 @pytest.mark.parametrize("dying", [0, 1])
 def test_a_rank_that_waits_for_a_dead_one_leaves_with_one_line(start, dying):
-    processes, heard = start(lambda ranks, tell: wait_for_the_dead(ranks, tell, dying))
+    advice = "give --the_flag"
+    processes, heard = start(lambda ranks, tell: wait_for_the_dead(ranks, tell, dying), again=advice)
     assert hear(heard[dying]) == "dying"
     killed = time.time()
     code, said = hear(heard[1 - dying])
-    assert code == LOST_EXIT and re.fullmatch(rf"rank {dying} has died.*go on from the checkpoint\n", said)
+    assert code == LOST_EXIT
+    assert said == f"rank {dying} has died and so ends this one; {advice} to go on from the checkpoint\n"
     assert time.time() - killed < 2
     assert finish(processes)[dying] == -signal.SIGKILL
 
