@@ -3,7 +3,7 @@ only then does the transformer come, in FP8 and with swapped blocks if the confi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -42,13 +42,25 @@ def exchange_for_transformer(
     keep_copy is off); the first rank writes them.
     """
     drop_encoders(pipeline, ("text_encoder", "text_encoder_2"), config.sample.wanted)
+    pipeline.transformer = load_base(load_transformer, load_fp8_transformer, config, dtype, ranks, keep_copy)
+
+
+def load_base(
+    plain: Callable[..., paddle.nn.Layer],
+    in_fp8: Callable[..., paddle.nn.Layer],
+    config: RunConfig,
+    dtype: str | None,
+    ranks: Ranks,
+    keep_copy: bool,
+) -> paddle.nn.Layer:
+    """The transformer by plain(folder, dtype) or, with model.quantize, by in_fp8(folder, dtype, copy,
+    blocks_to_swap); the copy is the first rank's to write, None without keep_copy."""
     folder = Path(config.model.name_or_path) / "transformer"
     if not config.model.quantize:
-        pipeline.transformer = load_transformer(folder, dtype)
-        return
+        return plain(folder, dtype)
     copy = fp8_copy_of(config) if keep_copy else None
     with ranks.first_ahead():
-        pipeline.transformer = load_fp8_transformer(folder, dtype, copy, config.model.blocks_to_swap)
+        return in_fp8(folder, dtype, copy, config.model.blocks_to_swap)
 
 
 def fp8_copy_of(config: RunConfig) -> FP8Copy:

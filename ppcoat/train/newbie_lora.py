@@ -20,7 +20,7 @@ from ppcoat.models.newbie_loading import check_newbie_folder, load_nextdit, unfi
 from ppcoat.models.newbie_pipeline import PROMPT_PREFIX, NewbiePipeline, warn_of_cut, with_prefix
 from ppcoat.models.newbie_tokens import load_gemma3_tokenizer
 from ppcoat.train import lora_run
-from ppcoat.train.base_model import drop_encoders, fp8_copy_of
+from ppcoat.train.base_model import drop_encoders, load_base
 from ppcoat.train.newbie_files import NewbieFiles
 from ppcoat.train.plan import with_memory_plan
 from ppcoat.train.ranks import Ranks
@@ -118,13 +118,7 @@ class NewbieFamily:
         """The transformer; with model.quantize in FP8, of which the first rank keeps a copy for the next
         start (unless keep_copy is off)."""
         drop_encoders(pipeline, ("text_encoder", "clip_model"), config.sample.wanted)
-        folder = Path(config.model.name_or_path) / "transformer"
-        if not config.model.quantize:
-            pipeline.transformer = load_nextdit(folder, dtype)
-            return
-        copy = fp8_copy_of(config) if keep_copy else None
-        with ranks.first_ahead():
-            pipeline.transformer = load_fp8_nextdit(folder, dtype, copy, config.model.blocks_to_swap)
+        pipeline.transformer = load_base(load_nextdit, load_fp8_nextdit, config, dtype, ranks, keep_copy)
 
     def objective(self, config: RunConfig) -> Transport:
         """Flow matching with logit-normal times, shifted by the size of the batch's pictures."""

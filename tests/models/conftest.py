@@ -6,8 +6,10 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+from paddle import nn
 
 from ppcoat.models.flux_pipeline import FluxPipeline
+from ppcoat.nn.fp8_weight import FP8Weight
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 
@@ -52,3 +54,36 @@ def rounded() -> Callable[[np.ndarray], np.ndarray]:
         return values
 
     return rounded
+
+
+@pytest.fixture(scope="session")
+def assert_same() -> Callable[[nn.Layer, nn.Layer], None]:
+    """assert_same(got, wanted): two models have the same state, name for name and bit for bit."""
+
+    def assert_same(got: nn.Layer, wanted: nn.Layer) -> None:
+        got, wanted = got.state_dict(), wanted.state_dict()
+        assert list(got) == list(wanted)
+        for name, value in wanted.items():
+            np.testing.assert_array_equal(got[name].numpy(), value.numpy(), err_msg=name)
+
+    return assert_same
+
+
+@pytest.fixture(scope="session")
+def assert_rounded_once(rounded) -> Callable[[nn.Layer, nn.Layer], dict[str, FP8Weight]]:
+    """assert_rounded_once(model, exact) -> the FP8 weights of `model` by path: each is that of `exact`
+    rounded, all other parameters are as they were."""
+
+    def assert_rounded_once(model: nn.Layer, exact: nn.Layer) -> dict[str, FP8Weight]:
+        assert not model.training and model.source_config == exact.source_config
+        fp8 = {path: layer for path, layer in model.named_sublayers() if isinstance(layer, FP8Weight)}
+        left = dict(model.named_parameters())
+        for name, parameter in exact.named_parameters():
+            if name in fp8:
+                got, wanted = fp8[name].dequantized("float32"), rounded(parameter.numpy())
+            else:
+                got, wanted = left[name], parameter.numpy()
+            np.testing.assert_array_equal(got.numpy(), wanted, err_msg=name)
+        return fp8
+
+    return assert_rounded_once

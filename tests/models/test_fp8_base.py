@@ -18,7 +18,6 @@ from ppcoat.models.fp8_base import linear_paths, load_fp8_transformer, output_er
 from ppcoat.models.loading import load_transformer
 from ppcoat.models.saving import save_weights
 from ppcoat.nn.convert import multiply_in_fp8, quantize_linears
-from ppcoat.nn.fp8_weight import FP8Weight
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -44,19 +43,11 @@ def test_flux_dev_has_504_linears_494_of_them_in_blocks():
 
 
 @pytest.mark.parametrize("folder", ["fp32_folder", "bf16_folder"])
-def test_every_linear_is_rounded_once_and_all_else_is_as_it_was(request, folder, rounded):
+def test_every_linear_is_rounded_once_and_all_else_is_as_it_was(request, folder, assert_rounded_once):
     folder = request.getfixturevalue(folder) / "transformer"
     exact, model = load_transformer(folder), load_fp8_transformer(folder)
-    assert not model.training and model.source_config == exact.source_config
-    fp8 = {path: layer for path, layer in model.named_sublayers() if isinstance(layer, FP8Weight)}
+    fp8 = assert_rounded_once(model, exact)
     assert [path.removesuffix(".weight") for path in fp8] == linear_paths(exact)
-    left = dict(model.named_parameters())
-    for name, parameter in exact.named_parameters():
-        if name in fp8:
-            got, wanted = fp8[name].dequantized("float32"), rounded(parameter.numpy())
-        else:
-            got, wanted = left[name], parameter.numpy()
-        np.testing.assert_array_equal(got.numpy(), wanted, err_msg=name)
 
 
 def test_float16_sources_are_read(fp32_folder, tmp_path, rounded):

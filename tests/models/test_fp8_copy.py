@@ -30,19 +30,8 @@ def said(caplog):
     return [record.getMessage() for record in caplog.records if record.name.startswith("ppcoat")]
 
 
-def states(model):
-    return {name: tensor.numpy() for name, tensor in model.state_dict().items()}
-
-
-def assert_same(got, wanted):
-    got, wanted = states(got), states(wanted)
-    assert list(got) == list(wanted)
-    for name, value in wanted.items():
-        np.testing.assert_array_equal(got[name], value, err_msg=name)
-
-
 def test_the_second_start_reads_the_copy_and_no_weight_of_the_model(
-    source, copy, tmp_path, caplog, monkeypatch
+    assert_same, source, copy, tmp_path, caplog, monkeypatch
 ):
     plain = load_fp8_transformer(source)
     assert_same(load_fp8_transformer(source, copy=copy), plain)
@@ -52,9 +41,9 @@ def test_the_second_start_reads_the_copy_and_no_weight_of_the_model(
     assert [path.name for path in copy.folder.parent.iterdir()] == ["copy"]  # nothing temporary is left
 
 
-def test_it_is_a_folder_of_shards_that_safetensors_reads(source, copy, monkeypatch):
+def test_it_is_a_folder_of_shards_that_safetensors_reads(assert_same, source, copy, monkeypatch):
     monkeypatch.setattr(saving, "SHARD_BYTES", 200_000)
-    plain = states(load_fp8_transformer(source))
+    plain = {name: tensor.numpy() for name, tensor in load_fp8_transformer(source).state_dict().items()}
     assert_same(load_fp8_transformer(source, copy=copy), load_fp8_transformer(source))
     names = json.loads((copy.folder / INDEX).read_text())["weight_map"]
     shards = sorted(copy.folder.glob("*.safetensors"))
@@ -69,7 +58,9 @@ def test_it_is_a_folder_of_shards_that_safetensors_reads(source, copy, monkeypat
     assert (copy.folder / "config.json").read_text() and len(names) == len(plain)
 
 
-def test_a_copy_of_other_weights_is_made_anew_with_one_message(source, fp32_folder, copy, caplog):
+def test_a_copy_of_other_weights_is_made_anew_with_one_message(
+    assert_same, source, fp32_folder, copy, caplog
+):
     load_fp8_transformer(fp32_folder / "transformer", copy=FP8Copy(copy.folder, "weights 0"))
     assert_same(load_fp8_transformer(source, copy=copy), load_fp8_transformer(source))
     assert len(said(caplog)) == 1 and "of other weights: it is made anew" in said(caplog)[0]
@@ -104,7 +95,7 @@ def garbage(folder):
 
 
 @pytest.mark.parametrize("damage", [cut, flip, without_index, without_sums, garbage, shutil.rmtree])
-def test_a_damaged_copy_is_made_anew_with_one_message(source, copy, caplog, damage):
+def test_a_damaged_copy_is_made_anew_with_one_message(assert_same, source, copy, caplog, damage):
     plain = load_fp8_transformer(source, copy=copy)
     damage(copy.folder)
     if damage is shutil.rmtree:

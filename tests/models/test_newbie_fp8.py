@@ -17,7 +17,6 @@ from ppcoat.models.loading import linear_weights
 from ppcoat.models.newbie_fp8 import last_layers, load_fp8_nextdit
 from ppcoat.models.newbie_loading import load_nextdit
 from ppcoat.models.nextdit import NextDiT_CLIP
-from ppcoat.nn.fp8_weight import FP8Weight
 
 FOLDER = Path(__file__).parent.parent / "fixtures" / "tiny_newbie" / "transformer"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -28,32 +27,13 @@ def copy(tmp_path):
     return FP8Copy(tmp_path / "copy", "weights 1")
 
 
-def states(model):
-    return {name: tensor.numpy() for name, tensor in model.state_dict().items()}
-
-
-def assert_same(got, wanted):
-    got, wanted = states(got), states(wanted)
-    assert list(got) == list(wanted)
-    for name, value in wanted.items():
-        np.testing.assert_array_equal(got[name], value, err_msg=name)
-
-
-def test_every_linear_is_rounded_once_and_all_else_is_as_it_was(rounded):
+def test_every_linear_is_rounded_once_and_all_else_is_as_it_was(assert_rounded_once):
     exact, model = load_nextdit(FOLDER), load_fp8_nextdit(FOLDER)
-    assert not model.training and model.source_config == exact.source_config
-    fp8 = {path: layer for path, layer in model.named_sublayers() if isinstance(layer, FP8Weight)}
+    fp8 = assert_rounded_once(model, exact)
     assert fp8.keys() == linear_weights(exact)
-    left = dict(model.named_parameters())
-    for name, parameter in exact.named_parameters():
-        if name in fp8:
-            got, wanted = fp8[name].dequantized("float32"), rounded(parameter.numpy())
-        else:
-            got, wanted = left[name], parameter.numpy()
-        np.testing.assert_array_equal(got.numpy(), wanted, err_msg=name)
 
 
-def test_the_second_start_reads_the_copy_and_no_weight_of_the_model(copy, caplog, monkeypatch):
+def test_the_second_start_reads_the_copy_and_no_weight_of_the_model(assert_same, copy, caplog, monkeypatch):
     plain = load_fp8_nextdit(FOLDER)
     assert_same(load_fp8_nextdit(FOLDER, copy=copy), plain)
     monkeypatch.setattr("ppcoat.models.fp8_base.quantised_tensors", None)
@@ -63,7 +43,7 @@ def test_the_second_start_reads_the_copy_and_no_weight_of_the_model(copy, caplog
     assert not [record for record in caplog.records if record.name.startswith("ppcoat")]
 
 
-def test_a_damaged_copy_is_made_anew_with_one_message(copy, caplog):
+def test_a_damaged_copy_is_made_anew_with_one_message(assert_same, copy, caplog):
     plain = load_fp8_nextdit(FOLDER, copy=copy)
     file = next(copy.folder.glob("*.safetensors"))
     data = bytearray(file.read_bytes())
