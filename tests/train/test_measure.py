@@ -83,7 +83,8 @@ def test_lora_variants_start_equal_and_count_what_they_hold():
     assert b["optimizer_bytes"] == trained * (2 + 2 * 5 / 128)  # codes, amax float32 and k per 128
     assert b["bytes_kept"] < a["bytes_kept"] and b["bytes_kept_bf16"] < a["bytes_kept_bf16"]
     assert a["bytes_kept"] == a["bytes_unpacked"]
-    assert 0 < a["growth_bytes"] == a["peak_bytes"] - a["loaded_bytes"]
+    # not above 0 for certain: so small a model may fit into memory that this process had used before
+    assert 0 <= a["growth_bytes"] == a["peak_bytes"] - a["loaded_bytes"]
 
 
 def test_full_training_trains_every_parameter():
