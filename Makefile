@@ -13,7 +13,7 @@ quickstart: $(READY)
 	$(VENV)/bin/python -m ppcoat quickstart
 
 test: $(READY)
-	$(VENV)/bin/python -m pytest -q
+	$(VENV)/bin/python -m pytest -q -n 2 --dist worksteal
 
 test-all: $(READY)
 	$(VENV)/bin/python -m pytest -q -m "not gpu"

@@ -7,6 +7,7 @@ import ctypes
 import os
 import re
 import sys
+import warnings
 from pathlib import Path
 
 import paddle
@@ -22,6 +23,13 @@ def tune_host() -> None:
     keep_freed_memory()
     use_avx2_on_amd()
     use_all_cores()
+
+
+def ignore_warnings_of_libraries() -> None:
+    """Paddle's, ppdiffusers' and paddlenlp's own, about which a user of ppcoat can do nothing."""
+    warnings.filterwarnings(
+        "ignore", category=UserWarning, module="paddle|ppdiffusers|paddlenlp|_distutils_hack"
+    )
 
 
 def keep_freed_memory() -> bool:
@@ -59,14 +67,14 @@ def use_avx2_on_amd(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
 
 
 def use_all_cores() -> bool:
-    """Let matrix products and OpenMP loops use every core; Paddle's CPU wheel starts with one.
+    """Let matrix products and OpenMP loops use every core (see core_count); Paddle's CPU wheel starts with
+    one.
 
     Uses the C interfaces of the MKL and OpenMP libraries inside the wheel, since Paddle has read the
     environment by the time that anybody asks. An OMP_NUM_THREADS set by the user wins. Returns False where
     they are not found.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    cores = _users_thread_count() or cores
+    cores = core_count()
     libraries = Path(paddle.__file__).parent / "libs"
     if not all((libraries / name).exists() for name in ("libmklml_intel.so", "libiomp5.so")):
         return False
@@ -75,6 +83,15 @@ def use_all_cores() -> bool:
     mkl.MKL_Set_Num_Threads(cores)
     ctypes.CDLL(str(libraries / "libiomp5.so")).omp_set_num_threads(cores)
     return True
+
+
+def core_count() -> int:
+    """Cores that this process may use: its share where paddle.distributed.launch started several on this
+    machine; an OMP_NUM_THREADS set by the user wins."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    local_ranks = os.environ.get("PADDLE_LOCAL_SIZE", "1")
+    share = cores // int(local_ranks) if local_ranks.isdecimal() and int(local_ranks) else cores
+    return _users_thread_count() or max(1, share)
 
 
 def _users_thread_count() -> int | None:
@@ -92,7 +109,7 @@ def set_device(name: str) -> None:
     """ "auto" takes a GPU if Paddle sees one. Raises ConfigError for a device that is not there."""
     if not re.fullmatch(r"auto|cpu|gpu(:\d+)?", name):
         raise ConfigError(f"device: came {name!r}, wanted auto, cpu, gpu or gpu:N")
-    gpus = paddle.device.cuda.device_count() if paddle.device.is_compiled_with_cuda() else 0
+    gpus = _gpu_count()
     if name == "auto":
         name = "gpu" if gpus else "cpu"
     if name.startswith("gpu") and int(name.partition(":")[2] or 0) >= gpus:
@@ -100,6 +117,15 @@ def set_device(name: str) -> None:
             f"device: came {name}, but Paddle sees {gpus} GPUs; use cpu, or install a GPU wheel of Paddle"
         )
     paddle.device.set_device(name)
+
+
+def uses_gpu(name: str) -> bool:
+    """Whether `set_device(name)` will take a GPU."""
+    return name.startswith("gpu") or (name == "auto" and _gpu_count() > 0)
+
+
+def _gpu_count() -> int:
+    return paddle.device.cuda.device_count() if paddle.device.is_compiled_with_cuda() else 0
 
 
 def compute_dtype(name: str) -> str | None:

@@ -11,8 +11,10 @@ import numpy as np
 import paddle
 import pytest
 
+from ppcoat import host
 from ppcoat.errors import ConfigError
 from ppcoat.host import (
+    core_count,
     is_running,
     keep_freed_memory,
     memory_in_use,
@@ -20,6 +22,7 @@ from ppcoat.host import (
     tune_host,
     use_all_cores,
     use_avx2_on_amd,
+    uses_gpu,
 )
 
 OPENMP = Path(paddle.__file__).parent / "libs" / "libiomp5.so"
@@ -120,6 +123,21 @@ def test_every_core_that_the_process_may_use_is_used():
 @needs_openmp
 def test_the_user_may_say_how_many_threads():
     assert threads_of_a_new_process({"OMP_NUM_THREADS": "3"}) == [3, 3]
+
+
+@pytest.mark.parametrize(("ranks", "share"), [("1", 8), ("2", 4), ("3", 2), ("16", 1), ("0", 8), ("two", 8)])
+def test_ranks_on_one_machine_share_its_cores(monkeypatch, ranks, share):
+    monkeypatch.setattr(host, "_users_thread_count", lambda: None)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.setenv("PADDLE_LOCAL_SIZE", ranks)
+    assert core_count() == share
+
+
+def test_a_gpu_is_used_where_it_is_named_or_there(monkeypatch):
+    monkeypatch.setattr(host, "_gpu_count", lambda: 1)
+    assert uses_gpu("auto") and uses_gpu("gpu:1") and not uses_gpu("cpu")
+    monkeypatch.setattr(host, "_gpu_count", lambda: 0)
+    assert not uses_gpu("auto")
 
 
 def test_a_wheel_without_these_libraries_is_left_alone(monkeypatch, tmp_path):

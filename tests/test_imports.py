@@ -20,8 +20,8 @@ ALLOWED = {
     "data": ("config",),
     "infer": ("models", "lora", "data"),
     "train": ("config", "data", "models", "lora", "nn", "optim", "fp8"),
-    "distill": ("config", "data", "lora", "models", "nn", "optim", "train"),
-    "pretrain": ("data", "models", "infer"),
+    "distill": ("config", "data", "fp8", "lora", "models", "nn", "optim", "train"),
+    "pretrain": ("data", "models", "infer", "train.ranks"),
 }
 OPEN_TO_ALL = ("errors", "host")
 UNRESTRICTED = ("cli", "__init__", "__main__")  # the top

@@ -2,8 +2,9 @@
 
     consistency  ->  + adversarial  ->  + DMD  ->  + reflow  ->  all of them as the published code has them
 
-Every student has as many steps of its LoRA; where heads are trained they take as many again. All are compared
-with one set of the teacher's samples. A finished student is found again by the next call with the same flags.
+Every student has as many steps of its LoRA; where heads are trained they take as many again. On a CPU two of
+them train at the same time. All are compared with one set of the teacher's samples. A finished student is
+found again by the next call with the same flags.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+from ppcoat.cli.at_once import AT_ONCE, Job, batched, run_at_once
 from ppcoat.config.lightning import lightning_config
 from ppcoat.distill.flux_lightning import train_flux_lightning
 from ppcoat.errors import ConfigError
@@ -52,7 +54,12 @@ def run_command(arguments: argparse.Namespace) -> None:
             raise ConfigError(f"--{name} must be at least 1, got {getattr(arguments, name)}")
     tune_host()
     folder = Path(arguments.output_dir)
-    files = {name: distilled(arguments, folder, name) for name in STUDENTS}
+    files: dict[str, Path] = {}
+    for names in batched(STUDENTS, AT_ONCE):
+        print(f"{'; '.join(names)}: printing to {folder}")
+        jobs = [Job(distilled, (arguments, folder, name), folder / f"{run_name(arguments, name)}.log")
+                for name in names]  # fmt: skip
+        files |= dict(zip(names, run_at_once(jobs), strict=True))
     scores, _ = compare_students(arguments.model, files, arguments.samples, batch_size=50)
     content = {"settings": vars(arguments), "scores": [asdict(row) for row in scores]}
     (folder / "ablation.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -64,7 +71,7 @@ def distilled(arguments: argparse.Namespace, folder: Path, name: str) -> Path:
     with other settings."""
     flags = SHARED | STUDENTS[name]
     steps = arguments.lora_steps * (2 if flags["adv_weight"] else 1)
-    run = f"student{list(STUDENTS).index(name)}-{arguments.lora_steps}-{arguments.seed}"
+    run = run_name(arguments, name)
     config = lightning_config(
         flags
         | {
@@ -88,6 +95,11 @@ def distilled(arguments: argparse.Namespace, folder: Path, name: str) -> Path:
     file = train_flux_lightning(config).lora_file
     settings.write_text(json.dumps(wanted), encoding="utf-8")
     return file
+
+
+def run_name(arguments: argparse.Namespace, name: str) -> str:
+    """Of the folder of one student."""
+    return f"student{list(STUDENTS).index(name)}-{arguments.lora_steps}-{arguments.seed}"
 
 
 def table(scores: list[SampleScores]) -> str:

@@ -10,10 +10,10 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
-import warnings
 from collections.abc import Sequence
 
 from ppcoat.errors import ConfigError
+from ppcoat.host import ignore_warnings_of_libraries
 
 COMMANDS = {  # name -> (module, what it does)
     "quickstart": (
@@ -59,9 +59,7 @@ def run(name: str, argv: Sequence[str] | None = None, prog: str | None = None) -
     """Run one command with the flags `argv` (default: the process's own); ConfigError (exit status 2) and
     FloatingPointError (1) become one line on stderr."""
     module_name, what = COMMANDS[name]
-    warnings.filterwarnings(
-        "ignore", category=UserWarning, module="paddle|ppdiffusers|paddlenlp|_distutils_hack"
-    )
+    ignore_warnings_of_libraries()
     try:
         module = importlib.import_module(module_name)
         parser = argparse.ArgumentParser(prog=prog, description=what, allow_abbrev=False)

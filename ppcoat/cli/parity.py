@@ -3,8 +3,9 @@
     one set of drawings  ->  per seed: AdamW and ordinary activations, then FP8 states with each policy  ->
     final loss and motif rate beside those of float32
 
-Each finished run is written to parity.json in the output folder at once; a second call with the same settings
-goes on with those that are missing. With another number of --samples it draws again and trains nothing.
+On a CPU two runs go on at the same time; what each prints goes to a file of its name in the output folder.
+Finished runs are written to parity.json there; a second call with the same settings goes on with those that
+are missing. With another number of --samples it draws again and trains nothing.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ from pathlib import Path
 
 import numpy as np
 
+from ppcoat.cli.at_once import AT_ONCE, Job, batched, run_at_once
 from ppcoat.cli.quickstart import CONFIG, draw, draw_data, final_loss, motif_rate
 from ppcoat.cli.train import add_set_flag
 from ppcoat.config.load import load_config
 from ppcoat.config.schema import RunConfig
 from ppcoat.errors import ConfigError
-from ppcoat.host import tune_host
+from ppcoat.host import set_device, tune_host
 from ppcoat.infer.garment_scores import held_out_garments
 from ppcoat.models.flux_pipeline import FluxPipeline
 from ppcoat.nn.policy import POLICIES
@@ -53,22 +55,20 @@ def run_command(arguments: argparse.Namespace) -> None:
         "steps": arguments.steps,
     }
     results = earlier_results(folder / "parity.json", settings)
-    fresh = not results
+    missing = {}
     for seed in arguments.seeds:
         for policy in (FLOAT32, *POLICIES[1:]):
-            key = f"{policy}/{seed}"
-            found = results.get(key, {})
-            if found.get("samples") == arguments.samples:
-                continue
-            config = run_config(arguments, policy, seed)
-            if fresh:
-                draw_data(config)
-                fresh = False
-            found = found or trained(config)
-            rate = rate_of(config, arguments.samples)
-            results[key] = found | {"motif": rate, "samples": arguments.samples}
-            content = {"settings": settings, "results": results}
-            (folder / "parity.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            if results.get(f"{policy}/{seed}", {}).get("samples") != arguments.samples:
+                missing[f"{policy}/{seed}"] = run_config(arguments, policy, seed)
+    if missing and not results:
+        draw_data(next(iter(missing.values())))
+    for keys in batched(missing, AT_ONCE):
+        print(f"{', '.join(keys)}: {arguments.steps} steps, printing to {folder}")
+        jobs = [Job(measured_run, (missing[key], results.get(key, {}), arguments.samples),
+                    folder / f"{missing[key].name}.log") for key in keys]  # fmt: skip
+        results |= dict(zip(keys, run_at_once(jobs, missing[keys[0]].device), strict=True))
+        content = {"settings": settings, "results": results}
+        (folder / "parity.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     print(table(results, arguments.seeds))
 
 
@@ -96,9 +96,14 @@ def run_config(arguments: argparse.Namespace, policy: str, seed: int) -> RunConf
     return load_config(arguments.config, [*arguments.overrides, *run, *coat])
 
 
+def measured_run(config: RunConfig, found: dict, samples: int) -> dict[str, float]:
+    """`found`, or what `trained` gives where that is empty, and the motif rate."""
+    found = found or trained(config)
+    return found | {"motif": rate_of(config, samples), "samples": samples}
+
+
 def trained(config: RunConfig) -> dict[str, float]:
     """-> loss: mean of the last 50 steps; kept_mib; seconds."""
-    print(f"\n{config.name}: {config.train.steps} steps")
     result = train_flux_lora(config)
     return {
         "loss": final_loss(result),
@@ -109,6 +114,7 @@ def trained(config: RunConfig) -> dict[str, float]:
 
 def rate_of(config: RunConfig, samples: int) -> float:
     """Share of pictures with the motif, drawn with the LoRA of a finished run."""
+    set_device(config.device)
     pipeline = FluxPipeline.from_pretrained(config.model.name_or_path)
     pipeline.load_lora_weights(config.run_dir / f"{config.name}.safetensors")
     prompts = [f"{config.trigger_word} {garment.caption}" for garment in held_out_garments(samples)]

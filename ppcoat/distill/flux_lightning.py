@@ -31,6 +31,7 @@ from ppcoat.distill.trainer import (
     both_sides,
 )
 from ppcoat.errors import ConfigError
+from ppcoat.fp8 import backend
 from ppcoat.host import compute_dtype, set_device, tune_host
 from ppcoat.models.flux_pipeline import FluxPipeline
 from ppcoat.models.loading import check_folder
@@ -71,6 +72,7 @@ def train_flux_lightning(config: LightningConfig) -> TrainingResult:
     check_swap(run)
     _check_fresh(config, run)
     set_device(config.device)
+    backend.check_forced()
     dtype = compute_dtype(run.model.dtype)
     ranks = Ranks.current(config.device, WORDS.again)
     if config.file_list_path is not None:

@@ -7,7 +7,7 @@ once.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,7 @@ from ppcoat.models.scheduler import calculate_shift
 from ppcoat.pretrain.autoencoder import HELD_OUT_SEED, to_pixels
 from ppcoat.pretrain.muon import Muon
 from ppcoat.pretrain.text import CLIP_WIDTH, T5_WIDTH, caption_variants
+from ppcoat.train.ranks import Ranks
 
 SAVE_EVERY = 1000  # steps between saves
 
@@ -110,16 +111,25 @@ def encode_drawings(pipeline: FluxPipeline, training: DenoiserTraining, file: Pa
 
 
 def train_transformer(
-    transformer: FluxTransformer2DModel, data: dict, training: DenoiserTraining, folder: Path
+    transformer: FluxTransformer2DModel,
+    data: dict,
+    training: DenoiserTraining,
+    folder: Path,
+    ranks: Ranks | None = None,
 ) -> list[float]:
-    """Flow matching from the weights `transformer` has; -> loss of every step.
+    """Flow matching from the weights `transformer` has; -> loss of every step. Several ranks share a batch.
 
     data: what `encode_drawings` gives. The running average of the weights is what draws best: it goes to
     `folder` every SAVE_EVERY steps and, at the end, into `transformer` too.
     """
+    ranks = ranks or Ranks()
+    training = replace(
+        training, batch_size=training.batch_size // ranks.size, seed=training.seed * ranks.size + ranks.rank
+    )
     paddle.seed(training.seed)
     matrices, others = _trained_parameters(transformer)
-    muon = Muon(matrices)
+    ranks.broadcast([*matrices, *others])
+    muon = Muon(matrices, ranks=ranks)
     adamw = paddle.optimizer.AdamW(training.learning_rate, parameters=others, weight_decay=0.01,
                                    grad_clip=paddle.nn.ClipGradByGlobalNorm(1.0))  # fmt: skip
     average = FluxTransformer2DModel.from_config(transformer.config)
@@ -127,11 +137,12 @@ def train_transformer(
     batches = FlowBatches(data, average, training)
     losses = []
     transformer.train()
-    bar = tqdm(range(1, training.steps + 1), desc="transformer", mininterval=5)
+    bar = tqdm(range(1, training.steps + 1), desc="transformer", mininterval=5, disable=not ranks.is_first)
     for step in bar:
         arguments, target = batches.draw(guided=step > training.guided_after)
         loss = (transformer(**arguments)[0] - target).square().mean()
         loss.backward()
+        ranks.average_gradients([*matrices, *others])
         rate = _rate(step, training)
         muon.step(training.matrix_learning_rate * rate)
         adamw.set_lr(training.learning_rate * rate)
@@ -142,7 +153,7 @@ def train_transformer(
         losses.append(float(loss))
         if step % 25 == 0:
             bar.set_postfix(loss=f"{np.mean(losses[-100:]):.4f}", lr=f"{adamw.get_lr():.1e}")
-        if step % SAVE_EVERY == 0 or step == training.steps:
+        if ranks.is_first and (step % SAVE_EVERY == 0 or step == training.steps):
             save_diffusers_model(average, folder)
     transformer.set_state_dict(average.state_dict())
     transformer.eval()

@@ -26,6 +26,7 @@ from ppcoat.pretrain.autoencoder import AutoencoderTraining, train_autoencoder
 from ppcoat.pretrain.classifier import ClassifierTraining, train_classifier
 from ppcoat.pretrain.denoiser import DenoiserTraining, build_transformer, encode_drawings, train_transformer
 from ppcoat.pretrain.text import write_text_parts
+from ppcoat.train.ranks import Ranks
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,8 +69,29 @@ def pretrain(
 ) -> FluxPipeline:
     """Run every stage whose result is not in `work_dir` yet and write the pipeline (float16) to `output_dir`.
 
-    A transformer that is in `work_dir` is trained further.
+    A transformer that is in `work_dir` is trained further, by all ranks; the other stages are rank 0's.
     """
+    ranks = Ranks.current("cpu")
+    with ranks.first_ahead():
+        _write_parts(work_dir, autoencoder, classifier)
+        pipeline = assemble(work_dir)
+        data = encode_drawings(pipeline, denoiser, work_dir / "drawings.npz")
+    losses = train_transformer(pipeline.transformer, data, denoiser, work_dir / "transformer", ranks)
+    if ranks.is_first:
+        pipeline.save_pretrained(output_dir, dtype="float16")
+        settings = {
+            "autoencoder": dataclasses.asdict(autoencoder),
+            "transformer": dataclasses.asdict(denoiser),
+            "ranks": ranks.size,
+            "final_loss": sum(losses[-200:]) / len(losses[-200:]),
+        }
+        (work_dir / "training.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    ranks.close()
+    return pipeline
+
+
+def _write_parts(work_dir: Path, autoencoder: AutoencoderTraining, classifier: ClassifierTraining) -> None:
+    """Text encoders, autoencoder and classifier, those that `work_dir` lacks."""
     work_dir.mkdir(parents=True, exist_ok=True)
     if not (work_dir / "text_encoder_2").exists():
         write_text_parts(work_dir)
@@ -77,14 +99,6 @@ def pretrain(
         train_autoencoder(work_dir / "vae", autoencoder)
     if not (work_dir / "garment_classifier.safetensors").exists():
         train_classifier(work_dir / "garment_classifier.safetensors", classifier, load_vae(work_dir / "vae"))
-    pipeline = assemble(work_dir)
-    data = encode_drawings(pipeline, denoiser, work_dir / "drawings.npz")
-    losses = train_transformer(pipeline.transformer, data, denoiser, work_dir / "transformer")
-    pipeline.save_pretrained(output_dir, dtype="float16")
-    settings = {"autoencoder": dataclasses.asdict(autoencoder), "transformer": dataclasses.asdict(denoiser)}
-    settings["final_loss"] = sum(losses[-200:]) / len(losses[-200:])
-    (work_dir / "training.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    return pipeline
 
 
 def assemble(work_dir: Path) -> FluxPipeline:

@@ -12,7 +12,6 @@ import os
 import platform
 import signal
 import time
-import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -22,7 +21,7 @@ import paddle
 
 from ppcoat.config.schema import CoatActivationConfig, CoatOptimizerConfig
 from ppcoat.errors import ConfigError
-from ppcoat.host import set_device, tune_host
+from ppcoat.host import ignore_warnings_of_libraries, set_device, tune_host
 from ppcoat.lora import inject_lora
 from ppcoat.lora.layer import lora_parameters
 from ppcoat.models.flux import FluxTransformer2DModel
@@ -190,7 +189,7 @@ def serve(connection: Connection, case: BenchmarkCase) -> None:
     steps. 0 asks for `result` and ends it. A ConfigError or MemoryError is sent instead of an answer.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C is for the parent, which then ends this process
-    warnings.filterwarnings("ignore", category=UserWarning, module="paddle|ppdiffusers|paddlenlp")
+    ignore_warnings_of_libraries()
     try:
         tune_host()
         training = MeasuredTraining(case)

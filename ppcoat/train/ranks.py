@@ -142,7 +142,7 @@ class Ranks:
             paddle.zeros([p.size]) if p.grad is None else p.grad.reshape([-1]).astype("float32")
             for p in parameters
         ]
-        mean = self._sum(paddle.concat(pieces)) / self.size
+        mean = self.sum(paddle.concat(pieces)) / self.size
         for parameter, piece in zip(parameters, mean.split([p.size for p in parameters]), strict=True):
             gradient = piece.reshape(parameter.shape).astype(parameter.dtype)
             if parameter.grad is None:
@@ -166,13 +166,15 @@ class Ranks:
         where they are."""
         table = np.zeros([self.size, len(values)])
         table[self.rank] = values
-        return table if self.size == 1 else self._sum(paddle.to_tensor(table)).numpy()
+        return table if self.size == 1 else self.sum(paddle.to_tensor(table)).numpy()
 
-    def _sum(self, tensor: paddle.Tensor) -> paddle.Tensor:
-        import paddle.distributed as dist
+    def sum(self, tensor: paddle.Tensor) -> paddle.Tensor:
+        """`tensor`, to which those of the other ranks have been added; of the same shape and dtype on all."""
+        if self.size > 1:
+            import paddle.distributed as dist
 
-        with self._exchange():
-            dist.all_reduce(tensor)
+            with self._exchange():
+                dist.all_reduce(tensor)
         return tensor
 
     @contextmanager

@@ -11,7 +11,7 @@ from ppcoat.infer.garment_scores import SampleScores
 
 
 @pytest.fixture
-def trained(monkeypatch):
+def trained(monkeypatch, one_process):
     """Configs of the students that were trained; nothing is trained or drawn."""
     configs = []
 
@@ -34,6 +34,7 @@ def trained(monkeypatch):
     monkeypatch.setattr(ablation, "train_flux_lightning", train)
     monkeypatch.setattr(ablation, "compare_students", compare)
     monkeypatch.setattr(ablation, "tune_host", lambda: None)
+    one_process(ablation)
     return configs
 
 

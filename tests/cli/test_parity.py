@@ -11,7 +11,7 @@ from ppcoat.cli.parity import table
 
 
 @pytest.fixture
-def trained(monkeypatch, tmp_path):
+def trained(monkeypatch, one_process):
     """Configs of the runs made; nothing is trained."""
     configs = []
 
@@ -20,6 +20,7 @@ def trained(monkeypatch, tmp_path):
         return {"loss": 0.5, "kept_mib": 1.0, "seconds": 1.0}
 
     monkeypatch.setattr(parity, "tune_host", lambda: None)
+    one_process(parity)
     monkeypatch.setattr(parity, "trained", train)
     monkeypatch.setattr(parity, "rate_of", lambda config, samples: samples / 100)
     monkeypatch.setattr(parity, "draw_data", lambda config: Path(config.data.folder_path).mkdir(parents=True))

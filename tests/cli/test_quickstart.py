@@ -79,7 +79,7 @@ def test_summary_shows_what_was_computed(tmp_path):
 
 
 @pytest.fixture
-def quick(monkeypatch):
+def quick(monkeypatch, one_process):
     """A judge without training, a handful of pictures, captions of 16 tokens, and the threads as they are."""
 
     def load():
@@ -89,6 +89,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(quickstart_module.GarmentClassifier, "load", staticmethod(load))
     monkeypatch.setattr(quickstart_module, "PICTURES", 5)
     monkeypatch.setattr(quickstart_module, "tune_host", lambda: None)
+    one_process(quickstart_module)
     monkeypatch.setattr(flux_pipeline, "MAX_T5_TOKENS", 16)
 
 
@@ -148,10 +149,11 @@ def test_rates_and_grid_are_of_the_pictures_they_name(tmp_path, quick, monkeypat
     save_lora(tmp_path / "lora.safetensors", transformer)
     stars = {(False, True): 1, (True, True): 3, (True, False): 2}  # (LoRA on, trigger word) -> pictures
 
-    def paint(pipeline, prompts, _):
+    def paint(pipeline, prompts, config, first):
         has_lora = bool(lora_layers(pipeline.transformer))
         count = stars[has_lora, all(prompt.startswith("sks a ") for prompt in prompts)]
-        return [Image.new("RGB", (64, 64), "gold" if i < count else "grey") for i in range(len(prompts))]
+        numbers = range(first, first + len(prompts))
+        return [Image.new("RGB", (64, 64), "gold" if i < count else "grey") for i in numbers]
 
     def judge(_, pictures):
         gold = [picture.getpixel((0, 0)) == (255, 215, 0) for picture in pictures]

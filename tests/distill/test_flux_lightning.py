@@ -20,6 +20,7 @@ from ppcoat.data import garments
 from ppcoat.distill.flux_lightning import pre_allocate, train_flux_lightning
 from ppcoat.distill.trainer import LightningTrainer
 from ppcoat.errors import ConfigError
+from ppcoat.fp8 import backend
 from ppcoat.train.ranks import Ranks
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "tiny_flux_fp32"
@@ -259,13 +260,16 @@ def no_model_is_loaded(monkeypatch):
     monkeypatch.setattr(flux_lightning, "load_encoders", fail)
 
 
-def test_wrong_inputs_stop_before_a_model_is_loaded(make_config, whole, no_model_is_loaded):
+def test_wrong_inputs_stop_before_a_model_is_loaded(make_config, whole, no_model_is_loaded, monkeypatch):
     with pytest.raises(ConfigError, match="nowhere"):
         train_flux_lightning(make_config("new", data_path="nowhere"))
     with pytest.raises(ConfigError, match="no_model: .* set --pretrained_teacher_model"):
         train_flux_lightning(make_config("new", pretrained_teacher_model="no_model"))
     with pytest.raises(ConfigError, match="--resume_from_checkpoint latest"):
         train_flux_lightning(make_config("whole"))
+    monkeypatch.setenv(backend.VARIABLE, "triton")
+    with pytest.raises(ConfigError, match="it needs an NVIDIA GPU; unset PPCOAT_BACKEND"):
+        train_flux_lightning(make_config("new"))
 
 
 def test_pre_allocation_says_one_line_on_a_cpu(capsys):
