@@ -56,9 +56,11 @@ def run_command(arguments: argparse.Namespace) -> None:
     folder = Path(arguments.output_dir)
     files: dict[str, Path] = {}
     for names in batched(STUDENTS, AT_ONCE):
-        print(f"{'; '.join(names)}: printing to {folder}")
-        jobs = [Job(distilled, (arguments, folder, name), folder / f"{run_name(arguments, name)}.log")
-                for name in names]  # fmt: skip
+        jobs = [
+            Job(f"student: {name}", distilled, (arguments, folder, name),
+                folder / f"{run_name(arguments, name)}.log")
+            for name in names
+        ]  # fmt: skip
         files |= dict(zip(names, run_at_once(jobs), strict=True))
     scores, _ = compare_students(arguments.model, files, arguments.samples, batch_size=50)
     content = {"settings": vars(arguments), "scores": [asdict(row) for row in scores]}
@@ -91,7 +93,6 @@ def distilled(arguments: argparse.Namespace, folder: Path, name: str) -> Path:
         if json.loads(settings.read_text("utf-8")) != wanted:
             raise ConfigError(f"{folder} has students of other settings: remove it, or choose another")
         return file
-    print(f"\n{name}: {steps} steps")
     file = train_flux_lightning(config).lora_file
     settings.write_text(json.dumps(wanted), encoding="utf-8")
     return file

@@ -1,8 +1,9 @@
 """Independent jobs at the same time, each in a process with its share of the cores.
 
 On a CPU most of Paddle's ops run on one core; only matrix products use all. Two trainings of a small model on
-one core each therefore end far sooner than one after the other on both (measured on two cores with the tiny
-FLUX: forward and backward of two batches of 16 take 0.24 s at once and 0.44 s as one batch of 32).
+one core each therefore end far sooner than one after the other on both (measured on two cores with a
+transformer of the tiny FLUX's size, 64 image and 12 text tokens: forward and backward of two batches of 16
+take 0.24 s at once and 0.44 s as one batch of 32).
 """
 
 from __future__ import annotations
@@ -10,30 +11,35 @@ from __future__ import annotations
 import multiprocessing
 import os
 import threading
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import islice
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from ppcoat.errors import ConfigError
 from ppcoat.host import core_count, ignore_warnings_of_libraries, tune_host, uses_gpu
+from ppcoat.train.child_process import ChildProcess
 
 AT_ONCE = 2  # trainings of a small model that commands run at the same time on a CPU
-GRACE = 30  # seconds that a job has to end by itself when another has failed
+MESSAGES = (ConfigError, FloatingPointError, SystemExit, KeyboardInterrupt)  # what commands end with
 
 
 @dataclass(frozen=True)
 class Job:
     """A call of `function`, which must be importable by name; arguments and result must be picklable.
 
-    log: where what it prints goes; None for where this process prints.
+    name: what it does, for the user. log: where it prints when it has a process of its own; None, and
+    otherwise: where this process prints.
     """
 
+    name: str
     function: Callable
-    arguments: tuple
+    arguments: tuple = ()
     log: Path | None = None
 
     def __call__(self) -> Any:
@@ -41,16 +47,37 @@ class Job:
 
 
 def run_at_once(jobs: Sequence[Job], device: str = "auto") -> list:
-    """-> the jobs' results, in their order. What a job raises is raised here, and the others are stopped.
+    """-> the jobs' results, in their order. The first fault of a job is raised here, and the others stopped:
+    by SIGTERM, on which a training saves a checkpoint. Ctrl+C reaches this process alone, which stops them.
 
     One after the other in this process where there is one job or one core, or where the device is a GPU,
     whose memory they would share.
     """
-    if len(jobs) < 2 or core_count() < 2 or uses_gpu(device):
-        return [job() for job in jobs]
+    at_once = len(jobs) > 1 and core_count() > 1 and not uses_gpu(device)
+    if not at_once:
+        return [_announced(job, job.name)() for job in jobs]
     with ExitStack() as stack, _threads(max(1, core_count() // len(jobs))):
-        processes = [stack.enter_context(_JobProcess(job)) for job in jobs]
-        return [process.result() for process in processes]
+        numbers = {}
+        for i, job in enumerate(jobs):
+            _announced(job, f"{job.name} (prints to {job.log})" if job.log else job.name)
+            numbers[stack.enter_context(ChildProcess(_serve, job))] = i
+        return _answers(numbers)
+
+
+def _answers(numbers: dict[ChildProcess, int]) -> list:
+    """What the processes answer, in the order of their numbers; a fault is raised as soon as it comes."""
+    answers: list = [None] * len(numbers)
+    waiting = {process.pipe: process for process in numbers}
+    while waiting:
+        for pipe in wait(list(waiting)):
+            process = waiting.pop(pipe)
+            answers[numbers[process]] = process.answer()
+    return answers
+
+
+def _announced(job: Job, words: str) -> Job:
+    print(words, flush=True)
+    return job
 
 
 def batched(items: Iterable, size: int) -> Iterator[tuple]:
@@ -74,44 +101,6 @@ def _threads(count: int):
             os.environ["OMP_NUM_THREADS"] = before
 
 
-class _JobProcess:
-    """A running job; a context that waits for its end, or stops it if something else went wrong.
-
-    Ctrl+C reaches the first process only, which then stops the jobs by SIGTERM: trainings save a checkpoint.
-    """
-
-    def __init__(self, job: Job) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe(duplex=False)
-        self._process = context.Process(target=_serve, args=(theirs, job))
-        self._process.start()
-        theirs.close()  # so that the death of the process is the end of the pipe
-
-    def __enter__(self) -> _JobProcess:
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if kind is not None:
-            self._process.terminate()
-            self._process.join(GRACE)
-            self._process.kill()
-        self._process.join()
-        self._pipe.close()
-
-    def result(self) -> Any:
-        """Waits for it. Raises what the job raised, ChildProcessError if its process died without a word."""
-        try:
-            answer, error = self._pipe.recv()
-        except EOFError:
-            self._process.join()
-            raise ChildProcessError(
-                f"a process of this command ended with exit code {self._process.exitcode}"
-            ) from None
-        if error is not None:
-            raise error
-        return answer
-
-
 def _serve(pipe: Connection, job: Job) -> None:
     if hasattr(os, "setsid"):
         os.setsid()
@@ -124,12 +113,13 @@ def _serve(pipe: Connection, job: Job) -> None:
     with _Faults(pipe):
         ignore_warnings_of_libraries()
         tune_host()
-        pipe.send((job(), None))
+        pipe.send(job())
 
 
 @dataclass(frozen=True)
 class _Faults:
-    """Sends what goes wrong within it, exit statuses too: the first process decides what to do."""
+    """Sends what goes wrong within it, exit statuses too: the first process decides what to do. Where that
+    is not a message to the user, the traceback is printed here, the only place that knows it."""
 
     pipe: Connection
 
@@ -137,7 +127,9 @@ class _Faults:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> bool:
         if error is not None:
-            self.pipe.send((None, error))
+            if not isinstance(error, MESSAGES):
+                traceback.print_exception(error)
+            self.pipe.send(error)
         return True
 
 

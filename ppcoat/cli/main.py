@@ -56,8 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(name: str, argv: Sequence[str] | None = None, prog: str | None = None) -> int:
-    """Run one command with the flags `argv` (default: the process's own); ConfigError (exit status 2) and
-    FloatingPointError (1) become one line on stderr."""
+    """Run one command with the flags `argv` (default: the process's own); ConfigError (exit status 2),
+    FloatingPointError and ChildProcessError (1) become one line on stderr."""
     module_name, what = COMMANDS[name]
     ignore_warnings_of_libraries()
     try:
@@ -68,7 +68,7 @@ def run(name: str, argv: Sequence[str] | None = None, prog: str | None = None) -
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except FloatingPointError as error:
+    except (FloatingPointError, ChildProcessError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

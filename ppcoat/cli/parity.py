@@ -3,7 +3,7 @@
     one set of drawings  ->  per seed: AdamW and ordinary activations, then FP8 states with each policy  ->
     final loss and motif rate beside those of float32
 
-On a CPU two runs go on at the same time; what each prints goes to a file of its name in the output folder.
+On a CPU two runs go on at the same time; what each prints goes to a log in the output folder.
 Finished runs are written to parity.json there; a second call with the same settings goes on with those that
 are missing. With another number of --samples it draws again and trains nothing.
 """
@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from ppcoat.cli.at_once import AT_ONCE, Job, batched, run_at_once
-from ppcoat.cli.quickstart import CONFIG, draw, draw_data, final_loss, motif_rate
+from ppcoat.cli.quickstart import CONFIG, draw, draw_data, final_loss, motif_rate, remove_earlier
 from ppcoat.cli.train import add_set_flag
 from ppcoat.config.load import load_config
 from ppcoat.config.schema import RunConfig
@@ -63,8 +63,7 @@ def run_command(arguments: argparse.Namespace) -> None:
     if missing and not results:
         draw_data(next(iter(missing.values())))
     for keys in batched(missing, AT_ONCE):
-        print(f"{', '.join(keys)}: {arguments.steps} steps, printing to {folder}")
-        jobs = [Job(measured_run, (missing[key], results.get(key, {}), arguments.samples),
+        jobs = [Job(key, measured_run, (missing[key], results.get(key, {}), arguments.samples),
                     folder / f"{missing[key].name}.log") for key in keys]  # fmt: skip
         results |= dict(zip(keys, run_at_once(jobs, missing[keys[0]].device), strict=True))
         content = {"settings": settings, "results": results}
@@ -103,7 +102,9 @@ def measured_run(config: RunConfig, found: dict, samples: int) -> dict[str, floa
 
 
 def trained(config: RunConfig) -> dict[str, float]:
-    """-> loss: mean of the last 50 steps; kept_mib; seconds."""
+    """-> loss: mean of the last 50 steps; kept_mib; seconds. Begins afresh: what is left of a run that has no
+    results does not tell its losses."""
+    remove_earlier(config.run_dir, "config.yaml")
     result = train_flux_lora(config)
     return {
         "loss": final_loss(result),

@@ -62,11 +62,12 @@ def quickstart(config_file: str, overrides: list[str], samples: int) -> None:
     for config in (with_coat, without):
         remove_earlier(config.run_dir, "config.yaml")
     draw_data(with_coat)
-    log = folder / f"{without.name}.log"
-    print(f"training {with_coat.train.steps} steps with COAT; the same without COAT prints to {log}")
-    coat, plain = run_at_once(
-        [Job(train_flux_lora, (with_coat,)), Job(train_flux_lora, (without,), log)], with_coat.device
-    )
+    what, log = f"training {with_coat.train.steps} steps", folder / f"{without.name}.log"
+    jobs = [
+        Job(f"{what} with COAT", train_flux_lora, (with_coat,)),
+        Job(f"{what} without COAT: same seed, same data", train_flux_lora, (without,), log),
+    ]
+    coat, plain = run_at_once(jobs, with_coat.device)
     rates, grid = measure(with_coat, coat.lora_file, samples)
     picture = folder / "before_after.png"
     grid.save(picture)
@@ -95,9 +96,10 @@ def remove_earlier(folder: Path, sign: str) -> None:
 def measure(config: RunConfig, lora_file: Path, samples: int) -> tuple[dict[str, float], Image.Image]:
     """Motif rates in `samples` pictures each, and the grid of the first ones (LoRA off above, on below)."""
     half = -(-samples // 2)
+    log = Path(config.output_dir) / "drawing.log"
     jobs = [
-        Job(draw_sets, (config, lora_file, 0, half)),
-        Job(draw_sets, (config, lora_file, half, samples), Path(config.output_dir) / "drawing.log"),
+        Job(f"drawing, three times, pictures 1 to {half}", draw_sets, (config, lora_file, 0, half)),
+        Job(f"and pictures {half + 1} to {samples}", draw_sets, (config, lora_file, half, samples), log),
     ]
     first, second = run_at_once(jobs, config.device)
     pictures = {name: first[name] + second[name] for name in first}

@@ -71,7 +71,7 @@ def pretrain(
 
     A transformer that is in `work_dir` is trained further, by all ranks; the other stages are rank 0's.
     """
-    ranks = Ranks.current("cpu")
+    ranks = Ranks.current()
     with ranks.first_ahead():
         _write_parts(work_dir, autoencoder, classifier)
         pipeline = assemble(work_dir)

@@ -7,66 +7,40 @@ must hit both alike: while one takes a few steps the other waits at its pipe, as
 from __future__ import annotations
 
 import math
-import multiprocessing
 from collections.abc import Callable
 from contextlib import ExitStack
-from types import TracebackType
 
 from ppcoat.errors import ConfigError
+from ppcoat.train.child_process import ChildProcess
 from ppcoat.train.measure import BenchmarkCase, StepRecord, serve
 
 PROBE_STEPS = 2  # the optimizer's states exist from the first update on: the second step is the fullest
 GROWTH = 4  # a batch is tried only up to this many times the largest that was seen to fit
 
 
-class MeasuredProcess:
-    """A `MeasuredTraining` in a process of its own; a context that ends the process on leaving.
+class MeasuredProcess(ChildProcess):
+    """A `MeasuredTraining` in a process of its own.
 
-    facts: what it said of model and machine. Raises ConfigError and MemoryError as the process met them, and
-    ChildProcessError if it died without a word.
+    facts: what it said of model and machine, from entering on. Raises ConfigError and MemoryError as the
+    process met them, and what ChildProcess raises.
     """
 
     def __init__(self, case: BenchmarkCase) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=serve, args=(theirs, case), daemon=True)
-        self._process.start()
-        theirs.close()  # so that the death of the process is the end of the pipe
+        super().__init__(serve, case, daemon=True)
 
     def __enter__(self) -> MeasuredProcess:
-        self.facts: dict = self._answer()
+        self.facts: dict = self.answer()
         return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if kind is not None:
-            self._process.terminate()
-        self._pipe.close()
-        self._process.join()
 
     def steps(self, count: int) -> list[StepRecord]:
         """Take `count` steps and wait for them."""
-        self._pipe.send(count)
-        return self._answer()
+        self.pipe.send(count)
+        return self.answer()
 
     def result(self) -> dict:
         """The memory numbers (`MeasuredTraining.result`). The process ends."""
-        self._pipe.send(0)
-        return self._answer()
-
-    def _answer(self):
-        try:
-            answer = self._pipe.recv()
-        except EOFError as error:
-            self._process.join()
-            code = self._process.exitcode
-            if code == -9:
-                raise MemoryError(
-                    "the system killed a measuring process, most likely for its memory"
-                ) from error
-            raise ChildProcessError(f"a measuring process ended with exit code {code}") from error
-        if isinstance(answer, BaseException):
-            raise answer
-        return answer
+        self.pipe.send(0)
+        return self.answer()
 
 
 def run_side_by_side(

@@ -21,11 +21,10 @@ two_cores = pytest.mark.skipif(CORES < 2, reason="jobs run at once on two cores 
 PARENT = """
 import sys
 from pathlib import Path
-from time import sleep
 from ppcoat.cli.at_once import Job, run_at_once
 if __name__ == "__main__":
     code = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
-    run_at_once([Job(exec, (code, {}), Path(sys.argv[1]) / name) for name in "ab"], "cpu")
+    run_at_once([Job(name, exec, (code, {}), Path(sys.argv[1]) / name) for name in "ab"], "cpu")
 """
 
 
@@ -37,37 +36,52 @@ def all_cores(monkeypatch):
 
 @two_cores
 def test_results_come_in_order_from_processes_that_share_the_cores(tmp_path):
-    jobs = [
-        Job(eval, ("(__import__('os').getpid(), __import__('ppcoat.host').host.core_count())",), tmp_path / n)
-        for n in "ab"
-    ]
+    facts = "(__import__('os').getpid(), __import__('ppcoat.host').host.core_count())"
+    jobs = [Job(name, eval, (facts,), tmp_path / name) for name in "ab"]
     before = os.environ.get("OMP_NUM_THREADS")
     (first, threads), (second, others) = run_at_once(jobs, "cpu")
     assert len({first, second, os.getpid()}) == 3
     assert threads == others == CORES // 2
     assert os.environ.get("OMP_NUM_THREADS") == before
-    assert run_at_once([Job(time.sleep, (0.3,)), Job(math.sqrt, (9.0,))], "cpu") == [None, 3.0]
+    assert run_at_once([Job("a", time.sleep, (0.3,)), Job("b", math.sqrt, (9.0,))], "cpu") == [None, 3.0]
 
 
 @two_cores
-def test_what_a_job_prints_goes_to_its_log(tmp_path):
+def test_what_a_job_prints_goes_to_its_log_which_is_named(tmp_path, capsys):
     log = tmp_path / "new" / "job.log"
     code = "import sys; print('out'); sys.stderr.write('err')"
-    assert run_at_once([Job(math.sqrt, (1.0,)), Job(exec, (code, {}), log)], "cpu") == [1.0, None]
+    jobs = [Job("root", math.sqrt, (1.0,)), Job("words", exec, (code, {}), log)]
+    assert run_at_once(jobs, "cpu") == [1.0, None]
     assert sorted(log.read_text().replace("\n", "")) == sorted("outerr")
+    assert capsys.readouterr().out == f"root\nwords (prints to {log})\n"
 
 
 @two_cores
-def test_a_fault_is_raised_here_and_the_others_are_stopped():
-    started, long = time.monotonic(), Job(time.sleep, (600,))
-    with pytest.raises(ConfigError, match="wanted auto, cpu"):
-        run_at_once([Job(set_device, ("tpu",)), long], "cpu")
-    with pytest.raises(SystemExit) as stop:
-        run_at_once([Job(sys.exit, (130,)), long], "cpu")
-    assert stop.value.code == 130
-    with pytest.raises(ChildProcessError, match="exit code 7"):
-        run_at_once([Job(os._exit, (7,)), long], "cpu")
+@pytest.mark.parametrize(
+    ("job", "error", "words"),
+    [
+        (Job("bad", set_device, ("tpu",)), ConfigError, "wanted auto, cpu"),
+        (Job("end", sys.exit, (130,)), SystemExit, "130"),
+        (Job("death", os._exit, (7,)), ChildProcessError, "exit code 7"),
+    ],
+)
+@pytest.mark.parametrize("first", [True, False])
+def test_a_fault_is_raised_here_at_once_and_the_other_is_stopped(job, error, words, first):
+    started, long = time.monotonic(), Job("long", time.sleep, (600,))
+    with pytest.raises(error, match=words):
+        run_at_once([job, long] if first else [long, job], "cpu")
     assert time.monotonic() - started < 300
+
+
+@two_cores
+def test_a_traceback_is_printed_where_the_fault_is_no_message_to_the_user(tmp_path):
+    logs = [tmp_path / "message.log", tmp_path / "fault.log"]
+    with pytest.raises(ConfigError):
+        run_at_once([Job("a", set_device, ("tpu",), logs[0]), Job("b", time.sleep, (600,))], "cpu")
+    with pytest.raises(ZeroDivisionError):
+        run_at_once([Job("a", eval, ("1 / 0",), logs[1]), Job("b", time.sleep, (600,))], "cpu")
+    assert logs[0].read_text() == ""
+    assert "Traceback" in logs[1].read_text() and "ZeroDivisionError" in logs[1].read_text()
 
 
 @two_cores
@@ -98,11 +112,11 @@ def wait_for_number(file: Path) -> int:
 
 
 @pytest.mark.parametrize(("cores", "device"), [(1, "cpu"), (4, "gpu:0")])
-def test_one_core_or_a_gpu_does_one_job_after_the_other_here(monkeypatch, cores, device):
+def test_one_core_or_a_gpu_does_one_job_after_the_other_here(monkeypatch, capsys, cores, device):
     monkeypatch.setattr(at_once, "core_count", lambda: cores)
-    order = []
-    assert run_at_once([Job(order.append, (i,)) for i in range(3)], device) == [None] * 3
-    assert order == [0, 1, 2]
+    jobs = [Job(f"job {i}", print, (i,), Path("unused.log")) for i in range(3)]
+    assert run_at_once(jobs, device) == [None] * 3
+    assert capsys.readouterr().out == "job 0\n0\njob 1\n1\njob 2\n2\n"
 
 
 def test_batches_keep_the_order_and_the_rest():

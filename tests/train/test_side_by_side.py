@@ -10,7 +10,7 @@ import time
 import pytest
 
 from ppcoat.errors import ConfigError
-from ppcoat.train import side_by_side
+from ppcoat.train import child_process, side_by_side
 from ppcoat.train.measure import BenchmarkCase
 from ppcoat.train.side_by_side import MeasuredProcess, largest_batch, measured_peak, run_side_by_side
 
@@ -140,7 +140,7 @@ def test_a_budget_beyond_the_machine_is_refused(fake, monkeypatch, total):
 def forked(monkeypatch):
     """Processes that need not import Paddle anew; they only play `serve`."""
     context = multiprocessing.get_context("fork")
-    monkeypatch.setattr(side_by_side.multiprocessing, "get_context", lambda _: context)
+    monkeypatch.setattr(child_process.multiprocessing, "get_context", lambda _: context)
 
 
 @pytest.mark.parametrize(
@@ -174,4 +174,4 @@ def test_an_error_here_ends_the_process_there(forked, monkeypatch):
     monkeypatch.setattr(side_by_side, "serve", wait_for_ever)
     with pytest.raises(KeyboardInterrupt), MeasuredProcess(BenchmarkCase()) as process:
         raise KeyboardInterrupt
-    assert process._process.exitcode == -signal.SIGTERM
+    assert process.process.exitcode == -signal.SIGTERM
