@@ -6,6 +6,7 @@ per picture, so a seed gives the same picture on CPU and GPU, alone or within a 
 
 import inspect
 import os
+import warnings
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -282,7 +283,9 @@ class FluxPipeline(LatentPictures, DiffusionPipeline):
                 raise ConfigError(f"max_sequence_length is {length}: it must lie in 1..{MAX_T5_TOKENS}")
             clip_ids = _token_ids(self.tokenizer, prompts, self.tokenizer.model_max_length)
             pooled_prompt_embeds = self.text_encoder(clip_ids).pooler_output
-            prompt_embeds = self.text_encoder_2(_token_ids(self.tokenizer_2, prompts_2, length))[0]
+            t5_ids = _token_ids(self.tokenizer_2, prompts_2, length)
+            _warn_if_cut(self.tokenizer_2, prompts_2, t5_ids)
+            prompt_embeds = self.text_encoder_2(t5_ids)[0]
         dtype = (self.transformer or self.text_encoder_2).dtype
         prompt_embeds = prompt_embeds.astype(dtype).repeat_interleave(num_images_per_prompt, axis=0)
         pooled = pooled_prompt_embeds.astype(dtype).repeat_interleave(num_images_per_prompt, axis=0)
@@ -347,6 +350,14 @@ def _as_list(prompt: str | Sequence[str]) -> list[str]:
 def _token_ids(tokenizer: Any, prompts: list[str], length: int) -> paddle.Tensor:
     tokens = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pd")
     return tokens["input_ids"]
+
+
+def _warn_if_cut(tokenizer: Any, prompts: list[str], ids: paddle.Tensor) -> None:
+    """ids: [prompts, length], of which only rows without padding can have been cut."""
+    full = [p for p, row in zip(prompts, ids.numpy(), strict=True) if row[-1] != tokenizer.pad_token_id]
+    longest = max((len(tokenizer(prompt)["input_ids"]) for prompt in full), default=0)
+    if longest > ids.shape[1]:
+        warnings.warn(f"a prompt of {longest} T5 tokens is cut to {ids.shape[1]}", stacklevel=1)
 
 
 def _seed(seed: int | None, generator: Any) -> int:

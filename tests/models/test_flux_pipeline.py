@@ -40,6 +40,14 @@ def test_prompt_embeddings_are_those_of_diffusers(pipeline, torch_refs):
     np.testing.assert_array_equal(ids.numpy(), torch_refs["pipe_text_ids"])
 
 
+def test_a_prompt_that_is_cut_is_told(pipeline, recwarn):
+    pipeline.encode_prompt(["a cat", "a cat in the hat on a mat"], max_sequence_length=6)
+    (cut,) = [str(warning.message) for warning in recwarn if "T5 tokens" in str(warning.message)]
+    assert cut.endswith("T5 tokens is cut to 6") and int(cut.split()[3]) > 6
+    pipeline.encode_prompt("a cat in the hat on a mat", max_sequence_length=int(cut.split()[3]))
+    assert len([w for w in recwarn if "T5 tokens" in str(w.message)]) == 1
+
+
 @pytest.mark.parametrize("steps", [1, 4])
 def test_latents_are_those_of_diffusers(pipeline, torch_refs, steps):
     latents = draw(pipeline, torch_refs, steps, "latent").numpy()
