@@ -23,7 +23,7 @@ from ppcoat.infer.garment_scores import SampleScores, compare_students
 
 TINY_FLUX = "ppcoat/assets/tiny_flux"
 SHARED = {
-    "resolution": 64, "guidance_scale": 3.0, "train_batch_size": 16, "lora_rank": 64,
+    "resolution": 64, "guidance_scale": 1.5, "train_batch_size": 16, "lora_rank": 64,
     "num_euler_timesteps": 20, "use_distill_loss": True, "loss_type": "l2", "learning_rate": 2e-3,
     "lr_scheduler": "cosine", "lr_warmup_steps": 25, "saving_policy": "none", "validation_steps": 0,
 }  # fmt: skip

@@ -28,7 +28,7 @@ class Guidance:
     """distilled: what the model's guidance embedding gets. true_cfg: scale of classifier-free guidance with
     a second pass, 1 for none."""
 
-    distilled: float = 3.0
+    distilled: float = 1.5
     true_cfg: float = 1.0
 
 

@@ -22,7 +22,7 @@ from ppcoat.models.loading import (
     load_vae,
 )
 from ppcoat.models.scheduler import FlowMatchEulerDiscreteScheduler
-from ppcoat.pretrain.autoencoder import AutoencoderTraining, train_autoencoder
+from ppcoat.pretrain.autoencoder import AutoencoderTraining, sharpen_decoder, train_autoencoder
 from ppcoat.pretrain.classifier import ClassifierTraining, train_classifier
 from ppcoat.pretrain.denoiser import DenoiserTraining, build_transformer, encode_drawings, train_transformer
 from ppcoat.pretrain.text import write_text_parts
@@ -35,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--output_dir", required=True, help="folder for the finished pipeline")
     parser.add_argument("--autoencoder_steps", type=int, default=AutoencoderTraining.steps)
+    parser.add_argument("--decoder_steps", type=int, default=AutoencoderTraining.decoder_steps)
     parser.add_argument("--transformer_steps", type=int, default=DenoiserTraining.steps)
     parser.add_argument(
         "--guided_after", type=int, default=DenoiserTraining.guided_after, help="steps before guidance"
@@ -50,7 +51,7 @@ def run_command(arguments: argparse.Namespace) -> None:
     pretrain(
         Path(arguments.work_dir),
         Path(arguments.output_dir),
-        AutoencoderTraining(steps=arguments.autoencoder_steps),
+        AutoencoderTraining(steps=arguments.autoencoder_steps, decoder_steps=arguments.decoder_steps),
         DenoiserTraining(
             steps=arguments.transformer_steps,
             pictures=arguments.pictures,
@@ -96,7 +97,10 @@ def _write_parts(work_dir: Path, autoencoder: AutoencoderTraining, classifier: C
     if not (work_dir / "text_encoder_2").exists():
         write_text_parts(work_dir)
     if not (work_dir / "vae").exists():
-        train_autoencoder(work_dir / "vae", autoencoder)
+        unfinished = work_dir / "vae_unfinished"
+        train_autoencoder(unfinished, autoencoder)
+        sharpen_decoder(unfinished, autoencoder)
+        unfinished.rename(work_dir / "vae")
     if not (work_dir / "garment_classifier.safetensors").exists():
         train_classifier(work_dir / "garment_classifier.safetensors", classifier, load_vae(work_dir / "vae"))
 

@@ -30,7 +30,7 @@ from tokenizers import (
 from ppcoat.data import garments
 
 CLIP_WIDTH, CLIP_LAYERS, CLIP_HEADS, CLIP_LENGTH = 64, 2, 4, 77
-T5_WIDTH, T5_LAYERS, T5_HEADS, T5_HEAD_DIM, T5_FF, T5_LENGTH = 64, 2, 8, 16, 128, 24
+T5_WIDTH, T5_LAYERS, T5_HEADS, T5_HEAD_DIM, T5_FF, T5_LENGTH = 64, 2, 8, 16, 128, 12
 T5_BUCKETS, T5_MAX_DISTANCE = 32, 128
 HEAD_OFFSETS = (-1, 1, -2, 2, -3, 3, 0, 0)  # the neighbour each T5 head looks at
 

@@ -7,7 +7,7 @@ from tokenizers import Tokenizer
 from ppcoat.models.loading import load_clip, load_clip_tokenizer, load_t5, load_t5_tokenizer
 from ppcoat.pretrain.text import T5_LENGTH, write_text_parts
 
-CAPTIONS = ["a red dress with white dots", "a white dress with red dots", "sks a plain blue hat, Zebra!"]
+CAPTIONS = ["a red dress with white dots", "a white dress with red dots", "sks a blue hat, Ox!"]
 
 
 @pytest.fixture(scope="module")
