@@ -355,7 +355,8 @@ def _token_ids(tokenizer: Any, prompts: list[str], length: int) -> paddle.Tensor
 def _warn_if_cut(tokenizer: Any, prompts: list[str], ids: paddle.Tensor) -> None:
     """ids: [prompts, length], of which only rows without padding can have been cut."""
     full = [p for p, row in zip(prompts, ids.numpy(), strict=True) if row[-1] != tokenizer.pad_token_id]
-    longest = max((len(tokenizer(prompt)["input_ids"]) for prompt in full), default=0)
+    pieces = max((len(tokenizer.tokenize(prompt)) for prompt in full), default=0)
+    longest = pieces + tokenizer.num_special_tokens_to_add(pair=False)
     if longest > ids.shape[1]:
         warnings.warn(f"a prompt of {longest} T5 tokens is cut to {ids.shape[1]}", stacklevel=1)
 

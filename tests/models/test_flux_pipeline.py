@@ -40,12 +40,19 @@ def test_prompt_embeddings_are_those_of_diffusers(pipeline, torch_refs):
     np.testing.assert_array_equal(ids.numpy(), torch_refs["pipe_text_ids"])
 
 
-def test_a_prompt_that_is_cut_is_told(pipeline, recwarn):
-    pipeline.encode_prompt(["a cat", "a cat in the hat on a mat"], max_sequence_length=6)
-    (cut,) = [str(warning.message) for warning in recwarn if "T5 tokens" in str(warning.message)]
-    assert cut.endswith("T5 tokens is cut to 6") and int(cut.split()[3]) > 6
-    pipeline.encode_prompt("a cat in the hat on a mat", max_sequence_length=int(cut.split()[3]))
-    assert len([w for w in recwarn if "T5 tokens" in str(w.message)]) == 1
+@pytest.mark.parametrize("limit", ["argument", "tokenizer"])
+def test_a_prompt_that_is_cut_is_told(pipeline, recwarn, monkeypatch, limit):
+    long = "a cat in the hat on a mat"
+    wanted = len(pipeline.tokenizer_2(long)["input_ids"])
+
+    def encode(prompts, length):
+        if limit == "tokenizer":
+            monkeypatch.setattr(pipeline.tokenizer_2, "model_max_length", length)
+        pipeline.encode_prompt(prompts, max_sequence_length=length if limit == "argument" else None)
+        return [str(warning.message) for warning in recwarn if "T5 tokens" in str(warning.message)]
+
+    assert encode(long, wanted) == []
+    assert encode(["a cat", long], 6) == [f"a prompt of {wanted} T5 tokens is cut to 6"]
 
 
 @pytest.mark.parametrize("steps", [1, 4])
