@@ -53,13 +53,12 @@ def run_at_once(jobs: Sequence[Job], device: str = "auto") -> list:
     One after the other in this process where there is one job or one core, or where the device is a GPU,
     whose memory they would share.
     """
-    at_once = len(jobs) > 1 and core_count() > 1 and not uses_gpu(device)
-    if not at_once:
-        return [_announced(job, job.name)() for job in jobs]
+    if len(jobs) < 2 or core_count() < 2 or uses_gpu(device):
+        return [_announced_here(job) for job in jobs]
     with ExitStack() as stack, _threads(max(1, core_count() // len(jobs))):
         numbers = {}
         for i, job in enumerate(jobs):
-            _announced(job, f"{job.name} (prints to {job.log})" if job.log else job.name)
+            print(f"{job.name} (prints to {job.log})" if job.log else job.name, flush=True)
             numbers[stack.enter_context(ChildProcess(_serve, job))] = i
         return _answers(numbers)
 
@@ -75,9 +74,9 @@ def _answers(numbers: dict[ChildProcess, int]) -> list:
     return answers
 
 
-def _announced(job: Job, words: str) -> Job:
-    print(words, flush=True)
-    return job
+def _announced_here(job: Job) -> Any:
+    print(job.name, flush=True)
+    return job()
 
 
 def batched(items: Iterable, size: int) -> Iterator[tuple]:

@@ -27,6 +27,7 @@ from ppcoat.host import set_device, tune_host
 from ppcoat.infer.garment_classifier import GarmentClassifier, classify
 from ppcoat.infer.garment_scores import held_out_garments
 from ppcoat.models.flux_pipeline import FluxPipeline
+from ppcoat.models.loading import check_folder
 from ppcoat.train.flux_lora import train_flux_lora
 from ppcoat.train.trainer import TrainingResult
 
@@ -58,6 +59,7 @@ def quickstart(config_file: str, overrides: list[str], samples: int) -> None:
     without = load_config(
         config_file, [*overrides, f"name={with_coat.name}_off", "coat.enabled=false", "sample.sample_every=0"]
     )
+    check_folder(with_coat.model.name_or_path, "model.name_or_path")  # before earlier results are removed
     folder = Path(with_coat.output_dir)
     for config in (with_coat, without):
         remove_earlier(config.run_dir, "config.yaml")

@@ -9,6 +9,7 @@ random small shapes, so that motifs it has never seen survive it.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,6 +86,13 @@ class Drawings(IterableDataset):
                 yield to_pixels(garments.draw(garments.choose(everything, rng), seed, self.size))
 
 
+def _batches(training: AutoencoderTraining, size: int, seed: int) -> Iterator[paddle.Tensor]:
+    """Endless [size, 3, H, W] in -1..1."""
+    drawings = Drawings(training.size, training.shapes_fraction, seed)
+    for pixels in DataLoader(drawings, batch_size=size, num_workers=1):
+        yield pixels[0] if isinstance(pixels, list | tuple) else pixels
+
+
 def to_pixels(picture) -> np.ndarray:
     """PIL picture -> float32 [3, H, W] in -1..1."""
     return np.asarray(picture, np.float32).transpose(2, 0, 1) / 127.5 - 1
@@ -120,16 +128,11 @@ def train_autoencoder(folder: str | Path, training: AutoencoderTraining) -> Auto
     optimizer = paddle.optimizer.AdamW(
         schedule, parameters=vae.parameters(), weight_decay=0.0, grad_clip=paddle.nn.ClipGradByGlobalNorm(1.0)
     )
-    batches = DataLoader(
-        Drawings(training.size, training.shapes_fraction, training.seed),
-        batch_size=training.batch_size,
-        num_workers=1,
-    )
+    batches = _batches(training, training.batch_size, training.seed)
     test = held_out_pictures(64, training.size)
     bar = tqdm(zip(range(1, training.steps + 1), batches, strict=False),  # the drawings never end
                total=training.steps, desc="autoencoder", mininterval=5)  # fmt: skip
     for step, pixels in bar:
-        pixels = pixels[0] if isinstance(pixels, list | tuple) else pixels
         posterior = vae.encode(pixels).latent_dist
         mean, logvar = posterior.mean, posterior.logvar
         latents = mean + (0.5 * logvar).exp() * paddle.randn(mean.shape)
@@ -165,12 +168,10 @@ def sharpen_decoder(folder: str | Path, training: AutoencoderTraining) -> Autoen
     optimizer = paddle.optimizer.AdamW(
         schedule, parameters=weights, weight_decay=0.0, grad_clip=paddle.nn.ClipGradByGlobalNorm(1.0)
     )
-    drawings = Drawings(training.size, training.shapes_fraction, training.seed + 1)
-    batches = DataLoader(drawings, batch_size=training.decoder_batch_size, num_workers=1)
+    batches = _batches(training, training.decoder_batch_size, training.seed + 1)
     bar = tqdm(zip(range(1, training.decoder_steps + 1), batches, strict=False),
                total=training.decoder_steps, desc="decoder", mininterval=5)  # fmt: skip
     for step, pixels in bar:
-        pixels = pixels[0] if isinstance(pixels, list | tuple) else pixels
         with paddle.no_grad():
             latents = vae.encode(pixels).latent_dist.mode()
             latents += paddle.rand([1]) * training.decoder_noise * latents.std() * paddle.randn(latents.shape)

@@ -199,3 +199,13 @@ def test_pictures_that_quickstart_did_not_draw_survive(tmp_path, quick, monkeypa
     photo.write_bytes(b"the only copy")
     assert run("quickstart", overrides(tmp_path)) == 2
     assert photo.read_bytes() == b"the only copy"
+
+
+def test_a_missing_model_leaves_earlier_results(tmp_path, capsys):
+    for name in ("quickstart", "quickstart_off"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").touch()
+    overrides = [f"output_dir={tmp_path}", "model.name_or_path=nowhere"]
+    assert run("quickstart", [argument for one in overrides for argument in ("--set", one)]) == 2
+    assert "no model folder nowhere" in capsys.readouterr().err
+    assert all((tmp_path / name / "config.yaml").exists() for name in ("quickstart", "quickstart_off"))
