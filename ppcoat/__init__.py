@@ -1,7 +1,7 @@
 """ppcoat: FLUX LoRAs on PaddlePaddle with FP8 optimizer states and FP8 saved activations (COAT, arXiv
 2410.19313).
 
-Importing it makes FLUX known to ppdiffusers where that has none (models/registration.py); nothing else
+Importing it makes FLUX known to ppdiffusers where that has none (models/flux/registration.py); nothing else
 happens.
 """
 
@@ -13,10 +13,10 @@ with warnings.catch_warnings():  # notes of Paddle's own imports that mean nothi
 
 from ppcoat.errors import ConfigError
 from ppcoat.lora import load_lora, save_lora
-from ppcoat.models.flux import FluxTransformer2DModel
-from ppcoat.models.flux_pipeline import FluxPipeline
-from ppcoat.models.registration import register
-from ppcoat.models.scheduler import FlowMatchEulerDiscreteScheduler
+from ppcoat.models.flux.pipeline import FluxPipeline
+from ppcoat.models.flux.registration import register
+from ppcoat.models.flux.scheduler import FlowMatchEulerDiscreteScheduler
+from ppcoat.models.flux.transformer import FluxTransformer2DModel
 from ppcoat.nn.convert import replace_linear_with_fp8
 from ppcoat.nn.saved import fp8_saved_tensors
 from ppcoat.optim import FP8AdamW, FP8QuantizationConfig

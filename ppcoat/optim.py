@@ -19,10 +19,9 @@ import paddle
 from paddle.nn import ClipGradByGlobalNorm, ClipGradByNorm, ClipGradByValue
 
 from ppcoat.errors import ConfigError
-
-from .fp8.adamw import AdamWHyper, MomentCodec, adamw_step, encode_moments
-from .fp8.flat import CLIPS, LOW_PRECISION, FlatSpace
-from .fp8.formats import get_format
+from ppcoat.fp8.adamw import AdamWHyper, MomentCodec, adamw_step, encode_moments
+from ppcoat.fp8.flat import CLIPS, LOW_PRECISION, FlatSpace
+from ppcoat.fp8.formats import get_format
 
 GROUP_KEYS = ("params", "learning_rate", "weight_decay")
 

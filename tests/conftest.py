@@ -10,8 +10,9 @@ import paddle
 import pytest
 import yaml
 
-from ppcoat.models import loading, newbie_pipeline
-from ppcoat.models.flux import FluxTransformer2DModel
+from ppcoat.models import loading
+from ppcoat.models.flux.transformer import FluxTransformer2DModel
+from ppcoat.models.newbie import pipeline as newbie_pipeline
 
 FIXTURES = Path(__file__).parent / "fixtures"
 FIXTURE = FIXTURES / "tiny_flux_fp32"
@@ -21,8 +22,8 @@ import json, sys
 import paddle
 import ppcoat.train.report
 modules = sorted(sys.modules)
-from ppcoat.host import LARGEST_KEPT, keep_freed_memory
-from ppcoat.train.meter import HostMeter
+from ppcoat.device import LARGEST_KEPT, keep_freed_memory
+from ppcoat.device import HostMeter
 tuned = keep_freed_memory()
 (paddle.ones([4, 4]) @ paddle.ones([4, 4])).numpy()
 left = {}
@@ -56,6 +57,11 @@ def encoders_read_once():
             for name in functions:
                 patch.setattr(module, name, read_once(getattr(module, name)))
         yield
+
+
+@pytest.fixture(scope="session")
+def bf16_folder() -> Path:
+    return FIXTURES / "tiny_flux_bf16_sharded"
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import paddle
 
+from ppcoat.device import GpuMeter, HostMeter
 from ppcoat.errors import ConfigError
 from ppcoat.fp8 import backend, matmul, norm
 from ppcoat.fp8.adamw import AdamWHyper, MomentCodec, encode_moments
@@ -26,9 +27,8 @@ from ppcoat.fp8.blocks import quantize_blocks
 from ppcoat.fp8.formats import E4M3, fp8_support
 from ppcoat.fp8.operands import Groups
 from ppcoat.fp8.quantize import dequantize, quantize
-from ppcoat.models.flux_pipeline import FluxPipeline
+from ppcoat.models.flux.pipeline import FluxPipeline
 from ppcoat.nn.attention import uses_flash_attention
-from ppcoat.train.meter import GpuMeter, HostMeter
 
 PACKAGES = ("paddlepaddle", "paddlepaddle-gpu", "ppdiffusers", "paddlenlp", "safetensors", "numpy", "triton")
 OPTIONAL = ("paddlepaddle-gpu", "triton")

@@ -19,7 +19,7 @@ from paddle.distributed.fleet.utils import recompute
 
 from ppcoat.fp8 import backend
 from ppcoat.lora import inject_lora
-from ppcoat.models.flux import DoubleBlock
+from ppcoat.models.flux.transformer import DoubleBlock
 from ppcoat.nn.convert import multiply_in_fp8, quantize_linears
 from ppcoat.nn.flux_block import DoublePass
 from ppcoat.nn.saving import apply_saving_policy

@@ -22,13 +22,13 @@ import numpy as np
 import paddle
 from safetensors import safe_open
 
+from ppcoat.device import tune_host
 from ppcoat.errors import ConfigError
-from ppcoat.host import tune_host
 from ppcoat.lora import LoRAFile, load_lora, merge_lora
 from ppcoat.models.loading import check_folder, linear_weights, load_transformer, read_tensors, tensor_infos
-from ppcoat.models.saving import save_diffusers_model
+from ppcoat.models.writing import save_diffusers_model
 
-from .convert import read_known
+from .lora_files import read_known
 
 Checked = TypeVar("Checked")
 NOTABLE_LOSS = 0.05  # of the norm of delta-W

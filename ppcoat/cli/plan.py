@@ -20,9 +20,9 @@ from ppcoat.config.load import load_config
 from ppcoat.config.newbie import load_newbie_config
 from ppcoat.config.schema import RunConfig
 from ppcoat.errors import ConfigError
-from ppcoat.train.plan import GB, Plan, check_budget, plan
-from ppcoat.train.plan_lightning import LightningFootprint
-from ppcoat.train.plan_phases import FLOPS, PCIE_RATE, Choice, Phase
+from ppcoat.plan.lightning import LightningFootprint
+from ppcoat.plan.phases import FLOPS, PCIE_RATE, Choice, Phase
+from ppcoat.plan.settings import GB, Plan, check_budget, plan
 
 NAMES = {  # component -> its row in the table
     "context": "context and libraries",

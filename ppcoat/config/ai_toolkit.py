@@ -18,8 +18,7 @@ from typing import Any
 
 from ppcoat.config.ai_toolkit_keys import DEFAULTS, KEYS, Honour, Read, Refuse, Warn
 from ppcoat.config.ai_toolkit_values import Document, Reading
-from ppcoat.config.explain import nearest_key, printable
-from ppcoat.config.origin import Location, Origins, dotted
+from ppcoat.config.explain import Location, Origins, dotted, nearest_key, printable
 from ppcoat.errors import ConfigError
 
 _log = logging.getLogger(__name__)

@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ppcoat.config import ai_toolkit_previews as previews
 from ppcoat.config import ai_toolkit_values as values
 from ppcoat.config.ai_toolkit_values import Reader
 
@@ -215,7 +214,7 @@ _TRAIN: dict[str, Treatment] = {
     "train.diff_output_preservation_multiplier": Idle("train.diff_output_preservation"),
     "train.blank_prompt_preservation": Refuse(_SWITCH_OFF),
     "train.blank_prompt_preservation_multiplier": Idle("train.blank_prompt_preservation"),
-    "train.validation_config": Read(previews.read_validation_config, "train.validation"),
+    "train.validation_config": Read(values.read_validation_config, "train.validation"),
     "train.reg_weight": Honour("reg_weight", null=True),
     "train.start_step": Refuse("a run goes on from the checkpoint in its folder; leave it out", (None,)),
     "train.max_loss": Refuse("the loss is not clipped; leave it out", (None,)),
@@ -258,8 +257,8 @@ _SAMPLE: dict[str, Treatment] = {
     "sample.sample_start_step": Warn("previews start with the first sample_every", (None, 0)),
     "sample.width": Honour(),
     "sample.height": Honour(),
-    "sample.prompts": Read(previews.read_prompts, "sample.prompts"),
-    "sample.samples": Read(previews.read_samples, "sample.samples"),
+    "sample.prompts": Read(values.read_prompts, "sample.prompts"),
+    "sample.samples": Read(values.read_samples, "sample.samples"),
     "sample.neg": Warn("FLUX draws without a negative prompt", (None, False, "")),
     "sample.seed": Honour(),
     "sample.walk_seed": Honour(),

@@ -1,16 +1,21 @@
-"""pydantic's findings in a run's settings -> one line: where, what came, what was wanted, the nearest key."""
+"""pydantic's findings in a run's settings -> one line: where, what came, what was wanted, the nearest key.
+
+"Where" is the line of the file or the override that a setting was written in, and the name it has there.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
+import yaml
 from pydantic import BaseModel, ValidationError
 
 from ppcoat.config.ai_toolkit_keys import KEYS
-from ppcoat.config.origin import Location, Origins, dotted
 from ppcoat.config.schema import RunConfig
 
 # pydantic speaks of Python's types; a user wrote YAML
@@ -25,6 +30,8 @@ _WANTED = {
     "too_long": "at most {max_length} entry",
     "string_pattern_mismatch": "text like {pattern}",
 }
+Location = tuple[str | int, ...]  # keys and list numbers from the outermost section inwards
+_Value = TypeVar("_Value")
 
 
 def explain(error: ValidationError, origins: Origins) -> str:
@@ -115,3 +122,63 @@ def _all_keys(section: type[BaseModel], prefix: str) -> list[str]:
             dot = ".0." if get_args(field.annotation) else "."
             keys += _all_keys(inner, prefix + name + dot)
     return keys
+
+
+@dataclass
+class Origins:
+    """The way back from a setting to the place where its user wrote it.
+
+    path and root: the file and its YAML node. moved: location without ai-toolkit's nesting -> location in the
+    file. overrides: location -> the override that set it. spelled: location in our schema -> location as
+    written. In all three the longest known beginning of a location counts.
+    """
+
+    path: str
+    root: yaml.Node | None
+    moved: dict[Location, Location] = dataclasses.field(default_factory=dict)
+    overrides: dict[Location, str] = dataclasses.field(default_factory=dict)
+    spelled: dict[Location, Location] = dataclasses.field(default_factory=dict)
+
+    def as_written(self, location: Location) -> Location:
+        """The user's name of a setting of our schema."""
+        start, spelling = _longest_start(self.spelled, location, ())
+        return spelling + location[len(start) :]
+
+    def where(self, location: Location) -> str:
+        """Override, or file and line, of a setting under the user's name."""
+        start, override = _longest_start(self.overrides, location, None)
+        if override is not None:
+            return f"--set {override}"
+        start, place = _longest_start(self.moved, location, ())
+        return f"{self.path}:{line_of(self.root, place + location[len(start) :])}"
+
+
+def dotted(location: Location) -> str:
+    """("datasets", 0, "resolution") -> "datasets.0.resolution"."""
+    return ".".join(map(str, location))
+
+
+def line_of(root: yaml.Node | None, location: Location) -> int:
+    """Line number (from 1) of the deepest node on the way to location that the file has."""
+    line, node = 1, root
+    for part in location:
+        if isinstance(node, yaml.MappingNode):
+            pair = next((pair for pair in node.value if pair[0].value == str(part)), None)
+            if pair is None:
+                break
+            line, node = pair[0].start_mark.line + 1, pair[1]
+        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+            node = node.value[part]
+            line = node.start_mark.line + 1
+        else:
+            break
+    return line
+
+
+def _longest_start(
+    table: dict[Location, _Value], location: Location, default: _Value
+) -> tuple[Location, _Value]:
+    for end in range(len(location), -1, -1):
+        if location[:end] in table:
+            return location[:end], table[location[:end]]
+    return (), default

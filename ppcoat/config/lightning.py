@@ -14,8 +14,8 @@ from typing import Any, Literal, get_origin
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ppcoat.config.explain import came_and_wanted
-from ppcoat.config.output_sections import LoRAFormat
 from ppcoat.config.schema import BucketRule, RunConfig, SavingPolicy
+from ppcoat.config.training_sections import LoRAFormat
 from ppcoat.errors import ConfigError
 
 TINY_FLUX = str(Path(__file__).parents[1] / "assets" / "tiny_flux")

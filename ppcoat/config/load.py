@@ -20,8 +20,7 @@ import yaml
 from pydantic import ValidationError
 
 from ppcoat.config.ai_toolkit import drop_other_spellings, is_nested, translate, unnest, without_nesting
-from ppcoat.config.explain import explain, printable
-from ppcoat.config.origin import Location, Origins
+from ppcoat.config.explain import Location, Origins, explain, printable
 from ppcoat.config.schema import RunConfig
 from ppcoat.errors import ConfigError
 

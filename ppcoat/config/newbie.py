@@ -17,9 +17,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ppcoat.config.explain import explain, printable
+from ppcoat.config.explain import Location, Origins, explain, printable
 from ppcoat.config.load import apply_override, read_config_text
-from ppcoat.config.origin import Location, Origins
 from ppcoat.config.schema import RunConfig
 from ppcoat.errors import ConfigError
 

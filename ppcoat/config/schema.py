@@ -3,7 +3,7 @@
 Key names follow ai-toolkit's FLUX LoRA YAML without its `job`/`config`/`process` nesting; the `coat`
 section follows the COAT paper's vocabulary (arXiv 2410.19313). Types are strict: `"16"` is not a number and
 `true` is not 1. NaN and infinity are refused everywhere. Nothing here reads a file: see load.py. The sections
-stand in the *_sections.py files and are had from here.
+stand in input_sections.py and training_sections.py and are had from here.
 """
 
 from __future__ import annotations
@@ -13,18 +13,23 @@ from typing import Annotated, Literal
 
 from pydantic import Field, Strict, field_validator, model_validator
 
-from ppcoat.config.coat_sections import (
+from ppcoat.config.base import Section, Seed, checked_trigger_word
+from ppcoat.config.input_sections import BucketRule, DatasetConfig, ModelConfig, NetworkConfig
+from ppcoat.config.training_sections import (
     CoatActivationConfig,
     CoatConfig,
     CoatMemoryConfig,
     CoatOptimizerConfig,
+    EMAConfig,
+    LoggingConfig,
+    PreviewConfig,
+    SampleConfig,
+    SaveConfig,
     SavingPolicy,
+    TrainConfig,
+    ValidationConfig,
+    ValidationItem,
 )
-from ppcoat.config.data_sections import BucketRule, DatasetConfig
-from ppcoat.config.model_sections import ModelConfig, NetworkConfig
-from ppcoat.config.output_sections import LoggingConfig, PreviewConfig, SampleConfig, SaveConfig
-from ppcoat.config.section import Section, Seed, checked_trigger_word
-from ppcoat.config.train_sections import EMAConfig, TrainConfig, ValidationConfig, ValidationItem
 
 __all__ = [
     "BucketRule",

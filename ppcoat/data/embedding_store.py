@@ -21,8 +21,8 @@ import paddle
 import safetensors.paddle
 from safetensors import SafetensorError
 
+from ppcoat.device import is_running
 from ppcoat.errors import ConfigError
-from ppcoat.host import is_running
 
 FORMAT = "ppcoat-embedding-1"  # part of every key, so that entries of another format are never found
 _KEY = re.compile(r"^[0-9a-f]{64}$")

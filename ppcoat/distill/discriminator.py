@@ -20,7 +20,6 @@ import paddle.nn.functional as F
 from paddle import nn
 from paddle.autograd import PyLayer
 
-from ppcoat.distill.losses import discriminator_hinge, generator_hinge
 from ppcoat.nn.held import PlainTensor
 from ppcoat.nn.saved import kept_as_they_are, record
 
@@ -190,3 +189,14 @@ def _linear(dim_in: int, dim_out: int, rng: np.random.Generator) -> nn.Linear:
 
 def _apply(linear: nn.Linear, x: paddle.Tensor) -> paddle.Tensor:
     return F.linear(x, linear.weight.astype(x.dtype), linear.bias.astype(x.dtype))
+
+
+def discriminator_hinge(scores: paddle.Tensor, is_real: bool) -> paddle.Tensor:
+    """Scores of one head [B, tokens, 1] -> scalar float32: real ones should be above 1, fakes below -1."""
+    scores = scores.astype("float32")
+    return F.relu(1.0 - scores if is_real else 1.0 + scores).mean()
+
+
+def generator_hinge(scores: paddle.Tensor) -> paddle.Tensor:
+    """Scores that one head gives to fakes [B, tokens, 1] -> scalar float32: they should be above 1."""
+    return F.relu(1.0 - scores.astype("float32")).mean()

@@ -18,18 +18,17 @@ from paddle import nn
 from ppcoat.config.lightning import WINDOW, LightningConfig
 from ppcoat.config.schema import RunConfig
 from ppcoat.data.batches import ResumableBatches
-from ppcoat.data.cache import Encoders, TrainingCache
+from ppcoat.data.cache import Encoders, TrainingCache, WindowedCache
 from ppcoat.data.embedding_store import EmbeddingStore
 from ppcoat.data.examples import Example
-from ppcoat.data.windowed_cache import WindowedCache
+from ppcoat.device import compute_dtype
 from ppcoat.distill.discriminator import flux_blocks
-from ppcoat.host import compute_dtype
-from ppcoat.models.flux_pipeline import FluxPipeline
+from ppcoat.models.flux.pipeline import FluxPipeline
 from ppcoat.nn.swap import swap_blocks
 from ppcoat.train.base_model import drop_encoders, load_encoders
-from ppcoat.train.flux_lora import FluxFamily
-from ppcoat.train.lora_run import encode_dataset, encode_for_all
+from ppcoat.train.flux import FluxFamily
 from ppcoat.train.ranks import Ranks
+from ppcoat.train.run import encode_dataset, encode_for_all
 
 AT_ONCE_BYTES = 16 * 10**9  # of host memory, of all ranks together
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")

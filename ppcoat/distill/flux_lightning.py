@@ -12,18 +12,17 @@ from PIL import Image
 from ppcoat.config.lightning import LightningConfig, add_flags, lightning_config
 from ppcoat.config.schema import RunConfig
 from ppcoat.data.batches import ResumableBatches
-from ppcoat.data.cache import TrainingCache
-from ppcoat.data.data_report import data_report
-from ppcoat.data.examples import Example, all_examples, scan_datasets
+from ppcoat.data.cache import TrainingCache, WindowedCache
+from ppcoat.data.examples import Example, all_examples, data_report, scan_datasets
 from ppcoat.data.laion import LaionSource, unpack_laion
-from ppcoat.data.windowed_cache import WindowedCache
+from ppcoat.device import compute_dtype, set_device, tune_host
 from ppcoat.distill.discriminator import Discriminator
 from ppcoat.distill.encoding import encode_pictures
-from ppcoat.distill.heads_optimizer import HeadsOptimizer
 from ppcoat.distill.objective import DiscriminatorObjective, Distillation, Rules, Terms
 from ppcoat.distill.trainer import (
     DISCRIMINATOR,
     GENERATOR,
+    HeadsOptimizer,
     LightningTrainer,
     NothingKept,
     RestartedBatches,
@@ -32,21 +31,19 @@ from ppcoat.distill.trainer import (
 )
 from ppcoat.errors import ConfigError
 from ppcoat.fp8 import backend
-from ppcoat.host import compute_dtype, set_device, tune_host
-from ppcoat.models.flux_pipeline import FluxPipeline
+from ppcoat.models.flux.pipeline import FluxPipeline
+from ppcoat.models.flux.scheduler import calculate_shift
 from ppcoat.models.loading import check_folder
-from ppcoat.models.scheduler import calculate_shift
 from ppcoat.nn.swap import last_blocks, swap_blocks
 from ppcoat.optim import lr_scheduler
 from ppcoat.train.base_model import check_swap, exchange_for_transformer, load_encoders
 from ppcoat.train.coat import COATTrainer
-from ppcoat.train.flux_lora import FluxFamily
-from ppcoat.train.lora_files import LoRAFiles
-from ppcoat.train.lora_run import start_run_folder
+from ppcoat.train.flux import FluxFamily, LoRAFiles
+from ppcoat.train.model_spec import put_adapter, trained_parameters
 from ppcoat.train.previews import draw_previews
 from ppcoat.train.ranks import Ranks
+from ppcoat.train.run import start_run_folder
 from ppcoat.train.stopping import ResumeWords
-from ppcoat.train.targets import put_adapter, trained_parameters
 from ppcoat.train.trainer import TrainingResult
 
 GIGABYTE = 10**9

@@ -9,7 +9,9 @@ The generator is the LoRA: with it the frozen transformer is the student, withou
     reflow        from its own samples, noised again within the phase, the student returns to them
 
 Randomness is drawn on the host for the whole global batch. All arithmetic on samples is float32; the model
-gets the dtype of the latents. Sources: losses.py and solver.py.
+gets the dtype of the latents. Sources: consistency models' pseudo-Huber (arXiv 2310.14189), hinge GAN as
+phased consistency models have it (arXiv 2405.18407; discriminator.py), distribution matching (DMD, arXiv
+2311.18828), reflow as in self-corrected flow distillation (arXiv 2412.16906); and solver.py.
 """
 
 from __future__ import annotations
@@ -21,15 +23,15 @@ import numpy as np
 import paddle
 
 from ppcoat.distill.discriminator import Discriminator
-from ppcoat.distill.losses import distance, matching_target
 from ppcoat.distill.solver import EulerPhases, jump, noised, per_picture
 from ppcoat.lora import lora_disabled
-from ppcoat.models.packing import pack_latents
-from ppcoat.models.scheduler import calculate_shift
+from ppcoat.models.flux.scheduler import calculate_shift
+from ppcoat.models.pictures import pack_latents
 from ppcoat.train.objective import FlowLoss, Objective, velocity
 
 NOISES = ("picture", "fake", "real", "matching", "reflow")
 PLACES = ("adversarial", "matching", "reflow")
+TINY = 1e-5  # keeps the normaliser of distribution matching away from 0
 
 
 @dataclass(frozen=True)
@@ -241,3 +243,37 @@ class Scene:
 
     def _noise(self, name: str) -> paddle.Tensor:
         return paddle.to_tensor(np.ascontiguousarray(self._drawn["noise"][:, NOISES.index(name)]))
+
+
+def distance(
+    found: paddle.Tensor, wanted: paddle.Tensor, loss_type: str, huber_c: float = 1e-3
+) -> paddle.Tensor:
+    """Per value, float32: "l2" d^2, "huber" sqrt(d^2 + c^2) - c (|d| far away, smooth near 0)."""
+    d = found.astype("float32") - wanted.astype("float32")
+    return d.square() if loss_type == "l2" else (d.square() + huber_c**2).sqrt() - huber_c
+
+
+def matching_target(
+    x: paddle.Tensor,
+    noisy: paddle.Tensor,
+    velocities: tuple[paddle.Tensor, paddle.Tensor],
+    sigma: np.ndarray,
+    rule: str = "fixed",
+) -> paddle.Tensor:
+    """Where distribution matching wants x to be: [B, tokens, C] float32, a constant.
+
+    x: the student's sample; noisy: it, noised to levels sigma [B]; velocities: of the teacher ("real") and of
+    the student ("fake") at noisy. Both predict the clean picture as noisy - sigma * velocity; x is moved by
+    the difference of the two, divided by the mean distance from x to the teacher's clean picture.
+
+    rule "published": the difference is that of the velocities (its factor sigma is missing) and the distance
+    is from x to the teacher's *velocity*, a quantity of another kind.
+    """
+    x, real, fake = (each.detach().astype("float32") for each in (x, *velocities))
+    if rule == "published":
+        change, reference = real - fake, real
+    else:
+        level = per_picture(sigma)
+        change, reference = level * (real - fake), noisy.detach().astype("float32") - level * real
+    size = (x - reference).abs().mean([1, 2], keepdim=True) + TINY
+    return x - change / size

@@ -16,7 +16,7 @@ import paddle
 
 from ppcoat.errors import ConfigError
 from ppcoat.models.adapters import adapters
-from ppcoat.models.flux import FluxTransformer2DModel
+from ppcoat.models.flux.transformer import FluxTransformer2DModel
 
 OFF = ("0", "false", "off", "no")
 

@@ -12,13 +12,13 @@ from pathlib import Path
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from ppcoat.device import compute_dtype, set_device, tune_host
 from ppcoat.errors import ConfigError
-from ppcoat.host import compute_dtype, set_device, tune_host
 from ppcoat.lora import LoRAInfo, load_adapter, read_adapter, read_lora_file
-from ppcoat.models.flux_pipeline import FluxPipeline
+from ppcoat.models.flux.pipeline import FluxPipeline
 from ppcoat.models.loading import check_folder, check_there, read_json
-from ppcoat.models.newbie_loading import check_newbie_folder
-from ppcoat.models.newbie_pipeline import NewbiePipeline
+from ppcoat.models.newbie.files import check_newbie_folder
+from ppcoat.models.newbie.pipeline import NewbiePipeline
 
 Draw = Callable[[str], list[Image.Image]]
 

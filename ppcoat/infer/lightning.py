@@ -17,13 +17,13 @@ import numpy as np
 from PIL import Image
 from safetensors import safe_open
 
+from ppcoat.device import set_device, tune_host
 from ppcoat.errors import ConfigError
-from ppcoat.host import set_device, tune_host
 from ppcoat.infer.cinn import compile_transformer, wait_for_device
 from ppcoat.infer.generate import Drawing, check_drawing, output_folder, save_picture
 from ppcoat.lora import merge_lora, read_lora_file
-from ppcoat.lora.header import ADAPTER_METADATA
-from ppcoat.models.flux_pipeline import FluxPipeline
+from ppcoat.lora.files import ADAPTER_METADATA
+from ppcoat.models.flux.pipeline import FluxPipeline
 from ppcoat.models.loading import check_folder
 
 WARM_UPS = 3

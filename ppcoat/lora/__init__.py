@@ -1,9 +1,7 @@
 """LoRA and LoKr for frozen models: put in, take out, save, load, merge; files of other programs."""
 
-from .adapters import load_adapter, read_adapter
 from .delta import LoRAModule, LoRASummary, relative_difference, summarize
 from .files import LoRAFile, read_lora_file
-from .formats import LoRAInfo, load_lora, lora_modules, save_lora, unload_lora
 from .layer import (
     adapter_layers,
     inject_lokr,
@@ -11,10 +9,11 @@ from .layer import (
     lora_disabled,
     lora_layers,
     lora_parameters,
+    merge_lora,
     remove_lora,
 )
+from .loading import LoRAInfo, load_adapter, load_lora, lora_modules, read_adapter, save_lora, unload_lora
 from .lokr import LoKrLinear, LoKrSettings
-from .merge import merge_lora
 from .peft import save_comfyui, save_peft
 from .writing import write_lora_file
 

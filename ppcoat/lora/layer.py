@@ -1,5 +1,5 @@
 """LoRA and LoKr put into a model from outside: choose Linears by name, replace them by LoRALinears or
-LoKrLinears, take them out again.
+LoKrLinears, take them out again, or merge them into the weights under them.
 
 The default targets are the attention and feed-forward Linears of both FLUX block kinds; norms, modulation and
 embedders are left alone. The model needs to know nothing: its sublayers carry diffusers' names.
@@ -17,6 +17,7 @@ from paddle import nn
 
 from ppcoat.errors import ConfigError
 from ppcoat.nn.convert import set_sublayer
+from ppcoat.nn.fp8_weight import FP8Weight
 from ppcoat.nn.linear import FrozenLinear, LoRALinear
 
 from .lokr import LoKrLinear, LoKrSettings, new_factors
@@ -176,3 +177,25 @@ def _nearest(target: str, paths: list[str]) -> str:
 
 def _some(paths: list[str]) -> str:
     return ", ".join(repr(path) for path in paths[:3]) or "(it has no Linear)"
+
+
+@paddle.no_grad()
+def merge_lora(model: nn.Layer) -> None:
+    """W [in, out] += alpha / rank * scale_multiplier * A B for every LoRA, which then leaves `model`; LoKrs
+    likewise.
+
+    The sum is taken in float32 and rounded once to the weight's own dtype. LoRAs that are switched off
+    (`enabled`) are merged too. Raises ConfigError, and merges nothing, if a weight is stored in FP8: most of
+    a LoRA would be lost in its rounding.
+    """
+    layers = adapter_layers(model)
+    for path, layer in layers.items():
+        if isinstance(layer.weight, FP8Weight):
+            raise ConfigError(f"{path}.weight is stored in FP8: load the model unquantised to merge a LoRA")
+    for layer in layers.values():
+        if isinstance(layer, LoKrLinear):
+            delta = layer.delta()
+        else:
+            delta = paddle.matmul(layer.lora_A, layer.lora_B) * layer.scale
+        layer.weight.set_value((layer.weight.astype("float32") + delta).astype(layer.weight.dtype))
+    remove_lora(model)

@@ -1,4 +1,4 @@
-"""The adapter directory of NewBie's trainer, and a file for ComfyUI, written. adapters.py reads them.
+"""The adapter directory of NewBie's trainer, and a file for ComfyUI, written. loading.py reads them.
 
     adapter_model.safetensors   LoRA: base_model.model.<path>.lora_A.weight [rank, in], .lora_B.weight
                                 LoKr: lycoris_<path with _>.lokr_w1, .lokr_w2 (or _a, _b), .alpha
@@ -23,13 +23,11 @@ from safetensors.paddle import save_file
 from ppcoat.errors import ConfigError
 
 from .delta import LoRASummary, summarize
-from .files import tensors_and_header
-from .formats import lora_modules
+from .files import CONFIG, WEIGHTS, tensors_and_header
 from .layer import adapter_layers
+from .loading import lora_modules
 from .lokr import FACTORS, LoKrLinear
 from .writing import whole_file
-
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 def save_peft(

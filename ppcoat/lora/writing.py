@@ -19,8 +19,7 @@ from ppcoat.errors import ConfigError
 
 from . import flux_names
 from .delta import LoRAModule, relative_difference, worst
-from .files import LoRAFile, parse_lora, tensors_and_header
-from .header import make_header
+from .files import LoRAFile, make_header, parse_lora, tensors_and_header
 
 FORMATS = ("diffusers", "kohya", "paddle")
 DTYPES = ("float32", "bfloat16", "float16")

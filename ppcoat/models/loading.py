@@ -16,8 +16,8 @@ import paddle.nn as nn
 from ppdiffusers import AutoencoderKL
 
 from ppcoat.errors import ConfigError
-from ppcoat.models.flux import FluxTransformer2DModel
-from ppcoat.models.scheduler import FlowMatchEulerDiscreteScheduler
+from ppcoat.models.flux.scheduler import FlowMatchEulerDiscreteScheduler
+from ppcoat.models.flux.transformer import FluxTransformer2DModel
 from ppcoat.models.tensor_files import (
     TensorInfo,
     check_there,
@@ -242,7 +242,7 @@ def _load_text_encoder(
 
 
 def _filled(model: nn.Layer, folder: str | Path) -> nn.Layer:
-    """With its weights, and with `source_config`: config.json as found, which saving.py writes again."""
+    """With its weights, and with `source_config`: config.json as found, which writing.py writes again."""
     model.source_config = read_json(Path(folder) / "config.json")
     return load_weights(model, folder)
 

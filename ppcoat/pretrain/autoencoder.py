@@ -20,9 +20,9 @@ from ppdiffusers import AutoencoderKL
 from tqdm import tqdm
 
 from ppcoat.data import garments
-from ppcoat.infer.metrics import psnr
+from ppcoat.infer.scores import psnr
 from ppcoat.models.loading import load_vae
-from ppcoat.models.saving import save_diffusers_model
+from ppcoat.models.writing import save_diffusers_model
 
 HELD_OUT_SEED = 10_000_000  # drawings from this seed on are never trained on
 

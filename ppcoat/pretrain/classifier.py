@@ -21,7 +21,7 @@ from safetensors.paddle import save_file
 from tqdm import tqdm
 
 from ppcoat.data import garments
-from ppcoat.infer.garment_classifier import LABELS, GarmentClassifier, classify
+from ppcoat.infer.garment_scores import LABELS, GarmentClassifier, classify
 from ppcoat.pretrain.autoencoder import HELD_OUT_SEED, to_pixels
 
 TRAIN_SEED, TEST_SEED = HELD_OUT_SEED + 1_000_000, HELD_OUT_SEED + 5_000_000

@@ -11,8 +11,9 @@ import dataclasses
 import json
 from pathlib import Path
 
-from ppcoat.host import tune_host
-from ppcoat.models.flux_pipeline import FluxPipeline
+from ppcoat.device import tune_host
+from ppcoat.models.flux.pipeline import FluxPipeline
+from ppcoat.models.flux.scheduler import FlowMatchEulerDiscreteScheduler
 from ppcoat.models.loading import (
     load_clip,
     load_clip_tokenizer,
@@ -21,7 +22,6 @@ from ppcoat.models.loading import (
     load_transformer,
     load_vae,
 )
-from ppcoat.models.scheduler import FlowMatchEulerDiscreteScheduler
 from ppcoat.pretrain.autoencoder import AutoencoderTraining, sharpen_decoder, train_autoencoder
 from ppcoat.pretrain.classifier import ClassifierTraining, train_classifier
 from ppcoat.pretrain.denoiser import DenoiserTraining, build_transformer, encode_drawings, train_transformer

@@ -12,11 +12,10 @@ import paddle
 
 from ppcoat.config.schema import RunConfig
 from ppcoat.data.cache import folder_identity
-from ppcoat.models.flux import FluxTransformer2DModel
-from ppcoat.models.flux_pipeline import FluxPipeline
-from ppcoat.models.fp8_base import load_fp8_transformer
-from ppcoat.models.fp8_copy import FP8Copy
+from ppcoat.models.flux.pipeline import FluxPipeline
+from ppcoat.models.flux.transformer import FluxTransformer2DModel
 from ppcoat.models.loading import load_transformer, unfilled
+from ppcoat.models.quantized_base import FP8Copy, load_fp8_transformer
 from ppcoat.nn.swap import last_blocks
 from ppcoat.train.ranks import Ranks
 

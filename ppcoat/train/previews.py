@@ -1,15 +1,31 @@
-"""Preview pictures of a run: which ones, and drawing them in training."""
+"""What a run shows of itself while it trains: preview pictures (which ones, and drawing them) and the
+validation loss.
+
+Validation takes the same pictures, noise and noise levels every time, so that steps and runs compare. It is
+kept aside from training: no dropout, no gradient, nothing drawn from the generators that training uses.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import paddle
 from PIL import Image
 
 from ppcoat.config.schema import PreviewConfig, RunConfig
+from ppcoat.data.cache import Encoders
 from ppcoat.data.captions import final_caption
+from ppcoat.data.sources import load_image, scan_folder
+from ppcoat.errors import ConfigError
 from ppcoat.train.base_model import vae_on_device
+from ppcoat.train.objective import Objective
+
+NOISE_SEED = 0  # not the run's: runs of different seeds compare
+DEFAULT_SIGMAS = (1.0, 0.75, 0.5, 0.25)  # as ai-toolkit's validation_config has them
 
 
 def previews(config: RunConfig) -> list[PreviewConfig]:
@@ -49,3 +65,72 @@ def draw_previews(
             pictures += draw(preview)
     pipeline.transformer.train()
     return pictures, [preview.prompt for preview in wanted]
+
+
+@dataclass(frozen=True)
+class Validation:
+    """pictures: one batch of a single picture each, as TrainingCache.batch gives them. sigmas: noise levels
+    in 0..1."""
+
+    pictures: Sequence[dict[str, paddle.Tensor]]
+    objective: Objective
+    sigmas: Sequence[float] = DEFAULT_SIGMAS
+
+    @paddle.no_grad()
+    def losses(self, transformer: paddle.nn.Layer) -> dict[str, float]:
+        """{"validation_loss": mean of all, "validation_loss_sigma_0.50": mean of a noise level, ...}.
+
+        The loss of the run's loss_type without any weights. The model is left in the mode that it had.
+        """
+        training = transformer.training
+        transformer.eval()
+        rows = [[self._loss(transformer, number, sigma) for sigma in self.sigmas]
+                for number in range(len(self.pictures))]  # fmt: skip
+        if training:
+            transformer.train()
+        table = paddle.stack([paddle.concat(row) for row in rows])
+        of_sigmas = table.numpy().astype(np.float64).mean(0)  # the one read from the device
+        named = {f"validation_loss_sigma_{sigma:.2f}": float(loss)
+                 for sigma, loss in zip(self.sigmas, of_sigmas, strict=True)}  # fmt: skip
+        return {"validation_loss": float(of_sigmas.mean()), **named}
+
+    def _loss(self, transformer: paddle.nn.Layer, number: int, sigma: float) -> paddle.Tensor:
+        batch = self.pictures[number]
+        # one noise per picture for all levels, whatever the order and the number of the others
+        _, noise = self.objective.draw(batch, np.random.default_rng([NOISE_SEED, number]))
+        levels = self.objective.noise_levels(np.full(1, sigma, dtype=np.float32))
+        return self.objective.losses_at(transformer, batch, levels, noise).of_pictures
+
+
+def validation_pairs(config: RunConfig) -> list[tuple[Path, str]]:
+    """Pictures of train.validation and their final captions; before any model is loaded.
+
+    Raises ConfigError for a picture or folder that is not there or cannot be read.
+    """
+    wanted, pairs = config.train.validation, []
+    if wanted.folder_path is not None:
+        items = scan_folder(wanted.folder_path).items
+        pairs += [(item.image_path, item.caption_raw) for item in items]
+    for item in wanted.items:
+        path = Path(item.image_path)
+        if not path.is_file():
+            raise ConfigError(f"train.validation: there is no picture {path}; check the path")
+        load_image(path, wanted.resolution, wanted.resolution)  # raises for a file that is no picture
+        pairs.append((path, item.prompt))
+    return [(path, final_caption(caption, config.trigger_word)) for path, caption in pairs]
+
+
+@paddle.no_grad()
+def encode_validation(
+    config: RunConfig, pairs: Sequence[tuple[Path, str]], encoders: Encoders, objective: Objective
+) -> Validation | None:
+    """Encode the pictures, cropped to squares, and their captions; None where there are none."""
+    if not pairs:
+        return None
+    side, pictures = config.train.validation.resolution, []
+    for path, caption in pairs:
+        pixels = paddle.to_tensor(load_image(path, side, side)[None])
+        text = [paddle.stack(list(rows)) for rows in encoders.text([caption])]
+        named = dict(zip(encoders.text_names, text, strict=True))
+        pictures.append({"latents": encoders.image(pixels), **named})
+    return Validation(pictures, objective, config.train.validation.sigmas)

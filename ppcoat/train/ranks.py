@@ -2,9 +2,10 @@
 
     python -m paddle.distributed.launch --nproc_per_node 2 train_scripts/train_flux_lora.py run.yaml
 
-Each rank computes its slice of the global batch; the gradients of the trained parameters are averaged, and
-a few numbers for the log; nothing else is exchanged. gloo on CPU, nccl on GPU. The frozen base is whole on
-every rank: no sharding.
+Each rank computes its slice of the global batch; the gradients of the trained parameters are averaged, and a
+few numbers for the log; nothing else is exchanged. gloo on CPU, nccl on GPU. The frozen base is whole on
+every rank: no sharding. Files go from the first rank to the others by a folder that is gone when they have
+read them.
 
 Two ranks with one picture each do what one rank with two does, up to rounding, where a picture does not see
 its neighbours: without COAT, and with per-group scales. A per-tensor scale (coat.activation's default for
@@ -19,8 +20,10 @@ that the process behind it has died, where nccl would wait for it.
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import selectors
+import shutil
 import socket
 import struct
 import sys
@@ -29,6 +32,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import paddle
@@ -42,6 +46,7 @@ _GREETING_SECONDS = 60.0
 _KEEPALIVE = (("TCP_KEEPIDLE", 20), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3))  # a lost machine: 50 seconds
 _GREETING = struct.Struct("<qq")  # token, rank
 _READY, _END = b"r", b"e"
+_HANDOVER = re.compile(r"^handover-[0-9a-f]{13}$")
 
 
 @dataclass(frozen=True)
@@ -331,3 +336,25 @@ def _receive(line: socket.socket) -> bytes:
         return line.recv(64)
     except OSError:  # reset, or no answer to the kernel's questions
         return b""
+
+
+@contextmanager
+def handover_folder(parent: Path, ranks: Ranks) -> Iterator[Path | None]:
+    """Within it, all ranks have the path of one folder in `parent`, which nobody has used before; None where
+    there is one rank only.
+
+    The folder is not made here, and is removed when all ranks have left the block. A rank whose machine does
+    not share `parent` gets the same path and sees only what it writes there itself. What killed runs left in
+    `parent` is removed at the start.
+    """
+    # a name of 52 random bits, which a float64 carries: an entry of a killed run can never be taken for ours
+    token = int(ranks.gather([secrets.randbits(52)])[0, 0])
+    folder = parent / f"handover-{token:013x}"
+    for path in parent.iterdir() if parent.is_dir() else ():
+        if _HANDOVER.match(path.name) and path != folder:
+            shutil.rmtree(path, ignore_errors=True)  # other ranks of this machine do the same
+    try:
+        yield folder if ranks.size > 1 else None
+        ranks.barrier()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

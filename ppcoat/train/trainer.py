@@ -21,20 +21,18 @@ from PIL import Image
 from ppcoat.config.schema import RunConfig
 from ppcoat.data.batches import ResumableBatches
 from ppcoat.data.cache import TrainingCache
+from ppcoat.device import memory_in_use
 from ppcoat.errors import ConfigError
-from ppcoat.host import memory_in_use
 from ppcoat.lora import LoRASummary
 from ppcoat.nn.saved import SavedTensors
+from ppcoat.train.checkpoint import resume_run, save_run
 from ppcoat.train.coat import COATTrainer
-from ppcoat.train.ema import RunningMean
-from ppcoat.train.finite import first_bad_module
 from ppcoat.train.objective import Objective
-from ppcoat.train.optimizer_state import optimizer_state_bytes
+from ppcoat.train.optimizer_state import RunningMean, first_bad_module, optimizer_state_bytes
+from ppcoat.train.previews import Validation
 from ppcoat.train.ranks import Ranks
 from ppcoat.train.report import Report, SigmaBins
-from ppcoat.train.run_state import resume_run, save_run
 from ppcoat.train.stopping import FinishStepOnSignal, ResumeWords
-from ppcoat.train.validation import Validation
 
 # (step, whether it is the last) -> the files it wrote, each with what is in it
 SaveWeights = Callable[[int, bool], list[tuple[Path, LoRASummary]]]
@@ -66,7 +64,7 @@ class TrainingResult:
 
 @dataclass
 class Trainer:
-    """Everything a run needs, put together elsewhere (lora_run.py); `run` does the rest.
+    """Everything a run needs, put together elsewhere (run.py); `run` does the rest.
 
     parameters: what is trained, by name. save_weights(step, final) writes the result files and says what is
     in them. draw_previews() -> (pictures, prompts). ema: the running mean that previews, validation and files

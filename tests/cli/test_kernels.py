@@ -15,7 +15,7 @@ import pytest
 from ppcoat.cli import kernels
 from ppcoat.cli.kernel_library import PaddleLibrary
 from ppcoat.cli.main import main
-from ppcoat.models.flux import DoubleBlock
+from ppcoat.models.flux.transformer import DoubleBlock
 
 ROOT = Path(__file__).parents[2]
 WITHOUT_GPU = pytest.mark.skipif(PaddleLibrary.has_gpu(), reason="there is a GPU")

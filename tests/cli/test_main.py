@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from ppcoat.cli.main import COMMANDS, main, run
+from ppcoat.cli.main import COMMANDS, functions_of, main, run
 
 ROOT = Path(__file__).parents[2]
 BAD_CONFIG = """
@@ -71,8 +71,8 @@ def test_a_missing_flag_exits_with_2(capsys):
 )
 def test_the_beginning_of_a_flag_is_not_taken_for_it(command, answer, capsys, monkeypatch):
     """argparse would; a slip would then train, and a new flag would change what an old command means."""
-    module = importlib.import_module(COMMANDS[command.split()[0]][0])
-    monkeypatch.setattr(module, "run_command", lambda _: pytest.fail("it ran"))
+    module, _, run_command = functions_of(command.split()[0])
+    monkeypatch.setattr(importlib.import_module(module), run_command, lambda _: pytest.fail("it ran"))
     with pytest.raises(SystemExit) as stopped:
         main(command.split())
     assert stopped.value.code == 2
@@ -105,7 +105,7 @@ def test_train_answers_a_missing_file(tmp_path, capsys):
 def test_train_hands_overrides_and_file_on(bad_config, monkeypatch):
     """The later override wins, and the config is checked before anything else is done."""
     import ppcoat.cli.train as train_command
-    import ppcoat.train.flux_lora as flux_lora
+    import ppcoat.train.flux as flux_lora
 
     bad_config.write_text(BAD_CONFIG.replace("stpes", "steps"), encoding="utf-8")
     seen = []
@@ -195,8 +195,8 @@ def test_every_script_runs_a_known_command():
     for script in scripts:
         text = script.read_text(encoding="utf-8")
         name = text.split('run("')[1].split('"')[0]
-        module = importlib.import_module(COMMANDS[name][0])
-        assert callable(module.add_arguments) and callable(module.run_command)
+        module, *functions = functions_of(name)
+        assert all(callable(getattr(importlib.import_module(module), each)) for each in functions)
         assert len(text.splitlines()) < 40, f"{script.name} holds logic"
 
 

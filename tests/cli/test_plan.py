@@ -8,8 +8,8 @@ import yaml
 from ppcoat.cli.main import main
 from ppcoat.cli.plan import settings_yaml, table
 from ppcoat.config.load import load_config
-from ppcoat.train.plan import as_given, plan, with_choice
-from ppcoat.train.plan_phases import Choice
+from ppcoat.plan.phases import Choice
+from ppcoat.plan.settings import as_given, plan, with_choice
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("flux_lora_*gb.yaml"))
 CHOICE = Choice("coat+recompute", 12, True, 30, 2, 3)

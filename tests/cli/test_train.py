@@ -10,11 +10,12 @@ import paddle
 import pytest
 import yaml
 
-from ppcoat.cli import train, train_newbie
+from ppcoat.cli import train
 from ppcoat.cli.main import main
 from ppcoat.config.load import load_config
 from ppcoat.data import garments
-from ppcoat.train import flux_lora, run_state
+from ppcoat.train import checkpoint
+from ppcoat.train import flux as flux_lora
 
 
 @pytest.fixture
@@ -102,7 +103,7 @@ def test_numbers_that_went_bad_end_in_one_line_and_1(file, monkeypatch, capsys):
 
 
 def test_a_full_disk_ends_in_one_line_and_the_run_goes_on_later(file, monkeypatch, capsys):
-    save, steps = run_state.save_checkpoint, []
+    save, steps = checkpoint.save_checkpoint, []
 
     def full(run_dir, step, *arguments):
         steps.append(step)
@@ -111,7 +112,7 @@ def test_a_full_disk_ends_in_one_line_and_the_run_goes_on_later(file, monkeypatc
         return save(run_dir, step, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_state, "save_checkpoint", full)
+        patch.setattr(checkpoint, "save_checkpoint", full)
         assert main(["train", str(file)]) == 2
     said = capsys.readouterr().err
     assert said.splitlines()[-1].startswith("error: step 2 could not be saved: No space left on device; ")
@@ -133,11 +134,15 @@ def test_an_output_folder_that_cannot_be_written_is_named_before_the_model_is_lo
 
 
 @pytest.mark.parametrize(
-    ("command", "config"), [(train, ["run.yaml"]), (train_newbie, ["--config_file", "run.toml"])]
+    ("add_arguments", "config"),
+    [
+        (train.add_flux_arguments, ["run.yaml"]),
+        (train.add_newbie_arguments, ["--config_file", "run.toml"]),
+    ],
 )
-def test_strict_sets_its_key_and_later_flags_win(command, config):
+def test_strict_sets_its_key_and_later_flags_win(add_arguments, config):
     parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
+    add_arguments(parser)
     given = ["--set", "seed=7", "--strict", "--set", "save.strict_resume=false"]
     assert parser.parse_args(config).overrides == []
     assert parser.parse_args([*config, "--strict"]).overrides == ["save.strict_resume=true"]

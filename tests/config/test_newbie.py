@@ -9,7 +9,7 @@ import pytest
 from ppcoat.config.load import dump_config, load_config
 from ppcoat.config.newbie import DEFAULT_TARGETS, known_keys, load_newbie_config
 from ppcoat.errors import ConfigError
-from ppcoat.models.newbie_pipeline import PROMPT_PREFIX
+from ppcoat.models.newbie.pipeline import PROMPT_PREFIX
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 # Keys that the published trainer reads.

@@ -1,7 +1,6 @@
 """The report: right counts, a warning where much is cropped, and short whatever the folders hold."""
 
-from ppcoat.data.data_report import data_report
-from ppcoat.data.examples import scan_datasets
+from ppcoat.data.examples import data_report, scan_datasets
 
 
 def test_counts_captions_and_crops_are_those_of_the_folder(draw, run_config, tmp_path):

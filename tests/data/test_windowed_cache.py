@@ -9,11 +9,10 @@ import pytest
 from PIL import Image
 
 from ppcoat.data.batches import ResumableBatches
-from ppcoat.data.cache import Encoders, build_cache
+from ppcoat.data.cache import Encoders, WindowedCache, build_cache
 from ppcoat.data.embedding_store import EmbeddingStore
 from ppcoat.data.examples import Example
 from ppcoat.data.sources import Item
-from ppcoat.data.windowed_cache import WindowedCache
 from ppcoat.errors import ConfigError
 
 LAST = 30  # batches in a run

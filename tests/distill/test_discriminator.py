@@ -5,8 +5,14 @@ import paddle
 import paddle.nn.functional as F
 import pytest
 
-from ppcoat.distill.discriminator import Discriminator, GroupNorm, Head, flux_blocks
-from ppcoat.distill.losses import discriminator_hinge, generator_hinge
+from ppcoat.distill.discriminator import (
+    Discriminator,
+    GroupNorm,
+    Head,
+    discriminator_hinge,
+    flux_blocks,
+    generator_hinge,
+)
 from ppcoat.lora import lora_disabled
 from ppcoat.nn.saved import count_saved_tensors
 

@@ -8,12 +8,11 @@ import ppcoat.distill.encoding as encoding
 from ppcoat.config.lightning import lightning_config
 from ppcoat.data import garments
 from ppcoat.data.batches import ResumableBatches
-from ppcoat.data.cache import Encoders, TrainingCache, build_cache
+from ppcoat.data.cache import Encoders, TrainingCache, WindowedCache, build_cache
 from ppcoat.data.examples import all_examples, scan_datasets
-from ppcoat.data.windowed_cache import WindowedCache
 from ppcoat.distill.discriminator import flux_blocks
 from ppcoat.distill.encoding import OneByOne, blocks_to_leave, encode_pictures
-from ppcoat.train.flux_lora import FluxFamily
+from ppcoat.train.flux import FluxFamily
 from ppcoat.train.ranks import Ranks
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import paddle
 import pytest
 
-from ppcoat.distill.heads_optimizer import HeadsOptimizer
+from ppcoat.distill.trainer import HeadsOptimizer
 from ppcoat.optim import FP8AdamW
 
 WIDTHS = (40, 24, 56)

@@ -4,7 +4,8 @@ import numpy as np
 import paddle
 import pytest
 
-from ppcoat.distill.losses import discriminator_hinge, distance, generator_hinge, matching_target
+from ppcoat.distill.discriminator import discriminator_hinge, generator_hinge
+from ppcoat.distill.objective import distance, matching_target
 
 
 def values(*shape, seed):

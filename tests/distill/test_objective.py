@@ -7,7 +7,7 @@ import pytest
 from ppcoat.distill.discriminator import Discriminator
 from ppcoat.distill.objective import DiscriminatorObjective, Distillation, Rules, Scene, Terms
 from ppcoat.lora import lora_disabled, lora_layers, lora_parameters
-from ppcoat.models.packing import latent_image_ids, pack_latents
+from ppcoat.models.pictures import latent_image_ids, pack_latents
 
 STEPS = np.array([7, 5, 2])  # of 8, in phases of 2: the second step, then the first steps of phases
 

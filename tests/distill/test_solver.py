@@ -6,7 +6,7 @@ import pytest
 
 from ppcoat.distill.solver import EulerPhases, jump, noised
 from ppcoat.errors import ConfigError
-from ppcoat.models.scheduler import FlowMatchEulerDiscreteScheduler, calculate_shift
+from ppcoat.models.flux.scheduler import FlowMatchEulerDiscreteScheduler, calculate_shift
 
 MU_1024 = 1.15
 

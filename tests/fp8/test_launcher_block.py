@@ -14,7 +14,7 @@ from paddle import nn
 from ppcoat.cli.kernel_library import PaddleLibrary
 from ppcoat.fp8.blocks import quantize_blocks
 from ppcoat.lora import inject_lora
-from ppcoat.models.flux import DoubleBlock
+from ppcoat.models.flux.transformer import DoubleBlock
 from ppcoat.nn.attention import attention
 from ppcoat.nn.block_parts import LocalGraph
 from ppcoat.nn.convert import multiply_in_fp8, quantize_linears, sublayer_at

@@ -4,8 +4,8 @@ import paddle
 import pytest
 
 import ppcoat.infer.garment_scores as garment_scores
-from ppcoat.infer.garment_classifier import GarmentClassifier
-from ppcoat.models import flux_pipeline
+from ppcoat.infer.garment_scores import GarmentClassifier
+from ppcoat.models.flux import pipeline as flux_pipeline
 
 
 @pytest.fixture

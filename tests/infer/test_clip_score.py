@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from ppcoat.errors import ConfigError
-from ppcoat.infer.clip_score import CLIP, centre_square
+from ppcoat.infer.scores import CLIP, centre_square
 
 TOKENIZER = Path(__file__).parent.parent / "fixtures" / "tiny_flux_fp32" / "tokenizer"
 WIDTH, HEADS, SIZE, PATCH, OUT, TOKENS, VOCABULARY = 16, 2, 16, 8, 6, 12, 678

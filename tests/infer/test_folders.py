@@ -11,8 +11,8 @@ from PIL.PngImagePlugin import PngInfo
 import ppcoat.infer.evaluate as evaluate_module
 from ppcoat.cli.main import run
 from ppcoat.errors import ConfigError
-from ppcoat.infer.folders import FolderScores, features_named, own_prompt, prompts_of, score_folders, table
-from ppcoat.infer.garment_classifier import GarmentClassifier, pictures_to_tensor
+from ppcoat.infer.evaluate import FolderScores, features_named, own_prompt, prompts_of, score_folders, table
+from ppcoat.infer.garment_scores import GarmentClassifier, pictures_to_tensor
 
 
 @pytest.fixture(autouse=True)

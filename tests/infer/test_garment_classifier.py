@@ -8,12 +8,7 @@ from PIL import Image
 from safetensors.paddle import save_file
 
 from ppcoat.data import garments
-from ppcoat.infer.garment_classifier import (
-    LABELS,
-    GarmentClassifier,
-    classify,
-    pictures_to_tensor,
-)
+from ppcoat.infer.garment_scores import LABELS, GarmentClassifier, classify, pictures_to_tensor
 from ppcoat.pretrain.classifier import LabelledDrawings, accuracy
 
 SIZES = {"kind": 6, "colour": 8, "pattern": 4, "motif": 2}

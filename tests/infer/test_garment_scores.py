@@ -18,9 +18,9 @@ from ppcoat.infer.garment_scores import (
     held_out_garments,
     sheet,
 )
-from ppcoat.infer.metrics import frechet_distance
+from ppcoat.infer.scores import frechet_distance
 from ppcoat.lora import inject_lora, save_lora
-from ppcoat.models.flux_pipeline import FluxPipeline
+from ppcoat.models.flux.pipeline import FluxPipeline
 
 FIXTURE = Path(__file__).parent.parent / "fixtures" / "tiny_flux_fp32"
 pytestmark = pytest.mark.usefixtures("quick_and_untrained")

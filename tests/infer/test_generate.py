@@ -15,8 +15,8 @@ from ppcoat.config.load import load_config
 from ppcoat.data import garments
 from ppcoat.errors import ConfigError
 from ppcoat.infer.generate import Drawing, generate
-from ppcoat.models.newbie_pipeline import NewbiePipeline
-from ppcoat.train.flux_lora import train_flux_lora
+from ppcoat.models.newbie.pipeline import NewbiePipeline
+from ppcoat.train.flux import train_flux_lora
 
 FIXTURE = Path(__file__).parent.parent / "fixtures" / "tiny_flux_fp32"
 PROMPT = "a red dress"

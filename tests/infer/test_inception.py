@@ -9,7 +9,7 @@ from PIL import Image
 from safetensors.paddle import load_file, save_file
 
 from ppcoat.errors import ConfigError
-from ppcoat.infer.inception import Inception
+from ppcoat.infer.scores import Inception
 
 
 @pytest.fixture(scope="module")

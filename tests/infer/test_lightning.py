@@ -19,7 +19,7 @@ from ppcoat.cli.main import run
 from ppcoat.infer.cinn import compile_transformer
 from ppcoat.infer.lightning import LightningDrawing, draw_lightning, draw_once, states_alpha
 from ppcoat.lora import inject_lora, merge_lora, save_lora
-from ppcoat.models.flux_pipeline import FluxPipeline
+from ppcoat.models.flux.pipeline import FluxPipeline
 from ppcoat.models.loading import load_transformer
 
 ROOT = Path(__file__).parents[2]

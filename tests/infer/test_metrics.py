@@ -4,7 +4,7 @@ import numpy as np
 import paddle
 import pytest
 
-from ppcoat.infer.metrics import clip_score, frechet_distance, psnr
+from ppcoat.infer.scores import clip_score, frechet_distance, psnr
 
 
 def test_psnr_of_a_known_error():

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from ppcoat.errors import ConfigError
 from ppcoat.lora import adapter_layers, load_adapter, read_adapter, remove_lora, save_comfyui, save_peft
-from ppcoat.models.newbie_loading import load_nextdit
+from ppcoat.models.newbie.files import load_nextdit
 
 FOLDER = Path(__file__).parent.parent / "fixtures" / "tiny_newbie"
 TOLERANCE = 2e-5

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 from ppcoat.errors import ConfigError
 from ppcoat.lora import LoKrSettings, adapter_layers, inject_lokr, load_adapter, merge_lora, remove_lora
 from ppcoat.lora.lokr import LoKrLinear, new_factors, split
-from ppcoat.models.newbie_loading import load_nextdit
+from ppcoat.models.newbie.files import load_nextdit
 
 FOLDER = Path(__file__).parent.parent / "fixtures" / "tiny_newbie"
 TOLERANCE = 2e-5

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from paddle import nn
 
-from ppcoat.models.flux_pipeline import FluxPipeline
+from ppcoat.models.flux.pipeline import FluxPipeline
 from ppcoat.nn.fp8_weight import FP8Weight
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
@@ -17,11 +17,6 @@ FIXTURES = Path(__file__).parent.parent / "fixtures"
 @pytest.fixture(scope="session")
 def fp32_folder() -> Path:
     return FIXTURES / "tiny_flux_fp32"
-
-
-@pytest.fixture(scope="session")
-def bf16_folder() -> Path:
-    return FIXTURES / "tiny_flux_bf16_sharded"
 
 
 @pytest.fixture(scope="session")

@@ -9,9 +9,8 @@ import pytest
 from safetensors import safe_open
 
 from ppcoat.errors import ConfigError
-from ppcoat.models import saving
-from ppcoat.models.fp8_base import load_fp8_transformer
-from ppcoat.models.fp8_copy import FP8Copy
+from ppcoat.models import writing
+from ppcoat.models.quantized_base import FP8Copy, load_fp8_transformer
 
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
 
@@ -35,14 +34,14 @@ def test_the_second_start_reads_the_copy_and_no_weight_of_the_model(
 ):
     plain = load_fp8_transformer(source)
     assert_same(load_fp8_transformer(source, copy=copy), plain)
-    monkeypatch.setattr("ppcoat.models.fp8_base.quantised_tensors", None)
+    monkeypatch.setattr("ppcoat.models.quantized_base.quantised_tensors", None)
     assert_same(load_fp8_transformer(source, copy=copy), plain)
     assert not said(caplog)
     assert [path.name for path in copy.folder.parent.iterdir()] == ["copy"]  # nothing temporary is left
 
 
 def test_it_is_a_folder_of_shards_that_safetensors_reads(assert_same, source, copy, monkeypatch):
-    monkeypatch.setattr(saving, "SHARD_BYTES", 200_000)
+    monkeypatch.setattr(writing, "SHARD_BYTES", 200_000)
     plain = {name: tensor.numpy() for name, tensor in load_fp8_transformer(source).state_dict().items()}
     assert_same(load_fp8_transformer(source, copy=copy), load_fp8_transformer(source))
     names = json.loads((copy.folder / INDEX).read_text())["weight_map"]

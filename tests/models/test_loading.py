@@ -7,7 +7,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from ppcoat.errors import ConfigError
-from ppcoat.models.flux_pipeline import FluxPipeline
+from ppcoat.models.flux.pipeline import FluxPipeline
 from ppcoat.models.loading import (
     check_folder,
     linear_weights,

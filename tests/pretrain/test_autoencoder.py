@@ -5,7 +5,7 @@ import paddle
 import pytest
 
 from ppcoat.models.loading import load_vae
-from ppcoat.models.saving import save_diffusers_model
+from ppcoat.models.writing import save_diffusers_model
 from ppcoat.pretrain.autoencoder import AutoencoderTraining, build_autoencoder, sharp_loss, sharpen_decoder
 
 

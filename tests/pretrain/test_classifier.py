@@ -4,7 +4,7 @@ import numpy as np
 import paddle
 import pytest
 
-from ppcoat.infer.garment_classifier import WEIGHTS, GarmentClassifier
+from ppcoat.infer.garment_scores import WEIGHTS, GarmentClassifier
 from ppcoat.models.loading import load_vae
 from ppcoat.pretrain.classifier import ClassifierTraining, LabelledDrawings, reconstructed, train_classifier
 

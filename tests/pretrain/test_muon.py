@@ -7,7 +7,7 @@ import numpy as np
 import paddle
 import pytest
 
-from ppcoat.pretrain.muon import Muon, _owners, orthogonalized
+from ppcoat.pretrain.denoiser import Muon, _owners, orthogonalized
 
 
 def _published(gradient, moment, parameter, rate, momentum=0.95, weight_decay=0.01):

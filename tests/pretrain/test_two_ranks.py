@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from ppcoat.models.flux_pipeline import FluxPipeline
+from ppcoat.models.flux.pipeline import FluxPipeline
 
 ROOT = Path(__file__).parents[2]
 ASSETS = ROOT / "ppcoat" / "assets"

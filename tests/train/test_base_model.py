@@ -8,10 +8,10 @@ import pytest
 import ppcoat.train.base_model as base_model
 from ppcoat.config.load import load_config
 from ppcoat.errors import ConfigError
-from ppcoat.models.flux_pipeline import FluxPipeline
+from ppcoat.models.flux.pipeline import FluxPipeline
 from ppcoat.nn.fp8_weight import FP8Weight
-from ppcoat.train.flux_lora import train_flux_lora
-from ppcoat.train.plan import plan
+from ppcoat.plan.settings import plan
+from ppcoat.train.flux import train_flux_lora
 from ppcoat.train.ranks import Ranks
 
 
@@ -45,7 +45,7 @@ def test_fp8_base_is_kept_for_the_next_start(make_config, monkeypatch, caplog):
     written = list(config.cache_folder.glob("*-transformer-fp8/*.safetensors"))
     assert written
     monkeypatch.setattr(
-        "ppcoat.models.fp8_base.quantised_tensors", lambda *_: pytest.fail("quantised a second time")
+        "ppcoat.models.quantized_base.quantised_tensors", lambda *_: pytest.fail("quantised a second time")
     )
     with caplog.at_level(logging.WARNING):
         again = loaded(config)

@@ -338,7 +338,7 @@ def test_after_kill_9_at_every_point_of_a_save_old_or_new_is_loaded(tmp_path, ca
 RUN_AND_BE_KILLED = """
 import os, signal, sys
 from ppcoat.config.load import load_config
-from ppcoat.train.flux_lora import train_flux_lora
+from ppcoat.train.flux import train_flux_lora
 
 kill_at = int(sys.argv[2])
 for name in ("fsync", "rename", "replace"):

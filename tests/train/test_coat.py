@@ -13,7 +13,7 @@ from ppcoat import COATConfig, COATTrainer, FP8AdamW
 from ppcoat.config.schema import CoatActivationConfig, CoatConfig, CoatMemoryConfig, CoatOptimizerConfig
 from ppcoat.fp8.formats import E4M3
 from ppcoat.lora import inject_lora
-from ppcoat.models.nextdit import NextDiT_CLIP
+from ppcoat.models.newbie.nextdit import NextDiT_CLIP
 from ppcoat.nn.linear import FrozenLinear
 from ppcoat.nn.policy import get_policy
 from ppcoat.nn.saving import flux_blocks

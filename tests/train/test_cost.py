@@ -11,7 +11,7 @@ import paddle.nn.functional as F
 import pytest
 from paddle import nn
 
-from ppcoat.train.measure import BenchmarkCase, MeasuredTraining
+from ppcoat.bench.bench_worker import BenchmarkCase, MeasuredTraining
 
 SHAPE = {"hidden_size": 512, "num_layers": 12, "batch_size": 1, "tokens": 256, "text_tokens": 64, "rank": 16}
 STEPS, WARM_UP = 10, 2

@@ -6,8 +6,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from ppcoat.optim import FP8AdamW
-from ppcoat.train.ema import RunningMean
-from ppcoat.train.flux_lora import train_flux_lora
+from ppcoat.train.flux import train_flux_lora
+from ppcoat.train.optimizer_state import RunningMean
 from ppcoat.train.trainer import Trainer
 
 

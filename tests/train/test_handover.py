@@ -3,8 +3,7 @@
 import pytest
 
 from ppcoat.errors import ConfigError
-from ppcoat.train.handover import handover_folder
-from ppcoat.train.ranks import Ranks
+from ppcoat.train.ranks import Ranks, handover_folder
 
 LEFT = "handover-0123456789abc"  # by a killed run
 

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 
 from ppcoat.config.newbie import load_newbie_config
 from ppcoat.data import garments
-from ppcoat.train.newbie_lora import train_newbie_lora
+from ppcoat.train.newbie import train_newbie_lora
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ["-m", "paddle.distributed.launch", "--nproc_per_node", "2", "--log_dir", "log"]

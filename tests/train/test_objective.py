@@ -7,7 +7,7 @@ import numpy as np
 import paddle
 import pytest
 
-from ppcoat.models.scheduler import FlowMatchEulerDiscreteScheduler
+from ppcoat.models.flux.scheduler import FlowMatchEulerDiscreteScheduler
 from ppcoat.train.objective import FlowMatching, level_weights
 
 B, C, H, W, T = 3, 2, 4, 6, 5

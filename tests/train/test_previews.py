@@ -5,7 +5,7 @@ from PIL import Image
 
 from ppcoat.config.load import load_config
 from ppcoat.config.schema import PreviewConfig
-from ppcoat.train.flux_lora import train_flux_lora
+from ppcoat.train.flux import train_flux_lora
 from ppcoat.train.previews import preview_prompts, previews
 
 

@@ -10,9 +10,10 @@ import paddle
 import pytest
 from safetensors.numpy import load_file
 
-from ppcoat.train import flux_lora, lora_run
+from ppcoat.train import flux as flux_lora
+from ppcoat.train import run as lora_run
 from ppcoat.train.checkpoint import load_latest
-from ppcoat.train.flux_lora import train_flux_lora
+from ppcoat.train.flux import train_flux_lora
 from ppcoat.train.trainer import Trainer
 
 

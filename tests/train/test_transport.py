@@ -4,9 +4,9 @@ import numpy as np
 import paddle
 import pytest
 
-from ppcoat.models.newbie_loading import load_nextdit
-from ppcoat.models.scheduler import calculate_shift
-from ppcoat.train.transport import Transport, interpolate
+from ppcoat.models.flux.scheduler import calculate_shift
+from ppcoat.models.newbie.files import load_nextdit
+from ppcoat.train.objective import Transport, interpolate
 
 FOLDER = Path(__file__).parent.parent / "fixtures" / "tiny_newbie"
 TOLERANCE = 2e-5

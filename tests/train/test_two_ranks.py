@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 from ppcoat.config.load import load_config
 from ppcoat.data import garments
 from ppcoat.train.checkpoint import load_latest
-from ppcoat.train.flux_lora import train_flux_lora
+from ppcoat.train.flux import train_flux_lora
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "train_scripts" / "train_flux_lora.py"
@@ -116,7 +116,7 @@ def test_two_ranks_are_one_with_both_pictures(write, launch, tmp_path):
 ENCODES_ON_RANK_0_ONLY = """
 import os, sys
 from ppcoat.cli.main import run
-from ppcoat.models.flux_pipeline import FluxPipeline
+from ppcoat.models.flux.pipeline import FluxPipeline
 
 def refuse(*_, **__):
     raise AssertionError("rank 1 encodes")
@@ -195,7 +195,7 @@ def test_a_killed_rank_ends_the_run(write, launch, tmp_path):
 INFINITE_ON_RANK_1 = """
 import os, sys
 from ppcoat.cli.main import run
-from ppcoat.train import lora_run
+from ppcoat.train import run as lora_run
 
 built = lora_run.build_trainer
 

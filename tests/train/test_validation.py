@@ -8,10 +8,10 @@ import pytest
 from safetensors.numpy import load_file
 
 from ppcoat.errors import ConfigError
-from ppcoat.train import flux_lora
-from ppcoat.train.flux_lora import train_flux_lora
+from ppcoat.train import flux as flux_lora
+from ppcoat.train.flux import train_flux_lora
 from ppcoat.train.objective import FlowMatching
-from ppcoat.train.validation import Validation
+from ppcoat.train.previews import Validation
 
 LEVELS = ["validation_loss", *(f"validation_loss_sigma_{s}" for s in ("1.00", "0.75", "0.50", "0.25"))]
 

@@ -1,0 +1,114 @@
+"""Which loss of FLUX-Lightning does what: a student distilled with each, one after another, and scored.
+
+    consistency  ->  + adversarial  ->  + DMD  ->  + reflow  ->  all of them as the published code has them
+
+Every student has as many steps of its LoRA; where heads are trained they take as many again. On a CPU two of
+them train at the same time. All are compared with one set of the teacher's samples. A finished student is
+found again by the next call with the same flags.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from ppcoat.bench.parallel_jobs import AT_ONCE, Job, batched, run_at_once
+from ppcoat.config.lightning import lightning_config
+from ppcoat.device import tune_host
+from ppcoat.distill.flux_lightning import train_flux_lightning
+from ppcoat.errors import ConfigError
+from ppcoat.infer.garment_scores import SampleScores, compare_students
+
+TINY_FLUX = "ppcoat/assets/tiny_flux"
+SHARED = {
+    "resolution": 64, "guidance_scale": 1.5, "train_batch_size": 16, "lora_rank": 64,
+    "num_euler_timesteps": 20, "use_distill_loss": True, "loss_type": "l2", "learning_rate": 2e-3,
+    "lr_scheduler": "cosine", "lr_warmup_steps": 25, "saving_policy": "none", "validation_steps": 0,
+}  # fmt: skip
+ADVERSARIAL = {"adv_weight": 0.02, "adv_lr": 1e-3}
+DMD = ADVERSARIAL | {"use_dmd_loss": True, "dmd_weight": 0.01}
+REFLOW = DMD | {"apply_reflow_loss": True, "reflow_loss_weight": 0.01}
+STUDENTS = {
+    "consistency": {"adv_weight": 0.0},
+    "+ adversarial": ADVERSARIAL,
+    "+ DMD": DMD,
+    "+ reflow": REFLOW,
+    "all, --compat reference": REFLOW | {"compat": "reference"},
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data_path", required=True, help="folder of pictures with captions")
+    parser.add_argument("--model", default=TINY_FLUX, help="the teacher (default: %(default)s)")
+    parser.add_argument("--output_dir", default="output/ablation", help="(default: %(default)s)")
+    parser.add_argument("--lora_steps", type=int, default=250, help="of each LoRA (default: %(default)s)")
+    parser.add_argument("--samples", type=int, default=1000, help="pictures scored (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the trainings (default: %(default)s)")
+
+
+def run_command(arguments: argparse.Namespace) -> None:
+    for name in ("lora_steps", "samples"):
+        if getattr(arguments, name) < 1:
+            raise ConfigError(f"--{name} must be at least 1, got {getattr(arguments, name)}")
+    tune_host()
+    folder = Path(arguments.output_dir)
+    files: dict[str, Path] = {}
+    for names in batched(STUDENTS, AT_ONCE):
+        jobs = [
+            Job(f"student: {name}", distilled, (arguments, folder, name),
+                folder / f"{run_name(arguments, name)}.log")
+            for name in names
+        ]  # fmt: skip
+        files |= dict(zip(names, run_at_once(jobs), strict=True))
+    scores, _ = compare_students(arguments.model, files, arguments.samples, batch_size=50)
+    content = {"settings": vars(arguments), "scores": [asdict(row) for row in scores]}
+    (folder / "ablation.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    print(table(scores))
+
+
+def distilled(arguments: argparse.Namespace, folder: Path, name: str) -> Path:
+    """The LoRA file of one student; trained if it is not there. Raises ConfigError for a folder of students
+    with other settings."""
+    flags = SHARED | STUDENTS[name]
+    steps = arguments.lora_steps * (2 if flags["adv_weight"] else 1)
+    run = run_name(arguments, name)
+    config = lightning_config(
+        flags
+        | {
+            "data_path": arguments.data_path,
+            "pretrained_teacher_model": arguments.model,
+            "output_dir": str(folder),
+            "tracker_project_name": run,
+            "lr_warmup_steps": min(flags["lr_warmup_steps"], arguments.lora_steps // 10),
+            "max_train_steps": steps,
+            "checkpointing_steps": steps,
+            "seed": arguments.seed,
+        }
+    )
+    file, settings = folder / run / f"{run}.safetensors", folder / run / "ablation.json"
+    wanted = config.model_dump(mode="json")
+    if file.exists() and settings.exists():
+        if json.loads(settings.read_text("utf-8")) != wanted:
+            raise ConfigError(f"{folder} has students of other settings: remove it, or choose another")
+        return file
+    file = train_flux_lightning(config).lora_file
+    settings.write_text(json.dumps(wanted), encoding="utf-8")
+    return file
+
+
+def run_name(arguments: argparse.Namespace, name: str) -> str:
+    """Of the folder of one student."""
+    return f"student{list(STUDENTS).index(name)}-{arguments.lora_steps}-{arguments.seed}"
+
+
+def table(scores: list[SampleScores]) -> str:
+    """A row for each set of samples; the last column is the share of the teacher's distance at few steps."""
+    few = next(row for row in scores if row.frechet)
+    lines = [f"{'':34s}{'kind':>8s}{'colour':>8s}{'pattern':>9s}{'Frechet':>9s}{'share':>7s}"]
+    for row in scores:
+        facts = f"{row.kind:8.1%}{row.colour:8.1%}{row.pattern:9.1%}"
+        line = f"{f'{row.who}, {row.steps} steps':34s}{facts}"
+        lines.append(line + (f"{row.frechet:9.2f}{row.frechet / few.frechet:7.2f}" if row.frechet else ""))
+    return "\n".join(lines)

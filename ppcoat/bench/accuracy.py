@@ -1,0 +1,278 @@
+"""What FP8 costs in accuracy: how far stored Adam moments are from exact ones (ours, the published COAT rule
+and three others), and, for `accuracy weights`, what an FP8 base does to weights and output.
+
+    sets of gradients (drawn, and recorded from a LoRA training)  ->  AdamW's moments in float64  ->
+    the same moments stored by each codec: once at the end, and after every step  ->  relative RMS errors
+
+The update is m / (sqrt(v) + 1e-8). Errors are relative RMS errors, see `relative_rms`. All sets are drawn
+from fixed seeds.
+
+    python -m ppcoat accuracy weights --model ppcoat/assets/tiny_flux
+
+shows the error of each Linear's weight and of the transformer's output, RMS(FP8 - exact) / RMS(exact). The
+output is a velocity for random inputs, with all Linears in FP8 and with those of the blocks alone; it wants
+the transformer in memory twice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import paddle
+
+from ppcoat.bench.published import PUBLISHED
+from ppcoat.data import garments
+from ppcoat.device import tune_host
+from ppcoat.errors import ConfigError
+from ppcoat.fp8.adamw import decode_moments, dither, encode_moments
+from ppcoat.models.quantized_base import OutputErrors, WeightError, output_errors, weight_errors
+from ppcoat.optim import FP8QuantizationConfig
+
+GROUPS, BLOCK, STEPS = 96, 128, 200
+RECORDED_STEPS, RECORDED_BATCH, PICTURES = 20, 4, 12
+BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
+SIZE = 1e-3  # of a typical drawn gradient
+OURS = "ours"
+
+Pair = tuple[np.ndarray, np.ndarray]
+Store = Callable[[np.ndarray, np.ndarray, int | None], Pair]  # (m, v, step or None) -> m and v as decoded
+SEEDS = 3  # random inputs over which the output's error is averaged
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Relative RMS errors of the first moment, the second and the update."""
+
+    m: float
+    v: float
+    update: float
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the numbers as JSON, too")
+    weights = parser.add_subparsers(dest="other", title="another table, with flags of its own").add_parser(
+        "weights", help="errors of weights in FP8, and of the transformer's output"
+    )
+    add_weight_arguments(weights)
+
+
+def run_command(arguments: argparse.Namespace) -> None:
+    if arguments.other == "weights":
+        run_weights(arguments)
+        return
+    tune_host()
+    sets = {**drawn_sets(), "recorded": recorded_gradients()}
+    results = {name: compare(gradients) for name, gradients in sets.items()}
+    print(table(results))
+    if arguments.output:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.write_text(json.dumps(as_json(results), indent=2) + "\n", encoding="utf-8")
+        print(f"\nwritten: {arguments.output}")
+
+
+def drawn_sets(groups: int = GROUPS, steps: int = STEPS) -> dict[str, np.ndarray]:
+    """Name -> gradients float32 [steps, groups, BLOCK].
+
+    log-normal: each element has its own scale exp(sigma z), constant over the steps. heavy tails: Student t,
+    3 degrees. block-sparse: of every 16 elements, all or none have a gradient, one block in ten a step.
+    """
+    shape, sets = (steps, groups, BLOCK), {}
+    for sigma in (0.25, 1.0, 2.0):
+        rng = np.random.default_rng([1, int(100 * sigma)])
+        scale = np.exp(sigma * rng.standard_normal(shape[1:]))
+        sets[f"log-normal {sigma:g}"] = scale * rng.standard_normal(shape)
+    rng = np.random.default_rng(2)
+    sets["heavy tails"] = rng.standard_t(3, shape)
+    active = np.repeat(rng.random((steps, groups, BLOCK // 16)) < 0.1, 16, axis=-1)
+    sets["block-sparse"] = active * rng.standard_normal(shape)
+    return {name: (SIZE * gradients).astype(np.float32) for name, gradients in sets.items()}
+
+
+def recorded_gradients(
+    steps: int = RECORDED_STEPS, batch_size: int = RECORDED_BATCH, groups: int = 4 * GROUPS
+) -> np.ndarray:
+    """Gradients of a LoRA training of the built-in tiny FLUX on drawn garments -> [steps, groups, BLOCK].
+
+    A parameter starts a new group, as in the optimizer; of all groups, evenly spaced ones are taken.
+    """
+    from ppcoat.config.load import load_config
+    from ppcoat.data.examples import all_examples, scan_datasets
+    from ppcoat.models.flux.pipeline import FluxPipeline
+    from ppcoat.train.flux import build_trainer, encode_dataset
+
+    from .quickstart import CONFIG, DATA_SEED, MOTIF
+
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "data"
+        data.mkdir()
+        changes = [f"output_dir={folder}", f"datasets.0.folder_path={data}"]
+        changes += [f"train.steps={steps}", "train.lr_warmup_steps=0", f"train.batch_size={batch_size}"]
+        changes += ["coat.enabled=false", "sample.prompts=[]"]
+        config = load_config(str(CONFIG), changes)
+        garments.write_folder(data, PICTURES, DATA_SEED, config.data.resolution, MOTIF, "[trigger] ")
+        pipeline = FluxPipeline.from_pretrained(config.model.name_or_path)
+        examples = all_examples(scan_datasets(config))
+        trainer = build_trainer(config, pipeline, encode_dataset(config, examples, pipeline))
+        return np.stack([_gradients_of_a_step(trainer, groups) for _ in range(steps)])
+
+
+def compare(gradients: np.ndarray) -> dict[str, tuple[Errors, Errors]]:
+    """Gradients [steps, groups, BLOCK] -> codec -> (errors of storing the last moments once, errors after
+    storing them at every step)."""
+    exact = moments(gradients.astype(np.float64), lambda m, v, step: (m, v))
+    results = {}
+    for name, store in codecs().items():
+        with np.errstate(over="ignore", invalid="ignore"):
+            once = store(exact[0].astype(np.float32), exact[1].astype(np.float32), None)
+            results[name] = (errors(once, exact), errors(moments(gradients, store), exact))
+    return results
+
+
+def moments(gradients: np.ndarray, store: Store) -> Pair:
+    """AdamW's moments after all steps, stored and read again after each; in the dtype of the gradients."""
+    m = v = np.zeros(gradients.shape[1:], dtype=gradients.dtype)
+    beta1, beta2 = gradients.dtype.type(BETA1), gradients.dtype.type(BETA2)
+    for step, g in enumerate(gradients):
+        m, v = store(beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g * g, step)
+    return m, v
+
+
+def codecs() -> dict[str, Store]:
+    """The codecs by name, ours last."""
+
+    def published(first: Callable, second: Callable) -> Store:
+        return lambda m, v, step: (first(m), second(v))
+
+    stores = {name: published(*pair) for name, pair in PUBLISHED.items()}
+    return {**stores, OURS: store_as_ours}
+
+
+def store_as_ours(
+    m: np.ndarray, v: np.ndarray, step: int | None, config: FP8QuantizationConfig | None = None
+) -> Pair:
+    """What FP8AdamW keeps of m and v; rounded to nearest if there is no step."""
+    pair = (config or FP8QuantizationConfig()).codecs()
+    offset = 0.5 if step is None else dither(paddle.to_tensor([step]), m.shape[-1])
+    states = encode_moments(paddle.to_tensor(m), paddle.to_tensor(v), pair, offset)
+    first, second = decode_moments(states, pair)
+    return first.numpy(), second.numpy()
+
+
+def errors(stored: Pair, exact: Pair) -> Errors:
+    """Relative RMS errors of stored (m, v) against exact ones."""
+    stored = tuple(part.astype(np.float64) for part in stored)
+    updates = [m / (np.sqrt(v) + EPSILON) for m, v in (stored, exact)]
+    pairs = ((stored[0], exact[0]), (stored[1], exact[1]), updates)
+    return Errors(*(relative_rms(a, b) for a, b in pairs))
+
+
+def relative_rms(stored: np.ndarray, exact: np.ndarray) -> float:
+    """RMS over the groups of (RMS error of a group / RMS value of it); groups of zeros do not count.
+
+    Relative to each group: across groups whose scales differ, one group's largest value would decide alone.
+    """
+    power = np.mean(exact**2, axis=-1)
+    ratio = np.mean((stored - exact) ** 2, axis=-1)[power > 0] / power[power > 0]
+    return float(np.sqrt(np.mean(ratio)))
+
+
+def table(results: dict[str, dict[str, tuple[Errors, Errors]]]) -> str:
+    """One row per set and quantity; the codecs once stored, then stored at every step."""
+    names = list(next(iter(results.values())))
+    heads = [*names, "/COAT"]
+    lines = [
+        "relative RMS errors of Adam's moments in 8 bits, groups of 128",
+        f"{'':25s}{'stored once':^{9 * len(heads)}s} |{'stored at every step':^{9 * len(heads)}s}",
+        f"{'gradients':17s}{'of':8s}" + " |".join("".join(f"{h:>9s}" for h in heads) for _ in range(2)),
+    ]
+    for set_name, by_codec in results.items():
+        for quantity in ("m", "v", "update"):
+            halves = []
+            for half in range(2):
+                values = [getattr(by_codec[name][half], quantity) for name in names]
+                values.append(values[names.index(OURS)] / values[names.index("COAT")])
+                halves.append("".join(f"{value:9.2g}" if value > 10 else f"{value:9.4f}" for value in values))
+            lines.append(f"{set_name if quantity == 'm' else '':17s}{quantity:8s}" + " |".join(halves))
+    return "\n".join(lines)
+
+
+def as_json(results: dict[str, dict[str, tuple[Errors, Errors]]]) -> dict:
+    """The same numbers for a program."""
+    return {
+        "group_size": BLOCK,
+        "betas": [BETA1, BETA2],
+        "epsilon": EPSILON,
+        "sets": {
+            set_name: {
+                codec: {"stored_once": vars(once), "stored_at_every_step": vars(often)}
+                for codec, (once, often) in by_codec.items()
+            }
+            for set_name, by_codec in results.items()
+        },
+    }
+
+
+def _gradients_of_a_step(trainer: object, groups: int) -> np.ndarray:
+    """One training step -> its gradients [groups, BLOCK] float32."""
+    rows: dict[str, np.ndarray] = {}
+
+    def note(name: str) -> Callable[[paddle.Tensor], None]:
+        def hook(gradient: paddle.Tensor) -> None:
+            flat = gradient.numpy().astype(np.float32).reshape(-1)
+            rows[name] = np.pad(flat, (0, -flat.size % BLOCK)).reshape(-1, BLOCK)
+
+        return hook
+
+    hooks = [parameter.register_hook(note(name)) for name, parameter in trainer.parameters.items()]
+    trainer.train_step()
+    for hook in hooks:
+        hook.remove()
+    everything = np.concatenate([rows[name] for name in trainer.parameters])
+    chosen = np.linspace(0, len(everything) - 1, min(groups, len(everything))).astype(int)
+    return everything[chosen]
+
+
+def add_weight_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", type=Path, default=Path("ppcoat/assets/tiny_flux"), help="FLUX folder")
+    parser.add_argument("--no_output", action="store_true", help="leave the output out, for large models")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the numbers as JSON, too")
+
+
+def run_weights(arguments: argparse.Namespace) -> None:
+    folder = arguments.model / "transformer"
+    if not folder.is_dir():
+        raise ConfigError(f"--model {arguments.model} has no folder transformer: name a FLUX pipeline folder")
+    tune_host()
+    rows = list(weight_errors(folder))
+    output = None if arguments.no_output else output_errors(folder, seeds=range(SEEDS))
+    print(weight_table(rows, output))
+    if arguments.output:
+        content = {"weights": [row._asdict() for row in rows], "output": output and output._asdict()}
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        print(f"\nwritten: {arguments.output}")
+
+
+def weight_table(rows: list[WeightError], output: OutputErrors | None) -> str:
+    """One line per Linear in the order of the files, their mean, and the output."""
+    width = max(len(row.path) for row in rows)
+    lines = [f"{'Linear':{width}s}  {'[in, out]':>16s}  relative RMS error"]
+    lines += [f"{row.path:{width}s}  {str(row.shape):>16s}  {row.relative_rms:.5f}" for row in rows]
+    errors = np.array([row.relative_rms for row in rows])
+    inside = sum(row.in_block for row in rows)
+    lines.append(
+        f"{len(rows)} Linears, {inside} of them in blocks: mean {errors.mean():.5f}, least "
+        f"{errors.min():.5f}, largest {errors.max():.5f}"
+    )
+    if output is not None:
+        lines.append(
+            f"output, mean of {SEEDS} random inputs: {output.all_linears:.4f} with all Linears in FP8, "
+            f"{output.in_blocks:.4f} with those of the blocks"
+        )
+    return "\n".join(lines)

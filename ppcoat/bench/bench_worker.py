@@ -1,0 +1,370 @@
+"""Training runs that measure themselves: one process each, two of them side by side taking turns, and the
+largest batch that fits.
+
+The model is a FluxTransformer2DModel of random weights, the data are random latents and text embeddings; both
+depend on the seed alone, so that the losses of two variants can be compared step by step. A process measures
+one variant, because peak memory belongs to a process.
+
+The processes share cores, memory bus and clock, so they must not run at once, and a machine that slows down
+must hit both alike: while one takes a few steps the other waits at its pipe, asleep.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import signal
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+
+import numpy as np
+import paddle
+
+from ppcoat.config.schema import CoatActivationConfig, CoatOptimizerConfig
+from ppcoat.device import (
+    ChildProcess,
+    GpuMeter,
+    HostMeter,
+    ignore_warnings_of_libraries,
+    set_device,
+    tune_host,
+)
+from ppcoat.errors import ConfigError
+from ppcoat.lora import inject_lora
+from ppcoat.lora.layer import lora_parameters
+from ppcoat.models.flux.transformer import FluxTransformer2DModel
+from ppcoat.nn.policy import check_policy
+from ppcoat.train.coat import COATConfig, COATTrainer
+from ppcoat.train.objective import FlowMatching
+from ppcoat.train.trainer import optimizer_state_bytes
+
+HEAD_DIM = 64
+PIXELS_PER_TOKEN = 16  # side of the square of a picture that FLUX sees as one token
+TEXT_WIDTH, POOLED_WIDTH, LATENT_CHANNELS = 4096, 768, 16  # of FLUX.1: T5-XXL, CLIP-L, autoencoder
+BYTES = ("bytes_kept", "bytes_kept_bf16", "bytes_unpacked")  # counted by nn.saved
+LEARNING_RATE = {"lora": 1e-3, "full": 1e-4}
+PROBE_STEPS = 2  # the optimizer's states exist from the first update on: the second step is the fullest
+GROWTH = 4  # a batch is tried only up to this many times the largest that was seen to fit
+
+
+@dataclass(frozen=True)
+class BenchmarkCase:
+    """One variant to measure. Sizes of the model and of a batch, what is trained, and how.
+
+    hidden_size: 64 per head. num_layers: a third double blocks, the rest single blocks. tokens: image tokens,
+    one for 16 x 16 pixels. fp8_states: FP8AdamW instead of AdamW. policy: what is kept for backward.
+    full_training: all parameters are trained instead of a LoRA of `rank`. Raises ConfigError for a wrong
+    value.
+    """
+
+    hidden_size: int = 1024
+    num_layers: int = 8
+    batch_size: int = 4
+    tokens: int = 256
+    text_tokens: int = 64
+    rank: int = 16
+    fp8_states: bool = False
+    policy: str = "none"
+    full_training: bool = False
+    seed: int = 0
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_size", "num_layers", "batch_size", "tokens", "text_tokens", "rank"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.hidden_size % HEAD_DIM:
+            nearest = HEAD_DIM * max(1, round(self.hidden_size / HEAD_DIM))
+            raise ConfigError(
+                f"hidden_size must be a multiple of {HEAD_DIM} (channels per head), got {self.hidden_size}; "
+                f"the nearest is {nearest}"
+            )
+        if self.seed < 0:
+            raise ConfigError(f"seed must be 0 or more, got {self.seed}")
+        if check_policy(self.policy) not in ("none", "coat") and self.full_training:
+            raise ConfigError(
+                f"policy {self.policy!r} rebuilds what a frozen block needs; with full_training use 'coat'"
+            )
+
+    @property
+    def blocks(self) -> tuple[int, int]:
+        """Double and single blocks; FLUX.1 has 19 and 38."""
+        double = round(self.num_layers / 3)
+        return double, self.num_layers - double
+
+    @property
+    def token_grid(self) -> tuple[int, int]:
+        """Rows and columns of image tokens, as near to a square as `tokens` can be split."""
+        rows = next(n for n in range(math.isqrt(self.tokens), 0, -1) if self.tokens % n == 0)
+        return rows, self.tokens // rows
+
+    @property
+    def picture_size(self) -> tuple[int, int]:
+        """Width and height in pixels of a picture of so many tokens."""
+        rows, columns = self.token_grid
+        return columns * PIXELS_PER_TOKEN, rows * PIXELS_PER_TOKEN
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One optimizer update. started_at: seconds of a clock that all processes of the machine share."""
+
+    started_at: float
+    milliseconds: float
+    loss: float
+
+
+class MeasuredTraining:
+    """A model, its optimizer and its data; `step` trains and measures, `result` gives the memory numbers."""
+
+    def __init__(self, case: BenchmarkCase) -> None:
+        set_device(case.device)
+        self.case = case
+        on_gpu = paddle.get_device().startswith("gpu")
+        # Full training keeps float32 weights, as there is no base in half precision beside what is trained.
+        self.dtype = "bfloat16" if on_gpu and not case.full_training else "float32"
+        self.coat = coat_of(case)
+        self.model, self.parameters = build_model(case, self.coat, self.dtype)
+        self.meter = GpuMeter() if on_gpu else HostMeter()
+        # Before the optimizer: ours makes its states at once, Paddle's with the first step.
+        self.loaded_bytes = self.meter.memory()
+        rate = LEARNING_RATE["full" if case.full_training else "lora"]
+        self.optimizer = self.coat.create_optimizer(self.parameters, lr=rate)
+        self.objective = FlowMatching()
+        self.steps_done = 0
+        self.bytes = dict.fromkeys(BYTES, 0)
+
+    def step(self) -> StepRecord:
+        """One update: forward, backward, optimizer. Drawing the batch is not in the time."""
+        rng = np.random.default_rng([self.case.seed, self.steps_done])
+        batch = draw_batch(self.case, rng, self.dtype)
+        # Under "none" the context only counts. Once is enough, and the other steps are free of its cost.
+        wanted = self.coat.policy != "none" or self.steps_done == 0
+        started_at = time.monotonic()
+        self.meter.start()
+        with self.coat.saved_tensors() if wanted else nullcontext() as saved:
+            loss = self.objective.loss(self.model, batch, rng)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.clear_grad()
+        milliseconds = self.meter.stop()
+        if saved is not None:
+            self.bytes = {name: getattr(saved, name) for name in BYTES}
+        self.steps_done += 1
+        return StepRecord(started_at, milliseconds, float(loss))
+
+    def facts(self) -> dict:
+        """The model and the machine, as this process sees them."""
+        double, single = self.case.blocks
+        return {
+            "model": {
+                "parameters": sum(p.size for p in self.model.parameters()),
+                "trained_parameters": sum(p.size for p in self.parameters),
+                "double_blocks": double,
+                "single_blocks": single,
+                "heads": self.case.hidden_size // HEAD_DIM,
+                "picture_pixels": list(self.case.picture_size),
+                "dtype": self.dtype,
+            },
+            "environment": {
+                "paddle": paddle.__version__,
+                "python": platform.python_version(),
+                "device": paddle.get_device(),
+                "device_name": self.meter.name(),
+                "memory_bytes": self.meter.total_memory(),
+                "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            },
+        }
+
+    def result(self) -> dict:
+        """Bytes after the steps done so far. peak: resident memory of this process, or allocated on the GPU;
+        None where the system does not tell.
+        """
+        states, peak = optimizer_state_bytes(self.optimizer), self.meter.peak_memory()
+        return {
+            "optimizer": type(self.optimizer).__name__,
+            "policy": self.coat.policy,
+            "optimizer_bytes": states,
+            "optimizer_bytes_per_parameter": states / sum(p.size for p in self.parameters),
+            **self.bytes,
+            "loaded_bytes": self.loaded_bytes,
+            "peak_bytes": peak,
+            "growth_bytes": None if peak is None else peak - self.loaded_bytes,
+        }
+
+
+def serve(connection: Connection, case: BenchmarkCase) -> None:
+    """The life of a measuring process: build, send `facts`, then answer each number n with the records of n
+    steps. 0 asks for `result` and ends it. A ConfigError or MemoryError is sent instead of an answer.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C is for the parent, which then ends this process
+    ignore_warnings_of_libraries()
+    try:
+        tune_host()
+        training = MeasuredTraining(case)
+        connection.send(training.facts())
+        while steps := connection.recv():
+            connection.send([training.step() for _ in range(steps)])
+        connection.send(training.result())
+    except ConfigError as error:
+        connection.send(error)
+    except MemoryError:  # Paddle's message is a page long
+        connection.send(MemoryError("a measuring process got no more"))
+    except EOFError:  # the parent is gone
+        return
+
+
+def coat_of(case: BenchmarkCase) -> COATTrainer:
+    """The COATTrainer of a variant; without FP8 states and policy it is AdamW with ordinary activations."""
+    return COATTrainer(
+        COATConfig(
+            enabled=case.fp8_states or case.policy != "none",
+            optimizer=CoatOptimizerConfig(use_fp8=case.fp8_states),
+            activation=CoatActivationConfig(policy=case.policy),
+        )
+    )
+
+
+def build_model(
+    case: BenchmarkCase, coat: COATTrainer, dtype: str
+) -> tuple[FluxTransformer2DModel, list[paddle.Tensor]]:
+    """A random model with COAT put in, and what is trained in it."""
+    paddle.seed(case.seed)
+    double, single = case.blocks
+    model = FluxTransformer2DModel(
+        num_layers=double,
+        num_single_layers=single,
+        attention_head_dim=HEAD_DIM,
+        num_attention_heads=case.hidden_size // HEAD_DIM,
+        joint_attention_dim=TEXT_WIDTH,
+        pooled_projection_dim=POOLED_WIDTH,
+        axes_dims_rope=(8, 28, 28),
+    )
+    if dtype != "float32":
+        model.to(dtype=dtype)
+    if not case.full_training:
+        inject_lora(
+            model, case.rank, case.rank, policy=coat.policy, group_size=coat.linear_group_size, seed=case.seed
+        )
+    coat.convert(model)
+    model.train()
+    return model, model.parameters() if case.full_training else lora_parameters(model)
+
+
+def draw_batch(case: BenchmarkCase, rng: np.random.Generator, dtype: str) -> dict[str, paddle.Tensor]:
+    """Normal random numbers in the shapes that FlowMatching takes."""
+    rows, columns = case.token_grid
+    shapes = {
+        "latents": (case.batch_size, LATENT_CHANNELS, 2 * rows, 2 * columns),
+        "prompt_embeds": (case.batch_size, case.text_tokens, TEXT_WIDTH),
+        "pooled": (case.batch_size, POOLED_WIDTH),
+    }
+    return {
+        name: paddle.to_tensor(rng.standard_normal(shape, dtype=np.float32)).astype(dtype)
+        for name, shape in shapes.items()
+    }
+
+
+class MeasuredProcess(ChildProcess):
+    """A `MeasuredTraining` in a process of its own.
+
+    facts: what it said of model and machine, from entering on. Raises ConfigError and MemoryError as the
+    process met them, and what ChildProcess raises.
+    """
+
+    def __init__(self, case: BenchmarkCase) -> None:
+        super().__init__(serve, case, daemon=True)
+
+    def __enter__(self) -> MeasuredProcess:
+        self.facts: dict = self.answer()
+        return self
+
+    def steps(self, count: int) -> list[StepRecord]:
+        """Take `count` steps and wait for them."""
+        self.pipe.send(count)
+        return self.answer()
+
+    def result(self) -> dict:
+        """The memory numbers (`MeasuredTraining.result`). The process ends."""
+        self.pipe.send(0)
+        return self.answer()
+
+
+def run_side_by_side(
+    cases: dict[str, BenchmarkCase], steps: int, on_turn: Callable[[str, int], None]
+) -> tuple[dict, dict[str, dict]]:
+    """Run all variants, `steps` steps each, in turns -> facts, {variant: memory numbers and "steps"}.
+
+    on_turn(variant, steps taken) is called after each turn. Raises what MeasuredProcess raises.
+    """
+    turn = max(1, min(5, steps // 10))
+    records: dict[str, list[StepRecord]] = {name: [] for name in cases}
+    with ExitStack() as stack:
+        # One after the other: they are built, too, only one at a time.
+        processes = {name: stack.enter_context(MeasuredProcess(case)) for name, case in cases.items()}
+        while any(len(done) < steps for done in records.values()):
+            for name, process in processes.items():
+                taken = process.steps(min(turn, steps - len(records[name])))
+                records[name] += taken
+                on_turn(name, len(taken))
+        facts = next(iter(processes.values())).facts
+        return facts, {name: {**p.result(), "steps": records[name]} for name, p in processes.items()}
+
+
+def measured_peak(case: BenchmarkCase, budget_bytes: float) -> float:
+    """Peak bytes of PROBE_STEPS steps in a fresh process; infinite if the memory does not suffice.
+
+    Raises ConfigError if the machine has less memory than the budget, or does not tell.
+    """
+    try:
+        with MeasuredProcess(case) as process:
+            _check_budget(budget_bytes, process.facts["environment"]["memory_bytes"])
+            process.steps(PROBE_STEPS)
+            return process.result()["peak_bytes"]
+    except MemoryError:
+        return math.inf
+
+
+def largest_batch(peak_of: Callable[[int], float], budget: float) -> tuple[int, dict[int, float]]:
+    """The largest batch with peak_of(batch) <= budget (0 if none), and every peak that was measured for it.
+
+    Batches 1 and 2 give a line; where it meets the budget the next batch is measured, until the answer has
+    been measured to fit and the batch above it was measured, or is predicted by the line, not to.
+    """
+    peaks = {batch: peak_of(batch) for batch in (1, 2)}
+    while True:
+        fitting = [batch for batch, peak in peaks.items() if peak <= budget]
+        if not fitting:
+            return 0, peaks
+        best = max(fitting)
+        too_large = min((batch for batch in peaks if batch > best), default=math.inf)
+        # A batch that the device could not run at all gives no line to follow: halve the distance to it.
+        limit = (best + too_large) // 2 if peaks.get(too_large) == math.inf else too_large - 1
+        guess = min(_meets(peaks, budget), GROWTH * best, limit)
+        if guess <= best:
+            return best, peaks
+        peaks[guess] = peak_of(guess)
+
+
+def _meets(peaks: dict[int, float], budget: float) -> float:
+    """Batch at which the line through the two largest measured batches reaches the budget; infinite if it
+    does not rise.
+    """
+    points = sorted((batch, peak) for batch, peak in peaks.items() if math.isfinite(peak))[-2:]
+    if len(points) < 2 or points[1][1] <= points[0][1]:
+        return math.inf
+    (x0, y0), (x1, y1) = points
+    return math.floor(x1 + (budget - y1) * (x1 - x0) / (y1 - y0))
+
+
+def _check_budget(budget: float, total: int | None) -> None:
+    if total is None:
+        raise ConfigError("memory_budget_gb: this system does not tell the memory of a process; leave it out")
+    if budget > total:
+        raise ConfigError(
+            f"memory_budget_gb: came {budget / 1e9:g}, but this device has {total / 1e9:.1f} GB; give less"
+        )

@@ -1,0 +1,349 @@
+"""LoRA steps on a FLUX of FLUX.1-dev's size with an FP8 base, on a CPU, with random weights.
+
+    python -m ppcoat benchmark full_size --steps 2
+
+Writes a transformer folder of 23.8 GB (three shards, bfloat16) and its FP8 copy of 11.9 GB, or uses those of
+an earlier call; trains on random latents of a picture of 128 x 128 pixels and random text embeddings, so that
+no encoder is needed; writes one LoRA file and loads it again. Prints seconds and the peak memory of the whole
+process beside what `plan` says, and writes them as JSON. It takes tens of minutes.
+
+The folder has the exact layout of a real one, so nothing need be downloaded: names, shapes, bfloat16 and
+shards are those of a FluxTransformer2DModel with the given settings. Linear weights are normal with a
+standard deviation of 1 / sqrt(in), so that each layer's output is about as large as its input; biases are 0
+and norm weights 1. The folder is written once and known again by its header.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import shutil
+import time
+import zlib
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from pathlib import Path
+from statistics import NormalDist
+from types import SimpleNamespace
+
+import numpy as np
+import paddle
+
+from ppcoat.config.schema import RunConfig
+from ppcoat.data.cache import TrainingCache, folder_identity
+from ppcoat.data.examples import Example
+from ppcoat.data.sources import Item
+from ppcoat.device import HostMeter, set_device, tune_host
+from ppcoat.errors import ConfigError
+from ppcoat.lora import load_lora, lora_modules, remove_lora
+from ppcoat.models.flux.transformer import FluxTransformer2DModel
+from ppcoat.models.loading import linear_weights, read_json, tensor_infos
+from ppcoat.models.quantized_base import FP8Copy, fp8_model_bytes, load_fp8_transformer
+from ppcoat.models.writing import INDEX, Layout, check_room, layout_bytes, shard_metadata, write_component
+from ppcoat.plan.model import FLUX_DEV
+from ppcoat.plan.phases import Footprint
+from ppcoat.plan.settings import GB, as_given
+from ppcoat.train.flux import build_trainer
+from ppcoat.train.trainer import Trainer
+
+PIXELS, LATENT_SIDE = 128, 16
+CAPTION = "random"
+_log = logging.getLogger(__name__)
+
+_RANDOM = "random weights"  # how the stamp of a shard begins
+_ELSEWHERE = "name another folder, or remove it"
+BAND = 1 << 23  # numbers drawn at a time
+
+
+@dataclass(frozen=True)
+class FullSizeCase:
+    """What to run. settings: of the FluxTransformer2DModel, FLUX.1-dev's by default. Raises ConfigError for a
+    wrong number."""
+
+    folder: Path
+    steps: int = 2
+    text_tokens: int = 64
+    seed: int = 0
+    settings: dict = field(default_factory=lambda: dict(FLUX_DEV))
+
+    def __post_init__(self) -> None:
+        for name, least, most in (("steps", 1, 1000), ("text_tokens", 1, 512), ("seed", 0, 2**31)):
+            if not least <= getattr(self, name) <= most:
+                raise ConfigError(f"{name}: came {getattr(self, name)}, wanted {least} to {most}")
+
+    @property
+    def weights(self) -> Path:
+        """The component folder of the random transformer."""
+        return self.folder / "transformer"
+
+    def config(self) -> RunConfig:
+        """The run, as a config file would ask for it."""
+        return RunConfig.model_validate(
+            {
+                "name": "run",
+                "output_dir": str(self.folder),
+                "seed": self.seed,
+                "device": "cpu",
+                "model": {"name_or_path": str(self.folder), "quantize": True, "quantized_beside_model": True},
+                "network": {"linear": 16, "linear_alpha": 16},
+                "datasets": [{"folder_path": "none", "resolution": PIXELS, "bucket_rule": "square"}],
+                "train": {"steps": self.steps, "max_sequence_length": self.text_tokens},
+                "coat": {"enabled": True, "activation": {"policy": "coat+recompute"}},
+                "sample": {"sample_every": 0},
+            }
+        )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    def number(flag: str, default: int, what: str) -> None:
+        parser.add_argument(f"--{flag}", type=int, default=default, help=f"{what} (default: %(default)s)")
+
+    parser.add_argument(
+        "--folder", type=Path, default=Path("output/full_size"), help="holds the weights; 36 GB must be free"
+    )
+    number("steps", 2, "LoRA steps")
+    number("text_tokens", 64, "text tokens beside the 64 image tokens")
+    number("seed", 0, "seed of weights and data")
+    parser.add_argument("--delete", action="store_true", help="remove all that was written at the end")
+    parser.add_argument(
+        "--output", type=Path, default=Path("full_size.json"), help="JSON file of the numbers"
+    )
+
+
+def run_command(arguments: argparse.Namespace) -> None:
+    case = FullSizeCase(arguments.folder, arguments.steps, arguments.text_tokens, arguments.seed)
+    if arguments.output.suffix != ".json":
+        raise ConfigError(f"--output must name a .json file, got {arguments.output}")
+    tune_host()
+    report = full_size(case)
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print(summary(report))
+    if arguments.delete:
+        delete(case)
+
+
+def full_size(case: FullSizeCase) -> dict:
+    """Write, load, train, save, load the LoRA -> the numbers, all JSON. Prints a line after each part.
+
+    Raises ConfigError as the parts do (disk, folder) and FloatingPointError for a loss that is not finite.
+    """
+    set_device("cpu")
+    config, report, watch = case.config(), {"case": asdict(case) | {"folder": str(case.folder)}}, _Watch()
+    planned = planned_phases(case)
+    report["planned"] = {phase.name: phase.parts | {"total": phase.total} for phase in planned}
+    written = ensure_random_transformer(case.weights, case.settings, case.seed, _copy_bytes(planned, case))
+    report["weights"] = watch.note("random weights", "written" if written else "found")
+    copy = FP8Copy.beside_or_in(
+        case.folder, config.cache_folder, folder_identity(case.weights), config.model.quantized_beside_model
+    )
+    had_copy = copy.is_usable()
+    transformer = load_fp8_transformer(case.weights, copy=copy)
+    report["loading"] = watch.note("FP8 base loaded", "from its copy" if had_copy else "quantised, copied")
+    report["fp8_model_bytes"] = fp8_model_bytes(transformer)
+    trainer = build_trainer(config, SimpleNamespace(transformer=transformer), random_cache(case))
+    watch.note("LoRA and optimizer made")
+    report["steps"] = []
+    for number in range(1, case.steps + 1):
+        result = trainer.train_step()
+        if result.skipped:
+            raise FloatingPointError(f"step {number}: loss {result.loss} or its gradient is not finite")
+        timing = watch.note(f"step {number}", f"loss {result.loss:.4f}")
+        report["steps"].append({**timing, "loss": result.loss, "bytes_kept": result.saved.bytes_kept})
+    report["lora"] = save_and_load(trainer, transformer) | watch.note("LoRA written and loaded again")
+    report["peak_bytes"], report["planned_peak_bytes"] = watch.peak(), max(phase.total for phase in planned)
+    return report
+
+
+def planned_phases(case: FullSizeCase) -> list:
+    """Phases of the plan in which the transformer is there; no encoder ever is."""
+    footprint = Footprint(case.config(), on_gpu=False, settings=case.settings)
+    choice = as_given(footprint.config, len(footprint.model.blocks))
+    return [phase for phase in footprint.phases(choice) if "base" in phase.parts]
+
+
+def random_cache(case: FullSizeCase) -> TrainingCache:
+    """One picture and one caption, encoded by nobody: normal random numbers in the shapes of encodings."""
+    rng, settings = np.random.default_rng([case.seed, 1]), _settings(case)
+
+    def normal(*shape: int) -> paddle.Tensor:
+        return paddle.to_tensor(rng.standard_normal(shape, dtype=np.float32))
+
+    item = Item(Path("random"), CAPTION, PIXELS, PIXELS)
+    latent = normal(settings["in_channels"] // 4, LATENT_SIDE, LATENT_SIDE)
+    embeds = normal(case.text_tokens, settings["joint_attention_dim"])
+    embedding = embeds, normal(settings["pooled_projection_dim"])
+    return TrainingCache([Example(item, (PIXELS, PIXELS), (CAPTION,))], [latent], {CAPTION: embedding})
+
+
+def save_and_load(trainer: Trainer, transformer: FluxTransformer2DModel) -> dict:
+    """The LoRA file of the run, read into the same base in the place of what was trained; they are equal."""
+    trained = lora_modules(transformer)
+    trainer.config.run_dir.mkdir(parents=True, exist_ok=True)
+    path, _ = trainer.save_weights(trainer.step, True)[0]
+    remove_lora(transformer)
+    load_lora(transformer, path)
+    loaded = lora_modules(transformer)
+    assert list(loaded) == list(trained)
+    for name, module in trained.items():
+        np.testing.assert_array_equal(loaded[name].a, module.a, err_msg=name)
+        np.testing.assert_array_equal(loaded[name].b, module.b, err_msg=name)
+    return {"file": str(path), "bytes": path.stat().st_size, "modules": len(loaded)}
+
+
+def delete(case: FullSizeCase) -> None:
+    """Remove what this command writes, and the folder if nothing else is in it."""
+    for name in (case.weights.name, "transformer-fp8", case.config().name):
+        shutil.rmtree(case.folder / name, ignore_errors=True)
+    if case.folder.exists() and not any(case.folder.iterdir()):
+        case.folder.rmdir()
+
+
+def summary(report: dict) -> str:
+    """The numbers as text."""
+    steps, lora = report["steps"], report["lora"]
+    peak, planned = report["peak_bytes"], report["planned_peak_bytes"]
+    measured = "not told by this system" if peak is None else f"{peak / GB:.2f} GB"
+    return "\n".join(
+        [
+            "",
+            f"FP8 base {report['fp8_model_bytes'] / GB:.2f} GB, {report['loading']['what']} in "
+            f"{report['loading']['seconds']:.0f} s",
+            f"steps: {', '.join(format(step['seconds'], '.0f') for step in steps)} s; losses "
+            f"{', '.join(format(step['loss'], '.4f') for step in steps)}; kept for backward "
+            f"{steps[-1]['bytes_kept'] / GB:.3f} GB",
+            f"LoRA of {lora['modules']} Linears, {lora['bytes'] / 1e6:.0f} MB, equal after loading: "
+            f"{lora['file']}",
+            f"peak memory of the whole process: {measured}; planned for the steps: {planned / GB:.2f} GB",
+        ]
+    )
+
+
+class _Watch:
+    """Seconds since the last note, and the peak of resident memory so far."""
+
+    def __init__(self) -> None:
+        self._meter, self._peak, self._began = HostMeter(), 0, time.perf_counter()
+
+    def peak(self) -> int | None:
+        """None where the system does not tell. The kernel's own number may go down by a few pages."""
+        now = self._meter.peak_memory()
+        self._peak = max(self._peak, now or 0)
+        return self._peak or None
+
+    def note(self, part: str, what: str = "") -> dict:
+        """Print and give back: what, seconds, peak_bytes."""
+        seconds, peak = time.perf_counter() - self._began, self.peak()
+        shown = "" if peak is None else f"; peak so far {peak / GB:.2f} GB"
+        print(f"{part}{', ' * bool(what)}{what}: {seconds:.1f} s{shown}", flush=True)
+        self._began = time.perf_counter()
+        return {"what": what, "seconds": seconds, "peak_bytes": peak}
+
+
+def _settings(case: FullSizeCase) -> dict:
+    """All settings of the transformer, those that are defaults too."""
+    with paddle.LazyGuard():
+        return dict(FluxTransformer2DModel(**case.settings).config)
+
+
+def _copy_bytes(planned: list, case: FullSizeCase) -> int:
+    """What the FP8 copy will take on the disk; nothing if one is there."""
+    exists = (case.folder / "transformer-fp8").exists()
+    return 0 if exists else max(phase.parts["base"] for phase in planned)
+
+
+def ensure_random_transformer(folder: Path, settings: dict, seed: int = 0, beside: int = 0) -> bool:
+    """Write the folder of a FluxTransformer2DModel(**settings) unless it is there -> whether it was written.
+
+    beside: bytes that must be free on the disk beyond the weights. A folder of other settings, another seed
+    or with damaged files is written anew, with a warning; drafts of a killed process are removed. Raises
+    ConfigError with both numbers for a disk without room, before anything is written, and for a folder that
+    holds other files than such a model's.
+    """
+    config, names, layout = _layout_of(settings)
+    stamp = f"{_RANDOM}, seed {seed}, {json.dumps(settings, sort_keys=True)}"
+    advice = "make room there, or name another folder"
+    if _is_complete(folder, layout, stamp):
+        check_room(folder.parent, beside, "the run takes", advice)
+        return False
+    held = sum(file.stat().st_size for file in folder.glob("*.safetensors")) if folder.exists() else 0
+    wanted = max(0, layout_bytes(layout) + beside - held)
+    check_room(folder.parent, wanted, "the random weights and what comes beside them take", advice)
+    if held:  # an old folder of this size would not find room beside the new one
+        for file in folder.glob("*.safetensors"):
+            file.unlink()
+    tensors = ((name, _values(name, shape, name in names, seed)) for name, (_, shape) in layout.items())
+    write_component(folder, config, layout, tensors, {"format": "pt", "source": stamp})
+    return True
+
+
+def _layout_of(settings: dict) -> tuple[dict, set[str], Layout]:
+    """config.json, names of the Linear weights, and the layout of all tensors in torch's [out, in]."""
+    with paddle.LazyGuard():  # parameters get a shape and no memory
+        model = FluxTransformer2DModel(**settings)
+    config = {name: value for name, value in model.config.items() if not name.startswith("_")}
+    linears = linear_weights(model)
+    shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+    layout = {name: ("BF16", shape[::-1] if name in linears else shape) for name, shape in shapes.items()}
+    return {"_class_name": "FluxTransformer2DModel", **config}, linears, layout
+
+
+def _is_complete(folder: Path, layout: Layout, stamp: str) -> bool:
+    """Whether the folder is what would be written, by its headers and the sizes of its files."""
+    if not folder.exists():
+        return False
+    said = _stamps(folder)
+    try:
+        found = {name: (info.dtype, info.shape) for name, info in tensor_infos(folder).items()}
+        read_json(folder / "config.json")
+    except ConfigError as error:
+        _log.warning("the random weights are not complete (%s): they are made anew", error)
+        return False
+    if said != {stamp} or found != layout:
+        _log.warning("the random weights in %s are of another model or seed: they are made anew", folder)
+        return False
+    return True
+
+
+def _stamps(folder: Path) -> set[str]:
+    """What its shards say of their source. Raises ConfigError for a folder with anything that was not written
+    here: nobody's model is overwritten.
+    """
+    stamps = set()
+    for file in folder.iterdir():
+        if file.suffix == ".safetensors":
+            try:
+                stamps.add(shard_metadata(file).get("source", ""))
+            except ValueError:  # not even a header
+                stamps.add("")
+        elif file.name not in ("config.json", INDEX):
+            raise ConfigError(f"{folder} holds {file.name}, which is not of random weights: {_ELSEWHERE}")
+    if not all(each.startswith(_RANDOM) for each in stamps):
+        raise ConfigError(f"{folder} holds a model that is not of random weights: {_ELSEWHERE}")
+    return stamps
+
+
+def _values(name: str, shape: list[int], is_linear: bool, seed: int) -> np.ndarray:
+    """The bits of a tensor in bfloat16, uint16 `shape`. Each tensor has a generator of its own."""
+    if not is_linear:
+        return _bfloat16(np.full(shape, 0.0 if name.endswith("bias") else 1.0, "float32"))
+    rng = np.random.Generator(np.random.SFC64([seed, zlib.crc32(name.encode())]))
+    table = _bfloat16(_normal_quantiles() * np.float32(shape[1] ** -0.5))
+    flat = np.empty(int(np.prod(shape)), "uint16")
+    for start in range(0, flat.size, BAND):
+        part = flat[start : start + BAND]
+        part[:] = table[rng.integers(0, table.size, part.size, dtype=np.uint16)]
+    return flat.reshape(shape)
+
+
+@cache
+def _normal_quantiles() -> np.ndarray:
+    """65,536 equally likely values of a normal number, float32: looked up five times faster than drawn."""
+    normal, count = NormalDist(), 1 << 16
+    return np.array([normal.inv_cdf((i + 0.5) / count) for i in range(count)], "float32")
+
+
+def _bfloat16(numbers: np.ndarray) -> np.ndarray:
+    """float32 -> the upper half of its bits, rounded to nearest (ties away from zero)."""
+    return ((numbers.view("uint32") + 0x8000) >> 16).astype("uint16")

@@ -1,0 +1,144 @@
+"""Does COAT train as well as float32? Quickstart's LoRA under every saving policy, with several seeds.
+
+    one set of drawings  ->  per seed: AdamW and ordinary activations, then FP8 states with each policy  ->
+    final loss and motif rate beside those of float32
+
+On a CPU two runs go on at the same time; what each prints goes to a log in the output folder.
+Finished runs are written to parity.json there; a second call with the same settings goes on with those that
+are missing. With another number of --samples it draws again and trains nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+
+from ppcoat.bench.parallel_jobs import AT_ONCE, Job, batched, run_at_once
+from ppcoat.bench.quickstart import CONFIG, draw, draw_data, final_loss, motif_rate, remove_earlier
+from ppcoat.cli.train import add_set_flag
+from ppcoat.config.load import load_config
+from ppcoat.config.schema import RunConfig
+from ppcoat.device import set_device, tune_host
+from ppcoat.errors import ConfigError
+from ppcoat.infer.garment_scores import held_out_garments
+from ppcoat.models.flux.pipeline import FluxPipeline
+from ppcoat.nn.policy import POLICIES
+from ppcoat.train.flux import train_flux_lora
+
+FLOAT32 = "float32"
+WANTED_LOSS, WANTED_RATE = 0.01, 0.05  # greatest difference from float32
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", default=str(CONFIG), help="settings of the runs (default: quickstart's)")
+    parser.add_argument("--steps", type=int, default=400, help="of each run (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(default: 0 1 2)")
+    parser.add_argument(
+        "--samples", type=int, default=600, help="pictures per motif rate (default: %(default)s)"
+    )
+    parser.add_argument("--output_dir", default="output/parity", help="(default: %(default)s)")
+    add_set_flag(parser)
+
+
+def run_command(arguments: argparse.Namespace) -> None:
+    tune_host()
+    for name in ("steps", "samples"):
+        if getattr(arguments, name) < 1:
+            raise ConfigError(f"--{name} must be at least 1, got {getattr(arguments, name)}")
+    folder = Path(arguments.output_dir)
+    settings = {
+        "config": Path(arguments.config).read_text(encoding="utf-8"),
+        "overrides": arguments.overrides,
+        "steps": arguments.steps,
+    }
+    results = earlier_results(folder / "parity.json", settings)
+    missing = {}
+    for seed in arguments.seeds:
+        for policy in (FLOAT32, *POLICIES[1:]):
+            if results.get(f"{policy}/{seed}", {}).get("samples") != arguments.samples:
+                missing[f"{policy}/{seed}"] = run_config(arguments, policy, seed)
+    if missing and not results:
+        draw_data(next(iter(missing.values())))
+    for keys in batched(missing, AT_ONCE):
+        jobs = [Job(key, measured_run, (missing[key], results.get(key, {}), arguments.samples),
+                    folder / f"{missing[key].name}.log") for key in keys]  # fmt: skip
+        results |= dict(zip(keys, run_at_once(jobs, missing[keys[0]].device), strict=True))
+        content = {"settings": settings, "results": results}
+        (folder / "parity.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    print(table(results, arguments.seeds))
+
+
+def earlier_results(file: Path, settings: dict) -> dict[str, dict]:
+    """What an interrupted call with the same settings has measured. Raises ConfigError for other settings."""
+    if not file.exists():
+        return {}
+    content = json.loads(file.read_text(encoding="utf-8"))
+    if content["settings"] != settings:
+        raise ConfigError(f"{file} has results of other settings: remove it, or choose another --output_dir")
+    return content["results"]
+
+
+def run_config(arguments: argparse.Namespace, policy: str, seed: int) -> RunConfig:
+    """The settings of one run; float32 is COAT off."""
+    coat = ["coat.enabled=false"] if policy == FLOAT32 else [f"coat.activation.policy={policy}"]
+    run = [
+        f"name={policy.replace('+', '_')}_{seed}",
+        f"output_dir={arguments.output_dir}",
+        f"datasets.0.folder_path={Path(arguments.output_dir) / 'data'}",
+        f"train.steps={arguments.steps}",
+        f"seed={seed}",
+        "sample.sample_every=0",
+    ]
+    return load_config(arguments.config, [*arguments.overrides, *run, *coat])
+
+
+def measured_run(config: RunConfig, found: dict, samples: int) -> dict[str, float]:
+    """`found`, or what `trained` gives where that is empty, and the motif rate."""
+    found = found or trained(config)
+    return found | {"motif": rate_of(config, samples), "samples": samples}
+
+
+def trained(config: RunConfig) -> dict[str, float]:
+    """-> loss: mean of the last 50 steps; kept_mib; seconds. Begins afresh: what is left of a run that has no
+    results does not tell its losses."""
+    remove_earlier(config.run_dir, "config.yaml")
+    result = train_flux_lora(config)
+    return {
+        "loss": final_loss(result),
+        "kept_mib": result.bytes_kept / 2**20,
+        "seconds": result.seconds,
+    }
+
+
+def rate_of(config: RunConfig, samples: int) -> float:
+    """Share of pictures with the motif, drawn with the LoRA of a finished run."""
+    set_device(config.device)
+    pipeline = FluxPipeline.from_pretrained(config.model.name_or_path)
+    pipeline.load_lora_weights(config.run_dir / f"{config.name}.safetensors")
+    prompts = [f"{config.trigger_word} {garment.caption}" for garment in held_out_garments(samples)]
+    return motif_rate(draw(pipeline, prompts, config))
+
+
+def table(results: dict[str, dict], seeds: list[int]) -> str:
+    """Means over the seeds, and the difference from float32 that is furthest from zero."""
+    lines = [f"{'':26s}{'loss':>8s}{'worst':>9s}{'motif':>8s}{'worst':>8s}{'mean':>8s}{'kept MiB':>10s}"]
+    for policy in (FLOAT32, *POLICIES[1:]):
+        runs, exact = ([results[f"{p}/{seed}"] for seed in seeds] for p in (policy, FLOAT32))
+        losses = [run["loss"] / other["loss"] - 1 for run, other in zip(runs, exact, strict=True)]
+        rates = [run["motif"] - other["motif"] for run, other in zip(runs, exact, strict=True)]
+        row = f"{policy:26s}{np.mean([run['loss'] for run in runs]):8.4f}{100 * furthest(losses):+8.2f}%"
+        row += f"{np.mean([run['motif'] for run in runs]):8.1%}{100 * furthest(rates):+8.1f}"
+        lines.append(f"{row}{100 * np.mean(rates):+8.1f}{np.mean([run['kept_mib'] for run in runs]):10.2f}")
+    lines.append(
+        f"{len(seeds)} seeds; losses wanted within {WANTED_LOSS:.0%} of float32, motif rates within "
+    )
+    lines[-1] += f"{100 * WANTED_RATE:.0f} points"
+    return "\n".join(lines)
+
+
+def furthest(differences: list[float]) -> float:
+    """The one furthest from zero."""
+    return max(differences, key=abs)

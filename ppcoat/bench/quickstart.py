@@ -1,0 +1,206 @@
+"""The main job on a CPU in minutes: teach the built-in tiny FLUX a motif that it has never seen, and
+measure it.
+
+    drawings with a gold star, trigger word "sks"  ->  LoRA with COAT, and the same run without  ->
+    pictures  ->  numbers
+
+On a CPU both runs go on at the same time, on half of the cores each. Everything printed is computed in this
+call. It begins afresh each time: its own folder is removed first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from ppcoat.bench.parallel_jobs import Job, run_at_once
+from ppcoat.cli.train import add_set_flag
+from ppcoat.config.load import load_config
+from ppcoat.config.schema import RunConfig
+from ppcoat.data import garments
+from ppcoat.device import set_device, tune_host
+from ppcoat.errors import ConfigError
+from ppcoat.infer.garment_scores import GarmentClassifier, classify, held_out_garments
+from ppcoat.models.flux.pipeline import FluxPipeline
+from ppcoat.models.loading import check_folder
+from ppcoat.train.flux import train_flux_lora
+from ppcoat.train.trainer import TrainingResult
+
+MOTIF = garments.MOTIFS[0]
+CONFIG = Path(__file__).parent.parent.parent / "configs" / "quickstart.yaml"
+PICTURES, DATA_SEED = 96, 7
+GRID_COLUMNS = 8
+DRAWN = ".drawn_by_quickstart"  # lies in the data folder
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config", default=str(CONFIG), help="settings of the run (default: configs/quickstart.yaml)"
+    )
+    parser.add_argument(
+        "--samples", type=int, default=100, help="pictures per measured rate (default: %(default)s)"
+    )
+    add_set_flag(parser)
+
+
+def run_command(arguments: argparse.Namespace) -> None:
+    tune_host()
+    quickstart(arguments.config, arguments.overrides, arguments.samples)
+
+
+def quickstart(config_file: str, overrides: list[str], samples: int) -> None:
+    """Draw, train twice, draw again, measure, print."""
+    with_coat = load_config(config_file, overrides)
+    without = load_config(
+        config_file, [*overrides, f"name={with_coat.name}_off", "coat.enabled=false", "sample.sample_every=0"]
+    )
+    check_folder(with_coat.model.name_or_path, "model.name_or_path")  # before earlier results are removed
+    folder = Path(with_coat.output_dir)
+    for config in (with_coat, without):
+        remove_earlier(config.run_dir, "config.yaml")
+    draw_data(with_coat)
+    what, log = f"training {with_coat.train.steps} steps", folder / f"{without.name}.log"
+    jobs = [
+        Job(f"{what} with COAT", train_flux_lora, (with_coat,)),
+        Job(f"{what} without COAT: same seed, same data", train_flux_lora, (without,), log),
+    ]
+    coat, plain = run_at_once(jobs, with_coat.device)
+    rates, grid = measure(with_coat, coat.lora_file, samples)
+    picture = folder / "before_after.png"
+    grid.save(picture)
+    print(summary(with_coat, coat, plain, rates, samples, picture))
+
+
+def draw_data(config: RunConfig) -> None:
+    """Fill the run's data folder with drawings that carry the motif."""
+    data = Path(config.data.folder_path)
+    remove_earlier(data, DRAWN)
+    print(f"drawing {PICTURES} garments with a {MOTIF} into {data}")
+    data.mkdir(parents=True)
+    (data / DRAWN).touch()
+    garments.write_folder(data, PICTURES, DATA_SEED, config.data.resolution, MOTIF, "[trigger] ")
+
+
+def remove_earlier(folder: Path, sign: str) -> None:
+    """Remove what an earlier quickstart left, known by the file `sign`. Raises ConfigError for a folder that
+    has files of another origin.
+    """
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / sign).exists():
+        raise ConfigError(f"{folder} is not from an earlier quickstart: move it, or choose another folder")
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def measure(config: RunConfig, lora_file: Path, samples: int) -> tuple[dict[str, float], Image.Image]:
+    """Motif rates in `samples` pictures each, and the grid of the first ones (LoRA off above, on below)."""
+    half = -(-samples // 2)
+    log = Path(config.output_dir) / "drawing.log"
+    jobs = [
+        Job(f"drawing, three times, pictures 1 to {half}", draw_sets, (config, lora_file, 0, half)),
+        Job(f"and pictures {half + 1} to {samples}", draw_sets, (config, lora_file, half, samples), log),
+    ]
+    first, second = run_at_once(jobs, config.device)
+    pictures = {name: first[name] + second[name] for name in first}
+    rates = {name: motif_rate(drawn) for name, drawn in pictures.items()}
+    grid = [pictures[name][:GRID_COLUMNS] for name in ("off", "on")]
+    return rates, contact_sheet(grid, ["LoRA off", "LoRA on"])
+
+
+def draw_sets(config: RunConfig, lora_file: Path, start: int, stop: int) -> dict[str, list[Image.Image]]:
+    """Pictures `start` to `stop` of three sets: the LoRA off, on, and on without the trigger word."""
+    set_device(config.device)
+    pipeline = FluxPipeline.from_pretrained(config.model.name_or_path)
+    pipeline.set_progress_bar_config(desc="drawing")
+    captions = [garment.caption for garment in held_out_garments(stop)[start:]]
+    with_trigger = [f"{config.trigger_word} {caption}" for caption in captions]
+    off = draw(pipeline, with_trigger, config, start)
+    pipeline.load_lora_weights(lora_file)
+    on, no_trigger = draw(pipeline, with_trigger, config, start), draw(pipeline, captions, config, start)
+    return {"off": off, "on": on, "no_trigger": no_trigger}
+
+
+def motif_rate(pictures: list[Image.Image]) -> float:
+    """Share of the pictures in which the detector finds the motif."""
+    return float(np.mean(classify(GarmentClassifier.load(), pictures)["motif"] == MOTIF))
+
+
+def draw(
+    pipeline: FluxPipeline, prompts: list[str], config: RunConfig, first: int = 0, batch_size: int = 50
+) -> list[Image.Image]:
+    """One picture per prompt; picture i is drawn from the config's seed + first + i."""
+    pictures = []
+    for start in range(0, len(prompts), batch_size):
+        pictures += pipeline(
+            prompts[start : start + batch_size],
+            height=config.sample.height,
+            width=config.sample.width,
+            num_inference_steps=config.sample.sample_steps,
+            guidance_scale=config.sample.guidance_scale,
+            seed=config.sample.seed + first + start,
+        ).images
+    return pictures
+
+
+def contact_sheet(rows: list[list[Image.Image]], names: list[str], scale: int = 2) -> Image.Image:
+    """Rows of pictures, enlarged, each with its name on the left."""
+    width, height = (side * scale for side in rows[0][0].size)
+    margin = 70
+    sheet = Image.new("RGB", (margin + width * len(rows[0]), height * len(rows)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for y, (row, name) in enumerate(zip(rows, names, strict=True)):
+        pen.text((6, y * height + height // 2), name, fill="black")
+        for x, picture in enumerate(row):
+            sheet.paste(picture.resize((width, height), Image.NEAREST), (margin + x * width, y * height))
+    return sheet
+
+
+def final_loss(result: TrainingResult, steps: int = 50) -> float:
+    """Mean loss of the last steps. Both runs see the same pictures, noise and noise levels in them."""
+    return float(np.mean(result.losses[-steps:]))
+
+
+def summary(
+    config: RunConfig,
+    coat: TrainingResult,
+    plain: TrainingResult,
+    rates: dict[str, float],
+    samples: int,
+    picture: Path,
+) -> str:
+    """The table at the end."""
+    parameters = sum(np.prod(shape) for shape in _lora_shapes(coat.lora_file))
+    losses = [final_loss(result) for result in (coat, plain)]
+    rows = [
+        ("", "COAT on", "COAT off"),
+        ("final loss (mean of last 50 steps)", *(f"{loss:.4f}" for loss in losses)),
+        ("activations kept for backward, MiB", *(f"{r.bytes_kept / 2**20:.2f}" for r in (coat, plain))),
+        (
+            "optimizer states, bytes per parameter",
+            *(f"{r.optimizer_bytes / parameters:.3f}" for r in (coat, plain)),
+        ),
+        ("training seconds, with previews", *(f"{r.seconds:.0f}" for r in (coat, plain))),
+    ]
+    lines = [f"{name:40s}{on:>10s}{off:>10s}" for name, on, off in rows]
+    difference = 100 * (losses[0] / losses[1] - 1)
+    lines += [
+        f"difference of final losses: {difference:+.2f} % (wanted: within 3 %)",
+        "",
+        f"pictures in which the detector finds the {MOTIF}, of {samples} each:",
+        f"  LoRA on, with '{config.trigger_word}'      {rates['on']:6.0%}   (wanted: at least 80 %)",
+        f"  LoRA off, with '{config.trigger_word}'     {rates['off']:6.0%}   (wanted: at most 10 %)",
+        f"  LoRA on, without '{config.trigger_word}'   {rates['no_trigger']:6.0%}",
+        "",
+        f"LoRA: {coat.lora_file}",
+        f"before and after: {picture}",
+    ]
+    return "\n" + "\n".join(lines)
+
+
+def _lora_shapes(file: Path) -> list[list[int]]:
+    from safetensors import safe_open
+
+    with safe_open(str(file), framework="np") as tensors:
+        return [tensors.get_slice(name).get_shape() for name in tensors.keys()]  # noqa: SIM118

@@ -1,0 +1,145 @@
+"""Two commands on LoRA files of FLUX.
+
+    python -m ppcoat inspect lora.safetensors
+    python -m ppcoat convert lora.safetensors lora_kohya.safetensors --format kohya
+
+`inspect` shows what a file holds, so that one sees why it draws as it does: format, ranks, alpha, norms,
+header. `convert` writes it in the format of another program, with the same delta-W. What can be read is in
+ppcoat/lora/files.py; the format of the input is found by its keys.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from ppcoat.errors import ConfigError
+from ppcoat.lora import LoRAFile, read_lora_file, summarize, write_lora_file
+from ppcoat.lora.files import OF_TENSORS
+from ppcoat.lora.writing import DTYPES, FORMATS
+
+SHOWN_PATHS = 10
+LONGEST_VALUE = 300  # characters of a header field
+SHOWN_KEYS = 10
+NOTABLE_ERROR = 0.01
+
+
+def add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", help="LoRA file, .safetensors")
+
+
+def run_inspect(arguments: argparse.Namespace) -> None:
+    file = Path(arguments.file)
+    print(describe(file, read_lora_file(file, incomplete_too=True)))
+
+
+def describe(file: Path, lora: LoRAFile) -> str:
+    """The table that is printed. Modules, ranks and alphas are those of diffusers' names, after fused modules
+    were split."""
+    modules, summary = lora.modules, summarize(lora.modules)
+    rows = [
+        ("file", f"{file} ({file.stat().st_size / 1e6:.1f} MB)"),
+        ("format", lora.format or "none that is known"),
+        ("dtype", ", ".join(lora.dtypes) or "-"),
+        ("modules", str(len(modules))),
+        ("rank", counts(module.rank for module in modules.values())),
+        ("alpha", counts(module.alpha for module in modules.values())),
+        ("scale", counts(module.scale for module in modules.values())),
+        ("delta-W", f"norm {summary.norm:.6g}" + (f"; {extremes(summary.norms)}" if modules else "")),
+        ("zero", f"{len(summary.zero)} modules" + (f": {some(summary.zero)}" if summary.zero else "")),
+        (
+            "unknown",
+            f"{len(lora.unknown)} keys"
+            + (f": {', '.join(map(clean, lora.unknown))}" if lora.unknown else ""),
+        ),
+    ]
+    if lora.incomplete:
+        halves = [f"{clean(name)} has {roles}" for name, roles in lora.incomplete.items()]
+        rows.append(("incomplete", f"{len(halves)} modules, wanted A and B: {some(halves)}"))
+    rows.append(("header", f"{len(lora.header)} fields"))
+    rows += [(f"  {clean(key)}", clean(text)) for key, text in sorted(lora.header.items())]
+    width = max(12, *(len(name) for name, _ in rows)) + 2
+    return "\n".join(f"{name:{width}s}{text}" for name, text in rows)
+
+
+def counts(values: Iterable[float]) -> str:
+    """Each value, and how many modules have it where they differ: "16 (x 4), 8 (x 2)"."""
+    found = Counter(f"{value:g}" for value in values)
+    if len(found) < 2:
+        return next(iter(found), "-")
+    return ", ".join(f"{value} (x {count})" for value, count in found.most_common())
+
+
+def extremes(norms: dict[str, float]) -> str:
+    """The strongest module, or the first whose norm is no number."""
+    path = next((path for path, norm in norms.items() if norm != norm), None) or max(norms, key=norms.get)
+    return f"largest {norms[path]:.4g}, {path}"
+
+
+def some(paths: list[str]) -> str:
+    more = f" and {len(paths) - SHOWN_PATHS} more" if len(paths) > SHOWN_PATHS else ""
+    return ", ".join(paths[:SHOWN_PATHS]) + more
+
+
+def clean(text: str) -> str:
+    """One line without control characters: a header comes from anywhere, and goes to a terminal."""
+    text = json.dumps(text, ensure_ascii=False)[1:-1].replace('\\"', '"')
+    text = "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text)
+    return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}... ({len(text)} characters)"
+
+
+def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("input", metavar="IN", help="LoRA file, .safetensors")
+    parser.add_argument("output", metavar="OUT", help="file to write, .safetensors")
+    parser.add_argument("--format", required=True, choices=FORMATS, help="what to write")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the tensors (default: as in IN)")
+    parser.add_argument(
+        "--ignore_unknown", action="store_true", help="leave keys out that name no FLUX module"
+    )
+
+
+def run_convert(arguments: argparse.Namespace) -> None:
+    source, target = Path(arguments.input), Path(arguments.output)
+    if target.exists():
+        raise ConfigError(f"{target} exists: remove it, or choose another name")
+    lora = read_known(source, arguments.ignore_unknown)
+    dtype = arguments.dtype or stored_dtype(lora)
+    error = write_lora_file(target, lora.modules, carried_fields(lora), arguments.format, dtype)
+    if not error <= NOTABLE_ERROR:
+        print(
+            f"warning: {dtype} keeps delta-W within {error:.1%} only, --dtype float32 does better",
+            file=sys.stderr,
+        )
+    print(f"{source} ({lora.format}) -> {target} ({arguments.format}, {dtype})")
+    print(summarize(lora.modules).line())
+    print(f"read back: every delta-W is that of the input within a relative error of {error:.1g}")
+
+
+def read_known(file: Path, ignore_unknown: bool = False) -> LoRAFile:
+    """Read a LoRA file. Raises ConfigError if there is no module in it, or a key that names none."""
+    lora = read_lora_file(file)
+    listed = ", ".join(clean(key) for key in lora.unknown[:SHOWN_KEYS])
+    listed += f" and {len(lora.unknown) - SHOWN_KEYS} more" if len(lora.unknown) > SHOWN_KEYS else ""
+    if not lora.modules:
+        raise ConfigError(f"{file} is no LoRA of FLUX: it has {listed or 'no tensors'}")
+    if lora.unknown and not ignore_unknown:
+        known = "name no FLUX module, --ignore_unknown leaves them out"
+        raise ConfigError(f"{len(lora.unknown)} keys of {file} {known}: {listed}")
+    return lora
+
+
+def stored_dtype(lora: LoRAFile) -> str:
+    """The dtype of a file that has one which can be written, else float32."""
+    (dtype, *others) = lora.dtypes
+    return dtype if dtype in DTYPES and not others else "float32"
+
+
+def carried_fields(lora: LoRAFile) -> Mapping[str, str]:
+    """What the header says of the training: true of every file with the same delta-W."""
+    alphas = sorted({module.alpha for module in lora.modules.values()})
+    fields = {"original_alpha": f"{alphas[0]:g}"} if len(alphas) == 1 else {}
+    return fields | {key: text for key, text in lora.header.items() if key not in OF_TENSORS}

@@ -1,0 +1,173 @@
+"""The sections of a run's settings that say what it starts from: `model` (the frozen base), `network` (the
+adapter that is trained on it), and those of `datasets` (folders of pictures with captions).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import (
+    Field,
+    Strict,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    field_validator,
+    model_validator,
+)
+
+from ppcoat.config.base import Pixels, Section, Strings, checked_trigger_word
+
+BlockRange = Annotated[tuple[int, ...], Strict(False)]
+BucketRule = Literal["aspect", "ai-toolkit", "square"]
+
+
+class ModelConfig(Section):
+    """The frozen base model."""
+
+    name_or_path: str = Field(min_length=1, description="folder of a pipeline in the diffusers layout")
+    family: Literal["flux", "newbie"] = Field("flux", description="which model it is: FLUX.1 or NewBie-image")
+    prompt_prefix: str | None = Field(
+        None, description="what NewBie's Gemma reads before a caption; none: as its base model was trained"
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="compute dtype; auto is float32 on CPU and bfloat16 on GPU"
+    )
+    quantize: bool = Field(
+        False, description="store the frozen Linears in FP8: half of bfloat16's memory, 2.6 % rounding"
+    )
+    quantize_matmul: bool = Field(
+        False, description="with quantize: multiply in FP8 too, which rounds activations; wants sm_89 on"
+    )
+    quantized_beside_model: bool = Field(
+        False, description="keep the FP8 copy for the next start in the model's folder, not in cache_dir"
+    )
+    blocks_to_swap: int = Field(
+        0, ge=0, description="last blocks whose frozen weights stay in host memory until they compute"
+    )
+
+    @model_validator(mode="after")
+    def _multiplies_what_is_quantised(self) -> ModelConfig:
+        if self.quantize_matmul and not self.quantize:
+            raise ValueError("quantize_matmul multiplies FP8 weights: set quantize, too")
+        return self
+
+
+class NetworkConfig(Section):
+    """The adapter and where it goes."""
+
+    type: Literal["lora", "lokr"] = Field("lora", description="kind of adapter; lokr is for newbie only")
+    linear: int = Field(16, ge=1, description="rank r of the LoRA")
+    linear_alpha: float = Field(16.0, gt=0, description="LoRA alpha; the update is scaled by alpha / rank")
+    dropout: float = Field(0.0, ge=0, lt=1, description="probability to drop an input element of the LoRA")
+    lokr_factor: int = Field(
+        -1, ge=-1, description="largest side of LoKr's small matrix; -1: as square as the sizes allow"
+    )
+    lokr_rank_dropout: float = Field(0.0, ge=0, lt=1, description="share of LoKr's output rows left out")
+    lokr_module_dropout: float = Field(0.0, ge=0, lt=1, description="probability to leave out a whole LoKr")
+    targets: Strings | None = Field(
+        None,
+        min_length=1,
+        description="endings of module names that get an adapter; none: those of the model's first trainer",
+    )
+    only_if_contains: Strings | None = Field(
+        None, min_length=1, description="keep a module only if transformer.<its path> contains one of these"
+    )
+    ignore_if_contains: Strings | None = Field(
+        None, min_length=1, description="leave out a module if transformer.<its path> contains one of these"
+    )
+    double_blocks: BlockRange | None = Field(
+        None, description="[first, last] of the double blocks that get a LoRA, from 0; []: none of them"
+    )
+    single_blocks: BlockRange | None = Field(
+        None, description="[first, last] of the single blocks that get a LoRA, from 0; []: none of them"
+    )
+
+    @field_validator("lokr_factor")
+    @classmethod
+    def _is_a_factor(cls, value: int) -> int:
+        if value == 0:
+            raise ValueError("came 0, wanted -1 or at least 1")
+        return value
+
+    @field_validator("double_blocks", "single_blocks")
+    @classmethod
+    def _is_a_range(cls, value: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if value and (len(value) != 2 or not 0 <= value[0] <= value[1]):
+            raise ValueError(f"came {list(value)}, wanted [first, last] with 0 <= first <= last, or []")
+        return value
+
+
+def _each(value: object, check: ValidatorFunctionWrapHandler) -> int | tuple[int, ...]:
+    """One number, or every number of a list."""
+    return tuple(check(each) for each in value) if isinstance(value, list | tuple) else check(value)
+
+
+class DatasetConfig(Section):
+    """One folder of pictures with captions in text files of the same stem."""
+
+    folder_path: str = Field(
+        min_length=1,
+        description="folder of pictures; those in a subfolder named N_name, say 10_dress, count N times",
+    )
+    resolution: Annotated[Pixels, WrapValidator(_each)] = Field(
+        512,
+        description="side in pixels of a square picture, a multiple of 16; with a list, each picture is "
+        "trained at each",
+    )
+    bucket_rule: BucketRule = Field(
+        "aspect",
+        description="size of other pictures: of about the same area and the nearest aspect, as ai-toolkit "
+        "chooses, or square too",
+    )
+    bucket_step: int | None = Field(
+        None, ge=16, multiple_of=16, description="bucket sides are multiples of this; none: 64, or less "
+        "where the resolution is small"
+    )  # fmt: skip
+    caption_ext: str = Field("txt", pattern=r"^\.?\w+$", description="ending of caption files, dot optional")
+    default_caption: str | None = Field(
+        None, description="caption of pictures whose caption file is missing or empty; none: that is an error"
+    )
+    trigger_word: str | None = Field(None, description="for this folder, instead of the run's trigger_word")
+    caption_dropout_rate: float = Field(0.0, ge=0, le=1, description="share of captions replaced by nothing")
+    shuffle_tokens: bool = Field(False, description="shuffle the parts of a caption between commas")
+    token_dropout_rate: float = Field(0.0, ge=0, le=1, description="share of these parts that is left out")
+    keep_tokens: int = Field(0, ge=0, description="parts at the start that are neither left out nor shuffled")
+    caption_variants: int = Field(
+        8, ge=1, le=256, description="shuffled or thinned captions per picture, encoded before training"
+    )
+    num_repeats: int = Field(1, ge=1, description="times each picture is seen in an epoch")
+    is_reg: bool = Field(
+        False, description="regularisation pictures: every other batch, without the trigger word in front"
+    )
+    flip_x: bool = Field(False, description="add a copy of each picture with left and right exchanged")
+    flip_y: bool = Field(False, description="add an upside-down copy of each picture")
+    cache_to_disk: bool = Field(
+        False, description="keep encoded pictures and captions of the run in cache_dir; one folder is enough"
+    )
+    skip_bad: bool = Field(False, description="leave out bad files, counted and listed, instead of stopping")
+
+    @field_validator("caption_ext")
+    @classmethod
+    def _without_dot(cls, value: str) -> str:
+        return value.removeprefix(".")
+
+    @field_validator("trigger_word")
+    @classmethod
+    def _is_a_word(cls, value: str | None) -> str | None:
+        return checked_trigger_word(value)
+
+    @model_validator(mode="after")
+    def _has_sizes(self) -> DatasetConfig:
+        if not self.resolutions:
+            raise ValueError("resolution: came an empty list, wanted at least one number of pixels")
+        if self.bucket_step and self.bucket_step > min(self.resolutions):
+            raise ValueError(
+                f"bucket_step {self.bucket_step} is more than resolution {min(self.resolutions)}; lower it "
+                "or leave it out"
+            )
+        return self
+
+    @property
+    def resolutions(self) -> tuple[int, ...]:
+        """All of `resolution`. In the datasets of a RunConfig it is one: there, a list has become copies."""
+        return self.resolution if isinstance(self.resolution, tuple) else (self.resolution,)

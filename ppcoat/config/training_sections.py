@@ -1,0 +1,265 @@
+"""The sections of a run's settings that say how it trains and what it leaves behind: `train` (steps, learning
+rate, optimizer, loss, and what is measured meanwhile), `coat` (FP8 optimizer states and FP8 saved
+activations, COAT, arXiv 2410.19313), `save`, `sample` and `logging`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import Annotated, Literal, get_args
+
+from pydantic import Field, Strict, field_validator, model_validator
+
+from ppcoat.config.base import Pixels, Section, Seed, Strings
+
+NoiseLevel = Annotated[float, Field(ge=0, le=1)]
+Fp8Format = Literal["e4m3", "e5m2"]
+Granularity = Literal["per_tensor", "per_group"]
+SavingPolicy = Literal["none", "coat", "coat+recompute", "coat+recompute+attention"]
+LoRAFormat = Literal["diffusers", "kohya", "paddle"]
+
+
+class EMAConfig(Section):
+    """A running mean of the LoRA's weights, which is what previews show and the LoRA file holds."""
+
+    use_ema: bool = Field(False, description="keep the mean, in float32, and use it instead of the weights")
+    ema_decay: float = Field(0.999, ge=0, lt=1, description="share of the old mean in each update of it")
+
+
+class ValidationItem(Section):
+    """One picture of a validation set that is given picture by picture."""
+
+    image_path: str = Field(min_length=1, description="a picture")
+    prompt: str = Field("", description="its caption; [trigger] is replaced")
+
+
+class ValidationConfig(Section):
+    """A loss that can be compared from step to step: fixed pictures, noise and noise levels."""
+
+    folder_path: str | None = Field(
+        None, min_length=1, description="folder of pictures with captions; none, and no items: no validation"
+    )
+    items: Annotated[tuple[ValidationItem, ...], Strict(False)] = Field(
+        (), description="pictures and captions one by one, instead of or beside a folder"
+    )
+    resolution: Pixels = Field(512, description="side of the square pictures in pixels, a multiple of 16")
+    every: int = Field(100, ge=1, description="updates between two validations; the last step is one too")
+    sigmas: Annotated[tuple[NoiseLevel, ...], Strict(False)] = Field(
+        (1.0, 0.75, 0.5, 0.25), min_length=1, description="noise levels, each with a curve of its own"
+    )
+
+    @property
+    def wanted(self) -> bool:
+        """Whether there is anything to validate on."""
+        return self.folder_path is not None or bool(self.items)
+
+
+class TrainConfig(Section):
+    """Steps, learning rate, optimizer, loss."""
+
+    steps: int = Field(1000, ge=1, description="optimizer updates")
+    num_epochs: int | None = Field(
+        None, ge=1, description="instead of steps: how often all pictures are seen, repeats counted"
+    )
+    batch_size: int = Field(1, ge=1, description="pictures in one forward pass")
+    gradient_accumulation: int = Field(1, ge=1, description="forward passes in one optimizer update")
+    lr: float = Field(1e-4, gt=0, le=1, description="peak learning rate")
+    lr_scheduler: Literal[
+        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "step"
+    ] = Field("constant", description="course of the learning rate")
+    lr_warmup_steps: int = Field(0, ge=0, description="updates in which the learning rate rises from 0")
+    lr_num_cycles: int = Field(1, ge=1, description="falls to 0 of cosine_with_restarts")
+    lr_power: float = Field(1.0, gt=0, description="exponent of polynomial; 1 is linear")
+    lr_step_size: int | None = Field(None, ge=1, description="updates between two drops of step")
+    lr_gamma: float = Field(0.1, gt=0, le=1, description="factor of one drop of step")
+    optimizer: Literal["adamw", "coat_fp8_adamw"] = Field(
+        "adamw", description="adamw keeps FP8 states where coat.enabled; coat_fp8_adamw keeps them always"
+    )
+    weight_decay: float = Field(0.01, ge=0, le=1, description="decoupled weight decay")
+    beta1: float = Field(0.9, ge=0, lt=1, description="decay of the first moment")
+    beta2: float = Field(0.999, ge=0, lt=1, description="decay of the second moment")
+    epsilon: float = Field(1e-8, gt=0, le=1, description="added to the root of the second moment")
+    max_grad_norm: float = Field(1.0, ge=0, description="clip the global gradient norm to this; 0 is off")
+    timestep_type: Literal["sigmoid", "linear", "shift", "weighted"] = Field(
+        "sigmoid",
+        description="how t is drawn: sigmoid of a normal, uniform, shifted by the picture size, or uniform "
+        "with a loss that is weighted by t",
+    )
+    cfg_scale: float = Field(1.0, ge=0, description="value given to the guidance embedding while training")
+    gradient_checkpointing: bool = Field(
+        False, description="recompute blocks in backward: less memory, slower"
+    )
+    max_sequence_length: int | None = Field(
+        None,
+        ge=1,
+        le=4096,
+        description="tokens of a caption (flux: of T5, at most 512; newbie: of Gemma); none: 512, or what "
+        "the tokenizer allows",
+    )
+    loss_type: Literal["mse", "mae", "pseudo_huber"] = Field(
+        "mse", description="distance between predicted and true velocity: square, absolute, or in between"
+    )
+    max_skipped_in_a_row: int = Field(
+        5, ge=1, description="steps skipped one after the other for a loss that is not finite: too many"
+    )
+    ema: EMAConfig = Field(EMAConfig(), description="running mean of the LoRA's weights")
+    validation: ValidationConfig = Field(ValidationConfig(), description="loss on pictures kept aside")
+
+    @model_validator(mode="after")
+    def _schedule_has_what_it_needs(self) -> TrainConfig:
+        for name, scheduler in (("lr_num_cycles", "cosine_with_restarts"), ("lr_power", "polynomial"),
+                                ("lr_step_size", "step"), ("lr_gamma", "step")):  # fmt: skip
+            default = type(self).model_fields[name].default
+            if getattr(self, name) != default and self.lr_scheduler != scheduler:
+                raise ValueError(f"{name} has no effect with lr_scheduler {self.lr_scheduler}; leave it out "
+                                 f"or use {scheduler}")  # fmt: skip
+        if self.lr_scheduler == "step" and self.lr_step_size is None:
+            raise ValueError("lr_scheduler step needs lr_step_size: the updates between two drops")
+        return self
+
+    @model_validator(mode="after")
+    def _warmup_has_an_effect(self) -> TrainConfig:
+        if self.num_epochs is None and self.lr_warmup_steps > self.steps:
+            raise ValueError(f"lr_warmup_steps {self.lr_warmup_steps} is more than steps {self.steps}")
+        if self.lr_warmup_steps and self.lr_scheduler == "constant":
+            raise ValueError(
+                "lr_warmup_steps has no effect with lr_scheduler constant; use constant_with_warmup"
+            )
+        return self
+
+
+class CoatOptimizerConfig(Section):
+    """FP8 optimizer states (COAT, section 4)."""
+
+    use_fp8: bool = Field(True, description="keep both AdamW moments in FP8")
+    m1_format: Fp8Format = Field("e4m3", description="format of the first moment")
+    m2_format: Fp8Format = Field("e4m3", description="format of the second moment")
+    block_size: int = Field(
+        128, ge=16, multiple_of=16, description="values that share one scale; smaller is more exact"
+    )
+    use_dynamic_range_expansion: bool = Field(
+        True, description="adapt the codes of every block to its range, see ppcoat/fp8/quantize.py"
+    )
+    stochastic_rounding: bool = Field(
+        False, description="bf16 parameters are rounded at random instead of having a float32 copy"
+    )
+
+
+class CoatActivationConfig(Section):
+    """FP8 activations kept for backward (COAT, section 5)."""
+
+    use_fp8: bool = Field(True, description="keep activations for backward in FP8")
+    policy: SavingPolicy = Field(
+        "coat",
+        description="what a block keeps: +recompute rebuilds linear inputs, +attention packs q, k, v",
+    )
+    linear_granularity: Granularity = Field("per_tensor", description="scales of inputs of linear layers")
+    nonlinear_granularity: Granularity = Field(
+        "per_group", description="scales of everything else that is kept"
+    )
+    group_size: int = Field(128, ge=1, description="values that share one scale where per_group")
+
+    @field_validator("policy", mode="before")
+    @classmethod
+    def _is_a_known_policy(cls, value: object) -> object:
+        known = get_args(SavingPolicy)
+        if isinstance(value, str) and value not in known:
+            nearest = difflib.get_close_matches(value, known, n=1, cutoff=0.0)[0]
+            raise ValueError(
+                f"unknown saving policy {value!r}, the nearest is {nearest!r} of {', '.join(known)}"
+            )
+        return value
+
+
+class CoatMemoryConfig(Section):
+    """What is done and said about memory."""
+
+    enable_efficient_checkpoint: bool = Field(
+        True,
+        description="with train.gradient_checkpointing, keep the inputs of checkpointed blocks in FP8 too",
+    )
+    checkpoint_blocks: int | None = Field(
+        None,
+        ge=1,
+        description="blocks that train.gradient_checkpointing covers, from the first; none: all",
+    )
+    log_memory_stats: bool = Field(
+        False, description="print allocated and reserved memory at the stages of a step"
+    )
+
+
+class CoatConfig(Section):
+    """COAT: FP8 optimizer states and FP8 saved activations."""
+
+    enabled: bool = Field(False, description="train with COAT")
+    optimizer: CoatOptimizerConfig = Field(CoatOptimizerConfig(), description="FP8 optimizer states")
+    activation: CoatActivationConfig = Field(CoatActivationConfig(), description="FP8 saved activations")
+    memory: CoatMemoryConfig = Field(CoatMemoryConfig(), description="memory settings")
+
+
+class SaveConfig(Section):
+    """Checkpoints and LoRA files."""
+
+    save_every: int = Field(250, ge=1, description="updates between checkpoints, each with its LoRA file")
+    save_every_epochs: int | None = Field(
+        None,
+        ge=1,
+        description="epochs between checkpoints, beside save_every; needs train.num_epochs",
+    )
+    max_step_saves_to_keep: int = Field(4, ge=1, description="checkpoints kept, and LoRA files of steps")
+    strict_resume: bool = Field(
+        False,
+        description="stop where the latest checkpoint is damaged, instead of going on from the one before it",
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="dtype in the LoRA file")
+    format: Annotated[tuple[LoRAFormat, ...], Strict(False)] = Field(
+        ("diffusers",), min_length=1, description="key names of the LoRA file; one file for each listed"
+    )
+
+    @field_validator("format")
+    @classmethod
+    def _each_once(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(value))
+
+
+class PreviewConfig(Section):
+    """One preview; what it leaves out is as in the section `sample`."""
+
+    prompt: str = Field(description="what to draw; [trigger] is replaced")
+    width: Pixels | None = Field(None, description="width in pixels, a multiple of 16")
+    height: Pixels | None = Field(None, description="height in pixels, a multiple of 16")
+    seed: Seed | None = Field(None, description="seed of this picture")
+    guidance_scale: float | None = Field(None, ge=0, description="guidance of this picture")
+    sample_steps: int | None = Field(None, ge=1, le=1000, description="denoising steps of this picture")
+
+
+class SampleConfig(Section):
+    """Preview pictures drawn while training."""
+
+    sample_every: int = Field(250, ge=0, description="updates between previews; 0 is never")
+    prompts: Strings = Field((), description="one picture each; [trigger] is replaced")
+    samples: Annotated[tuple[PreviewConfig, ...], Strict(False)] = Field(
+        (), description="pictures with a size, seed, guidance or steps of their own, after those of prompts"
+    )
+    skip_first_sample: bool = Field(True, description="draw no previews before the first step")
+    force_first_sample: bool = Field(False, description="draw them before a resumed run goes on, too")
+    width: Pixels = Field(512, description="width in pixels, a multiple of 16")
+    height: Pixels = Field(512, description="height in pixels, a multiple of 16")
+    seed: Seed = Field(42, description="seed of the first picture")
+    walk_seed: bool = Field(False, description="picture i uses seed + i instead of the same seed")
+    guidance_scale: float = Field(3.5, ge=0, description="guidance of the previews")
+    sample_steps: int = Field(28, ge=1, le=1000, description="denoising steps")
+
+    @property
+    def wanted(self) -> bool:
+        """Whether a run draws any."""
+        return self.sample_every > 0 and bool(self.prompts or self.samples)
+
+
+class LoggingConfig(Section):
+    """Progress and curves."""
+
+    log_every: int = Field(
+        10, ge=1, description="updates between points in the curves and on the progress bar"
+    )
+    visualdl: bool = Field(True, description="write VisualDL curves and pictures to <run folder>/logs")

@@ -1,0 +1,297 @@
+"""The process and the device a command runs on: CPU settings that change speed but never results, set_device
+and compute_dtype; time and memory of this process, by two meters with the same methods for CPU and GPU;
+whether another process is alive; and a function in a process of its own, which answers through a pipe and
+does not outlive its use.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import platform
+import re
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import paddle
+
+from ppcoat.errors import ConfigError
+
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # <malloc.h>
+LARGEST_KEPT = 32 << 20  # HEAP_MAX_SIZE / 2 of glibc on 64 bits
+GRACE = 30  # seconds that a process has to end by itself when it is told to
+
+
+def tune_host() -> None:
+    """The settings below; harmless where they do not apply. Call once, before the first tensor."""
+    keep_freed_memory()
+    use_avx2_on_amd()
+    use_all_cores()
+
+
+def ignore_warnings_of_libraries() -> None:
+    """Paddle's, ppdiffusers' and paddlenlp's own, about which a user of ppcoat can do nothing."""
+    warnings.filterwarnings(
+        "ignore", category=UserWarning, module="paddle|ppdiffusers|paddlenlp|_distutils_hack"
+    )
+
+
+def keep_freed_memory() -> bool:
+    """Let glibc reuse freed memory instead of handing every block above 128 KiB back to the kernel.
+
+    Paddle's CPU allocator calls malloc for each tensor; by default blocks above 128 KiB are mapped and
+    unmapped anew each time, and the page faults cost more than the arithmetic (measured: an elementwise
+    product of 1 M floats takes 1.6 ms by default and 0.12 ms after this call). Blocks of more than
+    LARGEST_KEPT bytes, the most that glibc allows here, still go back at once: what a process holds beyond
+    its tensors is then made of smaller ones. Returns False where malloc is not glibc's.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallopt"):
+        return False
+    settings = ((_M_MMAP_THRESHOLD, LARGEST_KEPT), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 64 << 20))
+    return all([libc.mallopt(name, value) == 1 for name, value in settings])
+
+
+def use_avx2_on_amd(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Let the MKL inside Paddle's CPU wheel take its AVX2 code on AMD processors as it does on Intel's.
+
+    That MKL is of 2019 and chooses code by the maker's name; on an EPYC its matrix products then run at 65
+    instead of 160 GFLOP/s on two cores. MKL reads the variable at its first product. A value set by the user
+    wins. Returns False where it does not apply.
+    """
+    if not cpuinfo.exists():
+        return False
+    text = cpuinfo.read_text()
+    if "AuthenticAMD" not in text or not re.search(r"\bavx2\b", text):
+        return False
+    os.environ.setdefault("MKL_DEBUG_CPU_TYPE", "5")
+    return True
+
+
+def use_all_cores() -> bool:
+    """Let matrix products and OpenMP loops use every core (see core_count); Paddle's CPU wheel starts with
+    one.
+
+    Uses the C interfaces of the MKL and OpenMP libraries inside the wheel, since Paddle has read the
+    environment by the time that anybody asks. An OMP_NUM_THREADS set by the user wins. Returns False where
+    they are not found.
+    """
+    cores = core_count()
+    libraries = Path(paddle.__file__).parent / "libs"
+    if not all((libraries / name).exists() for name in ("libmklml_intel.so", "libiomp5.so")):
+        return False
+    mkl = ctypes.CDLL(str(libraries / "libmklml_intel.so"))
+    mkl.MKL_Set_Dynamic(0)  # otherwise MKL goes back to the single thread that Paddle asked for
+    mkl.MKL_Set_Num_Threads(cores)
+    ctypes.CDLL(str(libraries / "libiomp5.so")).omp_set_num_threads(cores)
+    return True
+
+
+def core_count() -> int:
+    """Cores that this process may use: its share where paddle.distributed.launch started several on this
+    machine; an OMP_NUM_THREADS set by the user wins."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    local_ranks = os.environ.get("PADDLE_LOCAL_SIZE", "1")
+    share = cores // int(local_ranks) if local_ranks.isdecimal() and int(local_ranks) else cores
+    return _users_thread_count() or max(1, share)
+
+
+def _users_thread_count() -> int | None:
+    """OMP_NUM_THREADS as the process was started; `import paddle` writes its own 1 into os.environ."""
+    started_with = Path("/proc/self/environ")
+    if not started_with.exists():
+        return None
+    value = dict(
+        entry.split(b"=", 1) for entry in started_with.read_bytes().split(b"\0") if b"=" in entry
+    ).get(b"OMP_NUM_THREADS", b"")
+    return int(value) if value.isdigit() and int(value) > 0 else None
+
+
+def set_device(name: str) -> None:
+    """ "auto" takes a GPU if Paddle sees one. Raises ConfigError for a device that is not there."""
+    if not re.fullmatch(r"auto|cpu|gpu(:\d+)?", name):
+        raise ConfigError(f"device: came {name!r}, wanted auto, cpu, gpu or gpu:N")
+    gpus = _gpu_count()
+    if name == "auto":
+        name = "gpu" if gpus else "cpu"
+    if name.startswith("gpu") and int(name.partition(":")[2] or 0) >= gpus:
+        raise ConfigError(
+            f"device: came {name}, but Paddle sees {gpus} GPUs; use cpu, or install a GPU wheel of Paddle"
+        )
+    paddle.device.set_device(name)
+
+
+def uses_gpu(name: str) -> bool:
+    """Whether `set_device(name)` will take a GPU."""
+    return name.startswith("gpu") or (name == "auto" and _gpu_count() > 0)
+
+
+def _gpu_count() -> int:
+    return paddle.device.cuda.device_count() if paddle.device.is_compiled_with_cuda() else 0
+
+
+def compute_dtype(name: str) -> str | None:
+    """A dtype's name for `from_pretrained`; None for "auto". Call after set_device.
+
+    Raises ConfigError for half precision on a CPU, where Paddle can neither add nor multiply it.
+    """
+    if name not in ("auto", "float32") and paddle.get_device() == "cpu":
+        raise ConfigError(f"dtype {name}: Paddle computes in float32 only on a CPU; use auto or float32")
+    return None if name == "auto" else name
+
+
+def is_running(pid: int) -> bool:
+    """Whether another living process of this machine has this id; the caller's own is not another."""
+    if pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # alive, of another user
+        return True
+    return True
+
+
+def memory_in_use() -> str:
+    """ "Allocated: 8.23GB, Reserved: 10.50GB" (1 GB = 1e9 bytes): what tensors take on the current device,
+    and what Paddle holds for them. On a CPU Paddle reserves nothing beyond that."""
+    if paddle.get_device().startswith("gpu"):
+        allocated, reserved = paddle.device.cuda.memory_allocated(), paddle.device.cuda.memory_reserved()
+    else:
+        from paddle.base import core
+
+        allocated, reserved = (
+            core.host_memory_stat_current_value(kind, 0) for kind in ("Allocated", "Reserved")
+        )
+    return f"Allocated: {allocated / 1e9:.2f}GB, Reserved: {reserved / 1e9:.2f}GB"
+
+
+class ChildProcess:
+    """A running function(pipe, *arguments); a context that ends the process on leaving.
+
+    The process starts Python anew ("spawn"): function and arguments must be picklable. Leaving waits for its
+    end; where an error is the reason it is told to stop (SIGTERM), and killed after GRACE seconds.
+    pipe: for what is asked and answered; its death is the end of the pipe.
+    """
+
+    def __init__(self, function: Callable, *arguments: Any, daemon: bool = False) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=function, args=(theirs, *arguments), daemon=daemon)
+        self.process.start()
+        theirs.close()  # so that the death of the process is the end of the pipe
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is not None:
+            self.process.terminate()
+            self.process.join(GRACE)
+            self.process.kill()
+        self.process.join()
+        self.pipe.close()
+
+    def answer(self) -> Any:
+        """Waits for it. Raises what the process sent as an exception; MemoryError if the system killed it,
+        ChildProcessError if it died in another way without a word."""
+        try:
+            answer = self.pipe.recv()
+        except EOFError as error:
+            self.process.join()
+            code = self.process.exitcode
+            if code == -9:
+                raise MemoryError(
+                    "the system killed a process of this command, most likely for its memory"
+                ) from error
+            raise ChildProcessError(f"a process of this command ended with exit code {code}") from error
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+
+class HostMeter:
+    """Wall time, and resident memory as /proc tells it; None where there is no /proc."""
+
+    def start(self) -> None:
+        """Begin to measure time."""
+        self._began = time.perf_counter()
+
+    def stop(self) -> float:
+        """Milliseconds since `start`. A CPU has done its work when Paddle's call returns."""
+        return 1e3 * (time.perf_counter() - self._began)
+
+    def memory(self) -> int | None:
+        """Bytes resident now."""
+        return _proc_bytes("/proc/self/status", "VmRSS")
+
+    def peak_memory(self) -> int | None:
+        """The most bytes that were ever resident in this process."""
+        return _proc_bytes("/proc/self/status", "VmHWM")
+
+    def total_memory(self) -> int | None:
+        """Bytes that the machine has."""
+        return _proc_bytes("/proc/meminfo", "MemTotal")
+
+    def name(self) -> str:
+        """The processor."""
+        return _proc_value("/proc/cpuinfo", "model name") or platform.processor()
+
+
+class GpuMeter:
+    """Time between two events in the GPU's own stream, and the memory that Paddle has allocated there. The
+    peak counts from the making of this object.
+    """
+
+    def __init__(self) -> None:
+        paddle.device.cuda.reset_max_memory_allocated()
+
+    def start(self) -> None:
+        """Begin to measure time, when all earlier work is done."""
+        self._began, self._ended = (paddle.device.cuda.Event(enable_timing=True) for _ in range(2))
+        paddle.device.cuda.synchronize()
+        self._began.record()
+
+    def stop(self) -> float:
+        """Milliseconds since `start`, until the work given to the GPU since then is done."""
+        self._ended.record()
+        self._ended.synchronize()
+        return self._began.elapsed_time(self._ended)
+
+    def memory(self) -> int:
+        """Bytes allocated now."""
+        return paddle.device.cuda.memory_allocated()
+
+    def peak_memory(self) -> int:
+        """The most bytes that were ever allocated."""
+        return paddle.device.cuda.max_memory_allocated()
+
+    def total_memory(self) -> int:
+        """Bytes that the GPU has."""
+        return paddle.device.cuda.get_device_properties().total_memory
+
+    def name(self) -> str:
+        """The GPU."""
+        return paddle.device.cuda.get_device_name()
+
+
+def _proc_bytes(file: str, field: str) -> int | None:
+    """A line such as "VmHWM:   1234 kB" in bytes."""
+    value = _proc_value(file, field)
+    return None if value is None else int(value.removesuffix("kB")) * 1024
+
+
+def _proc_value(file: str, field: str) -> str | None:
+    """What stands behind the colon in the first line of that name; None if there is no such line or file."""
+    lines = Path(file).read_text().splitlines() if Path(file).exists() else []
+    pairs = (line.partition(":") for line in lines)
+    return next((value.strip() for name, _, value in pairs if name.strip() == field), None)

@@ -1,0 +1,335 @@
+"""A transformer with its Linears in FP8, read tensor by tensor: never in memory unquantised.
+
+`load_fp8` quantises while it reads, or reads the FP8 copy that an earlier start left on disk;
+`load_fp8_transformer` is that for FLUX, newbie/files.py has it for NewBie-image. `weight_errors` and
+`output_errors` say what the quantisation costs FLUX.
+
+The copy is there so that the next start need not quantise again. It is a folder in the layout of the model's
+own: config.json, shards and an index. Tensors have the names and Paddle's layout of the quantised model's
+state_dict. Every shard names its source in the header, the index has a CRC-32 for each tensor. It is written
+beside its place and renamed, so that it is there whole or not at all.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import paddle
+from paddle import nn
+
+from ppcoat.errors import ConfigError
+from ppcoat.models.flux.transformer import FluxTransformer2DModel
+from ppcoat.models.loading import (
+    TensorInfo,
+    in_file_order,
+    load_transformer,
+    map_tensor,
+    read_json,
+    tensor_infos,
+    unfilled,
+)
+from ppcoat.models.writing import INDEX, Layout, check_room, layout_bytes, shard_metadata, write_component
+from ppcoat.nn.convert import set_fp8_weight, set_sublayer, sublayer_at
+from ppcoat.nn.fp8_weight import BLOCK, FP8Weight
+from ppcoat.nn.saving import flux_blocks
+from ppcoat.nn.swap import last_blocks, move_to_host
+
+_log = logging.getLogger(__name__)
+
+# A model whose parameters have no memory yet, with its `source_config`, and where its tensors lie.
+Unfilled = Callable[[], tuple[nn.Layer, dict[str, TensorInfo]]]
+BAND = 8 * BLOCK  # rows quantised at a time: what is in float32 beside the codes
+
+FORMAT = f"E4M3, blocks of {BLOCK} x {BLOCK}, scales powers of two"
+
+
+class WeightError(NamedTuple):
+    """One Linear: its path, the shape [in, out] of its weight, RMS(FP8 - exact) / RMS(exact), and whether it
+    is inside a block.
+    """
+
+    path: str
+    shape: list[int]
+    relative_rms: float
+    in_block: bool
+
+
+class OutputErrors(NamedTuple):
+    """RMS(FP8 - exact) / RMS(exact) of the velocity: every Linear in FP8, and those of the blocks alone."""
+
+    all_linears: float
+    in_blocks: float
+
+
+def load_fp8_transformer(
+    folder: str | Path, dtype: str | None = None, copy: FP8Copy | None = None, blocks_to_swap: int = 0
+) -> FluxTransformer2DModel:
+    """The FLUX transformer of a component folder in eval mode, the weight of every Linear in FP8.
+
+    All 504 Linears of FLUX.1-dev are quantised, 494 of them in its blocks; biases and norms are in `dtype`
+    (None: float32 on CPU, bfloat16 on GPU). copy, and what else is raised: see `load_fp8`. blocks_to_swap:
+    the last so many blocks are left in host memory, for nn/swap.py. Raises ConfigError as `load_transformer`,
+    and for more blocks_to_swap than blocks.
+    """
+    return load_fp8(
+        lambda: unfilled(FluxTransformer2DModel, folder, dtype),
+        copy,
+        lambda model: last_blocks(model, blocks_to_swap),
+    )
+
+
+def load_fp8(
+    unfilled_model: Unfilled, copy: FP8Copy | None, swapped: Callable[[nn.Layer], Iterable[str]]
+) -> nn.Layer:
+    """The model in eval mode, the weight of every Linear in FP8 and all else in the dtype of its parameter.
+
+    copy: where the FP8 weights are kept for the next start; a stale or damaged one is made anew, with one
+    warning. swapped: a model -> paths of the blocks that are left in host memory. Peak memory: the FP8 model,
+    one tensor and a band of `BAND` rows in float32. Raises ConfigError naming a tensor that is not finite,
+    and for a disk too full for the copy.
+    """
+    model, infos = unfilled_model()
+    on_host = tuple(f"{path}." for path in swapped(model))
+    if copy is None:
+        _fill(model, quantised_tensors(infos, model), on_host)
+        return model.eval()
+    if not copy.is_usable():
+        _write(copy, model, infos)
+    try:
+        _fill(model, copy.tensors(), on_host)
+    except DamagedCopyError as error:
+        _log.warning("%s: the copy is made anew", error)
+        model, infos = unfilled_model()
+        _write(copy, model, infos)
+        _fill(model, copy.tensors(), on_host)
+    return model.eval()
+
+
+def linear_paths(model: nn.Layer) -> list[str]:
+    """Paths of the Linears whose weights are stored in FP8: all."""
+    return [path for path, layer in model.named_sublayers() if isinstance(layer, nn.Linear)]
+
+
+def quantised_tensors(infos: dict[str, TensorInfo], model: nn.Layer) -> Iterator[tuple[str, paddle.Tensor]]:
+    """The tensors of a folder one by one, under the names in the state_dict of a quantised model.
+
+    The weight of a Linear comes as <path>.weight.codes uint8 [in, out] and <path>.weight.scale; everything
+    else as it lies on disk.
+    """
+    weights = {f"{path}.weight" for path in linear_paths(model)}
+    for name, info in in_file_order(infos):
+        if name in weights:
+            codes, scale = _quantised(name, info)
+            yield f"{name}.codes", codes
+            yield f"{name}.scale", scale
+        else:
+            yield name, paddle.to_tensor(map_tensor(info))
+
+
+def fp8_model_bytes(model: nn.Layer) -> int:
+    """Bytes of a model's FP8 weights and of its parameters."""
+    weights = sum(layer.nbytes for layer in model.sublayers() if isinstance(layer, FP8Weight))
+    return weights + sum(p.size * p.element_size() for p in model.parameters())
+
+
+def weight_errors(folder: str | Path) -> Iterator[WeightError]:
+    """What FP8 does to each Linear of a transformer folder, in the order of the files."""
+    model, infos = unfilled(FluxTransformer2DModel, folder)
+    paths = {f"{path}.weight": path for path in linear_paths(model)}
+    for name, info in in_file_order(infos):
+        if name not in paths:
+            continue
+        wrong = total = 0.0
+        for exact in _bands(info):
+            exact = exact.astype("float32")
+            error = FP8Weight.of(exact).dequantized("float32") - exact
+            wrong += float(error.square().sum())
+            total += float(exact.square().sum())
+        shape = info.shape[::-1] if info.torch_layout else info.shape
+        relative = (wrong / total) ** 0.5 if total else 0.0
+        yield WeightError(paths[name], shape, relative, _is_in_block(paths[name], model))
+
+
+@paddle.no_grad()
+def output_errors(folder: str | Path, tokens: int = 64, seeds: Iterable[int] = (0,)) -> OutputErrors:
+    """Means over random inputs, one for each seed, of a square picture of `tokens` tokens.
+
+    Holds the exact and the quantised transformer of the folder in memory, in the compute dtype of the device.
+    """
+    exact, rounded = load_transformer(folder), load_fp8_transformer(folder)
+    inputs = [_random_inputs(exact, tokens, seed) for seed in seeds]
+
+    def relative_errors() -> float:
+        errors = []
+        for each in inputs:
+            want, got = (model(**each, return_dict=False)[0].astype("float32") for model in (exact, rounded))
+            errors.append(float(((got - want).square().mean() / want.square().mean()).sqrt()))
+        return float(np.mean(errors))
+
+    all_linears = relative_errors()
+    for path in linear_paths(exact):
+        if not _is_in_block(path, exact):
+            set_sublayer(rounded, path, sublayer_at(exact, path))
+    return OutputErrors(all_linears, relative_errors())
+
+
+def _random_inputs(model: FluxTransformer2DModel, tokens: int, seed: int) -> dict[str, paddle.Tensor | None]:
+    rng, sizes, dtype = np.random.default_rng(seed), model.config, model.proj_out.weight.dtype
+
+    def normal(*shape: int) -> paddle.Tensor:
+        return paddle.to_tensor(rng.standard_normal(shape, dtype=np.float32)).astype(dtype)
+
+    rows, columns = np.divmod(np.arange(tokens), max(1, int(tokens**0.5)))
+    return {
+        "hidden_states": normal(1, tokens, sizes.in_channels),
+        "encoder_hidden_states": normal(1, 32, sizes.joint_attention_dim),
+        "pooled_projections": normal(1, sizes.pooled_projection_dim),
+        "timestep": paddle.full([1], 0.5, dtype),
+        "guidance": paddle.full([1], 3.5, dtype) if sizes.guidance_embeds else None,
+        "img_ids": paddle.to_tensor(np.stack([0 * rows, rows, columns], -1).astype("float32")),
+        "txt_ids": paddle.zeros([32, 3]),
+    }
+
+
+def _is_in_block(path: str, model: nn.Layer) -> bool:
+    return any(path.startswith(f"{block}.") for block, *_ in flux_blocks(model))
+
+
+def _bands(info: TensorInfo) -> Iterator[paddle.Tensor]:
+    """A matrix on disk in bands of BAND rows, as it lies there: blocks are square, either layout will do."""
+    rows = map_tensor(info)
+    for start in range(0, len(rows), BAND):
+        yield paddle.to_tensor(np.ascontiguousarray(rows[start : start + BAND]))
+
+
+def _quantised(name: str, info: TensorInfo) -> tuple[paddle.Tensor, paddle.Tensor]:
+    """Codes [in, out] and scales of a Linear's weight."""
+    try:
+        parts = [FP8Weight.of(band) for band in _bands(info)]
+    except ConfigError as error:
+        raise ConfigError(f"tensor {name} in {info.file}: {error}") from error
+    codes = paddle.concat([part.codes for part in parts], axis=0)
+    scale = paddle.concat([part.scale for part in parts], axis=0)
+    return (codes.t().contiguous(), scale.t().contiguous()) if info.torch_layout else (codes, scale)
+
+
+def _write(copy: FP8Copy, model: nn.Layer, infos: dict[str, TensorInfo]) -> None:
+    copy.write(model.source_config, infos, quantised_tensors(infos, model), linear_paths(model))
+
+
+def _fill(model: nn.Layer, tensors: Iterable[tuple[str, paddle.Tensor]], on_host: tuple[str, ...]) -> None:
+    """Give every parameter its value, and every Linear its FP8Weight in the place of its own. Names that
+    begin with one of `on_host` stay in host memory.
+    """
+    parameters, codes = dict(model.named_parameters()), {}
+    for name, tensor in tensors:
+        path, _, kind = name.rpartition(".weight.")
+        if kind == "codes":
+            codes[path], filled = tensor, []
+        elif kind == "scale":
+            weight = FP8Weight(codes.pop(path), tensor)
+            set_fp8_weight(model, path, weight, sublayer_at(model, path).bias)
+            filled = [weight.codes, weight.scale]
+        else:
+            parameter = parameters[name]
+            parameter.initialize()
+            parameter.set_value(tensor.astype(parameter.dtype))
+            filled = [parameter]
+        if name.startswith(on_host):
+            for each in filled:
+                move_to_host(each)
+
+
+class DamagedCopyError(ConfigError):
+    """A tensor of the copy is not what was written."""
+
+
+@dataclass(frozen=True)
+class FP8Copy:
+    """folder: where the copy lies or shall lie. source: what stands for the contents of the model's files
+    (say, ppcoat.data.cache.folder_identity), by which a copy of other weights is known.
+    """
+
+    folder: Path
+    source: str
+
+    @classmethod
+    def beside_or_in(cls, model: Path, cache_dir: Path, source: str, beside_model: bool = False) -> FP8Copy:
+        """In the pipeline folder `model` if that is asked for and can be written, else in `cache_dir`."""
+        if beside_model and os.access(model, os.W_OK):
+            return cls(model / "transformer-fp8", source)
+        if beside_model:
+            _log.warning("%s cannot be written: the FP8 copy of the transformer goes to %s", model, cache_dir)
+        return cls(cache_dir / f"{model.resolve().name}-transformer-fp8", source)
+
+    def is_usable(self) -> bool:
+        """Whether there is a complete copy of this source; one that is stale or broken is warned of, once."""
+        if not self.folder.exists():
+            return False
+        try:
+            infos = tensor_infos(self.folder)
+            if self._sums().keys() != infos.keys():
+                raise ConfigError(f"{self.folder}: its index has not a checksum for each tensor")
+            said = {shard_metadata(file).get("source") for file in {info.file for info in infos.values()}}
+        except (ConfigError, OSError) as error:
+            _log.warning("the FP8 copy is damaged (%s): it is made anew", error)
+            return False
+        if said != {self._stamp}:
+            _log.warning("the FP8 copy %s is of other weights: it is made anew", self.folder)
+            return False
+        return True
+
+    def tensors(self) -> Iterator[tuple[str, paddle.Tensor]]:
+        """(name, tensor) one at a time. Raises DamagedCopyError for a tensor that is not as written."""
+        infos, sums = tensor_infos(self.folder), self._sums()
+        for name, info in in_file_order(infos):
+            data = np.array(map_tensor(info))
+            if zlib.crc32(data.reshape(-1).view(np.uint8)) != sums.get(name):
+                raise DamagedCopyError(f"tensor {name} in the FP8 copy {info.file} is damaged")
+            yield name, paddle.to_tensor(data)
+
+    def write(
+        self,
+        config: dict,
+        infos: dict[str, TensorInfo],
+        tensors: Iterable[tuple[str, paddle.Tensor]],
+        linears: Iterable[str],
+    ) -> None:
+        """Write `tensors` (as quantised_tensors gives them for `infos`) one by one.
+
+        config: the model's config.json. linears: paths of the quantised Linears. Raises ConfigError with both
+        numbers if the disk has not enough room, before anything is written.
+        """
+        layout = _layout(infos, {f"{path}.weight" for path in linears})
+        advice = "make room there, or set cache_dir to another disk"
+        place, wanted = self.folder.parent, layout_bytes(layout)
+        check_room(place, wanted, "the FP8 copy of the transformer takes", advice)
+        values = ((name, tensor.numpy()) for name, tensor in tensors)
+        write_component(self.folder, config, layout, values, {"format": "pd", "source": self._stamp})
+
+    @property
+    def _stamp(self) -> str:
+        return f"{FORMAT}; {self.source}"
+
+    def _sums(self) -> dict[str, int]:
+        return read_json(self.folder / INDEX).get("metadata", {}).get("crc32", {})
+
+
+def _layout(infos: dict[str, TensorInfo], weights: set[str]) -> Layout:
+    """What quantised_tensors will yield, in its order."""
+    layout: Layout = {}
+    for name, info in in_file_order(infos):
+        if name in weights:
+            shape = info.shape[::-1] if info.torch_layout else info.shape
+            layout[f"{name}.codes"] = "U8", shape
+            layout[f"{name}.scale"] = "F32", [-(-side // BLOCK) for side in shape]
+        else:
+            layout[name] = info.dtype, info.shape
+    return layout

@@ -1,0 +1,267 @@
+"""How many bytes a model keeps for backward, counted by the counters of training on a small one.
+
+TracedModel is FLUX; newbie.py says what is different for NewBie-image.
+
+A small copy (three blocks, one or two groups of heads, 128 to 192 tokens) takes a forward pass through the
+very code that trains, and `SavedTensors` counts before and after each block. Every count is a constant plus a
+multiple of the image tokens, the text tokens and the heads, so three numbers of tokens and two of heads tell
+it for any size. Only Paddle's written-out attention keeps more (its scores), and that is counted apart.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import ClassVar
+
+import numpy as np
+import paddle
+
+from ppcoat.config.schema import CoatConfig
+from ppcoat.device import set_device
+from ppcoat.lora import inject_lora
+from ppcoat.models.flux.transformer import FluxTransformer2DModel
+from ppcoat.nn.attention import attention
+from ppcoat.nn.saved import SavedTensors
+from ppcoat.train.coat import COATTrainer
+from ppcoat.train.objective import FlowMatching, Objective
+
+SIDE = 8  # rows of image tokens of the small model: enough that no tensor is too small to be packed
+TEXT = 64  # its text tokens
+SCORES_AT = 128  # tokens, and twice as many, from which the scores of any number are known
+
+
+@dataclass(frozen=True)
+class TracedModel:
+    """What the trace wants to know. settings: of FluxTransformer2DModel, hashable; lora_paths: inside the
+    blocks of a model of one block of each kind, from `small_lora_paths`. half: it computes in bfloat16 on a
+    GPU, with flash attention.
+    """
+
+    settings: tuple[tuple[str, object], ...]
+    lora_paths: tuple[str, ...]
+    rank: int
+    coat: CoatConfig
+    half: bool
+    own_sizes: ClassVar[tuple[str, ...]] = ("num_layers", "num_single_layers", "num_attention_heads")
+
+    def setting(self, name: str) -> int:
+        """One number of the settings."""
+        return dict(self.settings)[name]
+
+    @property
+    def heads(self) -> int:
+        """Of the large model."""
+        return self.setting("num_attention_heads")
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of a head."""
+        return self.setting("attention_head_dim")
+
+    @property
+    def uses_autograd(self) -> bool:
+        """Whether blocks that are not checkpointed keep what autograd keeps."""
+        return COATTrainer(self.coat).policy == "none"
+
+    def small_heads(self) -> tuple[int, ...]:
+        """Heads of the small models: so many that groups fill rows as they do at full width."""
+        group = self.coat.activation.group_size
+        few = math.lcm(128, self.head_dim, group if group <= 512 else 1) // self.head_dim
+        return (few, 2 * few) if self.heads > 2 * few else (self.heads,)
+
+    def without_own_sizes(self) -> TracedModel:
+        """The settings without those that `small_model` sets by itself: what one trace serves."""
+        return replace(self, settings=tuple(pair for pair in self.settings if pair[0] not in self.own_sizes))
+
+    def small_model(self, heads: int, checkpointed: bool) -> paddle.nn.Layer:
+        """Two double blocks and a single one, made ready as for training."""
+        sizes = {name: value for name, value in self.settings if not name.startswith("_")}
+        flux = FluxTransformer2DModel(
+            **(sizes | {"num_layers": 2, "num_single_layers": 1, "num_attention_heads": heads})
+        )
+        memory = self.coat.memory.model_copy(update={"checkpoint_blocks": None})
+        coat = COATTrainer(self.coat.model_copy(update={"memory": memory}), checkpointed)
+        others = [
+            path.replace(".0.", ".1.", 1)
+            for path in self.lora_paths
+            if path.startswith("transformer_blocks.")
+        ]
+        inject_lora(
+            flux,
+            self.rank,
+            self.rank,
+            targets=[*self.lora_paths, *others],
+            policy=coat.policy,
+            group_size=coat.linear_group_size,
+        )
+        coat.convert(flux)
+        flux.train()
+        return flux
+
+    def small_blocks(self, model: paddle.nn.Layer) -> list[paddle.nn.Layer]:
+        """The blocks that are counted one by one: a first one, another one, one of the second kind if any."""
+        return [*model.transformer_blocks, *model.single_transformer_blocks]
+
+    def shapes(self, config: Mapping, columns: int, words: int) -> dict[str, tuple[int, ...]]:
+        """Of the batch of one picture that a small model of this config is given."""
+        return {
+            "latents": (1, config["in_channels"] // 4, 2 * SIDE, 2 * columns),
+            "prompt_embeds": (1, words, config["joint_attention_dim"]),
+            "pooled": (1, config["pooled_projection_dim"]),
+        }
+
+    def batch(self, config: Mapping, columns: int, words: int) -> dict[str, paddle.Tensor]:
+        """Random numbers of these shapes."""
+        rng = np.random.default_rng(0)
+        shapes = self.shapes(config, columns, words)
+        return {
+            name: paddle.to_tensor(rng.standard_normal(shape, dtype=np.float32))
+            for name, shape in shapes.items()
+        }
+
+    def saving(self, checkpointed: bool = False) -> AbstractContextManager:
+        """The context of the pass, and of attention that is counted by itself. FLUX blocks count what they
+        hold whatever is checkpointed; of their attention only the unpacked form is asked for."""
+        return COATTrainer(self.coat).saved_tensors()
+
+    def objective(self) -> Objective:
+        """What the pass computes."""
+        return FlowMatching()
+
+    def written_attention(self, heads: int, image: int, text: int, checkpointed: bool) -> np.ndarray:
+        """What written-out attention keeps of the numbers of KeptBytes."""
+        if checkpointed or not self.uses_autograd:
+            return np.zeros(4)
+        return np.array([0, *[self.scores_bytes(heads, image + text)] * 3])
+
+    def true_attention(self, image: int, text: int, checkpointed: bool) -> np.ndarray:
+        """What attention keeps of these numbers at the true size. On a GPU: q, k, v, the output and a float32
+        per row (flash attention), and q and k in float32 before their norm, where a CPU counts bfloat16.
+        """
+        if checkpointed or not self.uses_autograd:
+            return np.zeros(4)
+        if self.half:
+            of_block = (image + text) * self.heads * (4 * 2 * self.head_dim + 4 + 2 * 2 * self.head_dim)
+        else:
+            of_block = self.large_scores_bytes(image + text)
+        return np.array([0, *[of_block] * 3])
+
+    def large_scores_bytes(self, tokens: int, checkpointed: bool = False) -> float:
+        """`scores_bytes` of all heads for any number of tokens: a multiple of them, for copies of q, k, v,
+        and one of their square, for the scores."""
+        few = SCORES_AT
+        one, two = (self.scores_bytes(self.heads, n, checkpointed) for n in (few, 2 * few))
+        square = (two - 2 * one) / (2 * few**2)
+        return square * tokens**2 + (one / few - square * few) * tokens
+
+    def scores_bytes(self, heads: int, tokens: int, checkpointed: bool = False) -> int:
+        """What written-out attention over one picture's tokens keeps, by itself."""
+        q, k, v = (paddle.ones([1, tokens, heads, self.head_dim]) for _ in range(3))
+        for x in (q, k, v):
+            x.stop_gradient = False
+        with self.saving(checkpointed) as saved:
+            attention(q, k, v)
+        return self.bytes(saved)
+
+    def bytes(self, saved: SavedTensors) -> int:
+        """What was counted, in the dtype of the large model."""
+        return saved.bytes_kept_bf16 if self.half else saved.bytes_kept
+
+
+@dataclass(frozen=True)
+class KeptBytes:
+    """Of one picture: outside the blocks, of the first block (nothing before it is trained), of any other
+    double block, of a single block.
+    """
+
+    outside: float
+    first: float
+    double: float
+    single: float
+
+    def of_blocks(self, double: int, single: int, checkpointed: int = 0) -> int:
+        """Bytes that a model with these blocks keeps outside them, and in those from number `checkpointed` on
+        (double blocks come before single ones)."""
+        whole = max(0, double - checkpointed) * self.double
+        whole += min(single, double + single - checkpointed) * self.single
+        return round(self.outside + whole + (0 if checkpointed else self.first - self.double))
+
+    def of_inputs(self, double: int, checkpointed: int) -> int:
+        """Bytes that the first `checkpointed` blocks keep, where this was counted with checkpointing."""
+        return round(min(double, checkpointed) * self.double + max(0, checkpointed - double) * self.single)
+
+
+def small_lora_paths(paths: Sequence[str], blocks: Sequence[str]) -> tuple[str, ...]:
+    """Paths of LoRAs in the large model -> those of block 0 of each kind (a LoRA in any block counts for
+    all, so a range of blocks is planned as if it were all) and those outside the blocks.
+    """
+    small = {}
+    for path in paths:
+        parts = path.split(".")
+        if ".".join(parts[:2]) in blocks:
+            parts[1] = "0"
+        small[".".join(parts)] = None
+    return tuple(small)
+
+
+def kept_bytes(model: TracedModel, image_tokens: int, text_tokens: int, checkpointed: bool) -> KeptBytes:
+    """What one picture of so many tokens keeps under model.coat, all blocks checkpointed or none; counted
+    with random weights on the CPU.
+    """
+    before = paddle.get_device()
+    set_device("cpu")
+    try:
+        heads, own = model.small_heads(), model.heads
+        counts = [_at_tokens(model, n, checkpointed, image_tokens, text_tokens) for n in heads]
+        share = (own - heads[0]) / (heads[-1] - heads[0]) if len(heads) > 1 else 0
+        counts = counts[0] + (counts[-1] - counts[0]) * share
+        return KeptBytes(*(counts + model.true_attention(image_tokens, text_tokens, checkpointed)))
+    finally:
+        paddle.set_device(before)
+
+
+def _at_tokens(model: TracedModel, heads: int, checkpointed: bool, image: int, text: int) -> np.ndarray:
+    """The four numbers of KeptBytes with so many heads; what attention keeps by itself is left out."""
+    start, by_image, by_text = _lines(model.without_own_sizes(), heads, checkpointed)
+    return start + by_image * (image - SIDE**2) + by_text * (text - TEXT)
+
+
+@lru_cache(maxsize=64)
+def _lines(model: TracedModel, heads: int, checkpointed: bool) -> tuple[np.ndarray, ...]:
+    """These numbers for SIDE x SIDE image tokens and TEXT text tokens, and per token more of each kind."""
+    small = model.small_model(heads, checkpointed)
+
+    def at(columns: int, words: int) -> np.ndarray:
+        counts = _count(model, small, checkpointed, columns, words)
+        return counts - model.written_attention(heads, SIDE * columns, words, checkpointed)
+
+    start = at(SIDE, TEXT)
+    by_image = (at(2 * SIDE, TEXT) - start) / SIDE**2
+    by_text = (at(SIDE, 2 * TEXT) - start) / TEXT
+    return start, by_image, by_text
+
+
+def _count(
+    model: TracedModel, small: paddle.nn.Layer, checkpointed: bool, columns: int, words: int
+) -> np.ndarray:
+    """One forward pass -> bytes kept outside the blocks, and in each of three (0 if it is not there)."""
+    batch = model.batch(small.config, columns, words)
+    marks, hooks = [], []
+
+    def mark(*_: object) -> None:
+        marks.append(model.bytes(saved))
+
+    for block in model.small_blocks(small):
+        hooks += [block.register_forward_pre_hook(mark), block.register_forward_post_hook(mark)]
+    with model.saving(checkpointed) as saved:
+        model.objective().loss(small, batch, np.random.default_rng(1))
+    for hook in hooks:
+        hook.remove()
+    blocks = np.zeros(3)
+    of_blocks = np.subtract(marks[1::2], marks[::2])
+    blocks[: len(of_blocks)] = of_blocks
+    return np.array([model.bytes(saved) - blocks.sum(), *blocks], dtype=np.float64)

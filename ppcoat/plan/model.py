@@ -1,0 +1,208 @@
+"""What a run holds whatever it keeps for backward: base weights, LoRA, optimizer, encoders. Bytes by shape.
+
+Nothing is allocated: the transformer is built without memory, the encoders are read from file headers. A
+model folder that is not there is taken for FLUX.1-dev.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import paddle
+
+from ppcoat.config.schema import NetworkConfig, RunConfig
+from ppcoat.data.buckets import AREA_TOLERANCE
+from ppcoat.data.examples import all_examples, scan_datasets
+from ppcoat.lora.layer import linear_paths
+from ppcoat.lora.lokr import LoKrSettings, new_factors
+from ppcoat.models.flux.pipeline import MAX_T5_TOKENS
+from ppcoat.models.flux.transformer import FluxTransformer2DModel
+from ppcoat.models.loading import read_json, tensor_infos
+from ppcoat.nn.convert import sublayer_at
+from ppcoat.nn.fp8_weight import fp8_bytes
+from ppcoat.nn.saving import flux_blocks
+from ppcoat.optim import FP8QuantizationConfig
+from ppcoat.train.model_spec import chosen_modules
+
+PIXELS_PER_TOKEN = 16 * 16
+FLOAT32, BFLOAT16 = 4, 2  # bytes of a value
+FLUX_DEV = {"guidance_embeds": True}  # all else is FluxTransformer2DModel's default
+# Parameters of FLUX.1-dev's encoders, T5's heads and inner width, the VAE's channels at full resolution.
+_DEV_TEXT, DEV_VAE = 4_762_310_656 + 123_060_480, 83_819_683
+_DEV_T5, DEV_VAE_CHANNELS = (64, 10240), 128
+FP8_STEP = 9.31  # passing bytes of an FP8AdamW step per byte of float32 parameter, measured
+
+
+@dataclass(frozen=True)
+class Encoders:
+    """Parameters of both text encoders and of the VAE; what decides their working memory: heads and inner
+    width of the larger text encoder, the VAE's channels at full resolution."""
+
+    text: int
+    vae: int
+    text_heads: int
+    text_inner: int
+    vae_channels: int
+
+    def text_working(self, captions: int, tokens: int, itemsize: int) -> int:
+        """Bytes while T5 or Gemma3 reads so many captions: its scores (before, after softmax, bias) and inner
+        layer."""
+        return captions * (3 * self.text_heads * tokens**2 + 3 * self.text_inner * tokens) * itemsize
+
+    def vae_working(self, pixels: int, itemsize: int, decode: bool, on_gpu: bool) -> int:
+        """Bytes while the VAE works on so many pixels. Measured on Paddle's CPU in units of channels at full
+        resolution: 13.1 encoding, 23.5 decoding, of which 9 and 18 are the unfolded input of a 3 x 3
+        convolution; a GPU needs none, but cuDNN may take 512 MB.
+        """
+        units = (23.5 if decode else 13.1) - ((18 if decode else 9) if on_gpu else 0)
+        return int(units * pixels * self.vae_channels * itemsize) + (512_000_000 if on_gpu else 0)
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A model folder by its shapes; also of NewBie-image, whose `layers` are the blocks (all of them count as
+    double).
+
+    settings: of the transformer, as its config.json has them. linears: path -> (in, out). blocks: paths of
+    the double blocks, then of the single ones. others: path of a block, or "" -> values that are no Linear
+    weight. width: channels of a token inside the blocks; heads: of attention. of_picture: parts of the paths
+    of Linears that see one row a picture, not its tokens. assumed: the folder is not there, and the published
+    model's shapes stand in.
+    """
+
+    settings: dict
+    linears: dict[str, tuple[int, int]]
+    blocks: tuple[str, ...]
+    double: int
+    others: dict[str, int]
+    lora_paths: tuple[str, ...]
+    encoders: Encoders
+    text_tokens: int
+    width: int
+    heads: int
+    assumed: bool
+    of_picture: tuple[str, ...] = ("norm",)
+
+    @cached_property
+    def parameters(self) -> int:
+        """Values of the transformer."""
+        return sum(self.others.values()) + sum(a * b for a, b in self.linears.values())
+
+    def weight_bytes(self, fp8: bool, itemsize: int) -> tuple[int, list[int]]:
+        """Bytes of the base outside its blocks, and of each block. fp8: Linear weights in FP8."""
+        held = {path: count * itemsize for path, count in self.others.items()}
+        for path, (rows, columns) in self.linears.items():
+            block = _block_of(path, self.blocks)
+            held[block] += fp8_bytes(rows, columns) if fp8 else rows * columns * itemsize
+        return held[""], [held[path] for path in self.blocks]
+
+    def adapter_shapes(self, network: NetworkConfig) -> list[tuple[int, int]]:
+        """Shapes of all that is trained: lora_A and lora_B, or the matrices of the LoKrs."""
+        pairs, rank = [self.linears[path] for path in self.lora_paths], network.linear
+        if network.type == "lora":
+            return [shape for rows, columns in pairs for shape in ((rows, rank), (rank, columns))]
+        settings = LoKrSettings(rank, network.linear_alpha, network.lokr_factor)
+        of_pairs = {pair: [f.shape for f in new_factors(*pair, settings, 0).values()] for pair in set(pairs)}
+        return [shape for pair in pairs for shape in of_pairs[pair]]
+
+
+def read_model(config: RunConfig, settings: dict | None = None) -> BaseModel:
+    """The model of a run; with settings, a transformer of these instead of the folder's, and FLUX.1-dev's
+    encoders.
+
+    Raises ConfigError for a folder that is there but not complete, and for a LoRA that fits no Linear.
+    """
+    folder = Path(config.model.name_or_path)
+    assumed, given = not folder.exists(), settings is not None
+    if settings is None:
+        settings = FLUX_DEV if assumed else read_json(folder / "transformer" / "config.json")
+    with paddle.LazyGuard():  # parameters get a shape and no memory
+        model = FluxTransformer2DModel.from_config(settings)
+    blocks = tuple(path for path, *_ in flux_blocks(model))
+    linears, others = weights_by_block(model, blocks)
+    return BaseModel(
+        settings=dict(model.config),
+        linears=linears,
+        blocks=blocks,
+        double=len(model.transformer_blocks),
+        others=others,
+        lora_paths=tuple(chosen_modules(config.network, model)),
+        encoders=_dev_encoders() if assumed or given else _encoders(folder),
+        text_tokens=_text_tokens(config, folder),
+        width=model.config.attention_head_dim * model.config.num_attention_heads,
+        heads=model.config.num_attention_heads,
+        assumed=assumed,
+    )
+
+
+def weights_by_block(
+    model: paddle.nn.Layer, blocks: tuple[str, ...]
+) -> tuple[dict[str, tuple[int, int]], dict[str, int]]:
+    """A model without memory -> `linears` and `others` of BaseModel."""
+    linears = {path: tuple(sublayer_at(model, path).weight.shape) for path in linear_paths(model)}
+    others = dict.fromkeys(("", *blocks), 0)
+    for name, parameter in model.named_parameters():
+        path, _, last = name.rpartition(".")
+        if not (last == "weight" and path in linears):
+            others[_block_of(name, blocks)] += parameter.size
+    return linears, others
+
+
+def image_tokens(config: RunConfig) -> int:
+    """Of the largest picture that is trained. Where a folder of pictures is not there, the resolution tells,
+    and the 5 % that a bucket may be larger.
+    """
+    if all(Path(data.folder_path).exists() for data in config.datasets):
+        sizes = [example.size for example in all_examples(scan_datasets(config))]
+        return max(width * height for width, height in sizes) // PIXELS_PER_TOKEN
+    largest = 1 + (AREA_TOLERANCE if any(d.bucket_rule == "aspect" for d in config.datasets) else 0)
+    return int(largest * max(data.resolution for data in config.datasets) ** 2) // PIXELS_PER_TOKEN
+
+
+def optimizer_bytes(config: RunConfig, shapes: list[tuple[int, int]]) -> tuple[int, int]:
+    """States of AdamW or FP8AdamW for parameters of these shapes; passing memory of an update."""
+    parameters = FLOAT32 * sum(map(math.prod, shapes))
+    if not config.uses_fp8_optimizer:
+        return 2 * parameters, parameters if config.train.max_grad_norm else 0
+    states = config.coat.optimizer
+    fp8 = FP8QuantizationConfig(
+        block_size=states.block_size, use_dynamic_range_expansion=states.use_dynamic_range_expansion
+    )
+    return fp8.state_bytes(shapes, config.train.beta1), int(FP8_STEP * parameters)
+
+
+def _block_of(name: str, blocks: tuple[str, ...]) -> str:
+    """The block that a path lies in, "" for none."""
+    path = ".".join(name.split(".")[:2])
+    return path if path in blocks else ""
+
+
+def _dev_encoders() -> Encoders:
+    return Encoders(_DEV_TEXT, DEV_VAE, *_DEV_T5, DEV_VAE_CHANNELS)
+
+
+def stored_values(folder: Path) -> int:
+    """Numbers in the weights of a component folder, by file headers."""
+    return sum(math.prod(info.shape) for info in tensor_infos(folder).values())
+
+
+def _encoders(folder: Path) -> Encoders:
+    t5, vae = (read_json(folder / name / "config.json") for name in ("text_encoder_2", "vae"))
+    return Encoders(
+        text=stored_values(folder / "text_encoder") + stored_values(folder / "text_encoder_2"),
+        vae=stored_values(folder / "vae"),
+        text_heads=t5["num_heads"],
+        text_inner=t5["d_ff"],
+        vae_channels=vae["block_out_channels"][0],
+    )
+
+
+def _text_tokens(config: RunConfig, folder: Path) -> int:
+    if config.train.max_sequence_length:
+        return config.train.max_sequence_length
+    file = folder / "tokenizer_2" / "tokenizer_config.json"
+    limit = read_json(file).get("model_max_length", MAX_T5_TOKENS) if file.exists() else MAX_T5_TOKENS
+    return min(int(limit), MAX_T5_TOKENS)

@@ -1,0 +1,312 @@
+"""The plan of a NewBie-image run: what is different from FLUX in model.py, phases.py and kept.py.
+
+All three encoders are loaded together, the VAE in float32. Gradient checkpointing covers the first of the
+`layers`. A model folder that is not there is taken for NewBie-image 3B with Gemma3-4B and Jina CLIP v2.
+
+What is kept for backward is counted on a small copy with two of the `layers` and all refiners. A checkpointed
+layer keeps its input, whose bytes are known; so "checkpointed" counts here what a layer holds while it is
+computed again, unpacked.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import paddle
+
+from ppcoat.config.schema import NetworkConfig, RunConfig
+from ppcoat.data.examples import all_examples, scan_datasets
+from ppcoat.lora import LoKrSettings, inject_lokr, inject_lora
+from ppcoat.models.loading import read_json
+from ppcoat.models.newbie.files import check_newbie_vae, unfilled_nextdit
+from ppcoat.models.newbie.gemma3 import Gemma3Config, Gemma3TextEncoder
+from ppcoat.models.newbie.jina_clip import (
+    MAX_GEMMA_TOKENS,
+    JinaClipConfig,
+    JinaClipTextModel,
+    load_gemma3_tokenizer,
+)
+from ppcoat.models.newbie.nextdit import NextDiT_CLIP
+from ppcoat.models.newbie.pipeline import PROMPT_PREFIX, with_prefix
+from ppcoat.nn.convert import quantize_linears
+from ppcoat.nn.policy import get_policy
+from ppcoat.nn.saved import SavedTensors, count_saved_tensors, kept_as_they_are
+from ppcoat.plan.kept import SIDE, KeptBytes, TracedModel, kept_bytes, small_lora_paths
+from ppcoat.plan.model import (
+    DEV_VAE,
+    DEV_VAE_CHANNELS,
+    FLOAT32,
+    BaseModel,
+    Encoders,
+    stored_values,
+    weights_by_block,
+)
+from ppcoat.plan.phases import Choice, Footprint, hashable
+from ppcoat.train.coat import COATTrainer
+from ppcoat.train.model_spec import chosen_modules
+from ppcoat.train.objective import Transport
+
+# As WORKING in phases.py; "checkpointed" is beside what a layer keeps that has been computed again.
+# Measured with Paddle's allocator.
+NEWBIE_WORKING = {
+    "none": ((9.2, 0.0), (-3.4, 2.0)),
+    "coat": ((26.0, 0.0), (19.7, 2.3)),
+    "coat+recompute": ((27.4, 0.0), (26.9, 2.3)),
+    "coat+recompute+attention": ((27.4, 0.0), (26.9, 2.3)),
+    "checkpointed": ((5.3, 0.0), (4.0, 2.0)),
+}
+NEWBIE_FORWARD_WORKING = ((18.0, 0.0), (11.0, 2.0))
+# Linears that see one row a picture.
+OF_PICTURE = ("adaLN", "t_embedder", "time_text_embed", "clip_text_pooled")
+WIDE_ENOUGH = 256  # channels of a small copy, so that no tensor of its tokens is too small to be packed
+
+
+class NewbieFootprint(Footprint):
+    """A Footprint of a config with model.family newbie. settings: of NextDiT_CLIP."""
+
+    assumed_name = "NewBie-image 3B"
+    forward_working = NEWBIE_FORWARD_WORKING
+    drawn_at_once = 2  # with the prompt and without
+
+    def __init__(self, config: RunConfig, on_gpu: bool, settings: dict | None = None) -> None:
+        super().__init__(config, on_gpu, settings)
+        self.vae_itemsize = FLOAT32
+
+    def read_model(self, settings: dict | None) -> BaseModel:
+        """The shapes of the config's folder, or of a NextDiT_CLIP with these settings and the published
+        encoders. Raises ConfigError for a folder that is not complete and for targets that fit no Linear."""
+        folder = Path(self.config.model.name_or_path)
+        assumed = not folder.exists()
+        if assumed or settings is not None:
+            with paddle.LazyGuard():  # parameters get a shape and no memory
+                model = NextDiT_CLIP(**(settings or {}))
+        else:
+            model = unfilled_nextdit(folder / "transformer")
+        blocks = tuple(f"layers.{i}" for i in range(len(model.layers)))
+        linears, others = weights_by_block(model, blocks)
+        return BaseModel(
+            settings=dict(model.config),
+            linears=linears,
+            blocks=blocks,
+            double=len(blocks),
+            others=others,
+            lora_paths=tuple(chosen_modules(self.config.network, model)),
+            encoders=_encoders(None if assumed or settings is not None else folder),
+            text_tokens=self._text_tokens(folder, model.config["axes_lens"][0]),
+            width=model.config["dim"],
+            heads=model.config["n_heads"],
+            assumed=assumed,
+            of_picture=OF_PICTURE,
+        )
+
+    def preparing(self, choice: Choice) -> list[tuple[str, dict[str, int]]]:
+        """Encoding with all encoders on the device."""
+        text = self.model.encoders.text * self.itemsize
+        return [
+            (name, parts | {"encoders": text + self._vae_bytes}) for name, parts in super().preparing(choice)
+        ]
+
+    def activations(self, choice: Choice) -> tuple[int, int]:
+        """Bytes kept for backward and working memory at the fullest moment of a step: at the end of the
+        forward pass, or where backward comes to the checkpointed layers and computes one again.
+        """
+        batch, checkpointed, moments = choice.batch_size, choice.checkpoint_blocks, []
+        if checkpointed < len(self.model.blocks):
+            working = self._working(NEWBIE_WORKING[choice.policy], batch)
+            moments.append((self.kept_after_forward(choice, len(self.model.blocks)), working))
+        if checkpointed:
+            again = self.kept("none" if choice.policy == "none" else "coat", True, choice.quantize).double
+            working = self._working(NEWBIE_WORKING["checkpointed"], batch) + round(batch * again)
+            moments.append((self.kept_after_forward(choice, checkpointed), working))
+        kept, working = max(moments, key=sum)
+        return kept, working + self._largest_weight(choice)
+
+    def kept_after_forward(self, choice: Choice, layers: int) -> int:
+        """Bytes kept for backward by the first `layers` and what stands outside them."""
+        of = self.kept(choice.policy, False, choice.quantize)
+        kept = of.of_blocks(layers, 0, choice.checkpoint_blocks)
+        if choice.checkpoint_blocks:
+            tables = max(0, of.first - of.double)  # of rotation, which the first layer is to keep
+            kept += choice.checkpoint_blocks * self._input_bytes + tables
+        return round(choice.batch_size * kept)
+
+    @property
+    def _input_bytes(self) -> int:
+        """Of one picture's tokens, as a checkpointed layer keeps them."""
+        coat, width = self.config.coat, self.model.width
+        if not (coat.enabled and coat.memory.enable_efficient_checkpoint):
+            return self.tokens * width * self.itemsize
+        per_group = coat.activation.nonlinear_granularity == "per_group"
+        scales = math.ceil(width / coat.activation.group_size) if per_group else 0
+        return self.tokens * (width + FLOAT32 * scales)
+
+    def packed(self, choice: Choice) -> int:
+        """Bytes of one picture that go through FP8 if no layer is checkpointed."""
+        return self.kept(choice.policy, False, choice.quantize).of_blocks(len(self.model.blocks), 0)
+
+    def kept(self, policy: str, checkpointed: bool = False, quantize: bool = False) -> KeptBytes:
+        """Of one picture, counted once."""
+        if (policy, checkpointed, quantize) not in self._kept:
+            coat, model = self.config.coat, self.model
+            activation = coat.activation.model_copy(update={"policy": policy})
+            feed_forward = model.linears[f"{model.blocks[0]}.feed_forward.w2"]
+            traced = TracedNextDiT(
+                settings=hashable(model.settings),
+                lora_paths=small_lora_paths(model.lora_paths, model.blocks),
+                rank=self.config.network.linear,
+                coat=coat.model_copy(update={"activation": activation}),
+                half=self.half,
+                network=self.config.network,
+                quantize=quantize,
+                hidden=feed_forward[0],
+            )
+            counted = kept_bytes(traced, self.image_tokens, self.text_tokens, checkpointed)
+            self._kept[policy, checkpointed, quantize] = counted
+        return self._kept[policy, checkpointed, quantize]
+
+    def _text_tokens(self, folder: Path, positions: int) -> int:
+        """Of the longest caption with its prefix, or the limit where captions or tokenizer are not here."""
+        limit = self.config.train.max_sequence_length or MAX_GEMMA_TOKENS
+        pictures = [Path(data.folder_path) for data in self.config.datasets]
+        if not all(path.exists() for path in (folder / "text_encoder" / "tokenizer.json", *pictures)):
+            return min(limit, positions - 1)
+        prefix = self.config.model.prompt_prefix
+        captions = [caption for each in all_examples(scan_datasets(self.config)) for caption in each.captions]
+        texts = with_prefix(captions, PROMPT_PREFIX if prefix is None else prefix)
+        tokens = load_gemma3_tokenizer(folder / "text_encoder")(texts, limit)
+        return int(tokens.mask.sum(-1).max())
+
+
+def _encoders(folder: Path | None) -> Encoders:
+    """Those of a folder, None: Gemma3-4B, Jina CLIP v2 and FLUX.1's VAE."""
+    gemma3, jina_clip, vae, channels = Gemma3Config(), JinaClipConfig(), DEV_VAE, DEV_VAE_CHANNELS
+    if folder is not None:
+        gemma3 = Gemma3Config.from_dict(read_json(folder / "text_encoder" / "config.json"))
+        jina_clip = JinaClipConfig.from_dict(read_json(folder / "clip_model" / "config.json"))
+        vae, channels = (
+            stored_values(folder / "vae"),
+            check_newbie_vae(folder / "vae")["block_out_channels"][0],
+        )
+    with paddle.LazyGuard():
+        models = Gemma3TextEncoder(gemma3), JinaClipTextModel(jina_clip)
+    text = sum(math.prod(p.shape) for model in models for p in model.parameters())
+    return Encoders(text, vae, gemma3.num_attention_heads, gemma3.intermediate_size, channels)
+
+
+@dataclass(frozen=True)
+class TracedNextDiT(TracedModel):
+    """settings: of NextDiT_CLIP. lora_paths: of block 0 of `layers`, and of all outside. network: the kind of
+    adapter. quantize: an FP8 base, whose Linears keep nothing. hidden: inner width of a feed-forward."""
+
+    network: NetworkConfig
+    quantize: bool
+    hidden: int
+    own_sizes: ClassVar[tuple[str, ...]] = ("n_layers",)
+
+    @property
+    def heads(self) -> int:
+        """Of the queries."""
+        return self.setting("n_heads")
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of a head."""
+        return self.setting("dim") // self.heads
+
+    def small_heads(self) -> tuple[int, ...]:
+        """Multiples of the query heads that share a key head."""
+        shared = self.heads // self.setting("n_kv_heads")
+        few = shared * -(-WIDE_ENOUGH // (shared * self.head_dim))
+        return (few, 2 * few) if self.heads > 2 * few else (self.heads,)
+
+    def small_model(self, heads: int, checkpointed: bool) -> paddle.nn.Layer:
+        """Two layers, made ready as for training; the widths of heads and feed-forward shrink alike."""
+        own, dim = dict(self.settings), heads * self.head_dim
+        sizes = own | {"n_layers": 2, "n_heads": heads, "dim": dim, "multiple_of": 1}
+        sizes["n_kv_heads"] = heads * own["n_kv_heads"] // own["n_heads"]
+        sizes["ffn_dim_multiplier"] = self.hidden / (4 * own["dim"])
+        model, coat = NextDiT_CLIP(**sizes), COATTrainer(self.coat, checkpointed)
+        if self.quantize:
+            quantize_linears(model)
+        others = [path.replace(".0.", ".1.", 1) for path in self.lora_paths if path.startswith("layers.")]
+        targets, rank = [*self.lora_paths, *others], self.rank
+        if self.network.type == "lokr":
+            settings = LoKrSettings(rank, self.network.linear_alpha, self.network.lokr_factor)
+            inject_lokr(model, settings, targets)
+        else:
+            inject_lora(model, rank, rank, 0.0, targets, coat.policy, group_size=coat.linear_group_size)
+        coat.convert(model)
+        model.train()
+        return model
+
+    def small_blocks(self, model: paddle.nn.Layer) -> list[paddle.nn.Layer]:
+        """The two layers."""
+        return list(model.layers)
+
+    def shapes(self, config: Mapping, columns: int, words: int) -> dict[str, tuple[int, ...]]:
+        """Of the batch of one picture that a small model of this config is given."""
+        return {
+            "latents": (1, config["in_channels"], 2 * SIDE, 2 * columns),
+            "cap_feats": (1, words, config["cap_feat_dim"]),
+            "clip_text_pooled": (1, config["clip_text_dim"]),
+        }
+
+    def batch(self, config: Mapping, columns: int, words: int) -> dict[str, paddle.Tensor]:
+        """These, and a mask without padding."""
+        return super().batch(config, columns, words) | {"cap_mask": paddle.ones([1, words], dtype="int64")}
+
+    def objective(self) -> Transport:
+        """What the pass computes."""
+        return Transport()
+
+    @contextmanager
+    def saving(self, checkpointed: bool = False) -> Iterator[SavedTensors]:
+        """Nothing is packed in what is computed again."""
+        if not checkpointed:
+            with COATTrainer(self.coat).saved_tensors() as saved:
+                yield saved
+            return
+        with count_saved_tensors() as saved, kept_as_they_are():
+            yield saved
+
+    def written_attention(self, heads: int, image: int, text: int, checkpointed: bool) -> np.ndarray:
+        """What written-out attention keeps of the numbers of KeptBytes."""
+        if self._leaves_out_attention(checkpointed):
+            return np.zeros(4)
+
+        def scores(tokens: int) -> int:
+            return self.scores_bytes(heads, tokens, checkpointed)
+
+        return self._of_parts(scores(image), scores(text), scores(image + text))
+
+    def true_attention(self, image: int, text: int, checkpointed: bool) -> np.ndarray:
+        """What attention keeps of these numbers at the true size; on a GPU q, k, v, the output and a float32
+        per row (flash attention), and what RMSNorms keep in float32 where a CPU counts bfloat16."""
+        if self._leaves_out_attention(checkpointed):
+            return np.zeros(4)
+
+        def of_block(tokens: int) -> float:
+            if not self.half:
+                return self.large_scores_bytes(tokens, checkpointed)
+            width, plain = self.setting("dim"), checkpointed or self.uses_autograd
+            groups = -(-self.head_dim // self.coat.activation.group_size)
+            of_head = 2 * self.head_dim if plain else self.head_dim + 4 * groups
+            keys = self.setting("n_kv_heads") * self.head_dim
+            norms = 2 * (4 * width + width + keys) if plain else 0
+            return tokens * (self.heads * (4 * of_head + 4) + norms)
+
+        return self._of_parts(of_block(image), of_block(text), of_block(image + text))
+
+    def _leaves_out_attention(self, checkpointed: bool) -> bool:
+        """Whether it is computed again: what it reads is counted with the block."""
+        return not checkpointed and get_policy(COATTrainer(self.coat).policy).recompute
+
+    def _of_parts(self, image: float, text: float, both: float) -> np.ndarray:
+        refiners = self.setting("n_refiner_layers")
+        return np.array([refiners * (image + text), both, both, 0.0])

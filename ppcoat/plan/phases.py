@@ -1,0 +1,278 @@
+"""What each phase of a run holds under given settings, in bytes by component, and how long an update takes.
+
+Weights and states are counted from shapes (model.py), kept activations by the counters of training
+(kept.py); the working memory of a block was measured. Each phase counts only the models it needs:
+encoders leave the device after use, and the transformer comes after them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from ppcoat.config.schema import RunConfig
+from ppcoat.data.cache import ENCODED_AT_ONCE, ENCODED_PIXELS
+from ppcoat.device import LARGEST_KEPT
+from ppcoat.nn.policy import POLICIES
+from ppcoat.nn.swap import check_count
+from ppcoat.plan.kept import KeptBytes, TracedModel, kept_bytes, small_lora_paths
+from ppcoat.plan.model import (
+    BFLOAT16,
+    FLOAT32,
+    PIXELS_PER_TOKEN,
+    BaseModel,
+    image_tokens,
+    optimizer_bytes,
+    read_model,
+)
+from ppcoat.train.previews import previews
+
+RESIDENT_SWAPPED = 2  # of the swapped blocks one computes while the next one comes
+# Working memory of the block that goes backward, in tensors of tokens x width (a) and, where attention is
+# written out, in scores (b): the larger of the two a + b * scores. Measured with Paddle's allocator.
+WORKING = {
+    "none": ((10.5, 0.0), (-2.0, 1.5)),
+    "coat": ((32.0, 1.3), (20.2, 3.0)),
+    "coat+recompute": ((32.0, 1.3), (20.2, 3.0)),
+    "coat+recompute+attention": ((35.0, 1.3), (23.2, 3.0)),
+    "checkpointed": ((45.2, 1.3), (38.2, 3.0)),
+}
+FORWARD_WORKING = ((11.0, 2.0),)  # the same without gradients
+# What stands beside the tensors: CUDA's context and libraries; Python, Paddle and theirs.
+GPU_CONTEXT, HOST_PROCESS = 1_000_000_000, 450_000_000
+# Rates of the time model, per second, of a card of the RTX 4090's class: arithmetic, its memory, PCIe.
+FLOPS, MEMORY_RATE, PCIE_RATE = 80e12, 0.9e12, 20e9
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The settings that decide memory. checkpoint_blocks: from the first one; blocks_to_swap: the last ones;
+    quantize: an FP8 base.
+    """
+
+    policy: str
+    checkpoint_blocks: int
+    quantize: bool
+    blocks_to_swap: int
+    batch_size: int
+    gradient_accumulation: int
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of a run and what it holds at its fullest, in bytes by component."""
+
+    name: str
+    parts: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        """Bytes of all components."""
+        return sum(self.parts.values())
+
+
+class Footprint:
+    """The facts of one config, read once. `phases` and `seconds` take any settings.
+
+    settings: of a transformer that has no folder. Raises ConfigError as `read_model` and `image_tokens` do.
+    This is FLUX; newbie.py says what is different for NewBie-image.
+    """
+
+    assumed_name = "FLUX.1-dev"
+    forward_working = FORWARD_WORKING
+    drawn_at_once = 1  # pictures that the transformer sees in a step of a preview
+
+    def __init__(self, config: RunConfig, on_gpu: bool, settings: dict | None = None) -> None:
+        self.config, self.on_gpu = config, on_gpu
+        self.half = on_gpu and config.model.dtype != "float32"
+        self.itemsize = BFLOAT16 if self.half else FLOAT32
+        self.model: BaseModel = self.read_model(settings)
+        self.image_tokens, self.text_tokens = image_tokens(config), self.model.text_tokens
+        self.tokens = self.image_tokens + self.text_tokens
+        self.vae_itemsize = self.itemsize
+        self.lora = self.model.adapter_shapes(config.network)
+        self.lora_bytes = FLOAT32 * sum(map(math.prod, self.lora))
+        self.optimizer, self.update_working = optimizer_bytes(config, self.lora)
+        self.previews = previews(config) if config.sample.wanted else []
+        self._base: dict[bool, list[int]] = {}
+        self._kept: dict[tuple[str, bool], KeptBytes] = {}
+
+    def read_model(self, settings: dict | None) -> BaseModel:
+        """The shapes of the config's model, or of one with these settings."""
+        return read_model(self.config, settings)
+
+    @property
+    def policies(self) -> tuple[str, ...]:
+        """Saving policies between which a plan may choose."""
+        coat = self.config.coat
+        return tuple(POLICIES) if coat.enabled and coat.activation.use_fp8 else ("none",)
+
+    @property
+    def checkpoint_counts(self) -> Sequence[int]:
+        """How many blocks can be checkpointed."""
+        return range(len(self.model.blocks) + 1)
+
+    def phases(self, choice: Choice) -> tuple[Phase, ...]:
+        """All phases of a run, in order. Raises ConfigError for more swapped blocks than there are."""
+        base = self.base_by_swapped(choice.quantize)
+        check_count(choice.blocks_to_swap, len(base) - 1)
+        beside = {"context": GPU_CONTEXT if self.on_gpu else HOST_PROCESS}
+        held = {"base": base[choice.blocks_to_swap], "LoRA": self.lora_bytes, "optimizer": self.optimizer}
+        if self.config.train.ema.use_ema:
+            held["EMA"] = self.lora_bytes
+        learning = held | {"gradients": self.lora_bytes}
+        kept, working = self.activations(choice)
+        phases = [
+            *self.preparing(choice),
+            ("forward, backward", learning | {"kept": kept, "working": working}),
+            ("update", learning | {"working": self.update_working}),
+        ]
+        if self.previews:
+            drawing = {"encoders": self._vae_bytes, "working": self._preview_working(choice)}
+            phases.append(("previews", held | drawing))
+        return tuple(Phase(name, beside | parts) for name, parts in phases)
+
+    def preparing(self, choice: Choice) -> list[tuple[str, dict[str, int]]]:
+        """What encoders hold, by phase, before the transformer comes: beside the context."""
+        encoders, largest = self.model.encoders, PIXELS_PER_TOKEN * self.image_tokens
+        reading = encoders.text_working(ENCODED_AT_ONCE, self.text_tokens, self.itemsize)
+        # one of the largest pictures, or smaller ones up to the limit
+        pixels = max(largest, min(ENCODED_AT_ONCE * largest, ENCODED_PIXELS))
+        seeing = encoders.vae_working(pixels, self.vae_itemsize, False, self.on_gpu)
+        return [
+            ("captions", {"encoders": encoders.text * self.itemsize, "working": reading}),
+            ("pictures", {"encoders": self._vae_bytes, "working": seeing}),
+        ]
+
+    def base_by_swapped(self, quantize: bool) -> list[int]:
+        """Bytes of the frozen weights on the device if 0, 1, ... all blocks are swapped, the last ones first;
+        those have room for RESIDENT_SWAPPED of them.
+        """
+        if quantize not in self._base:
+            outside, blocks = self.model.weight_bytes(quantize, self.itemsize)
+            swapped = [blocks[len(blocks) - n :] for n in range(len(blocks) + 1)]
+            self._base[quantize] = [
+                outside + sum(blocks) - sum(some) + sum(sorted(some)[-RESIDENT_SWAPPED:]) for some in swapped
+            ]
+        return self._base[quantize]
+
+    def activations(self, choice: Choice) -> tuple[int, int]:
+        """Bytes kept for backward and working memory at the fullest moment of a step: at the end of the
+        forward pass, or where backward comes to the checkpointed blocks.
+        """
+        double, count = self.model.double, len(self.model.blocks)
+        batch, checkpointed = choice.batch_size, choice.checkpoint_blocks
+        of_checkpointed = 0
+        if checkpointed:
+            of_checkpointed = self.kept("none", True).of_inputs(double, checkpointed)
+        kept = of_checkpointed + self.kept(choice.policy).of_blocks(double, count - double, checkpointed)
+        moments = []
+        if checkpointed < count:
+            moments.append((kept * batch, self._working(WORKING[choice.policy], batch)))
+        if checkpointed:
+            moments.append((of_checkpointed * batch, self._working(WORKING["checkpointed"], batch)))
+        kept, working = max(moments, key=sum)
+        return kept, working + self._largest_weight(choice)
+
+    def kept(self, policy: str, checkpointed: bool = False) -> KeptBytes:
+        """Of one picture, counted once. What checkpointed blocks keep does not depend on the policy."""
+        if (policy, checkpointed) not in self._kept:
+            coat = self.config.coat
+            activation = coat.activation.model_copy(update={"policy": policy})
+            traced = TracedModel(
+                settings=hashable(self.model.settings),
+                lora_paths=small_lora_paths(self.model.lora_paths, self.model.blocks),
+                rank=self.config.network.linear,
+                coat=coat.model_copy(update={"activation": activation}),
+                half=self.half,
+            )
+            self._kept[policy, checkpointed] = kept_bytes(
+                traced, self.image_tokens, self.text_tokens, checkpointed
+            )
+        return self._kept[policy, checkpointed]
+
+    def packed(self, choice: Choice) -> int:
+        """Bytes of one picture that go through FP8 if no block is checkpointed."""
+        double = self.model.double
+        return self.kept(choice.policy).of_blocks(double, len(self.model.blocks) - double)
+
+    def seconds(self, choice: Choice) -> float:
+        """Time of an update on a GPU by a simple model, to compare settings by: products of matrices at FLOPS
+        (one forward, one backward without weight gradients, one more forward of what is recomputed), packed
+        tensors and FP8 weights through memory three times, swapped blocks over PCIe in forward and backward,
+        as if nothing of that ran beside the computing.
+        """
+        model, passes = self.model, choice.gradient_accumulation
+        rows = choice.batch_size * self.tokens
+        count = len(model.blocks)
+        again = choice.checkpoint_blocks / count
+        linears = (
+            2
+            * rows
+            * sum(
+                a * b
+                for path, (a, b) in model.linears.items()
+                if not any(part in path for part in model.of_picture)
+            )
+        )
+        attention = 4 * rows * self.tokens * model.width * count
+        # attention's backward takes 2.5 forwards; +recompute takes its forward again
+        attentions = 3.5 + (again if "recompute" not in choice.policy else 1.0)
+        compute = (linears * (2 + again) + attention * attentions) / FLOPS
+        moved = 0
+        if choice.policy != "none":
+            moved += 3 * 2 * self.packed(choice) * choice.batch_size * (1 - again)
+        if choice.quantize:
+            moved += 3 * (2 + again) * model.parameters
+        _, blocks = self.model.weight_bytes(choice.quantize, self.itemsize)
+        swapped = 2 * sum(blocks[count - choice.blocks_to_swap :])
+        return passes * (compute + moved / MEMORY_RATE + swapped / PCIE_RATE)
+
+    @cached_property
+    def facts(self) -> tuple[str, ...]:
+        """What is planned, for the head of a table."""
+        model, config = self.model, self.config
+        source = f"{self.assumed_name}'s shapes, as the folder is not here" if model.assumed else "its shapes"
+        adapter = "LoRA" if config.network.type == "lora" else "LoKr"
+        device = f"{'GPU' if self.on_gpu else 'CPU'}, {'bfloat16' if self.half else 'float32'}"
+        facts = (
+            f"{config.model.name_or_path} by {source}: {model.parameters:,} parameters; {device}",
+            f"at most {self.image_tokens} image tokens and {self.text_tokens} text tokens a picture; "
+            f"{adapter} rank {config.network.linear} on {len(model.lora_paths)} Linears",
+        )
+        if self.on_gpu:
+            return facts
+        return *facts, (
+            "on a CPU a process can hold up to twice the rows kept and working: freed blocks below "
+            f"{LARGEST_KEPT >> 20} MiB stay with it"
+        )
+
+    def _working(self, lines: tuple[tuple[float, float], ...], batch: int, tokens: int | None = None) -> int:
+        tokens = self.tokens if tokens is None else tokens
+        scores = 0 if self.half else self.model.heads * tokens**2
+        values = max(a * tokens * self.model.width + b * scores for a, b in lines)
+        return int(batch * self.itemsize * values)
+
+    @property
+    def _vae_bytes(self) -> int:
+        return self.model.encoders.vae * self.vae_itemsize
+
+    def _largest_weight(self, choice: Choice) -> int:
+        """An FP8 weight is unpacked to compute with."""
+        return self.itemsize * max(a * b for a, b in self.model.linears.values()) if choice.quantize else 0
+
+    def _preview_working(self, choice: Choice) -> int:
+        pixels = max(preview.width * preview.height for preview in self.previews)
+        denoise = self._working(
+            self.forward_working, self.drawn_at_once, pixels // PIXELS_PER_TOKEN + self.text_tokens
+        )
+        decode = self.model.encoders.vae_working(pixels, self.vae_itemsize, True, self.on_gpu)
+        return max(denoise + self._largest_weight(choice), decode)
+
+
+def hashable(settings: dict) -> tuple[tuple[str, object], ...]:
+    """A model's settings without the private ones, as TracedModel takes them."""
+    pairs = ((name, tuple(value) if isinstance(value, list) else value) for name, value in settings.items())
+    return tuple(pair for pair in pairs if not pair[0].startswith("_"))

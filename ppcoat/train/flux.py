@@ -1,0 +1,170 @@
+"""What a LoRA run needs to know of FLUX.1, and the LoRA files that it writes; the run itself is in run.py.
+
+The files of a run are <name>.safetensors at the end and <name>_000000250.safetensors at saved steps. A format
+other than diffusers' has its name at the end: <name>_kohya.safetensors. Every file is written whole or not at
+all and read back (ppcoat/lora/writing.py).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import paddle
+from PIL import Image
+
+from ppcoat.config.schema import PreviewConfig, RunConfig
+from ppcoat.data.cache import Encoders, TrainingCache, folder_identity
+from ppcoat.data.examples import Example
+from ppcoat.device import compute_dtype, is_running
+from ppcoat.errors import ConfigError
+from ppcoat.lora import LoRASummary, save_lora
+from ppcoat.models.flux.pipeline import FluxPipeline
+from ppcoat.models.loading import check_folder
+from ppcoat.nn.swap import last_blocks
+from ppcoat.plan.settings import with_memory_plan
+from ppcoat.train import run
+from ppcoat.train.base_model import check_swap, exchange_for_transformer, load_encoders
+from ppcoat.train.objective import FlowMatching
+from ppcoat.train.previews import Validation
+from ppcoat.train.ranks import Ranks
+from ppcoat.train.trainer import SaveWeights, StepResult, Trainer, TrainingResult
+
+
+def train_flux_lora(config: RunConfig) -> TrainingResult:
+    """The whole run, on all ranks that paddle.distributed.launch started. Raises ConfigError for wrong inputs
+    before any model is loaded or any file is written."""
+    return run.train_lora(FluxFamily(), config)
+
+
+def dry_run(config: RunConfig) -> Iterator[tuple[StepResult, float]]:
+    """See run.dry_run."""
+    return run.dry_run(FluxFamily(), config)
+
+
+def encode_dataset(config: RunConfig, examples: Sequence[Example], pipeline: FluxPipeline) -> TrainingCache:
+    """See run.encode_dataset."""
+    return run.encode_dataset(FluxFamily(), config, examples, pipeline)
+
+
+def build_trainer(
+    config: RunConfig,
+    pipeline: FluxPipeline,
+    cache: TrainingCache,
+    validation: Validation | None = None,
+    ranks: Ranks | None = None,
+) -> Trainer:
+    """See run.build_trainer."""
+    return run.build_trainer(FluxFamily(), config, pipeline, cache, validation, ranks)
+
+
+class FluxFamily:
+    """FLUX.1-dev and schnell; see model_spec.Family."""
+
+    preview_negatives = ()
+    with_memory_plan = staticmethod(with_memory_plan)
+    load_encoders = staticmethod(load_encoders)
+    exchange_for_transformer = staticmethod(exchange_for_transformer)
+    last_blocks = staticmethod(last_blocks)
+
+    def check(self, config: RunConfig) -> None:
+        """Folder, kind of model and number of swapped blocks."""
+        if config.model.family != "flux":
+            raise ConfigError(
+                f"model.family is {config.model.family}: train it with train_scripts/train_newbie_lora.py"
+            )
+        check_folder(config.model.name_or_path, "model.name_or_path")
+        check_swap(config)
+
+    def check_captions(self, config: RunConfig, captions: Sequence[str]) -> None:
+        """Nothing: T5 and CLIP cut, and no length stops the transformer."""
+
+    def encoders(self, config: RunConfig, pipeline: FluxPipeline) -> Encoders:
+        """The VAE; T5 and CLIP."""
+        vae, text = "", ""
+        if any(data.cache_to_disk for data in config.datasets):  # reads files, so only where it is of use
+            model, dtype = Path(config.model.name_or_path), compute_dtype(config.model.dtype)
+            vae = f"{folder_identity(model / 'vae')} {dtype}"
+            names = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+            identity = folder_identity(*(model / name for name in names))
+            text = f"{identity} {dtype} {config.train.max_sequence_length}"
+
+        def encode_text(captions: list[str]) -> tuple[paddle.Tensor, paddle.Tensor]:
+            return pipeline.encode_prompt(captions, max_sequence_length=config.train.max_sequence_length)[:2]
+
+        return Encoders(pipeline.encode_image, encode_text, vae, text)
+
+    def objective(self, config: RunConfig) -> FlowMatching:
+        """Flow matching with the run's noise levels and loss."""
+        return FlowMatching(config.train.timestep_type, config.train.cfg_scale, config.train.loss_type)
+
+    def set_up_checkpointing(self, config: RunConfig, transformer: paddle.nn.Layer) -> None:
+        """Nothing: COATTrainer.convert has done it."""
+
+    def save_weights(self, config: RunConfig, transformer: paddle.nn.Layer) -> SaveWeights:
+        """LoRA files in the formats of save.format."""
+        return LoRAFiles(config, transformer).write
+
+    def draw(self, pipeline: FluxPipeline, preview: PreviewConfig, cache: TrainingCache) -> list[Image.Image]:
+        """One preview."""
+        embeds, pooled = cache.text([preview.prompt])
+        return pipeline(
+            prompt_embeds=embeds,
+            pooled_prompt_embeds=pooled,
+            height=preview.height,
+            width=preview.width,
+            num_inference_steps=preview.sample_steps,
+            guidance_scale=preview.guidance_scale,
+            seed=preview.seed,
+        ).images
+
+
+@dataclass(frozen=True)
+class LoRAFiles:
+    """Writes the LoRA of `transformer` in every format of save.format, in save.dtype."""
+
+    config: RunConfig
+    transformer: paddle.nn.Layer
+
+    def write(self, step: int, final: bool) -> list[tuple[Path, LoRASummary]]:
+        """One file per format and what it holds. Files of steps beyond the newest
+        save.max_step_saves_to_keep are removed afterwards, and drafts of killed processes; those of the end
+        are always kept."""
+        config = self.config
+        stem = config.name if final else f"{config.name}_{step:09d}"
+        written = []
+        for file_format in config.save.format:
+            ending = "" if file_format == "diffusers" else f"_{file_format}"
+            path = config.run_dir / f"{stem}{ending}.safetensors"
+            summary = save_lora(
+                path,
+                self.transformer,
+                trigger_word=config.trigger_word or "",
+                step=step,
+                base_model=Path(config.model.name_or_path).name,
+                dtype=config.save.dtype,
+                file_format=file_format,
+            )
+            written.append((path, summary))
+        self._remove_old(step)
+        return written
+
+    def _remove_old(self, step: int) -> None:
+        """Only names that `write` gives; later steps belong to a history that was given up, and stay."""
+        stem, ending = re.escape(self.config.name), r"(?:_kohya|_paddle)?\.safetensors"
+        files = [(number, path) for number, path in self._named(rf"{stem}_([0-9]{{9}}){ending}")
+                 if number <= step]  # fmt: skip
+        kept = sorted({number for number, _ in files})[-self.config.save.max_step_saves_to_keep :]
+        for number, path in files:
+            if number not in kept:
+                path.unlink()
+        for process, draft in self._named(rf"\.{stem}(?:_[0-9]{{9}})?{ending}\.tmp-([0-9]+)"):
+            if not is_running(process):
+                draft.unlink()
+
+    def _named(self, pattern: str) -> list[tuple[int, Path]]:
+        """Files of the run whose name is `pattern`, each with the number in it."""
+        found = [(re.fullmatch(pattern, path.name), path) for path in self.config.run_dir.iterdir()]
+        return [(int(match[1]), path) for match, path in found if match]

@@ -1,0 +1,215 @@
+"""What an adapter run needs to know of NewBie-image, and the files that it writes; the run itself is in
+run.py.
+
+The files are the folder of the run at the end, and <run>_step_<step> at saved steps:
+
+    <output_dir>/<name>/adapter_model.safetensors, adapter_config.json     for the original's tools and PEFT
+    <output_dir>/<name>/<name>.safetensors                                 for ComfyUI
+
+The original trainer's faults that are not repeated here are listed in the tests (tests/train/test_newbie.py).
+"""
+
+from __future__ import annotations
+
+import glob
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import paddle
+from PIL import Image
+
+from ppcoat.config.schema import NetworkConfig, PreviewConfig, RunConfig, TrainConfig
+from ppcoat.data.cache import Encoders, TrainingCache, folder_identity
+from ppcoat.device import compute_dtype, is_running
+from ppcoat.errors import ConfigError
+from ppcoat.lora import LoRASummary, save_comfyui, save_peft
+from ppcoat.lora.files import CONFIG, WEIGHTS
+from ppcoat.models.newbie.files import (
+    check_newbie_folder,
+    last_layers,
+    load_fp8_nextdit,
+    load_nextdit,
+    unfilled_nextdit,
+)
+from ppcoat.models.newbie.jina_clip import load_gemma3_tokenizer
+from ppcoat.models.newbie.pipeline import PROMPT_PREFIX, NewbiePipeline, warn_of_cut, with_prefix
+from ppcoat.plan.settings import with_memory_plan
+from ppcoat.train import run
+from ppcoat.train.base_model import drop_encoders, load_base
+from ppcoat.train.model_spec import chosen_modules
+from ppcoat.train.objective import Transport
+from ppcoat.train.ranks import Ranks
+from ppcoat.train.trainer import SaveWeights, StepResult, TrainingResult
+
+TEXT_NAMES = ("cap_feats", "cap_mask", "clip_text_pooled")
+# Settings of FLUX's objective and blocks: (section, its model, keys).
+_OF_FLUX = (
+    ("train", TrainConfig, ("timestep_type", "cfg_scale", "loss_type")),
+    ("network", NetworkConfig, ("double_blocks", "single_blocks")),
+)
+
+
+def train_newbie_lora(config: RunConfig) -> TrainingResult:
+    """The whole run of a config with model.family newbie, on all ranks. Raises ConfigError for wrong inputs
+    before any model is loaded or any file is written."""
+    return run.train_lora(NewbieFamily(), config)
+
+
+def dry_run(config: RunConfig) -> Iterator[tuple[StepResult, float]]:
+    """See run.dry_run."""
+    return run.dry_run(NewbieFamily(), config)
+
+
+class NewbieFamily:
+    """NewBie-image; see model_spec.Family."""
+
+    preview_negatives = ("",)
+
+    with_memory_plan = staticmethod(with_memory_plan)
+
+    def check(self, config: RunConfig) -> None:
+        """Kind of model, settings that it has, folder, targets and number of swapped blocks."""
+        if config.model.family != "newbie":
+            raise ConfigError(
+                f"model.family is {config.model.family}: train it with train_scripts/train_flux_lora.py"
+            )
+        for name, section, keys in _OF_FLUX:
+            for key in keys:
+                if getattr(getattr(config, name), key) != section.model_fields[key].default:
+                    raise ConfigError(f"{name}.{key} is FLUX's: leave it out for model.family newbie")
+        check_newbie_folder(config.model.name_or_path, "model.name_or_path")
+        model = unfilled_nextdit(Path(config.model.name_or_path) / "transformer")
+        chosen_modules(config.network, model)
+        last_layers(model, config.model.blocks_to_swap)
+
+    def check_captions(self, config: RunConfig, captions: Sequence[str]) -> None:
+        """How many captions Gemma will cut; the rest must fit into the transformer's positions."""
+        model = Path(config.model.name_or_path)
+        tokenizer, limit = load_gemma3_tokenizer(model / "text_encoder"), config.train.max_sequence_length
+        tokens = tokenizer(with_prefix(captions, _prefix(config)), limit)
+        warn_of_cut(tokens, captions, limit or tokenizer.max_tokens)
+        positions = unfilled_nextdit(model / "transformer").config.axes_lens[0]
+        longest = int(tokens.mask.sum(-1).argmax())
+        if tokens.mask[longest].sum() >= positions:
+            raise ConfigError(
+                f"a caption of {tokens.mask[longest].sum()} tokens is too long for the transformer, which "
+                f"has {positions} positions: lower train.max_sequence_length to {positions - 1}, or "
+                f"shorten {captions[longest][:60]!r}"
+            )
+
+    def load_encoders(self, config: RunConfig, dtype: str | None) -> NewbiePipeline:
+        """Gemma3, Jina CLIP and the VAE."""
+        return NewbiePipeline.from_pretrained(config.model.name_or_path, dtype, without=("transformer",))
+
+    def encoders(self, config: RunConfig, pipeline: NewbiePipeline) -> Encoders:
+        """The VAE (float32); Gemma3 with the prefix and Jina CLIP without. Rows have no padding."""
+        prefix, tokens = _prefix(config), config.train.max_sequence_length
+        vae, text = "", ""
+        if any(data.cache_to_disk for data in config.datasets):  # reads files, so only where it is of use
+            model, dtype = Path(config.model.name_or_path), compute_dtype(config.model.dtype)
+            vae = folder_identity(model / "vae")
+            encoders = folder_identity(model / "text_encoder", model / "clip_model")
+            text = f"{encoders} {dtype} {tokens} {prefix!r}"
+
+        def encode_text(captions: list[str]) -> tuple[paddle.Tensor | list[paddle.Tensor], ...]:
+            found = pipeline.encode_prompt(captions, prefix, tokens, warn=False)
+            lengths = found["cap_mask"].sum(-1).tolist()
+            features, masks = ([rows[:length] for rows, length in zip(found[name], lengths, strict=True)]
+                               for name in TEXT_NAMES[:2])  # fmt: skip
+            return features, masks, found["clip_text_pooled"]
+
+        return Encoders(pipeline.encode_image, encode_text, vae, text, TEXT_NAMES)
+
+    def exchange_for_transformer(
+        self,
+        pipeline: NewbiePipeline,
+        config: RunConfig,
+        dtype: str | None,
+        ranks: Ranks,
+        keep_copy: bool = True,
+    ) -> None:
+        """The transformer; with model.quantize in FP8, of which the first rank keeps a copy for the next
+        start (unless keep_copy is off)."""
+        drop_encoders(pipeline, ("text_encoder", "clip_model"), config.sample.wanted)
+        pipeline.transformer = load_base(load_nextdit, load_fp8_nextdit, config, dtype, ranks, keep_copy)
+
+    def objective(self, config: RunConfig) -> Transport:
+        """Flow matching with logit-normal times, shifted by the size of the batch's pictures."""
+        return Transport()
+
+    def set_up_checkpointing(self, config: RunConfig, transformer: paddle.nn.Layer) -> None:
+        """Of `layers`, not of the refiners, as in the original; the first ones, or all."""
+        if config.train.gradient_checkpointing:
+            transformer.checkpoint_layers = config.coat.memory.checkpoint_blocks
+            transformer.enable_gradient_checkpointing()
+
+    def last_blocks(self, transformer: paddle.nn.Layer, count: int) -> dict[str, paddle.nn.Layer]:
+        """Of `layers`."""
+        return last_layers(transformer, count)
+
+    def save_weights(self, config: RunConfig, transformer: paddle.nn.Layer) -> SaveWeights:
+        """The adapter directory of the original, and a file for ComfyUI in it."""
+        return NewbieFiles(config, transformer).write
+
+    def draw(
+        self, pipeline: NewbiePipeline, preview: PreviewConfig, cache: TrainingCache
+    ) -> list[Image.Image]:
+        """One preview, guided away from the empty prompt."""
+        text = cache.text([preview.prompt, *self.preview_negatives])
+        return pipeline(
+            conditions=dict(zip(TEXT_NAMES, text, strict=True)),
+            height=preview.height,
+            width=preview.width,
+            num_inference_steps=preview.sample_steps,
+            guidance_scale=preview.guidance_scale,
+            seed=preview.seed,
+        ).images
+
+
+def _prefix(config: RunConfig) -> str:
+    return PROMPT_PREFIX if config.model.prompt_prefix is None else config.model.prompt_prefix
+
+
+@dataclass(frozen=True)
+class NewbieFiles:
+    """Writes the adapter of `transformer`, in save.dtype."""
+
+    config: RunConfig
+    transformer: paddle.nn.Layer
+
+    def write(self, step: int, final: bool) -> list[tuple[Path, LoRASummary]]:
+        """Both forms and what they hold. Folders of steps beyond the newest save.max_step_saves_to_keep are
+        removed afterwards, and drafts of killed processes; the files of the end are always kept."""
+        config, dtype = self.config, self.config.save.dtype
+        folder = config.run_dir if final else self._folder_of(step)
+        targets, dropout = config.network.targets or (), config.network.dropout
+        summary = save_peft(folder, self.transformer, targets, dropout, dtype)
+        alone = folder / f"{config.name}.safetensors"
+        written = [(folder / WEIGHTS, summary), (alone, save_comfyui(alone, self.transformer, dtype))]
+        self._remove_old(step)
+        return written
+
+    def _folder_of(self, step: int) -> Path:
+        return self.config.run_dir.with_name(f"{self.config.name}_step_{step}")
+
+    def _remove_old(self, step: int) -> None:
+        """Only files that `write` makes; later steps belong to a history that was given up, and stay."""
+        name, files = re.escape(self.config.name), (WEIGHTS, CONFIG, f"{self.config.name}.safetensors")
+        found = [re.fullmatch(rf"{name}_step_([0-9]+)", path.name)
+                 for path in self.config.run_dir.parent.iterdir() if path.is_dir()]  # fmt: skip
+        steps = sorted(int(match[1]) for match in found if match)
+        for folder in (self.config.run_dir, *map(self._folder_of, steps)):
+            for file in files:
+                for draft in folder.glob(f".{glob.escape(file)}.tmp-*"):
+                    process = draft.name.rpartition("-")[2]
+                    if process.isdecimal() and not is_running(int(process)):
+                        draft.unlink()
+        history = [number for number in steps if number <= step]
+        for old in history[: -self.config.save.max_step_saves_to_keep]:
+            folder = self._folder_of(old)
+            for file in files:
+                (folder / file).unlink(missing_ok=True)
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()

@@ -1,0 +1,278 @@
+"""An adapter run of any model: check every input, encode once, put in adapter and COAT, train, save.
+
+What depends on the model is a Family (model_spec.py).
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ppcoat.config.load import dump_config
+from ppcoat.config.schema import RunConfig
+from ppcoat.data.batches import ResumableBatches
+from ppcoat.data.cache import TrainingCache, build_cache
+from ppcoat.data.embedding_store import EmbeddingStore
+from ppcoat.data.examples import Dataset, Example, all_examples, data_report, scan_datasets
+from ppcoat.device import compute_dtype, set_device
+from ppcoat.errors import ConfigError
+from ppcoat.fp8 import backend
+from ppcoat.nn.swap import swap_blocks
+from ppcoat.optim import ScheduleShape, lr_scheduler
+from ppcoat.train.coat import COATTrainer
+from ppcoat.train.model_spec import Family, put_adapter, trained_parameters
+from ppcoat.train.optimizer_state import RunningMean
+from ppcoat.train.previews import (
+    Validation,
+    draw_previews,
+    encode_validation,
+    preview_prompts,
+    validation_pairs,
+)
+from ppcoat.train.ranks import Ranks, handover_folder
+from ppcoat.train.trainer import StepResult, Trainer, TrainingResult
+
+DRY_STEPS = 2
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run starts from, checked: pictures, validation pictures with captions, compute dtype, ranks."""
+
+    datasets: list[Dataset]
+    validation: list[tuple[Path, str]]
+    dtype: str | None
+    ranks: Ranks
+
+    @property
+    def examples(self) -> list[Example]:
+        """Those of all datasets."""
+        return all_examples(self.datasets)
+
+
+def train_lora(family: Family, config: RunConfig) -> TrainingResult:
+    """The whole run, on all ranks that paddle.distributed.launch started. Raises ConfigError for wrong inputs
+    before any model is loaded or any file is written."""
+    config = family.with_memory_plan(config)
+    inputs = check_inputs(family, config)
+    config, ranks = with_steps_of_epochs(config, inputs), inputs.ranks
+    if ranks.is_first:
+        start_run_folder(config.run_dir, dump_config(config))
+    pipeline = family.load_encoders(config, inputs.dtype)
+    cache = encode_for_all(family, config, inputs.examples, pipeline, ranks)
+    validation = None
+    if ranks.is_first:
+        encoders = family.encoders(config, pipeline)
+        validation = encode_validation(config, inputs.validation, encoders, family.objective(config))
+    family.exchange_for_transformer(pipeline, config, inputs.dtype, ranks)
+    return build_trainer(family, config, pipeline, cache, validation, ranks).run()
+
+
+def dry_run(family: Family, config: RunConfig) -> Iterator[tuple[StepResult, float]]:
+    """The first two steps of a new run, each with its seconds; writes and resumes nothing.
+
+    Only the pictures of these steps are encoded. Raises ConfigError as train_lora does.
+    """
+    config = family.with_memory_plan(config)
+    inputs = check_inputs(family, config)
+    config = with_steps_of_epochs(config, inputs)
+    train, examples, ranks = config.train, inputs.examples, inputs.ranks
+    batches = ResumableBatches(examples, train.batch_size * ranks.size, config.seed)
+    needed = sorted({i for _ in range(DRY_STEPS * train.gradient_accumulation) for i in next(batches)})
+    pipeline = family.load_encoders(config, inputs.dtype)
+    in_memory = tuple(data.model_copy(update={"cache_to_disk": False}) for data in config.datasets)
+    config = config.model_copy(update={"datasets": in_memory})
+    cache = encode_dataset(family, config, [examples[i] for i in needed], pipeline)
+    latents = dict(zip(needed, cache.latents, strict=True))
+    cache = replace(cache, examples=examples, latents=[latents.get(i) for i in range(len(examples))])
+    family.exchange_for_transformer(pipeline, config, inputs.dtype, ranks, keep_copy=False)
+    trainer = build_trainer(family, config, pipeline, cache, ranks=ranks)
+    for _ in range(DRY_STEPS):
+        began = time.perf_counter()
+        yield trainer.train_step(), time.perf_counter() - began
+    ranks.close()
+
+
+def check_inputs(family: Family, config: RunConfig) -> Inputs:
+    """Find and check everything that a run reads, print what it will train on, set the device and meet the
+    other ranks. Raises ConfigError for a mistake in any of it."""
+    family.check(config)
+    datasets = scan_datasets(config)
+    validation = validation_pairs(config)
+    captions = [caption for each in all_examples(datasets) for caption in each.captions]
+    captions += [*preview_prompts(config), *(caption for _, caption in validation)]
+    family.check_captions(config, list(dict.fromkeys(captions)))
+    set_device(config.device)
+    backend.check_forced()
+    dtype = compute_dtype(config.model.dtype)
+    ranks = Ranks.current(config.device)
+    if ranks.is_first:
+        print(data_report(datasets))
+    return Inputs(datasets, validation, dtype, ranks)
+
+
+def with_steps_of_epochs(config: RunConfig, inputs: Inputs) -> RunConfig:
+    """The config with train.steps, and save.save_every, of train.num_epochs; as it is without that.
+
+    Raises ConfigError for a warmup that is longer than the run.
+    """
+    train, save = config.train, config.save
+    if train.num_epochs is None:
+        return config
+    per_step = train.batch_size * inputs.ranks.size
+    batches = ResumableBatches(inputs.examples, per_step, config.seed)
+    steps, of_one = (-(-batches.batches_of(epochs) // train.gradient_accumulation)
+                     for epochs in (train.num_epochs, save.save_every_epochs or 1))  # fmt: skip
+    if train.lr_warmup_steps > steps:
+        raise ConfigError(
+            f"lr_warmup_steps {train.lr_warmup_steps} is more than the {steps} steps of {train.num_epochs} "
+            "epochs; lower it or train longer"
+        )
+    every = min(save.save_every, of_one) if save.save_every_epochs else save.save_every
+    return config.model_copy(
+        update={
+            "train": train.model_copy(update={"steps": steps}),
+            "save": save.model_copy(update={"save_every": every}),
+        }
+    )
+
+
+def encode_for_all(
+    family: Family, config: RunConfig, examples: Sequence[Example], pipeline: Any, ranks: Ranks
+) -> TrainingCache:
+    """encode_dataset on all ranks: the first encodes, the others read what it found.
+
+    From config.cache_folder if a dataset has cache_to_disk, else from a folder in the run folder that is
+    removed when all have read it. A rank on a machine that does not share these encodes for itself. Raises
+    ConfigError where the folder cannot be written to.
+    """
+    try:
+        with handover_folder(config.run_dir, ranks) as handover, ranks.first_ahead():
+            return encode_dataset(family, config, examples, pipeline, handover)
+    except OSError as error:
+        if error.errno is None:  # one of Paddle's, who gives device errors this type
+            raise
+        raise ConfigError(
+            f"encoded pictures and captions could not be written ({error.strerror}); make room on the disk, "
+            "or choose another output_dir or cache_dir"
+        ) from error
+
+
+def encode_dataset(
+    family: Family,
+    config: RunConfig,
+    examples: Sequence[Example],
+    pipeline: Any,
+    handover: Path | None = None,
+) -> TrainingCache:
+    """VAE latents of the pictures, text embeddings of their captions and of the preview prompts: each
+    once, or from config.cache_folder if a dataset has cache_to_disk, else from the folder `handover`.
+
+    handover: a folder of this run alone, because encoders without a cache on disk do not say who they are.
+    """
+    prompts = preview_prompts(config)
+    folder = config.cache_folder if any(data.cache_to_disk for data in config.datasets) else handover
+    return build_cache(
+        examples,
+        family.encoders(config, pipeline),
+        extra_captions=[*prompts, *family.preview_negatives] if prompts else (),
+        reg_weight=config.reg_weight,
+        store=None if folder is None else EmbeddingStore(folder),
+    )
+
+
+def build_trainer(
+    family: Family,
+    config: RunConfig,
+    pipeline: Any,
+    cache: TrainingCache,
+    validation: Validation | None = None,
+    ranks: Ranks | None = None,
+) -> Trainer:
+    """Put adapter and COAT into the transformer and everything a Trainer needs around it. ranks: by default,
+    this process alone."""
+    ranks = ranks or Ranks()
+    global_batch = config.train.batch_size * ranks.size
+    train, transformer = config.train, pipeline.transformer
+    coat = COATTrainer(config.coat, train.gradient_checkpointing)
+    if config.coat.memory.checkpoint_blocks and not train.gradient_checkpointing:
+        _log.warning("coat.memory.checkpoint_blocks has no effect without train.gradient_checkpointing")
+    modules = put_adapter(config, transformer, coat.policy, coat.linear_group_size)
+    coat.convert(transformer)
+    family.set_up_checkpointing(config, transformer)
+    if config.model.blocks_to_swap:
+        swap_blocks(list(family.last_blocks(transformer, config.model.blocks_to_swap).values()))
+    transformer.train()
+    parameters = trained_parameters(modules)
+    shape = ScheduleShape(train.lr_num_cycles, train.lr_power, train.lr_step_size or 1, train.lr_gamma)
+    schedule = lr_scheduler(train.lr_scheduler, train.lr, train.steps, train.lr_warmup_steps, shape)
+    optimizer = coat.create_optimizer(
+        parameters.values(),
+        schedule,
+        train.weight_decay,
+        (train.beta1, train.beta2),
+        train.epsilon,
+        train.max_grad_norm,
+        fp8_states=config.uses_fp8_optimizer,
+    )
+
+    def draw() -> tuple[list[Image.Image], list[str]]:
+        return draw_previews(config, pipeline, lambda preview: family.draw(pipeline, preview, cache))
+
+    return Trainer(
+        config=config,
+        model=transformer,
+        parameters=parameters,
+        objective=family.objective(config),
+        cache=cache,
+        batches=ResumableBatches(cache.examples, global_batch, config.seed),
+        optimizer=optimizer,
+        schedule=schedule,
+        coat=coat,
+        save_weights=family.save_weights(config, transformer),
+        draw_previews=draw if config.sample.wanted else None,
+        ema=RunningMean(parameters, train.ema.ema_decay) if train.ema.use_ema else None,
+        validation=validation,
+        compatible=_compatible(config, list(modules)) | {"batch_size": global_batch},
+        ranks=ranks,
+    )
+
+
+def start_run_folder(folder: Path, settings: str) -> None:
+    """Make the folder of a run with its settings, YAML, in config.yaml. Raises ConfigError where it cannot be
+    written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(settings, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"output folder {folder}: cannot be written to ({error.strerror}); choose another "
+            "output_dir or make it writable"
+        ) from None
+
+
+def _compatible(config: RunConfig, modules: list[str]) -> dict:
+    """What a checkpoint must share with the run that resumes from it; everything else may change."""
+    network = config.network
+    adapter = {"linear": network.linear, "linear_alpha": network.linear_alpha, "modules": modules}
+    if network.type == "lokr":
+        adapter["type"] = f"lokr, factor {network.lokr_factor}"
+    optimizer = {"fp8": config.uses_fp8_optimizer}
+    ema = {"ema_decay": config.train.ema.ema_decay} if config.train.ema.use_ema else {}
+    if config.uses_fp8_optimizer:
+        optimizer |= config.coat.optimizer.model_dump()
+    return {
+        "model": Path(config.model.name_or_path).name,
+        "network": adapter,
+        "optimizer": optimizer,
+        **ema,
+        "resolution": config.data.resolution,
+    }

@@ -1,0 +1,124 @@
+"""Jobs at the same time: in processes of their own, results in order, faults raised here, none left over."""
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from ppcoat.bench import parallel_jobs
+from ppcoat.bench.parallel_jobs import Job, batched, run_at_once
+from ppcoat.device import is_running, set_device
+from ppcoat.errors import ConfigError
+
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+two_cores = pytest.mark.skipif(CORES < 2, reason="jobs run at once on two cores or more")
+# A process that starts two jobs and can only be ended: prints their process ids, then waits for them.
+PARENT = """
+import sys
+from pathlib import Path
+from ppcoat.bench.parallel_jobs import Job, run_at_once
+if __name__ == "__main__":
+    code = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
+    run_at_once([Job(name, exec, (code, {}), Path(sys.argv[1]) / name) for name in "ab"], "cpu")
+"""
+
+
+@pytest.fixture(autouse=True)
+def all_cores(monkeypatch):
+    """Also where OMP_NUM_THREADS, which Paddle sets when it is imported, came to these tests as 1."""
+    monkeypatch.setattr(parallel_jobs, "core_count", lambda: CORES)
+
+
+@two_cores
+def test_results_come_in_order_from_processes_that_share_the_cores(tmp_path):
+    facts = "(__import__('os').getpid(), __import__('ppcoat.device').device.core_count())"
+    jobs = [Job(name, eval, (facts,), tmp_path / name) for name in "ab"]
+    before = os.environ.get("OMP_NUM_THREADS")
+    (first, threads), (second, others) = run_at_once(jobs, "cpu")
+    assert len({first, second, os.getpid()}) == 3
+    assert threads == others == CORES // 2
+    assert os.environ.get("OMP_NUM_THREADS") == before
+    assert run_at_once([Job("a", time.sleep, (0.3,)), Job("b", math.sqrt, (9.0,))], "cpu") == [None, 3.0]
+
+
+@two_cores
+def test_what_a_job_prints_goes_to_its_log_which_is_named(tmp_path, capsys):
+    log = tmp_path / "new" / "job.log"
+    code = "import sys; print('out'); sys.stderr.write('err')"
+    jobs = [Job("root", math.sqrt, (1.0,)), Job("words", exec, (code, {}), log)]
+    assert run_at_once(jobs, "cpu") == [1.0, None]
+    assert sorted(log.read_text().replace("\n", "")) == sorted("outerr")
+    assert capsys.readouterr().out == f"root\nwords (prints to {log})\n"
+
+
+@two_cores
+@pytest.mark.parametrize(
+    ("job", "error", "words"),
+    [
+        (Job("bad", set_device, ("tpu",)), ConfigError, "wanted auto, cpu"),
+        (Job("end", sys.exit, (130,)), SystemExit, "130"),
+        (Job("death", os._exit, (7,)), ChildProcessError, "exit code 7"),
+    ],
+)
+@pytest.mark.parametrize("first", [True, False])
+def test_a_fault_is_raised_here_at_once_and_the_other_is_stopped(job, error, words, first):
+    started, long = time.monotonic(), Job("long", time.sleep, (600,))
+    with pytest.raises(error, match=words):
+        run_at_once([job, long] if first else [long, job], "cpu")
+    assert time.monotonic() - started < 300
+
+
+@two_cores
+def test_a_traceback_is_printed_where_the_fault_is_no_message_to_the_user(tmp_path):
+    logs = [tmp_path / "message.log", tmp_path / "fault.log"]
+    with pytest.raises(ConfigError):
+        run_at_once([Job("a", set_device, ("tpu",), logs[0]), Job("b", time.sleep, (600,))], "cpu")
+    with pytest.raises(ZeroDivisionError):
+        run_at_once([Job("a", eval, ("1 / 0",), logs[1]), Job("b", time.sleep, (600,))], "cpu")
+    assert logs[0].read_text() == ""
+    assert "Traceback" in logs[1].read_text() and "ZeroDivisionError" in logs[1].read_text()
+
+
+@two_cores
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_jobs_end_with_the_process_that_started_them(tmp_path, number):
+    script = tmp_path / "parent.py"
+    script.write_text(PARENT)
+    unset = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    parent = subprocess.Popen([sys.executable, str(script), str(tmp_path)], env=unset)
+    try:
+        pids = [wait_for_number(tmp_path / name) for name in "ab"]
+    finally:
+        parent.send_signal(number)
+        parent.wait(60)
+    deadline = time.monotonic() + 20
+    while any(is_running(pid) for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(is_running(pid) for pid in pids)
+
+
+def wait_for_number(file: Path) -> int:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        if file.exists() and (text := file.read_text()).endswith("\n"):
+            return int(text.splitlines()[-1])
+        time.sleep(0.1)
+    raise AssertionError(f"{file} was not written")
+
+
+@pytest.mark.parametrize(("cores", "device"), [(1, "cpu"), (4, "gpu:0")])
+def test_one_core_or_a_gpu_does_one_job_after_the_other_here(monkeypatch, capsys, cores, device):
+    monkeypatch.setattr(parallel_jobs, "core_count", lambda: cores)
+    jobs = [Job(f"job {i}", print, (i,), Path("unused.log")) for i in range(3)]
+    assert run_at_once(jobs, device) == [None] * 3
+    assert capsys.readouterr().out == "job 0\n0\njob 1\n1\njob 2\n2\n"
+
+
+def test_batches_keep_the_order_and_the_rest():
+    assert list(batched("abcde", 2)) == [("a", "b"), ("c", "d"), ("e",)]
+    assert list(batched([], 2)) == []

@@ -1,0 +1,141 @@
+"""The plan of a distillation: heads by their real shapes, kept bytes by the counters of a real step."""
+
+import math
+
+import numpy as np
+import paddle
+import pytest
+
+from ppcoat.config.lightning import lightning_config
+from ppcoat.distill.discriminator import Discriminator, Head, discriminator_hinge
+from ppcoat.distill.objective import Distillation, Terms
+from ppcoat.lora import inject_lora
+from ppcoat.models.flux.transformer import FluxTransformer2DModel
+from ppcoat.plan.lightning import HEAD_WORKING, Heads, LightningFootprint
+from ppcoat.plan.phases import Footprint
+from ppcoat.train.coat import COATTrainer
+
+SMALL = {
+    "num_layers": 2,
+    "num_single_layers": 3,
+    "num_attention_heads": 4,
+    "attention_head_dim": 64,
+    "joint_attention_dim": 48,
+    "pooled_projection_dim": 40,
+    "axes_dims_rope": (8, 28, 28),
+}
+TOKENS, TEXT = 144, 64
+
+
+def planned(settings=SMALL, **flags) -> LightningFootprint:
+    """On the CPU with pictures of 192 x 192 where nothing else is said."""
+    given = {"data_path": "none", "pretrained_teacher_model": "no/such", "resolution": 192, "device": "cpu",
+             "max_sequence_length": TEXT, "gradient_checkpointing": True, **flags}  # fmt: skip
+    return LightningFootprint(lightning_config(given), flags.get("device") == "gpu", settings)
+
+
+def phase(footprint: LightningFootprint, name: str) -> dict[str, int]:
+    return next(p.parts for p in footprint.phases(footprint.choice) if p.name == name)
+
+
+@pytest.mark.parametrize("width", [128, 256])
+def test_heads_have_the_parameters_of_the_discriminator(width):
+    shapes = sorted(map(tuple, (p.shape for p in Head(width, 0).parameters())))
+    heads = Heads(57, width)
+    assert sorted(heads.shapes()) == shapes
+    assert heads.bytes_of_one == 4 * sum(map(math.prod, shapes))
+    assert Heads(57, 3072).bytes_of_one * 57 == 4 * 57 * 18_895_873  # 2 (d^2 + d) + 4 d + d + 1
+
+
+def test_heads_keep_one_byte_for_a_second_moment_and_none_for_a_first():
+    footprint = planned()
+    parameters = 5 * footprint.heads.bytes_of_one / 4
+    assert 1.0 < footprint.head_states / parameters < 1.15
+    assert planned(fp8_optimizer=False, saving_policy="none").head_states == 8 * parameters
+
+
+@pytest.mark.parametrize("flags", [{}, {"apply_reflow_loss": True}, {"adv_weight": 0.0}], ids=str)
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_kept_bytes_are_those_that_a_step_counts(flags, checkpointing, monkeypatch):
+    # what a head keeps is gone when the next one runs, but the counter adds it up
+    monkeypatch.setattr(Head, "forward", lambda self, x: x.mean(-1, keepdim=True))
+    footprint = planned(gradient_checkpointing=checkpointing, saving_policy="coat", **flags)
+    config = footprint.lightning
+    coat = COATTrainer(footprint.config.coat, checkpointing)
+    model = FluxTransformer2DModel(**SMALL)
+    inject_lora(model, 32, 32, policy=coat.policy, group_size=coat.linear_group_size)
+    coat.convert(model)
+    model.train()
+    rng = np.random.default_rng(0)
+
+    def normal(*shape):
+        return paddle.to_tensor(rng.standard_normal(shape, dtype=np.float32))
+
+    batch = {"latents": normal(1, 16, 24, 24), "prompt_embeds": normal(1, TEXT, 48), "pooled": normal(1, 40)}
+    terms = Terms(adv_weight=config.adv_weight, reflow_weight=0.01 * config.apply_reflow_loss)
+    heads = Discriminator(model) if config.adv_weight else None
+    objective = Distillation(terms=terms, discriminator=heads)
+    drawn = objective.draw(batch, rng)
+    with coat.saved_tensors() as saved:
+        objective.losses_at(model, batch, *drawn)
+    parts = phase(footprint, "LoRA's step")
+    expected = parts["kept"] + parts["head features"]
+    if (
+        checkpointing
+    ):  # the plan's peak is in the backward of blocks, when the rest has gone; here it is there
+        expected += (1 + bool(heads) + config.apply_reflow_loss) * footprint.kept("coat").outside
+        assert saved.bytes_kept == pytest.approx(expected, rel=0.06)
+    else:  # the teacher's pass keeps less than a student's, for which it is counted
+        assert 0.8 * expected < saved.bytes_kept < 1.01 * expected
+
+
+def test_working_memory_of_a_head_is_what_paddle_allocates():
+    head, core = Head(128, 0), paddle.base.core
+    x = paddle.randn([1, 2048, 128])
+    for _ in range(2):  # the second time the gradients are there
+        before = core.host_memory_stat_current_value("Allocated", 0)
+        core.host_memory_stat_reset_peak_value("Allocated", 0)
+        discriminator_hinge(head(x), True).backward()
+        grown = core.host_memory_stat_peak_value("Allocated", 0) - before
+    assert pytest.approx(grown / (4 * x.size), rel=0.1) == HEAD_WORKING
+
+
+def test_phases_of_flux_dev_at_1024():
+    flags = {"settings": None, "resolution": 1024, "device": "gpu", "use_dmd_loss": True}
+    footprint = planned(apply_reflow_loss=True, max_sequence_length=512, **flags)
+    assert footprint.image_tokens == 4096 and footprint.heads.count == 57
+    step, update = phase(footprint, "heads' step"), phase(footprint, "their update")
+    assert step["heads"] == step["head gradients"] == 57 * 18_895_873 * 4
+    assert update["working"] > 9 * update["heads"] / 57  # of one head
+    features = phase(footprint, "LoRA's step")["head features"]
+    assert features == 57 * 4096 * 3072 * 2
+    lora = Footprint(footprint.config, on_gpu=True).phases(footprint.choice)[2].parts
+    assert phase(footprint, "LoRA's step")["kept"] == 3 * lora["kept"]
+    assert max(p.total for p in footprint.phases(footprint.choice)) < 40e9
+    fp8 = planned(fp8_base=True, apply_reflow_loss=True, max_sequence_length=512, **flags)
+    assert max(p.total for p in fp8.phases(fp8.choice)) < 28e9
+
+
+def test_the_next_window_is_encoded_below_the_peak_of_the_steps():
+    """Of FLUX.1-dev at 1024; T5-XXL, CLIP-L and the VAE have 4.969 G parameters, a single block 141.6 M."""
+    block = 2 * (3072 * 21504 + 21504 + 15360 * 3072 + 3072 + 3072 * 9216 + 9216 + 2 * 128)
+    for fp8_base in (False, True):
+        flags = {"settings": None, "resolution": 1024, "device": "gpu", "fp8_base": fp8_base}
+        footprint = planned(max_sequence_length=512, use_dmd_loss=True, apply_reflow_loss=True, **flags)
+        totals = {p.name: p.total for p in footprint.phases(footprint.choice)}
+        assert totals["window"] < 0.95 * totals["heads' step"]
+        window, step = phase(footprint, "window"), phase(footprint, "heads' step")
+        assert window["encoders"] == pytest.approx(2 * 4.969e9, rel=1e-3)
+        left = step["base"] - window["base"]
+        assert window["encoders"] <= left < window["encoders"] + block
+        assert window["heads"] == step["heads"] and "head gradients" not in window
+        if not fp8_base:
+            assert left == 36 * block
+    assert phase(planned(), "window")["base"] == phase(planned(), "heads' step")["base"]  # on a CPU
+
+
+def test_without_the_adversarial_loss_there_are_no_heads():
+    footprint = planned(adv_weight=0.0)
+    names = [p.name for p in footprint.phases(footprint.choice)]
+    assert "heads' step" not in names and "LoRA's step" in names
+    assert phase(footprint, "LoRA's step")["heads"] == footprint.head_states == 0

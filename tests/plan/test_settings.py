@@ -1,0 +1,280 @@
+"""The plan counts what training counts and a process holds, and finds the fastest settings that fit."""
+
+import inspect
+import json
+import math
+import subprocess
+import sys
+from dataclasses import asdict, replace
+
+import paddle
+import pytest
+
+from ppcoat.bench.bench_worker import HEAD_DIM, BenchmarkCase, MeasuredTraining, coat_of
+from ppcoat.config.schema import RunConfig
+from ppcoat.data.cache import build_cache, pictures_at_once
+from ppcoat.errors import ConfigError
+from ppcoat.plan.kept import small_lora_paths
+from ppcoat.plan.phases import ENCODED_AT_ONCE, Choice, Footprint
+from ppcoat.plan.settings import Plan, as_given, plan, with_choice, with_memory_plan
+from ppcoat.train.coat import COATTrainer
+
+MB = 1e6
+SMALL = BenchmarkCase(
+    hidden_size=128, num_layers=4, batch_size=2, tokens=80, text_tokens=48, rank=4, device="cpu"
+)
+# Hidden size, layers, batch, image tokens, text tokens.
+SMALLER, SIZES = (320, 4, 2, 80, 48), ((256, 3, 2, 256, 64), (384, 5, 1, 200, 100))
+LARGE_PICTURE = (256, 3, 1, 2048, 64)
+POLICIES = ("none", "coat", "coat+recompute")
+ATTENTION = "coat+recompute+attention"
+# Bytes by which the second step grows a process; without tune_host, which would keep what is freed.
+CHILD = """
+import json, sys
+from pathlib import Path
+from ppcoat.bench.bench_worker import BenchmarkCase, MeasuredTraining
+from ppcoat.device import HostMeter
+training = MeasuredTraining(BenchmarkCase(**json.loads(sys.argv[1])))
+training.step()
+Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+before = HostMeter().memory()
+training.step()
+print(HostMeter().peak_memory() - before)
+"""
+
+
+def dev_config(**sections) -> RunConfig:
+    """FLUX.1-dev's shapes on a GPU: neither the model's nor the pictures' folder exists."""
+    return RunConfig.model_validate(
+        {
+            "name": "x",
+            "device": "gpu",
+            "model": {"name_or_path": "no/such/FLUX.1-dev", **sections.pop("model", {})},
+            "datasets": [{"folder_path": "no/such/pictures", "resolution": 768, "bucket_rule": "square"}],
+            "coat": {"enabled": True, **sections.pop("coat", {})},
+            **sections,
+        }
+    )
+
+
+class PlannedCase(Footprint):
+    """A Footprint of a BenchmarkCase, which has no folder and no RunConfig."""
+
+    def __init__(self, case: BenchmarkCase) -> None:
+        double, single = case.blocks
+        heads = case.hidden_size // HEAD_DIM
+        sizes = {"attention_head_dim": HEAD_DIM, "num_attention_heads": heads,
+                 "axes_dims_rope": (8, 28, 28),
+                 "num_layers": double, "num_single_layers": single}  # fmt: skip
+        config = dev_config(device="cpu", network={"linear": case.rank})
+        super().__init__(with_coat(config, case), on_gpu=False, settings=sizes)
+        self.image_tokens, self.text_tokens = case.tokens, case.text_tokens
+        self.tokens = case.tokens + case.text_tokens
+        self.choice = Choice(case.policy, 0, False, 0, case.batch_size, 1)
+
+
+def with_coat(config: RunConfig, case: BenchmarkCase) -> RunConfig:
+    return config.model_copy(update={"coat": coat_of(case).config})
+
+
+def counted(case: BenchmarkCase, checkpoint_blocks: int = 0) -> tuple[int, int]:
+    """What a step of training counts: bytes kept, and as on a GPU."""
+    training = MeasuredTraining(case)
+    if checkpoint_blocks:
+        memory = training.coat.config.memory.model_copy(update={"checkpoint_blocks": checkpoint_blocks})
+        training.coat = COATTrainer(training.coat.config.model_copy(update={"memory": memory}), True)
+        training.coat.convert(training.model)
+    training.step()
+    return training.bytes["bytes_kept"], training.bytes["bytes_kept_bf16"]
+
+
+@pytest.mark.parametrize(
+    ("size", "policy"), [*((SMALLER, policy) for policy in (*POLICIES, ATTENTION)), (SIZES[1], ATTENTION)]
+)
+def test_kept_bytes_are_those_that_training_counts(size, policy):
+    """Beyond the sizes of the small copies in tokens, text and heads: the counts are lines in all three. The
+    other policies of SIZES are counted where their memory is measured."""
+    case = case_of(size, policy)
+    planned = PlannedCase(case)
+    kept, _ = planned.activations(planned.choice)
+    assert kept == pytest.approx(counted(case)[0], rel=0.005)
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 4])
+def test_checkpointed_blocks_are_counted_too(blocks):
+    case = replace(SMALL, policy="coat+recompute", fp8_states=True)
+    planned = PlannedCase(case)
+    kept = planned.kept("coat+recompute").of_blocks(*case.blocks, blocks)
+    kept += planned.kept("none", True).of_inputs(case.blocks[0], blocks)
+    assert case.batch_size * kept == pytest.approx(counted(case, blocks)[0], rel=0.01)
+
+
+def test_a_gpu_keeps_no_scores_of_attention():
+    """U = tokens x 3072 x 2 bytes. FLUX.1-dev under "coat" as in flux_block.py, plus rank 16."""
+    planned = Footprint(dev_config(), on_gpu=True)
+    unit = planned.tokens * 3072 * 2
+    lora = 16 / 3072
+    assert planned.kept("coat").double / unit == pytest.approx(10.1 + 14 * lora, abs=0.1)
+    assert planned.kept("coat").single / unit == pytest.approx(9.65, abs=0.1)
+    assert planned.kept("none").single / unit < 24
+    assert planned.kept("none", True).double / unit == pytest.approx(0.5 + 0.5 * 4 / 128, abs=0.001)
+
+
+def test_flux_dev_by_its_shapes():
+    planned = Footprint(dev_config(model={"quantize": True}), on_gpu=True)
+    model = planned.model
+    assert model.assumed and model.parameters == 11_901_408_320
+    assert len(model.linears) == 504 and len(model.blocks) == 57 and model.double == 19
+    values = sum(a * b for a, b in model.linears.values())
+    scales = sum(4 * math.ceil(a / 128) * math.ceil(b / 128) for a, b in model.linears.values())
+    rest = 11_901_408_320 - values
+    assert planned.base_by_swapped(True)[0] == values + scales + 2 * rest
+    assert planned.base_by_swapped(False)[0] == 2 * 11_901_408_320
+    # 12 d^2 + 3 d^2 of modulation per single block: two of them stay of 38 that are swapped
+    single = 15 * 3072**2 * 2
+    saved = planned.base_by_swapped(False)[0] - planned.base_by_swapped(False)[38]
+    assert saved == pytest.approx(36 * single, rel=0.001)
+    assert sum(map(math.prod, planned.lora)) == 16 * sum(sum(model.linears[p]) for p in model.lora_paths)
+
+
+def test_no_memory_is_taken_for_the_large_model():
+    # a block of FLUX.1-dev is 1.4 GB in float32; the small copies that are counted are far below it
+    paddle.base.core.host_memory_stat_reset_peak_value("Allocated", 0)
+    before = paddle.base.core.host_memory_stat_current_value("Allocated", 0)
+    plan(dev_config())
+    assert paddle.base.core.host_memory_stat_peak_value("Allocated", 0) - before < 100 * MB
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("size", SIZES)
+def test_allocated_memory_of_a_step_agrees(size, policy):
+    """By Paddle's own account of allocated bytes, without the noise of resident memory; and what training
+    counts of them."""
+    case = case_of(size, policy)
+    planned = PlannedCase(case)
+    training = MeasuredTraining(case)
+    training.step()
+    kept, _ = planned.activations(planned.choice)
+    assert kept == pytest.approx(training.bytes["bytes_kept"], rel=0.005)
+    core = paddle.base.core
+    before = core.host_memory_stat_current_value("Allocated", 0)
+    core.host_memory_stat_reset_peak_value("Allocated", 0)
+    training.step()
+    grown = core.host_memory_stat_peak_value("Allocated", 0) - before
+    step, update = planned.phases(planned.choice)[2:4]
+    expected = max(sum(p.parts.get(n, 0) for n in ("gradients", "kept", "working")) for p in (step, update))
+    assert expected == pytest.approx(grown, rel=0.10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", POLICIES)
+def test_resident_memory_of_a_process_agrees(policy, monkeypatch):
+    """Growth of a child's resident memory over a step. Large activations, and a warm child: its libraries'
+    own pages do not count. Every tensor is mapped by itself, so that freed memory leaves the process."""
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
+    monkeypatch.setenv("MALLOC_MMAP_MAX_", "1000000")
+    case = replace(case_of(LARGE_PICTURE, policy), seed=1)
+    command = [sys.executable, "-c", CHILD, json.dumps(asdict(case))]
+    child = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+    grown = int(child.stdout.splitlines()[-1])
+    planned = PlannedCase(case)
+    parts = planned.phases(planned.choice)[2].parts
+    expected = sum(parts[name] for name in ("gradients", "kept", "working"))
+    print(f"{policy}: planned {expected / MB:.0f} MB, measured {grown / MB:.0f} MB")
+    assert expected == pytest.approx(grown, rel=0.10)
+
+
+def case_of(size: tuple[int, int, int, int, int], policy: str) -> BenchmarkCase:
+    width, layers, batch, tokens, words = size
+    return replace(SMALL, hidden_size=width, num_layers=layers, batch_size=batch, tokens=tokens,
+                   text_tokens=words, policy=policy, fp8_states=policy != "none")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def card_24() -> Plan:
+    return plan(dev_config(model={"quantize": True}), vram_gb=24)
+
+
+def test_the_choice_fits_and_nothing_faster_does(card_24):
+    assert card_24.total <= 24e9
+    planned = Footprint(dev_config(model={"quantize": True}), on_gpu=True)
+    for policy in ("none", "coat", "coat+recompute"):
+        for quantize in (False, True):
+            for checkpointed in (0, 10, 57):
+                for swapped in (0, 20, 57):
+                    other = Choice(policy, checkpointed, quantize, swapped, 1, 1)
+                    total = max(phase.total for phase in planned.phases(other))
+                    assert total > 24e9 or planned.seconds(other) >= card_24.seconds
+
+
+@pytest.mark.parametrize(("pixels", "gb", "quantize"), [(768, 24, True), (1024, 48, False)])
+def test_without_checkpointing_or_swapping(pixels, gb, quantize):
+    """768 x 768 on 24 GB with an FP8 base, 1024 x 1024 on 48 GB without."""
+    config = dev_config(model={"quantize": quantize}, coat={"activation": {"policy": "coat+recompute"}})
+    data = config.datasets[0].model_copy(update={"resolution": pixels})
+    planned = plan(config.model_copy(update={"datasets": (data,)}))
+    assert planned.choice.checkpoint_blocks == planned.choice.blocks_to_swap == 0
+    assert planned.total < gb * 1e9
+
+
+def test_an_fp8_base_is_taken_only_if_allowed():
+    assert not plan(dev_config(), vram_gb=24).choice.quantize
+
+
+def test_without_coat_nothing_is_packed():
+    choice = plan(dev_config(coat={"enabled": False}), vram_gb=48).choice
+    assert choice.policy == "none"
+
+
+def test_a_budget_that_nothing_fits_names_the_smallest_need():
+    with pytest.raises(
+        ConfigError, match=r"nothing fits into 4 GB: the smallest possible need is \d+\.\d GB"
+    ):
+        plan(dev_config(), vram_gb=4)
+
+
+@pytest.mark.parametrize("vram", [0, -1, math.nan, math.inf])
+def test_a_budget_is_a_positive_number(vram):
+    with pytest.raises(ConfigError, match="vram"):
+        plan(dev_config(), vram_gb=vram)
+
+
+def test_more_swapped_blocks_than_there_are():
+    with pytest.raises(ConfigError, match="blocks_to_swap: came 58, but this model has 57 blocks"):
+        plan(dev_config(model={"blocks_to_swap": 58}))
+
+
+def test_a_choice_goes_into_the_config_and_out_again():
+    choice = Choice("coat+recompute", 12, True, 30, 2, 3)
+    assert as_given(with_choice(dev_config(), choice), 57) == choice
+    bare = replace(choice, checkpoint_blocks=0)
+    assert as_given(with_choice(dev_config(), bare), 57) == bare
+
+
+def test_auto_applies_the_plan_and_as_given_does_nothing():
+    config = dev_config(memory="auto", vram_gb=24.0)
+    applied = with_memory_plan(config)
+    assert as_given(applied, 57) == plan(config, 24).choice
+    assert with_memory_plan(dev_config()) == dev_config()
+
+
+def test_the_encoders_are_called_as_the_cache_calls_them():
+    assert inspect.signature(build_cache).parameters["batch_size"].default == ENCODED_AT_ONCE
+
+
+@pytest.mark.parametrize(("side", "pixels"), [(256, 8 * 256**2), (512, 1024**2), (1024, 1024**2),
+                                             (1536, 1536**2)])  # fmt: skip
+def test_so_many_pictures_are_planned_as_the_cache_encodes_at_once(side, pixels):
+    """bfloat16 on a GPU: 4.1 tensors of 128 channels, and what cuDNN takes."""
+    config = dev_config(datasets=[{"folder_path": "no/such", "resolution": side, "bucket_rule": "square"}])
+    preparing = dict(Footprint(config, on_gpu=True).preparing(as_given(config, 57)))
+    assert preparing["pictures"]["working"] == pytest.approx(4.1 * 128 * 2 * pixels + 512e6, rel=1e-6)
+    assert pixels == pictures_at_once(side**2) * side**2
+
+
+def test_lora_paths_of_the_small_model():
+    blocks = ("transformer_blocks.0", "transformer_blocks.7", "single_transformer_blocks.3")
+    paths = ("transformer_blocks.0.ff.net.2", "transformer_blocks.7.ff.net.2",
+             "single_transformer_blocks.3.proj_out", "x_embedder")  # fmt: skip
+    wanted = ("transformer_blocks.0.ff.net.2", "single_transformer_blocks.0.proj_out", "x_embedder")
+    assert small_lora_paths(paths, blocks) == wanted
