@@ -26,7 +26,7 @@ from ppcoat.distill.discriminator import flux_blocks
 from ppcoat.models.flux.pipeline import FluxPipeline
 from ppcoat.nn.swap import swap_blocks
 from ppcoat.train.base_model import drop_encoders, load_encoders
-from ppcoat.train.flux import FluxFamily
+from ppcoat.train.flux import FluxSpec
 from ppcoat.train.ranks import Ranks
 from ppcoat.train.run import encode_dataset, encode_for_all
 
@@ -75,12 +75,12 @@ def encode_pictures(
     )
 
 
-class OneByOne(FluxFamily):
+class OneByOne(FluxSpec):
     """FLUX whose encodings do not depend on what else is encoded. Matrix products of other sizes may differ
     in the last bits: measured with MKL, 1.4e-6 in T5 between one caption and eight."""
 
     def encoders(self, config: RunConfig, pipeline: FluxPipeline) -> Encoders:
-        """Those of FluxFamily, called once for each picture and for each caption."""
+        """Those of FluxSpec, called once for each picture and for each caption."""
         several = super().encoders(config, pipeline)
 
         def image(pixels: paddle.Tensor) -> paddle.Tensor:

@@ -38,7 +38,7 @@ from ppcoat.nn.swap import last_blocks, swap_blocks
 from ppcoat.optim import lr_scheduler
 from ppcoat.train.base_model import check_swap, exchange_for_transformer, load_encoders
 from ppcoat.train.coat import COATTrainer
-from ppcoat.train.flux import FluxFamily, LoRAFiles
+from ppcoat.train.flux import FluxSpec, LoRAFiles
 from ppcoat.train.model_spec import put_adapter, trained_parameters
 from ppcoat.train.previews import draw_previews
 from ppcoat.train.ranks import Ranks
@@ -108,7 +108,7 @@ def build_trainer(
     sides = build_sides(config, coat, transformer, parameters, pipeline.scheduler.config)
 
     def draw() -> tuple[list[Image.Image], list[str]]:
-        return draw_previews(run, pipeline, lambda preview: FluxFamily().draw(pipeline, preview, cache))
+        return draw_previews(run, pipeline, lambda preview: FluxSpec().draw(pipeline, preview, cache))
 
     windowed = isinstance(cache, WindowedCache)
     batches = cache.batches if windowed else _batches(config, cache.examples, ranks)

@@ -36,17 +36,17 @@ from ppcoat.train.trainer import SaveWeights, StepResult, Trainer, TrainingResul
 def train_flux_lora(config: RunConfig) -> TrainingResult:
     """The whole run, on all ranks that paddle.distributed.launch started. Raises ConfigError for wrong inputs
     before any model is loaded or any file is written."""
-    return run.train_lora(FluxFamily(), config)
+    return run.train_lora(FluxSpec(), config)
 
 
 def dry_run(config: RunConfig) -> Iterator[tuple[StepResult, float]]:
     """See run.dry_run."""
-    return run.dry_run(FluxFamily(), config)
+    return run.dry_run(FluxSpec(), config)
 
 
 def encode_dataset(config: RunConfig, examples: Sequence[Example], pipeline: FluxPipeline) -> TrainingCache:
     """See run.encode_dataset."""
-    return run.encode_dataset(FluxFamily(), config, examples, pipeline)
+    return run.encode_dataset(FluxSpec(), config, examples, pipeline)
 
 
 def build_trainer(
@@ -57,11 +57,11 @@ def build_trainer(
     ranks: Ranks | None = None,
 ) -> Trainer:
     """See run.build_trainer."""
-    return run.build_trainer(FluxFamily(), config, pipeline, cache, validation, ranks)
+    return run.build_trainer(FluxSpec(), config, pipeline, cache, validation, ranks)
 
 
-class FluxFamily:
-    """FLUX.1-dev and schnell; see model_spec.Family."""
+class FluxSpec:
+    """FLUX.1-dev and schnell; see model_spec.ModelSpec."""
 
     preview_negatives = ()
     with_memory_plan = staticmethod(with_memory_plan)

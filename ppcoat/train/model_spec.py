@@ -21,7 +21,7 @@ from ppcoat.train.ranks import Ranks
 from ppcoat.train.trainer import SaveWeights
 
 
-class Family(Protocol):
+class ModelSpec(Protocol):
     """What a run needs to know of its model. A pipeline has `vae`, `transformer` (None until it is loaded)
     and encode_image."""
 

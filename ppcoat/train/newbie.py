@@ -54,16 +54,16 @@ _OF_FLUX = (
 def train_newbie_lora(config: RunConfig) -> TrainingResult:
     """The whole run of a config with model.family newbie, on all ranks. Raises ConfigError for wrong inputs
     before any model is loaded or any file is written."""
-    return run.train_lora(NewbieFamily(), config)
+    return run.train_lora(NewbieSpec(), config)
 
 
 def dry_run(config: RunConfig) -> Iterator[tuple[StepResult, float]]:
     """See run.dry_run."""
-    return run.dry_run(NewbieFamily(), config)
+    return run.dry_run(NewbieSpec(), config)
 
 
-class NewbieFamily:
-    """NewBie-image; see model_spec.Family."""
+class NewbieSpec:
+    """NewBie-image; see model_spec.ModelSpec."""
 
     preview_negatives = ("",)
 

@@ -1,6 +1,6 @@
 """An adapter run of any model: check every input, encode once, put in adapter and COAT, train, save.
 
-What depends on the model is a Family (model_spec.py).
+What depends on the model is a ModelSpec (model_spec.py).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ppcoat.fp8 import backend
 from ppcoat.nn.swap import swap_blocks
 from ppcoat.optim import ScheduleShape, lr_scheduler
 from ppcoat.train.coat import COATTrainer
-from ppcoat.train.model_spec import Family, put_adapter, trained_parameters
+from ppcoat.train.model_spec import ModelSpec, put_adapter, trained_parameters
 from ppcoat.train.optimizer_state import RunningMean
 from ppcoat.train.previews import (
     Validation,
@@ -58,58 +58,58 @@ class Inputs:
         return all_examples(self.datasets)
 
 
-def train_lora(family: Family, config: RunConfig) -> TrainingResult:
+def train_lora(spec: ModelSpec, config: RunConfig) -> TrainingResult:
     """The whole run, on all ranks that paddle.distributed.launch started. Raises ConfigError for wrong inputs
     before any model is loaded or any file is written."""
-    config = family.with_memory_plan(config)
-    inputs = check_inputs(family, config)
+    config = spec.with_memory_plan(config)
+    inputs = check_inputs(spec, config)
     config, ranks = with_steps_of_epochs(config, inputs), inputs.ranks
     if ranks.is_first:
         start_run_folder(config.run_dir, dump_config(config))
-    pipeline = family.load_encoders(config, inputs.dtype)
-    cache = encode_for_all(family, config, inputs.examples, pipeline, ranks)
+    pipeline = spec.load_encoders(config, inputs.dtype)
+    cache = encode_for_all(spec, config, inputs.examples, pipeline, ranks)
     validation = None
     if ranks.is_first:
-        encoders = family.encoders(config, pipeline)
-        validation = encode_validation(config, inputs.validation, encoders, family.objective(config))
-    family.exchange_for_transformer(pipeline, config, inputs.dtype, ranks)
-    return build_trainer(family, config, pipeline, cache, validation, ranks).run()
+        encoders = spec.encoders(config, pipeline)
+        validation = encode_validation(config, inputs.validation, encoders, spec.objective(config))
+    spec.exchange_for_transformer(pipeline, config, inputs.dtype, ranks)
+    return build_trainer(spec, config, pipeline, cache, validation, ranks).run()
 
 
-def dry_run(family: Family, config: RunConfig) -> Iterator[tuple[StepResult, float]]:
+def dry_run(spec: ModelSpec, config: RunConfig) -> Iterator[tuple[StepResult, float]]:
     """The first two steps of a new run, each with its seconds; writes and resumes nothing.
 
     Only the pictures of these steps are encoded. Raises ConfigError as train_lora does.
     """
-    config = family.with_memory_plan(config)
-    inputs = check_inputs(family, config)
+    config = spec.with_memory_plan(config)
+    inputs = check_inputs(spec, config)
     config = with_steps_of_epochs(config, inputs)
     train, examples, ranks = config.train, inputs.examples, inputs.ranks
     batches = ResumableBatches(examples, train.batch_size * ranks.size, config.seed)
     needed = sorted({i for _ in range(DRY_STEPS * train.gradient_accumulation) for i in next(batches)})
-    pipeline = family.load_encoders(config, inputs.dtype)
+    pipeline = spec.load_encoders(config, inputs.dtype)
     in_memory = tuple(data.model_copy(update={"cache_to_disk": False}) for data in config.datasets)
     config = config.model_copy(update={"datasets": in_memory})
-    cache = encode_dataset(family, config, [examples[i] for i in needed], pipeline)
+    cache = encode_dataset(spec, config, [examples[i] for i in needed], pipeline)
     latents = dict(zip(needed, cache.latents, strict=True))
     cache = replace(cache, examples=examples, latents=[latents.get(i) for i in range(len(examples))])
-    family.exchange_for_transformer(pipeline, config, inputs.dtype, ranks, keep_copy=False)
-    trainer = build_trainer(family, config, pipeline, cache, ranks=ranks)
+    spec.exchange_for_transformer(pipeline, config, inputs.dtype, ranks, keep_copy=False)
+    trainer = build_trainer(spec, config, pipeline, cache, ranks=ranks)
     for _ in range(DRY_STEPS):
         began = time.perf_counter()
         yield trainer.train_step(), time.perf_counter() - began
     ranks.close()
 
 
-def check_inputs(family: Family, config: RunConfig) -> Inputs:
+def check_inputs(spec: ModelSpec, config: RunConfig) -> Inputs:
     """Find and check everything that a run reads, print what it will train on, set the device and meet the
     other ranks. Raises ConfigError for a mistake in any of it."""
-    family.check(config)
+    spec.check(config)
     datasets = scan_datasets(config)
     validation = validation_pairs(config)
     captions = [caption for each in all_examples(datasets) for caption in each.captions]
     captions += [*preview_prompts(config), *(caption for _, caption in validation)]
-    family.check_captions(config, list(dict.fromkeys(captions)))
+    spec.check_captions(config, list(dict.fromkeys(captions)))
     set_device(config.device)
     backend.check_forced()
     dtype = compute_dtype(config.model.dtype)
@@ -146,7 +146,7 @@ def with_steps_of_epochs(config: RunConfig, inputs: Inputs) -> RunConfig:
 
 
 def encode_for_all(
-    family: Family, config: RunConfig, examples: Sequence[Example], pipeline: Any, ranks: Ranks
+    spec: ModelSpec, config: RunConfig, examples: Sequence[Example], pipeline: Any, ranks: Ranks
 ) -> TrainingCache:
     """encode_dataset on all ranks: the first encodes, the others read what it found.
 
@@ -156,7 +156,7 @@ def encode_for_all(
     """
     try:
         with handover_folder(config.run_dir, ranks) as handover, ranks.first_ahead():
-            return encode_dataset(family, config, examples, pipeline, handover)
+            return encode_dataset(spec, config, examples, pipeline, handover)
     except OSError as error:
         if error.errno is None:  # one of Paddle's, who gives device errors this type
             raise
@@ -167,7 +167,7 @@ def encode_for_all(
 
 
 def encode_dataset(
-    family: Family,
+    spec: ModelSpec,
     config: RunConfig,
     examples: Sequence[Example],
     pipeline: Any,
@@ -182,15 +182,15 @@ def encode_dataset(
     folder = config.cache_folder if any(data.cache_to_disk for data in config.datasets) else handover
     return build_cache(
         examples,
-        family.encoders(config, pipeline),
-        extra_captions=[*prompts, *family.preview_negatives] if prompts else (),
+        spec.encoders(config, pipeline),
+        extra_captions=[*prompts, *spec.preview_negatives] if prompts else (),
         reg_weight=config.reg_weight,
         store=None if folder is None else EmbeddingStore(folder),
     )
 
 
 def build_trainer(
-    family: Family,
+    spec: ModelSpec,
     config: RunConfig,
     pipeline: Any,
     cache: TrainingCache,
@@ -207,9 +207,9 @@ def build_trainer(
         _log.warning("coat.memory.checkpoint_blocks has no effect without train.gradient_checkpointing")
     modules = put_adapter(config, transformer, coat.policy, coat.linear_group_size)
     coat.convert(transformer)
-    family.set_up_checkpointing(config, transformer)
+    spec.set_up_checkpointing(config, transformer)
     if config.model.blocks_to_swap:
-        swap_blocks(list(family.last_blocks(transformer, config.model.blocks_to_swap).values()))
+        swap_blocks(list(spec.last_blocks(transformer, config.model.blocks_to_swap).values()))
     transformer.train()
     parameters = trained_parameters(modules)
     shape = ScheduleShape(train.lr_num_cycles, train.lr_power, train.lr_step_size or 1, train.lr_gamma)
@@ -225,19 +225,19 @@ def build_trainer(
     )
 
     def draw() -> tuple[list[Image.Image], list[str]]:
-        return draw_previews(config, pipeline, lambda preview: family.draw(pipeline, preview, cache))
+        return draw_previews(config, pipeline, lambda preview: spec.draw(pipeline, preview, cache))
 
     return Trainer(
         config=config,
         model=transformer,
         parameters=parameters,
-        objective=family.objective(config),
+        objective=spec.objective(config),
         cache=cache,
         batches=ResumableBatches(cache.examples, global_batch, config.seed),
         optimizer=optimizer,
         schedule=schedule,
         coat=coat,
-        save_weights=family.save_weights(config, transformer),
+        save_weights=spec.save_weights(config, transformer),
         draw_previews=draw if config.sample.wanted else None,
         ema=RunningMean(parameters, train.ema.ema_decay) if train.ema.use_ema else None,
         validation=validation,

@@ -12,7 +12,7 @@ from ppcoat.data.cache import Encoders, TrainingCache, WindowedCache, build_cach
 from ppcoat.data.examples import all_examples, scan_datasets
 from ppcoat.distill.discriminator import flux_blocks
 from ppcoat.distill.encoding import OneByOne, blocks_to_leave, encode_pictures
-from ppcoat.train.flux import FluxFamily
+from ppcoat.train.flux import FluxSpec
 from ppcoat.train.ranks import Ranks
 
 
@@ -35,7 +35,7 @@ def encode(data, monkeypatch, tmp_path):
     asked at once. A picture takes 4 * (3 + 2) bytes encoded."""
     asked = []
 
-    def encode_dataset(family, run, examples, *_):
+    def encode_dataset(spec, run, examples, *_):
         asked.append(len(examples))
         text = lambda captions: (paddle.ones([len(captions), 1]), paddle.ones([len(captions), 1]))  # noqa: E731
         return build_cache(examples, Encoders(lambda x: x.mean([2, 3], keepdim=True), text), ["preview"])
@@ -104,7 +104,7 @@ def test_encodings_do_not_depend_on_what_else_is_encoded(monkeypatch):
         values = paddle.to_tensor([[float(len(caption) + len(captions))] for caption in captions])
         return values.unsqueeze(-1), -values
 
-    monkeypatch.setattr(FluxFamily, "encoders", lambda *_: Encoders(image, text, "vae", "te"))
+    monkeypatch.setattr(FluxSpec, "encoders", lambda *_: Encoders(image, text, "vae", "te"))
     encoders = OneByOne().encoders(None, None)
     pixels = paddle.rand([3, 3, 16, 16])
     np.testing.assert_array_equal(encoders.image(pixels).numpy(), (pixels[:, :, ::8, ::8] + 1).numpy())
@@ -141,7 +141,7 @@ def test_blocks_leave_before_encoders_come_and_return_after_they_left(student, m
     monkeypatch.setattr(encoding, "swap_blocks", Swapper)
     monkeypatch.setattr(encoding, "load_encoders", lambda *_: happened.append("load"))
     monkeypatch.setattr(encoding, "drop_encoders", lambda *_, **__: happened.append("drop"))
-    monkeypatch.setattr(FluxFamily, "encoders", lambda *_: Encoders(None, None))
+    monkeypatch.setattr(FluxSpec, "encoders", lambda *_: Encoders(None, None))
     with pytest.raises(KeyError), encoding._encoders(config.run_config("none"), pipeline, 1):
         raise KeyError
     assert happened == ["1 leave", "load", "drop", "return"]

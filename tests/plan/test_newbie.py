@@ -22,7 +22,7 @@ from ppcoat.plan.phases import Choice
 from ppcoat.plan.settings import as_given, plan, with_choice
 from ppcoat.train.coat import COATTrainer
 from ppcoat.train.model_spec import put_adapter
-from ppcoat.train.newbie import NewbieFamily
+from ppcoat.train.newbie import NewbieSpec
 from ppcoat.train.objective import Transport
 
 CAPTION_WIDTH, POOLED_WIDTH = 96, 64
@@ -108,7 +108,7 @@ class Training:
         memory = config.coat.memory.model_copy(update={"checkpoint_blocks": checkpointed or None})
         coat = config.coat.model_copy(update={"memory": memory})
         run = config.model_copy(update={"train": train, "coat": coat})
-        NewbieFamily().set_up_checkpointing(run, self.model)
+        NewbieSpec().set_up_checkpointing(run, self.model)
         self.model.train()
         rng, (rows, columns) = np.random.default_rng(0), case.grid
         shapes = {"latents": (16, 2 * rows, 2 * columns), "cap_feats": (case.words, CAPTION_WIDTH),
@@ -251,7 +251,7 @@ def test_the_choice_is_among_what_newbie_has(make_config, narrow):
                 other = Choice(policy, checkpointed, False, swapped, 1, 1)
                 total = max(phase.total for phase in footprint.phases(other))
                 assert total > budget * 1e9 or footprint.seconds(other) >= found.seconds
-    applied = NewbieFamily().with_memory_plan(config)
+    applied = NewbieSpec().with_memory_plan(config)
     assert as_given(applied, 36) == found.choice
     with pytest.raises(ConfigError, match="nothing fits into 1 GB: the smallest possible need is"):
         plan(config, 1)

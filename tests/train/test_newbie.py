@@ -36,7 +36,7 @@ from ppcoat.models.newbie.files import load_nextdit
 from ppcoat.models.newbie.pipeline import NewbiePipeline
 from ppcoat.train import run as lora_run
 from ppcoat.train.coat import COATTrainer
-from ppcoat.train.newbie import NewbieFamily, dry_run, train_newbie_lora
+from ppcoat.train.newbie import NewbieSpec, dry_run, train_newbie_lora
 from ppcoat.train.objective import Transport
 from ppcoat.train.previews import encode_validation
 from ppcoat.train.ranks import Ranks
@@ -107,11 +107,11 @@ def outputs(model, refs):
 
 def built(config):
     """The Trainer of a run, without running it, and its pipeline."""
-    family, examples = NewbieFamily(), lora_run.all_examples(lora_run.scan_datasets(config))
-    pipeline = family.load_encoders(config, "float32")
-    cache = lora_run.encode_dataset(family, config, examples, pipeline)
-    family.exchange_for_transformer(pipeline, config, "float32", Ranks())
-    return lora_run.build_trainer(family, config, pipeline, cache), pipeline
+    spec, examples = NewbieSpec(), lora_run.all_examples(lora_run.scan_datasets(config))
+    pipeline = spec.load_encoders(config, "float32")
+    cache = lora_run.encode_dataset(spec, config, examples, pipeline)
+    spec.exchange_for_transformer(pipeline, config, "float32", Ranks())
+    return lora_run.build_trainer(spec, config, pipeline, cache), pipeline
 
 
 def test_three_steps_have_the_losses_gradients_and_weights_of_the_original_trainer(refs):
@@ -217,10 +217,10 @@ def test_resuming_with_another_adapter_is_refused_by_name(finished, override, re
 
 def test_batches_of_cached_captions_are_those_of_the_original(make_config, refs):
     """Captions are kept without padding and padded again in a batch, to the same output."""
-    config, family = make_config(), NewbieFamily()
+    config, spec = make_config(), NewbieSpec()
     texts = json.loads((FOLDER / "texts.json").read_text(encoding="utf-8"))
-    pipeline = family.load_encoders(config, "float32")
-    encoders = family.encoders(config, pipeline)
+    pipeline = spec.load_encoders(config, "float32")
+    encoders = spec.encoders(config, pipeline)
     columns = encoders.text(texts["captions"])
     assert [len(rows) for rows in columns[0]] == refs["gemma_mask"].sum(1).tolist()
     rows = dict(zip(texts["captions"], zip(*columns, strict=True), strict=True))
@@ -252,9 +252,9 @@ def test_the_cache_is_made_anew_for_whatever_changes_it_and_else_not(make_config
 
     def counted(*overrides):
         encoded.update(pictures=0, captions=0)
-        config, family = make_config(f"cache_dir={tmp_path}/cache", *overrides), NewbieFamily()
+        config, spec = make_config(f"cache_dir={tmp_path}/cache", *overrides), NewbieSpec()
         examples = lora_run.all_examples(lora_run.scan_datasets(config))
-        lora_run.encode_dataset(family, config, examples, family.load_encoders(config, "float32"))
+        lora_run.encode_dataset(spec, config, examples, spec.load_encoders(config, "float32"))
         return encoded["pictures"], encoded["captions"]
 
     assert counted() == (4, 4)
@@ -390,10 +390,10 @@ def test_cut_captions_are_counted_once_and_too_long_ones_refused_before_loading(
 
 def test_validation_levels_are_of_noise(make_config):
     """At sigma 1 the transformer sees noise alone: time 0."""
-    config, family = make_config(), NewbieFamily()
-    pipeline = family.load_encoders(config, "float32")
+    config, spec = make_config(), NewbieSpec()
+    pipeline = spec.load_encoders(config, "float32")
     pair = (Path(config.data.folder_path) / "2_dress/0000.png", "a dress")
-    found = encode_validation(config, [pair], family.encoders(config, pipeline), family.objective(config))
+    found = encode_validation(config, [pair], spec.encoders(config, pipeline), spec.objective(config))
     seen = []
 
     class Model(paddle.nn.Layer):
@@ -409,7 +409,7 @@ def test_validation_levels_are_of_noise(make_config):
 def test_epochs_count_pictures_repeats_and_buckets(make_config, tmp_path):
     config = make_config("train.num_epochs=3")
     Image.new("RGB", (128, 64)).save(tmp_path / "data" / "wide.png")  # once an epoch, in a bucket of its own
-    inputs = lora_run.check_inputs(NewbieFamily(), config)
+    inputs = lora_run.check_inputs(NewbieSpec(), config)
     resolved = lora_run.with_steps_of_epochs(config, inputs)
     assert len(inputs.examples) == 5 and inputs.examples[-1].captions == ("",)
     assert resolved.train.steps == 3 * 8 // 2 + 2  # three pictures of the bucket are two batches

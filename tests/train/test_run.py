@@ -18,8 +18,8 @@ ON_DISK = "datasets.0.cache_to_disk=true"
 PREVIEW = ("sample.sample_every=1", "sample.prompts=[a hat]")
 
 
-class FakeFamily:
-    """A Family as far as encoding goes: a latent is the mean colour, an embedding the caption's length.
+class FakeSpec:
+    """A ModelSpec as far as encoding goes: a latent is the mean colour, an embedding the caption's length.
 
     Its encoders do not say who they are, as those of a run without a cache on disk.
     """
@@ -45,11 +45,11 @@ class FakeFamily:
 
 def encode(config, ranks):
     """What a rank has encoded itself, and what its cache holds."""
-    family, examples = FakeFamily(), all_examples(scan_datasets(config))
-    cache = encode_for_all(family, config, examples, "pipeline", ranks)
+    spec, examples = FakeSpec(), all_examples(scan_datasets(config))
+    cache = encode_for_all(spec, config, examples, "pipeline", ranks)
     held = [latent.numpy() for latent in cache.latents]
     held += [row.astype("float32").numpy() for text in cache.embeddings.values() for row in text]
-    return (family.pictures, len(family.captions)), (list(cache.embeddings), held)
+    return (spec.pictures, len(spec.captions)), (list(cache.embeddings), held)
 
 
 def encode_and_tell(ranks, tell, configs):
