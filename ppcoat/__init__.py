@@ -18,7 +18,7 @@ from ppcoat.models.flux.registration import register
 from ppcoat.models.flux.scheduler import FlowMatchEulerDiscreteScheduler
 from ppcoat.models.flux.transformer import FluxTransformer2DModel
 from ppcoat.nn.convert import replace_linear_with_fp8
-from ppcoat.nn.saved import fp8_saved_tensors
+from ppcoat.nn.saved_tensors import fp8_saved_tensors
 from ppcoat.optim import FP8AdamW, FP8QuantizationConfig
 from ppcoat.train.coat import COATConfig, COATTrainer
 

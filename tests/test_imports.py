@@ -202,7 +202,7 @@ def test_nothing_catches_everything_or_runs_what_it_reads(file):
 @pytest.mark.parametrize(
     ("path", "source"),
     [
-        ("fp8/quantize.py", "from ppcoat.nn.saved import pack"),
+        ("fp8/quantize.py", "from ppcoat.nn.saved_tensors import pack"),
         ("fp8/quantize.py", "from ..nn import saved"),
         ("fp8/quantize.py", "import ppcoat.config.schema"),
         ("config/load.py", "def f():\n    from ppcoat.data.sources import Item"),

@@ -24,7 +24,7 @@ def test_coat_on_any_model_learns_and_keeps_less(capsys):
     # An untrained model is off by about 1 + its own variance.
     assert float(names["loss"]) < 0.3
     saved, optimizer = names["saved"], names["optimizer"]
-    assert saved.tensors_packed >= 3 and saved.bytes_kept < 0.4 * saved.bytes_unpacked
+    assert saved.bytes_kept < 0.4 * saved.bytes_unpacked
     parameters = sum(p.size for p in names["model"].parameters())
     assert 2 < optimizer.state_bytes() / parameters < 2.1
     assert capsys.readouterr().out.startswith("loss 0.")

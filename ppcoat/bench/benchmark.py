@@ -6,7 +6,7 @@
 "standard" is Paddle's AdamW with ordinary activations, "coat" is FP8AdamW and, with --use_fp8_activation, a
 saving policy; everything else is the same in both. Writes JSON with every step, and a plot beside it; prints
 a table. All numbers are measured in this call. `benchmark full_size` and
-`benchmark kernels` are other measurements: full_size.py, cli/kernels.py.
+`benchmark kernels` are other measurements: full_size.py, kernels.py.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from ppcoat.bench import full_size
+from ppcoat.bench import full_size, kernels
 from ppcoat.bench.bench_worker import (
     PROBE_STEPS,
     BenchmarkCase,
@@ -29,7 +29,6 @@ from ppcoat.bench.bench_worker import (
     measured_peak,
     run_side_by_side,
 )
-from ppcoat.cli import kernels
 from ppcoat.errors import ConfigError
 
 LAST_STEPS = 5  # the final loss is their mean

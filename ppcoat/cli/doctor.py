@@ -23,9 +23,9 @@ from ppcoat.device import GpuMeter, HostMeter
 from ppcoat.errors import ConfigError
 from ppcoat.fp8 import backend, matmul, norm
 from ppcoat.fp8.adamw import AdamWHyper, MomentCodec, encode_moments
-from ppcoat.fp8.blocks import quantize_blocks
-from ppcoat.fp8.formats import E4M3, fp8_support
-from ppcoat.fp8.operands import Groups
+from ppcoat.fp8.constants import NORM_EPSILON
+from ppcoat.fp8.formats import E4M3, Groups, fp8_support
+from ppcoat.fp8.matmul import quantize_blocks
 from ppcoat.fp8.quantize import dequantize, quantize
 from ppcoat.models.flux.pipeline import FluxPipeline
 from ppcoat.nn.attention import uses_flash_attention
@@ -264,9 +264,9 @@ def _layer_arguments(name: str, x: paddle.Tensor) -> tuple:
         return heads, *norm.rms_norm_rotated(heads, weight, rotation), weight, rotation
     return {
         "modulated_norm": (codes, row, row, groups),
-        "modulated_norm_quantized": (x, row, row, E4M3, 128),
         "modulated_norm_grad": (codes, row, x, groups),
-        "gelu_quantized": (x, E4M3, 128),
+        "rms_norm": (codes, row[0, 0], row, NORM_EPSILON, groups),
+        "rms_norm_grad": (codes, row[0, 0], row, x, NORM_EPSILON, groups),
         "gelu": (codes, groups),
         "silu": (codes, groups),
         "gelu_grad": (codes, x, groups),

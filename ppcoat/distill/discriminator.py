@@ -20,8 +20,7 @@ import paddle.nn.functional as F
 from paddle import nn
 from paddle.autograd import PyLayer
 
-from ppcoat.nn.held import PlainTensor
-from ppcoat.nn.saved import kept_as_they_are, record
+from ppcoat.nn.saved_tensors import saved_as_they_are, saver
 
 GROUPS = 32
 EPSILON = 1e-5
@@ -68,8 +67,8 @@ class Discriminator(nn.Layer):
 
     def __init__(self, transformer: nn.Layer, seed: int = 0, blocks: str = "fixed") -> None:
         super().__init__()
-        chosen = flux_blocks(transformer)[:: 2 if blocks == "published" else 1]
-        self.paths = [path for path, _ in chosen]
+        chosen = list(transformer.named_blocks())[:: 2 if blocks == "published" else 1]
+        self.paths = chosen
         self.heads = nn.LayerList([Head(transformer.inner_dim, seed + i) for i in range(len(chosen))])
 
     def train_heads(
@@ -84,7 +83,7 @@ class Discriminator(nn.Layer):
 
         def judge(head: Head, features: paddle.Tensor) -> None:
             features = features.detach()
-            with paddle.enable_grad(), kept_as_they_are():
+            with paddle.enable_grad(), saved_as_they_are():
                 loss = discriminator_hinge(head(features), is_real)
                 (loss * (weight / len(self.heads))).backward()
             losses.append(loss.detach())
@@ -104,7 +103,7 @@ class Discriminator(nn.Layer):
         def judge(head: Head, features: paddle.Tensor) -> None:
             leaf = features.detach()
             leaf.stop_gradient = False
-            with paddle.enable_grad(), kept_as_they_are():
+            with paddle.enable_grad(), saved_as_they_are():
                 loss = generator_hinge(head(leaf)) / len(self.heads)
                 (gradient,) = paddle.grad(loss, leaf)
             losses.append(_WithGradient.apply(features, _Known(loss.detach(), gradient)))
@@ -137,7 +136,7 @@ class Discriminator(nn.Layer):
 
             return hook
 
-        blocks = dict(flux_blocks(transformer))
+        blocks = transformer.named_blocks()
         hooks = [transformer.x_embedder.register_forward_pre_hook(note_size)]
         hooks += [
             blocks[path].register_forward_post_hook(after(head))
@@ -148,12 +147,6 @@ class Discriminator(nn.Layer):
         finally:
             for hook in hooks:
                 hook.remove()
-
-
-def flux_blocks(transformer: nn.Layer) -> list[tuple[str, nn.Layer]]:
-    """(path, block) of a FLUX transformer in the order in which they run."""
-    lists = ("transformer_blocks", "single_transformer_blocks")
-    return [(f"{name}.{i}", block) for name in lists for i, block in enumerate(getattr(transformer, name))]
 
 
 class _Known:
@@ -170,7 +163,7 @@ class _WithGradient(PyLayer):
     @staticmethod
     def forward(ctx, features: paddle.Tensor, known: _Known) -> paddle.Tensor:
         ctx.gradient = known.gradient
-        record([PlainTensor(known.gradient)])
+        saver().save_plain(known.gradient)
         return known.loss.clone()
 
     @staticmethod

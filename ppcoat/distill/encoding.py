@@ -22,7 +22,6 @@ from ppcoat.data.cache import Encoders, TrainingCache, WindowedCache
 from ppcoat.data.embedding_store import EmbeddingStore
 from ppcoat.data.examples import Example
 from ppcoat.device import compute_dtype
-from ppcoat.distill.discriminator import flux_blocks
 from ppcoat.models.flux.pipeline import FluxPipeline
 from ppcoat.nn.swap import swap_blocks
 from ppcoat.train.base_model import drop_encoders, load_encoders
@@ -96,7 +95,7 @@ class OneByOne(FluxSpec):
 def blocks_to_leave(transformer: nn.Layer, swapped: int, weight: int) -> list[nn.Layer]:
     """The last blocks that weigh `weight` bytes together, or all; but for the `swapped` last ones, which are
     in host memory already."""
-    blocks = [block for _, block in flux_blocks(transformer)]
+    blocks = list(transformer.named_blocks().values())
     chosen: list[nn.Layer] = []
     for block in reversed(blocks[: len(blocks) - swapped]):
         if weight <= 0:

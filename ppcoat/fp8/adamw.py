@@ -18,10 +18,10 @@ from dataclasses import dataclass
 import paddle
 
 from . import backend
+from .constants import DITHER_COLUMN, DITHER_PERIOD, DITHER_STEP, TINY
 from .flat import round_into
 from .formats import FP8Format
 from .quantize import dequantize, log_decode, log_encode, quantize, signed_log_decode, signed_log_encode
-from .rules import DITHER_COLUMN, DITHER_PERIOD, DITHER_STEP, TINY
 
 State = dict[str, paddle.Tensor]
 
@@ -58,6 +58,7 @@ class MomentCodec:
         return block_size + (5 if self.expand else 4)  # codes; amax and k, or scale
 
     def zeros(self, groups: int, block_size: int) -> State:
+        """State tensors of a moment [groups, block_size] that is 0."""
         return self.encode(paddle.zeros([groups, block_size], dtype="float32"))
 
     def encode(self, values: paddle.Tensor, dither: paddle.Tensor | float = 0.5) -> State:
@@ -147,14 +148,14 @@ def adamw_step(
     finite: paddle.Tensor,
     stored: paddle.Tensor | None = None,
 ) -> None:
-    """Update `param` [G, B] and `states` in place.
+    """Update `param` [G, B] and `states` in place, from the gradient `grad` float32 [G, B].
 
     param: float32, with `stored` (bfloat16 or float16 [G, B]) as its master copy: `stored` gets it rounded to
     nearest; or bfloat16, without a master: the new value is rounded stochastically.
     states: "m2" and perhaps "m1" as `encode_moments` gives them; "beta_powers" (beta1^t, beta2^t; float32
     [1]); "count" (steps, skipped; int64 [1]). Without "m1" beta1 must be 0: the first moment is the gradient.
-    `finite` is a boolean of one element; where it is false, all but count.skipped keeps its bits. Epsilon is
-    added after the bias-corrected root, decay is decoupled.
+    finite: a boolean tensor of one element; where it is false, all but count.skipped keeps its bits.
+    Epsilon is added after the bias-corrected root, decay is decoupled.
     """
     m, v = decode_moments(states, codecs)
     m = grad if m is None else (m * hyper.beta1).add_(grad * (1.0 - hyper.beta1))

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from .backend import Unsuited
+from .constants import DITHER_COLUMN, DITHER_PERIOD, DITHER_STEP, TINY
 from .formats_triton import (
     DTYPES,
     dtype_name,
@@ -33,7 +34,6 @@ from .log_codes_triton import (
     signed_log_encode_rows,
 )
 from .quantize_triton import group_offsets, load_rows, store_rows
-from .rules import DITHER_COLUMN, DITHER_PERIOD, DITHER_STEP, TINY
 
 if TYPE_CHECKING:
     from .adamw import AdamWHyper, Codecs, MomentCodec, State

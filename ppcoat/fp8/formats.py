@@ -1,4 +1,7 @@
-"""The two FP8 formats as facts, and what the present device can do with them.
+"""The two FP8 formats as facts, what ops take beside plain tensors (how codes are read, a stored weight, what
+is added to a product), and what the present device can do with FP8.
+
+Kernels read the same objects with tensors of another library, too: importing this does not import Paddle.
 
 Source of the numbers: "FP8 Formats for Deep Learning" (arXiv 2209.05433), table 1. E4M3 here is the variant
 without infinities (Paddle's `float8_e4m3fn`), so its largest finite value is 448.
@@ -7,10 +10,14 @@ without infinities (Paddle's `float8_e4m3fn`), so its largest finite value is 44
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import paddle
+import numpy as np
 
 from ppcoat.errors import ConfigError
+
+if TYPE_CHECKING:
+    import paddle
 
 MATMUL_CAPABILITY = (8, 9)  # Ada, Hopper and later multiply FP8; every device can store it
 
@@ -18,7 +25,7 @@ MATMUL_CAPABILITY = (8, 9)  # Ada, Hopper and later multiply FP8; every device c
 @dataclass(frozen=True)
 class FP8Format:
     """One FP8 format: name, largest finite value, smallest normal and subnormal value, explicit mantissa
-    bits.
+    bits, name of the dtype in Paddle and in torch.
     """
 
     name: str
@@ -26,11 +33,24 @@ class FP8Format:
     min_normal: float
     min_subnormal: float
     mantissa_bits: int
-    dtype: paddle.dtype
+    dtype: str
+
+    def numbers(self, codes: np.ndarray) -> np.ndarray:
+        """Bits of finite numbers, any shape -> the numbers, float64."""
+        bits, bias = self.mantissa_bits, 7 if self.mantissa_bits == 3 else 15
+        size, sign = codes.astype(np.int64) & 127, np.where(codes >= 128, -1.0, 1.0)
+        exponent, mantissa = np.maximum(size >> bits, 1), size & ((1 << bits) - 1)
+        return sign * (mantissa + (size >> bits > 0) * 2**bits) * np.exp2(exponent - float(bias + bits))
+
+    def half_steps(self, x: np.ndarray, scale: np.ndarray) -> np.ndarray:
+        """Half the distance between the two codes around each x / scale, times scale; float64."""
+        _, exponent = np.frexp(np.abs(x) / scale)
+        exponent = np.maximum(exponent - 1, np.log2(self.min_normal))
+        return 2.0 ** (exponent - self.mantissa_bits - 1) * scale
 
 
-E4M3 = FP8Format("e4m3", 448.0, 2.0**-6, 2.0**-9, 3, paddle.float8_e4m3fn)
-E5M2 = FP8Format("e5m2", 57344.0, 2.0**-14, 2.0**-16, 2, paddle.float8_e5m2)
+E4M3 = FP8Format("e4m3", 448.0, 2.0**-6, 2.0**-9, 3, "float8_e4m3fn")
+E5M2 = FP8Format("e5m2", 57344.0, 2.0**-14, 2.0**-16, 2, "float8_e5m2")
 FORMATS = {fmt.name: fmt for fmt in (E4M3, E5M2)}
 
 
@@ -39,6 +59,38 @@ def get_format(name: str) -> FP8Format:
     if not isinstance(name, str) or name not in FORMATS:
         raise ConfigError(f"unknown FP8 format {name!r}; use one of {', '.join(FORMATS)}")
     return FORMATS[name]
+
+
+@dataclass(frozen=True)
+class Groups:
+    """How to read codes uint8 [..., D]: `scale`, `fmt` and `group_size` as `quantize` gave and took them, and
+    the dtype of the values."""
+
+    scale: paddle.Tensor
+    fmt: FP8Format
+    group_size: int | None
+    dtype: str | paddle.dtype = "float32"
+
+
+@dataclass(frozen=True)
+class BlockMatrix:
+    """A weight [in, out] as `quantize_blocks` gives it: codes uint8, scale float32 for 128 x 128 values."""
+
+    codes: paddle.Tensor
+    scale: paddle.Tensor
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """What is added to a product [M, N] before it is rounded: bias [N], and down [M, rank] times `up`.
+
+    up: [rank, N], a LoRA's B; where the weight is transposed [N, rank], its A. The LoRA's factor is in `down`
+    already.
+    """
+
+    bias: paddle.Tensor | None = None
+    down: paddle.Tensor | None = None
+    up: paddle.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -54,6 +106,8 @@ class FP8Support:
 
 def fp8_support() -> FP8Support:
     """FP8 support of the current Paddle device."""
+    import paddle
+
     device = paddle.get_device()
     if not device.startswith("gpu"):
         return FP8Support(True, False, f"{device}: FP8 is stored, arithmetic is float32")

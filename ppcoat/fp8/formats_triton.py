@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from .backend import Unsuited
-from .rules import TINY
+from .constants import TINY
 
 NATIVE_ARCH = 89  # compute capability from which Triton converts to E4M3
 LARGEST_GROUP = 8192  # elements of a group that one program holds in registers

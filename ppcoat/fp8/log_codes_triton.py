@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import triton
 import triton.language as tl
 
+from .constants import K_MAX, K_MIN, K_STEP, LARGE, LEVELS, NEAR, NEAR_ZERO, SIGNED_LEVELS, SPREAD, TINY
 from .formats_triton import empty, group_tile, require, row_amax
 from .quantize_triton import group_offsets, load_rows, store_rows
-from .rules import K_MAX, K_MIN, K_STEP, LARGE, LEVELS, NEAR, NEAR_ZERO, SIGNED_LEVELS, SPREAD, TINY
 
 if TYPE_CHECKING:
     from .formats import FP8Format

@@ -1,7 +1,13 @@
-"""Products of FP8 matrices: activations with a scale for each 1 x 128 values, weights for each 128 x 128.
+"""Weights in FP8 with one scale for each square block, and products of FP8 matrices.
 
-y = x W and dx = dy W^T come from one stored weight. Products are added up in float32; a bias and the update
-of a LoRA are added before the only rounding. `scaled_matmul` has a Triton twin, see backend.py.
+`quantize_blocks` stores a frozen weight: values = codes * scale, codes the bits of E4M3 numbers, one scale
+for each 128 x 128 values (fewer at the right and lower edge). Scales are powers of two, so bfloat16 holds
+every value exactly: a weight is the same number in each compute dtype, and its only error is that of the
+codes. (A scale of amax / 448 would be no more exact, because E4M3 is itself a floating format.)
+
+`scaled_matmul` multiplies activations, with a scale for each 1 x 128 values, by such a weight: y = x W and
+dx = dy W^T come from the same stored weight. Products are summed in float32; a bias and the update of a LoRA
+are added before the only rounding. It has a Triton twin, see backend.py.
 
 Source: DeepSeek-V3 (arXiv 2412.19437) section 3.3 for the scales and where sums are kept in float32.
 """
@@ -11,10 +17,12 @@ from __future__ import annotations
 import paddle
 
 from . import backend
-from .blocks import BLOCK, dequantize_blocks
-from .formats import E4M3
-from .operands import BlockMatrix, Epilogue
+from .formats import E4M3, BlockMatrix, Epilogue, FP8Format
 from .quantize import dequantize
+
+BLOCK = 128
+_SMALLEST_SCALE = 2.0**-126  # the smallest normal float32
+_MANTISSA_ONES, _EXPONENT_BITS = 0x007FFFFF, 0x7F800000  # of a float32
 
 
 @backend.op
@@ -40,3 +48,62 @@ def scaled_matmul(
         down, up = epilogue.down.astype("float32"), epilogue.up.astype("float32")
         y = y + paddle.matmul(down, up, transpose_y=transpose)
     return y.astype(dtype)
+
+
+def quantize_blocks(
+    x: paddle.Tensor, fmt: FP8Format = E4M3, block: int = BLOCK
+) -> tuple[paddle.Tensor, paddle.Tensor]:
+    """x [R, C] float -> codes uint8 [R, C], scale float32 [ceil(R / block), ceil(C / block)].
+
+    scale is the least power of two of at least amax / fmt.max, so no code saturates. The scale of a block
+    with a NaN or an infinity is NaN, and so are all its values.
+    """
+    rows, columns = x.shape
+    tiles = _tiles(x.astype("float32"), block)
+    amax = tiles.abs().max(axis=3).max(axis=1)
+    scale = _power_of_two_from(amax / fmt.max) + amax * 0.0  # inf * 0 is NaN
+    codes = (tiles / _over_tiles(scale)).astype(fmt.dtype).view("uint8")
+    return _matrix(codes, rows, columns), scale
+
+
+def dequantize_blocks(
+    codes: paddle.Tensor,
+    scale: paddle.Tensor,
+    fmt: FP8Format = E4M3,
+    block: int = BLOCK,
+    dtype: str | paddle.dtype = "float32",
+) -> paddle.Tensor:
+    """Inverse of `quantize_blocks`: codes uint8 [R, C] and their scale -> values [R, C] in `dtype`."""
+    rows, columns = codes.shape
+    values = codes.view(fmt.dtype).astype(dtype)
+    if rows % block or columns % block:
+        tall = scale.repeat_interleave(block, axis=0)[:rows]
+        return values.multiply_(tall.repeat_interleave(block, axis=1)[:, :columns].astype(dtype))
+    return _matrix(_tiles(values, block).multiply_(_over_tiles(scale).astype(dtype)), rows, columns)
+
+
+def _power_of_two_from(x: paddle.Tensor) -> paddle.Tensor:
+    """Round float32 up to a power of two, in the bits: exact on every device."""
+    bits = paddle.clip(x, min=_SMALLEST_SCALE).view("int32") + _MANTISSA_ONES
+    return paddle.bitwise_and(bits, paddle.full([1], _EXPONENT_BITS, "int32")).view("float32")
+
+
+def _tiles(x: paddle.Tensor, block: int) -> paddle.Tensor:
+    """[R, C] -> [R / block, block, C / block, block]; a ragged edge is filled with zeros."""
+    rows, columns = x.shape
+    if columns % block:
+        x = paddle.concat([x, paddle.zeros([rows, -columns % block], x.dtype)], axis=1)
+    if rows % block:
+        x = paddle.concat([x, paddle.zeros([-rows % block, x.shape[1]], x.dtype)], axis=0)
+    return x.reshape([x.shape[0] // block, block, x.shape[1] // block, block])
+
+
+def _matrix(tiles: paddle.Tensor, rows: int, columns: int) -> paddle.Tensor:
+    """Inverse of `_tiles`, for codes or values."""
+    down, block, across, _ = tiles.shape
+    x = tiles.reshape([down * block, across * block])
+    return x if x.shape == [rows, columns] else x[:rows, :columns].contiguous()
+
+
+def _over_tiles(scale: paddle.Tensor) -> paddle.Tensor:
+    return scale.unsqueeze(1).unsqueeze(3)

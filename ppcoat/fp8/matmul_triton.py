@@ -27,7 +27,7 @@ from .formats_triton import (
 from .quantize_triton import FLOATS
 
 if TYPE_CHECKING:
-    from .operands import BlockMatrix, Epilogue
+    from .formats import BlockMatrix, Epilogue
 
 BLOCK = 128  # values that share a scale, along both sides of a weight; width and depth of a tile
 NEIGHBOURS = 8  # tiles of one column that run next to each other and read the same weights

@@ -1,5 +1,5 @@
-"""Triton twins of GELU, SiLU and gated residual: same names, signatures and rules; one kernel for all
-activations, their gradients, and FP8 in and out. Arithmetic is float32, and each result is rounded once.
+"""Triton twins of GELU, SiLU and gated residual: same names, signatures and rules. One kernel serves both
+activations and their gradients, from floats or FP8 codes. Arithmetic is float32, each result is rounded once.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import triton
 import triton.language as tl
 
+from .constants import GELU_CUBIC, GELU_LINEAR
 from .formats_triton import (
     DTYPES,
     TILE,
@@ -19,15 +20,12 @@ from .formats_triton import (
     group_tile,
     narrowed,
     native_fp8,
-    quantize_rows,
     require,
 )
-from .quantize_triton import FLOATS, group_offsets, load_values, readable, store_rows
-from .rules import GELU_CUBIC, GELU_LINEAR
+from .quantize_triton import FLOATS, group_offsets, load_values, readable
 
 if TYPE_CHECKING:
-    from .formats import FP8Format
-    from .operands import Groups
+    from .formats import Groups
 
 GELU, SILU = 0, 1  # which activation
 
@@ -39,18 +37,6 @@ _FAR = tl.constexpr(32.0)  # beyond it gelu is 0 or x, exactly; x^3 must stay fi
 def gelu(x: Any, groups: Groups | None = None) -> Any:
     """x [..., D], floats or codes -> [..., D]. Raises Unsuited for a tensor with gaps."""
     return _activate(x, None, groups, GELU)
-
-
-def gelu_quantized(x: Any, fmt: FP8Format, group_size: int) -> tuple[Any, Any]:
-    """x [..., D] floats -> codes uint8, scale float32 [..., ceil(D / group_size)]. Raises Unsuited for a
-    tensor with gaps and groups of more than 8192."""
-    *lead, width = x.shape
-    require(x, "x", FLOATS)
-    codes = empty(x, [*lead, width], "uint8")
-    scale = empty(x, [*lead, -(-width // group_size)], "float32")
-    _launch(x, (x, x), (codes, scale), (width, group_size), MANTISSA=0, OUT_MANTISSA=fmt.mantissa_bits,
-            PER_TENSOR=False, KIND=GELU, GRADIENT=False, DTYPE=None)  # fmt: skip
-    return codes, scale
 
 
 def gelu_grad(x: Any, dy: Any, groups: Groups | None = None) -> Any:
@@ -96,35 +82,26 @@ def _activate(x: Any, dy: Any, groups: Groups | None, kind: int) -> Any:
         require(dy, "dy", FLOATS)
     out = empty(x, list(x.shape), dtype)
     per_tensor = groups is None or groups.group_size is None
-    layout = (math.prod(x.shape), TILE) if per_tensor else (x.shape[-1], groups.group_size)
-    _launch(x, (scale, x if dy is None else dy), (out, out), layout, MANTISSA=mantissa, OUT_MANTISSA=0,
-            PER_TENSOR=per_tensor, KIND=kind, GRADIENT=dy is not None, DTYPE=DTYPES[dtype])  # fmt: skip
-    return out
-
-
-def _launch(
-    x: Any, others: tuple[Any, Any], out: tuple[Any, Any], layout: tuple[int, int], **constants
-) -> None:
-    """layout: width of a row, elements of a group; constants: those of the kernel that callers choose."""
-    width, group = layout
+    width, group = (math.prod(x.shape), TILE) if per_tensor else (x.shape[-1], groups.group_size)
     rows, block = group_tile(min(group, max(1, width)))
     per_row = -(-width // group)
-    groups = math.prod(x.shape) // max(1, width) * per_row
-    if groups:
-        activation_kernel[(-(-groups // rows),)](
-            x, *others, *out, groups, width, group, per_row,
-            NATIVE=native_fp8(), ROWS=rows, BLOCK=block, **constants,
+    count = math.prod(x.shape) // max(1, width) * per_row
+    if count:
+        activation_kernel[(-(-count // rows),)](
+            x, scale, x if dy is None else dy, out, count, width, group, per_row,
+            KIND=kind, GRADIENT=dy is not None, MANTISSA=mantissa, PER_TENSOR=per_tensor,
+            NATIVE=native_fp8(), DTYPE=DTYPES[dtype], ROWS=rows, BLOCK=block,
         )  # fmt: skip
+    return out
 
 
 @triton.jit
 def activation_kernel(
-    p_x, p_scale, p_dy, p_y, p_y_scale, groups, width, group, per_row,
+    p_x, p_scale, p_dy, p_y, groups, width, group, per_row,
     KIND: tl.constexpr, GRADIENT: tl.constexpr, MANTISSA: tl.constexpr, PER_TENSOR: tl.constexpr,
-    OUT_MANTISSA: tl.constexpr, NATIVE: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    NATIVE: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """ROWS groups of x -> y, or with GRADIENT dx; OUT_MANTISSA 0: floats, else codes and scales."""
+    """ROWS groups of x -> y, or with GRADIENT dx."""
     i_group, offset, inside = group_offsets(groups, width, group, per_row, ROWS, BLOCK)
     x = load_values(p_x, p_scale, i_group, i_group < groups, offset, inside, MANTISSA, PER_TENSOR, NATIVE)
     # gelu and silu are both x p, p the logistic function of z
@@ -143,12 +120,7 @@ def activation_kernel(
         y = dy * p * (1.0 + near * rest * slope)
     else:
         y = x * p
-    if OUT_MANTISSA == 0:
-        tl.store(p_y + offset, narrowed(y, DTYPE), mask=inside)
-    else:
-        codes, scale = quantize_rows(y, OUT_MANTISSA, NATIVE)
-        tl.store(p_y + offset, codes, mask=inside)
-        store_rows(p_y_scale, scale, i_group, i_group < groups)
+    tl.store(p_y + offset, narrowed(y, DTYPE), mask=inside)
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""FP8 quantisation in plain Paddle: the reference that every faster version is compared with.
+"""FP8 quantisation in plain Paddle: the reference of every faster version.
 
 Two kinds of codec. Activations: `quantize` / `dequantize`, linear, values = codes * scale, one scale per
 group of the last axis or per tensor; codes are the bits of FP8 numbers. Optimizer states: `log_encode` /
@@ -9,7 +9,8 @@ that every Paddle op and file format moves.
 A non-finite input stays visible: Paddle's casts turn inf and NaN into numbers, so the group's scale (or
 amax) becomes NaN and all its values decode to NaN.
 
-The functions marked `op` have Triton twins, see backend.py.
+The functions marked `op` have Triton twins, see backend.py; the last two functions are `quantize` and
+`dequantize` by Paddle's own FP8 kernels.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ import math
 import paddle
 
 from . import backend
-from .broadcast import spread
-from .formats import FP8Format
-from .operands import Groups
-from .rules import K_MAX, K_MIN, K_STEP, LARGE, LEVELS, NEAR, NEAR_ZERO, SIGNED_LEVELS, SPREAD, TINY
+from .backend import Unsuited
+from .constants import K_MAX, K_MIN, K_STEP, LARGE, LEVELS, NEAR, NEAR_ZERO, SIGNED_LEVELS, SPREAD, TINY
+from .formats import FP8Format, Groups
+
+PADDLE_GROUP, HALF_DTYPES = 128, (paddle.bfloat16, paddle.float16)  # of Paddle's own FP8 kernels
 
 
 def floats(x: paddle.Tensor, groups: Groups | None) -> paddle.Tensor:
@@ -30,6 +32,17 @@ def floats(x: paddle.Tensor, groups: Groups | None) -> paddle.Tensor:
     if groups is None:
         return x
     return dequantize(x, groups.scale, groups.fmt, groups.group_size, groups.dtype)
+
+
+def expand_on_cpu(small: paddle.Tensor, x: paddle.Tensor) -> paddle.Tensor:
+    """`small`, which broadcasts to x's shape, as a whole tensor of that shape, on a CPU; itself elsewhere.
+
+    An elementwise operation on a CPU takes 4 to 18 times as long where it has to broadcast (Paddle 3.3).
+    Itself under autograd, too, which would hold the whole tensor for backward.
+    """
+    if not paddle.in_dynamic_mode() or paddle.is_grad_enabled() or not x.place.is_cpu_place():
+        return small
+    return small.expand_as(x)
 
 
 @backend.op
@@ -50,7 +63,7 @@ def quantize(
     if group_size is None:
         amax = amax.max()  # in two stages, as COAT's group scaling: rows side by side, then their maxima
     scale = paddle.clip(amax / fmt.max, min=TINY) + amax * 0.0  # clip may drop a NaN, the sum brings it back
-    codes = _to_codes(values / spread(scale, values), fmt)
+    codes = _to_codes(values / expand_on_cpu(scale, values), fmt)
     if group_size is None:
         return codes, scale.reshape([1])
     return _join_groups(codes, x.shape[-1]), scale.squeeze(-1)
@@ -67,9 +80,9 @@ def dequantize(
     """Inverse of `quantize`: codes uint8 [..., D] and their scale -> values [..., D] in `dtype`."""
     values = _from_codes(codes, fmt)
     if group_size is None:
-        return (values * spread(scale, values)).astype(dtype)
+        return (values * expand_on_cpu(scale, values)).astype(dtype)
     grouped = _split_groups(values, group_size)
-    grouped = grouped * spread(scale.unsqueeze(-1), grouped)
+    grouped = grouped * expand_on_cpu(scale.unsqueeze(-1), grouped)
     return _join_groups(grouped, codes.shape[-1]).astype(dtype)
 
 
@@ -206,3 +219,44 @@ def _join_groups(x: paddle.Tensor, width: int) -> paddle.Tensor:
     """Inverse of `_split_groups`: [..., n, group_size] -> [..., width]."""
     joined = x.reshape([*x.shape[:-2], x.shape[-2] * x.shape[-1]])
     return joined if joined.shape[-1] == width else joined[..., :width].contiguous()
+
+
+def quantize_by_paddle(
+    x: paddle.Tensor, fmt: FP8Format, group_size: int | None = None
+) -> tuple[paddle.Tensor, paddle.Tensor]:
+    """`quantize` by the kernel `fp8_quant_blockwise` (Paddle 3.3, GPUs only).
+
+    x [..., D] bfloat16 or float16, D a multiple of 128; E4M3 in groups of 128 -> codes, scale as `quantize`.
+    Raises Unsuited for anything else. Whether it follows the rule of `quantize` for zeros and for what is not
+    finite is left to the check on first use.
+    """
+    _require_paddle_kernel(fmt, group_size, x.shape[-1])
+    if x.dtype not in HALF_DTYPES or not x.is_contiguous():
+        raise Unsuited(f"x is {x.dtype} or has gaps; Paddle's kernel wants contiguous bfloat16 or float16")
+    codes, scale = paddle.incubate.nn.functional.fp8_quant_blockwise(
+        x.reshape([-1, x.shape[-1]]), output_scale_transpose=False, using_pow2_scale=False
+    )
+    return codes.view("uint8").reshape(x.shape), scale.reshape([*x.shape[:-1], x.shape[-1] // PADDLE_GROUP])
+
+
+def dequantize_by_paddle(
+    codes: paddle.Tensor,
+    scale: paddle.Tensor,
+    fmt: FP8Format,
+    group_size: int | None = None,
+    dtype: str | paddle.dtype = "float32",
+) -> paddle.Tensor:
+    """`dequantize` by the kernel `fused_act_dequant` (Paddle 3.3, GPUs only) -> values [..., D] in bfloat16.
+    Takes what `quantize_by_paddle` gives; raises Unsuited for anything else."""
+    _require_paddle_kernel(fmt, group_size, codes.shape[-1])
+    if dtype not in ("bfloat16", paddle.bfloat16):
+        raise Unsuited(f"dequantize to {dtype}; Paddle's kernel gives bfloat16")
+    values = paddle.incubate.nn.functional.fused_act_dequant(
+        codes.view(fmt.dtype).reshape([-1, codes.shape[-1]]), scale.reshape([-1, scale.shape[-1]])
+    )
+    return values.reshape(codes.shape)
+
+
+def _require_paddle_kernel(fmt: FP8Format, group_size: int | None, width: int) -> None:
+    if fmt.name != "e4m3" or group_size != PADDLE_GROUP or width % PADDLE_GROUP:
+        raise Unsuited(f"{fmt.name}, groups of {group_size} in {width}; Paddle's kernel has E4M3 in 128")

@@ -31,8 +31,7 @@ from .formats_triton import (
 )
 
 if TYPE_CHECKING:
-    from .formats import FP8Format
-    from .operands import Groups
+    from .formats import FP8Format, Groups
 
 PARTS = 1024  # maxima of the first stage
 FLOATS = tuple(DTYPES)

@@ -15,7 +15,7 @@ from collections.abc import Callable
 import paddle
 
 from ppcoat.errors import ConfigError
-from ppcoat.models.adapters import adapters
+from ppcoat.models.blocks import adapters
 from ppcoat.models.flux.transformer import FluxTransformer2DModel
 
 OFF = ("0", "false", "off", "no")

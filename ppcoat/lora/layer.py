@@ -16,8 +16,8 @@ import paddle
 from paddle import nn
 
 from ppcoat.errors import ConfigError
+from ppcoat.nn.base_weight import FP8Weight
 from ppcoat.nn.convert import set_sublayer
-from ppcoat.nn.fp8_weight import FP8Weight
 from ppcoat.nn.linear import FrozenLinear, LoRALinear
 
 from .lokr import LoKrLinear, LoKrSettings, new_factors

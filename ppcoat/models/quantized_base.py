@@ -36,9 +36,8 @@ from ppcoat.models.loading import (
     unfilled,
 )
 from ppcoat.models.writing import INDEX, Layout, check_room, layout_bytes, shard_metadata, write_component
+from ppcoat.nn.base_weight import BLOCK, FP8Weight
 from ppcoat.nn.convert import set_fp8_weight, set_sublayer, sublayer_at
-from ppcoat.nn.fp8_weight import BLOCK, FP8Weight
-from ppcoat.nn.saving import flux_blocks
 from ppcoat.nn.swap import last_blocks, move_to_host
 
 _log = logging.getLogger(__name__)
@@ -199,7 +198,7 @@ def _random_inputs(model: FluxTransformer2DModel, tokens: int, seed: int) -> dic
 
 
 def _is_in_block(path: str, model: nn.Layer) -> bool:
-    return any(path.startswith(f"{block}.") for block, *_ in flux_blocks(model))
+    return any(path.startswith(f"{block}.") for block in model.named_blocks())
 
 
 def _bands(info: TensorInfo) -> Iterator[paddle.Tensor]:

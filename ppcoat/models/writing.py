@@ -29,7 +29,7 @@ from safetensors.paddle import save_file
 from ppcoat.device import is_running
 from ppcoat.errors import ConfigError
 from ppcoat.models.loading import TIED, linear_weights
-from ppcoat.nn.fp8_weight import FP8Weight
+from ppcoat.nn.base_weight import FP8Weight
 
 SHARD_BYTES = 10_000_000_000
 DIFFUSERS_VERSION = "0.32.2"  # the version whose folder layout is written

@@ -1,26 +1,63 @@
-"""Attention and rotary position embedding: the operations of FLUX that mix or mark token positions.
+"""Attention and rotary position embedding in plain Paddle: what mixes or marks token positions.
 
-Both take and return [batch, tokens, heads, head_dim], the layout in which the Linears leave their output.
+All take and return [batch, tokens, heads, head_dim], the layout in which the Linears leave their output. A
+mask is added to the scores as a bias, 0 or a number so low that its weight is exactly 0; it stays finite, for
+a row without any key must not become NaN.
 """
 
+from __future__ import annotations
+
+import numpy as np
 import paddle
 import paddle.nn.functional as F
 
-from ppcoat.fp8.norm import turned
+from ppcoat.fp8.norm import apply_rope
+
+MASKED_SCORE = -1e9
 
 
-def attention(q: paddle.Tensor, k: paddle.Tensor, v: paddle.Tensor) -> paddle.Tensor:
-    """softmax(q k^T / sqrt(head_dim)) v, without a mask.
+def attention(
+    q: paddle.Tensor, k: paddle.Tensor, v: paddle.Tensor, bias: paddle.Tensor | None = None
+) -> paddle.Tensor:
+    """softmax(q k^T / sqrt(head_dim) + bias) v; query head h reads key head h // (heads / key heads).
 
-    q, k, v and the result: [batch, tokens, heads, head_dim] of one floating dtype; k and v may have another
-    number of tokens than q. Half precision on a GPU goes to flash attention; everything else is written out
-    in matmuls, which on CPU takes a third of the time of Paddle's own composed form.
+    q [B, T, heads, head_dim]; k and v [B, S, key heads, head_dim]; bias as `attention_bias` gives it. Returns
+    q's shape and dtype. Half precision on a GPU goes to flash attention; everything else is written out in
+    matmuls, which on CPU takes a third of the time of Paddle's own composed form.
     """
+    groups = q.shape[2] // k.shape[2]
+    if groups > 1:
+        k, v = (_repeat_heads(x, groups) for x in (k, v))
     if uses_flash_attention(q):
-        return F.scaled_dot_product_attention(q, k, v)
+        if bias is not None:
+            bias = bias.astype(q.dtype).expand([q.shape[0], 1, q.shape[1], k.shape[1]])
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
     q, k, v = (_swap_tokens_and_heads(x) for x in (q * q.shape[-1] ** -0.5, k, v))
-    weights = F.softmax(paddle.matmul(q, k, transpose_y=True), axis=-1)
+    scores = paddle.matmul(q, k, transpose_y=True)
+    weights = F.softmax(scores if bias is None else scores + bias.astype(scores.dtype), axis=-1)
     return _swap_tokens_and_heads(paddle.matmul(weights, v))
+
+
+def _repeat_heads(x: paddle.Tensor, times: int) -> paddle.Tensor:
+    """[B, S, heads, D] -> [B, S, heads * times, D], each head `times` in a row; autograd saves nothing of x."""
+    batch, tokens, heads, head_dim = x.shape
+    x = x.unsqueeze(3).expand([batch, tokens, heads, times, head_dim])
+    return x.reshape([batch, tokens, heads * times, head_dim])
+
+
+def attention_bias(keep: np.ndarray) -> paddle.Tensor | None:
+    """keep: bool [B, queries or 1, keys] -> float32 [B, 1, queries or 1, keys], None if every key is kept.
+
+    None lets `attention` use the kernels without a mask, so decide on the host and once per call.
+    """
+    if keep.all():
+        return None
+    return paddle.to_tensor(np.where(keep, 0.0, MASKED_SCORE).astype("float32")).unsqueeze(1)
+
+
+def padding_bias(lengths: list[int], tokens: int) -> paddle.Tensor | None:
+    """The bias [B, 1, 1, tokens] that lets sample i attend to its first lengths[i] tokens."""
+    return attention_bias((np.arange(tokens) < np.array(lengths)[:, None])[:, None])
 
 
 def uses_flash_attention(q: paddle.Tensor) -> bool:
@@ -64,18 +101,39 @@ def rotate(x: paddle.Tensor, cos: paddle.Tensor, sin: paddle.Tensor) -> paddle.T
     """
     if paddle.is_grad_enabled() and not x.stop_gradient:
         return _Rotate.apply(x, cos, sin)
-    return turned(x, cos, sin)
+    return apply_rope(x, cos, sin)
 
 
 class _Rotate(paddle.autograd.PyLayer):
-    """The backward of a rotation is the rotation back, so only cos and sin are kept, and nothing of x."""
+    """The backward of a rotation is the rotation back, so nothing of x is saved. The tables are the model's,
+    for all of its blocks, and not counted here."""
 
     @staticmethod
     def forward(ctx, x, cos, sin):
-        ctx.save_for_backward(cos, sin)
-        return turned(x, cos, sin)
+        ctx.angles = cos, sin
+        return apply_rope(x, cos, sin)
 
     @staticmethod
     def backward(ctx, grad):
-        cos, sin = ctx.saved_tensor()
-        return turned(grad, cos, -sin)
+        cos, sin = ctx.angles
+        return apply_rope(grad, cos, -sin), None, None
+
+
+def half_split_angles(
+    tokens: int, head_dim: int, theta: float, factor: float = 1.0
+) -> tuple[paddle.Tensor, paddle.Tensor]:
+    """(cos, sin), float32 [tokens, 1, head_dim / 2], of the angles position / factor * theta^(-2j/head_dim).
+
+    In float64 until the end, because position times frequency loses digits in float32.
+    """
+    frequencies = theta ** (-np.arange(0, head_dim, 2) / head_dim) / factor
+    angles = np.outer(np.arange(tokens), frequencies)[:, None]
+    return tuple(paddle.to_tensor(part.astype("float32")) for part in (np.cos(angles), np.sin(angles)))
+
+
+def rotate_halves(x: paddle.Tensor, cos: paddle.Tensor, sin: paddle.Tensor) -> paddle.Tensor:
+    """Turns the pairs (x[j], x[j + head_dim / 2]), as Gemma and XLM-R do; cos and sin from
+    `half_split_angles`, rounded to x's dtype first as in the original. x [B, T, heads, head_dim]."""
+    cos, sin = cos.astype(x.dtype), sin.astype(x.dtype)
+    first, second = x.chunk(2, axis=-1)
+    return paddle.concat([first * cos - second * sin, second * cos + first * sin], axis=-1)

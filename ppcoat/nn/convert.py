@@ -9,7 +9,7 @@ from paddle import nn
 
 from ppcoat.errors import ConfigError
 
-from .fp8_weight import FP8Weight
+from .base_weight import FP8Weight
 from .linear import FrozenLinear, LinearParameters, LoRALinear
 from .policy import granularity_groups
 

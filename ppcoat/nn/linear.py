@@ -7,7 +7,7 @@ the small x A for dB.
     y  = x W + b + s * drop(x) A B          s = alpha / rank * scale_multiplier
     dx = dy W^T + s * drop'(dy B^T A^T),  dA = s * drop(x)^T (dy B^T),  dB = s * (drop(x) A)^T dy
 
-Weights are in Paddle's layout, [in, out]. A frozen weight may be stored in FP8 (fp8_weight.py): forward and
+Weights are in Paddle's layout, [in, out]. A frozen weight may be stored in FP8 (base_weight.py): forward and
 dx each turn the one stored copy into the compute dtype and drop it at once. Source: LoRA (arXiv 2106.09685);
 one FP8 copy of x as COAT section 5 stores it.
 """
@@ -25,9 +25,9 @@ from paddle.autograd import PyLayer
 from ppcoat.errors import ConfigError
 from ppcoat.fp8.formats import E4M3
 
-from .fp8_weight import Weight, times, times_transposed
+from .base_weight import Weight, times, times_transposed
 from .policy import check_policy
-from .saved import pack
+from .saved_tensors import saver
 
 
 class FrozenLinear(nn.Layer):
@@ -143,22 +143,17 @@ class _LoRALinear(PyLayer):
         ctx, x: paddle.Tensor, lora_a: paddle.Tensor, lora_b: paddle.Tensor, use: LinearUse
     ) -> paddle.Tensor:
         ctx.use, ctx.x_needs_grad, layer = use, not x.stop_gradient, use.layer
+        ctx.x = ctx.xa = None
         y, xa = use.forward(x)
-        # Packed x hangs on ctx, not in save_for_backward: active hooks would otherwise pack its scales once
-        # more.
-        ctx.packed = None
-        kept = [xa]
-        if use.needs_x and layer.policy != "none":
-            ctx.packed = pack(x, E4M3, layer.group_size)
-        elif use.needs_x:
-            kept.append(x)
-        ctx.save_for_backward(*kept)
+        # What is saved hangs on ctx, not in save_for_backward: the hooks would count and pack it once more.
+        if use.needs_x:
+            fmt = None if layer.policy == "none" else E4M3
+            ctx.x, ctx.xa = saver().save_input(x, fmt, layer.group_size), saver().save_plain(xa)
         return y
 
     @staticmethod
     def backward(ctx, dy: paddle.Tensor) -> tuple[paddle.Tensor | None, ...]:
-        xa, *kept = ctx.saved_tensor()
-        x = ctx.packed.unpack() if ctx.packed is not None else kept[0] if kept else None
+        x, xa = (None if saved is None else saved.unpack() for saved in (ctx.x, ctx.xa))
         return ctx.use.gradients(x, dy, ctx.x_needs_grad, xa)
 
 

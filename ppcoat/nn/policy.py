@@ -1,12 +1,11 @@
-"""Saving policies by name: what a block keeps for backward, and in which form.
+"""Saving policies by name: what is saved for backward, and in which form.
 
-    none                       what autograd keeps, in compute dtype
-    coat                       every input of a Linear, norm or GELU in FP8; attention as it is
-    coat+recompute             of those only the inputs of norms and GELU; the rest is computed again
-    coat+recompute+attention   the same, and values in FP8, queries and keys in FP8 and half a byte
+    none                       what autograd saves, in compute dtype
+    coat                       every input of a Linear, norm or activation in FP8; attention as it is
+    coat+recompute             of those only the inputs of norms and activations; the rest is computed again
+    coat+recompute+attention   the same, and values in FP8, queries and keys in FP8 with a 4-bit residual
 
-FLUX blocks go backward by hand for it (flux_block.py, with bytes per block); other models, NextDiT_CLIP among
-them, get the first step from hooks (saved.py), the others from ops that they call (checkpoint.py).
+The ops of ops.py follow it; all other operators get the first step from hooks (saved_tensors.py).
 Source of the first step: COAT (arXiv 2410.19313) section 5.
 """
 
@@ -21,28 +20,30 @@ from ppcoat.fp8.formats import E4M3, FP8Format
 
 @dataclass(frozen=True)
 class SavingPolicy:
-    """What to keep. fmt None keeps everything in its own dtype.
+    """What to save for backward. fmt None: everything in its own dtype.
 
-    recompute: inputs of Linears and attention's output are computed again in backward. rebuild_heads: queries
-    and keys before their norm are had back from those after it; otherwise they are packed. pack_attention:
-    rotated queries, keys, and values are packed. group_size and
-    linear_group_size: values along the last axis that share a scale (None: one scale per tensor); the second
-    is for inputs of Linears.
+    recompute: inputs of Linears and attention's output are computed again in backward. invert_head_norms:
+    queries and keys before their norm are recovered from the normalised ones in backward; otherwise they are
+    saved. pack_attention: rotated queries and keys, and values, are packed. group_size: values along the last
+    axis that share a scale (None: one scale per tensor); how a Linear's input is grouped is the Linear's own
+    setting. by_hand False: ops leave it to autograd what to save.
     """
 
     name: str
     fmt: FP8Format | None = None
     recompute: bool = False
-    rebuild_heads: bool = True
+    invert_head_norms: bool = True
     pack_attention: bool = False
     group_size: int | None = 128
-    linear_group_size: int | None = None
+    by_hand: bool = True
 
 
+NONE = SavingPolicy("none", by_hand=False)
+AS_IT_IS = SavingPolicy("as it is")  # of ops in what is computed again
 _NAMED = {
     policy.name: policy
     for policy in (
-        SavingPolicy("none"),
+        NONE,
         SavingPolicy("coat", E4M3),
         SavingPolicy("coat+recompute", E4M3, recompute=True),
         SavingPolicy("coat+recompute+attention", E4M3, recompute=True, pack_attention=True),
@@ -51,13 +52,12 @@ _NAMED = {
 POLICIES = tuple(_NAMED)
 
 
-def get_policy(name: str, group_size: int | None = 128, linear_group_size: int | None = None) -> SavingPolicy:
-    """The policy of that name with these group sizes. Raises ConfigError for a wrong name or size."""
+def get_policy(name: str, group_size: int | None = 128) -> SavingPolicy:
+    """The policy of that name with this group size. Raises ConfigError for a wrong name or size."""
     policy = _NAMED[check_policy(name)]
-    for size in (group_size, linear_group_size):
-        if size is not None:
-            granularity_groups("per_group", size)
-    return replace(policy, group_size=group_size, linear_group_size=linear_group_size)
+    if group_size is not None:
+        granularity_groups("per_group", group_size)
+    return replace(policy, group_size=group_size)
 
 
 def check_policy(name: str) -> str:

@@ -6,7 +6,7 @@
 
 When a block begins, forward or backward, the next one's parameters begin to travel; at most two swapped
 blocks are on the device at once. Frozen parameters never change, so nothing travels back. The data of a
-tensor is exchanged, not the tensor: autograd, saving policies and checkpointing see the same parameters, and
+tensor is exchanged, not the tensor: autograd, saved tensors and checkpointing see the same parameters, and
 results are equal bit for bit. LoRA parameters never move.
 """
 
@@ -21,7 +21,6 @@ from paddle import nn
 from ppcoat.errors import ConfigError
 
 from .linear import LoRALinear
-from .saving import flux_blocks
 
 FORWARD, BACKWARD = 1, -1
 
@@ -169,17 +168,17 @@ def swap_blocks(blocks: Sequence[nn.Layer], transport: Transport | None = None) 
 
 
 def last_blocks(model: nn.Layer, count: int) -> dict[str, nn.Layer]:
-    """The last `count` FLUX blocks of a model, by path, in model order.
+    """The last `count` of model.named_blocks(), by path, in the order in which they run.
 
     Raises ConfigError for a count that is not from 0 to the number of blocks.
     """
-    blocks = [(path, block) for path, block, _ in flux_blocks(model)]
+    blocks = list(model.named_blocks().items())
     check_count(count, len(blocks))
     return dict(blocks[len(blocks) - count :])
 
 
 def check_count(count: int, blocks: int) -> None:
-    """Raise ConfigError for a count that is not from 0 to the number of blocks."""
+    """Raises ConfigError for a count that is not from 0 to the number of blocks."""
     if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= blocks:
         raise ConfigError(f"blocks_to_swap: came {count!r}, but this model has {blocks} blocks: lower it")
 

@@ -25,7 +25,7 @@ from ppcoat.device import set_device
 from ppcoat.lora import inject_lora
 from ppcoat.models.flux.transformer import FluxTransformer2DModel
 from ppcoat.nn.attention import attention
-from ppcoat.nn.saved import SavedTensors
+from ppcoat.nn.saved_tensors import SavedTensors, count_saved_tensors
 from ppcoat.train.coat import COATTrainer
 from ppcoat.train.objective import FlowMatching, Objective
 
@@ -62,10 +62,10 @@ class TracedModel:
         """Channels of a head."""
         return self.setting("attention_head_dim")
 
-    @property
-    def uses_autograd(self) -> bool:
-        """Whether blocks that are not checkpointed keep what autograd keeps."""
-        return COATTrainer(self.coat).policy == "none"
+    def attention_is_counted(self, checkpointed: bool) -> bool:
+        """Whether attention is an op that saves by hand, whose bytes are those of a large model: always but
+        where blocks save what autograd saves."""
+        return checkpointed or COATTrainer(self.coat).policy != "none"
 
     def small_heads(self) -> tuple[int, ...]:
         """Heads of the small models: so many that groups fill rows as they do at full width."""
@@ -102,10 +102,6 @@ class TracedModel:
         flux.train()
         return flux
 
-    def small_blocks(self, model: paddle.nn.Layer) -> list[paddle.nn.Layer]:
-        """The blocks that are counted one by one: a first one, another one, one of the second kind if any."""
-        return [*model.transformer_blocks, *model.single_transformer_blocks]
-
     def shapes(self, config: Mapping, columns: int, words: int) -> dict[str, tuple[int, ...]]:
         """Of the batch of one picture that a small model of this config is given."""
         return {
@@ -124,8 +120,7 @@ class TracedModel:
         }
 
     def saving(self, checkpointed: bool = False) -> AbstractContextManager:
-        """The context of the pass, and of attention that is counted by itself. FLUX blocks count what they
-        hold whatever is checkpointed; of their attention only the unpacked form is asked for."""
+        """The context of the pass."""
         return COATTrainer(self.coat).saved_tensors()
 
     def objective(self) -> Objective:
@@ -134,7 +129,7 @@ class TracedModel:
 
     def written_attention(self, heads: int, image: int, text: int, checkpointed: bool) -> np.ndarray:
         """What written-out attention keeps of the numbers of KeptBytes."""
-        if checkpointed or not self.uses_autograd:
+        if self.attention_is_counted(checkpointed):
             return np.zeros(4)
         return np.array([0, *[self.scores_bytes(heads, image + text)] * 3])
 
@@ -142,7 +137,7 @@ class TracedModel:
         """What attention keeps of these numbers at the true size. On a GPU: q, k, v, the output and a float32
         per row (flash attention), and q and k in float32 before their norm, where a CPU counts bfloat16.
         """
-        if checkpointed or not self.uses_autograd:
+        if self.attention_is_counted(checkpointed):
             return np.zeros(4)
         if self.half:
             of_block = (image + text) * self.heads * (4 * 2 * self.head_dim + 4 + 2 * 2 * self.head_dim)
@@ -150,20 +145,20 @@ class TracedModel:
             of_block = self.large_scores_bytes(image + text)
         return np.array([0, *[of_block] * 3])
 
-    def large_scores_bytes(self, tokens: int, checkpointed: bool = False) -> float:
+    def large_scores_bytes(self, tokens: int) -> float:
         """`scores_bytes` of all heads for any number of tokens: a multiple of them, for copies of q, k, v,
         and one of their square, for the scores."""
         few = SCORES_AT
-        one, two = (self.scores_bytes(self.heads, n, checkpointed) for n in (few, 2 * few))
+        one, two = (self.scores_bytes(self.heads, n) for n in (few, 2 * few))
         square = (two - 2 * one) / (2 * few**2)
         return square * tokens**2 + (one / few - square * few) * tokens
 
-    def scores_bytes(self, heads: int, tokens: int, checkpointed: bool = False) -> int:
-        """What written-out attention over one picture's tokens keeps, by itself."""
+    def scores_bytes(self, heads: int, tokens: int) -> int:
+        """What autograd saves of written-out attention over one picture's tokens."""
         q, k, v = (paddle.ones([1, tokens, heads, self.head_dim]) for _ in range(3))
         for x in (q, k, v):
             x.stop_gradient = False
-        with self.saving(checkpointed) as saved:
+        with count_saved_tensors() as saved:
             attention(q, k, v)
         return self.bytes(saved)
 
@@ -250,18 +245,18 @@ def _count(
 ) -> np.ndarray:
     """One forward pass -> bytes kept outside the blocks, and in each of three (0 if it is not there)."""
     batch = model.batch(small.config, columns, words)
-    marks, hooks = [], []
+    run_block, of_blocks = small.run_block, []
 
-    def mark(*_: object) -> None:
-        marks.append(model.bytes(saved))
+    def counted(*args: object) -> object:
+        before = model.bytes(saved)
+        result = run_block(*args)
+        of_blocks.append(model.bytes(saved) - before)
+        return result
 
-    for block in model.small_blocks(small):
-        hooks += [block.register_forward_pre_hook(mark), block.register_forward_post_hook(mark)]
+    small.run_block = counted
     with model.saving(checkpointed) as saved:
         model.objective().loss(small, batch, np.random.default_rng(1))
-    for hook in hooks:
-        hook.remove()
+    small.run_block = run_block
     blocks = np.zeros(3)
-    of_blocks = np.subtract(marks[1::2], marks[::2])
     blocks[: len(of_blocks)] = of_blocks
     return np.array([model.bytes(saved) - blocks.sum(), *blocks], dtype=np.float64)

@@ -21,9 +21,8 @@ from ppcoat.lora.lokr import LoKrSettings, new_factors
 from ppcoat.models.flux.pipeline import MAX_T5_TOKENS
 from ppcoat.models.flux.transformer import FluxTransformer2DModel
 from ppcoat.models.loading import read_json, tensor_infos
+from ppcoat.nn.base_weight import fp8_bytes
 from ppcoat.nn.convert import sublayer_at
-from ppcoat.nn.fp8_weight import fp8_bytes
-from ppcoat.nn.saving import flux_blocks
 from ppcoat.optim import FP8QuantizationConfig
 from ppcoat.train.model_spec import chosen_modules
 
@@ -121,7 +120,7 @@ def read_model(config: RunConfig, settings: dict | None = None) -> BaseModel:
         settings = FLUX_DEV if assumed else read_json(folder / "transformer" / "config.json")
     with paddle.LazyGuard():  # parameters get a shape and no memory
         model = FluxTransformer2DModel.from_config(settings)
-    blocks = tuple(path for path, *_ in flux_blocks(model))
+    blocks = tuple(model.named_blocks())
     linears, others = weights_by_block(model, blocks)
     return BaseModel(
         settings=dict(model.config),

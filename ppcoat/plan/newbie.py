@@ -35,8 +35,7 @@ from ppcoat.models.newbie.jina_clip import (
 from ppcoat.models.newbie.nextdit import NextDiT_CLIP
 from ppcoat.models.newbie.pipeline import PROMPT_PREFIX, with_prefix
 from ppcoat.nn.convert import quantize_linears
-from ppcoat.nn.policy import get_policy
-from ppcoat.nn.saved import SavedTensors, count_saved_tensors, kept_as_they_are
+from ppcoat.nn.saved_tensors import SavedTensors, count_saved_tensors, saved_as_they_are
 from ppcoat.plan.kept import SIDE, KeptBytes, TracedModel, kept_bytes, small_lora_paths
 from ppcoat.plan.model import (
     DEV_VAE,
@@ -56,10 +55,10 @@ from ppcoat.train.objective import Transport
 # Measured with Paddle's allocator.
 NEWBIE_WORKING = {
     "none": ((9.2, 0.0), (-3.4, 2.0)),
-    "coat": ((26.0, 0.0), (19.7, 2.3)),
-    "coat+recompute": ((27.4, 0.0), (26.9, 2.3)),
-    "coat+recompute+attention": ((27.4, 0.0), (26.9, 2.3)),
-    "checkpointed": ((5.3, 0.0), (4.0, 2.0)),
+    "coat": ((18.4, 0.3), (2.0, 3.0)),
+    "coat+recompute": ((19.6, 0.3), (3.5, 3.0)),
+    "coat+recompute+attention": ((19.6, 0.3), (5.5, 3.0)),
+    "checkpointed": ((12.0, 0.3), (-9.0, 3.0)),
 }
 NEWBIE_FORWARD_WORKING = ((18.0, 0.0), (11.0, 2.0))
 # Linears that see one row a picture.
@@ -231,7 +230,7 @@ class TracedNextDiT(TracedModel):
         sizes = own | {"n_layers": 2, "n_heads": heads, "dim": dim, "multiple_of": 1}
         sizes["n_kv_heads"] = heads * own["n_kv_heads"] // own["n_heads"]
         sizes["ffn_dim_multiplier"] = self.hidden / (4 * own["dim"])
-        model, coat = NextDiT_CLIP(**sizes), COATTrainer(self.coat, checkpointed)
+        model, coat = NextDiT_CLIP(**sizes), COATTrainer(self.coat)
         if self.quantize:
             quantize_linears(model)
         others = [path.replace(".0.", ".1.", 1) for path in self.lora_paths if path.startswith("layers.")]
@@ -244,10 +243,6 @@ class TracedNextDiT(TracedModel):
         coat.convert(model)
         model.train()
         return model
-
-    def small_blocks(self, model: paddle.nn.Layer) -> list[paddle.nn.Layer]:
-        """The two layers."""
-        return list(model.layers)
 
     def shapes(self, config: Mapping, columns: int, words: int) -> dict[str, tuple[int, ...]]:
         """Of the batch of one picture that a small model of this config is given."""
@@ -272,40 +267,28 @@ class TracedNextDiT(TracedModel):
             with COATTrainer(self.coat).saved_tensors() as saved:
                 yield saved
             return
-        with count_saved_tensors() as saved, kept_as_they_are():
+        with count_saved_tensors() as saved, saved_as_they_are():
             yield saved
 
     def written_attention(self, heads: int, image: int, text: int, checkpointed: bool) -> np.ndarray:
-        """What written-out attention keeps of the numbers of KeptBytes."""
-        if self._leaves_out_attention(checkpointed):
+        """What written-out attention saves of the numbers of KeptBytes."""
+        if self.attention_is_counted(checkpointed):
             return np.zeros(4)
-
-        def scores(tokens: int) -> int:
-            return self.scores_bytes(heads, tokens, checkpointed)
-
-        return self._of_parts(scores(image), scores(text), scores(image + text))
+        return self._of_parts(*(self.scores_bytes(heads, n) for n in (image, text, image + text)))
 
     def true_attention(self, image: int, text: int, checkpointed: bool) -> np.ndarray:
-        """What attention keeps of these numbers at the true size; on a GPU q, k, v, the output and a float32
-        per row (flash attention), and what RMSNorms keep in float32 where a CPU counts bfloat16."""
-        if self._leaves_out_attention(checkpointed):
+        """What attention saves of these numbers at the true size; on a GPU q, k, v, the output and a float32
+        per row (flash attention), and what RMSNorms save in float32 where a CPU counts bfloat16."""
+        if self.attention_is_counted(checkpointed):
             return np.zeros(4)
 
         def of_block(tokens: int) -> float:
             if not self.half:
-                return self.large_scores_bytes(tokens, checkpointed)
-            width, plain = self.setting("dim"), checkpointed or self.uses_autograd
-            groups = -(-self.head_dim // self.coat.activation.group_size)
-            of_head = 2 * self.head_dim if plain else self.head_dim + 4 * groups
-            keys = self.setting("n_kv_heads") * self.head_dim
-            norms = 2 * (4 * width + width + keys) if plain else 0
-            return tokens * (self.heads * (4 * of_head + 4) + norms)
+                return self.large_scores_bytes(tokens)
+            width, keys = self.setting("dim"), self.setting("n_kv_heads") * self.head_dim
+            return tokens * (self.heads * (4 * 2 * self.head_dim + 4) + 2 * (4 * width + width + keys))
 
         return self._of_parts(of_block(image), of_block(text), of_block(image + text))
-
-    def _leaves_out_attention(self, checkpointed: bool) -> bool:
-        """Whether it is computed again: what it reads is counted with the block."""
-        return not checkpointed and get_policy(COATTrainer(self.coat).policy).recompute
 
     def _of_parts(self, image: float, text: float, both: float) -> np.ndarray:
         refiners = self.setting("n_refiner_layers")

@@ -34,10 +34,10 @@ RESIDENT_SWAPPED = 2  # of the swapped blocks one computes while the next one co
 # written out, in scores (b): the larger of the two a + b * scores. Measured with Paddle's allocator.
 WORKING = {
     "none": ((10.5, 0.0), (-2.0, 1.5)),
-    "coat": ((32.0, 1.3), (20.2, 3.0)),
-    "coat+recompute": ((32.0, 1.3), (20.2, 3.0)),
-    "coat+recompute+attention": ((35.0, 1.3), (23.2, 3.0)),
-    "checkpointed": ((45.2, 1.3), (38.2, 3.0)),
+    "coat": ((22.0, 0.3), (9.6, 3.0)),
+    "coat+recompute": ((23.6, 0.7), (10.8, 3.0)),
+    "coat+recompute+attention": ((26.6, 0.7), (13.8, 3.0)),
+    "checkpointed": ((31.0, 0.3), (22.0, 3.0)),
 }
 FORWARD_WORKING = ((11.0, 2.0),)  # the same without gradients
 # What stands beside the tensors: CUDA's context and libraries; Python, Paddle and theirs.

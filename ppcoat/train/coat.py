@@ -11,7 +11,6 @@ COAT: arXiv 2410.19313. With `enabled: false` the same calls give AdamW and ordi
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
@@ -19,14 +18,11 @@ import paddle
 from pydantic import Field
 
 from ppcoat.config.schema import CoatConfig
-from ppcoat.models.checkpointing import CheckpointedBlocks
+from ppcoat.models.blocks import BlockModel
 from ppcoat.nn.convert import replace_linear_with_fp8
-from ppcoat.nn.policy import get_policy, granularity_groups
-from ppcoat.nn.saved import SavedTensors, fp8_saved_tensors
-from ppcoat.nn.saving import apply_saving_policy, flux_blocks, remove_saving_policy
+from ppcoat.nn.policy import granularity_groups
+from ppcoat.nn.saved_tensors import SavedTensors, fp8_saved_tensors
 from ppcoat.optim import FP8AdamW, FP8QuantizationConfig
-
-_log = logging.getLogger(__name__)
 
 
 class COATConfig(CoatConfig):
@@ -38,10 +34,10 @@ class COATConfig(CoatConfig):
 class COATTrainer:
     """Chooses optimizer, saving policy and Linears of a run from its `coat` settings.
 
-    gradient_checkpointing: blocks are computed again in backward and keep their inputs only, in FP8 if
-    coat.memory.enable_efficient_checkpoint. FLUX blocks are told by `convert`, NextDiT_CLIP by its
-    enable_gradient_checkpointing(). Any other model checkpoints by itself; Paddle allows no second pair of
-    saved-tensor hooks beside those of its recompute, so nothing is packed or counted there.
+    gradient_checkpointing: `convert` tells the model. Blocks of FLUX and NextDiT_CLIP (the first
+    coat.memory.checkpoint_blocks, or all) are computed again in backward and save their inputs only, in FP8
+    if coat.memory.enable_efficient_checkpoint. Any other model checkpoints by itself; Paddle allows no second
+    pair of saved-tensor hooks beside those of its recompute, so nothing is packed or counted there.
     """
 
     def __init__(self, config: CoatConfig | None = None, gradient_checkpointing: bool = False):
@@ -69,31 +65,16 @@ class COATTrainer:
         )
 
     def convert(self, model: paddle.nn.Layer) -> paddle.nn.Layer:
-        """Put the saving policy and gradient checkpointing into `model`, in place; call it after inject_lora.
-
-        Frozen Linears without LoRA keep nothing for backward; FLUX blocks follow the policy.
+        """Make `model` ready, in place; call it after inject_lora. Frozen Linears without LoRA save nothing
+        for backward, the others their input in FP8; blocks are checkpointed where that is wanted.
         """
-        if isinstance(model, CheckpointedBlocks):
-            self._model_takes_hooks = False
         activation = self.config.activation
         if self.fp8_activations:
             replace_linear_with_fp8(model, activation.linear_granularity, activation.group_size)
-        blocks = len(list(flux_blocks(model)))
-        if not blocks:
-            return model
-        memory, checkpointed = self.config.memory, 0
-        if self.gradient_checkpointing:
-            checkpointed = memory.checkpoint_blocks or blocks
-        policy = get_policy(
-            self.policy,
-            granularity_groups(activation.nonlinear_granularity, activation.group_size),
-            self.linear_group_size,
-        )
-        left = apply_saving_policy(model, policy, checkpointed, self._fp8_checkpoints)
-        if checkpointed and left:
-            # Holding everything of these blocks could be more than the memory that checkpointing was to save.
-            _log.warning("the model checkpoints all blocks by itself")
-            remove_saving_policy(model)
+        if isinstance(model, BlockModel):
+            self._model_takes_hooks = False
+            model.checkpoint_blocks = self.config.memory.checkpoint_blocks
+        if self.gradient_checkpointing and hasattr(model, "enable_gradient_checkpointing"):
             model.enable_gradient_checkpointing()
         return model
 

@@ -23,7 +23,6 @@ from ppcoat.errors import ConfigError
 from ppcoat.lora import LoRASummary, save_lora
 from ppcoat.models.flux.pipeline import FluxPipeline
 from ppcoat.models.loading import check_folder
-from ppcoat.nn.swap import last_blocks
 from ppcoat.plan.settings import with_memory_plan
 from ppcoat.train import run
 from ppcoat.train.base_model import check_swap, exchange_for_transformer, load_encoders
@@ -67,7 +66,6 @@ class FluxSpec:
     with_memory_plan = staticmethod(with_memory_plan)
     load_encoders = staticmethod(load_encoders)
     exchange_for_transformer = staticmethod(exchange_for_transformer)
-    last_blocks = staticmethod(last_blocks)
 
     def check(self, config: RunConfig) -> None:
         """Folder, kind of model and number of swapped blocks."""
@@ -99,9 +97,6 @@ class FluxSpec:
     def objective(self, config: RunConfig) -> FlowMatching:
         """Flow matching with the run's noise levels and loss."""
         return FlowMatching(config.train.timestep_type, config.train.cfg_scale, config.train.loss_type)
-
-    def set_up_checkpointing(self, config: RunConfig, transformer: paddle.nn.Layer) -> None:
-        """Nothing: COATTrainer.convert has done it."""
 
     def save_weights(self, config: RunConfig, transformer: paddle.nn.Layer) -> SaveWeights:
         """LoRA files in the formats of save.format."""

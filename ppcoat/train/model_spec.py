@@ -50,12 +50,6 @@ class ModelSpec(Protocol):
     def objective(self, config: RunConfig) -> Objective:
         """What the steps of this run minimise."""
 
-    def set_up_checkpointing(self, config: RunConfig, transformer: paddle.nn.Layer) -> None:
-        """Gradient checkpointing where the COAT policies do not bring it."""
-
-    def last_blocks(self, transformer: paddle.nn.Layer, count: int) -> dict[str, paddle.nn.Layer]:
-        """The blocks that model.blocks_to_swap means, by path."""
-
     def save_weights(self, config: RunConfig, transformer: paddle.nn.Layer) -> SaveWeights:
         """What writes the adapter of a step; see Trainer."""
 

@@ -28,13 +28,13 @@ from ppcoat.lora import LoRASummary, save_comfyui, save_peft
 from ppcoat.lora.files import CONFIG, WEIGHTS
 from ppcoat.models.newbie.files import (
     check_newbie_folder,
-    last_layers,
     load_fp8_nextdit,
     load_nextdit,
     unfilled_nextdit,
 )
 from ppcoat.models.newbie.jina_clip import load_gemma3_tokenizer
 from ppcoat.models.newbie.pipeline import PROMPT_PREFIX, NewbiePipeline, warn_of_cut, with_prefix
+from ppcoat.nn.swap import last_blocks
 from ppcoat.plan.settings import with_memory_plan
 from ppcoat.train import run
 from ppcoat.train.base_model import drop_encoders, load_base
@@ -82,7 +82,7 @@ class NewbieSpec:
         check_newbie_folder(config.model.name_or_path, "model.name_or_path")
         model = unfilled_nextdit(Path(config.model.name_or_path) / "transformer")
         chosen_modules(config.network, model)
-        last_layers(model, config.model.blocks_to_swap)
+        last_blocks(model, config.model.blocks_to_swap)
 
     def check_captions(self, config: RunConfig, captions: Sequence[str]) -> None:
         """How many captions Gemma will cut; the rest must fit into the transformer's positions."""
@@ -138,16 +138,6 @@ class NewbieSpec:
     def objective(self, config: RunConfig) -> Transport:
         """Flow matching with logit-normal times, shifted by the size of the batch's pictures."""
         return Transport()
-
-    def set_up_checkpointing(self, config: RunConfig, transformer: paddle.nn.Layer) -> None:
-        """Of `layers`, not of the refiners, as in the original; the first ones, or all."""
-        if config.train.gradient_checkpointing:
-            transformer.checkpoint_layers = config.coat.memory.checkpoint_blocks
-            transformer.enable_gradient_checkpointing()
-
-    def last_blocks(self, transformer: paddle.nn.Layer, count: int) -> dict[str, paddle.nn.Layer]:
-        """Of `layers`."""
-        return last_layers(transformer, count)
 
     def save_weights(self, config: RunConfig, transformer: paddle.nn.Layer) -> SaveWeights:
         """The adapter directory of the original, and a file for ComfyUI in it."""

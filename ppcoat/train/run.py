@@ -23,7 +23,7 @@ from ppcoat.data.examples import Dataset, Example, all_examples, data_report, sc
 from ppcoat.device import compute_dtype, set_device
 from ppcoat.errors import ConfigError
 from ppcoat.fp8 import backend
-from ppcoat.nn.swap import swap_blocks
+from ppcoat.nn.swap import last_blocks, swap_blocks
 from ppcoat.optim import ScheduleShape, lr_scheduler
 from ppcoat.train.coat import COATTrainer
 from ppcoat.train.model_spec import ModelSpec, put_adapter, trained_parameters
@@ -207,9 +207,8 @@ def build_trainer(
         _log.warning("coat.memory.checkpoint_blocks has no effect without train.gradient_checkpointing")
     modules = put_adapter(config, transformer, coat.policy, coat.linear_group_size)
     coat.convert(transformer)
-    spec.set_up_checkpointing(config, transformer)
     if config.model.blocks_to_swap:
-        swap_blocks(list(spec.last_blocks(transformer, config.model.blocks_to_swap).values()))
+        swap_blocks(list(last_blocks(transformer, config.model.blocks_to_swap).values()))
     transformer.train()
     parameters = trained_parameters(modules)
     shape = ScheduleShape(train.lr_num_cycles, train.lr_power, train.lr_step_size or 1, train.lr_gamma)

@@ -24,7 +24,7 @@ from ppcoat.data.cache import TrainingCache
 from ppcoat.device import memory_in_use
 from ppcoat.errors import ConfigError
 from ppcoat.lora import LoRASummary
-from ppcoat.nn.saved import SavedTensors
+from ppcoat.nn.saved_tensors import SavedTensors
 from ppcoat.train.checkpoint import resume_run, save_run
 from ppcoat.train.coat import COATTrainer
 from ppcoat.train.objective import Objective

@@ -10,11 +10,10 @@ from ppcoat.distill.discriminator import (
     GroupNorm,
     Head,
     discriminator_hinge,
-    flux_blocks,
     generator_hinge,
 )
 from ppcoat.lora import lora_disabled
-from ppcoat.nn.saved import count_saved_tensors
+from ppcoat.nn.saved_tensors import count_saved_tensors
 
 TOKENS = 4
 
@@ -51,7 +50,7 @@ def run(student, batch):
 def features_of(student, run, x):
     """Image tokens after every block, with their graph, collected by the blocks' plain forward."""
     found, hooks = [], []
-    for path, block in flux_blocks(student):
+    for path, block in student.named_blocks().items():
         single = path.startswith("single")
         hooks.append(
             block.register_forward_post_hook(

@@ -10,7 +10,6 @@ from ppcoat.data import garments
 from ppcoat.data.batches import ResumableBatches
 from ppcoat.data.cache import Encoders, TrainingCache, WindowedCache, build_cache
 from ppcoat.data.examples import all_examples, scan_datasets
-from ppcoat.distill.discriminator import flux_blocks
 from ppcoat.distill.encoding import OneByOne, blocks_to_leave, encode_pictures
 from ppcoat.train.flux import FluxSpec
 from ppcoat.train.ranks import Ranks
@@ -118,7 +117,7 @@ def test_encodings_do_not_depend_on_what_else_is_encoded(monkeypatch):
     ("swapped", "weight", "chosen"), [(0, 0, []), (0, 1, [4]), (2, 1, [2]), (0, 10**9, range(5))]
 )
 def test_the_last_blocks_that_are_not_swapped_make_room(student, swapped, weight, chosen):
-    blocks = [block for _, block in flux_blocks(student)]
+    blocks = list(student.named_blocks().values())
     assert [blocks.index(block) for block in blocks_to_leave(student, swapped, weight)] == list(chosen)
     last = sum(p.size * 4 for p in blocks[-1].parameters())
     assert len(blocks_to_leave(student, 0, last)) == 1 and len(blocks_to_leave(student, 0, last + 1)) == 2

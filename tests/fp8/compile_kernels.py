@@ -27,8 +27,7 @@ from ppcoat.fp8 import (
     quantize_triton,
 )
 from ppcoat.fp8.adamw import AdamWHyper, MomentCodec, encode_moments
-from ppcoat.fp8.formats import E4M3, E5M2
-from ppcoat.fp8.operands import BlockMatrix, Epilogue, Groups
+from ppcoat.fp8.formats import E4M3, E5M2, BlockMatrix, Epilogue, Groups
 
 
 class PretendedDriver:
@@ -90,8 +89,11 @@ def norm_cases():
         groups = Groups(scale, fmt, 128, "bfloat16")
         yield norm_triton.modulated_norm, adapted((codes, row, row, groups))
         yield norm_triton.modulated_norm_grad, adapted((codes, row, x, groups))
-        yield norm_triton.modulated_norm_quantized, adapted((x, row, row, fmt, 128))
+        yield norm_triton.rms_norm, adapted((codes, row[0, 0], row, 1e-6, groups))
+        yield norm_triton.rms_norm_grad, adapted((codes, row[0, 0], row, x, 1e-6, groups))
     yield norm_triton.modulated_norm, adapted((x, row, row))
+    yield norm_triton.rms_norm, adapted((x, row[0, 0], None, 1e-5))
+    yield norm_triton.rms_norm_grad, adapted((x, row[0, 0], None, x, 1e-5))
     heads, rstd, weight = x.reshape([1, 4, 24, 128]), paddle.ones([1, 4, 24, 1]), row[0, 0, :128].contiguous()
     angles = paddle.ones([4, 64]), paddle.ones([4, 64])
     yield norm_triton.rms_norm_rotated, adapted((heads, weight, angles))
@@ -104,7 +106,6 @@ def pointwise_cases():
     for name in ("gelu", "silu"):
         yield getattr(pointwise_triton, name), adapted((x.astype("uint8"), groups))
         yield getattr(pointwise_triton, f"{name}_grad"), adapted((x.astype("uint8"), x, groups))
-    yield pointwise_triton.gelu_quantized, adapted((x, E4M3, 128))
     yield pointwise_triton.gated_residual, adapted((x, row, x))
 
 

@@ -11,12 +11,17 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
 PACKAGE = Path(__file__).resolve().parents[2] / "ppcoat"
-FLUSHED, BLOCK, NORM_EPSILON = 2**28, 128, 1e-6  # as in ppcoat/cli/kernel_library.py and ppcoat/fp8/rules.py
+FLUSHED, BLOCK, NORM_EPSILON = (
+    2**28,
+    128,
+    1e-6,
+)  # as in kernel_library.py, fp8/constants.py
 
 
 class TorchLibrary:
@@ -48,6 +53,9 @@ class TorchLibrary:
 
     def get(self, x: Any) -> np.ndarray:
         return x.detach().double().cpu().numpy()
+
+    def codec(self, fmt: Any, expand: bool, positive: bool) -> Any:
+        return SimpleNamespace(fmt=fmt, expand=expand, positive=positive)
 
     def zeros(self, shape: list[int], dtype: str) -> Any:
         return self.torch.zeros(shape, dtype=getattr(self.torch, dtype), device=self.device_name)
@@ -100,7 +108,10 @@ class TorchLibrary:
         def norm(x, shift, scale):
             return F.layer_norm(x, x.shape[-1:], eps=NORM_EPSILON) * (1 + scale) + shift
 
-        def rms(x, weight, cos, sin):
+        def rms(x, weight, scale):
+            return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + NORM_EPSILON) * weight * (1 + scale)
+
+        def rms_rotated(x, weight, cos, sin):
             y = x * torch.rsqrt((x * x).mean(-1, keepdim=True) + NORM_EPSILON) * weight
             a, b = y[..., 0::2], y[..., 1::2]
             return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).reshape(x.shape).to(x.dtype)
@@ -118,7 +129,8 @@ class TorchLibrary:
             "quantize": quantize,
             "dequantize": dequantize,
             "modulated_norm": norm,
-            "rms_norm_rotated": rms,
+            "rms_norm": rms,
+            "rms_norm_rotated": rms_rotated,
             "gelu": lambda x: F.gelu(x, approximate="tanh"),
             "silu": F.silu,
             "gated_residual": lambda y, gate, x: y * gate + x,
@@ -128,21 +140,23 @@ class TorchLibrary:
         x = x.detach().requires_grad_()
         return lambda: self.torch.autograd.grad(function(x), x, dy)
 
-    def double_block(self, tokens: int, sizes: Any) -> dict[str, Callable[[], list[Any]]]:
+    def double_block(
+        self, tokens: int, text: int, width: int, heads: int, rank: int
+    ) -> tuple[Callable[[], list[Any]], ...]:
         from launcher_block import LauncherBlock, autograd_block, random_stream, with_fp8_weights
 
-        from ppcoat.cli.kernel_cases import LAUNCHERS
-        from ppcoat.cli.kernels import CHECKPOINTED, COAT, FP8_PRODUCTS, PLAIN
+        from ppcoat.bench.kernel_cases import LAUNCHERS
 
         def put(values: np.ndarray, dtype: str = self.half) -> Any:
             return self.put(values, dtype)
 
-        counts, rng = (sizes.text, tokens - sizes.text), np.random.default_rng(0)
+        counts, rng = (text, tokens - text), np.random.default_rng(0)
+        sizes = SimpleNamespace(width=width, heads=heads, rank=rank)
         streams = tuple(random_stream(put, sizes, count, seed) for seed, count in enumerate(counts))
         inputs, grads = (
-            [put(rng.standard_normal([1, n, sizes.width], dtype="float32")) for n in counts] for _ in range(2)
+            [put(rng.standard_normal([1, n, width], dtype="float32")) for n in counts] for _ in range(2)
         )
-        vec = put(rng.standard_normal([1, sizes.width], dtype="float32"))
+        vec = put(rng.standard_normal([1, width], dtype="float32"))
         wanted = [*inputs, *(lora for stream in streams for lora in stream.loras())]
         for x in wanted:
             x.requires_grad_()
@@ -158,8 +172,8 @@ class TorchLibrary:
             return [*outputs, *self.torch.autograd.grad(outputs, wanted, grads)]
 
         in_fp8 = partial(coat, with_fp8_weights(ops, streams))
-        ways = {COAT: partial(coat, streams), FP8_PRODUCTS: in_fp8, PLAIN: plain, CHECKPOINTED: checkpoint}
-        return {way: partial(forward_and_backward, block) for way, block in ways.items()}
+        ways = partial(coat, streams), in_fp8, plain, checkpoint
+        return tuple(partial(forward_and_backward, block) for block in ways)
 
     def fallbacks(self) -> list[str]:
         return []
@@ -227,7 +241,7 @@ def main(argv: list[str]) -> int:
         "ppcoat", PACKAGE / "__init__.py", submodule_search_locations=[str(PACKAGE)]
     )
     sys.modules["ppcoat"] = importlib.util.module_from_spec(spec)
-    from ppcoat.cli import kernels
+    from ppcoat.bench import kernels
     from ppcoat.errors import ConfigError
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from ppcoat.cli.kernel_errors import E4M3, GROUP
-from ppcoat.fp8.operands import BlockMatrix, Epilogue, Groups
+from ppcoat.fp8.formats import E4M3, BlockMatrix, Epilogue, Groups
 
+GROUP = 128
 LINEARS = {"q": (1, 1), "k": (1, 1), "v": (1, 1), "out": (1, 1), "up": (1, 4), "down": (4, 1)}  # widths
 DEVIATION = 0.02  # of a LoRA's A and B, and of biases
 

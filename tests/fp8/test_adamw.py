@@ -4,14 +4,7 @@ import numpy as np
 import paddle
 import pytest
 
-from ppcoat.fp8.adamw import (
-    AdamWHyper,
-    MomentCodec,
-    adamw_step,
-    decode_moments,
-    dither,
-    encode_moments,
-)
+from ppcoat.fp8.adamw import AdamWHyper, MomentCodec, adamw_step, decode_moments, dither, encode_moments
 from ppcoat.fp8.formats import E4M3, E5M2
 
 TRUE, FALSE = paddle.to_tensor([True]), paddle.to_tensor([False])

@@ -16,8 +16,7 @@ KERNELS = {
     "encode_kernel",
     "decode_kernel",
     "adamw_kernel",
-    "modulated_norm_kernel",
-    "modulated_norm_grad_kernel",
+    "norm_kernel",
     "rms_norm_rotated_kernel",
     "rms_norm_rotated_grad_kernel",
     "activation_kernel",
@@ -26,7 +25,7 @@ KERNELS = {
 }
 CONVERTING = {
     *("quantize_kernel", "dequantize_kernel", "adamw_kernel"),
-    *("modulated_norm_kernel", "modulated_norm_grad_kernel", "activation_kernel"),
+    *("norm_kernel", "activation_kernel"),
 }
 # Bytes of shared memory that a block may have (CUDA programming guide, table of compute capabilities), and
 # what a product of FP8 matrices becomes.

@@ -11,15 +11,15 @@ import paddle.nn.functional as F
 import pytest
 from paddle import nn
 
-from ppcoat.cli.kernel_library import PaddleLibrary
-from ppcoat.fp8.blocks import quantize_blocks
+from ppcoat.bench.kernel_library import PaddleLibrary
+from ppcoat.fp8.matmul import quantize_blocks
 from ppcoat.lora import inject_lora
+from ppcoat.lora.layer import FLUX_TARGETS
 from ppcoat.models.flux.transformer import DoubleBlock
 from ppcoat.nn.attention import attention
-from ppcoat.nn.block_parts import LocalGraph
 from ppcoat.nn.convert import multiply_in_fp8, quantize_linears, sublayer_at
-from ppcoat.nn.flux_block import DoublePass
-from ppcoat.nn.saving import apply_saving_policy
+from ppcoat.nn.recompute import LocalGraph
+from ppcoat.nn.saved_tensors import fp8_saved_tensors
 
 SIZES = SimpleNamespace(width=128, heads=2, rank=4)
 TEXT, IMAGE = 3, 5
@@ -68,7 +68,7 @@ def case(on_triton):
     streams = tuple(module.random_stream(put, SIZES, n, seed) for seed, n in enumerate((TEXT, IMAGE)))
     inputs, grads = ([put(rng.standard_normal([1, n, SIZES.width])) for n in (TEXT, IMAGE)] for _ in range(2))
     vec = put(rng.standard_normal([1, SIZES.width]))
-    launchers = importlib.import_module("ppcoat.cli.kernel_cases").LAUNCHERS
+    launchers = importlib.import_module("ppcoat.bench.kernel_cases").LAUNCHERS
     run = {name: on_triton(launcher) for name, launcher in launchers.items()}
     names = ["txt", "img", "d txt", "d img"]
     names += [f"d {part} of {name}, {s}" for s in ("txt", "img") for name in module.LINEARS for part in "AB"]
@@ -112,7 +112,7 @@ def of_the_library(case, in_fp8):
         for norm, linear in zip((block.norm1, block.norm1_context), modulations, strict=True):
             norm.linear = linear  # not in FP8 in launcher_block.py
         assert len(multiply_in_fp8(model)) == 12
-    layers = inject_lora(block, SIZES.rank, SIZES.rank, targets=DoublePass.linear_paths)
+    layers = inject_lora(block, SIZES.rank, SIZES.rank, targets=FLUX_TARGETS["transformer_blocks"])
     loras = []
     for side, stream in enumerate(case.streams):
         for name, linear in stream.linears.items():
@@ -120,12 +120,12 @@ def of_the_library(case, in_fp8):
             layer.lora_A.set_value(linear.a)
             layer.lora_B.set_value(linear.b)
             loras += [layer.lora_A, layer.lora_B]
-    apply_saving_policy(block, "coat+recompute")
 
     txt, img = (x.detach() for x in case.inputs)
     txt.stop_gradient = img.stop_gradient = False
     angles = (paddle.concat(parts) for parts in zip(*(s.angles for s in case.streams), strict=True))
-    out_img, out_txt = block(img, txt, case.vec, *angles)
+    with fp8_saved_tensors("coat+recompute"):
+        out_img, out_txt = block(img, txt, case.vec, *angles)
     paddle.autograd.backward([out_txt, out_img], case.grads)
     return [out_txt, out_img, txt.grad, img.grad, *(p.grad for p in loras)]
 

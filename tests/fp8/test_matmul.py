@@ -6,9 +6,8 @@ import paddle
 import pytest
 
 from ppcoat.fp8 import matmul
-from ppcoat.fp8.blocks import quantize_blocks
-from ppcoat.fp8.formats import E4M3
-from ppcoat.fp8.operands import BlockMatrix, Epilogue
+from ppcoat.fp8.formats import E4M3, BlockMatrix, Epilogue
+from ppcoat.fp8.matmul import quantize_blocks
 from ppcoat.fp8.quantize import quantize
 
 assert matmul.scaled_matmul.name == "scaled_matmul"

@@ -8,7 +8,7 @@ import pytest
 
 from ppcoat.fp8 import backend
 from ppcoat.fp8.backend import Unsuited
-from ppcoat.fp8.operands import BlockMatrix, Epilogue
+from ppcoat.fp8.formats import BlockMatrix, Epilogue
 
 kernels = pytest.importorskip("ppcoat.fp8.matmul_triton", reason="Triton is not installed")
 

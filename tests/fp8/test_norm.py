@@ -7,8 +7,7 @@ import paddle.nn.functional as F
 import pytest
 
 from ppcoat.fp8 import norm, quantize
-from ppcoat.fp8.formats import E4M3, E5M2
-from ppcoat.fp8.operands import Groups
+from ppcoat.fp8.formats import E4M3, E5M2, Groups
 
 assert norm.modulated_norm.name == "modulated_norm"
 EPSILON = 1e-6
@@ -58,22 +57,48 @@ def test_from_codes_it_is_that_of_the_values_they_decode_to(fmt, group, run, in_
     close(run("modulated_norm_grad")(codes, scale, dy, groups), gradient)
 
 
-@pytest.mark.parametrize("group", [16, 40, 128, 7])
-def test_fp8_output_is_within_half_a_step(group, run, in_float64):
-    x, shift, scale = random([2, 2, 40], 0, 3), random([2, 1, 40], 2), random([2, 1, 40], 3)
-    value, _ = in_float64(modulated(shift, scale), x, np.ones_like(x))
-    x, shift, scale = (paddle.to_tensor(t) for t in (x, shift, scale))
-    codes, code_scale = run("modulated_norm_quantized")(x, shift, scale, E4M3, group)
-    groups = -(-40 // group)
-    assert codes.shape == [2, 2, 40] and code_scale.shape == [2, 2, groups]
-    starts = np.arange(0, 40, group)
-    amax = np.maximum.reduceat(np.abs(value), starts, axis=-1)
-    np.testing.assert_allclose(code_scale.numpy(), amax / 448, rtol=1e-5)
-    factors = np.repeat(code_scale.numpy().astype(np.float64), group, axis=-1)[..., :40]
-    decoded = codes.numpy().view(ml_dtypes.float8_e4m3fn).astype(np.float64) * factors
-    binade = np.floor(np.log2(np.maximum(np.abs(value) / factors, 2.0**-6)))
-    rounding = 64 * 2.0**-24 * np.abs(value).max(-1, keepdims=True)
-    assert (np.abs(decoded - value) <= 2.0 ** (binade - 4) * factors + rounding).all()
+def rms_normalised(weight, scale, epsilon):
+    """The formula, for tensors of any dtype."""
+    factor = paddle.to_tensor(weight.astype(np.float64) * (1.0 if scale is None else 1.0 + scale))
+    return lambda x: x * paddle.rsqrt((x * x).mean(-1, keepdim=True) + epsilon) * factor
+
+
+@pytest.mark.parametrize("modulated", [False, True])
+@pytest.mark.parametrize("epsilon", [1e-6, 1e-2])
+@pytest.mark.parametrize("shape", [(2, 3, 40), (1, 2, 300), (3, 1, 5)])
+def test_rms_norm_and_its_gradient(shape, epsilon, modulated, run, in_float64):
+    x, dy, weight = random(shape, 0, 3, 1), random(shape, 1), random(shape[-1:], 2)
+    scale = random([shape[0], 1, shape[2]], 3) if modulated else None
+    value, gradient = in_float64(rms_normalised(weight, scale, epsilon), x, dy)
+    x, weight, dy = (paddle.to_tensor(t) for t in (x, weight, dy))
+    scale = None if scale is None else paddle.to_tensor(scale)
+    close(run("rms_norm")(x, weight, scale, epsilon), value)
+    close(run("rms_norm_grad")(x, weight, scale, dy, epsilon), gradient, 256)
+
+
+@pytest.mark.parametrize(("fmt", "group"), [(E4M3, 16), (E5M2, 48), (E4M3, None), (E4M3, 7)])
+def test_rms_norm_from_codes_is_that_of_the_values_they_decode_to(fmt, group, run, in_float64):
+    x, dy = random([2, 2, 40], 0, 3), random([2, 2, 40], 1)
+    weight, scale = random([40], 2), random([2, 1, 40], 3)
+    codes, code_scale = quantize.quantize(paddle.to_tensor(x), fmt, group)
+    values = quantize.dequantize(codes, code_scale, fmt, group).numpy()
+    value, gradient = in_float64(rms_normalised(weight, scale, EPSILON), values, dy)
+    groups = Groups(code_scale, fmt, group)
+    weight, scale, dy = (paddle.to_tensor(t) for t in (weight, scale, dy))
+    close(run("rms_norm")(codes, weight, scale, groups=groups), value)
+    close(run("rms_norm_grad")(codes, weight, scale, dy, groups=groups), gradient, 256)
+
+
+def test_rms_norm_of_heads_and_under_autograd(run, in_float64):
+    """Any number of axes; the reference has a gradient of its own, which is the closed form."""
+    x, dy, weight = random([2, 3, 4, 16], 0), random([2, 3, 4, 16], 1), random([16], 2)
+    value, gradient = in_float64(rms_normalised(weight, None, EPSILON), x, dy)
+    x, dy, weight = (paddle.to_tensor(t) for t in (x, dy, weight))
+    close(run("rms_norm")(x, weight), value)
+    close(run("rms_norm_grad")(x, weight, None, dy), gradient, 256)
+    x.stop_gradient = False
+    y = norm.rms_norm.reference(x, weight)
+    close(paddle.grad([y], [x], [dy])[0], gradient, 256)
 
 
 def rotated(weight, angles):
@@ -116,8 +141,11 @@ def test_what_is_not_finite_stays_in_its_token(run):
     tensor = paddle.to_tensor(x)
     assert (np.isnan(run("modulated_norm")(tensor, one, one).numpy()) == want).all()
     assert (np.isnan(run("modulated_norm_grad")(tensor, one, tensor * 0 + 1.0).numpy())[0, 0] == 0).all()
-    _, scale = run("modulated_norm_quantized")(tensor, one, one, E4M3, 16)
-    assert (np.isnan(scale.numpy()) == want[..., :3]).all()
+    weight = one[0, 0]
+    assert (np.isnan(run("rms_norm")(tensor, weight, one).numpy()).any(-1) == want.any(-1)).all()
+    got = run("rms_norm_grad")(tensor, weight, one, tensor * 0 + 1.0).numpy()
+    assert (np.isnan(got).any(-1) == want.any(-1)).all()
+    assert not run("rms_norm")(tensor, weight, one).numpy()[0, 2].any()
     # a token of zeros has xhat 0: what remains is the shift
     np.testing.assert_array_equal(run("modulated_norm")(tensor, one, one).numpy()[0, 2], np.ones(40))
 

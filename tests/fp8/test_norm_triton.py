@@ -8,8 +8,7 @@ import pytest
 
 from ppcoat.fp8 import backend, norm
 from ppcoat.fp8.backend import Unsuited
-from ppcoat.fp8.formats import E4M3
-from ppcoat.fp8.operands import Groups
+from ppcoat.fp8.formats import E4M3, Groups
 from ppcoat.fp8.quantize import quantize
 
 kernels = pytest.importorskip("ppcoat.fp8.norm_triton", reason="Triton is not installed")
@@ -60,6 +59,10 @@ def test_what_a_kernel_does_not_take_is_refused_in_one_line(on_triton):
         forward(x.astype("int64"), row, row)
     with pytest.raises(Unsuited, match="over 10000 channels; a program holds 8192"):
         forward(paddle.ones([1, 1, 10000]), paddle.ones([1, 1, 10000]), paddle.ones([1, 1, 10000]))
+    with pytest.raises(Unsuited, match=r"shift \[1, 1, 8\] beside scale \[2, 1, 8\]"):
+        forward(paddle.ones([2, 4, 8]), row, paddle.ones([2, 1, 8]))
+    with pytest.raises(Unsuited, match=r"weight \[4\] for \[1, 4, 8\]; wanted \[8\]"):
+        on_triton(kernels.rms_norm)(x, paddle.ones([4]))
     rotated, weight = on_triton(kernels.rms_norm_rotated), paddle.ones([4])
     angles = paddle.ones([2, 2]), paddle.ones([2, 2])
     with pytest.raises(Unsuited, match=r"angles \[2, 2\] for \[1, 3, 1, 4\]"):

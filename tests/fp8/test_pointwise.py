@@ -6,8 +6,7 @@ import paddle
 import pytest
 
 from ppcoat.fp8 import pointwise
-from ppcoat.fp8.formats import E4M3, E5M2
-from ppcoat.fp8.operands import Groups
+from ppcoat.fp8.formats import E4M3, E5M2, Groups
 from ppcoat.fp8.quantize import quantize
 
 assert pointwise.gelu.name == "gelu"
@@ -56,17 +55,6 @@ def test_from_codes_it_is_that_of_the_values_they_decode_to(name, formula, fmt, 
     groups = Groups(scale, fmt, group)
     close(run(name)(codes, groups), value, x)
     close(run(f"{name}_grad")(codes, paddle.to_tensor(dy), groups), gradient, x * dy)
-
-
-def test_gelu_with_fp8_output_is_within_half_a_step(run, in_float64):
-    x = random([3, 50], 0, 3)
-    value, _ = in_float64(gelu, x, np.ones_like(x))
-    codes, scale = run("gelu_quantized")(paddle.to_tensor(x), E4M3, 16)
-    assert scale.shape == [3, 4]
-    factors = np.repeat(scale.numpy().astype(np.float64), 16, axis=-1)[:, :50]
-    decoded = codes.numpy().view(ml_dtypes.float8_e4m3fn).astype(np.float64) * factors
-    binade = np.floor(np.log2(np.maximum(np.abs(value) / factors, 2.0**-6)))
-    assert (np.abs(decoded - value) <= 2.0 ** (binade - 4) * factors + 2.0**-18).all()
 
 
 @ACTIVATIONS

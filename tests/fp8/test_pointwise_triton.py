@@ -8,8 +8,7 @@ import pytest
 
 from ppcoat.fp8 import backend, pointwise
 from ppcoat.fp8.backend import Unsuited
-from ppcoat.fp8.formats import E4M3
-from ppcoat.fp8.operands import Groups
+from ppcoat.fp8.formats import E4M3, Groups
 from ppcoat.fp8.quantize import quantize
 
 kernels = pytest.importorskip("ppcoat.fp8.pointwise_triton", reason="Triton is not installed")
@@ -46,7 +45,7 @@ def test_nothing_in_nothing_out(on_triton):
 
 def test_what_a_kernel_does_not_take_is_refused_in_one_line(on_triton):
     x = paddle.ones([8, 16])
-    for call in (kernels.gelu, kernels.silu, lambda x: kernels.gelu_quantized(x, E4M3, 8)):
+    for call in (kernels.gelu, kernels.silu):
         with pytest.raises(Unsuited, match=r"x \[16, 8\] is not contiguous: call .contiguous\(\)"):
             on_triton(call)(x.t())
     with pytest.raises(Unsuited, match=r"dy \[16, 8\] is not contiguous"):
@@ -55,8 +54,9 @@ def test_what_a_kernel_does_not_take_is_refused_in_one_line(on_triton):
         on_triton(kernels.gelu)(x.astype("uint8"))
     with pytest.raises(Unsuited, match=r"gate \[2, 1, 16\] for \[1, 8, 16\]; wanted \[1, 1, 16\]"):
         on_triton(kernels.gated_residual)(x.unsqueeze(0), paddle.ones([2, 1, 16]))
+    codes, groups = paddle.ones([1, 9000]).astype("uint8"), Groups(paddle.ones([1, 1]), E4M3, 9000)
     with pytest.raises(Unsuited, match="a group of 9000 elements"):
-        on_triton(kernels.gelu_quantized)(paddle.ones([1, 9000]), E4M3, 9000)
+        on_triton(kernels.gelu)(codes, groups)
 
 
 @pytest.mark.parametrize("name", NAMES)

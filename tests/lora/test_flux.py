@@ -7,7 +7,7 @@ import pytest
 from ppcoat.lora import inject_lora, load_lora, lora_parameters, save_lora, unload_lora
 from ppcoat.models.flux.transformer import FluxTransformer2DModel
 from ppcoat.nn.convert import replace_linear_with_fp8
-from ppcoat.nn.saved import fp8_saved_tensors
+from ppcoat.nn.saved_tensors import fp8_saved_tensors
 
 TOKENS, TEXT = 64, 16
 

@@ -9,7 +9,7 @@ import pytest
 from paddle import nn
 
 from ppcoat.models.flux.pipeline import FluxPipeline
-from ppcoat.nn.fp8_weight import FP8Weight
+from ppcoat.nn.base_weight import FP8Weight
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 

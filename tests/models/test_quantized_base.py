@@ -156,7 +156,10 @@ import json, sys
 import numpy as np, paddle
 from ppcoat.device import keep_freed_memory
 from ppcoat.models.quantized_base import load_fp8_transformer
-from ppcoat.nn.fp8_weight import FP8Weight
+from ppcoat.nn.base_weight import FP8Weight
+from ppcoat.host import keep_freed_memory
+from ppcoat.models.fp8_base import load_fp8_transformer
+from ppcoat.nn.base_weight import FP8Weight
 
 def status(key):
     return next(int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.startswith(key))

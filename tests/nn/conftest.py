@@ -1,5 +1,6 @@
 """A small random FLUX with LoRAs that do something, its inputs, and gradients by plain autograd."""
 
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,7 +11,8 @@ from paddle import nn
 
 from ppcoat.lora import inject_lora, lora_layers
 from ppcoat.nn.convert import set_sublayer
-from ppcoat.nn.saved import count_saved_tensors
+from ppcoat.nn.policy import SavingPolicy
+from ppcoat.nn.saved_tensors import fp8_saved_tensors
 
 
 class PlainLoRA(nn.Layer):
@@ -58,11 +60,18 @@ def arguments(model, tokens=36, text=12, pictures=2) -> dict:
     }
 
 
-def gradients(model, batch) -> tuple[float, dict[str, np.ndarray]]:
-    """-> loss, {name: gradient} of everything that is trained. The seed fixes the dropout."""
+def context(policy: str | SavingPolicy | None, **settings):
+    """fp8_saved_tensors whose hooks pack nothing: what is saved is what ops and Linears ask for."""
+    return nullcontext() if policy is None else fp8_saved_tensors(policy, min_size=2**60, **settings)
+
+
+def gradients(model, batch, policy=None, checkpoints=0, **settings) -> tuple[float, dict[str, np.ndarray]]:
+    """-> loss, {name: gradient} of everything that is trained, by a forward pass under `policy`, the first
+    `checkpoints` blocks checkpointed. The seed fixes the dropout."""
     model.clear_gradients()
     paddle.seed(7)
-    loss = paddle.square(model(**batch)[0] - 1).mean()
+    with checkpointing(model, checkpoints), context(policy, **settings):
+        loss = paddle.square(model(**batch)[0] - 1).mean()
     loss.backward()
     trained = {name: p.grad for name, p in model.named_parameters() if not p.stop_gradient}
     return float(loss), {name: grad.numpy() for name, grad in trained.items()}
@@ -92,9 +101,20 @@ def errors(got: dict, wanted: dict) -> tuple[dict[str, float], float]:
     return each, relative_rms(*(np.concatenate([g[name].ravel() for name in wanted]) for g in (got, wanted)))
 
 
-def counted(model, batch):
+@contextmanager
+def checkpointing(model, blocks):
+    """The first `blocks` blocks are checkpointed within it; 0: the model stays as it is."""
+    if blocks:
+        model.checkpoint_blocks = blocks
+        model.enable_gradient_checkpointing()
+    yield
+    if blocks:
+        model.disable_gradient_checkpointing()
+
+
+def counted(model, batch, policy="none", checkpoints=0, **settings):
     """The counters after one forward pass."""
-    with count_saved_tensors() as saved:
+    with checkpointing(model, checkpoints), context(policy, **settings) as saved:
         model(**batch)
     return saved
 
@@ -108,5 +128,6 @@ def flux(build_flux) -> SimpleNamespace:
         sizes = {"channels": 16, "text": 24, "pooled": 12, "guidance": True}
         return with_loras(build_flux(double, single, heads, head_dim, **sizes), **settings)
 
-    functions = (build, with_loras, arguments, gradients, plain_gradients, errors, counted, relative_rms)
+    functions = (build, with_loras, arguments, context, checkpointing, gradients, plain_gradients, errors,
+                 counted, relative_rms)  # fmt: skip
     return SimpleNamespace(**{function.__name__: function for function in functions})

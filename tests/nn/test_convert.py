@@ -8,7 +8,7 @@ from paddle import nn
 from ppcoat.errors import ConfigError
 from ppcoat.nn.convert import replace_linear_with_fp8
 from ppcoat.nn.linear import FrozenLinear, LoRALinear
-from ppcoat.nn.saved import count_saved_tensors
+from ppcoat.nn.saved_tensors import count_saved_tensors
 
 
 def model() -> nn.Layer:

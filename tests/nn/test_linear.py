@@ -7,7 +7,7 @@ from paddle import nn
 
 from ppcoat.errors import ConfigError
 from ppcoat.nn.linear import FrozenLinear, LoRALinear
-from ppcoat.nn.saved import count_saved_tensors, fp8_saved_tensors
+from ppcoat.nn.saved_tensors import count_saved_tensors, fp8_saved_tensors
 
 IN, OUT, RANK, ALPHA = 256, 96, 8, 4.0
 

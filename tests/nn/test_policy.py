@@ -14,11 +14,13 @@ def test_names_are_those_of_the_config():
 
 
 def test_each_keeps_less_than_the_one_before():
-    policies = [get_policy(name, 64, 32) for name in POLICIES]
+    policies = [get_policy(name, 64) for name in POLICIES]
+    assert [policy.by_hand for policy in policies] == [False, True, True, True]
     assert [policy.fmt is not None for policy in policies] == [False, True, True, True]
     assert [policy.recompute for policy in policies] == [False, False, True, True]
     assert [policy.pack_attention for policy in policies] == [False, False, False, True]
-    assert all((policy.group_size, policy.linear_group_size) == (64, 32) for policy in policies)
+    assert all(policy.group_size == 64 for policy in policies)
+    assert get_policy("coat", None).group_size is None
 
 
 def test_unknown_names_and_sizes_are_answered():
@@ -29,5 +31,3 @@ def test_unknown_names_and_sizes_are_answered():
     for size in (0, -16, 1.5, True):
         with pytest.raises(ConfigError, match="group_size"):
             get_policy("coat", size)
-        with pytest.raises(ConfigError, match="group_size"):
-            get_policy("coat", 128, size)

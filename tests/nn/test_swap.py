@@ -6,7 +6,6 @@ import pytest
 
 from ppcoat.errors import ConfigError
 from ppcoat.nn.convert import quantize_linears
-from ppcoat.nn.saving import apply_saving_policy
 from ppcoat.nn.swap import last_blocks, swap_blocks
 
 
@@ -50,11 +49,11 @@ def assert_same(got, wanted):
 def test_results_are_bit_equal_with_two_blocks_at_most(flux, build_flux, count, policy, checkpointed):
     model = build(flux, build_flux)
     batch = flux.arguments(model)
-    apply_saving_policy(model, policy, checkpointed)
-    wanted = flux.gradients(model, batch)
+    settings = policy, checkpointed
+    wanted = flux.gradients(model, batch, *settings, fp8_checkpoints=True)
     swapper, transport = swapped(model, count)
     for _ in range(2):  # the second step begins where the first one's backward ended
-        assert_same(flux.gradients(model, batch), wanted)
+        assert_same(flux.gradients(model, batch, *settings, fp8_checkpoints=True), wanted)
     assert swapper.most_resident == min(count, 2)
     assert len(transport.waited) == len(set(transport.waited))
 
@@ -63,20 +62,19 @@ def test_results_are_bit_equal_with_two_blocks_at_most(flux, build_flux, count, 
 def test_it_works_on_the_fp8_base(flux, build_flux, policy):
     model = build(flux, build_flux, quantised=True)
     batch = flux.arguments(model)
-    apply_saving_policy(model, policy, 1)
-    wanted = flux.gradients(model, batch)
+    wanted = flux.gradients(model, batch, policy, 1)
     swapper, _ = swapped(model, 4)
-    assert_same(flux.gradients(model, batch), wanted)
+    assert_same(flux.gradients(model, batch, policy, 1), wanted)
     assert swapper.most_resident == 2
 
 
-def test_it_works_where_the_model_checkpoints_by_itself(flux, build_flux):
+@pytest.mark.parametrize("policy", [None, "coat"])
+def test_it_works_where_all_blocks_are_checkpointed(flux, build_flux, policy):
     model = build(flux, build_flux)
     batch = flux.arguments(model)
-    model.enable_gradient_checkpointing()
-    wanted = flux.gradients(model, batch)
+    wanted = flux.gradients(model, batch, policy, 5)
     swapper, _ = swapped(model, 5)
-    assert_same(flux.gradients(model, batch), wanted)
+    assert_same(flux.gradients(model, batch, policy, 5), wanted)
     assert swapper.most_resident == 2
     assert swapper.journeys <= 2 * 5 + 2  # the blocks run again in backward cost no journeys of their own
 

@@ -101,14 +101,10 @@ class Training:
         self.model = NextDiT_CLIP(**case.settings)
         if quantize:
             quantize_linears(self.model)
-        self.coat = COATTrainer(config.coat, checkpointed > 0)
+        memory = config.coat.memory.model_copy(update={"checkpoint_blocks": checkpointed or None})
+        self.coat = COATTrainer(config.coat.model_copy(update={"memory": memory}), checkpointed > 0)
         put_adapter(config, self.model, self.coat.policy, self.coat.linear_group_size)
         self.coat.convert(self.model)
-        train = config.train.model_copy(update={"gradient_checkpointing": checkpointed > 0})
-        memory = config.coat.memory.model_copy(update={"checkpoint_blocks": checkpointed or None})
-        coat = config.coat.model_copy(update={"memory": memory})
-        run = config.model_copy(update={"train": train, "coat": coat})
-        NewbieSpec().set_up_checkpointing(run, self.model)
         self.model.train()
         rng, (rows, columns) = np.random.default_rng(0), case.grid
         shapes = {"latents": (16, 2 * rows, 2 * columns), "cap_feats": (case.words, CAPTION_WIDTH),

@@ -9,7 +9,7 @@ import ppcoat.train.base_model as base_model
 from ppcoat.config.load import load_config
 from ppcoat.errors import ConfigError
 from ppcoat.models.flux.pipeline import FluxPipeline
-from ppcoat.nn.fp8_weight import FP8Weight
+from ppcoat.nn.base_weight import FP8Weight
 from ppcoat.plan.settings import plan
 from ppcoat.train.flux import train_flux_lora
 from ppcoat.train.ranks import Ranks

@@ -12,11 +12,10 @@ from pydantic import ValidationError
 from ppcoat import COATConfig, COATTrainer, FP8AdamW
 from ppcoat.config.schema import CoatActivationConfig, CoatConfig, CoatMemoryConfig, CoatOptimizerConfig
 from ppcoat.fp8.formats import E4M3
-from ppcoat.lora import inject_lora
+from ppcoat.lora import inject_lora, lora_layers
 from ppcoat.models.newbie.nextdit import NextDiT_CLIP
 from ppcoat.nn.linear import FrozenLinear
 from ppcoat.nn.policy import get_policy
-from ppcoat.nn.saving import flux_blocks
 
 NO_FP8_STATES = COATConfig(optimizer=CoatOptimizerConfig(use_fp8=False))
 NO_FP8_ACTIVATIONS = COATConfig(activation=CoatActivationConfig(use_fp8=False))
@@ -97,50 +96,39 @@ def transformer(build_flux):
     return model
 
 
-def savings(model):
-    """How each FLUX block is run: (policy, policy of its checkpoint), None where it runs as it is."""
-    forwards = [block.__dict__.get("forward") for _, block, _ in flux_blocks(model)]
-    return [forward and (forward.args[1].policy, forward.args[1].checkpoint) for forward in forwards]
+def lora_inputs(model):
+    """How LoRAs save their input: (policy, group size)."""
+    return {(layer.policy, layer.group_size) for layer in lora_layers(model).values()}
 
 
-def test_flux_blocks_follow_policy_and_group_sizes(transformer):
+def test_ops_and_linears_follow_policy_and_group_sizes(transformer):
     COATTrainer(OFF).convert(transformer)
-    assert savings(transformer) == [None] * 3
-    config = activation(policy="coat+recompute", linear_granularity="per_group", group_size=64)
-    COATTrainer(config).convert(transformer)
-    assert savings(transformer) == [(get_policy("coat+recompute", 64, 64), None)] * 3
-    COATTrainer(activation(nonlinear_granularity="per_tensor")).convert(transformer)
-    assert savings(transformer) == [(get_policy("coat", None, None), None)] * 3
+    assert lora_inputs(transformer) == {("none", 128)}
+    coat = COATTrainer(activation(policy="coat+recompute", linear_granularity="per_group", group_size=64))
+    coat.convert(transformer)
+    assert lora_inputs(transformer) == {("coat", 64)}
+    assert coat.saved_tensors().policy == get_policy("coat+recompute", 64)
+    coat = COATTrainer(activation(nonlinear_granularity="per_tensor"))
+    coat.convert(transformer)
+    assert lora_inputs(transformer) == {("coat", None)}
+    assert coat.saved_tensors().policy == get_policy("coat", None)
 
 
 @pytest.mark.parametrize("blocks", [None, 2])
 @pytest.mark.parametrize(("enabled", "efficient"), [(True, True), (True, False), (False, True)])
-def test_gradient_checkpointing_keeps_inputs_of_flux_blocks(transformer, blocks, enabled, efficient):
+def test_gradient_checkpointing_of_a_flux(transformer, blocks, enabled, efficient):
     memory = CoatMemoryConfig(enable_efficient_checkpoint=efficient, checkpoint_blocks=blocks)
     coat = COATTrainer(COATConfig(enabled=enabled, memory=memory), gradient_checkpointing=True)
     coat.convert(transformer)
-    found = savings(transformer)
-    fp8 = E4M3 if enabled and efficient else None
-    assert [each[1].fmt for each in found[:2]] == [fp8, fp8]
-    if blocks is None:
-        assert found[2][1].fmt == fp8
-    elif enabled:
-        assert found[2] == (get_policy("coat", 128, None), None)
-    else:
-        assert found[2] is None
+    assert transformer.gradient_checkpointing and transformer.checkpoint_blocks == blocks
+    with coat.saved_tensors() as saved:
+        assert saved.checkpoint_fmt == (E4M3 if enabled and efficient else None)
+        assert saved.policy == get_policy("coat" if enabled else "none", 128)
+
+
+def test_without_gradient_checkpointing_a_flux_has_none(transformer):
+    COATTrainer(COATConfig()).convert(transformer)
     assert not transformer.gradient_checkpointing
-    with coat.saved_tensors() as saved:
-        assert saved is not None
-
-
-def test_a_flux_with_unusual_blocks_checkpoints_by_itself(transformer, caplog):
-    transformer.single_transformer_blocks[0].norm.linear.bias.stop_gradient = False
-    coat = COATTrainer(COATConfig(), gradient_checkpointing=True)
-    coat.convert(transformer)
-    assert transformer.gradient_checkpointing and savings(transformer) == [None] * 3
-    with coat.saved_tensors() as saved:
-        assert saved.checkpoint_fmt == E4M3  # of the blocks' inputs
-    assert "norm.linear.bias is trained" in caplog.text and "by itself" in caplog.text
 
 
 def test_with_gradient_checkpointing_of_another_model_nothing_is_counted():

@@ -4,7 +4,8 @@
 
 Parameter names, config keys and the call are those of diffusers' `FluxTransformer2DModel`, so weights
 interchange (Paddle's Linear stores [in, out]). Every matrix is a plain `paddle.nn.Linear` at its diffusers
-path: LoRA, FP8 and saving policies are put in from outside, and this file knows nothing of them.
+path: LoRA and FP8 weights are put in from outside, and this file knows nothing of them. What a block saves
+for backward is decided in the ops that it calls (nn/ops.py).
 """
 
 import math
@@ -18,20 +19,21 @@ from ppdiffusers.models.modeling_utils import ModelMixin
 from ppdiffusers.models.transformer_2d import Transformer2DModelOutput
 
 from ppcoat.errors import ConfigError
-from ppcoat.models.adapters import adapters, adapters_set, scale_of
-from ppcoat.models.checkpointing import CheckpointedBlocks
-from ppcoat.nn.attention import attention, rotary_angles, rotate
-from ppcoat.nn.norm import modulated_norm, rms_norm
+from ppcoat.models.blocks import BlockModel, adapters, adapters_set, wanted_scale
+from ppcoat.nn import ops
+from ppcoat.nn.attention import rotary_angles
 
 SINUSOID_CHANNELS = 256
 
 
-class FluxTransformer2DModel(CheckpointedBlocks, ModelMixin, ConfigMixin):
+class FluxTransformer2DModel(BlockModel, ModelMixin, ConfigMixin):
     """FLUX.1 (black-forest-labs/flux; names as in diffusers). The defaults are FLUX.1-schnell's; FLUX.1-dev
     also has `guidance_embeds=True`: 1160 tensors, 11,901,408,320 parameters.
 
     Raises ConfigError if `axes_dims_rope` does not split `attention_head_dim` into even parts.
     """
+
+    block_lists = ("transformer_blocks", "single_transformer_blocks")
 
     @register_to_config
     def __init__(
@@ -94,7 +96,7 @@ class FluxTransformer2DModel(CheckpointedBlocks, ModelMixin, ConfigMixin):
         Returns Transformer2DModelOutput(sample) or (sample,): [B, image tokens, out_channels * patch_size^2].
         Raises ConfigError for an unknown joint_attention_kwargs key and for a missing or unwanted guidance.
         """
-        scale = scale_of(joint_attention_kwargs)
+        scale = wanted_scale(joint_attention_kwargs)
         self._check_guidance(guidance)
         with adapters_set(adapters(self, scale) if scale is not None else {}):
             img, txt, vec = self._embed(
@@ -103,7 +105,7 @@ class FluxTransformer2DModel(CheckpointedBlocks, ModelMixin, ConfigMixin):
             cos, sin = self._angles(txt_ids, img_ids)
 
             for i, block in enumerate(self.transformer_blocks):
-                img, txt = self.run_block(block, img, txt, vec, cos, sin)
+                img, txt = self.run_block(i, block, img, txt, vec, cos, sin)
                 if controlnet_block_samples:
                     blocks = len(self.transformer_blocks)
                     img = img + _pick(controlnet_block_samples, i, blocks, controlnet_blocks_repeat)
@@ -111,7 +113,7 @@ class FluxTransformer2DModel(CheckpointedBlocks, ModelMixin, ConfigMixin):
             text_tokens, image_tokens = txt.shape[1], img.shape[1]
             both = paddle.concat([txt, img], axis=1)
             for i, block in enumerate(self.single_transformer_blocks):
-                both = self.run_block(block, both, vec, cos, sin)
+                both = self.run_block(len(self.transformer_blocks) + i, block, both, vec, cos, sin)
                 if controlnet_single_block_samples:
                     txt, img = paddle.split(both, [text_tokens, image_tokens], axis=1)
                     img = img + _pick(controlnet_single_block_samples, i, len(self.single_transformer_blocks))
@@ -138,7 +140,7 @@ class FluxTransformer2DModel(CheckpointedBlocks, ModelMixin, ConfigMixin):
         checkpointed. A graph keeps the strength that adapters had when it was traced, so a model with
         adapters refuses a "scale" with ConfigError. Names as in PaddleMIX's FLUX-Lightning example.
         """
-        if scale_of(joint_attention_kwargs) is not None and adapters(self):
+        if wanted_scale(joint_attention_kwargs) is not None and adapters(self):
             raise ConfigError("a static graph cannot change the scale of a LoRA: merge_lora(model) first")
         self._check_guidance(guidance)
         img, txt, vec = self._embed(
@@ -196,7 +198,7 @@ class FluxTransformer2DModel(CheckpointedBlocks, ModelMixin, ConfigMixin):
 
     def _velocity(self, img, vec):
         scale_out, shift_out = self.norm_out(vec)  # here the scale comes first, unlike in the blocks
-        return self.proj_out(modulated_norm(img, shift_out, scale_out))
+        return self.proj_out(ops.modulated_norm(img, shift_out, scale_out))
 
 
 class DoubleBlock(nn.Layer):
@@ -215,12 +217,16 @@ class DoubleBlock(nn.Layer):
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.norm1(vec)
         txt_shift_a, txt_scale_a, txt_gate_a, txt_shift_m, txt_scale_m, txt_gate_m = self.norm1_context(vec)
         img_attn, txt_attn = self.attn(
-            modulated_norm(img, shift_a, scale_a), modulated_norm(txt, txt_shift_a, txt_scale_a), cos, sin
+            ops.modulated_norm(img, shift_a, scale_a),
+            ops.modulated_norm(txt, txt_shift_a, txt_scale_a),
+            cos,
+            sin,
         )
-        img = img + gate_a * img_attn
-        txt = txt + txt_gate_a * txt_attn
-        img = img + gate_m * self.ff(modulated_norm(img, shift_m, scale_m))
-        txt = txt + txt_gate_m * self.ff_context(modulated_norm(txt, txt_shift_m, txt_scale_m))
+        img = ops.gated_residual(img_attn, gate_a, img)
+        txt = ops.gated_residual(txt_attn, txt_gate_a, txt)
+        img = ops.gated_residual(self.ff(ops.modulated_norm(img, shift_m, scale_m)), gate_m, img)
+        txt_mlp = self.ff_context(ops.modulated_norm(txt, txt_shift_m, txt_scale_m))
+        txt = ops.gated_residual(txt_mlp, txt_gate_m, txt)
         return _finite_half(img), _finite_half(txt)
 
 
@@ -237,9 +243,10 @@ class SingleBlock(nn.Layer):
 
     def forward(self, x, vec, cos, sin):
         shift, scale, gate = self.norm(vec)
-        y = modulated_norm(x, shift, scale)
-        mlp = F.gelu(self.proj_mlp(y), approximate=True)
-        return _finite_half(x + gate * self.proj_out(paddle.concat([self.attn(y, cos, sin), mlp], axis=-1)))
+        y = ops.modulated_norm(x, shift, scale)
+        mlp = ops.gelu(self.proj_mlp(y))
+        out = self.proj_out(ops.concat(self.attn(y, cos, sin), mlp))
+        return _finite_half(ops.gated_residual(out, gate, x))
 
 
 class SelfAttention(nn.Layer):
@@ -250,13 +257,11 @@ class SelfAttention(nn.Layer):
         dim = heads * head_dim
         self.head_shape = [0, 0, heads, head_dim]  # 0 keeps a dimension in Paddle's reshape
         self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim) for _ in range(3))
-        self.norm_q, self.norm_k = RMSNorm(head_dim), RMSNorm(head_dim)
+        self.norm_q, self.norm_k = HeadNorm(head_dim), HeadNorm(head_dim)
 
     def forward(self, x, cos, sin):
-        q = self.norm_q(self.to_q(x).reshape(self.head_shape))
-        k = self.norm_k(self.to_k(x).reshape(self.head_shape))
-        v = self.to_v(x).reshape(self.head_shape)
-        return attention(rotate(q, cos, sin), rotate(k, cos, sin), v).flatten(2)
+        q, k = self.norm_q(self.to_q(x), cos, sin), self.norm_k(self.to_k(x), cos, sin)
+        return ops.attention(q, k, self.to_v(x).reshape(self.head_shape))
 
 
 class JointAttention(SelfAttention):
@@ -266,21 +271,20 @@ class JointAttention(SelfAttention):
         super().__init__(heads, head_dim)
         dim = heads * head_dim
         self.add_q_proj, self.add_k_proj, self.add_v_proj = (nn.Linear(dim, dim) for _ in range(3))
-        self.norm_added_q, self.norm_added_k = RMSNorm(head_dim), RMSNorm(head_dim)
+        self.norm_added_q, self.norm_added_k = HeadNorm(head_dim), HeadNorm(head_dim)
         self.to_out = nn.LayerList([nn.Linear(dim, dim)])
         self.to_add_out = nn.Linear(dim, dim)
 
     def forward(self, img, txt, cos, sin):
-        q = self.norm_q(self.to_q(img).reshape(self.head_shape))
-        k = self.norm_k(self.to_k(img).reshape(self.head_shape))
+        text_tokens = txt.shape[1]
+        of_text, of_image = (cos[:text_tokens], sin[:text_tokens]), (cos[text_tokens:], sin[text_tokens:])
+        q, k = self.norm_q(self.to_q(img), *of_image), self.norm_k(self.to_k(img), *of_image)
         v = self.to_v(img).reshape(self.head_shape)
-        txt_q = self.norm_added_q(self.add_q_proj(txt).reshape(self.head_shape))
-        txt_k = self.norm_added_k(self.add_k_proj(txt).reshape(self.head_shape))
+        txt_q = self.norm_added_q(self.add_q_proj(txt), *of_text)
+        txt_k = self.norm_added_k(self.add_k_proj(txt), *of_text)
         txt_v = self.add_v_proj(txt).reshape(self.head_shape)
-        q, k, v = (paddle.concat(pair, axis=1) for pair in ([txt_q, q], [txt_k, k], [txt_v, v]))
-        both = attention(rotate(q, cos, sin), rotate(k, cos, sin), v).flatten(2)
-        txt, img = paddle.split(both, [txt.shape[1], img.shape[1]], axis=1)
-        return self.to_out[0](img), self.to_add_out(txt)
+        txt_attn, img_attn = ops.joint_attention((txt_q, txt_k, txt_v), (q, k, v))
+        return self.to_out[0](img_attn), self.to_add_out(txt_attn)
 
 
 class FeedForward(nn.Layer):
@@ -300,7 +304,7 @@ class GELUProjection(nn.Layer):
         self.proj = nn.Linear(dim_in, dim_out)
 
     def forward(self, x):
-        return F.gelu(self.proj(x), approximate=True)
+        return ops.gelu(self.proj(x))
 
 
 class Modulation(nn.Layer):
@@ -315,13 +319,16 @@ class Modulation(nn.Layer):
         return self.linear(vec).unsqueeze(1).chunk(self.parts, axis=-1)
 
 
-class RMSNorm(nn.Layer):
-    def __init__(self, dim: int):
-        super().__init__()
-        self.weight = self.create_parameter([dim], default_initializer=nn.initializer.Constant(1.0))
+class HeadNorm(nn.Layer):
+    """Queries or keys [B, tokens, dim] -> [B, tokens, heads, head_dim], RMS-normalised in each head and turned
+    by the angles of their tokens."""
 
-    def forward(self, x):
-        return rms_norm(x, self.weight)
+    def __init__(self, head_dim: int):
+        super().__init__()
+        self.weight = self.create_parameter([head_dim], default_initializer=nn.initializer.Constant(1.0))
+
+    def forward(self, x, cos, sin):
+        return ops.rms_norm_rotated(x, self.weight, cos, sin)
 
 
 class TimeTextEmbedding(nn.Layer):

@@ -34,7 +34,7 @@ from ppcoat.models.newbie.gemma3 import Gemma3Config, Gemma3TextEncoder
 from ppcoat.models.newbie.jina_clip import JinaClipConfig, JinaClipTextModel
 from ppcoat.models.newbie.nextdit import NextDiT_CLIP
 from ppcoat.models.quantized_base import FP8Copy, load_fp8
-from ppcoat.nn.swap import check_count
+from ppcoat.nn.swap import last_blocks
 
 COMPONENTS = ("transformer", "text_encoder", "clip_model", "vae")
 LATENT_CHANNELS = 16
@@ -294,16 +294,8 @@ def load_fp8_nextdit(
 
     All 246 Linears of the 3B model are quantised; biases and norms are in `dtype` (None: float32 on CPU,
     bfloat16 on GPU). copy, and what else is raised: see `load_fp8`. blocks_to_swap: the last so many `layers`
-    are left in host memory. Raises ConfigError as `open_nextdit` and `last_layers`.
+    are left in host memory. Raises ConfigError as `open_nextdit` and `last_blocks`.
     """
     return load_fp8(
-        lambda: open_nextdit(folder, dtype), copy, lambda model: last_layers(model, blocks_to_swap)
+        lambda: open_nextdit(folder, dtype), copy, lambda model: last_blocks(model, blocks_to_swap)
     )
-
-
-def last_layers(model: NextDiT_CLIP, count: int) -> dict[str, nn.Layer]:
-    """The last `count` of `layers` by path, in model order. Raises ConfigError for a count that is not from 0
-    to the number of layers."""
-    check_count(count, len(model.layers))
-    first = len(model.layers) - count
-    return {f"layers.{i}": model.layers[i] for i in range(first, len(model.layers))}

@@ -17,7 +17,12 @@ import paddle.nn.functional as F
 from paddle import nn
 
 from ppcoat.errors import ConfigError
-from ppcoat.models.masked_attention import attention_bias, half_split_angles, masked_attention, rotate_halves
+from ppcoat.nn.attention import (
+    attention,
+    attention_bias,
+    half_split_angles,
+    rotate_halves,
+)
 
 # Config keys that would change the computation in a way not written here, with the values that do not.
 _ONLY = {
@@ -150,7 +155,7 @@ class SelfAttention(nn.Layer):
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = rotate_halves(self.q_norm(q), cos, sin), rotate_halves(self.k_norm(k), cos, sin)
-        return self.o_proj(masked_attention(q * self.query_factor, k, v, bias).flatten(2))
+        return self.o_proj(attention(q * self.query_factor, k, v, bias).flatten(2))
 
 
 class FeedForward(nn.Layer):

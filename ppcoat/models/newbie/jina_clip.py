@@ -24,7 +24,12 @@ from paddle import nn
 from tokenizers import Tokenizer
 
 from ppcoat.errors import ConfigError
-from ppcoat.models.masked_attention import attention_bias, half_split_angles, masked_attention, rotate_halves
+from ppcoat.nn.attention import (
+    attention,
+    attention_bias,
+    half_split_angles,
+    rotate_halves,
+)
 
 JINA_PAD_ID = 1
 # The text model whose sizes a config.json may leave out by naming it.
@@ -167,7 +172,7 @@ class Mixer(nn.Layer):
     def forward(self, x, cos, sin, bias):
         q, k, v = self.Wqkv(x).reshape([0, 0, 3, self.heads, -1]).unbind(axis=2)
         q, k = rotate_halves(q, cos, sin), rotate_halves(k, cos, sin)
-        return self.out_proj(masked_attention(q, k, v, bias).flatten(2))
+        return self.out_proj(attention(q, k, v, bias).flatten(2))
 
 
 class FeedForward(nn.Layer):

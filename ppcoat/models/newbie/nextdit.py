@@ -13,7 +13,6 @@ matrix is a plain nn.Linear, so LoRA, FP8 and saving policies are put in from ou
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 import numpy as np
 import paddle
@@ -23,24 +22,22 @@ from ppdiffusers.configuration_utils import ConfigMixin, register_to_config
 from ppdiffusers.models.modeling_utils import ModelMixin
 
 from ppcoat.errors import ConfigError
-from ppcoat.models.checkpointing import CheckpointedBlocks
+from ppcoat.models.blocks import BlockModel
 from ppcoat.models.flux.transformer import SINUSOID_CHANNELS, sinusoid
-from ppcoat.models.masked_attention import padding_bias
 from ppcoat.models.newbie.nextdit_blocks import HEAD_NORM_EPSILON, Block, FinalLayer, RMSNorm, TimeEmbedding
-from ppcoat.nn.attention import rotary_angles
+from ppcoat.nn.attention import padding_bias, rotary_angles
 
 MAX_ADALN_DIM = 1024
 
 
-class NextDiT_CLIP(CheckpointedBlocks, ModelMixin, ConfigMixin):
+class NextDiT_CLIP(BlockModel, ModelMixin, ConfigMixin):
     """The defaults are those of NewBie-image 3B: 535 tensors, 3,486,636,096 parameters.
 
     axes_dims: channels of a head for (caption position, row, column). axes_lens: how many positions each of
-    them has. Raises ConfigError for sizes that do not fit together. checkpoint_layers: how many of `layers`,
-    from the first, enable_gradient_checkpointing() covers; None: all.
+    them has. Raises ConfigError for sizes that do not fit together. The refiners are never checkpointed.
     """
 
-    checkpoint_layers: int | None = None
+    block_lists = ("layers",)
 
     @register_to_config
     def __init__(
@@ -122,9 +119,7 @@ class NextDiT_CLIP(CheckpointedBlocks, ModelMixin, ConfigMixin):
         cos, sin = self._angles(joint_positions)
         bias = padding_bias(totals, joint.shape[1])
         for index, block in enumerate(self.layers):
-            covered = self.checkpoint_layers is None or index < self.checkpoint_layers
-            run = partial(self.run_block, block) if covered else block
-            joint = run(joint, cos, sin, bias, adaln)
+            joint = self.run_block(index, block, joint, cos, sin, bias, adaln)
         out = self.final_layer(joint, adaln)
         images = [
             self._unpatchify(out[i, length : length + count], grid)

@@ -10,9 +10,7 @@ import paddle
 import paddle.nn.functional as F
 from paddle import nn
 
-from ppcoat.models.masked_attention import masked_attention
-from ppcoat.nn.attention import rotate
-from ppcoat.nn.checkpoint import recomputed, recomputed_attention
+from ppcoat.nn import ops
 
 HEAD_NORM_EPSILON = 1e-6  # of q_norm, k_norm and clip_text_pooled_proj.0; norm_eps does not reach them
 
@@ -37,10 +35,10 @@ class Block(nn.Layer):
         scale_a = gate_a = scale_m = gate_m = None
         if self.modulated:
             scale_a, gate_a, scale_m, gate_m = self.adaLN_modulation(adaln).unsqueeze(1).chunk(4, axis=-1)
-        attended = self.attention(_scaled(self.attention_norm1, x, scale_a), cos, sin, bias)
-        x = x + _gated(self.attention_norm2, attended, gate_a)
-        fed = self.feed_forward(_scaled(self.ffn_norm1, x, scale_m))
-        return x + _gated(self.ffn_norm2, fed, gate_m)
+        attended = self.attention(self.attention_norm1(x, scale_a), cos, sin, bias)
+        x = _residual(self.attention_norm2(attended), gate_a, x)
+        fed = self.feed_forward(self.ffn_norm1(x, scale_m))
+        return _residual(self.ffn_norm2(fed), gate_m, x)
 
 
 class Attention(nn.Layer):
@@ -58,12 +56,9 @@ class Attention(nn.Layer):
     def forward(self, x, cos, sin, bias):
         heads = self.qkv(x).reshape([0, 0, sum(self.heads_of_parts), self.head_dim])
         q, k, v = paddle.split(heads, self.heads_of_parts, axis=2)
-        return self.out(recomputed_attention(self._core, q, k, v, cos, sin, bias))
-
-    def _core(self, q, k, v, cos, sin, bias):
-        """[B, tokens, dim]."""
-        q, k = _rotate_all(self.q_norm(q), cos, sin), _rotate_all(self.k_norm(k), cos, sin)
-        return masked_attention(q, k, v, bias).flatten(2)
+        q = ops.rms_norm_rotated(q, self.q_norm.weight, cos, sin)
+        k = ops.rms_norm_rotated(k, self.k_norm.weight, cos, sin)
+        return self.out(ops.attention(q, k, v, bias))
 
 
 class FeedForward(nn.Layer):
@@ -75,7 +70,7 @@ class FeedForward(nn.Layer):
         self.w2 = nn.Linear(hidden_dim, dim, bias_attr=False)
 
     def forward(self, x):
-        return self.w2(recomputed(lambda gate, up: F.silu(gate) * up, self.w1(x), self.w3(x)))
+        return self.w2(ops.gated_silu(self.w1(x), self.w3(x)))
 
 
 class FinalLayer(nn.Layer):
@@ -103,34 +98,17 @@ class TimeEmbedding(nn.Layer):
 
 
 class RMSNorm(nn.Layer):
-    """x / rms(x) in x's dtype, times weight. Written out: Paddle's fused form has no CPU gradient."""
+    """x / rms(x) in x's dtype, times weight, and times 1 + scale [B, 1, dim] if there is one."""
 
     def __init__(self, dim: int, epsilon: float):
         super().__init__()
         self.epsilon = epsilon
         self.weight = self.create_parameter([dim], default_initializer=nn.initializer.Constant(1.0))
 
-    def forward(self, x):
-        x32 = x.astype("float32")
-        rstd = paddle.rsqrt(paddle.square(x32).mean(axis=-1, keepdim=True) + self.epsilon)
-        return (x32 * rstd).astype(x.dtype) * self.weight
+    def forward(self, x, scale=None):
+        return ops.rms_norm(x, self.weight, scale, self.epsilon)
 
 
-def _scaled(norm: RMSNorm, x: paddle.Tensor, scale: paddle.Tensor | None) -> paddle.Tensor:
-    """norm(x) (1 + scale); without the factor if scale is None."""
-    if scale is None:
-        return recomputed(norm, x)
-    return recomputed(lambda x, scale: norm(x) * (1 + scale), x, scale)
-
-
-def _gated(norm: RMSNorm, y: paddle.Tensor, gate: paddle.Tensor | None) -> paddle.Tensor:
-    """tanh(gate) norm(y); without the factor if gate is None."""
-    if gate is None:
-        return recomputed(norm, y)
-    return recomputed(lambda y, gate: F.tanh(gate) * norm(y), y, gate)
-
-
-def _rotate_all(x: paddle.Tensor, cos: paddle.Tensor, sin: paddle.Tensor) -> paddle.Tensor:
-    """`rotate` takes one row of angles per token; samples differ here, so they are laid end to end."""
-    batch, tokens, heads, head_dim = x.shape
-    return rotate(x.reshape([1, batch * tokens, heads, head_dim]), cos, sin).reshape(x.shape)
+def _residual(y: paddle.Tensor, gate: paddle.Tensor | None, x: paddle.Tensor) -> paddle.Tensor:
+    """x + tanh(gate) y; without the factor if gate is None."""
+    return x + y if gate is None else ops.gated_residual(y, F.tanh(gate), x)

@@ -12,9 +12,10 @@ from safetensors.numpy import save_file
 
 from ppcoat.errors import ConfigError
 from ppcoat.models.loading import linear_weights
-from ppcoat.models.newbie.files import last_layers, load_fp8_nextdit, load_nextdit
+from ppcoat.models.newbie.files import load_fp8_nextdit, load_nextdit
 from ppcoat.models.newbie.nextdit import NextDiT_CLIP
 from ppcoat.models.quantized_base import FP8Copy, fp8_model_bytes
+from ppcoat.nn.swap import last_blocks
 
 FOLDER = Path(__file__).parents[2] / "fixtures" / "tiny_newbie" / "transformer"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -89,7 +90,7 @@ def test_the_whole_model_is_never_held_unquantised(copy, tmp_path, start):
 def test_more_layers_than_there_are_and_unknown_weights_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="came 3, but this model has 2 blocks"):
         load_fp8_nextdit(FOLDER, blocks_to_swap=3)
-    assert list(last_layers(load_nextdit(FOLDER), 1)) == ["layers.1"]
+    assert list(last_blocks(load_nextdit(FOLDER), 1)) == ["layers.1"]
     config = json.loads((FOLDER / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"n_layers": 3}))
     (tmp_path / WEIGHTS).write_bytes((FOLDER / WEIGHTS).read_bytes())

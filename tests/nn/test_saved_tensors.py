@@ -6,21 +6,25 @@ import paddle.nn.functional as F
 import pytest
 from paddle import nn
 
+import ppcoat.nn.saved_tensors as saved_tensors
 from ppcoat.errors import ConfigError
 from ppcoat.fp8.formats import E4M3
-from ppcoat.nn.held import PlainTensor
-from ppcoat.nn.saved import (
-    count_saved_tensors,
-    fp8_saved_tensors,
-    kept_as_they_are,
-    record,
-)
+from ppcoat.nn.saved_forms import PlainSaved, save_fp8
+from ppcoat.nn.saved_tensors import count_saved_tensors, fp8_saved_tensors, saved_as_they_are, saver
 
 
 def tensor(seed: int, shape: list[int], trainable: bool = True) -> paddle.Tensor:
     x = paddle.to_tensor(np.random.default_rng(seed).standard_normal(shape).astype("float32"))
     x.stop_gradient = not trainable
     return x
+
+
+@pytest.fixture
+def packed_calls(monkeypatch) -> list:
+    """Grows by one each time that a tensor is packed."""
+    calls = []
+    monkeypatch.setattr(saved_tensors, "save_fp8", lambda *args: calls.append(1) or save_fp8(*args))
+    return calls
 
 
 def mlp() -> nn.Layer:
@@ -57,7 +61,6 @@ def test_bytes_of_a_known_graph():
         F.gelu(x).tanh()
     assert packed.bytes_unpacked == plain.bytes_kept
     assert packed.bytes_kept == 2 * (64 * 256 + 64 * 2 * 4)
-    assert packed.tensors_packed == 2
 
 
 def test_a_tensor_that_several_operators_keep_is_packed_and_counted_once():
@@ -86,21 +89,21 @@ def test_views_of_one_packed_copy_give_back_their_own_shape():
 
 
 @pytest.mark.parametrize("order", [[0, 2, 1, 3], [3, 1, 0, 2], [0, 1, 3, 2]])
-def test_transposed_views_come_back_in_their_own_memory_order(order):
+def test_transposed_views_come_back_in_their_own_memory_order(order, packed_calls):
     x = tensor(5, [4, 16, 8, 32])
 
-    def gradient(context) -> tuple[np.ndarray, int]:
+    def gradient(context) -> np.ndarray:
         x.clear_gradient()
-        with context as saved:
+        with context:
             loss = F.gelu(x).sum() + (paddle.square(x.transpose(order)) * weights).sum()
         loss.backward()
-        return x.grad.numpy(), saved.tensors_packed
+        return x.grad.numpy()
 
     weights = tensor(50, [x.shape[axis] for axis in order], trainable=False)
-    exact, _ = gradient(count_saved_tensors())
-    packed, count = gradient(fp8_saved_tensors())
+    exact = gradient(count_saved_tensors())
+    packed = gradient(fp8_saved_tensors())
     assert np.sqrt(np.mean((packed - exact) ** 2) / np.mean(exact**2)) < 0.05
-    assert count == 2  # x with its view, and the square that `multiply` keeps
+    assert len(packed_calls) == 2  # x with its view, and the square that `multiply` keeps
 
 
 def test_slices_with_gaps_stay_exact():
@@ -111,36 +114,36 @@ def test_slices_with_gaps_stay_exact():
     np.testing.assert_allclose(x.grad.numpy()[:, 10:200], 2 * x.numpy()[:, 10:200], rtol=1e-6)
 
 
-def test_memory_that_is_reused_is_packed_anew():
+def test_memory_that_is_reused_is_packed_anew(packed_calls):
     """Temporaries die and their memory may come back with other values: a packed copy must hold its own."""
     x = tensor(6, [64, 128])
     with fp8_saved_tensors() as saved, paddle.no_grad():
         for scale in range(1, 30):
             temporary = x * float(scale)
-            decoded = saved.pack(temporary, E4M3, 128).unpack()
+            decoded = saved.save_input(temporary, E4M3, 128).unpack()
             assert float((decoded - temporary).abs().max()) <= float(temporary.abs().max()) / 16
             del temporary, decoded
-    assert saved.tensors_packed == 29
+    assert len(packed_calls) == 29
 
 
-def test_in_place_change_is_packed_anew():
+def test_in_place_change_is_packed_anew(packed_calls):
     y = tensor(7, [64, 128]) * 1.0
-    with fp8_saved_tensors() as saved:
+    with fp8_saved_tensors():
         F.gelu(y)
         y.scale_(2.0)
         F.gelu(y)
-    assert saved.tensors_packed == 2
+    assert len(packed_calls) == 2
 
 
-def test_parameters_constants_and_small_tensors_stay_exact():
+def test_parameters_constants_and_small_tensors_stay_exact(packed_calls):
     weight = paddle.create_parameter([256, 256], "float32")
     table, x, small = tensor(8, [64, 256], trainable=False), tensor(9, [64, 256]), tensor(10, [8])
-    with fp8_saved_tensors() as saved:
+    with fp8_saved_tensors():
         y = x.matmul(weight) * table
         small.tanh()
     # matmul keeps x (packed) and the weight (the model's); multiply keeps the table and x W (packed); tanh 8
     # numbers
-    assert saved.tensors_packed <= 2
+    assert len(packed_calls) <= 2
     y.sum().backward()
     np.testing.assert_allclose(x.grad.numpy(), (table @ weight.t()).numpy(), rtol=1e-5, atol=1e-5)
 
@@ -161,7 +164,7 @@ def test_context_leaves_cleanly_after_an_error():
         raise RuntimeError("boom")
     with fp8_saved_tensors() as saved:
         F.gelu(tensor(12, [64, 256])).sum()
-    assert saved.tensors_packed == 1
+    assert saved.bytes_kept == 64 * 256 + 64 * 2 * 4
 
 
 @pytest.mark.parametrize(
@@ -200,14 +203,14 @@ def test_bytes_in_bfloat16_of_what_a_float32_run_keeps():
     assert saved.bytes_kept == saved.bytes_kept_bf16
 
 
-def test_within_kept_as_they_are_nothing_is_packed_but_all_is_counted():
+def test_within_saved_as_they_are_nothing_is_packed_but_all_is_counted(packed_calls):
     x = tensor(17, [64, 256])
     with fp8_saved_tensors() as saved:
-        with kept_as_they_are():
+        with saved_as_they_are():
             loss = F.gelu(x).sum()
-        assert (saved.tensors_packed, saved.bytes_kept) == (0, 64 * 256 * 4)
+        assert not packed_calls and saved.bytes_kept == 64 * 256 * 4
         F.gelu(x * 2)
-    assert saved.tensors_packed == 1
+    assert len(packed_calls) == 1
     loss.backward()
     exact = x.grad.numpy()
     x.clear_gradient()
@@ -215,12 +218,69 @@ def test_within_kept_as_they_are_nothing_is_packed_but_all_is_counted():
     np.testing.assert_array_equal(exact, x.grad.numpy())
 
 
-def test_record_counts_in_the_active_context_only():
-    held = [PlainTensor(tensor(18, [4, 8])), PlainTensor(tensor(19, [4, 1]), statistic=True)]
-    record(held)
+def test_the_active_saver_counts_what_it_is_given():
+    held = [PlainSaved(tensor(18, [4, 8])), PlainSaved(tensor(19, [4, 1]), statistic=True)]
+    for each in held:
+        saver().count(each)  # of no context
     with count_saved_tensors() as saved:
-        record(held)
+        assert saver() is saved
+        for each in held:
+            assert saver().count(each) is each
     assert (saved.bytes_kept, saved.bytes_kept_bf16) == (32 * 4 + 4 * 4, 32 * 2 + 4 * 4)
+    assert saver() is not saved
+
+
+def test_a_saver_saves_each_tensor_once_in_each_form_and_parameters_uncounted(packed_calls):
+    x, weight = tensor(20, [64, 256]), paddle.create_parameter([64, 256], "float32")
+    with fp8_saved_tensors() as saved:
+        first = saver().save(x)
+        shared = saver().save_input(x.reshape([4, 16, 256]), E4M3, 128)
+        assert saver().save(x) is shared.saved is first
+        assert saver().save_input(x, None, None) is shared  # whoever has no format takes the policy's
+        assert saver().save_input(x, E4M3, None).saved is not first
+        assert len(packed_calls) == 2 and saved.bytes_kept == 2 * 64 * 256 + 64 * 2 * 4 + 4
+        plain = saver().save_plain(x)
+        assert saver().save_plain(x) is plain and saver().save_plain(weight).unpack().shape == weight.shape
+        assert saved.bytes_kept == 6 * 64 * 256 + 64 * 2 * 4 + 4
+
+
+@pytest.mark.parametrize("settings", [{}, {"fp8_checkpoints": True}])
+@pytest.mark.parametrize("policy", ["none", "coat"])
+def test_checkpoints_are_in_fp8_where_that_is_wanted(policy, settings):
+    with fp8_saved_tensors(policy, **settings) as saved:
+        saver().save_checkpoint(tensor(21, [1, 64, 256]))
+    assert saved.bytes_kept == (64 * 256 + 64 * 2 * 4 if settings else 64 * 256 * 4)
+
+
+def test_an_offered_result_is_not_saved_and_forgotten_with_its_tensor_or_the_context():
+    """Neither by hooks, also of a view of it, nor by who asks for it."""
+    x = tensor(22, [64, 256])
+    with fp8_saved_tensors() as saved:
+        y = (x * 2.0).detach()
+        y.stop_gradient = False
+        saved.offer(y, lambda: paddle.full_like(x, 3.0))
+        loss = F.gelu(y).sum() + paddle.square(y.reshape([256, 64])).sum()
+        assert saver().save_input(y, E4M3, 128).saved is saved.offered(y)
+        assert saved.bytes_kept == 0
+        loss.backward()
+        other = y * 1.0
+        saved.offer(other, lambda: x)
+        address = other.data_ptr()
+        del other
+        again = y * 1.0
+        assert again.data_ptr() == address and saved.offered(again) is None
+        saved.offer(again, lambda: x)
+        again.scale_(2.0)
+        assert saved.offered(again) is None
+        saved.offer(x, lambda: x)
+    slope = 6.0 + (gelu_at(3.0 + 1e-3) - gelu_at(3.0 - 1e-3)) / 2e-3
+    np.testing.assert_allclose(y.grad.numpy(), np.full([64, 256], slope), rtol=1e-3)
+    with saved:
+        assert saved.offered(x) is None
+
+
+def gelu_at(value: float) -> float:
+    return float(F.gelu(paddle.to_tensor(value, "float64")))
 
 
 @pytest.mark.parametrize("context", [count_saved_tensors, fp8_saved_tensors], ids=["counted", "packed"])

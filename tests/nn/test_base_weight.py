@@ -8,11 +8,10 @@ from paddle import nn
 
 from ppcoat.errors import ConfigError
 from ppcoat.lora import inject_lora, remove_lora
+from ppcoat.nn.base_weight import FP8Weight, times, times_transposed
 from ppcoat.nn.convert import multiply_in_fp8, quantize_linears, replace_linear_with_fp8
-from ppcoat.nn.fp8_weight import FP8Weight, times, times_transposed
 from ppcoat.nn.linear import FrozenLinear, LoRALinear
-from ppcoat.nn.saved import count_saved_tensors
-from ppcoat.nn.saving import apply_saving_policy, remove_saving_policy
+from ppcoat.nn.saved_tensors import count_saved_tensors
 
 IN, OUT = 200, 136
 
@@ -123,12 +122,11 @@ def test_flux_blocks_on_it_have_the_gradients_of_autograd(flux, build_flux, poli
         flux.with_loras(each)
     batch = flux.arguments(plain)
     loss, wanted = flux.plain_gradients(plain, batch)
-    apply_saving_policy(quantised, policy, checkpointed, fp8_checkpoints=False)
-    got_loss, got = flux.gradients(quantised, batch)
-    remove_saving_policy(quantised)
+    got_loss, got = flux.gradients(quantised, batch, policy, checkpointed)
     assert abs(got_loss - loss) < 1e-5 * loss
-    exact = policy == "none" or checkpointed == 4
-    assert flux.errors(got, wanted)[1] < (1e-5 if exact else 0.08)
+    # where all blocks are checkpointed only the norm behind them is saved in FP8
+    limit = 1e-5 if policy == "none" else 0.03 if checkpointed == 4 else 0.08
+    assert flux.errors(got, wanted)[1] < limit
 
 
 def rounded_rows(x: np.ndarray) -> np.ndarray:

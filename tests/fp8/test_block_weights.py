@@ -5,7 +5,7 @@ import numpy as np
 import paddle
 import pytest
 
-from ppcoat.fp8.blocks import dequantize_blocks, quantize_blocks
+from ppcoat.fp8.matmul import dequantize_blocks, quantize_blocks
 
 
 def weights(rows: int, columns: int) -> np.ndarray:

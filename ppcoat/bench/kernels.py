@@ -15,17 +15,18 @@ import argparse
 import importlib.util
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ppcoat.cli.kernel_cases import Kernels
+    from ppcoat.bench.kernel_cases import Kernels
 
 # Ways through a double block. The first is a saving policy; the second adds FP8 weights and products.
 COAT, FP8_PRODUCTS = "coat+recompute", "coat+recompute, FP8 products"
 PLAIN, CHECKPOINTED = "16-bit autograd", "16-bit, gradient checkpointing"
+WAYS = (COAT, FP8_PRODUCTS, PLAIN, CHECKPOINTED)  # as a library's `double_block` gives them
 WITH_QUANTISING, OF_PEAK = "times as fast as 16-bit, with quantising", "share of measured FP8 peak"
 HALF_STEP = 2.0**-4  # of E4M3, relative: no single rounding is more
 UNEXPLAINED = "not known"
@@ -90,7 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_command(arguments: argparse.Namespace) -> None:
-    from ppcoat.cli.kernel_library import PaddleLibrary
+    from ppcoat.bench.kernel_library import PaddleLibrary
 
     run_with(PaddleLibrary, arguments)
 
@@ -109,7 +110,7 @@ def run_with(library: type, arguments: argparse.Namespace) -> None:
         raise ConfigError(f"{library.name} sees no NVIDIA GPU: nothing was measured; run it on a card")
     if importlib.util.find_spec("triton") is None:
         raise ConfigError("Triton is not installed: nothing was measured; pip install triton==3.5.0")
-    from ppcoat.cli.kernel_cases import Kernels
+    from ppcoat.bench.kernel_cases import Kernels
 
     report = measure(Kernels(library()), Sizes(runs=arguments.runs))
     output.write_text(json.dumps(_without_nan(report), indent=1) + "\n", encoding="utf-8")
@@ -241,7 +242,7 @@ def _double_block(library: Any, sizes: Sizes) -> Iterator[Row]:
     """Forward and backward of a double block with LoRA: in FP8 what is kept, without and with FP8 products,
     against autograd in 16 bits."""
     for tokens in sizes.tokens:
-        calls = library.double_block(tokens, sizes)
+        calls = _ways(library, tokens, sizes)
         ms = {way: library.median_ms(call, sizes.runs) for way, call in calls.items()}
         peaks = {way: library.peak_bytes(call) for way, call in calls.items()}
         plain = {way: ms[way] for way in (PLAIN, CHECKPOINTED)}
@@ -261,11 +262,16 @@ def _double_block(library: Any, sizes: Sizes) -> Iterator[Row]:
             yield row
 
 
+def _ways(library: Any, tokens: int, sizes: Sizes) -> dict[str, Callable[[], list[Any]]]:
+    calls = library.double_block(tokens, sizes.text, sizes.width, sizes.heads, sizes.rank)
+    return dict(zip(WAYS, calls, strict=True))
+
+
 def _block_errors(library: Any, sizes: Sizes) -> Iterator[tuple[str, float]]:
     """Largest difference, as RMS, of a result or gradient of the double block from that of plain autograd, in
     half steps of E4M3; with FP8 products in as many as roundings come together: two factors in six products
     forward and six back, whose errors add up as roots of squares."""
-    calls = library.double_block(min(sizes.tokens), sizes)
+    calls = _ways(library, min(sizes.tokens), sizes)
     plain = [library.get(x) for x in calls[PLAIN]()]
     for name, way, roundings in (("double block", COAT, 1), ("double block, FP8 products", FP8_PRODUCTS, 24)):
         ours = [library.get(x) for x in calls[way]()]

@@ -11,10 +11,8 @@ import paddle.nn.functional as F
 from paddle import nn
 
 from ppcoat.errors import ConfigError
-from ppcoat.fp8.blocks import BLOCK, dequantize_blocks, quantize_blocks
-from ppcoat.fp8.formats import E4M3
-from ppcoat.fp8.matmul import scaled_matmul
-from ppcoat.fp8.operands import BlockMatrix, Epilogue
+from ppcoat.fp8.formats import E4M3, BlockMatrix, Epilogue
+from ppcoat.fp8.matmul import BLOCK, dequantize_blocks, quantize_blocks, scaled_matmul
 from ppcoat.fp8.quantize import quantize
 
 

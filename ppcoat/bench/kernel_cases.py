@@ -1,11 +1,12 @@
 """The Triton kernels as `benchmark kernels` times them at given sizes, each beside what it replaces.
 
 Nothing here imports Paddle: tensors are those of a library (kernel_library.py), and the launchers take them.
-Their errors on small inputs are in kernel_errors.py and kernel_optimizer_errors.py.
+Their errors on small inputs are those of fp8/truth.py.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from types import SimpleNamespace
@@ -13,32 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from ppcoat.fp8 import (
-    adamw_triton,
-    log_codes_triton,
-    matmul_triton,
-    norm_triton,
-    pointwise_triton,
-    quantize_triton,
-)
-from ppcoat.fp8.operands import Epilogue, Groups
-
-from .kernel_errors import E4M3, E5M2, GROUP, BlockErrors, random_weight
-from .kernel_optimizer_errors import OptimizerErrors
+from ppcoat.fp8 import backend, truth
+from ppcoat.fp8.constants import NORM_EPSILON
+from ppcoat.fp8.formats import E4M3, E5M2, Epilogue, Groups
 
 LAUNCHERS = {
-    name: getattr(module, name)
-    for module, names in (
-        (quantize_triton, ("quantize", "dequantize")),
-        (log_codes_triton, ("log_encode", "log_decode", "signed_log_encode", "signed_log_decode")),
-        (norm_triton, ("modulated_norm", "modulated_norm_quantized", "modulated_norm_grad")),
-        (norm_triton, ("rms_norm_rotated", "rms_norm_rotated_grad")),
-        (pointwise_triton, ("gelu", "gelu_quantized", "gelu_grad", "silu", "silu_grad", "gated_residual")),
-        (matmul_triton, ("scaled_matmul",)),
-        (adamw_triton, ("adamw_step",)),
-    )
-    for name in names
+    name: getattr(importlib.import_module(f"ppcoat.fp8.{module}"), name)
+    for name, module in backend.MODULES["triton"].items()
 }
+GROUP = 128
 
 
 class Kernels:
@@ -54,10 +38,10 @@ class Kernels:
 
     def errors(self) -> dict[str, float]:
         """Largest error of each kernel on small inputs, in units of what the formats allow (1.0 passes)."""
-        return {
-            **BlockErrors(self.library, self.run).all(),
-            **OptimizerErrors(self.library, self.run).all(),
-        }
+        found: dict[str, float] = {}
+        for op, launcher in self.run.items():
+            found |= truth.errors(op, launcher, self.library)
+        return found
 
     def streaming(self, tokens: int, width: int, heads: int) -> Iterator[tuple[str, Callable, int, Any]]:
         """(name, call, bytes read and written, eager call or None) of the kernels that memory limits; what
@@ -100,26 +84,34 @@ class Kernels:
         half, eager, gradient = self.library.half, self.library.eager(), self.library.gradient
         x, dy = (self._random([1, tokens, width], half) for _ in range(2))
         row, (codes, groups) = self._random([1, 1, width], half), self._codes(x)
-        norm, rms = eager["modulated_norm"], eager["rms_norm_rotated"]
+        norm, rotated = eager["modulated_norm"], eager["rms_norm_rotated"]
         yield "modulated_norm", (codes, row, row, groups), (1, 1), lambda: norm(x, row, row)
-        yield "modulated_norm_quantized", (x, row, row, E4M3, GROUP), (1, 1), lambda: norm(x, row, row)
         back = gradient(lambda h: norm(h, row, row), x, dy)
         yield "modulated_norm_grad", (codes, row, dy, groups), (2, 1), back
+        weight, rms = row[0, 0], eager["rms_norm"]
+        arguments = codes, weight, row
+        yield "rms_norm", (*arguments, NORM_EPSILON, groups), (1, 1), lambda: rms(x, weight, row)
+        back = gradient(lambda h: rms(h, weight, row), x, dy)
+        yield "rms_norm_grad", (*arguments, dy, NORM_EPSILON, groups), (2, 1), back
         yield "gated_residual", (x, row, dy), (3, 0), lambda: eager["gated_residual"](x, row, dy)
 
         head, dhead = (self._random([1, tokens, heads, width // heads], half) for _ in range(2))
-        angles, weight = self._angles(tokens, width // heads), self._random([width // heads], half)
-        y, rstd = self.run["rms_norm_rotated"](head, weight, angles)
+        angles, gain = self._angles(tokens, width // heads), self._random([width // heads], half)
+        y, rstd = self.run["rms_norm_rotated"](head, gain, angles)
         turns = [angle.reshape([tokens, 1, -1]) for angle in angles]
-        yield "rms_norm_rotated", (head, weight, angles), (2, 0), lambda: rms(head, weight, *turns)
-        back = gradient(lambda h: rms(h, weight, *turns), head, dhead)
-        yield "rms_norm_rotated_grad", (dhead, y, rstd, weight, angles), (3, 0), back
+        yield (
+            "rms_norm_rotated",
+            (head, gain, angles),
+            (2, 0),
+            lambda: rotated(head, gain, *turns),
+        )
+        back = gradient(lambda h: rotated(h, gain, *turns), head, dhead)
+        yield "rms_norm_rotated_grad", (dhead, y, rstd, gain, angles), (3, 0), back
 
     def _pointwise_cases(self, tokens: int, width: int) -> Iterator[tuple]:
         half, eager, gradient = self.library.half, self.library.eager(), self.library.gradient
         x, dy = (self._random([1, tokens, 4 * width], half) for _ in range(2))
         codes, groups = self._codes(x)
-        yield "gelu_quantized", (x, E4M3, GROUP), (1, 1), lambda: eager["gelu"](x)
         for name in ("gelu", "silu"):
             yield name, (codes, groups), (1, 1), partial(eager[name], x)
             yield f"{name}_grad", (codes, dy, groups), (2, 1), gradient(eager[name], x, dy)
@@ -131,7 +123,7 @@ class Kernels:
 
     def products(self, tokens: int, k: int, n: int) -> Iterator[tuple[str, Callable, Callable]]:
         """(name, the product alone, quantising and the product) for y = x W and dx = dy W^T."""
-        weight, half = random_weight(self.library, self.rng, k, n), self.library.half
+        weight, half = truth.random_weight(self.library, self.rng, k, n), self.library.half
         for name, transpose, width in (("y = x W", False, k), ("dx = dy W^T", True, n)):
             x = self._random([tokens, width], half)
 

@@ -1,0 +1,484 @@
+"""The ops that models call by their mathematical names. Here, and nowhere else, it is decided what a block
+saves for backward.
+
+An op is its plain formula, `compute`, and a backward by hand. When a gradient is wanted it asks the active
+Saver (saved_tensors.py) what to save of its inputs: as they are, in FP8, in FP8 with a 4-bit residual, or
+nothing where another op can give it back. Under "+recompute" an op offers its result: a Linear that wants
+its input for a LoRA, or an op that wants it, then saves nothing and asks for it in backward. Under the policy
+"none" autograd differentiates the plain formula.
+
+Bytes in U = tokens * width * 2 bytes of a FLUX block with a LoRA on every Linear, head_dim 128, groups of
+128, bfloat16. Each LoRA adds rank / width for its x A: at width 512 and rank 16 the blocks save 10.4 and 9.8,
+6.4 and 5.8, 5.4 and 4.9 U in all.
+
+    saved                            coat        +recompute  +attention
+    inputs of modulated norms        .52 each    .52         .52
+    inputs of Linears                .5 each     again       again
+    1 / rms of queries and keys      .03         .03         .03
+    rotated q, k, and v              3           3           2.05
+    attention's output               1           again       again
+    GELU's input                     2.06        2.06        2.06
+    total of a double block          10.2        6.2         5.2
+    total of a single block          9.7         5.7         4.7
+
+Formulas and kernels, forward and backward, are in fp8/norm.py and fp8/pointwise.py; attention's are in
+attention.py. Source: COAT (arXiv 2410.19313) section 5 for what to keep in FP8; the rest is the chain rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import paddle
+import paddle.nn.functional as F
+from paddle.autograd import PyLayer
+
+from ppcoat.fp8 import norm, pointwise
+from ppcoat.fp8.constants import NORM_EPSILON
+
+from . import attention as plain
+from .recompute import LocalGraph, carries_gradient
+from .saved_forms import codes_or_floats
+from .saved_tensors import Saver, saver
+
+Tensors = tuple[paddle.Tensor, ...]
+# Largest ratio of weights of an RMSNorm at which its input is recovered by dividing its output by them.
+WEIGHT_RATIO = 64.0
+
+
+def modulated_norm(h: paddle.Tensor, shift: paddle.Tensor, scale: paddle.Tensor) -> paddle.Tensor:
+    """LayerNorm(h) (1 + scale) + shift. h and the result [B, tokens, dim]; shift, scale [B, 1, dim]."""
+    return _run(_ModulatedNorm, h, shift, scale)
+
+
+def rms_norm(
+    x: paddle.Tensor,
+    weight: paddle.Tensor,
+    scale: paddle.Tensor | None = None,
+    epsilon: float = NORM_EPSILON,
+) -> paddle.Tensor:
+    """x / rms(x) weight, times 1 + scale if there is one. x and the result [B, tokens, dim], weight [dim],
+    scale [B, 1, dim]."""
+    return _run(_RMSNorm, x, weight, scale, epsilon=epsilon)
+
+
+def rms_norm_rotated(
+    x: paddle.Tensor, weight: paddle.Tensor, cos: paddle.Tensor, sin: paddle.Tensor
+) -> paddle.Tensor:
+    """Queries or keys, RMS-normalised in each head and turned by the angles of their tokens.
+
+    x [B, tokens, dim] or [B, tokens, heads, head_dim] -> [B, tokens, heads, head_dim]; weight [head_dim]; cos
+    and sin float32 [tokens, head_dim / 2], or [B * tokens, head_dim / 2] where samples differ. In training the
+    result goes to `attention`, which gives it back in backward.
+    """
+    return _run(_RMSNormRotated, x, weight, cos, sin)
+
+
+def attention(
+    q: paddle.Tensor, k: paddle.Tensor, v: paddle.Tensor, bias: paddle.Tensor | None = None
+) -> paddle.Tensor:
+    """softmax(q k^T / sqrt(head_dim) + bias) v. q [B, tokens, heads, head_dim], k and v [B, tokens, key
+    heads, head_dim], bias as `attention_bias` gives it -> [B, tokens, heads * head_dim]."""
+    (o,) = _run(_Attention, q, k, v, bias=bias)
+    return o
+
+
+def joint_attention(first: Tensors, second: Tensors) -> Tensors:
+    """`attention` over the tokens of two streams in a row. Each comes as (q, k, v) [B, tokens, heads,
+    head_dim] and gets its own rows of the result [B, tokens, heads * head_dim]."""
+    return _run(_Attention, *first, *second)
+
+
+def gelu(u: paddle.Tensor) -> paddle.Tensor:
+    """GELU in its tanh form, of u [B, tokens, dim]."""
+    return _run(_Gelu, u)
+
+
+def gated_silu(gate: paddle.Tensor, up: paddle.Tensor) -> paddle.Tensor:
+    """silu(gate) up, both [B, tokens, dim]: the inner product of a SwiGLU feed-forward."""
+    return _run(_GatedSilu, gate, up)
+
+
+def gated_residual(y: paddle.Tensor, gate: paddle.Tensor, x: paddle.Tensor) -> paddle.Tensor:
+    """x + gate y. x, y and the result [B, tokens, dim]; gate [B, 1, dim]."""
+    return _run(_GatedResidual, y, gate, x)
+
+
+def concat(*parts: paddle.Tensor) -> paddle.Tensor:
+    """Results of ops [B, tokens, dim_i], side by side -> [B, tokens, sum of dim_i]."""
+    return _run(_Concat, *parts)
+
+
+@paddle.jit.not_to_static  # a static graph has no backward, and the formulas are operators of Paddle
+def _run(kind: type[_Op], *inputs: paddle.Tensor | None, **settings: object) -> paddle.Tensor | Tensors:
+    """One call of an op; settings: its arguments that never want a gradient, by name."""
+    if not (paddle.is_grad_enabled() and any(map(carries_gradient, inputs))):
+        return kind.compute(*inputs, **settings)
+    active = saver()
+    if not active.policy.by_hand:
+        return kind.differentiable(*inputs, **settings)
+    op = kind(active, inputs, settings)
+    result = _ByHand.apply(op, *inputs)
+    op.tell(result)
+    return result
+
+
+class _Op:
+    """One call of an op. `forward` computes the result and saves what `backward` needs, `again` computes it
+    once more, `backward` turns its gradient into those of the inputs (of those that want one)."""
+
+    def __init__(self, active: Saver, inputs: Sequence[paddle.Tensor | None], settings: dict) -> None:
+        self.saver, self.settings = active, settings
+        self.wants = [carries_gradient(x) for x in inputs]
+
+    @staticmethod
+    def compute(*inputs: paddle.Tensor | None, **settings: object) -> paddle.Tensor | Tensors:
+        """The formula, by the fastest version that there is."""
+        raise NotImplementedError
+
+    @classmethod
+    def differentiable(cls, *inputs: paddle.Tensor | None, **settings: object) -> paddle.Tensor | Tensors:
+        """The formula in operators of Paddle that autograd differentiates."""
+        return cls.compute(*inputs, **settings)
+
+    def tell(self, result: paddle.Tensor) -> None:
+        """Tell the Saver of the result: here, how to have it again."""
+        if self.saver.policy.recompute:
+            self.saver.offer(result, self.again)
+
+    def again(self) -> paddle.Tensor:
+        """The result once more, from what was saved."""
+        raise NotImplementedError
+
+
+class _ByHand(PyLayer):
+    """Paddle's view of an op."""
+
+    @staticmethod
+    def forward(ctx, op: _Op, *inputs: paddle.Tensor | None) -> paddle.Tensor | Tensors:
+        ctx.op, ctx.are_tensors = op, [x is not None for x in inputs]
+        return op.forward(*inputs)
+
+    @staticmethod
+    def backward(ctx, *grads: paddle.Tensor) -> Tensors:
+        found = zip(ctx.op.backward(*grads), ctx.op.wants, ctx.are_tensors, strict=True)
+        return tuple(gradient if wanted else None for gradient, wanted, is_tensor in found if is_tensor)
+
+
+class _ModulatedNorm(_Op):
+    compute = norm.modulated_norm
+
+    @classmethod
+    def differentiable(cls, h, shift, scale):
+        return norm.modulated_norm.reference(h, shift, scale)
+
+    def forward(self, h, shift, scale):
+        self.h, (self.shift, self.scale) = self.saver.save(h), _small(self.saver, shift, scale)
+        return norm.modulated_norm(h, self.shift, self.scale)
+
+    def again(self):
+        h, groups = codes_or_floats(self.h)
+        return norm.modulated_norm(h, self.shift, self.scale, groups)
+
+    def backward(self, dy):
+        wants_h, wants_shift, wants_scale = self.wants
+        h, groups = codes_or_floats(self.h)
+        dh = norm.modulated_norm_grad(h, self.scale, dy, groups) if wants_h else None
+        dshift = _sum_of_tokens(dy) if wants_shift else None
+        zero = paddle.zeros_like(self.scale)
+        dscale = _sum_of_tokens(dy * norm.modulated_norm(h, zero, zero, groups)) if wants_scale else None
+        return dh, dshift, dscale
+
+
+class _RMSNorm(_Op):
+    compute = norm.rms_norm
+
+    @classmethod
+    def differentiable(cls, x, weight, scale, epsilon):
+        return norm.rms_norm.reference(x, weight, scale, epsilon)
+
+    def forward(self, x, weight, scale):
+        self.x, self.weight = self.saver.save(x), weight
+        (self.scale,) = (None,) if scale is None else _small(self.saver, scale)
+        return norm.rms_norm(x, weight, self.scale, **self.settings)
+
+    def again(self):
+        x, groups = codes_or_floats(self.x)
+        return norm.rms_norm(x, self.weight, self.scale, groups=groups, **self.settings)
+
+    def backward(self, dy):
+        wants_x, wants_weight, wants_scale = self.wants
+        x, groups = codes_or_floats(self.x)
+        dx = dweight = dscale = None
+        if wants_x:
+            dx = norm.rms_norm_grad(x, self.weight, self.scale, dy, groups=groups, **self.settings)
+        if wants_weight:
+            ones = paddle.ones_like(self.weight)
+            g = dy * norm.rms_norm(x, ones, self.scale, groups=groups, **self.settings)
+            dweight = _sum_of_rows(g, self.weight)
+        if wants_scale:
+            dscale = _sum_of_tokens(dy * norm.rms_norm(x, self.weight, groups=groups, **self.settings))
+        return dx, dweight, dscale
+
+
+class _RMSNormRotated(_Op):
+    """Saves 1 / rms alone where it can: `attention` gives the result back in backward, and turned back and
+    divided by the weight that is the normalised input. Else it saves its input."""
+
+    output: paddle.Tensor | None = None
+
+    @staticmethod
+    def compute(x, weight, cos, sin):
+        x = _heads(x, weight.shape[0])
+        return norm.rms_norm_rotated(_rows_of(cos, x), weight, (cos, sin))[0].reshape(x.shape)
+
+    @classmethod
+    def differentiable(cls, x, weight, cos, sin):
+        x = _heads(x, weight.shape[0])
+        y = norm.rms_norm.reference(x, weight)
+        return plain.rotate(_rows_of(cos, y), cos, sin).reshape(x.shape)
+
+    def forward(self, x, weight, cos, sin):
+        self.shape, self.weight, self.angles = x.shape, weight, (cos, sin)
+        self.inverts = self.saver.policy.invert_head_norms and not self.wants[1] and _divides(weight)
+        x = _heads(x, weight.shape[0])
+        y, rstd = norm.rms_norm_rotated(_rows_of(cos, x), weight, self.angles)
+        if self.inverts:
+            self.rstd = self.saver.save_plain(rstd, statistic=True).tensor
+        else:
+            self.x = self.saver.save(x.flatten(2))
+        return y.reshape(x.shape)
+
+    def tell(self, result):
+        if self.inverts:
+            self.saver.wants_back(result, self)
+
+    def backward(self, dy):
+        dy = _rows_of(self.angles[0], dy)
+        if self.inverts:
+            assert self.output is not None, "a rotated norm's result went elsewhere than to ops.attention"
+            y, self.output = _rows_of(self.angles[0], self.output), None
+            dx = norm.rms_norm_rotated_grad(dy, y, self.rstd, self.weight, self.angles)
+            return dx.reshape(self.shape), None, None, None
+        cos, sin = self.angles
+        dy = norm.apply_rope(dy, cos, -sin)
+        x = _heads(self.x.unpack(), self.weight.shape[0]).reshape(dy.shape)
+        dx = norm.rms_norm_grad(x, self.weight, None, dy).reshape(self.shape) if self.wants[0] else None
+        dweight = None
+        if self.wants[1]:
+            dweight = _sum_of_rows(dy * norm.rms_norm(x, paddle.ones_like(self.weight)), self.weight)
+        return dx, dweight, None, None
+
+
+class _Attention(_Op):
+    """q, k, v of one or two streams. Saves them all in one; under "+attention" values in FP8, queries and
+    keys with a residual, because scores go through an exponential: 2.5 % of rounding in q or k would be 8 %
+    behind it. Its result is never saved by whoever reads it, but computed again or held by flash attention.
+    """
+
+    @staticmethod
+    def compute(*qkv, bias=None):
+        q, k, v = _joined(qkv)
+        o = plain.attention(q, k, v, bias).flatten(2)
+        return tuple(_split_tokens(o, [x.shape[1] for x in qkv[::3]]))
+
+    def forward(self, *qkv):
+        policy = self.saver.policy
+        self.makers = [self.saver.maker_of(x) for x in qkv]
+        self.tokens, self.head_dim = [x.shape[1] for x in qkv[::3]], qkv[0].shape[-1]
+        self._graph, (q, k, v) = None, _joined(qkv)
+        if not policy.recompute and plain.uses_flash_attention(q):
+            # Its graph is what "coat" saves: q, k, v, the output and a statistic per row.
+            self._graph = self._new_graph(q, k, v)
+            return self._parts(self._graph.output.flatten(2))
+        q_save = self.saver.save_residual if policy.pack_attention else self.saver.save_plain
+        v_save = self.saver.save if policy.pack_attention else self.saver.save_plain
+        self.qkv = [q_save(q.flatten(2)), q_save(k.flatten(2)), v_save(v.flatten(2))]
+        if not policy.recompute:
+            self.saver.count(_FlashRemainder(q.shape, k.shape[2]))
+        return self._parts(plain.attention(q, k, v, **self.settings).flatten(2))
+
+    def tell(self, result):
+        for i, part in enumerate(result):
+            self.saver.offer(part, partial(self._part_again, i))
+
+    def backward(self, *grads):
+        graph, self._graph = self._again(), None
+        do = paddle.concat(grads, axis=1) if len(grads) > 1 else grads[0]
+        gradients = graph.gradients(_heads(do, self.head_dim))
+        found = list(zip(*(self._parts(d) for d in gradients), strict=True))
+        inputs = list(zip(*(self._parts(x.detach()) for x in graph.inputs), strict=True))
+        for maker, x in zip(self.makers, _flat(inputs), strict=True):
+            if maker is not None:
+                maker.output = x
+        return _flat(found)
+
+    def _part_again(self, index: int) -> paddle.Tensor:
+        return self._parts(self._again().output.flatten(2))[index]
+
+    def _again(self) -> LocalGraph:
+        """The attention of the forward pass, ready for backward."""
+        if self._graph is None:
+            self._graph = self._new_graph(*(_heads(x.unpack(), self.head_dim) for x in self.qkv))
+        return self._graph
+
+    def _new_graph(self, q: paddle.Tensor, k: paddle.Tensor, v: paddle.Tensor) -> LocalGraph:
+        return LocalGraph(partial(plain.attention, **self.settings), q, k, v)
+
+    def _parts(self, x: paddle.Tensor) -> Tensors:
+        return tuple(_split_tokens(x, self.tokens))
+
+
+@dataclass(frozen=True)
+class _FlashRemainder:
+    """What flash attention would hold beside q [B, tokens, heads, head_dim], k and v: the output in bfloat16,
+    a float32 per token and head, and keys and values for heads that share them. Without flash attention it is
+    computed again, so nothing is held.
+    """
+
+    shape: list[int]
+    key_heads: int
+    nbytes: int = 0
+    nbytes_unpacked: int = 0
+
+    @property
+    def nbytes_bf16(self) -> int:
+        batch, tokens, heads, head_dim = self.shape
+        shared = 2 * (heads - self.key_heads)
+        return batch * tokens * (heads * (2 * head_dim + 4) + shared * 2 * head_dim)
+
+
+class _Gelu(_Op):
+    compute = pointwise.gelu
+
+    @classmethod
+    def differentiable(cls, u):
+        return pointwise.gelu.reference(u)
+
+    def forward(self, u):
+        self.u = self.saver.save(u)
+        return pointwise.gelu(u)
+
+    def again(self):
+        return pointwise.gelu(*codes_or_floats(self.u))
+
+    def backward(self, dy):
+        u, groups = codes_or_floats(self.u)
+        return (pointwise.gelu_grad(u, dy, groups),)
+
+
+class _GatedSilu(_Op):
+    @staticmethod
+    def compute(gate, up):
+        return pointwise.silu(gate) * up
+
+    @classmethod
+    def differentiable(cls, gate, up):
+        return F.silu(gate) * up
+
+    def forward(self, gate, up):
+        self.gate, self.up = self.saver.save(gate), self.saver.save(up)
+        return self.compute(gate, up)
+
+    def again(self):
+        return pointwise.silu(*codes_or_floats(self.gate)).multiply_(self.up.unpack())
+
+    def backward(self, dy):
+        gate, groups = codes_or_floats(self.gate)
+        dgate = pointwise.silu_grad(gate, dy * self.up.unpack(), groups) if self.wants[0] else None
+        return dgate, pointwise.silu(gate, groups).multiply_(dy) if self.wants[1] else None
+
+
+class _GatedResidual(_Op):
+    compute = pointwise.gated_residual
+
+    @classmethod
+    def differentiable(cls, y, gate, x):
+        return x + gate * y
+
+    def forward(self, y, gate, x):
+        (self.gate,) = _small(self.saver, gate)
+        self.y = self.saver.save_input(y, None, None) if self.wants[1] else None
+        return pointwise.gated_residual(y, self.gate, x)
+
+    def tell(self, result):
+        """The result is the stream itself, which nobody has to compute again."""
+
+    def backward(self, dz):
+        dy = pointwise.gated_residual(dz, self.gate) if self.wants[0] else None
+        dgate = _sum_of_tokens(dz * self.y.unpack()) if self.wants[1] else None
+        return dy, dgate, dz
+
+
+class _Concat(_Op):
+    @staticmethod
+    def compute(*parts):
+        return paddle.concat(parts, axis=-1)
+
+    def forward(self, *parts):
+        self.widths, self.parts = [x.shape[-1] for x in parts], [self.saver.offered(x) for x in parts]
+        return self.compute(*parts)
+
+    def tell(self, result):
+        if self.saver.policy.recompute and None not in self.parts:
+            self.saver.offer(result, self.again)
+
+    def again(self):
+        return self.compute(*(part.unpack() for part in self.parts))
+
+    def backward(self, dy):
+        return [d.contiguous() for d in paddle.split(dy, self.widths, axis=-1)]
+
+
+def _small(active: Saver, *parts: paddle.Tensor) -> list[paddle.Tensor]:
+    """Shifts, scales and gates [B, 1, dim], saved as they are."""
+    return [active.save_plain(part.contiguous()).tensor for part in parts]
+
+
+def _divides(weight: paddle.Tensor) -> bool:
+    """Whether no weight of an RMSNorm is too small to divide by. Looked at once, because it waits for the
+    device; a weight that gets other values later must lose its `divides`."""
+    if not hasattr(weight, "divides"):
+        size = weight.detach().abs()
+        weight.divides = bool((size.max() < WEIGHT_RATIO * size.min()).item())
+    return weight.divides
+
+
+def _heads(x: paddle.Tensor, head_dim: int) -> paddle.Tensor:
+    """[B, tokens, ...] -> [B, tokens, heads, head_dim]."""
+    return x.reshape([*x.shape[:2], -1, head_dim])
+
+
+def _rows_of(cos: paddle.Tensor, x: paddle.Tensor) -> paddle.Tensor:
+    """x [B, tokens, heads, head_dim] with a row for each of `cos`: samples end to end where angles are."""
+    return x if cos.shape[0] == x.shape[1] else x.reshape([1, -1, *x.shape[2:]])
+
+
+def _joined(qkv: Sequence[paddle.Tensor]) -> list[paddle.Tensor]:
+    """(q, k, v) of each stream in a row -> q, k, v of all tokens."""
+    if len(qkv) == 3:
+        return list(qkv)
+    return [paddle.concat(qkv[i::3], axis=1) for i in range(3)]
+
+
+def _split_tokens(x: paddle.Tensor, tokens: Sequence[int]) -> list[paddle.Tensor]:
+    """[B, all tokens, ...] -> a part [B, tokens[i], ...] for each stream."""
+    if len(tokens) == 1:
+        return [x]
+    return [part.contiguous() for part in paddle.split(x, list(tokens), axis=1)]
+
+
+def _flat(rows: Sequence[Sequence]) -> list:
+    return [x for row in rows for x in row]
+
+
+def _sum_of_tokens(x: paddle.Tensor) -> paddle.Tensor:
+    """[B, tokens, dim] -> [B, 1, dim], added up in float32."""
+    return x.astype("float32").sum(axis=1, keepdim=True).astype(x.dtype)
+
+
+def _sum_of_rows(x: paddle.Tensor, weight: paddle.Tensor) -> paddle.Tensor:
+    """[..., D] -> [D] in the weight's dtype, added up in float32."""
+    return x.astype("float32").reshape([-1, x.shape[-1]]).sum(axis=0).astype(weight.dtype)
