@@ -148,19 +148,6 @@ def compute_dtype(name: str) -> str | None:
     return None if name == "auto" else name
 
 
-def is_running(pid: int) -> bool:
-    """Whether another living process of this machine has this id; the caller's own is not another."""
-    if pid == os.getpid():
-        return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # alive, of another user
-        return True
-    return True
-
-
 def memory_in_use() -> str:
     """ "Allocated: 8.23GB, Reserved: 10.50GB" (1 GB = 1e9 bytes): what tensors take on the current device,
     and what Paddle holds for them. On a CPU Paddle reserves nothing beyond that."""

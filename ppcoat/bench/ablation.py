@@ -14,6 +14,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+from ppcoat.atomic import write_text
 from ppcoat.bench.parallel_jobs import AT_ONCE, Job, batched, run_at_once
 from ppcoat.config.lightning import lightning_config
 from ppcoat.device import tune_host
@@ -64,7 +65,7 @@ def run_command(arguments: argparse.Namespace) -> None:
         files |= dict(zip(names, run_at_once(jobs), strict=True))
     scores, _ = compare_students(arguments.model, files, arguments.samples, batch_size=50)
     content = {"settings": vars(arguments), "scores": [asdict(row) for row in scores]}
-    (folder / "ablation.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_text(folder / "ablation.json", json.dumps(content, indent=2) + "\n")
     print(table(scores))
 
 
@@ -94,7 +95,7 @@ def distilled(arguments: argparse.Namespace, folder: Path, name: str) -> Path:
             raise ConfigError(f"{folder} has students of other settings: remove it, or choose another")
         return file
     file = train_flux_lightning(config).lora_file
-    settings.write_text(json.dumps(wanted), encoding="utf-8")
+    write_text(settings, json.dumps(wanted))
     return file
 
 

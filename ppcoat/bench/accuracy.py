@@ -26,6 +26,7 @@ from pathlib import Path
 import numpy as np
 import paddle
 
+from ppcoat.atomic import write_text
 from ppcoat.bench.published import PUBLISHED
 from ppcoat.data import garments
 from ppcoat.device import tune_host
@@ -71,8 +72,7 @@ def run_command(arguments: argparse.Namespace) -> None:
     results = {name: compare(gradients) for name, gradients in sets.items()}
     print(table(results))
     if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(as_json(results), indent=2) + "\n", encoding="utf-8")
+        write_text(arguments.output, json.dumps(as_json(results), indent=2) + "\n")
         print(f"\nwritten: {arguments.output}")
 
 
@@ -254,8 +254,7 @@ def run_weights(arguments: argparse.Namespace) -> None:
     print(weight_table(rows, output))
     if arguments.output:
         content = {"weights": [row._asdict() for row in rows], "output": output and output._asdict()}
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_text(arguments.output, json.dumps(content, indent=2) + "\n")
         print(f"\nwritten: {arguments.output}")
 
 

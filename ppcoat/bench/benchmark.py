@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from ppcoat.atomic import whole_file, write_text
 from ppcoat.bench import full_size, kernels
 from ppcoat.bench.bench_worker import (
     PROBE_STEPS,
@@ -84,8 +85,7 @@ def run_command(arguments: argparse.Namespace) -> None:
         ) from error
     for name, search in found.items():
         report["variants"][name]["largest_batch"] = search
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_text(output, json.dumps(report, indent=1) + "\n")
     picture = output.with_suffix(".png")
     plot(report, picture)
     print(table(report))
@@ -271,7 +271,8 @@ def plot(report: dict, file: Path) -> None:
         f"{report['environment']['device_name']}, coat: policy {variants['coat']['policy']}"
     )
     figure.tight_layout()
-    figure.savefig(file, dpi=110)
+    with whole_file(file) as draft:
+        figure.savefig(draft, dpi=110)
     plt.close(figure)
 
 

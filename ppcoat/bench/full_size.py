@@ -30,6 +30,7 @@ from types import SimpleNamespace
 import numpy as np
 import paddle
 
+from ppcoat.atomic import write_text
 from ppcoat.config.schema import RunConfig
 from ppcoat.data.cache import TrainingCache, folder_identity
 from ppcoat.data.examples import Example
@@ -117,8 +118,7 @@ def run_command(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--output must name a .json file, got {arguments.output}")
     tune_host()
     report = full_size(case)
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_text(arguments.output, json.dumps(report, indent=1) + "\n")
     print(summary(report))
     if arguments.delete:
         delete(case)

@@ -110,10 +110,11 @@ def run_with(library: type, arguments: argparse.Namespace) -> None:
         raise ConfigError(f"{library.name} sees no NVIDIA GPU: nothing was measured; run it on a card")
     if importlib.util.find_spec("triton") is None:
         raise ConfigError("Triton is not installed: nothing was measured; pip install triton==3.5.0")
+    from ppcoat.atomic import write_text
     from ppcoat.bench.kernel_cases import Kernels
 
     report = measure(Kernels(library()), Sizes(runs=arguments.runs))
-    output.write_text(json.dumps(_without_nan(report), indent=1) + "\n", encoding="utf-8")
+    write_text(output, json.dumps(_without_nan(report), indent=1) + "\n")
     print(table(report))
     print(f"\nall numbers: {output}")
     if wrong := wrong_kernels(report):

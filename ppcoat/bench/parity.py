@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ppcoat.atomic import write_text
 from ppcoat.bench.parallel_jobs import AT_ONCE, Job, batched, run_at_once
 from ppcoat.bench.quickstart import CONFIG, draw, draw_data, final_loss, motif_rate, remove_earlier
 from ppcoat.cli.train import add_set_flag
@@ -67,7 +68,7 @@ def run_command(arguments: argparse.Namespace) -> None:
                     folder / f"{missing[key].name}.log") for key in keys]  # fmt: skip
         results |= dict(zip(keys, run_at_once(jobs, missing[keys[0]].device), strict=True))
         content = {"settings": settings, "results": results}
-        (folder / "parity.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_text(folder / "parity.json", json.dumps(content, indent=2) + "\n")
     print(table(results, arguments.seeds))
 
 

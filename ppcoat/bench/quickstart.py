@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+from ppcoat.atomic import whole_file
 from ppcoat.bench.parallel_jobs import Job, run_at_once
 from ppcoat.cli.train import add_set_flag
 from ppcoat.config.load import load_config
@@ -71,7 +72,8 @@ def quickstart(config_file: str, overrides: list[str], samples: int) -> None:
     coat, plain = run_at_once(jobs, with_coat.device)
     rates, grid = measure(with_coat, coat.lora_file, samples)
     picture = folder / "before_after.png"
-    grid.save(picture)
+    with whole_file(picture) as draft:
+        grid.save(draft)
     print(summary(with_coat, coat, plain, rates, samples, picture))
 
 

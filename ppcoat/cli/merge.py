@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -22,6 +22,7 @@ import numpy as np
 import paddle
 from safetensors import safe_open
 
+from ppcoat.atomic import whole_folder
 from ppcoat.device import tune_host
 from ppcoat.errors import ConfigError
 from ppcoat.lora import LoRAFile, load_lora, merge_lora
@@ -106,16 +107,10 @@ def write_merged(
     check: looks at the new folder before it takes its name; what it returns is returned, and what it raises
     leaves nothing behind.
     """
-    output.parent.mkdir(parents=True, exist_ok=True)
-    draft = output.with_name(f".{output.name}.tmp-{os.getpid()}")
-    try:
-        shutil.copytree(folder, draft, ignore=lambda path, names: left_out(folder, path, names))
+    with whole_folder(output) as draft:
+        shutil.copytree(folder, draft, ignore=partial(left_out, folder), dirs_exist_ok=True)
         save_diffusers_model(model, draft / "transformer")
-        found = check(draft)
-        draft.rename(output)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-    return found
+        return check(draft)
 
 
 def check_fits(lora: LoRAFile, folder: Path) -> None:

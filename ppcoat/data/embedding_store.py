@@ -11,24 +11,18 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import re
-import socket
-import time
 from pathlib import Path
 
 import paddle
 import safetensors.paddle
 from safetensors import SafetensorError
 
-from ppcoat.device import is_running
+from ppcoat.atomic import check_writable, remove_dead_drafts, whole_file
 from ppcoat.errors import ConfigError
 
 FORMAT = "ppcoat-embedding-1"  # part of every key, so that entries of another format are never found
 _KEY = re.compile(r"^[0-9a-f]{64}$")
-_DRAFT = re.compile(r"^[0-9a-f]{64}\.tmp-([A-Za-z0-9]*)-([0-9]+)$")
-_HOST = re.sub(r"[^A-Za-z0-9]", "", socket.gethostname())
-_FORGOTTEN_SECONDS = 24 * 3600  # no put takes a day: a draft this old has no living writer, on any machine
 
 _log = logging.getLogger(__name__)
 
@@ -43,12 +37,10 @@ class EmbeddingStore:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        probe = self.folder / f".writable.tmp-{_HOST}-{os.getpid()}"
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            _write(probe, b"")
-            probe.unlink()
-            self._remove_drafts()
+            check_writable(self.folder)
+            for folder in (self.folder, *self.folder.glob("[0-9a-f][0-9a-f]")):
+                remove_dead_drafts(folder)
         except OSError as error:
             raise ConfigError(
                 f"cache folder {self.folder}: cannot be written to ({error.strerror}); "
@@ -78,24 +70,12 @@ class EmbeddingStore:
         Raises OSError (disk full) with an earlier entry untouched.
         """
         path = self._path(key)
-        draft = path.with_name(f"{key}.tmp-{_HOST}-{os.getpid()}")
-        path.parent.mkdir(exist_ok=True)
-        try:
-            _write(draft, _encode(key, tensors))
-            os.replace(draft, path)
-        except OSError:
-            draft.unlink(missing_ok=True)
-            raise
+        with whole_file(path) as draft:
+            draft.write_bytes(_encode(key, tensors))
 
     def _path(self, key: str) -> Path:
         assert _KEY.match(key), f"{key!r} is not from content_key"
         return self.folder / key[:2] / f"{key}.safetensors"
-
-    def _remove_drafts(self) -> None:
-        for draft in self.folder.glob("[0-9a-f][0-9a-f]/*.tmp-*"):
-            match = _DRAFT.match(draft.name)
-            if match and _is_forgotten(draft, match.group(1), int(match.group(2))):
-                draft.unlink(missing_ok=True)
 
 
 def content_key(*parts: str | bytes | int) -> str:
@@ -158,20 +138,3 @@ def _split(content: bytes) -> tuple[bytes, memoryview]:
     """Header (JSON) and tensor bytes: the format begins with the header's length, 8 bytes, little-endian."""
     start = 8 + int.from_bytes(content[:8], "little")
     return content[8:start], memoryview(content)[start:]
-
-
-def _write(path: Path, content: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())  # else a power cut after the rename could leave an empty entry
-
-
-def _is_forgotten(draft: Path, host: str, pid: int) -> bool:
-    """Whether the process that was writing a draft is gone."""
-    try:
-        if time.time() - draft.stat().st_mtime > _FORGOTTEN_SECONDS:
-            return True
-    except FileNotFoundError:
-        return True
-    return host == _HOST and not is_running(pid)  # this process's own id, used again, is not writing yet

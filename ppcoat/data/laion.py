@@ -17,14 +17,13 @@ import binascii
 import hashlib
 import json
 import logging
-import os
-import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
+from ppcoat.atomic import whole_folder
 from ppcoat.config.explain import printable
 from ppcoat.data.sources import MAX_CAPTION_BYTES, NAMED_PROBLEMS, load_image
 from ppcoat.errors import ConfigError
@@ -108,21 +107,16 @@ def unpack_laion(source: LaionSource, folder: Path) -> Unpacked:
         return Unpacked(folder, facts["pictures"], facts["bad"], facts["reasons"])
     shards = source.shards()
     columns = _columns(source, shards[0])
-    draft = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
-    shutil.rmtree(draft, ignore_errors=True)
     done = Unpacked(folder)
     try:
-        draft.mkdir(parents=True)
-        _unpack_all(source, shards, columns, draft, done)
-        facts = {"pictures": done.pictures, "bad": done.bad, "reasons": done.reasons}
-        (draft / DONE).write_text(json.dumps(facts), "utf-8")
-        draft.rename(folder)
+        with whole_folder(folder) as draft:
+            _unpack_all(source, shards, columns, draft, done)
+            facts = {"pictures": done.pictures, "bad": done.bad, "reasons": done.reasons}
+            (draft / DONE).write_text(json.dumps(facts), "utf-8")
     except OSError as error:
         raise ConfigError(
             f"unpacking to {folder}: {error.strerror}; make room or choose another place"
         ) from None
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
     if done.bad:
         _log.warning("%s: %s", done.line(), "; ".join(done.reasons))
     return done

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ppcoat.atomic import whole_file, write_text
 from ppcoat.device import tune_host
 from ppcoat.errors import ConfigError
 from ppcoat.infer.garment_scores import (
@@ -115,9 +116,10 @@ def _score_model(arguments: argparse.Namespace) -> None:
     for name, value in scores.items():
         print(f"{name:28s} {value:.4g}")
     if arguments.output:
-        Path(arguments.output).write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
+        write_text(arguments.output, json.dumps(scores, indent=2) + "\n")
     if arguments.sheet:
-        sheet(samples[:64]).save(arguments.sheet)
+        with whole_file(arguments.sheet) as draft:
+            sheet(samples[:64]).save(draft)
 
 
 def _score_student(arguments: argparse.Namespace) -> None:
@@ -132,9 +134,10 @@ def _score_student(arguments: argparse.Namespace) -> None:
     print(comparison_table(scores))
     if arguments.output:
         rows = [asdict(score) for score in scores]
-        Path(arguments.output).write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+        write_text(arguments.output, json.dumps(rows, indent=2) + "\n")
     if arguments.sheet:
-        sheet([picture for row in pictures for picture in row[:16]]).save(arguments.sheet)
+        with whole_file(arguments.sheet) as draft:
+            sheet([picture for row in pictures for picture in row[:16]]).save(draft)
 
 
 def _score_folders(arguments: argparse.Namespace) -> None:
@@ -159,7 +162,7 @@ def _score_folders(arguments: argparse.Namespace) -> None:
     print(table(scores, arguments.features))
     if arguments.output:
         rows = [asdict(score) for score in scores]
-        Path(arguments.output).write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+        write_text(arguments.output, json.dumps(rows, indent=2) + "\n")
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from ppcoat.atomic import whole_file
 from ppcoat.device import compute_dtype, set_device, tune_host
 from ppcoat.errors import ConfigError
 from ppcoat.lora import LoRAInfo, load_adapter, read_adapter, read_lora_file
@@ -172,7 +173,8 @@ def save_picture(picture: Image.Image, folder: Path, number: int, prompt: str, s
     file = folder / f"{number:03d}_{_slug(prompt)}_{seed}.png"
     note = PngInfo()
     note.add_itxt("prompt", prompt)
-    picture.save(file, pnginfo=note)
+    with whole_file(file) as draft:
+        picture.save(draft, pnginfo=note)
     print(file)
     return file
 

@@ -18,8 +18,9 @@ from pathlib import Path
 import numpy as np
 import paddle
 from paddle import nn
-from safetensors.paddle import save_file
+from safetensors.paddle import save
 
+from ppcoat.atomic import whole_file, write_text
 from ppcoat.errors import ConfigError
 
 from .delta import LoRASummary, summarize
@@ -27,7 +28,6 @@ from .files import CONFIG, WEIGHTS, tensors_and_header
 from .layer import adapter_layers
 from .loading import lora_modules
 from .lokr import FACTORS, LoKrLinear
-from .writing import whole_file
 
 
 def save_peft(
@@ -47,8 +47,7 @@ def save_peft(
     config = _lokr_config(first) if _is_lokr(layers) else _lora_config(first, targets, dropout)
     folder = Path(folder)
     _write(folder / WEIGHTS, tensors, header, dtype)
-    with whole_file(folder / CONFIG) as draft:
-        draft.write_text(json.dumps(config, indent=2, sort_keys=not _is_lokr(layers)), encoding="utf-8")
+    write_text(folder / CONFIG, json.dumps(config, indent=2, sort_keys=not _is_lokr(layers)))
     return adapter_summary(model)
 
 
@@ -171,7 +170,7 @@ def _write(path: Path, tensors: Mapping[str, np.ndarray], header: dict[str, str]
     whole = {name: paddle.to_tensor(np.array(value, order="C"), place=paddle.CPUPlace()).astype(dtype)
              for name, value in tensors.items()}  # fmt: skip
     with whole_file(path) as draft:
-        save_file(whole, str(draft), metadata=header)
+        draft.write_bytes(save(whole, header))
         found, _ = tensors_and_header(draft)
         for name, tensor in whole.items():
             if name not in found or found[name].numpy().tobytes() != tensor.numpy().tobytes():

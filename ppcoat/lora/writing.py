@@ -6,15 +6,14 @@ alpha / rank is folded into B, so that every loader comes to a scale of 1.
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import paddle
-from safetensors.paddle import save_file
+from safetensors.paddle import save
 
+from ppcoat.atomic import whole_file
 from ppcoat.errors import ConfigError
 
 from . import flux_names
@@ -45,27 +44,11 @@ def write_lora_file(
     named = _named(modules, file_format)
     header = {**fields, **make_header(named, file_format)}
     with whole_file(path) as draft:
-        save_file(_to_tensors(named, file_format, dtype), str(draft), metadata=header)
+        draft.write_bytes(save(_to_tensors(named, file_format, dtype), header))
         # kohya's fused modules have names beside those in `modules`, but only FLUX's have them
         paths = None if file_format == "kohya" else modules.keys()
         found = parse_lora(*tensors_and_header(draft), paths)
         return _compare(found, modules, path.name, dtype)
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """The path of a draft beside `path`, to be written and checked in the body. It becomes `path`, synced and
-    readable by all, when the body ends; where anything raises it is removed, and `path` stays as it was."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        yield draft
-        draft.chmod(0o644)  # safetensors makes files that only their owner can read
-        with draft.open("rb") as file:
-            os.fsync(file.fileno())
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def _check_target(path: Path, modules: Mapping[str, LoRAModule], file_format: str, dtype: str) -> None:

@@ -5,16 +5,13 @@ The mirror of loading.py. Configs and tokenizer files that came from a folder ar
 
 Below that: safetensors files, alone or as a component folder of shards, written tensor by tensor, so that one
 is in memory at a time. The whole layout is known before the first byte, so that the room on the disk is
-checked first and every shard's header can be written before its tensors. The folder takes its name when it is
-complete; what a killed process left of one is removed by the next.
+checked first and every shard's header can be written before its tensors.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import os
-import re
 import shutil
 import zlib
 from collections.abc import Iterable, Iterator
@@ -26,7 +23,7 @@ import paddle
 import paddle.nn as nn
 from safetensors.paddle import save_file
 
-from ppcoat.device import is_running
+from ppcoat.atomic import remove_dead_drafts, whole_file, whole_folder, write_text
 from ppcoat.errors import ConfigError
 from ppcoat.models.loading import TIED, linear_weights
 from ppcoat.nn.base_weight import FP8Weight
@@ -101,7 +98,8 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     if source.name and source.is_dir():
         for file in source.iterdir():
             if file.is_file() and file.resolve().parent != folder.resolve():
-                shutil.copyfile(file, folder / file.name)
+                with whole_file(folder / file.name) as draft:
+                    shutil.copyfile(file, draft)
         return
     tokenizer.save_pretrained(str(folder))
     config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
@@ -133,9 +131,8 @@ def save_weights(model: nn.Layer, folder: Path, stem: str, dtype: str | None = N
     for number, names in enumerate(shards, 1):
         part = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
         saved = {name: _as_saved(tensors[name], name in linears, dtype) for name in names}
-        file = folder / f"{stem}{part}.safetensors"
-        save_file(saved, str(file), metadata={"format": "pt"})
-        file.chmod(0o644)  # safetensors makes files that only their owner can read
+        with whole_file(folder / f"{stem}{part}.safetensors") as draft:
+            save_file(saved, str(draft), metadata={"format": "pt"})
         weight_map.update(dict.fromkeys(names, f"{stem}{part}.safetensors"))
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
@@ -144,8 +141,7 @@ def save_weights(model: nn.Layer, folder: Path, stem: str, dtype: str | None = N
 
 def write_json(file: Path, content: dict) -> None:
     """Indented and with sorted keys, as diffusers writes them; makes the folder."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_text(file, json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 def cut_into_shards(sizes: dict[str, int]) -> list[list[str]]:
@@ -213,10 +209,9 @@ def write_component(
     tensors: (name, values) in the order of `layout`, bfloat16 as uint16. metadata goes into the header of
     every shard. Raises OSError (disk full) with an earlier folder untouched.
     """
-    _remove_drafts(folder)
-    part = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
-    part.mkdir(parents=True)
-    try:
+    for left in remove_dead_drafts(folder.parent, folder.name):  # perhaps many GB
+        _log.warning("removing %s, which a stopped process left unfinished", left)
+    with whole_folder(folder, replace=True) as part:
         write_json(part / "config.json", config)
         shards = cut_into_shards({name: _nbytes(entry) for name, entry in layout.items()})
         stream, sums, weight_map = iter(tensors), {}, {}
@@ -226,11 +221,6 @@ def write_component(
             weight_map |= dict.fromkeys(names, file.name)
         said = {"total_size": layout_bytes(layout), "crc32": sums}
         write_json(part / INDEX, {"metadata": said, "weight_map": weight_map})
-        if folder.exists():  # the stale one; a folder cannot be renamed onto another
-            shutil.rmtree(folder)
-        part.rename(folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def shard_metadata(file: Path) -> dict[str, str]:
@@ -245,7 +235,7 @@ def write_file(
     file: Path, layout: Layout, stream: Iterator[tuple[str, np.ndarray]], metadata: dict[str, str]
 ) -> dict[str, int]:
     """The next tensors of the stream, (name, values) in the order of `layout`, bfloat16 as uint16, as one
-    safetensors file -> name -> CRC-32. Raises OSError (disk full)."""
+    safetensors file in a draft -> name -> CRC-32. Raises OSError (disk full)."""
     header: dict = {"__metadata__": metadata}
     end = 0
     for name, entry in layout.items():
@@ -259,8 +249,6 @@ def write_file(
         for wanted in layout:
             # no name is bound here, or this tensor would still be there while the next one is made
             sums[wanted] = _write_tensor(out, (wanted, _nbytes(layout[wanted])), *next(stream))
-        out.flush()
-        os.fsync(out.fileno())
     return sums
 
 
@@ -270,15 +258,6 @@ def _write_tensor(out: BinaryIO, wanted: tuple[str, int], name: str, values: np.
     assert (name, data.size) == wanted, (name, data.size, wanted)
     out.write(data)
     return zlib.crc32(data)
-
-
-def _remove_drafts(folder: Path) -> None:
-    """What this process or one that is gone left of `folder`, which may be many gigabytes."""
-    for draft in folder.parent.glob(f"{folder.name}.tmp-*"):
-        match = re.fullmatch(r".*\.tmp-([0-9]+)", draft.name)
-        if match and not is_running(int(match[1])):
-            _log.warning("removing %s, which a stopped process left unfinished", draft)
-            shutil.rmtree(draft)
 
 
 def _nbytes(entry: tuple[str, list[int]]) -> int:

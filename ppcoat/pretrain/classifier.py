@@ -17,9 +17,10 @@ import paddle.nn.functional as F
 from paddle.io import DataLoader, Dataset
 from PIL import Image
 from ppdiffusers import AutoencoderKL
-from safetensors.paddle import save_file
+from safetensors.paddle import save
 from tqdm import tqdm
 
+from ppcoat.atomic import whole_file
 from ppcoat.data import garments
 from ppcoat.infer.garment_scores import LABELS, GarmentClassifier, classify
 from ppcoat.pretrain.autoencoder import HELD_OUT_SEED, to_pixels
@@ -94,8 +95,9 @@ def train_classifier(
         schedule.step()
     model.eval()
     print("classifier on fresh drawings:", accuracy(model, training.tested))
-    save_file({k: v.astype("float16") for k, v in model.state_dict().items()}, str(file), {"format": "pd"})
-    Path(file).chmod(0o644)
+    with whole_file(file) as draft:
+        tensors = {k: v.astype("float16") for k, v in model.state_dict().items()}
+        draft.write_bytes(save(tensors, {"format": "pd"}))
     return model
 
 

@@ -20,6 +20,7 @@ import paddle
 from paddle.io import DataLoader, Dataset
 from tqdm import tqdm
 
+from ppcoat.atomic import whole_file
 from ppcoat.data import garments
 from ppcoat.models.flux.pipeline import FluxPipeline
 from ppcoat.models.flux.scheduler import calculate_shift
@@ -111,7 +112,8 @@ def encode_drawings(pipeline: FluxPipeline, training: DenoiserTraining, file: Pa
             embeds, pooled, _ = pipeline.encode_prompt(list(captions))
             for name, value in (("latents", latents), ("prompt_embeds", embeds), ("pooled", pooled)):
                 parts[name].append(value.numpy().astype(np.float16))
-        np.savez(file, **{name: np.concatenate(values) for name, values in parts.items()})
+        with whole_file(file) as draft:
+            np.savez(draft, **{name: np.concatenate(values) for name, values in parts.items()})
     data = {name: array.astype(np.float32) for name, array in np.load(file).items()}
     embeds, pooled, _ = pipeline.encode_prompt("")
     return {**data, "empty_embeds": embeds[0].numpy(), "empty_pooled": pooled[0].numpy()}

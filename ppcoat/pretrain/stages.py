@@ -9,8 +9,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
+from ppcoat.atomic import whole_folder, write_text
 from ppcoat.device import tune_host
 from ppcoat.models.flux.pipeline import FluxPipeline
 from ppcoat.models.flux.scheduler import FlowMatchEulerDiscreteScheduler
@@ -86,7 +88,7 @@ def pretrain(
             "ranks": ranks.size,
             "final_loss": sum(losses[-200:]) / len(losses[-200:]),
         }
-        (work_dir / "training.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        write_text(work_dir / "training.json", json.dumps(settings, indent=2) + "\n")
     ranks.close()
     return pipeline
 
@@ -100,7 +102,9 @@ def _write_parts(work_dir: Path, autoencoder: AutoencoderTraining, classifier: C
         unfinished = work_dir / "vae_unfinished"
         train_autoencoder(unfinished, autoencoder)
         sharpen_decoder(unfinished, autoencoder)
-        unfinished.rename(work_dir / "vae")
+        with whole_folder(work_dir / "vae") as draft:
+            shutil.copytree(unfinished, draft, dirs_exist_ok=True)
+        shutil.rmtree(unfinished)
     if not (work_dir / "garment_classifier.safetensors").exists():
         train_classifier(work_dir / "garment_classifier.safetensors", classifier, load_vae(work_dir / "vae"))
 

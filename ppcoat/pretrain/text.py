@@ -27,6 +27,7 @@ from tokenizers import (
     trainers,
 )
 
+from ppcoat.atomic import whole_folder
 from ppcoat.data import garments
 
 CLIP_WIDTH, CLIP_LAYERS, CLIP_HEADS, CLIP_LENGTH = 64, 2, 4, 77
@@ -49,11 +50,15 @@ def write_text_parts(folder: str | Path, seed: int = 0) -> None:
     folder = Path(folder)
     corpus = [o + g.caption + e for g in garments.all_garments()[::7] for o in OPENINGS for e in ENDINGS]
     corpus += ["a gold star", "sks", "the quick brown fox jumps over the lazy dog", "0 1 2 3 4 5 6 7 8 9"]
-    clip_vocab = _write_clip_tokenizer(folder / "tokenizer", corpus)
-    t5_vocab = _write_t5_tokenizer(folder / "tokenizer_2", corpus)
+    with whole_folder(folder / "tokenizer", replace=True) as draft:
+        clip_vocab = _write_clip_tokenizer(draft, corpus)
+    with whole_folder(folder / "tokenizer_2", replace=True) as draft:
+        t5_vocab = _write_t5_tokenizer(draft, corpus)
     rng = np.random.default_rng(seed)
-    _write_model(folder / "text_encoder", _clip_config(clip_vocab), _clip_weights(clip_vocab, rng))
-    _write_model(folder / "text_encoder_2", _t5_config(t5_vocab), _t5_weights(t5_vocab, rng))
+    with whole_folder(folder / "text_encoder", replace=True) as draft:
+        _write_model(draft, _clip_config(clip_vocab), _clip_weights(clip_vocab, rng))
+    with whole_folder(folder / "text_encoder_2", replace=True) as draft:
+        _write_model(draft, _t5_config(t5_vocab), _t5_weights(t5_vocab, rng))
 
 
 def _write_clip_tokenizer(folder: Path, corpus: list[str]) -> int:
@@ -67,7 +72,6 @@ def _write_clip_tokenizer(folder: Path, corpus: list[str]) -> int:
     tokens = alphabet + [c + "</w>" for c in alphabet]
     tokens += [a + b for a, b in merges] + ["<|startoftext|>", "<|endoftext|>"]
     vocab = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
-    folder.mkdir(parents=True, exist_ok=True)
     _write_json(folder / "vocab.json", vocab)
     lines = ["#version: 0.2"] + [f"{a} {b}" for a, b in merges]
     (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -113,7 +117,6 @@ def _write_t5_tokenizer(folder: Path, corpus: list[str]) -> int:
         minloglevel=2,
         num_threads=1,
     )
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / "spiece.model").write_bytes(model.getvalue())
     pieces = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     special = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
@@ -251,7 +254,6 @@ def _normal(rng: np.random.Generator, deviation: float, *shape: int) -> np.ndarr
 
 
 def _write_model(folder: Path, config: dict, weights: dict[str, np.ndarray]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     _write_json(folder / "config.json", config)
     tensors = {name: np.ascontiguousarray(value, np.float32) for name, value in weights.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

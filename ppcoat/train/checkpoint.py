@@ -3,9 +3,9 @@
     <run>/checkpoints/000000250/lora.safetensors ... state.json manifest.json
     <run>/checkpoints/latest                        text: 000000250
 
-A checkpoint is written to <step>.tmp-<pid>, every file and the folder are synced, the folder is renamed, and
-only then does `latest` move; old ones are removed last. manifest.json holds size and sha256 of every file.
-Only safetensors and JSON are written and read: loading runs no code from the file. One process writes.
+A checkpoint is a whole_folder (ppcoat/atomic.py), and only when it has its name does `latest` move; old ones
+are removed last. manifest.json holds size and sha256 of every file. Only safetensors and JSON are written and
+read: loading runs no code from the file. One process writes.
 
 save_run and resume_run say what a run must remember to go on exactly where it stopped.
 """
@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import re
 import shutil
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from typing import TYPE_CHECKING
 import paddle
 import safetensors.paddle
 
-from ppcoat.device import is_running
+from ppcoat.atomic import remove_dead_drafts, whole_folder, write_text
 from ppcoat.errors import ConfigError
 from ppcoat.train.optimizer_state import optimizer_tensors, set_optimizer_tensors
 
@@ -35,7 +34,6 @@ if TYPE_CHECKING:
 FORMAT = "ppcoat-checkpoint-1"
 STRICT_FLAG = "--strict (save.strict_resume)"  # as commands with a config file call it
 _COMMITTED = re.compile(r"^[0-9]{9}$")
-_IN_PROGRESS = re.compile(r"^([0-9]{9}|latest)\.(tmp|old)-([0-9]+)$")
 _FILE_NAME = re.compile(r"^[A-Za-z0-9_]+\.(safetensors|json)$")
 
 _log = logging.getLogger(__name__)
@@ -65,18 +63,10 @@ def save_checkpoint(
     if keep < 1:
         raise ConfigError(f"checkpoints to keep: came {keep}, wanted at least 1")
     root = Path(run_dir) / "checkpoints"
-    root.mkdir(parents=True, exist_ok=True)
-    _clean_up(root)
     name = f"{step:09d}"
-    draft = root / f"{name}.tmp-{os.getpid()}"
-    draft.mkdir()
-    try:
+    with whole_folder(root / name, replace=True) as draft:
         _write_files(draft, step, tensors, state)
-        _commit(draft, root / name)
-        _write_atomically(root / "latest", f"{name}\n".encode())
-    except OSError:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
+    write_text(root / "latest", f"{name}\n")
     _prune(root, step, keep)
     return root / name
 
@@ -95,7 +85,7 @@ def load_latest(
     root = Path(run_dir) / "checkpoints"
     if not root.is_dir():
         return None
-    _clean_up(root)
+    remove_dead_drafts(root)
     candidates = _committed(root)
     refusing = strict_flag if strict else None
     newest = _pointed(root, refusing)
@@ -145,49 +135,13 @@ def _write_files(draft: Path, step: int, tensors: dict[str, Tensors], state: dic
         )
     for name, content in contents.items():
         assert _FILE_NAME.match(name), f"tensor group {name!r} is not a plain word"
-        _write(draft / name, content)
+        (draft / name).write_bytes(content)
     files = {
         name: {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         for name, content in contents.items()
     }
     manifest = {"format": FORMAT, "step": step, "files": files}
-    _write(draft / "manifest.json", json.dumps(manifest, indent=1).encode())
-    _sync_folder(draft)
-
-
-def _commit(draft: Path, final: Path) -> None:
-    """Give the draft its name. A folder of that name (the step was saved before) is set aside first, because
-    a rename cannot replace a folder; _clean_up puts it back if we are killed in between."""
-    aside = final.with_name(f"{final.name}.old-{os.getpid()}")
-    if final.exists():
-        os.rename(final, aside)
-    os.rename(draft, final)
-    _sync_folder(final.parent)
-    if aside.exists():
-        shutil.rmtree(aside)
-
-
-def _write(path: Path, content: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    draft = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    _write(draft, content)
-    os.replace(draft, path)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(path: Path) -> None:
-    """Make names in a folder durable: a rename is safe after a power cut only when its folder is synced."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    (draft / "manifest.json").write_bytes(json.dumps(manifest, indent=1).encode())
 
 
 def _committed(root: Path) -> list[Path]:
@@ -253,21 +207,6 @@ def _verified(path: Path, name: str, facts: dict) -> bytes:
     if hashlib.sha256(content).hexdigest() != facts["sha256"]:
         raise _Damaged(f"{name}: sha256 differs from manifest.json")
     return content
-
-
-def _clean_up(root: Path) -> None:
-    """Undo what killed saves left: remove drafts, put back a set-aside folder that was not replaced."""
-    for path in list(root.iterdir()):
-        match = _IN_PROGRESS.match(path.name)
-        if not match or path.is_symlink() or is_running(int(match.group(3))):
-            continue
-        final = root / match.group(1)
-        if match.group(2) == "old" and not final.exists():
-            os.rename(path, final)
-        elif path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
 
 
 def _prune(root: Path, step: int, keep: int) -> None:

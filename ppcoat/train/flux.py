@@ -18,7 +18,7 @@ from PIL import Image
 from ppcoat.config.schema import PreviewConfig, RunConfig
 from ppcoat.data.cache import Encoders, TrainingCache, folder_identity
 from ppcoat.data.examples import Example
-from ppcoat.device import compute_dtype, is_running
+from ppcoat.device import compute_dtype
 from ppcoat.errors import ConfigError
 from ppcoat.lora import LoRASummary, save_lora
 from ppcoat.models.flux.pipeline import FluxPipeline
@@ -125,8 +125,7 @@ class LoRAFiles:
 
     def write(self, step: int, final: bool) -> list[tuple[Path, LoRASummary]]:
         """One file per format and what it holds. Files of steps beyond the newest
-        save.max_step_saves_to_keep are removed afterwards, and drafts of killed processes; those of the end
-        are always kept."""
+        save.max_step_saves_to_keep are removed afterwards; those of the end are always kept."""
         config = self.config
         stem = config.name if final else f"{config.name}_{step:09d}"
         written = []
@@ -155,9 +154,6 @@ class LoRAFiles:
         for number, path in files:
             if number not in kept:
                 path.unlink()
-        for process, draft in self._named(rf"\.{stem}(?:_[0-9]{{9}})?{ending}\.tmp-([0-9]+)"):
-            if not is_running(process):
-                draft.unlink()
 
     def _named(self, pattern: str) -> list[tuple[int, Path]]:
         """Files of the run whose name is `pattern`, each with the number in it."""

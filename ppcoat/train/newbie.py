@@ -11,7 +11,6 @@ The original trainer's faults that are not repeated here are listed in the tests
 
 from __future__ import annotations
 
-import glob
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,9 +19,10 @@ from pathlib import Path
 import paddle
 from PIL import Image
 
+from ppcoat.atomic import remove_dead_drafts
 from ppcoat.config.schema import NetworkConfig, PreviewConfig, RunConfig, TrainConfig
 from ppcoat.data.cache import Encoders, TrainingCache, folder_identity
-from ppcoat.device import compute_dtype, is_running
+from ppcoat.device import compute_dtype
 from ppcoat.errors import ConfigError
 from ppcoat.lora import LoRASummary, save_comfyui, save_peft
 from ppcoat.lora.files import CONFIG, WEIGHTS
@@ -191,11 +191,7 @@ class NewbieFiles:
                  for path in self.config.run_dir.parent.iterdir() if path.is_dir()]  # fmt: skip
         steps = sorted(int(match[1]) for match in found if match)
         for folder in (self.config.run_dir, *map(self._folder_of, steps)):
-            for file in files:
-                for draft in folder.glob(f".{glob.escape(file)}.tmp-*"):
-                    process = draft.name.rpartition("-")[2]
-                    if process.isdecimal() and not is_running(int(process)):
-                        draft.unlink()
+            remove_dead_drafts(folder)
         history = [number for number in steps if number <= step]
         for old in history[: -self.config.save.max_step_saves_to_keep]:
             folder = self._folder_of(old)

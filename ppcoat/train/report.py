@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -23,6 +22,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
+from ppcoat.atomic import whole_file, write_text
 from ppcoat.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -140,13 +140,13 @@ class Report:
     def images(self, step: int, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[Path]:
         """Save one preview per prompt, also to VisualDL; returns the paths of the PNG files."""
         folder = self.run_dir / "samples"
-        folder.mkdir(exist_ok=True)
         paths = []
         for number, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
             path = folder / f"{step:09d}_{number:02d}.png"
             note = PngInfo()
             note.add_itxt("prompt", prompt)
-            image.save(path, pnginfo=note)
+            with whole_file(path) as draft:
+                image.save(draft, pnginfo=note)
             if self._curves is not None:
                 pixels = np.asarray(image.convert("RGB"))
                 self._curves.add_image(tag=f"sample/{number:02d}", img=pixels, step=step)
@@ -189,7 +189,8 @@ class Report:
 
 
 def _open_log(path: Path, start_step: int) -> TextIO:
-    """log.jsonl with its lines up to start_step, open for appending, one line at a time."""
+    """log.jsonl with its lines up to start_step, open for appending, one line at a time. Lines are not
+    synced: what a power cut takes is written again from the last checkpoint."""
     kept = []
     if start_step and path.exists():
         for line in path.read_text("utf-8").splitlines():
@@ -200,9 +201,7 @@ def _open_log(path: Path, start_step: int) -> TextIO:
             if step > start_step:
                 break
             kept.append(line + "\n")
-    draft = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    draft.write_text("".join(kept), "utf-8")
-    os.replace(draft, path)
+    write_text(path, "".join(kept))
     return open(path, "a", buffering=1, encoding="utf-8")
 
 

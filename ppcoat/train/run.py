@@ -14,6 +14,7 @@ from typing import Any
 
 from PIL import Image
 
+from ppcoat.atomic import write_text
 from ppcoat.config.load import dump_config
 from ppcoat.config.schema import RunConfig
 from ppcoat.data.batches import ResumableBatches
@@ -249,8 +250,7 @@ def start_run_folder(folder: Path, settings: str) -> None:
     """Make the folder of a run with its settings, YAML, in config.yaml. Raises ConfigError where it cannot be
     written to."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(settings, encoding="utf-8")
+        write_text(folder / "config.yaml", settings)
     except OSError as error:
         raise ConfigError(
             f"output folder {folder}: cannot be written to ({error.strerror}); choose another "

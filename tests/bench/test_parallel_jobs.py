@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from ppcoat.atomic import is_running
 from ppcoat.bench import parallel_jobs
 from ppcoat.bench.parallel_jobs import Job, batched, run_at_once
-from ppcoat.device import is_running, set_device
+from ppcoat.device import set_device
 from ppcoat.errors import ConfigError
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1

@@ -309,11 +309,11 @@ def test_the_returned_error_is_that_of_rounding(rng, tmp_path, dtype, least, mos
 def test_a_file_that_reads_back_otherwise_is_not_kept(rng, tmp_path, monkeypatch, fault):
     modules, _ = modules_of_all_paths(rng)
     modules = {path: modules[path] for path in (Q, f"{D}.attn.to_k")}
-    path, real = tmp_path / "lora.safetensors", writing.save_file
+    path, real = tmp_path / "lora.safetensors", writing.save
     write_lora_file(path, modules, {})
     before = path.read_bytes()
 
-    def faulty(tensors, name, metadata):
+    def faulty(tensors, metadata):
         q, k = (f"transformer.{p}.lora_B.weight" for p in modules)
         if fault == "scaled":
             tensors[k] = tensors[k] * (1 + 1e-5)
@@ -326,9 +326,9 @@ def test_a_file_that_reads_back_otherwise_is_not_kept(rng, tmp_path, monkeypatch
             }
         if fault == "extra":
             tensors |= {key.replace("to_q", "to_v"): tensors[key] for key in list(tensors) if "to_q" in key}
-        real(tensors, name, metadata=metadata)
+        return real(tensors, metadata)
 
-    monkeypatch.setattr(writing, "save_file", faulty)
+    monkeypatch.setattr(writing, "save", faulty)
     with pytest.raises(OSError, match=r"lora\.safetensors.*(to_q|to_k|to_v)"):
         write_lora_file(path, modules, {})
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]

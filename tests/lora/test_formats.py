@@ -272,7 +272,7 @@ def test_failed_save_leaves_the_old_file(model, tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("ppcoat.lora.writing.save_file", full)
+    monkeypatch.setattr("ppcoat.lora.writing.save", full)
     with pytest.raises(OSError, match="space"):
         save_lora(path, model, step=2)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]

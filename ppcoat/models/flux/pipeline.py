@@ -8,6 +8,7 @@ import inspect
 import os
 import warnings
 from collections.abc import Callable, Collection, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import PIL.Image
 from ppdiffusers import AutoencoderKL, DiffusionPipeline
 from ppdiffusers.utils import BaseOutput
 
+from ppcoat.atomic import whole_folder
 from ppcoat.errors import ConfigError
 from ppcoat.models import loading, writing
 from ppcoat.models.flux.scheduler import FlowMatchEulerDiscreteScheduler, calculate_shift
@@ -119,7 +121,8 @@ class FluxPipeline(LatentPictures, DiffusionPipeline):
         )
 
     def save_pretrained(self, folder: str | os.PathLike, dtype: str | None = None) -> None:
-        """Writes a folder that diffusers (PyTorch) and `from_pretrained` load.
+        """Writes a folder that diffusers (PyTorch) and `from_pretrained` load; a new one whole or not at all,
+        into one that is there file by file, model_index.json last.
 
         dtype: float32, bfloat16 or float16 (None: as loaded). Raises ConfigError if a part is None or a
         LoRA is on.
@@ -128,14 +131,15 @@ class FluxPipeline(LatentPictures, DiffusionPipeline):
         if absent:
             raise ConfigError(f"the pipeline has no {absent[0]}, and a folder is not complete without it")
         folder = Path(folder)
-        writing.save_diffusers_model(self.transformer, folder / "transformer", dtype)
-        writing.save_diffusers_model(self.vae, folder / "vae", dtype)
-        writing.save_text_encoder(self.text_encoder, folder / "text_encoder", dtype)
-        writing.save_text_encoder(self.text_encoder_2, folder / "text_encoder_2", dtype)
-        writing.save_tokenizer(self.tokenizer, folder / "tokenizer")
-        writing.save_tokenizer(self.tokenizer_2, folder / "tokenizer_2")
-        writing.save_scheduler(self.scheduler, folder / "scheduler")
-        writing.write_json(folder / "model_index.json", writing.MODEL_INDEX)
+        with nullcontext(folder) if folder.exists() else whole_folder(folder) as target:
+            writing.save_diffusers_model(self.transformer, target / "transformer", dtype)
+            writing.save_diffusers_model(self.vae, target / "vae", dtype)
+            writing.save_text_encoder(self.text_encoder, target / "text_encoder", dtype)
+            writing.save_text_encoder(self.text_encoder_2, target / "text_encoder_2", dtype)
+            writing.save_tokenizer(self.tokenizer, target / "tokenizer")
+            writing.save_tokenizer(self.tokenizer_2, target / "tokenizer_2")
+            writing.save_scheduler(self.scheduler, target / "scheduler")
+            writing.write_json(target / "model_index.json", writing.MODEL_INDEX)
 
     def load_lora_weights(self, path_or_dict: str | os.PathLike | dict, scale: float = 1.0) -> Any:
         """Puts a LoRA on the transformer (see ppcoat.lora.load_lora, whose report it returns)."""

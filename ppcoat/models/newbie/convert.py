@@ -13,7 +13,6 @@ CPython's pickletools for the opcodes, torch's serialization for the rest.
 from __future__ import annotations
 
 import math
-import os
 import pickletools
 import shutil
 import struct
@@ -26,6 +25,7 @@ from typing import Any
 import numpy as np
 import paddle
 
+from ppcoat.atomic import whole_folder
 from ppcoat.errors import ConfigError
 from ppcoat.models.loading import TensorInfo, in_file_order, map_tensor, read_header, read_json, tensor_infos
 from ppcoat.models.newbie.files import check_newbie_folder, check_newbie_vae
@@ -94,8 +94,7 @@ def write_newbie_folder(
         files |= {Path(name) / file.name: read_header(file) for file in sorted(folder.glob("*.safetensors"))}
     wanted = sum(layout_bytes(_layout(infos, dtype)) for infos in files.values())
     check_room(output.parent, wanted, f"{output.name} takes", "make room there, or choose another output")
-    draft = output.with_name(f".{output.name}.tmp-{os.getpid()}")
-    try:
+    with whole_folder(output) as draft:
         for file, infos in files.items():
             (draft / file).parent.mkdir(parents=True, exist_ok=True)
             write_file(draft / file, _layout(infos, dtype), _values(infos, dtype), {"format": "pt"})
@@ -109,9 +108,6 @@ def write_newbie_folder(
                     shutil.copyfile(file, draft / name / file.name)
         write_json(draft / "model_index.json", MODEL_INDEX)
         check_newbie_folder(draft)
-        draft.rename(output)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
 
 
 def checkpoint_infos(file: Path) -> dict[str, TensorInfo]:

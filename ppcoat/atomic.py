@@ -1,0 +1,239 @@
+"""Crash-safe writing: a file or folder has its name when it is whole and on the disk; until then what was
+there before stays as it was. Everything that is written and read again goes through here; logs, which only
+grow, do not.
+
+    outputs/lora.safetensors                                       the goal
+    outputs/.lora.safetensors.tmp-myhost-4711-9f3a01c2/            a draft folder beside it, of one writer
+        lora.safetensors                                           what is being written
+        lora.safetensors.old                                       the folder that it replaces, for a moment
+
+Draft, fsync, rename, fsync of the folder that holds the name, removal of the draft folder. Where the writing
+fails (a full disk, Ctrl+C) the draft folder goes at once; what a killed process left, the next one that
+writes into that folder removes, and it puts back a folder that was set aside and not replaced.
+
+A symlink is written through. A new file's permissions are those of the umask, a replaced file's stay. Two
+writers of one goal are both whole; the last one counts. A full disk or a folder without write permission is
+an OSError with `filename`, which commands explain where they know what to do.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import secrets
+import shutil
+import socket
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+_FORGOTTEN_SECONDS = 24 * 3600  # without a change: a draft of another machine has no living writer
+
+_PROCESS = r"(?P<pid>[0-9]{1,9})"
+_OF_HOST = rf"(?P<host>[A-Za-z0-9]*)-{_PROCESS}"
+_DRAFT = re.compile(rf"\.(?P<name>.+)\.tmp-{_OF_HOST}-[0-9a-f]{{8}}")
+# What earlier versions left: drafts of checkpoints, logs, LoRA files, cache entries; checkpoints set aside.
+_EARLIER = (
+    re.compile(rf"([0-9]{{9}}|latest|log\.jsonl|\..+\.safetensors|\.adapter_config\.json)\.tmp-{_PROCESS}"),
+    re.compile(rf"([0-9a-f]{{64}}|\.writable)\.tmp-{_OF_HOST}"),
+    re.compile(rf"(?P<aside>[0-9]{{9}})\.old-{_PROCESS}"),
+)
+_REFUSED_SYNC = (errno.EINVAL, errno.ENOTSUP)  # of a folder, by some network file systems
+_own: set[str] = set()  # names of the draft folders that threads of this process are writing to
+
+
+@contextmanager
+def whole_file(path: str | Path) -> Iterator[Path]:
+    """Context manager: the path of an empty draft, with the name of `path`, to be written and checked in the
+    body. It becomes `path` when the body ends; where anything raises it is removed, and `path` stays.
+
+    Makes the folders above. Raises OSError (full disk, no permission, `path` is a folder).
+    """
+    goal = _goal(path)
+    if goal.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(goal))
+    remove_dead_drafts(goal.parent)
+    with _draft(goal) as draft:
+        draft.touch()
+        mode = stat.S_IMODE((goal if goal.exists() else draft).stat().st_mode)
+        yield draft
+        if stat.S_IMODE(draft.stat().st_mode) != mode:  # safetensors makes files that only their owner reads
+            draft.chmod(mode)
+        _sync(draft)
+        os.replace(draft, goal)
+        _sync(goal.parent)
+
+
+@contextmanager
+def whole_folder(path: str | Path, replace: bool = False) -> Iterator[Path]:
+    """Context manager: an empty draft folder, with the name of `path`, to be filled and checked in the body.
+    It becomes `path`, every file of it synced, when the body ends; where anything raises it is removed.
+
+    replace: whether `path` may be there, with anything in it; it stays until the draft is whole. Makes the
+    folders above. Raises OSError (full disk, no permission, `path` is a file, or is there and not empty).
+    """
+    goal = _goal(path)
+    if goal.exists() and not goal.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(goal))
+    remove_dead_drafts(goal.parent, goal.name)
+    with _draft(goal) as draft:
+        draft.mkdir()
+        yield draft
+        for folder, _, files in os.walk(draft, topdown=False):
+            for each in (*files, "."):
+                _sync(Path(folder, each))
+        _put(draft, goal, replace)
+        _sync(goal.parent)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """`text` as UTF-8 in `path`. Raises OSError as whole_file does."""
+    with whole_file(path) as draft:
+        draft.write_text(text, encoding="utf-8")
+
+
+def check_writable(folder: str | Path) -> None:
+    """Make `folder` and a draft in it. Raises OSError where one of them cannot be made."""
+    with _draft(_goal(Path(folder) / "writable")) as draft:
+        draft.touch()
+
+
+def remove_dead_drafts(folder: str | Path, goal: str | None = None) -> list[Path]:
+    """Remove what killed writers left in `folder` -> what was removed; writers call it before they write.
+
+    Only names that whole_file and whole_folder give, and those that earlier versions gave: to known files,
+    and to a folder that is called `goal` when it is whole. A draft of this machine is dead when its process
+    is; one of another machine when nothing in it has changed for a day. Symlinks, and what cannot be removed,
+    stay.
+    """
+    folder, removed = Path(folder), []
+    for name in os.listdir(folder) if folder.is_dir() else ():
+        path, found = folder / name, _named_as_draft(folder / name, goal)
+        if found is None or path.is_symlink():
+            continue
+        parts = found.groupdict()
+        with suppress(OSError):
+            if _is_alive(path, parts.get("host"), int(parts["pid"])):
+                continue
+            name_of_goal = parts.get("aside") or parts.get("name", name)
+            aside = path if "aside" in parts else path / f"{name_of_goal}.old"
+            _clear(path, aside, folder / name_of_goal)
+            if not path.exists():
+                removed.append(path)
+    return removed
+
+
+def is_running(pid: int) -> bool:
+    """Whether another living process of this machine has this id; the caller's own is not another."""
+    if pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # alive, of another user
+        return True
+    return True
+
+
+def _goal(path: str | Path) -> Path:
+    """Where a symlink leads to, in a folder that is made if it is not there."""
+    goal = Path(path)
+    goal = goal.resolve() if goal.is_symlink() else goal
+    goal.parent.mkdir(parents=True, exist_ok=True)
+    return goal
+
+
+@contextmanager
+def _draft(goal: Path) -> Iterator[Path]:
+    """A path, with nothing there, in a draft folder of its own, so that whatever a library writes beside it
+    goes with it and its ending is the goal's. An OSError without a file's name gets the goal's."""
+    name = f".{goal.name}.tmp-{_host()}-{os.getpid()}-{secrets.token_hex(4)}"
+    own = goal.with_name(name)
+    _own.add(name)
+    try:
+        own.mkdir()
+        yield own / goal.name
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(goal)
+        raise
+    finally:
+        _clear(own, own / f"{goal.name}.old", goal)
+        _own.discard(name)
+
+
+def _put(draft: Path, goal: Path, replace: bool) -> None:
+    """Rename a folder. One that is there is set aside first, because a rename cannot replace a folder; it is
+    put back where the second rename fails or never comes (_clear)."""
+    aside = draft.with_name(f"{goal.name}.old")
+    while True:
+        if replace:
+            _remove(aside)
+            with suppress(FileNotFoundError):
+                os.rename(goal, aside)
+        try:
+            return os.rename(draft, goal)
+        except OSError as error:
+            # another writer's folder came in between: that is the one to replace
+            if not (replace and error.errno in (errno.ENOTEMPTY, errno.EEXIST)):
+                raise
+
+
+def _clear(draft: Path, aside: Path, goal: Path) -> None:
+    """Remove a draft and the folder that its writer set aside, which is put back if nothing replaced it."""
+    with suppress(OSError):
+        if aside.exists() and not goal.exists():
+            os.rename(aside, goal)
+        _remove(draft)
+
+
+def _sync(path: Path) -> None:
+    """Bring a file's bytes, or the names in a folder, to the disk: a rename alone does not survive a power
+    cut."""
+    if path.is_symlink() or (path.is_dir() and not hasattr(os, "O_DIRECTORY")):  # Windows opens no folder
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if not (path.is_dir() and error.errno in _REFUSED_SYNC):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    """A file or a folder, as far as possible."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+def _named_as_draft(path: Path, goal: str | None) -> re.Match[str] | None:
+    """What the name of a draft tells of it, today's or an earlier version's; None for another name."""
+    if ".tmp-" not in path.name and ".old-" not in path.name:
+        return None
+    forms = [*_EARLIER]
+    if path.is_dir():
+        forms.append(_DRAFT)
+        if goal is not None:
+            forms.append(re.compile(rf"\.?{re.escape(goal)}\.tmp-{_PROCESS}"))
+    return next(filter(None, (form.fullmatch(path.name) for form in forms)), None)
+
+
+def _is_alive(draft: Path, host: str | None, pid: int) -> bool:
+    """Whether somebody may still be writing a draft. host: None where its name tells none."""
+    if host is not None and host[-20:] != _host():
+        changed = [path.lstat().st_mtime for path in (draft, *draft.rglob("*")) if os.path.lexists(path)]
+        return bool(changed) and time.time() - max(changed) < _FORGOTTEN_SECONDS
+    return draft.name in _own or is_running(pid)
+
+
+def _host() -> str:
+    return re.sub(r"[^A-Za-z0-9]", "", socket.gethostname())[-20:]  # names of pods differ at their end
