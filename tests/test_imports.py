@@ -18,7 +18,7 @@ ALLOWED = {
     "nn": ("fp8",),
     "optim": ("fp8",),
     "models": ("nn",),
-    "lora": ("nn", "models.keymap"),
+    "lora": ("nn",),
     "data": ("config",),
     "infer": ("models", "lora", "data"),
     "plan": ("config", "data", "models", "lora", "nn", "optim",
@@ -27,11 +27,14 @@ ALLOWED = {
     "distill": ("config", "data", "fp8", "lora", "models", "nn", "optim", "train"),
     "pretrain": ("data", "models", "infer", "train.ranks"),
 }  # fmt: skip
-OPEN_TO_ALL = ("errors", "device", "atomic")
+# The last two are the names of FLUX's Linears: data, in an __init__ that imports nothing.
+OPEN_TO_ALL = ("errors", "device", "atomic", "models.flux.ATTENTION_AND_MLP", "models.flux.MODULATION")
 UNRESTRICTED = ("cli", "bench", "__init__", "__main__")  # the top
 IMPORTED_BY_NOBODY = "bench"  # the command table of cli names its modules in strings
 MODEL_FILE_WITH_LORA = "models/flux/pipeline.py"  # load_lora_weights and unload_lora_weights
 FORBIDDEN_MODULES = ("pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "torch")
+# It reads torch's checkpoints by a pickle.Unpickler whose find_class knows stand-ins for tensors only.
+UNPICKLER = "models/newbie/convert.py"
 FORBIDDEN_CALLS = ("eval", "exec", "compile", "__import__", "paddle.load", "torch.load", "yaml.load",
                    "yaml.unsafe_load", "yaml.full_load", "os.system", "numpy.load", "np.load")  # fmt: skip
 
@@ -196,7 +199,17 @@ def forbidden(tree):
 @pytest.mark.parametrize("file", FILES, ids=name_of)
 def test_nothing_catches_everything_or_runs_what_it_reads(file):
     assert forbidden(tree_of(file)) == []
-    assert not {name.split(".")[0] for name, _ in imports_of(file)} & set(FORBIDDEN_MODULES)
+    allowed = {"pickle"} if name_of(file) == UNPICKLER else set()
+    assert not {name.split(".")[0] for name, _ in imports_of(file)} & set(FORBIDDEN_MODULES) - allowed
+
+
+def test_pickle_is_imported_for_its_unpickler_alone():
+    uses = [
+        ast.unparse(node)
+        for node in ast.walk(tree_of(PACKAGE / UNPICKLER))
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "pickle"
+    ]
+    assert sorted(uses) == ["pickle.Unpickler", "pickle.UnpicklingError"]
 
 
 @pytest.mark.parametrize(
@@ -228,7 +241,7 @@ def test_the_rule_sees_what_breaks_it(path, source):
 @pytest.mark.parametrize(
     ("path", "source"),
     [
-        ("lora/layer.py", "from ppcoat.models.keymap import FLUX\nfrom .loading import load_lora"),
+        ("lora/layer.py", "from ppcoat.models.flux import ATTENTION_AND_MLP\nfrom .loading import load_lora"),
         ("models/flux/pipeline.py", "def load_lora_weights():\n    from ppcoat.lora import load_lora"),
         ("optim.py", "from .fp8.adamw import adamw_step\nfrom ppcoat.errors import ConfigError"),
         ("models/loading.py", "from ppcoat import atomic, device, errors\nimport paddle"),

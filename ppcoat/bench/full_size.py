@@ -39,8 +39,9 @@ from ppcoat.device import HostMeter, set_device, tune_host
 from ppcoat.errors import ConfigError
 from ppcoat.lora import load_lora, lora_modules, remove_lora
 from ppcoat.models.flux.transformer import FluxTransformer2DModel
-from ppcoat.models.loading import linear_weights, read_json, tensor_infos
+from ppcoat.models.loading import linear_weights
 from ppcoat.models.quantized_base import FP8Copy, fp8_model_bytes, load_fp8_transformer
+from ppcoat.models.tensor_files import read_json, tensor_infos
 from ppcoat.models.writing import INDEX, Layout, check_room, layout_bytes, shard_metadata, write_component
 from ppcoat.plan.model import FLUX_DEV
 from ppcoat.plan.phases import Footprint

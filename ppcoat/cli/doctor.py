@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import paddle
 
+from ppcoat.config.lightning import TINY_FLUX
 from ppcoat.device import GpuMeter, HostMeter
 from ppcoat.errors import ConfigError
 from ppcoat.fp8 import backend, matmul, norm
@@ -32,7 +33,6 @@ from ppcoat.nn.attention import uses_flash_attention
 
 PACKAGES = ("paddlepaddle", "paddlepaddle-gpu", "ppdiffusers", "paddlenlp", "safetensors", "numpy", "triton")
 OPTIONAL = ("paddlepaddle-gpu", "triton")
-TINY_FLUX = Path(__file__).parents[1] / "assets" / "tiny_flux"
 TIMED = 5  # runs of which the median counts
 ROWS_GPU, ROWS_CPU, WIDTH, HEAD_DIM = 4608, 64, 3072, 128  # tokens of 1024 px; FLUX's width
 TITLES = {"triton": "Triton kernels", "paddle": "Paddle's FP8 ops"}
@@ -180,11 +180,12 @@ def attention() -> Finding:
 
 def tiny_flux() -> Finding:
     """The built-in model: there, and read by ppdiffusers' pipeline class."""
-    if not (TINY_FLUX / "model_index.json").is_file():
+    folder = Path(TINY_FLUX)
+    if not (folder / "model_index.json").is_file():
         advice = "quickstart has no model: install ppcoat from its repository (pip install --no-deps -e .)"
-        return Finding("fail", "tiny FLUX", f"{TINY_FLUX.name} is missing", advice)
-    config = FluxPipeline.load_config(str(TINY_FLUX))
-    return Finding("ok", "tiny FLUX", f"{config['_class_name']} in {TINY_FLUX.parent.name}/{TINY_FLUX.name}")
+        return Finding("fail", "tiny FLUX", f"{folder.name} is missing", advice)
+    config = FluxPipeline.load_config(str(folder))
+    return Finding("ok", "tiny FLUX", f"{config['_class_name']} in {folder.parent.name}/{folder.name}")
 
 
 def fast_paths() -> list[Finding]:

@@ -20,7 +20,7 @@ from pathlib import Path
 from ppcoat.errors import ConfigError
 from ppcoat.lora import LoRAFile, read_lora_file, summarize, write_lora_file
 from ppcoat.lora.files import OF_TENSORS
-from ppcoat.lora.writing import DTYPES, FORMATS
+from ppcoat.lora.writing import FORMATS, LORA_DTYPES
 
 SHOWN_PATHS = 10
 LONGEST_VALUE = 300  # characters of a header field
@@ -96,7 +96,7 @@ def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("input", metavar="IN", help="LoRA file, .safetensors")
     parser.add_argument("output", metavar="OUT", help="file to write, .safetensors")
     parser.add_argument("--format", required=True, choices=FORMATS, help="what to write")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the tensors (default: as in IN)")
+    parser.add_argument("--dtype", choices=LORA_DTYPES, help="of the tensors (default: as in IN)")
     parser.add_argument(
         "--ignore_unknown", action="store_true", help="leave keys out that name no FLUX module"
     )
@@ -135,7 +135,7 @@ def read_known(file: Path, ignore_unknown: bool = False) -> LoRAFile:
 def stored_dtype(lora: LoRAFile) -> str:
     """The dtype of a file that has one which can be written, else float32."""
     (dtype, *others) = lora.dtypes
-    return dtype if dtype in DTYPES and not others else "float32"
+    return dtype if dtype in LORA_DTYPES and not others else "float32"
 
 
 def carried_fields(lora: LoRAFile) -> Mapping[str, str]:

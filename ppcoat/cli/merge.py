@@ -26,7 +26,8 @@ from ppcoat.atomic import whole_folder
 from ppcoat.device import tune_host
 from ppcoat.errors import ConfigError
 from ppcoat.lora import LoRAFile, load_lora, merge_lora
-from ppcoat.models.loading import check_folder, linear_weights, load_transformer, read_tensors, tensor_infos
+from ppcoat.models.loading import check_folder, linear_weights, load_transformer, read_tensors
+from ppcoat.models.tensor_files import tensor_infos
 from ppcoat.models.writing import save_diffusers_model
 
 from .lora_files import read_known

@@ -6,7 +6,7 @@
     python train_scripts/merge_lora.py --base_model_path newbie-diffusers --lora_path output/my_lora \
         --output_path output/merged_model
 
-Converting: a .pth is read by an interpreter that knows tensors only (models/newbie/convert.py). Folders must
+Converting: a .pth is read by an unpickler that knows tensors only (models/newbie/convert.py). Folders must
 be on this machine; nothing is downloaded. Merging: a LoRA or LoKr is added to the weights of the transformer;
 the sum is taken in float32 and rounded once to the base's dtype, the other parts are copied.
 """
@@ -21,9 +21,9 @@ import paddle
 from ppcoat.device import tune_host
 from ppcoat.errors import ConfigError
 from ppcoat.lora import load_adapter, merge_lora
-from ppcoat.models.loading import read_json
-from ppcoat.models.newbie.convert import DTYPES, checkpoint_infos, write_newbie_folder
+from ppcoat.models.newbie.convert import WEIGHT_DTYPES, checkpoint_infos, write_newbie_folder
 from ppcoat.models.newbie.files import check_newbie_folder, load_nextdit
+from ppcoat.models.tensor_files import read_json
 
 from .merge import base_dtype, check_output, check_scale, write_merged
 
@@ -35,7 +35,7 @@ def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
     add("--jina", required=True, help="folder of Jina CLIP v2 with its tokenizer")
     add("--vae", required=True, help="folder of FLUX.1's VAE, or a FLUX folder with vae/ in it")
     add("--output", default=None, help="folder to write; it may not exist (default: diffusers/ beside it)")
-    add("--dtype", default="bf16", choices=list(DTYPES), help="of all weights (default: %(default)s)")
+    add("--dtype", default="bf16", choices=list(WEIGHT_DTYPES), help="of all weights (default: %(default)s)")
     add("--transformer_config", default=None, help="config.json of a transformer that is not the 3B one")
 
 

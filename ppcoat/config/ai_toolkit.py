@@ -13,6 +13,7 @@ only the defaults differ: where a nested file says nothing, ai-toolkit's own def
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,22 +21,28 @@ from ppcoat.config.ai_toolkit_keys import DEFAULTS, KEYS, Honour, Read, Refuse, 
 from ppcoat.config.ai_toolkit_values import Document, Reading
 from ppcoat.config.explain import Location, Origins, dotted, nearest_key, printable
 from ppcoat.errors import ConfigError
+from ppcoat.models.flux import ATTENTION_AND_MLP, MODULATION
 
 _log = logging.getLogger(__name__)
 _PROCESS: Location = ("config", "process", 0)
 _SECTIONS = {key[:end] for key in KEYS for end in range(len(key)) if key[end] == "."}
 _FOREIGN_SECTIONS = _SECTIONS - {"network", "save", "datasets[]", "train", "model", "sample", "logging"}
-# the Linears that ai-toolkit adapts and our default does not: modulation, in FLUX.1's 19 + 38 blocks
+# The Linears that ai-toolkit adapts and our default does not: modulation, in FLUX.1's 19 + 38 blocks.
+_BLOCKS = {"transformer_blocks": 19, "single_transformer_blocks": 38}
 _MODULATION = [
-    *(f"transformer.transformer_blocks.{i}.norm1.linear" for i in range(19)),
-    *(f"transformer.transformer_blocks.{i}.norm1_context.linear" for i in range(19)),
-    *(f"transformer.single_transformer_blocks.{i}.norm.linear" for i in range(38)),
+    f"transformer.{blocks}.{i}.{part}"
+    for blocks, linears in MODULATION.items()
+    for (part,) in linears.values()
+    for i in range(_BLOCKS[blocks])
 ]
-# Suffixes that name every Linear in FLUX's blocks, and what they name outside of them.
-_BLOCK_LINEARS = [
-    *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
-    *("net.0.proj", "net.2", "proj_mlp", "proj_out", "norm1.linear", "norm1_context.linear", "norm.linear"),
-]
+# Suffixes that name every Linear in FLUX's blocks, each once, and what they name outside of them.
+_BLOCK_LINEARS = dict.fromkeys(
+    re.sub(r"^(attn|ff|ff_context)\.", "", part)
+    for table in (ATTENTION_AND_MLP, MODULATION)
+    for linears in table.values()
+    for parts in linears.values()
+    for part in parts
+)
 _OUTSIDE = "transformer.proj_out"
 
 

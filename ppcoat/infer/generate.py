@@ -17,9 +17,10 @@ from ppcoat.device import compute_dtype, set_device, tune_host
 from ppcoat.errors import ConfigError
 from ppcoat.lora import LoRAInfo, load_adapter, read_adapter, read_lora_file
 from ppcoat.models.flux.pipeline import FluxPipeline
-from ppcoat.models.loading import check_folder, check_there, read_json
+from ppcoat.models.loading import check_folder
 from ppcoat.models.newbie.files import check_newbie_folder
 from ppcoat.models.newbie.pipeline import NewbiePipeline
+from ppcoat.models.tensor_files import check_there, read_json
 
 Draw = Callable[[str], list[Image.Image]]
 

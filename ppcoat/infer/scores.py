@@ -22,7 +22,8 @@ from safetensors import SafetensorError
 from safetensors.paddle import load_file
 
 from ppcoat.errors import ConfigError
-from ppcoat.models.loading import load_clip_tokenizer, load_weights, read_json, weights_in
+from ppcoat.models.loading import load_clip_tokenizer, load_weights, weights_in
+from ppcoat.models.tensor_files import read_json
 
 # Mean and deviation of CLIP's training pictures, red, green, blue, in 0..1 (openai/CLIP, clip.py).
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)

@@ -12,10 +12,10 @@ from .layer import (
     merge_lora,
     remove_lora,
 )
-from .loading import LoRAInfo, load_adapter, load_lora, lora_modules, read_adapter, save_lora, unload_lora
+from .loading import LoRAInfo, load_adapter, load_lora, read_adapter, unload_lora
 from .lokr import LoKrLinear, LoKrSettings
 from .peft import save_comfyui, save_peft
-from .writing import write_lora_file
+from .writing import lora_modules, save_lora, write_lora_file
 
 __all__ = [
     "LoKrLinear",

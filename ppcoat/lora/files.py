@@ -91,17 +91,22 @@ def read_lora_file(path: str | Path, paths: Set[str] | None = None, incomplete_t
     Raises ConfigError for pickles, for missing or damaged files, and as `parse_lora` does.
     """
     path = Path(path)
-    if path.suffix in PICKLES:
-        raise ConfigError(f"{path.name} is a pickle, and reading it can run code: convert it to .safetensors")
-    if path.suffix != ".safetensors":
+    if path.suffix not in (".safetensors", *PICKLES):
         raise ConfigError(f"a LoRA file is a .safetensors, got {path}")
-    if not path.is_file():
-        raise ConfigError(f"no LoRA file at {path}")
+    return parse_lora(*read_tensors_and_header(path), paths, incomplete_too)
+
+
+def read_tensors_and_header(file: Path) -> tuple[dict[str, paddle.Tensor], dict[str, str]]:
+    """`tensors_and_header` of a file that comes from anywhere: each tensor in its shape there. Raises
+    ConfigError for a pickle, which is not read, and for a missing or damaged file."""
+    if file.suffix in PICKLES:
+        raise ConfigError(f"{file.name} is a pickle, and reading it can run code: convert it to .safetensors")
+    if not file.is_file():
+        raise ConfigError(f"no LoRA file at {file}: check the path")
     try:
-        tensors, header = tensors_and_header(path)
+        return tensors_and_header(file)
     except SafetensorError as error:
-        raise ConfigError(f"{path} is not a whole safetensors file: {error}") from error
-    return parse_lora(tensors, header, paths, incomplete_too)
+        raise ConfigError(f"{file} is not a whole safetensors file: {error}: fetch it again") from error
 
 
 def parse_lora(
@@ -112,9 +117,10 @@ def parse_lora(
 ) -> LoRAFile:
     """Tensors of a file, by key, and its header -> LoRAFile.
 
-    paths: the Linears of a model, to which names are held; None: all of FLUX's. incomplete_too: list modules
-    that lack A or B instead of raising. Raises ConfigError for such a module, for one that comes twice or
-    whose shapes do not fit each other, and for an alpha that is no number.
+    tensors: A [rank, in] and B [out, rank], transposed where the file is in Paddle's layout, and alpha, a
+    scalar. paths: the Linears of a model, to which names are held; None: all of FLUX's. incomplete_too: list
+    modules that lack A or B instead of raising. Raises ConfigError for such a module, for one that comes
+    twice or whose shapes do not fit each other, and for an alpha that is no number.
     """
     stems, unknown = _group(tensors, paths)
     halves = {_shown_name(stem): ", ".join(sorted(stem.tensors)) for stem in stems if not stem.is_whole}
@@ -127,7 +133,7 @@ def parse_lora(
     in_out = _is_in_out(stems, tensors, header)
     modules: dict[str, LoRAModule] = {}
     for stem in stems:
-        for path, module in flux_names.split(stem.module, _read_module(stem, in_out, header)).items():
+        for path, module in flux_names.split_fused(stem.module, _read_module(stem, in_out, header)).items():
             if path in modules:
                 raise ConfigError(f"the LoRA has {path} twice, the second time as {stem.name}")
             modules[path] = module
@@ -231,7 +237,8 @@ def _read_module(stem: _Stem, in_out: bool, header: Mapping[str, str]) -> LoRAMo
 
 
 def tensors_and_header(file: Path) -> tuple[dict[str, paddle.Tensor], dict[str, str]]:
-    """What a safetensors file holds, whatever its name. Raises SafetensorError for a damaged one."""
+    """What a safetensors file holds, whatever its name: each tensor in the shape and dtype that it has there,
+    and the header. Raises SafetensorError for a damaged one."""
     with safe_open(str(file), framework="paddle") as content:
         tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
         return tensors, dict(content.metadata() or {})

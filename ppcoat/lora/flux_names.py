@@ -19,27 +19,15 @@ from typing import NamedTuple
 import numpy as np
 
 from ppcoat.errors import ConfigError
+from ppcoat.models.flux import ATTENTION_AND_MLP, MODULATION
 
 from .delta import LoRAModule
 
 # Name in BFL's code, inside a block -> diffusers' names of its rows, from the top.
-DOUBLE = {
-    "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
-    "img_attn.proj": ("attn.to_out.0",),
-    "img_mlp.0": ("ff.net.0.proj",),
-    "img_mlp.2": ("ff.net.2",),
-    "img_mod.lin": ("norm1.linear",),
-    "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-    "txt_attn.proj": ("attn.to_add_out",),
-    "txt_mlp.0": ("ff_context.net.0.proj",),
-    "txt_mlp.2": ("ff_context.net.2",),
-    "txt_mod.lin": ("norm1_context.linear",),
-}
-SINGLE = {
-    "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
-    "linear2": ("proj_out",),
-    "modulation.lin": ("norm.linear",),
-}
+DOUBLE, SINGLE = (
+    ATTENTION_AND_MLP[blocks] | MODULATION[blocks]
+    for blocks in ("transformer_blocks", "single_transformer_blocks")
+)
 OUTSIDE = {
     "img_in": ("x_embedder",),
     "txt_in": ("context_embedder",),
@@ -90,7 +78,7 @@ def find(name: str) -> FluxName | None:
     return FluxName(tuple(f"{block}.{part}" for part in found.paths), found.of_bfl)
 
 
-def split(name: FluxName, module: LoRAModule) -> dict[str, LoRAModule]:
+def split_fused(name: FluxName, module: LoRAModule) -> dict[str, LoRAModule]:
     """One module of a file -> {diffusers path: LoRAModule}, the delta-W of each being its rows of the whole.
 
     A part whose rows are zero is left out where others are blocks of their own. Raises ConfigError if the

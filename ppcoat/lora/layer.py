@@ -16,6 +16,7 @@ import paddle
 from paddle import nn
 
 from ppcoat.errors import ConfigError
+from ppcoat.models.flux import ATTENTION_AND_MLP
 from ppcoat.nn.base_weight import FP8Weight
 from ppcoat.nn.convert import set_sublayer
 from ppcoat.nn.linear import FrozenLinear, LoRALinear
@@ -23,13 +24,9 @@ from ppcoat.nn.linear import FrozenLinear, LoRALinear
 from .lokr import LoKrLinear, LoKrSettings, new_factors
 
 Adapter = LoRALinear | LoKrLinear
-FLUX_TARGETS = {  # block list -> suffixes of the Linears inside a block
-    "transformer_blocks": (
-        *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
-        *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
-        *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
-    ),
-    "single_transformer_blocks": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp", "proj_out"),
+FLUX_TARGETS = {  # block list -> names of the Linears of attention and feed-forward inside a block
+    blocks: tuple(part for parts in linears.values() for part in parts)
+    for blocks, linears in ATTENTION_AND_MLP.items()
 }
 
 
@@ -134,13 +131,14 @@ def adapter_layers(model: nn.Layer) -> dict[str, Adapter]:
 
 
 def lora_parameters(model: nn.Layer) -> list[paddle.Tensor]:
-    """lora_A and lora_B of every LoRALinear, in model order: what the optimizer gets."""
+    """lora_A [in, rank] and lora_B [rank, out] of every LoRALinear, float32, in model order: what the
+    optimizer gets."""
     return [param for layer in lora_layers(model).values() for param in (layer.lora_A, layer.lora_B)]
 
 
 @contextmanager
 def lora_disabled(model: nn.Layer) -> Iterator[None]:
-    """Within it, the model computes as if it had no LoRA and no LoKr."""
+    """Context manager: the model computes as if it had no LoRA and no LoKr."""
     layers = list(adapter_layers(model).values())
     before = [layer.enabled for layer in layers]
     try:

@@ -1,4 +1,4 @@
-"""Adapter files and models: a file's LoRA or LoKr into a model, a model's LoRA into a file.
+"""The LoRA or LoKr of a file put into a model. writing.py and peft.py are the way back.
 
 Read are LoRA files of every format of files.py, which says what a delta-W is under each; the adapter
 directory of NewBie's trainer; and LoKr files. Names may have any prefix that files.py knows. The scale of a
@@ -12,34 +12,30 @@ import json
 import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import paddle
 from paddle import nn
-from safetensors import SafetensorError
 
 from ppcoat.errors import ConfigError
 from ppcoat.nn.convert import set_sublayer
 from ppcoat.nn.linear import LoRALinear
 
-from .delta import LoRAModule, LoRASummary, summarize
+from .delta import LoRAModule
 from .files import (
     ADAPTER_METADATA,
     CONFIG,
-    PICKLES,
     PREFIXES,
     WEIGHTS,
     parse_lora,
     read_lora_file,
-    run_fields,
+    read_tensors_and_header,
     step_from_header,
-    tensors_and_header,
 )
-from .layer import linear_paths, lora_layers, lora_parameters, remove_lora
+from .layer import linear_paths, lora_parameters, remove_lora
 from .lokr import FACTORS, LoKrLinear, LoKrSettings
-from .writing import write_lora_file
 
 _LOKR_NAMES = (*FACTORS, *(part for parts in FACTORS.values() for part in parts))
 
@@ -58,42 +54,6 @@ class LoRAInfo:
     metadata: dict[str, str] = field(default_factory=dict)
 
 
-def save_lora(
-    path: str | Path,
-    model: nn.Layer,
-    *,
-    trigger_word: str = "",
-    step: int | None = None,
-    base_model: str = "",
-    dtype: str = "float32",
-    file_format: str = "diffusers",
-    extra: Mapping[str, str] | None = None,
-) -> LoRASummary:
-    """Write the LoRA of `model` to `path` (.safetensors), whole or not at all, and read it back.
-    `scale_multiplier` is not written.
-
-    file_format: "diffusers", "kohya" or "paddle". The header has rank, alpha (= rank), original_alpha,
-    trigger_word, step, base_model, the format's own fields and ai-toolkit's training_info; `extra` adds text
-    fields. Returns norms of delta-W. Raises ConfigError for a wrong path, dtype or format, or if there is no
-    LoRA; OSError if the file does not hold what was written.
-    """
-    modules = lora_modules(model)
-    if not modules:
-        raise ConfigError("the model has no LoRA to save")
-    alphas = [module.alpha for module in modules.values()]
-    fields = {**dict(extra or {}), **run_fields(trigger_word, step, base_model, alphas)}
-    error = write_lora_file(path, modules, fields, file_format, dtype)
-    return replace(summarize(modules), error=error)
-
-
-def lora_modules(model: nn.Layer) -> dict[str, LoRAModule]:
-    """The LoRA of `model` as {path: LoRAModule}, without `scale_multiplier`."""
-    return {
-        path: LoRAModule(_transposed(layer.lora_A), _transposed(layer.lora_B), layer.alpha)
-        for path, layer in lora_layers(model).items()
-    }
-
-
 def load_lora(
     model: nn.Layer,
     source: str | Path | Mapping[str, paddle.Tensor],
@@ -103,11 +63,13 @@ def load_lora(
     """Put the LoRA of a file (or of a dict of its tensors, with its header as `metadata`) into `model`.
 
     The file may have any format that files.py reads. Linears become LoRALinears without gradient, their scale
-    times `scale`; ranks may differ from one to the next. A LoRA that was loaded before is replaced. A LoRA in
-    training is filled instead, and must cover the same Linears with the same ranks. Keys that fit no Linear
-    are listed in a warning and in the result. Raises ConfigError, and changes nothing, for a pickle, a
-    damaged file, a wrong shape, or a file that fits no Linear at all.
+    times `scale`; ranks may differ from one to the next. A LoRA that was loaded before is replaced. Tensors:
+    A [rank, in] and B [out, rank] in most formats. Keys that fit no Linear are listed in a warning and in the
+    result. Raises ConfigError, and changes nothing, for a pickle, a damaged file, a wrong shape, a file that
+    fits no Linear at all, or a model whose LoRA is in training.
     """
+    if any(not param.stop_gradient for param in lora_parameters(model)):
+        raise ConfigError("the model has a LoRA in training: save it, then call remove_lora before load_lora")
     paths = linear_paths(model)
     if isinstance(source, Mapping):
         file = parse_lora(source, metadata or {}, set(paths))
@@ -122,22 +84,15 @@ def load_lora(
     modules = {path: file.modules[path] for path in paths if path in file.modules}
     for path, module in modules.items():
         _check_fits(path, module, linears[path])
-    in_training = any(not param.stop_gradient for param in lora_parameters(model))
-    if in_training:
-        _check_same_shape(lora_layers(model), modules)
     if file.unknown:
         warnings.warn(
             f"{len(file.unknown)} LoRA keys fit no layer and are left out: {', '.join(file.unknown[:5])}",
             stacklevel=2,
         )
-    if in_training:
-        for path, module in modules.items():
-            _fill(linears[path], module, scale)
-    else:
-        remove_lora(model)
-        for path, module in modules.items():
-            base = getattr(linears[path], "base", linears[path])  # of an adapter that was loaded before
-            set_sublayer(model, path, _make_layer(base, module, scale))
+    remove_lora(model)
+    for path, module in modules.items():
+        base = getattr(linears[path], "base", linears[path])  # of an adapter that was loaded before
+        set_sublayer(model, path, _make_layer(base, module, scale))
     ranks = {path: module.rank for path, module in modules.items()}
     scales = {path: module.scale * scale for path, module in modules.items()}
     trigger_word, step = file.header.get("trigger_word", ""), step_from_header(file.header)
@@ -158,30 +113,6 @@ def _check_fits(path: str, module: LoRAModule, linear: nn.Layer) -> None:
         )
 
 
-def _check_same_shape(existing: Mapping[str, LoRALinear], modules: Mapping[str, LoRAModule]) -> None:
-    """A LoRA in training takes only a file of the same modules and ranks."""
-    different = sorted(set(existing) ^ set(modules))
-    if different:
-        raise ConfigError(
-            f"the LoRA in training is on other layers than this file, e.g. {different[0]}; "
-            "call unload_lora first"
-        )
-    for path, layer in existing.items():
-        if modules[path].rank != layer.rank:
-            raise ConfigError(
-                f"the LoRA in training has rank {layer.rank} at {path}, the file {modules[path].rank}; "
-                "call unload_lora first"
-            )
-
-
-def _fill(layer: LoRALinear, module: LoRAModule, scale: float) -> None:
-    """The layer keeps its own alpha; B takes what is left, so that the product is the file's."""
-    layer.lora_A.set_value(_paddle_order(module.a))
-    layer.lora_B.set_value(
-        _paddle_order(module.b * np.float32(module.scale * scale * layer.rank / layer.alpha))
-    )
-
-
 def _make_layer(base: nn.Layer, module: LoRAModule, scale: float) -> LoRALinear:
     """A LoRALinear on `base` with the file's tensors, for inference."""
     layer = LoRALinear(base, module.rank, alpha=module.alpha * scale)
@@ -190,10 +121,6 @@ def _make_layer(base: nn.Layer, module: LoRAModule, scale: float) -> LoRALinear:
     layer.lora_B.set_value(_paddle_order(module.b))
     layer.lora_A.stop_gradient = layer.lora_B.stop_gradient = True
     return layer
-
-
-def _transposed(parameter: paddle.Tensor) -> np.ndarray:
-    return np.ascontiguousarray(parameter.numpy().T)
 
 
 def _paddle_order(matrix: np.ndarray) -> np.ndarray:
@@ -223,18 +150,10 @@ def load_adapter(model: nn.Layer, path: str | Path, scale: float = 1.0) -> LoRAI
 
 
 def read_adapter(path: str | Path) -> tuple[dict[str, paddle.Tensor], dict[str, str]]:
-    """Tensors and header of an adapter directory or file; of a directory, the header also has what CONFIG
-    says. Raises ConfigError for what is missing, damaged or a pickle."""
+    """Tensors, each in its shape and dtype there, and header of an adapter directory or file; of a directory,
+    the header also has what CONFIG says. Raises ConfigError for what is missing, damaged or a pickle."""
     path = Path(path)
-    file = path / WEIGHTS if path.is_dir() else path
-    if file.suffix in PICKLES:
-        raise ConfigError(f"{file.name} is a pickle, and reading it can run code: convert it to .safetensors")
-    if not file.is_file():
-        raise ConfigError(f"no LoRA at {file}: give a .safetensors file or a directory with {WEIGHTS}")
-    try:
-        tensors, header = tensors_and_header(file)
-    except SafetensorError as error:
-        raise ConfigError(f"{file} is not a whole safetensors file: {error}") from error
+    tensors, header = read_tensors_and_header(path / WEIGHTS if path.is_dir() else path)
     if path.is_dir():
         config = _read_config(path / CONFIG)
         header |= {"lora_rank": str(config["r"]), "lora_alpha": str(config["lora_alpha"])}

@@ -136,7 +136,7 @@ class LoKrLinear(nn.Layer):
 def new_factors(width_in: int, width_out: int, settings: LoKrSettings, seed: int) -> dict[str, np.ndarray]:
     """The matrices that training starts from: kron(w1, w2) = 0, because w2 (or w2_b) is zero; the others are
     Kaiming-uniform with a = sqrt(5)."""
-    (a, c), (b, d) = (split(width, settings.factor) for width in (width_out, width_in))
+    (a, c), (b, d) = (kronecker_sides(width, settings.factor) for width in (width_out, width_in))
     rng, rank = np.random.default_rng(seed), settings.rank
 
     def uniform(rows: int, columns: int) -> np.ndarray:
@@ -149,7 +149,7 @@ def new_factors(width_in: int, width_out: int, settings: LoKrSettings, seed: int
     return w1 | {"lokr_w2_a": uniform(c, rank), "lokr_w2_b": np.zeros([rank, d], "float32")}
 
 
-def split(width: int, factor: int = -1) -> tuple[int, int]:
+def kronecker_sides(width: int, factor: int = -1) -> tuple[int, int]:
     """width as (small, large) with small * large = width.
 
     The factor itself where it divides the width; else the largest divisor that is above neither the factor

@@ -26,8 +26,8 @@ from ppcoat.errors import ConfigError
 from .delta import LoRASummary, summarize
 from .files import CONFIG, WEIGHTS, tensors_and_header
 from .layer import adapter_layers
-from .loading import lora_modules
 from .lokr import FACTORS, LoKrLinear
+from .writing import lora_modules
 
 
 def save_peft(

@@ -1,4 +1,5 @@
-"""LoRA files written in three formats (see files.py), and read back before they take their names.
+"""The LoRA of a model written to a file, in three formats (see files.py), and read back before the file takes
+its name.
 
 alpha / rank is folded into B, so that every loader comes to a scale of 1.
 """
@@ -7,22 +8,61 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import paddle
+from paddle import nn
 from safetensors.paddle import save
 
 from ppcoat.atomic import whole_file
 from ppcoat.errors import ConfigError
 
 from . import flux_names
-from .delta import LoRAModule, relative_difference, worst
-from .files import LoRAFile, make_header, parse_lora, tensors_and_header
+from .delta import LoRAModule, LoRASummary, relative_difference, summarize, worst
+from .files import LoRAFile, make_header, parse_lora, run_fields, tensors_and_header
+from .layer import lora_layers
 
 FORMATS = ("diffusers", "kohya", "paddle")
-DTYPES = ("float32", "bfloat16", "float16")
+LORA_DTYPES = ("float32", "bfloat16", "float16")
 READ_BACK_ERROR = 1e-6  # of delta-W, relative
+
+
+def save_lora(
+    path: str | Path,
+    model: nn.Layer,
+    *,
+    trigger_word: str = "",
+    step: int | None = None,
+    base_model: str = "",
+    dtype: str = "float32",
+    file_format: str = "diffusers",
+    extra: Mapping[str, str] | None = None,
+) -> LoRASummary:
+    """Write the LoRA of `model` to `path` (.safetensors), whole or not at all, and read it back.
+    `scale_multiplier` is not written.
+
+    file_format: "diffusers", "kohya" or "paddle". The header has rank, alpha (= rank), original_alpha,
+    trigger_word, step, base_model, the format's own fields and ai-toolkit's training_info; `extra` adds text
+    fields. Returns norms of delta-W. Raises ConfigError for a wrong path, dtype or format, or if there is no
+    LoRA; OSError if the file does not hold what was written.
+    """
+    modules = lora_modules(model)
+    if not modules:
+        raise ConfigError("the model has no LoRA to save")
+    alphas = [module.alpha for module in modules.values()]
+    fields = {**dict(extra or {}), **run_fields(trigger_word, step, base_model, alphas)}
+    error = write_lora_file(path, modules, fields, file_format, dtype)
+    return replace(summarize(modules), error=error)
+
+
+def lora_modules(model: nn.Layer) -> dict[str, LoRAModule]:
+    """The LoRA of `model` as {path: LoRAModule}, without `scale_multiplier`."""
+    return {
+        path: LoRAModule(_transposed(layer.lora_A), _transposed(layer.lora_B), layer.alpha)
+        for path, layer in lora_layers(model).items()
+    }
 
 
 def write_lora_file(
@@ -56,8 +96,8 @@ def _check_target(path: Path, modules: Mapping[str, LoRAModule], file_format: st
         raise ConfigError(f"a LoRA is saved as .safetensors, got {path.name}")
     if file_format not in FORMATS:
         raise ConfigError(f"LoRA format must be one of {', '.join(FORMATS)}, got {file_format!r}")
-    if dtype not in DTYPES:
-        raise ConfigError(f"LoRA dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    if dtype not in LORA_DTYPES:
+        raise ConfigError(f"LoRA dtype must be one of {', '.join(LORA_DTYPES)}, got {dtype!r}")
     if not modules:
         raise ConfigError("there is no LoRA to save")
 
@@ -98,7 +138,7 @@ def _compare(found: LoRAFile, modules: Mapping[str, LoRAModule], name: str, dtyp
         errors.append(relative_difference(written, module))
         if not math.isfinite(errors[-1]) and math.isfinite(module.norm()):
             raise ConfigError(f"delta-W of {path} does not fit into {dtype}: save as bfloat16 or float32")
-    # Beside zeros that stand for absent parts of a fused module there may be nothing else.
+    # Only all-zero filler modules, which stand for absent parts of a fused module, may be extra.
     extra = [path for path in found.modules if path not in modules and found.modules[path].norm() != 0]
     if extra or found.unknown:
         raise OSError(
@@ -115,3 +155,7 @@ def _rounded(module: LoRAModule, dtype: str) -> LoRAModule:
 
 def _tensor(values: np.ndarray, dtype: str) -> paddle.Tensor:
     return paddle.to_tensor(np.array(values, order="C"), place=paddle.CPUPlace()).astype(dtype)
+
+
+def _transposed(parameter: paddle.Tensor) -> np.ndarray:
+    return np.ascontiguousarray(parameter.numpy().T)

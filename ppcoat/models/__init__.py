@@ -1,3 +1,3 @@
 """FLUX and NewBie-image, each in a folder of its own, and what both share: tensor files, a quantised base,
-writing. Others use `loading`, `writing`, `quantized_base` and `pictures`.
+writing. Others use `loading`, `tensor_files`, `writing`, `quantized_base` and `pictures`.
 """

@@ -23,44 +23,17 @@ from ppcoat.models.tensor_files import (
     check_there,
     in_file_order,
     map_tensor,
-    read_header,
     read_json,
     tensor_infos,
 )
 from ppcoat.nn.linear import FrozenLinear
 
-__all__ = [
-    "COMPONENTS",
-    "TIED",
-    "TensorInfo",
-    "check_components",
-    "check_folder",
-    "check_there",
-    "default_dtype",
-    "in_file_order",
-    "linear_weights",
-    "load_clip",
-    "load_clip_tokenizer",
-    "load_scheduler",
-    "load_t5",
-    "load_t5_tokenizer",
-    "load_transformer",
-    "load_vae",
-    "load_weights",
-    "map_tensor",
-    "read_header",
-    "read_json",
-    "read_tensors",
-    "tensor_infos",
-    "unfilled",
-    "weights_in",
-]
-
 # Constants that older CLIP files carry beside the weights.
 _IGNORED = {"text_model.embeddings.position_ids", "vision_model.embeddings.position_ids"}
 # T5 reads one table under two names; the file has the first.
 TIED = {"encoder.embed_tokens.weight": "shared.weight"}
-COMPONENTS = (
+MOST_NAMED = 4  # tensors of one kind that an error names
+FLUX_COMPONENTS = (
     "scheduler",
     "text_encoder",
     "text_encoder_2",
@@ -95,7 +68,7 @@ def check_folder(folder: str | Path, setting: str = "the model") -> None:
     """
     folder = Path(folder)
     check_there(folder, setting)
-    check_components(folder, "FluxPipeline", COMPONENTS)
+    check_components(folder, "FluxPipeline", FLUX_COMPONENTS)
     for name in ("text_encoder", "text_encoder_2"):
         read_json(folder / name / "config.json")
         tensor_infos(folder / name)
@@ -124,7 +97,7 @@ def unfilled(
         model = model_class.from_config(_model_config(folder))
     model.source_config = read_json(Path(folder) / "config.json")
     infos = tensor_infos(folder)
-    _match(model, infos, Path(folder))
+    _check_model(model, infos, Path(folder))
     return model, infos
 
 
@@ -183,7 +156,7 @@ def load_weights(model: nn.Layer, folder: str | Path) -> nn.Layer:
     read.
     """
     infos = tensor_infos(folder)
-    _match(model, infos, Path(folder))
+    _check_model(model, infos, Path(folder))
     parameters = model.state_dict()
     for name, tensor in read_tensors(infos, linear_weights(model)):
         for target in (name, *(tied for tied, source in TIED.items() if source == name)):
@@ -195,7 +168,8 @@ def load_weights(model: nn.Layer, folder: str | Path) -> nn.Layer:
 def read_tensors(infos: dict[str, TensorInfo], linears: set[str]) -> Iterator[tuple[str, paddle.Tensor]]:
     """Yields (name, tensor) one at a time, file by file, in the dtype of the file and Paddle's layout.
 
-    linears: names of the 2-D weights of Linears, which a torch-layout file stores transposed.
+    linears: names of the 2-D weights of Linears, which come as [in, out] and which a file in torch's layout
+    stores as [out, in]. Every other tensor has its shape in the file.
     """
     for name, info in in_file_order(infos):
         tensor = paddle.to_tensor(map_tensor(info))
@@ -208,29 +182,47 @@ def linear_weights(model: nn.Layer) -> set[str]:
     return {f"{name}.weight" for name, layer in model.named_sublayers() if isinstance(layer, linears)}
 
 
-def _match(model: nn.Layer, infos: dict[str, TensorInfo], folder: Path) -> None:
-    """Raises ConfigError unless the files hold exactly the model's tensors, in its shapes."""
-    linears, parameters = linear_weights(model), model.state_dict()
-    for name, parameter in parameters.items():
-        source = name if name in infos else TIED.get(name, name)
-        if source not in infos:
-            shape = list(parameter.shape)
-            raise ConfigError(f"tensor {name} {shape} is missing in {folder}: fetch its weights again")
-        info = infos[source]
-        wanted = list(parameter.shape)
-        wanted = wanted[::-1] if name in linears and info.torch_layout else wanted
-        if info.shape != wanted:
-            raise ConfigError(
-                f"tensor {name} in {info.file} has shape {info.shape}, but {folder}/config.json wants "
-                f"{wanted}: the file and the config are not of one model"
-            )
-    unexpected = sorted(infos.keys() - parameters.keys() - _IGNORED)
-    if unexpected:
-        name = unexpected[0]
+def check_tensors(
+    model: nn.Layer, folder: Path, infos: dict[str, TensorInfo], wanted: dict[str, list[int]]
+) -> None:
+    """Raises ConfigError unless the files of `folder` hold exactly the tensors that the model wants.
+
+    infos: the tensors in the files, without those that have nothing to do with the model. wanted: name in the
+    files -> shape there. The error counts all differences and names at most MOST_NAMED of each kind.
+    """
+    missing = [f"missing {name} {shape}" for name, shape in wanted.items() if name not in infos]
+    unexpected = [f"unexpected {name} {info.shape}" for name, info in infos.items() if name not in wanted]
+    misshapen = [
+        f"{name} in {infos[name].file.name} has shape {infos[name].shape}, config.json wants {shape}"
+        for name, shape in wanted.items()
+        if name in infos and infos[name].shape != shape
+    ]
+    kinds = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen}
+    count = sum(map(len, kinds.values()))
+    if count:
+        named = [each for differences in kinds.values() for each in differences[:MOST_NAMED]]
+        named += [f"{len(rest)} more {kind}" for kind, each in kinds.items() if (rest := each[MOST_NAMED:])]
         raise ConfigError(
-            f"{infos[name].file} has a tensor {name} {infos[name].shape} that a {type(model).__name__} of "
-            f"{folder}/config.json lacks ({len(unexpected)} such in all)"
+            f"the weights in {folder} are not those of a {type(model).__name__} of its config.json "
+            f"({count} difference{'s' * (count > 1)}): {'; '.join(named)}: take config.json and all weights "
+            "from one model"
         )
+
+
+def shape_on_disk(name: str, shape: list[int], linears: set[str], info: TensorInfo | None) -> list[int]:
+    """Shape in the file of the parameter `name`: a Linear's [in, out] is [out, in] in torch's layout, which
+    is assumed where the tensor is missing. linears: as `linear_weights` gives them."""
+    return list(shape)[::-1] if name in linears and (info is None or info.torch_layout) else list(shape)
+
+
+def _check_model(model: nn.Layer, infos: dict[str, TensorInfo], folder: Path) -> None:
+    """`check_tensors` where the files name tensors as the model does, but for TIED and _IGNORED."""
+    linears, wanted = linear_weights(model), {}
+    for name, parameter in model.state_dict().items():
+        source = name if name in infos else TIED.get(name, name)
+        wanted[source] = shape_on_disk(name, parameter.shape, linears, infos.get(source))
+    infos = {name: info for name, info in infos.items() if name in wanted or name not in _IGNORED}
+    check_tensors(model, folder, infos, wanted)
 
 
 def _load_text_encoder(
@@ -272,7 +264,8 @@ def _tokenizer_files(folder: str | Path, *names: str) -> None:
 
 @contextmanager
 def weights_in(dtype: str | None) -> Iterator[None]:
-    """Parameters made within have `dtype` from the start, so a model is never held twice."""
+    """Context manager: parameters that are made have `dtype` (None: see `default_dtype`) from the start, so
+    that a model is never in memory twice."""
     before = paddle.get_default_dtype()
     paddle.set_default_dtype(dtype or default_dtype())
     try:

@@ -26,18 +26,11 @@ from paddle import nn
 
 from ppcoat.errors import ConfigError
 from ppcoat.models.flux.transformer import FluxTransformer2DModel
-from ppcoat.models.loading import (
-    TensorInfo,
-    in_file_order,
-    load_transformer,
-    map_tensor,
-    read_json,
-    tensor_infos,
-    unfilled,
-)
+from ppcoat.models.loading import linear_weights, load_transformer, unfilled
+from ppcoat.models.tensor_files import TensorInfo, in_file_order, map_tensor, read_json, tensor_infos
 from ppcoat.models.writing import INDEX, Layout, check_room, layout_bytes, shard_metadata, write_component
 from ppcoat.nn.base_weight import BLOCK, FP8Weight
-from ppcoat.nn.convert import set_fp8_weight, set_sublayer, sublayer_at
+from ppcoat.nn.convert import is_in_block, set_fp8_weight, set_sublayer, sublayer_at
 from ppcoat.nn.swap import last_blocks, move_to_host
 
 _log = logging.getLogger(__name__)
@@ -111,18 +104,13 @@ def load_fp8(
     return model.eval()
 
 
-def linear_paths(model: nn.Layer) -> list[str]:
-    """Paths of the Linears whose weights are stored in FP8: all."""
-    return [path for path, layer in model.named_sublayers() if isinstance(layer, nn.Linear)]
-
-
 def quantised_tensors(infos: dict[str, TensorInfo], model: nn.Layer) -> Iterator[tuple[str, paddle.Tensor]]:
     """The tensors of a folder one by one, under the names in the state_dict of a quantised model.
 
-    The weight of a Linear comes as <path>.weight.codes uint8 [in, out] and <path>.weight.scale; everything
-    else as it lies on disk.
+    The weight of a Linear comes as <path>.weight.codes uint8 [in, out] and <path>.weight.scale float32 [in /
+    BLOCK, out / BLOCK], both rounded up; everything else as it lies on disk.
     """
-    weights = {f"{path}.weight" for path in linear_paths(model)}
+    weights = linear_weights(model)
     for name, info in in_file_order(infos):
         if name in weights:
             codes, scale = _quantised(name, info)
@@ -141,9 +129,9 @@ def fp8_model_bytes(model: nn.Layer) -> int:
 def weight_errors(folder: str | Path) -> Iterator[WeightError]:
     """What FP8 does to each Linear of a transformer folder, in the order of the files."""
     model, infos = unfilled(FluxTransformer2DModel, folder)
-    paths = {f"{path}.weight": path for path in linear_paths(model)}
+    weights = linear_weights(model)
     for name, info in in_file_order(infos):
-        if name not in paths:
+        if name not in weights:
             continue
         wrong = total = 0.0
         for exact in _bands(info):
@@ -153,7 +141,8 @@ def weight_errors(folder: str | Path) -> Iterator[WeightError]:
             total += float(exact.square().sum())
         shape = info.shape[::-1] if info.torch_layout else info.shape
         relative = (wrong / total) ** 0.5 if total else 0.0
-        yield WeightError(paths[name], shape, relative, _is_in_block(paths[name], model))
+        path = name.removesuffix(".weight")
+        yield WeightError(path, shape, relative, is_in_block(path, model))
 
 
 @paddle.no_grad()
@@ -173,8 +162,9 @@ def output_errors(folder: str | Path, tokens: int = 64, seeds: Iterable[int] = (
         return float(np.mean(errors))
 
     all_linears = relative_errors()
-    for path in linear_paths(exact):
-        if not _is_in_block(path, exact):
+    for name in linear_weights(exact):
+        path = name.removesuffix(".weight")
+        if not is_in_block(path, exact):
             set_sublayer(rounded, path, sublayer_at(exact, path))
     return OutputErrors(all_linears, relative_errors())
 
@@ -197,10 +187,6 @@ def _random_inputs(model: FluxTransformer2DModel, tokens: int, seed: int) -> dic
     }
 
 
-def _is_in_block(path: str, model: nn.Layer) -> bool:
-    return any(path.startswith(f"{block}.") for block in model.named_blocks())
-
-
 def _bands(info: TensorInfo) -> Iterator[paddle.Tensor]:
     """A matrix on disk in bands of BAND rows, as it lies there: blocks are square, either layout will do."""
     rows = map_tensor(info)
@@ -220,7 +206,7 @@ def _quantised(name: str, info: TensorInfo) -> tuple[paddle.Tensor, paddle.Tenso
 
 
 def _write(copy: FP8Copy, model: nn.Layer, infos: dict[str, TensorInfo]) -> None:
-    copy.write(model.source_config, infos, quantised_tensors(infos, model), linear_paths(model))
+    copy.write(model.source_config, infos, quantised_tensors(infos, model), linear_weights(model))
 
 
 def _fill(model: nn.Layer, tensors: Iterable[tuple[str, paddle.Tensor]], on_host: tuple[str, ...]) -> None:
@@ -286,7 +272,8 @@ class FP8Copy:
         return True
 
     def tensors(self) -> Iterator[tuple[str, paddle.Tensor]]:
-        """(name, tensor) one at a time. Raises DamagedCopyError for a tensor that is not as written."""
+        """(name, tensor) one at a time, each in name, shape and dtype as quantised_tensors gives it. Raises
+        DamagedCopyError for a tensor that is not as written."""
         infos, sums = tensor_infos(self.folder), self._sums()
         for name, info in in_file_order(infos):
             data = np.array(map_tensor(info))
@@ -299,14 +286,15 @@ class FP8Copy:
         config: dict,
         infos: dict[str, TensorInfo],
         tensors: Iterable[tuple[str, paddle.Tensor]],
-        linears: Iterable[str],
+        weights: set[str],
     ) -> None:
-        """Write `tensors` (as quantised_tensors gives them for `infos`) one by one.
+        """Write `tensors` one by one, each in name, shape and dtype as quantised_tensors gives it.
 
-        config: the model's config.json. linears: paths of the quantised Linears. Raises ConfigError with both
-        numbers if the disk has not enough room, before anything is written.
+        infos: the tensors that they are made of. config: the model's config.json. weights: names of the
+        quantised tensors in `infos`. Raises ConfigError with both numbers if the disk has not enough room,
+        before anything is written.
         """
-        layout = _layout(infos, {f"{path}.weight" for path in linears})
+        layout = _layout(infos, weights)
         advice = "make room there, or set cache_dir to another disk"
         place, wanted = self.folder.parent, layout_bytes(layout)
         check_room(place, wanted, "the FP8 copy of the transformer takes", advice)

@@ -1,5 +1,5 @@
-"""Put Linears that keep nothing, or whose weights are FP8, into a model from outside: the model file does not
-know about FP8.
+"""Put Linears that save nothing for backward, or whose weights are FP8, into a model from outside: the model
+file does not know about FP8.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from .policy import granularity_groups
 def replace_linear_with_fp8(
     model: nn.Layer, linear_granularity: str = "per_tensor", group_size: int = 128
 ) -> nn.Layer:
-    """Make the Linears inside `model` keep what COAT keeps, in place; returns `model`.
+    """Make the Linears inside `model` save for backward what COAT saves, in place; returns `model`.
 
-    A frozen nn.Linear (weight and bias have stop_gradient) becomes a FrozenLinear, which keeps nothing; a
-    LoRALinear whose policy is "none" keeps its input in FP8 from now on, with one scale "per_tensor" or
+    A frozen nn.Linear (weight and bias have stop_gradient) becomes a FrozenLinear, which saves nothing; a
+    LoRALinear whose policy is "none" saves its input in FP8 from now on, with one scale "per_tensor" or
     "per_group" of `group_size` features. Parameters are shared, not copied, and keep their names in the
-    state_dict. Trainable Linears and subclasses of Linear stay as they are: what autograd keeps of them is
+    state_dict. Trainable Linears and subclasses of Linear stay as they are: what autograd saves of them is
     packed by `fp8_saved_tensors`. Raises ConfigError for wrong values.
     """
     groups = granularity_groups(linear_granularity, group_size)
@@ -40,7 +40,7 @@ def quantize_linears(model: nn.Layer) -> list[str]:
 
     Each becomes a FrozenLinear with an FP8Weight under its old name and with its old bias; call it before
     inject_lora. Raises ConfigError for a Linear that already carries a LoRA, and for weights that are not
-    finite. (models/fp8_base.py does the same while it reads a model from disk.)
+    finite. (models/quantized_base.py does the same while it reads a model from disk.)
     """
     layers = list(model.named_sublayers())
     for path, layer in layers:
@@ -54,7 +54,7 @@ def quantize_linears(model: nn.Layer) -> list[str]:
 
 
 def set_fp8_weight(model: nn.Layer, path: str, weight: FP8Weight, bias: paddle.Tensor | None) -> None:
-    """Put a FrozenLinear of these in the place of the Linear model.<path>."""
+    """Put a FrozenLinear with `weight` [in, out] and `bias` [out] in the place of the Linear model.<path>."""
     frozen = FrozenLinear(LinearParameters(weight, bias))
     frozen.training = sublayer_at(model, path).training
     set_sublayer(model, path, frozen)
@@ -68,17 +68,23 @@ def multiply_in_fp8(model: nn.Layer) -> list[str]:
     """
     chosen = []
     for path, layer in model.named_sublayers():
-        if isinstance(weight := getattr(layer, "weight", None), FP8Weight) and _is_in_block(path):
+        weight = getattr(layer, "weight", None)
+        if isinstance(weight, FP8Weight) and is_in_block(path, model) and not _is_modulation(path):
             weight.in_fp8 = True
             chosen.append(path)
     return chosen
 
 
-def _is_in_block(path: str) -> bool:
-    """transformer_blocks.3.ff.net.2 is, transformer_blocks.3.norm1.linear and x_embedder are not."""
-    parts = path.split(".")
-    names = any(part.startswith(("norm", "adaLN")) for part in parts)
-    return not names and any(part.isdigit() for part in parts[1:2])
+def _is_modulation(path: str) -> bool:
+    """norm1.linear of FLUX's blocks and adaLN_modulation.1 of NextDiT's are."""
+    return any(part.startswith(("norm", "adaLN")) for part in path.split("."))
+
+
+def is_in_block(path: str, model: nn.Layer) -> bool:
+    """Whether a sublayer stands inside a block, an entry of one of the model's own LayerLists: in FLUX,
+    transformer_blocks.3.ff.net.2 does, x_embedder does not."""
+    blocks, _, rest = path.partition(".")
+    return "." in rest and isinstance(model._sub_layers.get(blocks), nn.LayerList)
 
 
 def sublayer_at(model: nn.Layer, path: str) -> nn.Layer:

@@ -20,7 +20,7 @@ from ppcoat.lora.layer import linear_paths
 from ppcoat.lora.lokr import LoKrSettings, new_factors
 from ppcoat.models.flux.pipeline import MAX_T5_TOKENS
 from ppcoat.models.flux.transformer import FluxTransformer2DModel
-from ppcoat.models.loading import read_json, tensor_infos
+from ppcoat.models.tensor_files import read_json, tensor_infos
 from ppcoat.nn.base_weight import fp8_bytes
 from ppcoat.nn.convert import sublayer_at
 from ppcoat.optim import FP8QuantizationConfig

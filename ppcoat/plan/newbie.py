@@ -23,7 +23,6 @@ import paddle
 from ppcoat.config.schema import NetworkConfig, RunConfig
 from ppcoat.data.examples import all_examples, scan_datasets
 from ppcoat.lora import LoKrSettings, inject_lokr, inject_lora
-from ppcoat.models.loading import read_json
 from ppcoat.models.newbie.files import check_newbie_vae, unfilled_nextdit
 from ppcoat.models.newbie.gemma3 import Gemma3Config, Gemma3TextEncoder
 from ppcoat.models.newbie.jina_clip import (
@@ -34,6 +33,7 @@ from ppcoat.models.newbie.jina_clip import (
 )
 from ppcoat.models.newbie.nextdit import NextDiT_CLIP
 from ppcoat.models.newbie.pipeline import PROMPT_PREFIX, with_prefix
+from ppcoat.models.tensor_files import read_json
 from ppcoat.nn.convert import quantize_linears
 from ppcoat.nn.saved_tensors import SavedTensors, count_saved_tensors, saved_as_they_are
 from ppcoat.plan.kept import SIDE, KeptBytes, TracedModel, kept_bytes, small_lora_paths

@@ -9,9 +9,10 @@ from safetensors import safe_open
 
 from ppcoat.bench.full_size import BAND, _layout_of, _values, ensure_random_transformer
 from ppcoat.errors import ConfigError
+from ppcoat.lora.layer import linear_paths
 from ppcoat.models import writing
-from ppcoat.models.loading import load_transformer, tensor_infos
-from ppcoat.models.quantized_base import linear_paths
+from ppcoat.models.loading import load_transformer
+from ppcoat.models.tensor_files import tensor_infos
 from ppcoat.models.writing import layout_bytes
 
 SETTINGS = {

@@ -212,7 +212,7 @@ def test_newbie_takes_adapter_directories_at_any_strength(newbie_drawing, tmp_pa
 
 def test_mistakes_with_newbie_are_named_before_loading(drawing, newbie_drawing, monkeypatch, tmp_path):
     monkeypatch.setattr(NewbiePipeline, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
-    with pytest.raises(ConfigError, match="no LoRA at"):
+    with pytest.raises(ConfigError, match="no LoRA file at"):
         generate(dataclasses.replace(newbie_drawing, path_to_lora=str(tmp_path / "none")))
     with pytest.raises(ConfigError, match="true_cfg_scale is for FLUX"):
         generate(dataclasses.replace(newbie_drawing, true_cfg_scale=3.0))

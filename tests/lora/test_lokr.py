@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 
 from ppcoat.errors import ConfigError
 from ppcoat.lora import LoKrSettings, adapter_layers, inject_lokr, load_adapter, merge_lora, remove_lora
-from ppcoat.lora.lokr import LoKrLinear, new_factors, split
+from ppcoat.lora.lokr import LoKrLinear, kronecker_sides, new_factors
 from ppcoat.models.newbie.files import load_nextdit
 
 FOLDER = Path(__file__).parent.parent / "fixtures" / "tiny_newbie"
@@ -129,7 +129,7 @@ def test_dropout_leaves_out_rows_or_the_whole_while_training():
      (2304, -1, (48, 48)), (12, 5, (3, 4)), (7, -1, (1, 7)), (9216, 16, (16, 576)), (64, 32, (2, 32))],
 )  # fmt: skip
 def test_widths_are_split_as_lycoris_splits_them(width, factor, sides):
-    assert split(width, factor) == sides
+    assert kronecker_sides(width, factor) == sides
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ from ppcoat.models.loading import (
     load_t5_tokenizer,
     load_transformer,
     read_tensors,
-    tensor_infos,
 )
+from ppcoat.models.tensor_files import tensor_infos
 
 TOLERANCE = 2e-5
 SHARD = "transformer/diffusion_pytorch_model-00002-of-00004.safetensors"
@@ -154,14 +154,18 @@ def change_tensors(file, change):
             lambda t: t.update({"proj_out.weight": t["proj_out.weight"][:5]}),
             r"proj_out.weight in .*has shape \[5, 64\].*wants \[64, 64\]",
         ),
-        (WEIGHTS, lambda t: t.pop("proj_out.weight"), r"proj_out.weight \[64, 64\] is missing"),
-        (WEIGHTS, lambda t: t.update({"extra.weight": np.ones(3)}), r"extra.weight \[3\]"),
+        (
+            WEIGHTS,
+            lambda t: t.pop("proj_out.weight"),
+            r"\(1 difference\): missing proj_out.weight \[64, 64\]: take",
+        ),
+        (WEIGHTS, lambda t: t.update({"extra.weight": np.ones(3)}), r"unexpected extra.weight \[3\]"),
         (
             "vae/diffusion_pytorch_model.safetensors",
             lambda t: t.pop("decoder.conv_in.weight"),
             "decoder.conv_in.weight",
         ),
-        ("text_encoder_2/model.safetensors", lambda t: t.pop("shared.weight"), "is missing"),
+        ("text_encoder_2/model.safetensors", lambda t: t.pop("shared.weight"), "missing shared.weight"),
     ],
 )
 def test_wrong_tensors_are_named(copy, file, change, message):
@@ -212,3 +216,16 @@ def test_another_pipeline_is_refused(copy):
     (copy / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
     with pytest.raises(ConfigError, match="StableDiffusionPipeline"):
         check_folder(copy)
+
+
+def test_all_differences_are_counted_and_a_few_of_each_kind_are_named(copy):
+    def rename(tensors):
+        for name in [name for name in tensors if name.startswith("single_transformer_blocks.")][:9]:
+            tensors[f"{name}_of_another_model"] = tensors.pop(name)
+
+    change_tensors(copy / WEIGHTS, rename)
+    with pytest.raises(ConfigError, match=r"\(18 differences\)") as error:
+        load_transformer(copy / "transformer")
+    message = str(error.value)
+    assert message.count("missing single_") == message.count("unexpected single_") == 4
+    assert "5 more missing; 5 more unexpected" in message

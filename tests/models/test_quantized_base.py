@@ -12,10 +12,10 @@ from safetensors.numpy import load_file, save_file
 
 from ppcoat.errors import ConfigError
 from ppcoat.lora import inject_lora, merge_lora
-from ppcoat.lora.layer import lora_parameters
+from ppcoat.lora.layer import linear_paths, lora_parameters
 from ppcoat.models.flux.transformer import FluxTransformer2DModel
 from ppcoat.models.loading import load_transformer
-from ppcoat.models.quantized_base import linear_paths, load_fp8_transformer, output_errors, weight_errors
+from ppcoat.models.quantized_base import load_fp8_transformer, output_errors, weight_errors
 from ppcoat.models.writing import save_weights
 from ppcoat.nn.convert import multiply_in_fp8, quantize_linears
 
@@ -156,9 +156,6 @@ import json, sys
 import numpy as np, paddle
 from ppcoat.device import keep_freed_memory
 from ppcoat.models.quantized_base import load_fp8_transformer
-from ppcoat.nn.base_weight import FP8Weight
-from ppcoat.host import keep_freed_memory
-from ppcoat.models.fp8_base import load_fp8_transformer
 from ppcoat.nn.base_weight import FP8Weight
 
 def status(key):

@@ -6,7 +6,8 @@ import pytest
 from paddle import nn
 
 from ppcoat.errors import ConfigError
-from ppcoat.nn.convert import replace_linear_with_fp8
+from ppcoat.models.newbie.nextdit import NextDiT_CLIP
+from ppcoat.nn.convert import multiply_in_fp8, quantize_linears, replace_linear_with_fp8
 from ppcoat.nn.linear import FrozenLinear, LoRALinear
 from ppcoat.nn.saved_tensors import count_saved_tensors
 
@@ -58,3 +59,12 @@ def test_wrong_granularity_is_named_and_changes_nothing(arguments, message):
     with pytest.raises(ConfigError, match=message):
         replace_linear_with_fp8(layers, *arguments)
     assert type(layers[0]) is nn.Linear
+
+
+def test_embedders_of_nextdit_do_not_multiply_in_fp8():
+    sizes = {"dim": 32, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "axes_dims": [4, 6, 6]}
+    model = NextDiT_CLIP(**sizes, cap_feat_dim=16, clip_text_dim=16)
+    quantize_linears(model)
+    chosen = multiply_in_fp8(model)
+    assert {path.partition(".")[0] for path in chosen} == {"noise_refiner", "context_refiner", "layers"}
+    assert not any("adaLN" in path for path in chosen)

@@ -6,7 +6,7 @@ models/newbie/test_pipeline.py) - 2 caches that go stale (here) - 3 pictures tha
 (config/test_newbie.py) - 6 LoKr with an unfrozen base (here) - 7 shift of another size
 (train/test_transport.py) - 8 loads by halves (models/newbie/test_files.py) - 9 resuming (here) - 10 disks
 that fill (here) - 11 encoders that stay (here) - 12 alpha and EXIF (data/test_sources.py) - 13 few buckets
-(data/test_buckets.py) - 14 class names (here) - 15 merging (cli/test_newbie.py, lora/test_adapters.py)
+(data/test_buckets.py) - 14 class names (here) - 15 merging (cli/test_newbie.py, lora/test_peft.py)
 - 16 captions that are cut (here) - 17 losses that are not finite (train/test_trainer.py).
 """
 

@@ -127,7 +127,7 @@ class FluxPipeline(LatentPictures, DiffusionPipeline):
         dtype: float32, bfloat16 or float16 (None: as loaded). Raises ConfigError if a part is None or a
         LoRA is on.
         """
-        absent = [name for name in loading.COMPONENTS if getattr(self, name) is None]
+        absent = [name for name in loading.FLUX_COMPONENTS if getattr(self, name) is None]
         if absent:
             raise ConfigError(f"the pipeline has no {absent[0]}, and a folder is not complete without it")
         folder = Path(folder)

@@ -5,34 +5,43 @@ transformer/ text_encoder/ clip_model/ vae/ model_index.json
 
 The released checkpoint may be a .pth, a file of torch, which is read without running anything that is in it.
 Such a file is a zip of `data.pkl`, a pickle that says which tensors there are, and of their bytes. A pickle
-is a program; here its few opcodes that build dicts, tuples and tensors are interpreted by hand, and any other
-opcode or name stops the reading. Its weights are not read then: the result says where they lie. Formats:
-CPython's pickletools for the opcodes, torch's serialization for the rest.
+is a program; the unpickler here gives it nothing to call but stand-ins for torch's tensors, as Python's
+documentation of pickle advises ("Restricting Globals"), and refuses programs that use other opcodes than
+plain tensors need or that claim more than they hold. Its weights are not read then: the result says where
+they lie. Source of the format: torch's serialization.
 """
 
 from __future__ import annotations
 
+import io
 import math
+import pickle
 import pickletools
 import shutil
 import struct
 import zipfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import paddle
 
 from ppcoat.atomic import whole_folder
 from ppcoat.errors import ConfigError
-from ppcoat.models.loading import TensorInfo, in_file_order, map_tensor, read_header, read_json, tensor_infos
 from ppcoat.models.newbie.files import check_newbie_folder, check_newbie_vae
+from ppcoat.models.tensor_files import (
+    TensorInfo,
+    in_file_order,
+    map_tensor,
+    read_header,
+    read_json,
+    tensor_infos,
+)
 from ppcoat.models.writing import STEM, Layout, check_room, layout_bytes, write_file, write_json
 
 # Name on the command line -> Paddle's, safetensors'.
-DTYPES = {"bf16": ("bfloat16", "BF16"), "fp16": ("float16", "F16"), "fp32": ("float32", "F32")}
+WEIGHT_DTYPES = {"bf16": ("bfloat16", "BF16"), "fp16": ("float16", "F16"), "fp32": ("float32", "F32")}
 TRANSFORMER_CLASS = "NextDiT_3B_GQA_patch2_Adaln_Refiner_WHIT_CLIP"
 MODEL_INDEX = {
     "_class_name": "NewbiePipeline",
@@ -62,15 +71,13 @@ CONFIG_3B = {
 _TEXT_SUFFIXES = (".json", ".txt", ".model", ".py")  # configs, tokenizers, and code that nothing here runs
 _FLOATS = ("F64", "F32", "F16", "BF16")
 MAX_PICKLE_BYTES = 64_000_000
-_STORAGES = {"FloatStorage": ("F32", 4), "HalfStorage": ("F16", 2), "BFloat16Storage": ("BF16", 2),
-             "DoubleStorage": ("F64", 8), "LongStorage": ("I64", 8), "IntStorage": ("I32", 4)}  # fmt: skip
-_REBUILD, _ORDERED = "torch._utils _rebuild_tensor_v2", "collections OrderedDict"
-_PARAMETER = "torch._utils _rebuild_parameter"
-_NAMES = {_REBUILD, _ORDERED, _PARAMETER, *(f"torch {name}" for name in _STORAGES)}
-_PUSHED = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE",
-           "BINUNICODE8", "GLOBAL"}  # fmt: skip
-_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
-_MARK = object()
+# Opcodes of a dict of tensors, in protocols 2 to 5.
+_OPCODES = {"PROTO", "FRAME", "STOP", "MARK", "NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2",
+            "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "EMPTY_TUPLE", "TUPLE",
+            "TUPLE1", "TUPLE2", "TUPLE3", "EMPTY_LIST", "APPEND", "APPENDS", "EMPTY_DICT", "SETITEM",
+            "SETITEMS", "BINPUT", "LONG_BINPUT", "MEMOIZE", "BINGET", "LONG_BINGET", "GLOBAL", "STACK_GLOBAL",
+            "BINPERSID", "REDUCE", "BUILD"}  # fmt: skip
+MAX_TUPLES = 50_000  # a tensor takes four; hashing tuples nested deeper than 100,000 ends the process
 _MODELS = ("model", "state_dict")  # keys under which a checkpoint may hold its weights
 
 
@@ -82,7 +89,7 @@ def write_newbie_folder(
     config: dict | None = None,
 ) -> None:
     """transformer: where its tensors lie; parts: "text_encoder", "clip_model" and "vae" -> folder. dtype: one
-    of DTYPES, for all weights. config: transformer/config.json (None: CONFIG_3B and Gemma's width).
+    of WEIGHT_DTYPES, for all weights. config: transformer/config.json (None: CONFIG_3B and Gemma's width).
 
     Written whole or not at all, and checked as a model that is loaded is. Raises ConfigError for parts that
     do not fit, and, before anything is written, for a disk that has not enough room.
@@ -124,7 +131,7 @@ def checkpoint_infos(file: Path) -> dict[str, TensorInfo]:
 def _layout(infos: dict[str, TensorInfo], dtype: str) -> Layout:
     """Floats in another dtype, all else as it lies."""
     return {
-        name: (DTYPES[dtype][1] if info.dtype in _FLOATS else info.dtype, info.shape)
+        name: (WEIGHT_DTYPES[dtype][1] if info.dtype in _FLOATS else info.dtype, info.shape)
         for name, info in in_file_order(infos)
     }
 
@@ -133,13 +140,13 @@ def _values(infos: dict[str, TensorInfo], dtype: str) -> Iterator[tuple[str, np.
     """What `_layout` says, in its order."""
     for name, info in in_file_order(infos):
         values = map_tensor(info)
-        if info.dtype in _FLOATS and info.dtype != DTYPES[dtype][1]:
-            values = paddle.to_tensor(values).astype(DTYPES[dtype][0]).numpy()
+        if info.dtype in _FLOATS and info.dtype != WEIGHT_DTYPES[dtype][1]:
+            values = paddle.to_tensor(values).astype(WEIGHT_DTYPES[dtype][0]).numpy()
         yield name, values
 
 
 def tensor_infos_of_pth(file: str | Path) -> dict[str, TensorInfo]:
-    """Name -> TensorInfo of all tensors, as `loading.tensor_infos` gives them, for `loading.read_tensors`.
+    """Name -> TensorInfo of all tensors, as `tensor_infos` gives them, for `read_tensors`.
 
     A dict of weights, or one that has it as "model" or "state_dict". Raises ConfigError for another kind of
     file, for a pickle that wants anything but tensors, and for tensors that are not laid out row by row.
@@ -151,7 +158,7 @@ def tensor_infos_of_pth(file: str | Path) -> dict[str, TensorInfo]:
             pickles = [name for name in entries if name.endswith("/data.pkl")]
             if len(pickles) != 1 or entries[pickles[0]].file_size > MAX_PICKLE_BYTES:
                 raise ConfigError(f"{file} is no checkpoint of torch: it has {len(pickles)} data.pkl")
-            content = _Interpreter(file).run(archive.read(pickles[0]))
+            content = _unpickled(archive.read(pickles[0]), file)
     except (zipfile.BadZipFile, OSError) as error:
         raise ConfigError(
             f"{file} cannot be read ({error}): wanted .safetensors, or a .pth of torch 1.6 or later"
@@ -167,123 +174,127 @@ def tensor_infos_of_pth(file: str | Path) -> dict[str, TensorInfo]:
         return {name: tensor.info(stream, file, entries, root) for name, tensor in tensors.items()}
 
 
-@dataclass(frozen=True)
-class _Storage:
-    """Bytes of the archive: entry data/<key>, `count` numbers of a dtype."""
+class _Number(NamedTuple):
+    """A kind of storage: safetensors' name of its dtype, and the bytes of a number."""
 
-    key: str
     dtype: str
     itemsize: int
 
 
-@dataclass(frozen=True)
-class _Tensor:
+class _Storage(NamedTuple):
+    """Bytes of the archive: entry data/<key>, numbers of one kind."""
+
+    key: str
+    number: _Number
+
+
+class _Tensor(NamedTuple):
     storage: _Storage
     offset: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
 
     def info(self, stream, file: Path, entries: dict[str, zipfile.ZipInfo], root: str) -> TensorInfo:
+        """Where it lies. Raises ConfigError if it is not laid out row by row, or its bytes are not there."""
+        dtype, itemsize = self.storage.number
         entry = entries.get(f"{root}data/{self.storage.key}")
         rows = [math.prod(self.shape[i + 1 :]) for i in range(len(self.shape))]
         sides = zip(self.shape, self.strides, rows, strict=True)
         if any(side > 1 and stride != row for side, stride, row in sides):
             raise ConfigError(f"{file} has a tensor with strides {self.strides}: save it contiguous")
-        start, size = self.offset * self.storage.itemsize, math.prod(self.shape) * self.storage.itemsize
+        start, size = self.offset * itemsize, math.prod(self.shape) * itemsize
         if entry is None or entry.compress_type != zipfile.ZIP_STORED or start + size > entry.file_size:
             raise ConfigError(f"{file} lacks the bytes of a tensor {list(self.shape)}: fetch it again")
         stream.seek(entry.header_offset + 26)  # the lengths of name and extra field before the bytes
         name_length, extra_length = struct.unpack("<HH", stream.read(4))
         begin = entry.header_offset + 30 + name_length + extra_length
-        return TensorInfo(file, list(self.shape), True, self.storage.dtype, begin + start)
+        return TensorInfo(file, list(self.shape), True, dtype, begin + start)
 
 
-class _Interpreter:
-    """The part of pickle's machine that a dict of tensors needs: a stack, a memo, no calls."""
+def _unpickled(program: bytes, file: Path) -> Any:
+    """What a pickle builds of dicts, lists, tuples, numbers, texts and `_Tensor`s. Raises ConfigError for one
+    that wants anything else."""
+    try:
+        _check_program(program, file)
+        return _TensorUnpickler(program, file).load()
+    except ConfigError:
+        raise
+    except (pickle.UnpicklingError, EOFError, ValueError, LookupError, TypeError, AttributeError,
+            ArithmeticError, MemoryError) as error:  # fmt: skip
+        raise ConfigError(f"{file} has a damaged data.pkl ({error}): fetch it again") from None
 
-    def __init__(self, file: Path) -> None:
-        self._file, self._stack, self._memo = file, [], {}
 
-    def run(self, program: bytes) -> Any:
-        try:
-            for opcode, argument, _ in pickletools.genops(program):
-                if opcode.name == "STOP":
-                    return self._stack.pop()
-                self._step(opcode.name, argument)
-        except (ValueError, IndexError, KeyError, TypeError, AttributeError) as error:
-            if isinstance(error, ConfigError):
-                raise
-            raise ConfigError(f"{self._file} has a damaged data.pkl ({error}): fetch it again") from None
-        raise ConfigError(f"{self._file} has a data.pkl that does not end: fetch it again")
+def _check_program(program: bytes, file: Path) -> None:
+    """Raise ConfigError for an opcode outside _OPCODES, and for what would exhaust the unpickler: a place in
+    its memo, which is a list, beyond the end, and tuples without end. genops raises ValueError for a length
+    beyond the end of the program."""
+    tuples = 0
+    for count, (opcode, argument, place) in enumerate(pickletools.genops(program)):
+        if opcode.name not in _OPCODES:
+            raise ConfigError(f"{file}: its pickle wants {opcode.name}, which plain tensors do not: not read")
+        tuples += opcode.name.startswith("TUPLE")
+        if tuples > MAX_TUPLES or (opcode.name == "LONG_BINPUT" and argument > count):
+            raise ConfigError(f"{file}: its pickle at byte {place} is not of plain tensors; not read")
 
-    def _step(self, name: str, argument: Any) -> None:
-        stack = self._stack
-        if name in ("PROTO", "FRAME"):
-            return
-        if name in _PUSHED:
-            stack.append(self._global(argument) if name == "GLOBAL" else argument)
-        elif name == "STACK_GLOBAL":
-            attribute, module = stack.pop(), stack.pop()
-            stack.append(self._global(f"{module} {attribute}"))
-        elif name in _CONSTANTS:
-            stack.append(_CONSTANTS[name])
-        elif name in ("EMPTY_DICT", "EMPTY_LIST"):
-            stack.append({} if name == "EMPTY_DICT" else [])
-        elif name == "MARK":
-            stack.append(_MARK)
-        elif name in ("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"):
-            stack.append(tuple(self._to_mark() if name == "TUPLE" else self._last(int(name[-1]))))
-        elif name in ("BINPUT", "LONG_BINPUT", "MEMOIZE"):
-            self._memo[len(self._memo) if name == "MEMOIZE" else argument] = stack[-1]
-        elif name in ("BINGET", "LONG_BINGET"):
-            stack.append(self._memo[argument])
-        elif name in ("SETITEMS", "SETITEM"):
-            flat = self._to_mark() if name == "SETITEMS" else self._last(2)
-            stack[-1].update(zip(flat[::2], flat[1::2], strict=True))
-        elif name in ("APPENDS", "APPEND"):
-            stack[-1].extend(self._to_mark() if name == "APPENDS" else self._last(1))
-        elif name == "BINPERSID":
-            stack.append(self._storage(stack.pop()))
-        elif name == "REDUCE":
-            arguments, what = stack.pop(), stack.pop()
-            stack.append(self._built(what, arguments))
-        elif name == "BUILD":
-            stack.pop()  # attributes of a dict (torch's _metadata): of no use here
-        else:
-            raise ConfigError(f"{self._file}: its pickle wants {name}, which plain tensors do not: not read")
 
-    def _global(self, name: str) -> str:
-        if name not in _NAMES:
+class _TensorUnpickler(pickle.Unpickler):
+    """Knows the names in _ALLOWED. None of these, nor what they make, can be changed by the pickle."""
+
+    def __init__(self, program: bytes, file: Path) -> None:
+        super().__init__(io.BytesIO(program))
+        self._file = file
+
+    def find_class(self, module: str, name: str) -> Any:
+        path = f"{module} {name}"
+        if path not in _ALLOWED:
             raise ConfigError(
-                f"{self._file}: its pickle names {name!r}, which is no tensor; nothing was run. Save the "
+                f"{self._file}: its pickle names {path!r}, which is no tensor; nothing was run. Save the "
                 "state_dict alone, or as .safetensors"
             )
-        return name
+        return _ALLOWED[path]
 
-    def _built(self, what: str, arguments: tuple) -> Any:
-        if what == _ORDERED:
-            return {}
-        if what == _PARAMETER:
-            return arguments[0]
-        if what != _REBUILD or not isinstance(arguments[0], _Storage):
-            raise ConfigError(f"{self._file}: its pickle calls {what!r}; not read")
-        storage, offset, shape, strides = arguments[:4]
-        return _Tensor(storage, offset, shape, strides)
+    def persistent_load(self, identity: Any) -> _Storage:
+        kind, number, key = identity[:3]
+        if kind != "storage" or not isinstance(number, _Number) or not isinstance(key, str):
+            raise ConfigError(f"{self._file}: its pickle has a storage of another kind; not read")
+        return _Storage(key, number)
 
-    def _storage(self, identity: tuple) -> _Storage:
-        kind, storage, key = identity[:3]
-        name = str(storage).removeprefix("torch ")
-        if kind != "storage" or name not in _STORAGES:
-            raise ConfigError(f"{self._file}: {storage!r} is no storage of a tensor; not read")
-        return _Storage(str(key), *_STORAGES[name])
 
-    def _to_mark(self) -> list:
-        place = max(i for i, value in enumerate(self._stack) if value is _MARK)
-        values = self._stack[place + 1 :]
-        del self._stack[place:]
-        return values
+class _Call(NamedTuple):
+    """A function that a pickle may call."""
 
-    def _last(self, count: int) -> list:
-        values = self._stack[-count:]
-        del self._stack[-count:]
-        return values
+    function: Callable
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.function(*arguments)
+
+
+class _Dict(dict):
+    """Drops attributes that a pickle gives it (torch's _metadata)."""
+
+    __slots__ = ()
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> _Tensor:
+    """torch._utils._rebuild_tensor_v2; what follows are gradients and hooks."""
+    numbers = (offset, *shape, *strides)
+    counts = all(type(n) is int and n >= 0 for n in numbers) and len(shape) == len(strides)
+    if not isinstance(storage, _Storage) or not counts:
+        raise ValueError("a tensor is not a storage with offset, shape and strides")
+    return _Tensor(storage, offset, tuple(shape), tuple(strides))
+
+
+_ALLOWED = {
+    "torch._utils _rebuild_tensor_v2": _Call(_tensor),
+    "torch._utils _rebuild_parameter": _Call(lambda tensor, *_: tensor),
+    "collections OrderedDict": _Call(_Dict),
+    "torch FloatStorage": _Number("F32", 4),
+    "torch HalfStorage": _Number("F16", 2),
+    "torch BFloat16Storage": _Number("BF16", 2),
+    "torch DoubleStorage": _Number("F64", 8),
+    "torch LongStorage": _Number("I64", 8),
+    "torch IntStorage": _Number("I32", 4),
+}

@@ -3,8 +3,8 @@
     transformer/ text_encoder/ (Gemma3 and its tokenizer) clip_model/ (Jina CLIP and its tokenizer) vae/
 
 Only safetensors and JSON are read, tensor by tensor (models/loading.py). Names and shapes are compared before
-the first weight is read, and every tensor that does not fit is listed: nothing is loaded in part. With its
-Linears in FP8 the transformer is read and kept on disk as models/quantized_base.py says.
+the first weight is read, and tensors that do not fit are counted and named: nothing is loaded in part. The
+transformer with its Linears in FP8 is read, and written for the next start, as models/quantized_base.py says.
 """
 
 from __future__ import annotations
@@ -20,23 +20,22 @@ from ppdiffusers import AutoencoderKL
 
 from ppcoat.errors import ConfigError
 from ppcoat.models.loading import (
-    TensorInfo,
     check_components,
-    check_there,
+    check_tensors,
     linear_weights,
     load_vae,
-    read_json,
     read_tensors,
-    tensor_infos,
+    shape_on_disk,
     weights_in,
 )
 from ppcoat.models.newbie.gemma3 import Gemma3Config, Gemma3TextEncoder
 from ppcoat.models.newbie.jina_clip import JinaClipConfig, JinaClipTextModel
 from ppcoat.models.newbie.nextdit import NextDiT_CLIP
 from ppcoat.models.quantized_base import FP8Copy, load_fp8
+from ppcoat.models.tensor_files import TensorInfo, check_there, read_json, tensor_infos
 from ppcoat.nn.swap import last_blocks
 
-COMPONENTS = ("transformer", "text_encoder", "clip_model", "vae")
+NEWBIE_COMPONENTS = ("transformer", "text_encoder", "clip_model", "vae")
 LATENT_CHANNELS = 16
 # What a FLUX VAE's config.json may leave out.
 FLUX_LATENTS = {"scaling_factor": 0.3611, "shift_factor": 0.1159}
@@ -66,11 +65,11 @@ def check_newbie_folder(folder: str | Path, setting: str = "the model") -> None:
 
     setting: the flag or key that named it. Raises ConfigError: no such folder, no model_index.json or one of
     another pipeline, a missing part or tokenizer, missing, unexpected or wrongly shaped tensors (all are
-    listed), a VAE without 16 latent channels, text encoders of other widths than the transformer wants.
+    counted), a VAE without 16 latent channels, text encoders of other widths than the transformer wants.
     """
     folder = Path(folder)
     check_there(folder, setting)
-    check_components(folder, "NewbiePipeline", COMPONENTS)
+    check_components(folder, "NewbiePipeline", NEWBIE_COMPONENTS)
     for name in ("text_encoder", "clip_model"):
         if not (folder / name / "tokenizer.json").is_file():
             raise ConfigError(f"{folder / name}/tokenizer.json is missing: take it from the original model")
@@ -83,7 +82,7 @@ def check_newbie_folder(folder: str | Path, setting: str = "the model") -> None:
     ):
         with paddle.LazyGuard():  # parameters get a shape and no memory
             models.append(build(folder / name))
-        _check_tensors(models[-1], source_of(models[-1], folder / name), folder / name)
+        _check(models[-1], source_of(models[-1], folder / name), folder / name)
     transformer, gemma3, jina_clip = models
     for key, encoder in (("cap_feat_dim", gemma3), ("clip_text_dim", jina_clip)):
         wanted, width = transformer.config[key], encoder.config.hidden_size
@@ -107,7 +106,7 @@ def open_nextdit(folder: str | Path, dtype: str | None = None) -> tuple[NextDiT_
     with weights_in(dtype):
         model = unfilled_nextdit(folder)
     source = _nextdit_source(model, folder)
-    _check_tensors(model, source, folder)
+    _check(model, source, folder)
     model.source_config = read_json(folder / "config.json")  # which models/writing.py writes again
     return model, source.infos
 
@@ -161,7 +160,7 @@ def _loaded(build: Callable, source_of: Callable, folder: str | Path, dtype: str
     with weights_in(dtype):
         model = build(Path(folder))
     source = source_of(model, Path(folder))
-    _check_tensors(model, source, Path(folder))
+    _check(model, source, Path(folder))
     return _filled(model, source)
 
 
@@ -228,27 +227,16 @@ def _prefix(infos: dict[str, TensorInfo], suffix: str, folder: Path) -> str:
     return found[0].removesuffix(suffix)
 
 
-def _check_tensors(model: nn.Layer, source: _Source, folder: Path) -> None:
-    """Raises ConfigError unless the files hold exactly the wanted tensors; lists all that do not fit."""
-    parameters, linears, infos = model.state_dict(), linear_weights(model), source.infos
-    problems = [f"missing {name}" for name in source.tensors if name not in infos]
-    problems += [f"unexpected {name} {infos[name].shape}" for name in infos if name not in source.tensors]
+def _check(model: nn.Layer, source: _Source, folder: Path) -> None:
+    """`check_tensors` for the tensors of a source; those of a LoRA have shapes of their own."""
+    parameters, linears, wanted = model.state_dict(), linear_weights(model), {}
     for file_name, name in source.tensors.items():
-        if file_name not in infos:
-            continue
-        wanted, is_linear = list(parameters[name].shape), name in linears
-        part = file_name.rpartition(_LORA)[2]
+        shape, part = list(parameters[name].shape), file_name.rpartition(_LORA)[2]
         if part in _LORA_PARTS[1:]:
-            wanted = _factor_shape(wanted, is_linear, part, source.lora_rank)
-        elif is_linear and infos[file_name].torch_layout:
-            wanted = wanted[::-1]
-        if infos[file_name].shape != wanted:
-            problems.append(f"{file_name} has shape {infos[file_name].shape}, config.json wants {wanted}")
-    if problems:
-        raise ConfigError(
-            f"the weights in {folder} are not those of a {type(model).__name__} of its config.json "
-            f"({len(problems)} differences): {'; '.join(problems)}"
-        )
+            wanted[file_name] = _factor_shape(shape, name in linears, part, source.lora_rank)
+        else:
+            wanted[file_name] = shape_on_disk(name, shape, linears, source.infos.get(file_name))
+    check_tensors(model, folder, source.infos, wanted)
 
 
 def _factor_shape(weight: list[int], is_linear: bool, part: str, rank: int) -> list[int]:

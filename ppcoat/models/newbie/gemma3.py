@@ -122,11 +122,11 @@ class DecoderLayer(nn.Layer):
 
     def __init__(self, config: Gemma3Config):
         super().__init__()
-        norms = [RMSNorm(config.hidden_size, config.rms_norm_eps) for _ in range(4)]
+        norms = [Gemma3RMSNorm(config.hidden_size, config.rms_norm_eps) for _ in range(4)]
         self.input_layernorm, self.post_attention_layernorm = norms[:2]
         self.pre_feedforward_layernorm, self.post_feedforward_layernorm = norms[2:]
-        self.self_attn = SelfAttention(config)
-        self.mlp = FeedForward(config.hidden_size, config.intermediate_size)
+        self.self_attn = Gemma3SelfAttention(config)
+        self.mlp = Gemma3FeedForward(config.hidden_size, config.intermediate_size)
 
     def forward(self, x, cos, sin, bias):
         attended = self.self_attn(self.input_layernorm(x), cos, sin, bias)
@@ -134,7 +134,7 @@ class DecoderLayer(nn.Layer):
         return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
 
 
-class SelfAttention(nn.Layer):
+class Gemma3SelfAttention(nn.Layer):
     """Queries and keys are normalised per head, then rotated; key heads serve adjacent query heads."""
 
     def __init__(self, config: Gemma3Config):
@@ -147,7 +147,7 @@ class SelfAttention(nn.Layer):
         self.k_proj = nn.Linear(dim, key_dim, bias_attr=False)
         self.v_proj = nn.Linear(dim, key_dim, bias_attr=False)
         self.o_proj = nn.Linear(query_dim, dim, bias_attr=False)
-        self.q_norm, self.k_norm = (RMSNorm(head_dim, config.rms_norm_eps) for _ in range(2))
+        self.q_norm, self.k_norm = (Gemma3RMSNorm(head_dim, config.rms_norm_eps) for _ in range(2))
 
     def forward(self, x, cos, sin, bias):
         q, k, v = (
@@ -158,7 +158,7 @@ class SelfAttention(nn.Layer):
         return self.o_proj(attention(q * self.query_factor, k, v, bias).flatten(2))
 
 
-class FeedForward(nn.Layer):
+class Gemma3FeedForward(nn.Layer):
     """down(gelu_tanh(gate(x)) * up(x))."""
 
     def __init__(self, dim: int, hidden_dim: int):
@@ -170,7 +170,7 @@ class FeedForward(nn.Layer):
         return self.down_proj(F.gelu(self.gate_proj(x), approximate=True) * self.up_proj(x))
 
 
-class RMSNorm(nn.Layer):
+class Gemma3RMSNorm(nn.Layer):
     """x / rms(x) * (1 + weight), all in float32: Gemma stores weights around zero and rounds last."""
 
     def __init__(self, dim: int, epsilon: float):

@@ -35,14 +35,6 @@ JINA_PAD_ID = 1
 # The text model whose sizes a config.json may leave out by naming it.
 _BASE_MODEL = "jinaai/jina-embeddings-v3"
 
-# What other values of these keys ask for is not written here.
-_ONLY = {
-    "hidden_act": "gelu",
-    "position_embedding_type": "rotary",
-    "pad_token_id": JINA_PAD_ID,
-    "pooler_type": "mean_pooler",
-    "proj_type": None,
-}
 GEMMA_PAD_ID = 0
 MAX_GEMMA_TOKENS, MAX_JINA_TOKENS = 512, 2048
 # The training code pads Gemma's captions to a multiple of this.
@@ -152,7 +144,7 @@ class EncoderLayer(nn.Layer):
         dim, epsilon = config.hidden_size, config.layer_norm_eps
         self.mixer = Mixer(dim, config.num_attention_heads)
         self.norm1 = nn.LayerNorm(dim, epsilon=epsilon)
-        self.mlp = FeedForward(dim, config.intermediate_size)
+        self.mlp = JinaClipFeedForward(dim, config.intermediate_size)
         self.norm2 = nn.LayerNorm(dim, epsilon=epsilon)
 
     def forward(self, x, cos, sin, bias):
@@ -175,7 +167,7 @@ class Mixer(nn.Layer):
         return self.out_proj(attention(q, k, v, bias).flatten(2))
 
 
-class FeedForward(nn.Layer):
+class JinaClipFeedForward(nn.Layer):
     """Linear, exact (erf) GELU, Linear."""
 
     def __init__(self, dim: int, hidden_dim: int):

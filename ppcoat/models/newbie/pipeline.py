@@ -14,6 +14,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from ppdiffusers.utils import BaseOutput
 
 from ppcoat.errors import ConfigError
 from ppcoat.models.newbie.files import (
+    LATENT_CHANNELS,
     check_newbie_folder,
     load_gemma3,
     load_jina_clip,
@@ -50,7 +52,6 @@ PROMPT_PREFIX = (
 )
 PIXELS_PER_TOKEN = 16  # of a side: the VAE's 8 times the transformer's patches of 2
 DEFAULT_SIDE = 1024
-LATENT_CHANNELS = 16
 SOLVERS = ("euler", "midpoint")
 
 
@@ -139,12 +140,10 @@ class NewbiePipeline(LatentPictures, DiffusionPipeline):
         """Draws pictures; B = prompts * num_images_per_prompt, the pictures of one prompt side by side.
 
         conditions: what encode_prompt gave for B prompts and then B negative prompts, instead of `prompt`.
-
         height, width: pixels, multiples of 16. Picture i is drawn from seed + i; latents [B, 16, height/8,
-        width/8]: noise instead. prefix, max_sequence_length: see encode_prompt. shift: of the time grid.
-        solver, guidance_until, guidance_renorm: see newbie_sampling (the original's cfg_trunc and
-        renorm_cfg). callback(step, latents) is called after each step. Raises ConfigError for sizes, output
-        types and solvers that are not as described.
+        width/8]: noise instead. prefix, max_sequence_length: see encode_prompt. shift: see time_grid. solver:
+        see integrate. guidance_*: see Guidance (until, renorm: the original's cfg_trunc, renorm_cfg).
+        callback(step, latents) is called after each step. Raises ConfigError for what is not as described.
         """
         check_drawing(height, width, PIXELS_PER_TOKEN, output_type)
         if num_inference_steps < 1:
@@ -152,19 +151,14 @@ class NewbiePipeline(LatentPictures, DiffusionPipeline):
         if (prompt is None) == (conditions is None):
             raise ConfigError("give prompt or conditions, one of them")
         if conditions is None:
-            prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-            prompts = [text for text in prompts for _ in range(num_images_per_prompt)]
-            texts = prompts + [negative_prompt] * len(prompts)
+            texts = _texts(prompt, negative_prompt, num_images_per_prompt)
             conditions = self.encode_prompt(texts, prefix, max_sequence_length)
         batch = conditions["cap_mask"].shape[0] // 2
         if latents is None:
             seed = int(np.random.default_rng().integers(2**62)) if seed is None else seed
             latents = noise_of_seeds(batch, (LATENT_CHANNELS, height // 8, width // 8), seed)
         guidance = Guidance(guidance_scale, guidance_until, guidance_renorm)
-
-        def velocity(x: paddle.Tensor, t: float) -> paddle.Tensor:
-            return guided_velocity(self.transformer, x, t, conditions, guidance)
-
+        velocity = partial(guided_velocity, self.transformer, conditions=conditions, guidance=guidance)
         grid = time_grid(num_inference_steps + 1, shift)
         with self.progress_bar(total=num_inference_steps) as progress:
             for step, x in enumerate(integrate(velocity, latents.astype("float32"), grid, solver)):
@@ -201,6 +195,13 @@ class NewbiePipeline(LatentPictures, DiffusionPipeline):
             "cap_mask": mask,
             "clip_text_pooled": self.clip_model(clip_ids).astype(dtype),
         }
+
+
+def _texts(prompt: str | Sequence[str], negative_prompt: str, pictures: int) -> list[str]:
+    """Every prompt `pictures` times in a row, then as often the negative prompt."""
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    prompts = [text for text in prompts for _ in range(pictures)]
+    return prompts + [negative_prompt] * len(prompts)
 
 
 def with_prefix(prompts: Sequence[str], prefix: str) -> list[str]:
@@ -274,7 +275,8 @@ def integrate(
     grid: np.ndarray,
     solver: str = "euler",
 ) -> Iterator[paddle.Tensor]:
-    """Yields x after each of the len(grid) - 1 steps; "midpoint" takes two evaluations for each."""
+    """Yields x, float32 [B, C, h, w], after each of the steps between the times grid [points]; the solver
+    "midpoint" evaluates the velocity twice in each, "euler" once. Raises ConfigError for another solver."""
     if solver not in SOLVERS:
         raise ConfigError(f"solver is {solver!r}: choose {' or '.join(SOLVERS)}")
     for t, following in zip(grid[:-1].tolist(), grid[1:].tolist(), strict=True):

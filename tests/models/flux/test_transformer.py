@@ -3,6 +3,7 @@ import paddle
 import pytest
 
 from ppcoat.errors import ConfigError
+from ppcoat.models.flux import ATTENTION_AND_MLP, MODULATION
 from ppcoat.models.flux.transformer import FluxTransformer2DModel
 from ppcoat.models.loading import load_transformer
 
@@ -165,3 +166,11 @@ def test_batched_ids_and_tuple_output(build_flux):
 def test_mistakes_are_named(build_flux, call, message):
     with pytest.raises(ConfigError, match=message):
         call(build_flux(), tiny_inputs(), build_flux)
+
+
+def test_the_names_of_the_linears_are_those_of_the_blocks(model):
+    for blocks in ("transformer_blocks", "single_transformer_blocks"):
+        (found, *_) = getattr(model, blocks)
+        linears = [name for name, layer in found.named_sublayers() if isinstance(layer, paddle.nn.Linear)]
+        named = [part for table in (ATTENTION_AND_MLP, MODULATION) for part in table[blocks].values()]
+        assert sorted(linears) == sorted(name for parts in named for name in parts)

@@ -156,6 +156,87 @@ def test_other_files_are_refused(tmp_path, write, part):
         tensor_infos_of_pth(file)
 
 
+OPEN, CLOSE = b"\x80\x02}X\x01\x00\x00\x00a", b"s."  # {"a": ...}
+FLOATS = b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x04t"
+REBUILD = b"ctorch._utils\n_rebuild_tensor_v2\n"
+
+
+@pytest.mark.parametrize(
+    ("value", "part"),
+    [
+        (b"cos\nsystem\n(X\x04\x00\x00\x00truetR", "'os system', which is no tensor; nothing was run"),
+        (b"cbuiltins\neval\n(X\x01\x00\x00\x001tR", "'builtins eval', which is no tensor"),
+        (b"ccollections\nOrderedDict\n)Rcos\nsystem\nb", "'os system'"),
+        (b"cos\nsystem\nQ", "'os system'"),
+        (b"X\x01\x00\x00\x00aX\x01\x00\x00\x00b\x86R", "not callable"),  # calls a text
+        (b"ctorch\nFloatStorage\n)R", "not callable"),
+        (FLOATS[:-1] + b"t" + b"QQ", "storage of another kind|damaged"),  # the identity is a storage
+        (
+            b"(X\x07\x00\x00\x00storage" + FLOATS + b"QX\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x04tQ",
+            "storage of",
+        ),
+        (
+            b"(X\x07\x00\x00\x00storageX\x0c\x00\x00\x00FloatStorageX\x01\x00\x00\x000K\x00K\x04tQ",
+            "storage of",
+        ),
+        (b"(X\x06\x00\x00\x00modulectorch\nFloatStorage\nX\x01\x00\x00\x000tQ", "storage of"),
+        (REBUILD + b"(K\x00K\x00))tR", "not a storage"),
+        (REBUILD + b"(" + FLOATS + b"QJ\xff\xff\xff\xffK\x02\x85K\x01\x85tR", "not a storage"),  # offset -1
+        (REBUILD + b"(" + FLOATS + b"QK\x00X\x01\x00\x00\x00a\x85K\x01\x85tR", "not a storage"),
+        (REBUILD + b"(" + FLOATS + b"QK\x00K\x02K\x02\x86K\x01\x85tR", "not a storage"),  # 2 sides, 1 stride
+        (REBUILD + b"(K\x00tR", "damaged"),
+        # attributes for what the names stand for
+        (REBUILD + b"}X\x08\x00\x00\x00functionK\x00sb", "damaged"),
+        (REBUILD + b"N}X\x08\x00\x00\x00functionK\x00s\x86b", "damaged"),
+        (b"ctorch\nFloatStorage\nN}X\x05\x00\x00\x00dtypeX\x03\x00\x00\x00F64s\x86b", "damaged"),
+        # claims without substance
+        (b"\x8d" + b"\xff" * 7 + b"\x7fx", "damaged"),
+        (b"\x8d" + (2**40).to_bytes(8, "little") + b"x", "damaged"),
+        (b"X\xff\xff\xff\x7fx", "damaged"),
+        (b"K\x00r\xff\xff\xff\xff", "not of plain tensors"),  # a place in the memo that would take 64 GB
+        (b"j\xff\xff\xff\xff", "damaged"),
+        (b"\x8a\xff" + b"\x01" * 255 + b"\x96" + b"\xff" * 8, "wants BYTEARRAY8|damaged"),
+        (b"\x96" + (2**40).to_bytes(8, "little"), "wants BYTEARRAY8|damaged"),
+        (b")" + b"\x85" * 400_000 + b"K\x00s}", "not of plain tensors"),  # its hash would end the process
+        (b"cos\n", "damaged"),
+        (b"\x95" + b"\xff" * 8 + b"K\x00", "damaged"),
+    ],
+)
+def test_a_hostile_pickle_is_refused_by_name(tmp_path, value, part):
+    file = archive(tmp_path / "x.pth", OPEN + value + CLOSE, {"0": bytes(16)})
+    with pytest.raises(ConfigError, match=part):
+        tensor_infos_of_pth(file)
+    assert tensor_infos_of_pth(archive(file, floats(), {"0": bytes(16)})).keys() == {"a"}  # as before
+
+
+@pytest.mark.parametrize(
+    "opened", [b"]" + b"]" * 300_000 + b"a" * 300_000, b"}" + b"K\x00}" * 300_000 + b"s" * 300_000]
+)
+def test_deep_nesting_beside_the_tensors_is_harmless(tmp_path, opened):
+    inner = REBUILD + b"(" + FLOATS + b"QK\x00K\x02K\x02\x86K\x02K\x01\x86tR"
+    program = OPEN + inner + b"sX\x01\x00\x00\x00b" + opened + CLOSE
+    file = archive(tmp_path / "x.pth", program, {"0": bytes(16)})
+    assert tensor_infos_of_pth(file)["a"].shape == [2, 2]
+
+
+def test_a_dtype_that_the_bytes_do_not_hold_is_refused(tmp_path):
+    for kind, part in (("DoubleStorage", "lacks the bytes"), ("ComplexFloatStorage", "no tensor")):
+        file = archive(tmp_path / f"{kind}.pth", floats(kind), {"0": bytes(16)})
+        with pytest.raises(ConfigError, match=part):
+            tensor_infos_of_pth(file)
+
+
+def test_a_state_dict_with_metadata_and_parameters_is_read(tmp_path):
+    tensor = REBUILD + b"(" + FLOATS + b"QK\x00K\x02K\x02\x86K\x02K\x01\x86tR"
+    parameter = b"ctorch._utils\n_rebuild_parameter\n(" + tensor + b"\x88ccollections\nOrderedDict\n)RtR"
+    program = (
+        b"\x80\x02ccollections\nOrderedDict\n)R(X\x01\x00\x00\x00a" + parameter
+        + b"u}X\x09\x00\x00\x00_metadata}sb."
+    )  # fmt: skip
+    infos = tensor_infos_of_pth(archive(tmp_path / "x.pth", program, {"0": bytes(16)}))
+    assert {name: info.shape for name, info in infos.items()} == {"a": [2, 2]}
+
+
 def test_a_cut_off_checkpoint_is_refused(tmp_path):
     file = tmp_path / "x.pth"
     file.write_bytes(REAL.read_bytes()[:100_000])

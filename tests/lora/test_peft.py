@@ -114,7 +114,7 @@ def test_strength_and_replacement(model, refs):
 
 
 def test_mistakes_are_named_and_change_nothing(model, tmp_path):
-    with pytest.raises(ConfigError, match="no LoRA at"):
+    with pytest.raises(ConfigError, match="no LoRA file at"):
         load_adapter(model, tmp_path / "nothing")
     (tmp_path / "a.pt").write_bytes(b"x")
     with pytest.raises(ConfigError, match="pickle"):
