@@ -1,7 +1,6 @@
-"""The process and the device a command runs on: CPU settings that change speed but never results, set_device
-and compute_dtype; time and memory of this process, by two meters with the same methods for CPU and GPU;
-whether another process is alive; and a function in a process of its own, which answers through a pipe and
-does not outlive its use.
+"""The process and the device that a command runs on: CPU settings that change speed but never results;
+set_device and compute_dtype; meters of time and memory, with the same methods for CPU and GPU; a check if
+another process is alive; and ChildProcess, which runs a function in a process of its own.
 """
 
 from __future__ import annotations
@@ -25,18 +24,18 @@ from ppcoat.errors import ConfigError
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # <malloc.h>
 LARGEST_KEPT = 32 << 20  # HEAP_MAX_SIZE / 2 of glibc on 64 bits
-GRACE = 30  # seconds that a process has to end by itself when it is told to
+GRACE = 30  # seconds between SIGTERM and SIGKILL
 
 
 def tune_host() -> None:
-    """The settings below; harmless where they do not apply. Call once, before the first tensor."""
+    """Apply the three CPU settings below, where they apply. Call once, before the first tensor."""
     keep_freed_memory()
     use_avx2_on_amd()
     use_all_cores()
 
 
 def ignore_warnings_of_libraries() -> None:
-    """Paddle's, ppdiffusers' and paddlenlp's own, about which a user of ppcoat can do nothing."""
+    """Hide user warnings of Paddle, ppdiffusers and paddlenlp, which a user of ppcoat cannot act on."""
     warnings.filterwarnings(
         "ignore", category=UserWarning, module="paddle|ppdiffusers|paddlenlp|_distutils_hack"
     )
@@ -45,11 +44,10 @@ def ignore_warnings_of_libraries() -> None:
 def keep_freed_memory() -> bool:
     """Let glibc reuse freed memory instead of handing every block above 128 KiB back to the kernel.
 
-    Paddle's CPU allocator calls malloc for each tensor; by default blocks above 128 KiB are mapped and
-    unmapped anew each time, and the page faults cost more than the arithmetic (measured: an elementwise
-    product of 1 M floats takes 1.6 ms by default and 0.12 ms after this call). Blocks of more than
-    LARGEST_KEPT bytes, the most that glibc allows here, still go back at once: what a process holds beyond
-    its tensors is then made of smaller ones. Returns False where malloc is not glibc's.
+    Paddle's CPU allocator calls malloc for each tensor. By default blocks above 128 KiB are mapped and
+    unmapped each time, and the page faults cost more than the arithmetic (measured: an elementwise product of
+    1 M floats takes 1.6 ms by default and 0.12 ms after this call). Blocks above LARGEST_KEPT bytes, the
+    most that glibc allows, still go back to the kernel at once. Returns False if malloc is not glibc's.
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -61,11 +59,11 @@ def keep_freed_memory() -> bool:
 
 
 def use_avx2_on_amd(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Let the MKL inside Paddle's CPU wheel take its AVX2 code on AMD processors as it does on Intel's.
+    """Make the MKL inside Paddle's CPU wheel use its AVX2 code on AMD processors, as it does on Intel's.
 
-    That MKL is of 2019 and chooses code by the maker's name; on an EPYC its matrix products then run at 65
-    instead of 160 GFLOP/s on two cores. MKL reads the variable at its first product. A value set by the user
-    wins. Returns False where it does not apply.
+    That MKL is of 2019 and chooses its code by the maker's name; without this call its matrix products run at
+    65 instead of 160 GFLOP/s on two cores of an EPYC. MKL reads the variable at its first product. A value
+    set by the user is not changed. Returns False on other processors.
     """
     if not cpuinfo.exists():
         return False
@@ -80,9 +78,9 @@ def use_all_cores() -> bool:
     """Let matrix products and OpenMP loops use every core (see core_count); Paddle's CPU wheel starts with
     one.
 
-    Uses the C interfaces of the MKL and OpenMP libraries inside the wheel, since Paddle has read the
-    environment by the time that anybody asks. An OMP_NUM_THREADS set by the user wins. Returns False where
-    they are not found.
+    Calls the C interfaces of the MKL and OpenMP libraries inside the wheel, because Paddle reads the
+    environment when it is imported. An OMP_NUM_THREADS set by the user has priority. Returns False if the
+    libraries are not found.
     """
     cores = core_count()
     libraries = Path(paddle.__file__).parent / "libs"
@@ -96,8 +94,8 @@ def use_all_cores() -> bool:
 
 
 def core_count() -> int:
-    """Cores that this process may use: its share where paddle.distributed.launch started several on this
-    machine; an OMP_NUM_THREADS set by the user wins."""
+    """Cores that this process may use: the user's OMP_NUM_THREADS, else its share of the machine's cores if
+    paddle.distributed.launch started several processes here."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     local_ranks = os.environ.get("PADDLE_LOCAL_SIZE", "1")
     share = cores // int(local_ranks) if local_ranks.isdecimal() and int(local_ranks) else cores
@@ -105,7 +103,7 @@ def core_count() -> int:
 
 
 def _users_thread_count() -> int | None:
-    """OMP_NUM_THREADS as the process was started; `import paddle` writes its own 1 into os.environ."""
+    """OMP_NUM_THREADS at the start of the process; `import paddle` writes 1 into os.environ."""
     started_with = Path("/proc/self/environ")
     if not started_with.exists():
         return None
@@ -116,7 +114,8 @@ def _users_thread_count() -> int | None:
 
 
 def set_device(name: str) -> None:
-    """ "auto" takes a GPU if Paddle sees one. Raises ConfigError for a device that is not there."""
+    """Make "cpu", "gpu", "gpu:N" or "auto" (a GPU if Paddle sees one) Paddle's device. Raises ConfigError for
+    another name and for a GPU that Paddle does not see."""
     if not re.fullmatch(r"auto|cpu|gpu(:\d+)?", name):
         raise ConfigError(f"device: came {name!r}, wanted auto, cpu, gpu or gpu:N")
     gpus = _gpu_count()
@@ -130,7 +129,7 @@ def set_device(name: str) -> None:
 
 
 def uses_gpu(name: str) -> bool:
-    """Whether `set_device(name)` will take a GPU."""
+    """True if `set_device(name)` chooses a GPU."""
     return name.startswith("gpu") or (name == "auto" and _gpu_count() > 0)
 
 
@@ -139,7 +138,7 @@ def _gpu_count() -> int:
 
 
 def compute_dtype(name: str) -> str | None:
-    """A dtype's name for `from_pretrained`; None for "auto". Call after set_device.
+    """The name of a dtype for `from_pretrained`; None for "auto". Call after set_device.
 
     Raises ConfigError for half precision on a CPU, where Paddle can neither add nor multiply it.
     """
@@ -149,8 +148,8 @@ def compute_dtype(name: str) -> str | None:
 
 
 def memory_in_use() -> str:
-    """ "Allocated: 8.23GB, Reserved: 10.50GB" (1 GB = 1e9 bytes): what tensors take on the current device,
-    and what Paddle holds for them. On a CPU Paddle reserves nothing beyond that."""
+    """ "Allocated: 8.23GB, Reserved: 10.50GB" (1 GB = 1e9 bytes): bytes of tensors on the current device, and
+    bytes that Paddle has reserved for tensors. On a CPU the two are equal."""
     if paddle.get_device().startswith("gpu"):
         allocated, reserved = paddle.device.cuda.memory_allocated(), paddle.device.cuda.memory_reserved()
     else:
@@ -163,11 +162,12 @@ def memory_in_use() -> str:
 
 
 class ChildProcess:
-    """A running function(pipe, *arguments); a context that ends the process on leaving.
+    """Runs function(pipe, *arguments) in a process of its own. Context manager: waits for the process on
+    exit.
 
-    The process starts Python anew ("spawn"): function and arguments must be picklable. Leaving waits for its
-    end; where an error is the reason it is told to stop (SIGTERM), and killed after GRACE seconds.
-    pipe: for what is asked and answered; its death is the end of the pipe.
+    The process starts a new Python ("spawn"), so function and arguments must be picklable. If the block ends
+    with an error, the process gets SIGTERM, and is killed after GRACE seconds. pipe: connection to the
+    process; EOF means that it died.
     """
 
     def __init__(self, function: Callable, *arguments: Any, daemon: bool = False) -> None:
@@ -175,7 +175,7 @@ class ChildProcess:
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=function, args=(theirs, *arguments), daemon=daemon)
         self.process.start()
-        theirs.close()  # so that the death of the process is the end of the pipe
+        theirs.close()  # only the process has this end now, so EOF means that it died
 
     def __enter__(self):
         return self
@@ -189,8 +189,8 @@ class ChildProcess:
         self.pipe.close()
 
     def answer(self) -> Any:
-        """Waits for it. Raises what the process sent as an exception; MemoryError if the system killed it,
-        ChildProcessError if it died in another way without a word."""
+        """Wait for the next object that the process sends, and return it, or raise it if it is an exception.
+        Raises MemoryError if the system killed the process, ChildProcessError if it died in another way."""
         try:
             answer = self.pipe.recv()
         except EOFError as error:
@@ -207,67 +207,67 @@ class ChildProcess:
 
 
 class HostMeter:
-    """Wall time, and resident memory as /proc tells it; None where there is no /proc."""
+    """Wall time, and resident memory from /proc; memory is None on systems without /proc."""
 
     def start(self) -> None:
-        """Begin to measure time."""
+        """Start the clock."""
         self._began = time.perf_counter()
 
     def stop(self) -> float:
-        """Milliseconds since `start`. A CPU has done its work when Paddle's call returns."""
+        """Milliseconds since `start`. On a CPU the work is done when Paddle's call returns."""
         return 1e3 * (time.perf_counter() - self._began)
 
     def memory(self) -> int | None:
-        """Bytes resident now."""
+        """Resident bytes of this process."""
         return _proc_bytes("/proc/self/status", "VmRSS")
 
     def peak_memory(self) -> int | None:
-        """The most bytes that were ever resident in this process."""
+        """Largest number of resident bytes of this process so far."""
         return _proc_bytes("/proc/self/status", "VmHWM")
 
     def total_memory(self) -> int | None:
-        """Bytes that the machine has."""
+        """Bytes of memory of the machine."""
         return _proc_bytes("/proc/meminfo", "MemTotal")
 
     def name(self) -> str:
-        """The processor."""
+        """Name of the processor."""
         return _proc_value("/proc/cpuinfo", "model name") or platform.processor()
 
 
 class GpuMeter:
-    """Time between two events in the GPU's own stream, and the memory that Paddle has allocated there. The
-    peak counts from the making of this object.
+    """Time between two events in the GPU's stream, and the memory that Paddle has allocated there. The peak
+    is that since this object was made.
     """
 
     def __init__(self) -> None:
         paddle.device.cuda.reset_max_memory_allocated()
 
     def start(self) -> None:
-        """Begin to measure time, when all earlier work is done."""
+        """Wait for all earlier work, then start the clock."""
         self._began, self._ended = (paddle.device.cuda.Event(enable_timing=True) for _ in range(2))
         paddle.device.cuda.synchronize()
         self._began.record()
 
     def stop(self) -> float:
-        """Milliseconds since `start`, until the work given to the GPU since then is done."""
+        """Wait for the work given to the GPU since `start` -> milliseconds it took."""
         self._ended.record()
         self._ended.synchronize()
         return self._began.elapsed_time(self._ended)
 
     def memory(self) -> int:
-        """Bytes allocated now."""
+        """Bytes that are allocated."""
         return paddle.device.cuda.memory_allocated()
 
     def peak_memory(self) -> int:
-        """The most bytes that were ever allocated."""
+        """Largest number of allocated bytes so far."""
         return paddle.device.cuda.max_memory_allocated()
 
     def total_memory(self) -> int:
-        """Bytes that the GPU has."""
+        """Bytes of memory of the GPU."""
         return paddle.device.cuda.get_device_properties().total_memory
 
     def name(self) -> str:
-        """The GPU."""
+        """Name of the GPU."""
         return paddle.device.cuda.get_device_name()
 
 
@@ -278,7 +278,7 @@ def _proc_bytes(file: str, field: str) -> int | None:
 
 
 def _proc_value(file: str, field: str) -> str | None:
-    """What stands behind the colon in the first line of that name; None if there is no such line or file."""
+    """The value of the first line "field: value"; None if there is no such line or file."""
     lines = Path(file).read_text().splitlines() if Path(file).exists() else []
     pairs = (line.partition(":") for line in lines)
     return next((value.strip() for name, _, value in pairs if name.strip() == field), None)

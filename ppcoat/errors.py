@@ -1,5 +1,4 @@
-"""The one error that a user's mistake raises. It says what came, what was wanted and what to do, in one
-line."""
+"""The error for a user's mistake. Its message says in one line what came, what was wanted and what to do."""
 
 
 class ConfigError(ValueError):

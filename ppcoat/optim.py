@@ -1,10 +1,10 @@
 """FP8AdamW: AdamW whose two moments are stored in FP8, and learning rate schedules by name.
 
-All parameters are views of one flat buffer [G, block_size] (each parameter starts a new group, so that no
-group crosses two of them). The moments are flat buffers of the same shape, and so is the float32 master copy
-of bfloat16 and float16 parameters. A step gathers the gradients with one call and does the rest in
-`fp8.adamw`, so its number of Paddle calls does not depend on the number of parameters (bfloat16 and float16
-gradients add one cast each).
+All parameters are views of one flat buffer [G, block_size]. Each parameter starts a new group, so no group
+contains values of two parameters. The moments are flat buffers of the same shape, as is the float32 master
+copy of bfloat16 and float16 parameters. A step gathers the gradients with one call and does the rest in
+`fp8.adamw`. Its number of Paddle calls therefore does not depend on the number of parameters, except for one
+cast for each bfloat16 or float16 gradient.
 """
 
 from __future__ import annotations
@@ -53,17 +53,17 @@ class FP8QuantizationConfig:
             raise ConfigError(f"block_size must be a positive multiple of 16, got {size!r}")
 
     def codecs(self) -> tuple[MomentCodec, MomentCodec]:
-        """The codecs of the first and the second moment; only the second has no sign."""
+        """The codecs of the first and the second moment; the second moment is never negative."""
         expand = self.use_dynamic_range_expansion
         fmt1 = get_format(self.m1_format) if self.use_fp8_m1 else None
         fmt2 = get_format(self.m2_format) if self.use_fp8_m2 else None
         return MomentCodec(fmt1, expand, positive=False), MomentCodec(fmt2, expand, positive=True)
 
     def state_bytes(self, shapes: Sequence[Sequence[int]], beta1: float = 0.9) -> int:
-        """Bytes of the moments for parameters of these shapes, nothing allocated: FP8AdamW.state_bytes()."""
+        """Bytes that FP8AdamW.state_bytes() gives for parameters of these shapes; allocates nothing."""
         groups = sum(-(-math.prod(shape) // self.block_size) for shape in shapes)
-        kept = self.codecs() if beta1 > 0 else self.codecs()[1:]
-        return groups * sum(codec.group_bytes(self.block_size) for codec in kept)
+        stored = self.codecs() if beta1 > 0 else self.codecs()[1:]
+        return groups * sum(codec.group_bytes(self.block_size) for codec in stored)
 
 
 class FP8AdamW(paddle.optimizer.Optimizer):
@@ -73,12 +73,12 @@ class FP8AdamW(paddle.optimizer.Optimizer):
     parameters: a list of trainable tensors, or of dicts {"params": [...], "learning_rate": scale of the base
     rate, "weight_decay": float}; all of one dtype: float32, bfloat16 or float16. learning_rate: a float or an
     LRScheduler. grad_clip: ClipGradByGlobalNorm, ClipGradByNorm or ClipGradByValue. beta1 = 0 stores no first
-    moment. stochastic_rounding: bfloat16 parameters have no float32 master copy (4 bytes each); the update is
-    rounded to bfloat16 up or down at random, right on average.
+    moment. stochastic_rounding: for bfloat16 parameters, which then have no float32 master copy (4 bytes
+    each); the updated value is rounded up or down at random to bfloat16, with the exact value as its mean.
 
-    A gradient that holds NaN or inf skips the whole step: parameters and state keep every bit,
-    `skipped_steps` counts it. Raises ConfigError for wrong settings, and at `step()` if some parameters
-    have a gradient and others have none.
+    A gradient with NaN or inf skips the whole step: parameters and state do not change, and `skipped_steps`
+    counts it. Raises ConfigError for wrong settings, and at `step()` if some parameters have a gradient and
+    others have none.
     """
 
     def __init__(
@@ -125,15 +125,14 @@ class FP8AdamW(paddle.optimizer.Optimizer):
         return int(self._state["count"]["skipped"])
 
     def state_bytes(self) -> int:
-        """Bytes of the moment buffers, counted from the buffers themselves; the parameters' master copy is
-        not in it.
-        """
+        """Bytes of the moment buffers, counted from the buffers; without the master copy of parameters."""
         moments = [tensor for part in ("m1", "m2") for tensor in self._state.get(part, {}).values()]
         return sum(tensor.size * tensor.element_size() for tensor in moments)
 
     @paddle.no_grad()
     def step(self) -> None:
-        """One update from the gradients that the parameters hold. Does nothing if none has a gradient."""
+        """One update from the parameters' gradients. Does nothing if no parameter has one; raises ConfigError
+        if only some have one."""
         grads = [param.grad for param in self._space.params]
         if all(grad is None for grad in grads):
             return
@@ -164,10 +163,10 @@ class FP8AdamW(paddle.optimizer.Optimizer):
         return None, [(param, param.grad) for param in self._space.params]
 
     def state_dict(self) -> dict[str, paddle.Tensor]:
-        """Plain tensors only (float32, int64, uint8), so that safetensors keeps every bit.
+        """Float32, int64 and uint8 tensors, which safetensors stores exactly.
 
-        `layout` and `LR_Scheduler` are JSON text as uint8. The master copy of low-precision parameters, where
-        there is one, is `master`.
+        `layout` and `LR_Scheduler` are JSON text as uint8 [bytes]. `master` is the master copy of
+        low-precision parameters, float32 [G, block_size], if there is one.
         """
         state = {
             f"{part}.{name}": t.clone() for part, group in self._state.items() for name, t in group.items()
@@ -180,8 +179,8 @@ class FP8AdamW(paddle.optimizer.Optimizer):
         return state
 
     def set_state_dict(self, state_dict: dict[str, paddle.Tensor]) -> None:
-        """Restore what `state_dict` gave. Raises ConfigError, before changing anything, if the layout
-        differs.
+        """Restore a `state_dict`. Raises ConfigError, before anything is changed, if its layout or the shape
+        or dtype of a tensor differs from this optimizer's.
         """
         if "layout" not in state_dict:
             raise ConfigError("this is not the state of an FP8AdamW: it has no `layout`")
@@ -219,8 +218,8 @@ class FP8AdamW(paddle.optimizer.Optimizer):
 
 @dataclass(frozen=True)
 class ScheduleShape:
-    """What only some schedules ask for. cycles: falls of cosine_with_restarts; power: exponent of polynomial;
-    step_size: steps between two drops of step, gamma: the factor of a drop."""
+    """Settings that only some schedules use. cycles: cosine falls of cosine_with_restarts; power: exponent of
+    polynomial; step_size, gamma: of the schedule "step", which multiplies by gamma every step_size steps."""
 
     cycles: int = 1
     power: float = 1.0

@@ -2,9 +2,9 @@
 
     consistency  ->  + adversarial  ->  + DMD  ->  + reflow  ->  all of them as the published code has them
 
-Every student has as many steps of its LoRA; where heads are trained they take as many again. On a CPU two of
-them train at the same time. All are compared with one set of the teacher's samples. A finished student is
-found again by the next call with the same flags.
+The LoRA of every student gets the same number of steps; adversarial heads, if there are any, get as many
+more. On a CPU two students train at the same time. All are compared with the same samples of the teacher. A
+second call with the same flags uses the students that are finished.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ppcoat.atomic import write_text
-from ppcoat.bench.parallel_jobs import AT_ONCE, Job, batched, run_at_once
+from ppcoat.bench.parallel_jobs import PARALLEL_JOBS, Job, batched, run_parallel
 from ppcoat.config.lightning import lightning_config
 from ppcoat.device import tune_host
 from ppcoat.distill.flux_lightning import train_flux_lightning
@@ -56,22 +56,22 @@ def run_command(arguments: argparse.Namespace) -> None:
     tune_host()
     folder = Path(arguments.output_dir)
     files: dict[str, Path] = {}
-    for names in batched(STUDENTS, AT_ONCE):
+    for names in batched(STUDENTS, PARALLEL_JOBS):
         jobs = [
-            Job(f"student: {name}", distilled, (arguments, folder, name),
+            Job(f"student: {name}", _distilled, (arguments, folder, name),
                 folder / f"{run_name(arguments, name)}.log")
             for name in names
         ]  # fmt: skip
-        files |= dict(zip(names, run_at_once(jobs), strict=True))
+        files |= dict(zip(names, run_parallel(jobs), strict=True))
     scores, _ = compare_students(arguments.model, files, arguments.samples, batch_size=50)
     content = {"settings": vars(arguments), "scores": [asdict(row) for row in scores]}
     write_text(folder / "ablation.json", json.dumps(content, indent=2) + "\n")
-    print(table(scores))
+    print(ablation_table(scores))
 
 
-def distilled(arguments: argparse.Namespace, folder: Path, name: str) -> Path:
-    """The LoRA file of one student; trained if it is not there. Raises ConfigError for a folder of students
-    with other settings."""
+def _distilled(arguments: argparse.Namespace, folder: Path, name: str) -> Path:
+    """The LoRA file of one student, which is trained if the file is missing. Raises ConfigError if the folder
+    has students with other settings."""
     flags = SHARED | STUDENTS[name]
     steps = arguments.lora_steps * (2 if flags["adv_weight"] else 1)
     run = run_name(arguments, name)
@@ -100,12 +100,13 @@ def distilled(arguments: argparse.Namespace, folder: Path, name: str) -> Path:
 
 
 def run_name(arguments: argparse.Namespace, name: str) -> str:
-    """Of the folder of one student."""
+    """Name of the run, and of the folder, of one student."""
     return f"student{list(STUDENTS).index(name)}-{arguments.lora_steps}-{arguments.seed}"
 
 
-def table(scores: list[SampleScores]) -> str:
-    """A row for each set of samples; the last column is the share of the teacher's distance at few steps."""
+def ablation_table(scores: list[SampleScores]) -> str:
+    """One row for each set of samples; the last column is its distance divided by the teacher's at few
+    steps."""
     few = next(row for row in scores if row.frechet)
     lines = [f"{'':34s}{'kind':>8s}{'colour':>8s}{'pattern':>9s}{'Frechet':>9s}{'share':>7s}"]
     for row in scores:

@@ -1,17 +1,16 @@
-"""What FP8 costs in accuracy: how far stored Adam moments are from exact ones (ours, the published COAT rule
-and three others), and, for `accuracy weights`, what an FP8 base does to weights and output.
+"""Errors that FP8 causes: of stored Adam moments (our codec, the published COAT rule and three others), and,
+with `accuracy weights`, of the weights and the output of an FP8 base.
 
-    sets of gradients (drawn, and recorded from a LoRA training)  ->  AdamW's moments in float64  ->
+    sets of gradients (random, and recorded from a LoRA training)  ->  AdamW's moments in float64  ->
     the same moments stored by each codec: once at the end, and after every step  ->  relative RMS errors
 
-The update is m / (sqrt(v) + 1e-8). Errors are relative RMS errors, see `relative_rms`. All sets are drawn
-from fixed seeds.
+The update is m / (sqrt(v) + 1e-8). Errors are relative RMS errors, see `relative_rms`. All seeds are fixed.
 
     python -m ppcoat accuracy weights --model ppcoat/assets/tiny_flux
 
-shows the error of each Linear's weight and of the transformer's output, RMS(FP8 - exact) / RMS(exact). The
-output is a velocity for random inputs, with all Linears in FP8 and with those of the blocks alone; it wants
-the transformer in memory twice.
+shows RMS(FP8 - exact) / RMS(exact) of each Linear's weight and of the transformer's output. The output is a
+velocity for random inputs, once with all Linears in FP8, once with those of the blocks alone. It needs the
+transformer in memory twice.
 """
 
 from __future__ import annotations
@@ -38,16 +37,16 @@ from ppcoat.optim import FP8QuantizationConfig
 GROUPS, BLOCK, STEPS = 96, 128, 200
 RECORDED_STEPS, RECORDED_BATCH, PICTURES = 20, 4, 12
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
-SIZE = 1e-3  # of a typical drawn gradient
+SIZE = 1e-3  # of a typical random gradient
 OURS = "ours"
 
 Pair = tuple[np.ndarray, np.ndarray]
-Store = Callable[[np.ndarray, np.ndarray, int | None], Pair]  # (m, v, step or None) -> m and v as decoded
+Store = Callable[[np.ndarray, np.ndarray, int | None], Pair]  # (m, v, step or None) -> decoded m and v
 SEEDS = 3  # random inputs over which the output's error is averaged
 
 
 @dataclass(frozen=True)
-class Errors:
+class MomentErrors:
     """Relative RMS errors of the first moment, the second and the update."""
 
     m: float
@@ -60,27 +59,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     weights = parser.add_subparsers(dest="other", title="another table, with flags of its own").add_parser(
         "weights", help="errors of weights in FP8, and of the transformer's output"
     )
-    add_weight_arguments(weights)
+    _add_weight_arguments(weights)
 
 
 def run_command(arguments: argparse.Namespace) -> None:
     if arguments.other == "weights":
-        run_weights(arguments)
+        _run_weights(arguments)
         return
     tune_host()
     sets = {**drawn_sets(), "recorded": recorded_gradients()}
     results = {name: compare(gradients) for name, gradients in sets.items()}
-    print(table(results))
+    print(moment_table(results))
     if arguments.output:
-        write_text(arguments.output, json.dumps(as_json(results), indent=2) + "\n")
+        write_text(arguments.output, json.dumps(_as_json(results), indent=2) + "\n")
         print(f"\nwritten: {arguments.output}")
 
 
 def drawn_sets(groups: int = GROUPS, steps: int = STEPS) -> dict[str, np.ndarray]:
     """Name -> gradients float32 [steps, groups, BLOCK].
 
-    log-normal: each element has its own scale exp(sigma z), constant over the steps. heavy tails: Student t,
-    3 degrees. block-sparse: of every 16 elements, all or none have a gradient, one block in ten a step.
+    log-normal: each element has a scale exp(sigma z) that is the same in all steps. heavy tails: Student's t
+    with 3 degrees of freedom. block-sparse: in each step one of ten blocks of 16 elements has gradients, the
+    others are zero.
     """
     shape, sets = (steps, groups, BLOCK), {}
     for sigma in (0.25, 1.0, 2.0):
@@ -97,9 +97,11 @@ def drawn_sets(groups: int = GROUPS, steps: int = STEPS) -> dict[str, np.ndarray
 def recorded_gradients(
     steps: int = RECORDED_STEPS, batch_size: int = RECORDED_BATCH, groups: int = 4 * GROUPS
 ) -> np.ndarray:
-    """Gradients of a LoRA training of the built-in tiny FLUX on drawn garments -> [steps, groups, BLOCK].
+    """Gradients of a LoRA training of the built-in tiny FLUX on drawn garments: float32 [steps, groups,
+    BLOCK].
 
-    A parameter starts a new group, as in the optimizer; of all groups, evenly spaced ones are taken.
+    Each parameter starts a new group, as in the optimizer. `groups` evenly spaced ones of all groups are
+    used.
     """
     from ppcoat.config.load import load_config
     from ppcoat.data.examples import all_examples, scan_datasets
@@ -122,20 +124,21 @@ def recorded_gradients(
         return np.stack([_gradients_of_a_step(trainer, groups) for _ in range(steps)])
 
 
-def compare(gradients: np.ndarray) -> dict[str, tuple[Errors, Errors]]:
-    """Gradients [steps, groups, BLOCK] -> codec -> (errors of storing the last moments once, errors after
-    storing them at every step)."""
+def compare(gradients: np.ndarray) -> dict[str, tuple[MomentErrors, MomentErrors]]:
+    """Gradients float32 [steps, groups, BLOCK] -> {codec: (errors if only the last moments are stored, errors
+    if they are stored at every step)}."""
     exact = moments(gradients.astype(np.float64), lambda m, v, step: (m, v))
     results = {}
     for name, store in codecs().items():
         with np.errstate(over="ignore", invalid="ignore"):
             once = store(exact[0].astype(np.float32), exact[1].astype(np.float32), None)
-            results[name] = (errors(once, exact), errors(moments(gradients, store), exact))
+            results[name] = (moment_errors(once, exact), moment_errors(moments(gradients, store), exact))
     return results
 
 
 def moments(gradients: np.ndarray, store: Store) -> Pair:
-    """AdamW's moments after all steps, stored and read again after each; in the dtype of the gradients."""
+    """AdamW's moments [groups, BLOCK] after all steps, in the dtype of the gradients [steps, groups, BLOCK];
+    `store` is applied after each step."""
     m = v = np.zeros(gradients.shape[1:], dtype=gradients.dtype)
     beta1, beta2 = gradients.dtype.type(BETA1), gradients.dtype.type(BETA2)
     for step, g in enumerate(gradients):
@@ -144,7 +147,7 @@ def moments(gradients: np.ndarray, store: Store) -> Pair:
 
 
 def codecs() -> dict[str, Store]:
-    """The codecs by name, ours last."""
+    """All codecs by name; ours is the last."""
 
     def published(first: Callable, second: Callable) -> Store:
         return lambda m, v, step: (first(m), second(v))
@@ -156,7 +159,8 @@ def codecs() -> dict[str, Store]:
 def store_as_ours(
     m: np.ndarray, v: np.ndarray, step: int | None, config: FP8QuantizationConfig | None = None
 ) -> Pair:
-    """What FP8AdamW keeps of m and v; rounded to nearest if there is no step."""
+    """m and v, both [groups, BLOCK], as FP8AdamW stores and decodes them. step: seeds the dither; None: round
+    to nearest."""
     pair = (config or FP8QuantizationConfig()).codecs()
     offset = 0.5 if step is None else dither(paddle.to_tensor([step]), m.shape[-1])
     states = encode_moments(paddle.to_tensor(m), paddle.to_tensor(v), pair, offset)
@@ -164,26 +168,27 @@ def store_as_ours(
     return first.numpy(), second.numpy()
 
 
-def errors(stored: Pair, exact: Pair) -> Errors:
-    """Relative RMS errors of stored (m, v) against exact ones."""
+def moment_errors(stored: Pair, exact: Pair) -> MomentErrors:
+    """Relative RMS errors of stored (m, v) against exact ones, all [groups, BLOCK]."""
     stored = tuple(part.astype(np.float64) for part in stored)
     updates = [m / (np.sqrt(v) + EPSILON) for m, v in (stored, exact)]
     pairs = ((stored[0], exact[0]), (stored[1], exact[1]), updates)
-    return Errors(*(relative_rms(a, b) for a, b in pairs))
+    return MomentErrors(*(relative_rms(a, b) for a, b in pairs))
 
 
 def relative_rms(stored: np.ndarray, exact: np.ndarray) -> float:
-    """RMS over the groups of (RMS error of a group / RMS value of it); groups of zeros do not count.
+    """Root mean square over the groups of (RMS error of a group / RMS of its values); groups of zeros are
+    left out. Both arrays [groups, BLOCK].
 
-    Relative to each group: across groups whose scales differ, one group's largest value would decide alone.
+    It is relative to each group, because otherwise the groups of the largest scale would decide alone.
     """
     power = np.mean(exact**2, axis=-1)
     ratio = np.mean((stored - exact) ** 2, axis=-1)[power > 0] / power[power > 0]
     return float(np.sqrt(np.mean(ratio)))
 
 
-def table(results: dict[str, dict[str, tuple[Errors, Errors]]]) -> str:
-    """One row per set and quantity; the codecs once stored, then stored at every step."""
+def moment_table(results: dict[str, dict[str, tuple[MomentErrors, MomentErrors]]]) -> str:
+    """One row for each set and quantity; left the codecs if stored once, right if stored at every step."""
     names = list(next(iter(results.values())))
     heads = [*names, "/COAT"]
     lines = [
@@ -202,8 +207,8 @@ def table(results: dict[str, dict[str, tuple[Errors, Errors]]]) -> str:
     return "\n".join(lines)
 
 
-def as_json(results: dict[str, dict[str, tuple[Errors, Errors]]]) -> dict:
-    """The same numbers for a program."""
+def _as_json(results: dict[str, dict[str, tuple[MomentErrors, MomentErrors]]]) -> dict:
+    """The numbers of the table as JSON values."""
     return {
         "group_size": BLOCK,
         "betas": [BETA1, BETA2],
@@ -238,27 +243,27 @@ def _gradients_of_a_step(trainer: object, groups: int) -> np.ndarray:
     return everything[chosen]
 
 
-def add_weight_arguments(parser: argparse.ArgumentParser) -> None:
+def _add_weight_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, default=Path("ppcoat/assets/tiny_flux"), help="FLUX folder")
     parser.add_argument("--no_output", action="store_true", help="leave the output out, for large models")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the numbers as JSON, too")
 
 
-def run_weights(arguments: argparse.Namespace) -> None:
+def _run_weights(arguments: argparse.Namespace) -> None:
     folder = arguments.model / "transformer"
     if not folder.is_dir():
         raise ConfigError(f"--model {arguments.model} has no folder transformer: name a FLUX pipeline folder")
     tune_host()
     rows = list(weight_errors(folder))
     output = None if arguments.no_output else output_errors(folder, seeds=range(SEEDS))
-    print(weight_table(rows, output))
+    print(_weight_table(rows, output))
     if arguments.output:
         content = {"weights": [row._asdict() for row in rows], "output": output and output._asdict()}
         write_text(arguments.output, json.dumps(content, indent=2) + "\n")
         print(f"\nwritten: {arguments.output}")
 
 
-def weight_table(rows: list[WeightError], output: OutputErrors | None) -> str:
+def _weight_table(rows: list[WeightError], output: OutputErrors | None) -> str:
     """One line per Linear in the order of the files, their mean, and the output."""
     width = max(len(row.path) for row in rows)
     lines = [f"{'Linear':{width}s}  {'[in, out]':>16s}  relative RMS error"]

@@ -1,12 +1,12 @@
-"""Training runs that measure themselves: one process each, two of them side by side taking turns, and the
-largest batch that fits.
+"""Training runs that measure themselves, each in a process of its own: interleaved runs of several variants,
+and the search for the largest batch that fits.
 
-The model is a FluxTransformer2DModel of random weights, the data are random latents and text embeddings; both
-depend on the seed alone, so that the losses of two variants can be compared step by step. A process measures
-one variant, because peak memory belongs to a process.
+The model is a FluxTransformer2DModel with random weights, the data are random latents and text embeddings.
+Both depend on the seed alone, so that losses of two variants can be compared step by step. Each variant has
+its own process, because peak memory is measured per process.
 
-The processes share cores, memory bus and clock, so they must not run at once, and a machine that slows down
-must hit both alike: while one takes a few steps the other waits at its pipe, asleep.
+Variants run interleaved: while one takes a few steps, the others sleep at their pipes. They never compete for
+cores and memory, and a machine that slows down affects all of them.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ from ppcoat.train.objective import FlowMatching
 from ppcoat.train.trainer import optimizer_state_bytes
 
 HEAD_DIM = 64
-PIXELS_PER_TOKEN = 16  # side of the square of a picture that FLUX sees as one token
+TOKEN_SIDE = 16  # side of the square of a picture that FLUX sees as one token
 TEXT_WIDTH, POOLED_WIDTH, LATENT_CHANNELS = 4096, 768, 16  # of FLUX.1: T5-XXL, CLIP-L, autoencoder
-BYTES = ("bytes_kept", "bytes_kept_bf16", "bytes_unpacked")  # counted by nn.saved
+BYTES = ("bytes_kept", "bytes_kept_bf16", "bytes_unpacked")  # counters of nn.saved_tensors
 LEARNING_RATE = {"lora": 1e-3, "full": 1e-4}
-PROBE_STEPS = 2  # the optimizer's states exist from the first update on: the second step is the fullest
-GROWTH = 4  # a batch is tried only up to this many times the largest that was seen to fit
+PROBE_STEPS = 2  # the first update makes the optimizer's states, so the second step has the peak
+GROWTH = 4  # the next batch to try is at most this many times the largest that fits
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class BenchmarkCase:
     """One variant to measure. Sizes of the model and of a batch, what is trained, and how.
 
     hidden_size: 64 per head. num_layers: a third double blocks, the rest single blocks. tokens: image tokens,
-    one for 16 x 16 pixels. fp8_states: FP8AdamW instead of AdamW. policy: what is kept for backward.
+    one for 16 x 16 pixels. fp8_states: FP8AdamW instead of AdamW. policy: what is saved for backward.
     full_training: all parameters are trained instead of a LoRA of `rank`. Raises ConfigError for a wrong
     value.
     """
@@ -104,14 +104,14 @@ class BenchmarkCase:
 
     @property
     def picture_size(self) -> tuple[int, int]:
-        """Width and height in pixels of a picture of so many tokens."""
+        """Width and height in pixels of a picture of `tokens` tokens."""
         rows, columns = self.token_grid
-        return columns * PIXELS_PER_TOKEN, rows * PIXELS_PER_TOKEN
+        return columns * TOKEN_SIDE, rows * TOKEN_SIDE
 
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One optimizer update. started_at: seconds of a clock that all processes of the machine share."""
+    """One optimizer update. started_at: in seconds of time.monotonic, which all processes share."""
 
     started_at: float
     milliseconds: float
@@ -125,12 +125,12 @@ class MeasuredTraining:
         set_device(case.device)
         self.case = case
         on_gpu = paddle.get_device().startswith("gpu")
-        # Full training keeps float32 weights, as there is no base in half precision beside what is trained.
+        # In full training all weights are trained, and trained weights are float32.
         self.dtype = "bfloat16" if on_gpu and not case.full_training else "float32"
         self.coat = coat_of(case)
         self.model, self.parameters = build_model(case, self.coat, self.dtype)
         self.meter = GpuMeter() if on_gpu else HostMeter()
-        # Before the optimizer: ours makes its states at once, Paddle's with the first step.
+        # Read before the optimizer is made: FP8AdamW makes its states then, Paddle's at its first step.
         self.loaded_bytes = self.meter.memory()
         rate = LEARNING_RATE["full" if case.full_training else "lora"]
         self.optimizer = self.coat.create_optimizer(self.parameters, lr=rate)
@@ -139,10 +139,10 @@ class MeasuredTraining:
         self.bytes = dict.fromkeys(BYTES, 0)
 
     def step(self) -> StepRecord:
-        """One update: forward, backward, optimizer. Drawing the batch is not in the time."""
+        """One update: forward, backward, optimizer. The time does not include drawing the batch."""
         rng = np.random.default_rng([self.case.seed, self.steps_done])
         batch = draw_batch(self.case, rng, self.dtype)
-        # Under "none" the context only counts. Once is enough, and the other steps are free of its cost.
+        # Under "none" the context only counts bytes, so the first step is enough; it costs time.
         wanted = self.coat.policy != "none" or self.steps_done == 0
         started_at = time.monotonic()
         self.meter.start()
@@ -158,7 +158,7 @@ class MeasuredTraining:
         return StepRecord(started_at, milliseconds, float(loss))
 
     def facts(self) -> dict:
-        """The model and the machine, as this process sees them."""
+        """Facts of the model and of the machine."""
         double, single = self.case.blocks
         return {
             "model": {
@@ -181,8 +181,8 @@ class MeasuredTraining:
         }
 
     def result(self) -> dict:
-        """Bytes after the steps done so far. peak: resident memory of this process, or allocated on the GPU;
-        None where the system does not tell.
+        """Bytes after the steps so far. peak_bytes: resident in this process, or allocated on the GPU; None
+        if the system does not tell.
         """
         states, peak = optimizer_state_bytes(self.optimizer), self.meter.peak_memory()
         return {
@@ -198,8 +198,9 @@ class MeasuredTraining:
 
 
 def serve(connection: Connection, case: BenchmarkCase) -> None:
-    """The life of a measuring process: build, send `facts`, then answer each number n with the records of n
-    steps. 0 asks for `result` and ends it. A ConfigError or MemoryError is sent instead of an answer.
+    """Main function of a measuring process. It builds the training, sends `facts`, then answers each number n
+    with the records of n steps, and 0 with `result`, after which it ends. Instead of an answer it may send a
+    ConfigError or MemoryError.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C is for the parent, which then ends this process
     ignore_warnings_of_libraries()
@@ -219,7 +220,7 @@ def serve(connection: Connection, case: BenchmarkCase) -> None:
 
 
 def coat_of(case: BenchmarkCase) -> COATTrainer:
-    """The COATTrainer of a variant; without FP8 states and policy it is AdamW with ordinary activations."""
+    """The COATTrainer of a variant; without FP8 states and policy it gives AdamW and ordinary activations."""
     return COATTrainer(
         COATConfig(
             enabled=case.fp8_states or case.policy != "none",
@@ -232,7 +233,8 @@ def coat_of(case: BenchmarkCase) -> COATTrainer:
 def build_model(
     case: BenchmarkCase, coat: COATTrainer, dtype: str
 ) -> tuple[FluxTransformer2DModel, list[paddle.Tensor]]:
-    """A random model with COAT put in, and what is trained in it."""
+    """A random model in `dtype` with COAT put in, and its trained parameters, of any shape, float32 if a
+    LoRA."""
     paddle.seed(case.seed)
     double, single = case.blocks
     model = FluxTransformer2DModel(
@@ -256,7 +258,8 @@ def build_model(
 
 
 def draw_batch(case: BenchmarkCase, rng: np.random.Generator, dtype: str) -> dict[str, paddle.Tensor]:
-    """Normal random numbers in the shapes that FlowMatching takes."""
+    """Normal random numbers of `dtype` as a batch: latents [B, 16, 2 rows, 2 columns], prompt_embeds
+    [B, text_tokens, 4096], pooled [B, 768]."""
     rows, columns = case.token_grid
     shapes = {
         "latents": (case.batch_size, LATENT_CHANNELS, 2 * rows, 2 * columns),
@@ -270,10 +273,10 @@ def draw_batch(case: BenchmarkCase, rng: np.random.Generator, dtype: str) -> dic
 
 
 class MeasuredProcess(ChildProcess):
-    """A `MeasuredTraining` in a process of its own.
+    """A `MeasuredTraining` in a process of its own. Context manager, as ChildProcess.
 
-    facts: what it said of model and machine, from entering on. Raises ConfigError and MemoryError as the
-    process met them, and what ChildProcess raises.
+    facts: of model and machine, available in the block. Raises a ConfigError or MemoryError of the process,
+    and the errors of ChildProcess.
     """
 
     def __init__(self, case: BenchmarkCase) -> None:
@@ -284,27 +287,27 @@ class MeasuredProcess(ChildProcess):
         return self
 
     def steps(self, count: int) -> list[StepRecord]:
-        """Take `count` steps and wait for them."""
+        """Let the process take `count` steps -> their records."""
         self.pipe.send(count)
         return self.answer()
 
     def result(self) -> dict:
-        """The memory numbers (`MeasuredTraining.result`). The process ends."""
+        """The memory numbers (`MeasuredTraining.result`); ends the process."""
         self.pipe.send(0)
         return self.answer()
 
 
-def run_side_by_side(
+def run_interleaved(
     cases: dict[str, BenchmarkCase], steps: int, on_turn: Callable[[str, int], None]
 ) -> tuple[dict, dict[str, dict]]:
     """Run all variants, `steps` steps each, in turns -> facts, {variant: memory numbers and "steps"}.
 
-    on_turn(variant, steps taken) is called after each turn. Raises what MeasuredProcess raises.
+    on_turn(variant, steps taken) is called after each turn. Raises the errors of MeasuredProcess.
     """
     turn = max(1, min(5, steps // 10))
     records: dict[str, list[StepRecord]] = {name: [] for name in cases}
     with ExitStack() as stack:
-        # One after the other: they are built, too, only one at a time.
+        # Entering waits for a process, so only one builds its model at a time.
         processes = {name: stack.enter_context(MeasuredProcess(case)) for name, case in cases.items()}
         while any(len(done) < steps for done in records.values()):
             for name, process in processes.items():
@@ -316,9 +319,9 @@ def run_side_by_side(
 
 
 def measured_peak(case: BenchmarkCase, budget_bytes: float) -> float:
-    """Peak bytes of PROBE_STEPS steps in a fresh process; infinite if the memory does not suffice.
+    """Peak bytes of PROBE_STEPS steps in a new process; infinite if it runs out of memory.
 
-    Raises ConfigError if the machine has less memory than the budget, or does not tell.
+    Raises ConfigError if the machine has less memory than the budget, or does not tell how much.
     """
     try:
         with MeasuredProcess(case) as process:
@@ -330,10 +333,11 @@ def measured_peak(case: BenchmarkCase, budget_bytes: float) -> float:
 
 
 def largest_batch(peak_of: Callable[[int], float], budget: float) -> tuple[int, dict[int, float]]:
-    """The largest batch with peak_of(batch) <= budget (0 if none), and every peak that was measured for it.
+    """The largest batch with peak_of(batch) <= budget (0 if there is none), and all measured peaks.
 
-    Batches 1 and 2 give a line; where it meets the budget the next batch is measured, until the answer has
-    been measured to fit and the batch above it was measured, or is predicted by the line, not to.
+    The line through two measured peaks predicts the largest batch that fits, which is measured next. The
+    search ends at a batch that was measured to fit, when the next one does not fit by measurement or
+    prediction.
     """
     peaks = {batch: peak_of(batch) for batch in (1, 2)}
     while True:
@@ -342,7 +346,7 @@ def largest_batch(peak_of: Callable[[int], float], budget: float) -> tuple[int, 
             return 0, peaks
         best = max(fitting)
         too_large = min((batch for batch in peaks if batch > best), default=math.inf)
-        # A batch that the device could not run at all gives no line to follow: halve the distance to it.
+        # A batch that ran out of memory has no peak for the line: halve the distance to it.
         limit = (best + too_large) // 2 if peaks.get(too_large) == math.inf else too_large - 1
         guess = min(_meets(peaks, budget), GROWTH * best, limit)
         if guess <= best:
@@ -351,8 +355,8 @@ def largest_batch(peak_of: Callable[[int], float], budget: float) -> tuple[int, 
 
 
 def _meets(peaks: dict[int, float], budget: float) -> float:
-    """Batch at which the line through the two largest measured batches reaches the budget; infinite if it
-    does not rise.
+    """Largest batch within the budget by the line through the two largest measured batches; infinite if the
+    line does not rise.
     """
     points = sorted((batch, peak) for batch, peak in peaks.items() if math.isfinite(peak))[-2:]
     if len(points) < 2 or points[1][1] <= points[0][1]:

@@ -1,4 +1,4 @@
-"""Standard and COAT training side by side on this machine: memory, time per step, losses.
+"""Standard and COAT training, interleaved on this machine: memory, time per step, losses.
 
     python -m ppcoat benchmark --hidden_size 1024 --num_layers 8 --batch_size 4 --num_steps 50 \\
         --use_fp8_activation --output benchmark_results.json
@@ -28,7 +28,7 @@ from ppcoat.bench.bench_worker import (
     BenchmarkCase,
     largest_batch,
     measured_peak,
-    run_side_by_side,
+    run_interleaved,
 )
 from ppcoat.errors import ConfigError
 
@@ -73,7 +73,7 @@ def run_command(arguments: argparse.Namespace) -> None:
     if arguments.other == "kernels":
         kernels.run_command(arguments)
         return
-    cases, output = cases_of(arguments), output_file(arguments.output)
+    cases, output = cases_of(arguments), _output_file(arguments.output)
     budget = arguments.memory_budget_gb
     settings = {**vars(arguments), "policy": cases["coat"].policy}
     try:
@@ -87,13 +87,14 @@ def run_command(arguments: argparse.Namespace) -> None:
         report["variants"][name]["largest_batch"] = search
     write_text(output, json.dumps(report, indent=1) + "\n")
     picture = output.with_suffix(".png")
-    plot(report, picture)
-    print(table(report))
+    _plot(report, picture)
+    print(benchmark_table(report))
     print(f"\nall numbers: {output}\nplot: {picture}")
 
 
 def cases_of(arguments: argparse.Namespace) -> dict[str, BenchmarkCase]:
-    """Flags -> the two variants. Raises ConfigError for flags that do not fit together."""
+    """Flags -> the variants "standard" and "coat". Raises ConfigError for flags that contradict each
+    other."""
     if arguments.policy is not None and not arguments.use_fp8_activation:
         raise ConfigError(f"--policy {arguments.policy} has no effect alone: add --use_fp8_activation")
     if arguments.num_steps < 1:
@@ -107,8 +108,8 @@ def cases_of(arguments: argparse.Namespace) -> dict[str, BenchmarkCase]:
     return {"standard": standard, "coat": dataclasses.replace(standard, fp8_states=True, policy=policy)}
 
 
-def output_file(name: str) -> Path:
-    """The JSON file to write. Raises ConfigError for a name that cannot be one."""
+def _output_file(name: str) -> Path:
+    """The JSON file to write. Raises ConfigError for another suffix, and if a parent of it is a file."""
     file = Path(name)
     if file.suffix != ".json" or file.is_dir():
         raise ConfigError(f"--output must name a .json file, got {name}")
@@ -119,7 +120,8 @@ def output_file(name: str) -> Path:
 
 
 def search_batches(cases: dict[str, BenchmarkCase], budget_gb: float) -> dict[str, dict]:
-    """{variant: the largest batch within the budget, and the peaks measured on the way}.
+    """{variant: {"batch": largest batch within the budget, "budget_gb", "measured_peak_bytes": {batch:
+    peak}}}.
 
     Raises ConfigError if no variant fits with a batch of 1.
     """
@@ -143,14 +145,14 @@ def search_batches(cases: dict[str, BenchmarkCase], budget_gb: float) -> dict[st
 
 
 def benchmark(cases: dict[str, BenchmarkCase], num_steps: int) -> dict:
-    """Run the variants side by side -> the report: model, environment, variants, comparison."""
+    """Run the variants interleaved -> the report: model, environment, variants, comparison."""
     with tqdm(total=num_steps * len(cases), unit="step", desc="starting") as progress:
 
         def on_turn(name: str, steps: int) -> None:
             progress.set_description(name)
             progress.update(steps)
 
-        facts, variants = run_side_by_side(cases, num_steps, on_turn)
+        facts, variants = run_interleaved(cases, num_steps, on_turn)
     warm_up = min(3, num_steps // 3)
     for result in variants.values():
         records = result.pop("steps")
@@ -171,7 +173,7 @@ def benchmark(cases: dict[str, BenchmarkCase], num_steps: int) -> dict:
     }
 
 
-def table(report: dict) -> str:
+def benchmark_table(report: dict) -> str:
     """The report as plain text."""
     settings, model, machine = report["settings"], report["model"], report["environment"]
     standard, coat = report["variants"]["standard"], report["variants"]["coat"]
@@ -238,7 +240,7 @@ def _row(label: str, standard: float | None, coat: float | None, unit: int, form
     return f"{label:44s}{numbers}{f'{coat / standard:>18.3f}' if standard else ''}"
 
 
-def plot(report: dict, file: Path) -> None:
+def _plot(report: dict, file: Path) -> None:
     """One PNG: bars of memory, step times, loss curves."""
     import matplotlib
 

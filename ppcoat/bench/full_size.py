@@ -7,10 +7,10 @@ an earlier call; trains on random latents of a picture of 128 x 128 pixels and r
 no encoder is needed; writes one LoRA file and loads it again. Prints seconds and the peak memory of the whole
 process beside what `plan` says, and writes them as JSON. It takes tens of minutes.
 
-The folder has the exact layout of a real one, so nothing need be downloaded: names, shapes, bfloat16 and
-shards are those of a FluxTransformer2DModel with the given settings. Linear weights are normal with a
-standard deviation of 1 / sqrt(in), so that each layer's output is about as large as its input; biases are 0
-and norm weights 1. The folder is written once and known again by its header.
+Nothing need be downloaded: the folder has the layout of a real one, with the names, shapes, bfloat16 and
+shards of a FluxTransformer2DModel with the given settings. Linear weights are normal with a standard
+deviation of 1 / sqrt(in), so that each layer's output is about as large as its input; biases are 0 and norm
+weights 1. The folder is written once; a later call recognises it by the headers of its shards.
 """
 
 from __future__ import annotations
@@ -53,15 +53,15 @@ PIXELS, LATENT_SIDE = 128, 16
 CAPTION = "random"
 _log = logging.getLogger(__name__)
 
-_RANDOM = "random weights"  # how the stamp of a shard begins
+_RANDOM = "random weights"  # first words of `source` in a shard's header
 _ELSEWHERE = "name another folder, or remove it"
 BAND = 1 << 23  # numbers drawn at a time
 
 
 @dataclass(frozen=True)
 class FullSizeCase:
-    """What to run. settings: of the FluxTransformer2DModel, FLUX.1-dev's by default. Raises ConfigError for a
-    wrong number."""
+    """Settings of the command. settings: of the FluxTransformer2DModel, by default FLUX.1-dev's. Raises
+    ConfigError for a number out of range."""
 
     folder: Path
     steps: int = 2
@@ -80,7 +80,7 @@ class FullSizeCase:
         return self.folder / "transformer"
 
     def config(self) -> RunConfig:
-        """The run, as a config file would ask for it."""
+        """The config of the run."""
         return RunConfig.model_validate(
             {
                 "name": "run",
@@ -120,15 +120,16 @@ def run_command(arguments: argparse.Namespace) -> None:
     tune_host()
     report = full_size(case)
     write_text(arguments.output, json.dumps(report, indent=1) + "\n")
-    print(summary(report))
+    print(full_size_summary(report))
     if arguments.delete:
         delete(case)
 
 
 def full_size(case: FullSizeCase) -> dict:
-    """Write, load, train, save, load the LoRA -> the numbers, all JSON. Prints a line after each part.
+    """Write the weights, load and train, write and load the LoRA -> all numbers, as JSON values. Prints a
+    line after each part.
 
-    Raises ConfigError as the parts do (disk, folder) and FloatingPointError for a loss that is not finite.
+    Raises ConfigError for a full disk or a wrong folder, FloatingPointError for a loss that is not finite.
     """
     set_device("cpu")
     config, report, watch = case.config(), {"case": asdict(case) | {"folder": str(case.folder)}}, _Watch()
@@ -158,14 +159,14 @@ def full_size(case: FullSizeCase) -> dict:
 
 
 def planned_phases(case: FullSizeCase) -> list:
-    """Phases of the plan in which the transformer is there; no encoder ever is."""
+    """Phases of the plan with the transformer in memory; this command loads no encoder."""
     footprint = Footprint(case.config(), on_gpu=False, settings=case.settings)
     choice = as_given(footprint.config, len(footprint.model.blocks))
     return [phase for phase in footprint.phases(choice) if "base" in phase.parts]
 
 
 def random_cache(case: FullSizeCase) -> TrainingCache:
-    """One picture and one caption, encoded by nobody: normal random numbers in the shapes of encodings."""
+    """One picture and one caption: instead of encodings normal random numbers, float32 of the same shapes."""
     rng, settings = np.random.default_rng([case.seed, 1]), _settings(case)
 
     def normal(*shape: int) -> paddle.Tensor:
@@ -179,7 +180,8 @@ def random_cache(case: FullSizeCase) -> TrainingCache:
 
 
 def save_and_load(trainer: Trainer, transformer: FluxTransformer2DModel) -> dict:
-    """The LoRA file of the run, read into the same base in the place of what was trained; they are equal."""
+    """Write the LoRA file, load it into the same base instead of the trained LoRA, and assert that both are
+    equal -> file, bytes, number of modules."""
     trained = lora_modules(transformer)
     trainer.config.run_dir.mkdir(parents=True, exist_ok=True)
     path, _ = trainer.save_weights(trainer.step, True)[0]
@@ -194,14 +196,14 @@ def save_and_load(trainer: Trainer, transformer: FluxTransformer2DModel) -> dict
 
 
 def delete(case: FullSizeCase) -> None:
-    """Remove what this command writes, and the folder if nothing else is in it."""
+    """Remove the files of this command, and the folder if it is then empty."""
     for name in (case.weights.name, "transformer-fp8", case.config().name):
         shutil.rmtree(case.folder / name, ignore_errors=True)
     if case.folder.exists() and not any(case.folder.iterdir()):
         case.folder.rmdir()
 
 
-def summary(report: dict) -> str:
+def full_size_summary(report: dict) -> str:
     """The numbers as text."""
     steps, lora = report["steps"], report["lora"]
     peak, planned = report["peak_bytes"], report["planned_peak_bytes"]
@@ -222,19 +224,19 @@ def summary(report: dict) -> str:
 
 
 class _Watch:
-    """Seconds since the last note, and the peak of resident memory so far."""
+    """Measures seconds since the last note, and the peak of resident memory."""
 
     def __init__(self) -> None:
         self._meter, self._peak, self._began = HostMeter(), 0, time.perf_counter()
 
     def peak(self) -> int | None:
-        """None where the system does not tell. The kernel's own number may go down by a few pages."""
+        """Peak bytes, None if the system does not tell; never decreasing, though the kernel's number may."""
         now = self._meter.peak_memory()
         self._peak = max(self._peak, now or 0)
         return self._peak or None
 
     def note(self, part: str, what: str = "") -> dict:
-        """Print and give back: what, seconds, peak_bytes."""
+        """Print and return: what, seconds, peak_bytes."""
         seconds, peak = time.perf_counter() - self._began, self.peak()
         shown = "" if peak is None else f"; peak so far {peak / GB:.2f} GB"
         print(f"{part}{', ' * bool(what)}{what}: {seconds:.1f} s{shown}", flush=True)
@@ -243,24 +245,24 @@ class _Watch:
 
 
 def _settings(case: FullSizeCase) -> dict:
-    """All settings of the transformer, those that are defaults too."""
+    """All settings of the transformer, including defaults."""
     with paddle.LazyGuard():
         return dict(FluxTransformer2DModel(**case.settings).config)
 
 
 def _copy_bytes(planned: list, case: FullSizeCase) -> int:
-    """What the FP8 copy will take on the disk; nothing if one is there."""
+    """Bytes that the FP8 copy will take on the disk; 0 if there is one."""
     exists = (case.folder / "transformer-fp8").exists()
     return 0 if exists else max(phase.parts["base"] for phase in planned)
 
 
 def ensure_random_transformer(folder: Path, settings: dict, seed: int = 0, beside: int = 0) -> bool:
-    """Write the folder of a FluxTransformer2DModel(**settings) unless it is there -> whether it was written.
+    """Write the folder of a FluxTransformer2DModel(**settings) unless it exists -> True if it was written.
 
-    beside: bytes that must be free on the disk beyond the weights. A folder of other settings, another seed
-    or with damaged files is written anew, with a warning; drafts of a killed process are removed. Raises
-    ConfigError with both numbers for a disk without room, before anything is written, and for a folder that
-    holds other files than such a model's.
+    beside: bytes that must be free on the disk in addition to the weights. A folder of other settings, of
+    another seed or with damaged files is written again, with a warning; drafts of a killed process are
+    removed. Raises ConfigError, before anything is written, if the disk has too little room, and for a folder
+    with files that are not of random weights.
     """
     config, names, layout = _layout_of(settings)
     stamp = f"{_RANDOM}, seed {seed}, {json.dumps(settings, sort_keys=True)}"
@@ -268,10 +270,10 @@ def ensure_random_transformer(folder: Path, settings: dict, seed: int = 0, besid
     if _is_complete(folder, layout, stamp):
         check_room(folder.parent, beside, "the run takes", advice)
         return False
-    held = sum(file.stat().st_size for file in folder.glob("*.safetensors")) if folder.exists() else 0
-    wanted = max(0, layout_bytes(layout) + beside - held)
+    present = sum(file.stat().st_size for file in folder.glob("*.safetensors")) if folder.exists() else 0
+    wanted = max(0, layout_bytes(layout) + beside - present)
     check_room(folder.parent, wanted, "the random weights and what comes beside them take", advice)
-    if held:  # an old folder of this size would not find room beside the new one
+    if present:  # the disk may not have room for the old folder beside the new one
         for file in folder.glob("*.safetensors"):
             file.unlink()
     tensors = ((name, _values(name, shape, name in names, seed)) for name, (_, shape) in layout.items())
@@ -291,7 +293,7 @@ def _layout_of(settings: dict) -> tuple[dict, set[str], Layout]:
 
 
 def _is_complete(folder: Path, layout: Layout, stamp: str) -> bool:
-    """Whether the folder is what would be written, by its headers and the sizes of its files."""
+    """True if the headers and sizes of the folder's files are those that would be written."""
     if not folder.exists():
         return False
     said = _stamps(folder)
@@ -308,8 +310,8 @@ def _is_complete(folder: Path, layout: Layout, stamp: str) -> bool:
 
 
 def _stamps(folder: Path) -> set[str]:
-    """What its shards say of their source. Raises ConfigError for a folder with anything that was not written
-    here: nobody's model is overwritten.
+    """`source` in the headers of its shards. Raises ConfigError if any file was not written by this command,
+    so that no model of a user is overwritten.
     """
     stamps = set()
     for file in folder.iterdir():
@@ -326,7 +328,7 @@ def _stamps(folder: Path) -> set[str]:
 
 
 def _values(name: str, shape: list[int], is_linear: bool, seed: int) -> np.ndarray:
-    """The bits of a tensor in bfloat16, uint16 `shape`. Each tensor has a generator of its own."""
+    """A bfloat16 tensor as uint16 of this shape. Each tensor has a generator of its own."""
     if not is_linear:
         return _bfloat16(np.full(shape, 0.0 if name.endswith("bias") else 1.0, "float32"))
     rng = np.random.Generator(np.random.SFC64([seed, zlib.crc32(name.encode())]))
@@ -340,11 +342,12 @@ def _values(name: str, shape: list[int], is_linear: bool, seed: int) -> np.ndarr
 
 @cache
 def _normal_quantiles() -> np.ndarray:
-    """65,536 equally likely values of a normal number, float32: looked up five times faster than drawn."""
+    """float32 [65536]: equally likely values of a normal number. A lookup is five times faster than a
+    draw."""
     normal, count = NormalDist(), 1 << 16
     return np.array([normal.inv_cdf((i + 0.5) / count) for i in range(count)], "float32")
 
 
 def _bfloat16(numbers: np.ndarray) -> np.ndarray:
-    """float32 -> the upper half of its bits, rounded to nearest (ties away from zero)."""
+    """float32 -> bfloat16 as uint16 of the same shape, rounded to nearest (ties away from zero)."""
     return ((numbers.view("uint32") + 0x8000) >> 16).astype("uint16")

@@ -1,9 +1,9 @@
-"""Independent jobs at the same time, each in a process with its share of the cores.
+"""Independent jobs in parallel, each in a process with its share of the cores.
 
-On a CPU most of Paddle's ops run on one core; only matrix products use all. Two trainings of a small model on
-one core each therefore end far sooner than one after the other on both (measured on two cores with a
-transformer of the tiny FLUX's size, 64 image and 12 text tokens: forward and backward of two batches of 16
-take 0.24 s at once and 0.44 s as one batch of 32).
+On a CPU most of Paddle's ops run on one core; only matrix products use all. So two trainings of a small model
+are much faster on one core each than one after the other on both (measured on two cores with a transformer of
+the tiny FLUX's size, 64 image and 12 text tokens: forward and backward of two batches of 16 take 0.24 s in
+parallel, and 0.44 s as one batch of 32).
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from typing import Any
 from ppcoat.device import ChildProcess, core_count, ignore_warnings_of_libraries, tune_host, uses_gpu
 from ppcoat.errors import ConfigError
 
-AT_ONCE = 2  # trainings of a small model that commands run at the same time on a CPU
-MESSAGES = (ConfigError, FloatingPointError, SystemExit, KeyboardInterrupt)  # what commands end with
+PARALLEL_JOBS = 2  # trainings of a small model that commands run in parallel on a CPU
+MESSAGES = (ConfigError, FloatingPointError, SystemExit, KeyboardInterrupt)  # errors without a traceback
 
 
 @dataclass(frozen=True)
 class Job:
     """A call of `function`, which must be importable by name; arguments and result must be picklable.
 
-    name: what it does, for the user. log: where it prints when it has a process of its own; None, and
-    otherwise: where this process prints.
+    name: shown to the user. log: file for its output if it runs in a process of its own; None: the output of
+    this process.
     """
 
     name: str
@@ -45,12 +45,12 @@ class Job:
         return self.function(*self.arguments)
 
 
-def run_at_once(jobs: Sequence[Job], device: str = "auto") -> list:
-    """-> the jobs' results, in their order. The first fault of a job is raised here, and the others stopped:
-    by SIGTERM, on which a training saves a checkpoint. Ctrl+C reaches this process alone, which stops them.
+def run_parallel(jobs: Sequence[Job], device: str = "auto") -> list:
+    """Run jobs in parallel -> their results in the same order.
 
-    One after the other in this process where there is one job or one core, or where the device is a GPU,
-    whose memory they would share.
+    The first error of a job is raised here, and the other jobs get SIGTERM, on which a training writes a
+    checkpoint. Ctrl+C reaches only this process, which then stops the jobs. Jobs run one after the other in
+    this process if there is one job or one core, or on a GPU, whose memory they would share.
     """
     if len(jobs) < 2 or core_count() < 2 or uses_gpu(device):
         return [_announced_here(job) for job in jobs]
@@ -63,7 +63,8 @@ def run_at_once(jobs: Sequence[Job], device: str = "auto") -> list:
 
 
 def _answers(numbers: dict[ChildProcess, int]) -> list:
-    """What the processes answer, in the order of their numbers; a fault is raised as soon as it comes."""
+    """The answers of the processes, in the order of their numbers; an error is raised as soon as it
+    arrives."""
     answers: list = [None] * len(numbers)
     waiting = {process.pipe: process for process in numbers}
     while waiting:
@@ -79,7 +80,7 @@ def _announced_here(job: Job) -> Any:
 
 
 def batched(items: Iterable, size: int) -> Iterator[tuple]:
-    """Tuples of `size` items, the last perhaps shorter (itertools.batched of Python 3.12)."""
+    """Tuples of `size` items; the last may be shorter (itertools.batched of Python 3.12)."""
     iterator = iter(items)
     while batch := tuple(islice(iterator, size)):
         yield batch
@@ -87,7 +88,7 @@ def batched(items: Iterable, size: int) -> Iterator[tuple]:
 
 @contextmanager
 def _threads(count: int):
-    """Processes that are started within it take `count` threads (see device.use_all_cores)."""
+    """Context manager: processes started in it use `count` threads (see device.use_all_cores)."""
     before = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = str(count)
     try:
@@ -116,8 +117,9 @@ def _serve(pipe: Connection, job: Job) -> None:
 
 @dataclass(frozen=True)
 class _Faults:
-    """Sends what goes wrong within it, exit statuses too: the first process decides what to do. Where that
-    is not a message to the user, the traceback is printed here, the only place that knows it."""
+    """Context manager: sends an error or exit of its block through `pipe`; the parent process decides what to
+    do. The traceback of an error that is no message to the user is printed here, because only this process
+    has it."""
 
     pipe: Connection
 

@@ -3,9 +3,9 @@
     one set of drawings  ->  per seed: AdamW and ordinary activations, then FP8 states with each policy  ->
     final loss and motif rate beside those of float32
 
-On a CPU two runs go on at the same time; what each prints goes to a log in the output folder.
-Finished runs are written to parity.json there; a second call with the same settings goes on with those that
-are missing. With another number of --samples it draws again and trains nothing.
+On a CPU two runs train in parallel; each prints to a log in the output folder. The results of finished runs
+are written to parity.json there, and a second call with the same settings runs only those that are missing.
+With another number of --samples it draws again without training.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from ppcoat.atomic import write_text
-from ppcoat.bench.parallel_jobs import AT_ONCE, Job, batched, run_at_once
-from ppcoat.bench.quickstart import CONFIG, draw, draw_data, final_loss, motif_rate, remove_earlier
+from ppcoat.bench.parallel_jobs import PARALLEL_JOBS, Job, batched, run_parallel
+from ppcoat.bench.quickstart import CONFIG, draw_data, draw_prompts, final_loss, motif_rate, remove_earlier
 from ppcoat.cli.train import add_set_flag
 from ppcoat.config.load import load_config
 from ppcoat.config.schema import RunConfig
@@ -55,7 +55,7 @@ def run_command(arguments: argparse.Namespace) -> None:
         "overrides": arguments.overrides,
         "steps": arguments.steps,
     }
-    results = earlier_results(folder / "parity.json", settings)
+    results = _earlier_results(folder / "parity.json", settings)
     missing = {}
     for seed in arguments.seeds:
         for policy in (FLOAT32, *POLICIES[1:]):
@@ -63,17 +63,17 @@ def run_command(arguments: argparse.Namespace) -> None:
                 missing[f"{policy}/{seed}"] = run_config(arguments, policy, seed)
     if missing and not results:
         draw_data(next(iter(missing.values())))
-    for keys in batched(missing, AT_ONCE):
-        jobs = [Job(key, measured_run, (missing[key], results.get(key, {}), arguments.samples),
+    for keys in batched(missing, PARALLEL_JOBS):
+        jobs = [Job(key, _measured_run, (missing[key], results.get(key, {}), arguments.samples),
                     folder / f"{missing[key].name}.log") for key in keys]  # fmt: skip
-        results |= dict(zip(keys, run_at_once(jobs, missing[keys[0]].device), strict=True))
+        results |= dict(zip(keys, run_parallel(jobs, missing[keys[0]].device), strict=True))
         content = {"settings": settings, "results": results}
         write_text(folder / "parity.json", json.dumps(content, indent=2) + "\n")
-    print(table(results, arguments.seeds))
+    print(parity_table(results, arguments.seeds))
 
 
-def earlier_results(file: Path, settings: dict) -> dict[str, dict]:
-    """What an interrupted call with the same settings has measured. Raises ConfigError for other settings."""
+def _earlier_results(file: Path, settings: dict) -> dict[str, dict]:
+    """Results that an earlier call wrote. Raises ConfigError if it had other settings."""
     if not file.exists():
         return {}
     content = json.loads(file.read_text(encoding="utf-8"))
@@ -96,15 +96,17 @@ def run_config(arguments: argparse.Namespace, policy: str, seed: int) -> RunConf
     return load_config(arguments.config, [*arguments.overrides, *run, *coat])
 
 
-def measured_run(config: RunConfig, found: dict, samples: int) -> dict[str, float]:
-    """`found`, or what `trained` gives where that is empty, and the motif rate."""
+def _measured_run(config: RunConfig, found: dict, samples: int) -> dict[str, float]:
+    """The results `found` of an earlier call, or of `trained` if there are none, with the motif rate."""
     found = found or trained(config)
     return found | {"motif": rate_of(config, samples), "samples": samples}
 
 
 def trained(config: RunConfig) -> dict[str, float]:
-    """-> loss: mean of the last 50 steps; kept_mib; seconds. Begins afresh: what is left of a run that has no
-    results does not tell its losses."""
+    """Train a run from the start -> loss (mean of the last 50 steps), kept_mib (saved for backward), seconds.
+
+    A checkpoint without results is removed, because it does not contain the losses of its steps.
+    """
     remove_earlier(config.run_dir, "config.yaml")
     result = train_flux_lora(config)
     return {
@@ -120,18 +122,18 @@ def rate_of(config: RunConfig, samples: int) -> float:
     pipeline = FluxPipeline.from_pretrained(config.model.name_or_path)
     pipeline.load_lora_weights(config.run_dir / f"{config.name}.safetensors")
     prompts = [f"{config.trigger_word} {garment.caption}" for garment in held_out_garments(samples)]
-    return motif_rate(draw(pipeline, prompts, config))
+    return motif_rate(draw_prompts(pipeline, prompts, config))
 
 
-def table(results: dict[str, dict], seeds: list[int]) -> str:
-    """Means over the seeds, and the difference from float32 that is furthest from zero."""
+def parity_table(results: dict[str, dict], seeds: list[int]) -> str:
+    """One row per policy: means over the seeds, and the difference from float32 that is furthest from 0."""
     lines = [f"{'':26s}{'loss':>8s}{'worst':>9s}{'motif':>8s}{'worst':>8s}{'mean':>8s}{'kept MiB':>10s}"]
     for policy in (FLOAT32, *POLICIES[1:]):
         runs, exact = ([results[f"{p}/{seed}"] for seed in seeds] for p in (policy, FLOAT32))
         losses = [run["loss"] / other["loss"] - 1 for run, other in zip(runs, exact, strict=True)]
         rates = [run["motif"] - other["motif"] for run, other in zip(runs, exact, strict=True)]
-        row = f"{policy:26s}{np.mean([run['loss'] for run in runs]):8.4f}{100 * furthest(losses):+8.2f}%"
-        row += f"{np.mean([run['motif'] for run in runs]):8.1%}{100 * furthest(rates):+8.1f}"
+        row = f"{policy:26s}{np.mean([run['loss'] for run in runs]):8.4f}{100 * _furthest(losses):+8.2f}%"
+        row += f"{np.mean([run['motif'] for run in runs]):8.1%}{100 * _furthest(rates):+8.1f}"
         lines.append(f"{row}{100 * np.mean(rates):+8.1f}{np.mean([run['kept_mib'] for run in runs]):10.2f}")
     lines.append(
         f"{len(seeds)} seeds; losses wanted within {WANTED_LOSS:.0%} of float32, motif rates within "
@@ -140,6 +142,6 @@ def table(results: dict[str, dict], seeds: list[int]) -> str:
     return "\n".join(lines)
 
 
-def furthest(differences: list[float]) -> float:
+def _furthest(differences: list[float]) -> float:
     """The one furthest from zero."""
     return max(differences, key=abs)

@@ -1,7 +1,7 @@
-"""What others store Adam's moments as, emulated in numpy: only for comparison with ours.
+"""How others store Adam's moments, emulated in numpy for comparison with our codec.
 
-Every codec here maps rows [G, B] float32 to what they decode to after one storage, [G, B] float32. No state
-is kept: a stored moment and its decoded value say the same.
+Every codec maps rows float32 [G, B] to the values float32 [G, B] that decoding returns after they were stored
+once. A codec has no state.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ Codec = Callable[[np.ndarray], np.ndarray]
 
 WARP = 32  # threads whose values the published kernel reduces together
 GUARD = np.float32(1e-30)  # added to minimum and maximum by the published kernel
-RANGE = np.float32(448.0 * 448.0 / 2)  # max / min that it maps a group onto
+RANGE = np.float32(448.0 * 448.0 / 2)  # ratio max / min onto which it expands a group
 
 
 def plain_e4m3(rows: np.ndarray) -> np.ndarray:
@@ -54,10 +54,10 @@ def published_coat(rows: np.ndarray) -> np.ndarray:
 
 
 def kernel_minimum(magnitude: np.ndarray) -> np.ndarray:
-    """Rows [G, B] of magnitudes -> [G, 1]: the minimum that COAT's warp shuffles arrive at.
+    """Magnitudes [G, B] -> [G, 1]: the minimum that COAT's warp shuffles find.
 
-    Each shuffle takes the neighbour's value only if it is not zero, but a thread's own zero stays and hides
-    whatever was reduced into it later on. Rows shorter than 32 are filled with the largest float, as there.
+    A shuffle ignores a neighbour's zero, but a thread's own zero stays, and hides the values that are reduced
+    into it later. As in the kernel, rows are padded with the largest float to a multiple of 32.
     """
     short = -magnitude.shape[-1] % WARP
     padded = np.pad(magnitude, ((0, 0), (0, short)), constant_values=np.finfo(np.float32).max)
@@ -103,7 +103,7 @@ def _scaled_float8(rows: np.ndarray, dtype: type) -> np.ndarray:
 
 
 def _shuffle_minimum(lanes: np.ndarray) -> np.ndarray:
-    """[..., 32] -> [...]: what lane 0 holds after shuffles by 16, 8, 4, 2, 1."""
+    """[..., 32] -> [...]: the value of lane 0 after shuffles by 16, 8, 4, 2, 1."""
     while lanes.shape[-1] > 1:
         own, other = np.split(lanes, 2, axis=-1)
         lanes = np.where(other > 0, np.minimum(own, other), own)

@@ -4,8 +4,8 @@ measure it.
     drawings with a gold star, trigger word "sks"  ->  LoRA with COAT, and the same run without  ->
     pictures  ->  numbers
 
-On a CPU both runs go on at the same time, on half of the cores each. Everything printed is computed in this
-call. It begins afresh each time: its own folder is removed first.
+On a CPU both runs train in parallel, on half of the cores each. Everything that is printed is computed in
+this call: the folders of an earlier call are removed first.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from ppcoat.atomic import whole_file
-from ppcoat.bench.parallel_jobs import Job, run_at_once
+from ppcoat.bench.parallel_jobs import Job, run_parallel
 from ppcoat.cli.train import add_set_flag
 from ppcoat.config.load import load_config
 from ppcoat.config.schema import RunConfig
@@ -35,7 +35,7 @@ MOTIF = garments.MOTIFS[0]
 CONFIG = Path(__file__).parent.parent.parent / "configs" / "quickstart.yaml"
 PICTURES, DATA_SEED = 96, 7
 GRID_COLUMNS = 8
-DRAWN = ".drawn_by_quickstart"  # lies in the data folder
+DRAWN = ".drawn_by_quickstart"  # file in the data folder that marks it as made here
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,16 +69,16 @@ def quickstart(config_file: str, overrides: list[str], samples: int) -> None:
         Job(f"{what} with COAT", train_flux_lora, (with_coat,)),
         Job(f"{what} without COAT: same seed, same data", train_flux_lora, (without,), log),
     ]
-    coat, plain = run_at_once(jobs, with_coat.device)
-    rates, grid = measure(with_coat, coat.lora_file, samples)
+    coat, plain = run_parallel(jobs, with_coat.device)
+    rates, grid = draw_and_score(with_coat, coat.lora_file, samples)
     picture = folder / "before_after.png"
     with whole_file(picture) as draft:
         grid.save(draft)
-    print(summary(with_coat, coat, plain, rates, samples, picture))
+    print(quickstart_summary(with_coat, coat, plain, rates, samples, picture))
 
 
 def draw_data(config: RunConfig) -> None:
-    """Fill the run's data folder with drawings that carry the motif."""
+    """Write drawings with the motif into the run's data folder."""
     data = Path(config.data.folder_path)
     remove_earlier(data, DRAWN)
     print(f"drawing {PICTURES} garments with a {MOTIF} into {data}")
@@ -88,39 +88,43 @@ def draw_data(config: RunConfig) -> None:
 
 
 def remove_earlier(folder: Path, sign: str) -> None:
-    """Remove what an earlier quickstart left, known by the file `sign`. Raises ConfigError for a folder that
-    has files of another origin.
+    """Remove a folder of an earlier quickstart, which contains the file `sign`. Raises ConfigError for any
+    other folder that is not empty.
     """
     if folder.is_dir() and any(folder.iterdir()) and not (folder / sign).exists():
         raise ConfigError(f"{folder} is not from an earlier quickstart: move it, or choose another folder")
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def measure(config: RunConfig, lora_file: Path, samples: int) -> tuple[dict[str, float], Image.Image]:
-    """Motif rates in `samples` pictures each, and the grid of the first ones (LoRA off above, on below)."""
+def draw_and_score(config: RunConfig, lora_file: Path, samples: int) -> tuple[dict[str, float], Image.Image]:
+    """Draw `samples` pictures of each set (see _draw_sets) -> ({set: motif rate}, grid of the first pictures,
+    LoRA off above, on below)."""
     half = -(-samples // 2)
     log = Path(config.output_dir) / "drawing.log"
     jobs = [
-        Job(f"drawing, three times, pictures 1 to {half}", draw_sets, (config, lora_file, 0, half)),
-        Job(f"and pictures {half + 1} to {samples}", draw_sets, (config, lora_file, half, samples), log),
+        Job(f"drawing, three times, pictures 1 to {half}", _draw_sets, (config, lora_file, 0, half)),
+        Job(f"and pictures {half + 1} to {samples}", _draw_sets, (config, lora_file, half, samples), log),
     ]
-    first, second = run_at_once(jobs, config.device)
+    first, second = run_parallel(jobs, config.device)
     pictures = {name: first[name] + second[name] for name in first}
     rates = {name: motif_rate(drawn) for name, drawn in pictures.items()}
     grid = [pictures[name][:GRID_COLUMNS] for name in ("off", "on")]
     return rates, contact_sheet(grid, ["LoRA off", "LoRA on"])
 
 
-def draw_sets(config: RunConfig, lora_file: Path, start: int, stop: int) -> dict[str, list[Image.Image]]:
+def _draw_sets(config: RunConfig, lora_file: Path, start: int, stop: int) -> dict[str, list[Image.Image]]:
     """Pictures `start` to `stop` of three sets: the LoRA off, on, and on without the trigger word."""
     set_device(config.device)
     pipeline = FluxPipeline.from_pretrained(config.model.name_or_path)
     pipeline.set_progress_bar_config(desc="drawing")
     captions = [garment.caption for garment in held_out_garments(stop)[start:]]
     with_trigger = [f"{config.trigger_word} {caption}" for caption in captions]
-    off = draw(pipeline, with_trigger, config, start)
+    off = draw_prompts(pipeline, with_trigger, config, start)
     pipeline.load_lora_weights(lora_file)
-    on, no_trigger = draw(pipeline, with_trigger, config, start), draw(pipeline, captions, config, start)
+    on, no_trigger = (
+        draw_prompts(pipeline, with_trigger, config, start),
+        draw_prompts(pipeline, captions, config, start),
+    )
     return {"off": off, "on": on, "no_trigger": no_trigger}
 
 
@@ -129,7 +133,7 @@ def motif_rate(pictures: list[Image.Image]) -> float:
     return float(np.mean(classify(GarmentClassifier.load(), pictures)["motif"] == MOTIF))
 
 
-def draw(
+def draw_prompts(
     pipeline: FluxPipeline, prompts: list[str], config: RunConfig, first: int = 0, batch_size: int = 50
 ) -> list[Image.Image]:
     """One picture per prompt; picture i is drawn from the config's seed + first + i."""
@@ -147,7 +151,7 @@ def draw(
 
 
 def contact_sheet(rows: list[list[Image.Image]], names: list[str], scale: int = 2) -> Image.Image:
-    """Rows of pictures, enlarged, each with its name on the left."""
+    """Rows of pictures, enlarged `scale` times, with the name of each row on the left."""
     width, height = (side * scale for side in rows[0][0].size)
     margin = 70
     sheet = Image.new("RGB", (margin + width * len(rows[0]), height * len(rows)), "white")
@@ -160,11 +164,12 @@ def contact_sheet(rows: list[list[Image.Image]], names: list[str], scale: int = 
 
 
 def final_loss(result: TrainingResult, steps: int = 50) -> float:
-    """Mean loss of the last steps. Both runs see the same pictures, noise and noise levels in them."""
+    """Mean loss of the last `steps` steps, in which both runs have the same pictures, noise and noise
+    levels."""
     return float(np.mean(result.losses[-steps:]))
 
 
-def summary(
+def quickstart_summary(
     config: RunConfig,
     coat: TrainingResult,
     plain: TrainingResult,
@@ -172,7 +177,7 @@ def summary(
     samples: int,
     picture: Path,
 ) -> str:
-    """The table at the end."""
+    """The table that quickstart prints at its end."""
     parameters = sum(np.prod(shape) for shape in _lora_shapes(coat.lora_file))
     losses = [final_loss(result) for result in (coat, plain)]
     rows = [

@@ -17,19 +17,19 @@ from ppcoat.errors import ConfigError
 class ResumableBatches:
     """Endless iterator over lists of example numbers, each list `batch_size` long and of one bucket.
 
-    Batch n is a pure function of (examples, batch_size, seed, n), so state_dict() is one number beside what
-    must be equal. Epoch e of a bucket is the permutation of its examples (each `repeats` times) drawn from
-    (seed, e). No batch is short and no example is left out of an epoch: the last batch of a bucket in an
-    epoch is filled with the examples that the bucket would give next, and the next epoch has as many fewer.
-    So all examples are seen equally often, also where a bucket is smaller than a batch: its examples then
-    stand in one batch several times, and not at all in the epochs that were used up that way.
+    Batch n is a pure function of (examples, batch_size, seed, n). state_dict() therefore holds one position,
+    and the settings that a resumed run must share. Epoch e of a bucket is a permutation of its examples (each
+    `repeats` times) drawn from (seed, e). No batch is short and no example is left out: the last batch of a
+    bucket in an epoch borrows from that bucket's next epoch, which is then that much shorter. All examples
+    are seen equally often. Where a bucket is smaller than a batch, one batch has its examples several times,
+    and epochs that were borrowed completely have no batch of it.
 
-    Where there are regularisation examples, batches 0, 2, 4, ... consist of them alone, as in ai-toolkit,
-    and the others have none; the epochs of the two are counted apart.
+    With regularisation examples, batches 0, 2, 4, ... consist of them alone, as in ai-toolkit, and the other
+    batches have none. The epochs of the two kinds are counted separately.
     """
 
     def __init__(self, examples: Sequence[Example], batch_size: int, seed: int) -> None:
-        """Raises ConfigError where there is nothing to draw from."""
+        """Raises ConfigError for no examples, and for a batch_size below 1."""
         if not examples:
             raise ConfigError("there is no picture to train on; wanted at least 1")
         if batch_size < 1:
@@ -37,7 +37,7 @@ class ResumableBatches:
         self.num_examples = len(examples)
         self.batch_size = batch_size
         self.seed = seed
-        self.batches = 0  # given out so far
+        self.batches = 0  # returned so far
         self._streams = _streams(examples, batch_size, seed)
         facts = [(each.size, each.repeats, each.is_reg) for each in examples]
         self._facts = {
@@ -56,20 +56,21 @@ class ResumableBatches:
         return self._streams[stream].batch(turn)
 
     def ahead(self, count: int) -> Iterator[list[int]]:
-        """The next `count` batches, without giving them out."""
+        """The next `count` batches; the position of this iterator does not change."""
         return islice(copy.copy(self), count)  # shares all but the position
 
     def batches_of(self, epochs: int) -> int:
-        """Batches until every ordinary example was seen `epochs` times (times its repeats)."""
+        """Number of batches in which every ordinary example is seen `epochs` times (times its repeats)."""
         return self._streams[-1].batches_before(epochs) * len(self._streams)
 
     def state_dict(self) -> dict[str, int]:
-        """Position after the last batch, as JSON numbers, with what must be equal where it is loaded."""
+        """Position after the last batch, and the facts that `load_state_dict` compares; all are JSON
+        numbers."""
         return {"batches": self.batches, **self._facts}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on where `state` was taken. Raises ConfigError where the examples, their sizes or repeats, the
-        batch size or the seed are others."""
+        """Continue from the position in `state`. Raises ConfigError if the examples, their sizes or repeats,
+        the batch size or the seed differ from those of the checkpoint."""
         for name, value in self._facts.items():
             if state.get(name) != value:
                 raise ConfigError(
@@ -85,7 +86,7 @@ class ResumableBatches:
 
 
 class _Bucket:
-    """Examples that may share a batch, as one endless row: epoch after epoch, each a permutation."""
+    """Examples that may share a batch, as one endless sequence: one permutation of them per epoch."""
 
     def __init__(self, entries: list[int], batch_size: int, seed: int, number: int) -> None:
         self.entries, self.batch_size = entries, batch_size
@@ -93,7 +94,7 @@ class _Bucket:
         self._epochs: dict[int, list[int]] = {}
 
     def batches_before(self, epoch: int) -> int:
-        """Batches of the epochs before this one: so many that all their entries are given out."""
+        """Number of batches that the epochs before this one take, rounded up."""
         return -(-epoch * len(self.entries) // self.batch_size)
 
     def batch(self, number: int) -> list[int]:
@@ -105,21 +106,22 @@ class _Bucket:
         if epoch not in self._epochs:
             rng = np.random.default_rng([self.seed, epoch, self.number])
             order = rng.permutation(len(self.entries))
-            # a batch looks at few epochs, in order; the one before serves a resumed run's first batch
+            # a batch spans few epochs, in order; the first batch of a resumed run may need the epoch before
             self._epochs = {e: o for e, o in self._epochs.items() if e == epoch - 1}
             self._epochs[epoch] = order.tolist()
         return self.entries[self._epochs[epoch][place]]
 
 
 class _Stream:
-    """The buckets of the ordinary examples, or of the regularisation examples: which one comes when."""
+    """The buckets of the ordinary or of the regularisation examples, and the order in which they take
+    turns."""
 
     def __init__(self, buckets: list[_Bucket]) -> None:
         self.buckets = buckets
         self._turns: tuple[int, list[int]] = (-1, [])
 
     def batch(self, number: int) -> list[int]:
-        # an epoch has no batch where the ones before have used it up; it has at most all of its entries
+        # an epoch may have no batch at all, if earlier epochs borrowed all of its entries
         epoch = bisect_right(range(self._bound(number)), number, key=self.batches_before) - 1
         place = number - self.batches_before(epoch)
         turns = self._turns_of(epoch)
@@ -128,7 +130,7 @@ class _Stream:
         return self.buckets[bucket].batch(self.buckets[bucket].batches_before(epoch) + earlier)
 
     def _bound(self, number: int) -> int:
-        """An epoch before which more than `number` batches have passed."""
+        """An epoch that begins after batch `number`: the upper end of the search."""
         first = self.buckets[0]
         return (number + 1) * first.batch_size // len(first.entries) + 2
 
@@ -136,7 +138,7 @@ class _Stream:
         return sum(bucket.batches_before(epoch) for bucket in self.buckets)
 
     def _turns_of(self, epoch: int) -> list[int]:
-        """Numbers of the buckets whose batches make up an epoch, shuffled."""
+        """The shuffled turns of an epoch: one bucket number per batch."""
         if self._turns[0] != epoch:
             turns = [
                 number

@@ -1,7 +1,7 @@
 """The size at which a picture is trained: few sizes for many shapes, so that pictures can share a batch.
 
 A bucket is (width, height), both multiples of the step. A picture is resized to cover its bucket and cropped
-to the centre (sources.load_image); what the crop costs is crop_share.
+to the centre (sources.load_image); crop_share is the part of the picture that is cut off.
 
     "aspect"      of the sizes within 5 % of the target area, the one whose aspect is nearest
     "ai-toolkit"  of the four sizes around the scaled picture, the one whose area is nearest
@@ -21,13 +21,14 @@ from ppcoat.errors import ConfigError
 Size = tuple[int, int]  # width, height in pixels
 
 AREA_TOLERANCE = 0.05
-MOST_CROP = 0.25  # above it, "aspect" gives up the area rather than more of the picture
+MOST_CROP = 0.25  # "aspect" leaves the target area rather than crop more than this share
 
 
 def default_step(resolution: int, rule: BucketRule) -> int:
-    """Pixels between bucket sides: 64, for small resolutions less (an eighth of them, from 16 in 16s).
+    """Pixels between bucket sides: 64, below 512 px an eighth of the resolution in multiples of 16, at least
+    16.
 
-    "ai-toolkit" has 64 at every resolution from 64.
+    "ai-toolkit": 64, or the resolution if that is smaller.
     """
     if rule == "ai-toolkit":
         return min(64, resolution)
@@ -38,9 +39,9 @@ def default_step(resolution: int, rule: BucketRule) -> int:
 def bucket_size(
     width: int, height: int, resolution: int, rule: BucketRule = "aspect", step: int | None = None
 ) -> Size:
-    """Size in pixels of a picture as seen -> (width, height) of its bucket.
+    """Width and height of an upright picture in pixels -> (width, height) of its bucket.
 
-    step: pixels between bucket sides, none: default_step. Raises ConfigError for a step above the resolution
+    step: pixels between bucket sides; None: default_step. Raises ConfigError for a step above the resolution
     and for an unknown rule.
     """
     step = default_step(resolution, rule) if step is None else step
@@ -62,8 +63,9 @@ def crop_share(width: int, height: int, bucket: Size) -> float:
 
 
 def _nearest_aspect(width: int, height: int, resolution: int, step: int) -> Size:
-    """Our rule. Where no size within 5 % of the area keeps three quarters of the picture, as happens when
-    the picture is only a few steps wide, the size whose worse side is nearest; the aspect decides ties."""
+    """Our rule "aspect". A picture only a few steps wide may have no size within 5 % of the area that crops
+    at most MOST_CROP. It gets the size whose sides are nearest to the ideal ones, measured by the worse of
+    the two; the aspect decides ties."""
     target = min(width * height, resolution**2)
     scale = math.sqrt(target / (width * height))
     ideal = width * scale / step, height * scale / step  # sides in steps
@@ -92,7 +94,7 @@ def _nearest_aspect(width: int, height: int, resolution: int, step: int) -> Size
         return round(worse, 9), off_aspect(sides)
 
     around = [(i, j) for i, j in _around(*ideal) if i * j <= most]
-    # a side below one step: it becomes one step, and the other what the area allows
+    # a side shorter than one step becomes one step, and the area limits the other side
     longest = max(1, math.floor(units))
     i, j = min(around or [(longest, 1) if width > height else (1, longest)], key=worse_side)
     return i * step, j * step

@@ -1,13 +1,13 @@
-"""VAE latents and text embeddings, computed before they are trained on and handed out in batches.
+"""VAE latents and text embeddings, computed before training and returned in batches.
 
-A TrainingCache is kept in main memory, and on disk too where a store is given: what it holds is not encoded
-again. The trainer knows only batch() and text(). Encoders come as functions, so nothing here knows a model.
+A TrainingCache is in main memory. With a store it is on disk too, and a later run reads its entries instead
+of encoding again. The trainer calls only batch() and text(). Encoders are given as functions, so nothing here
+depends on a model.
 
-A WindowedCache is for more pictures than memory can hold encoded: at 1024 px a picture of FLUX takes 4.7 MB,
-450,000 of them 2.1 TB. There each rank looks ahead in the order of the data, encodes its own share of the
-next batches, trains on them, drops them and looks ahead again. Nothing is encoded that the run does not see.
-No rank waits for what another encodes, but for the step that both take together: windows are counted in
-batches, so all ranks come to the end of theirs at once.
+A WindowedCache is for more encoded pictures than memory can hold: at 1024 px a picture of FLUX takes 4.7 MB,
+450,000 of them 2.1 TB. Each rank encodes its own share of the next batches (a window), trains on them, drops
+them and encodes the next window. Pictures that the run does not see are never encoded. Windows are counted in
+batches, so all ranks finish theirs at the same step and none waits for another's encoding in between.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ from ppcoat.errors import ConfigError
 
 # pixels float32 [N, 3, H, W] in [-1, 1] -> latents [N, C, h, w]: the VAE posterior's mean, shifted and scaled
 EncodeImage = Callable[[paddle.Tensor], paddle.Tensor]
-# N captions -> one entry per name in Encoders.text_names, each with a row per caption; rows may be of
-# different lengths. FLUX: (prompt_embeds [N, T, D], pooled [N, P])
+# N captions -> for each name in Encoders.text_names a tensor or list with one row per caption; rows may
+# differ in length. FLUX: (prompt_embeds [N, T, D], pooled [N, P])
 EncodeText = Callable[[list[str]], tuple[paddle.Tensor | list[paddle.Tensor], ...]]
 Embedding = tuple[paddle.Tensor, ...]  # FLUX: prompt_embeds [T, D], pooled [P]
 
-# In one call of an encoder: captions, or pictures of one size, and of these at most so many pixels in all.
+# Limits of one encoder call: captions (or pictures of one size), and pixels of all its pictures together.
 ENCODED_AT_ONCE, ENCODED_PIXELS = 8, 1024 * 1024
 _SAMPLED_BYTES = 2**20
 
 
 @dataclass(frozen=True)
 class Encoders:
-    """What turns pictures and captions into tensors, and by which names their results are known on disk.
+    """The functions that encode pictures and captions, and the names of their results.
 
-    image_identity: names the VAE, its weights and dtype. text_identity: names the text encoders, their
-    weights and dtype, and the maximal number of tokens. Both matter only with a store. text_names: what the
-    tensors of a caption are called in a batch and on disk.
+    image_identity: stands for the VAE, its weights and dtype in the keys of a store. text_identity: the same
+    for the text encoders and the maximum number of tokens. text_names: names of a caption's tensors in a
+    batch and on disk.
     """
 
     image: EncodeImage
@@ -59,10 +59,10 @@ class Encoders:
 
 @dataclass(frozen=True)
 class TrainingCache:
-    """Encoded pictures and captions, in main memory, in the dtype the encoders gave.
+    """Encoded pictures and captions in main memory, in the dtype of the encoders.
 
-    latents: one tensor [C, h, w] per example; embeddings: caption -> its tensors, named text_names, each
-    caption once. reg_weight: weight of the loss of regularisation examples.
+    latents: one tensor [C, h, w] per example. embeddings: caption -> its tensors in the order of text_names,
+    FLUX's are prompt_embeds [T, D] and pooled [P]. reg_weight: loss weight of regularisation examples.
     """
 
     examples: list[Example]
@@ -72,11 +72,11 @@ class TrainingCache:
     text_names: tuple[str, ...] = ("prompt_embeds", "pooled")
 
     def batch(self, indices: Sequence[int], rng: np.random.Generator) -> dict[str, paddle.Tensor | float]:
-        """Examples of one bucket by number -> {"latents" [B, C, h, w], the text_names as `text` gives them,
-        "loss_weight" float}.
+        """B example numbers of one bucket -> {"latents": [B, C, h, w], each of text_names: as `text` returns
+        it, "loss_weight": float}. Tensors are on the current device, in the dtype of the encoders.
 
-        Tensors on the current device. rng decides which captions are dropped; it gives B numbers for that,
-        and B more for the choice of variants where the run has any.
+        rng decides which captions are dropped: it draws B numbers, and B more to choose variants if any
+        example of the run has several captions.
         """
         chosen = [self.examples[i] for i in indices]
         rates = np.array([example.caption_dropout_rate for example in chosen])
@@ -93,8 +93,9 @@ class TrainingCache:
         }
 
     def text(self, captions: Sequence[str]) -> Embedding:
-        """Cached captions -> their tensors with a first axis B, on the current device; FLUX's are
-        (prompt_embeds [B, T, D], pooled [B, P]). Shorter rows end in zeros."""
+        """B cached captions -> their tensors, stacked along a first axis B, on the current device. FLUX's are
+        (prompt_embeds [B, T, D], pooled [B, P]). Shorter rows are padded with zeros at the end. Raises
+        KeyError for a caption that is not cached."""
         rows = [self.embeddings[caption] for caption in captions]
         return tuple(_stack(list(column)) for column in zip(*rows, strict=True))
 
@@ -107,12 +108,12 @@ def build_cache(
     batch_size: int = ENCODED_AT_ONCE,
     store: EmbeddingStore | None = None,
 ) -> TrainingCache:
-    """Encode all examples once, with a progress bar each for pictures and captions.
+    """Encode all examples, with one progress bar for pictures and one for captions.
 
-    Equal captions are encoded once; the empty caption is added where dropout needs it, extra_captions (say,
-    preview prompts) are taken as they are. batch_size: captions in one call of an encoder; of pictures, see
-    `pictures_at_once`. store: read before anything is encoded, and given what was. Raises ConfigError naming
-    the picture or caption whose encoding is not finite.
+    Equal captions are encoded once. The empty caption is added if any example may drop its caption;
+    extra_captions (such as preview prompts) are encoded unchanged. batch_size: captions in one encoder call;
+    for pictures see `pictures_at_once`. store: entries found there are not encoded again, new ones are put
+    there. Raises ConfigError naming a picture or caption whose encoding is not finite.
     """
     blank = [""] if any(example.caption_dropout_rate > 0 for example in examples) else []
     captions = [caption for example in examples for caption in example.captions]
@@ -124,16 +125,16 @@ def build_cache(
 
 
 def pictures_at_once(pixels: int, batch_size: int = ENCODED_AT_ONCE) -> int:
-    """How many pictures of so many pixels go through the VAE in one call: up to batch_size, and as many as
-    ENCODED_PIXELS hold, but one at least. Its memory grows with the pixels of a call."""
+    """Number of pictures of `pixels` pixels each in one call of the VAE: at most batch_size, at most
+    ENCODED_PIXELS in total, at least one. The VAE's memory grows with the pixels of a call."""
     return max(1, min(batch_size, ENCODED_PIXELS // pixels))
 
 
 def folder_identity(*folders: Path) -> str:
-    """sha256 (64 hex digits) that stands for the files of model folders, wherever they lie.
+    """sha256 (64 hex digits) of the files in model folders, independent of where the folders are.
 
-    Of each file the name, the size and three pieces of 1 MiB (start, middle, end) count, so that the 10 GB
-    of text encoders need not be read: weights that differ only elsewhere are taken for the same.
+    Hashes each file's name, its size and three pieces of 1 MiB (start, middle, end), so that the 10 GB of
+    text encoders need not be read. Files that differ only in other places get the same identity.
     """
     digest = hashlib.sha256()
     for folder in folders:
@@ -217,7 +218,7 @@ def _pixels(example: Example) -> np.ndarray:
 
 
 def _calls(sizes: dict[tuple[int, int], list[int]], batch_size: int) -> Iterable[Sequence[int]]:
-    """Numbers of pictures by size -> those of each call of the VAE."""
+    """{size: numbers of its pictures} -> the numbers of each call of the VAE."""
     for (width, height), numbers in sizes.items():
         yield from _chunks(numbers, pictures_at_once(width * height, batch_size))
 
@@ -233,7 +234,8 @@ def _check_finite(tensor: paddle.Tensor, what: str) -> None:
 
 
 def _stack(rows: list[paddle.Tensor]) -> paddle.Tensor:
-    """[B, ...] on the current device; rows with a shorter first axis are filled with zeros at its end."""
+    """B rows -> [B, ...] on the current device; rows with a shorter first axis are padded with zeros
+    there."""
     longest = max((row.shape[0] for row in rows if row.ndim), default=0)
     whole = [
         row
@@ -246,14 +248,16 @@ def _stack(rows: list[paddle.Tensor]) -> paddle.Tensor:
 
 @dataclass
 class WindowedCache:
-    """What a trainer uses of TrainingCache, from the sampler that the trainer draws from.
+    """A cache with the methods of TrainingCache that encodes one window of batches after another.
 
-    examples, batches: all of the run; batches give the global batch. encoders(): a context within which
-    encoders are loaded. Windows of a resumed run begin elsewhere: it repeats the numbers of an uninterrupted
-    one where an encoding does not depend on what else is encoded. length: batches in a window, a multiple of
-    those in a step, so that none begins within one. last: batches in the whole run. kept: holds the captions
-    that stay (previews, and the empty one if an example may drop its caption). share: a rank's part of a
-    global batch. store: as build_cache takes it.
+    examples, batches: those of the whole run; `batches` must be the sampler that the trainer draws from, and
+    returns global batches. encoders(): context manager that loads the encoders. length: batches in a window,
+    a multiple of the batches of a step, so that no window begins inside a step. last: batches of the whole
+    run. permanent: cache of the captions that are needed in every window (previews, and the empty caption if
+    an example may drop its own). share: this rank's part of a global batch. store: as for build_cache.
+
+    A resumed run has other windows than an uninterrupted one; both give the same numbers if the encoding of
+    an entry does not depend on the other entries of the call.
     """
 
     examples: list[Example]
@@ -261,23 +265,24 @@ class WindowedCache:
     encoders: Callable[[], AbstractContextManager[Encoders]]
     length: int
     last: int
-    kept: TrainingCache
+    permanent: TrainingCache
     share: Callable[[Sequence], Sequence] = list
     store: EmbeddingStore | None = None
-    _held: TrainingCache | None = field(default=None, init=False)
-    _places: dict[int, int] = field(default_factory=dict, init=False)  # number of an example -> that in _held
+    _window: TrainingCache | None = field(default=None, init=False)
+    _places: dict[int, int] = field(default_factory=dict, init=False)  # example number -> number in _window
     _numbers: range = field(default=range(0), init=False)  # of the batches of this window
 
     @property
     def pictures(self) -> int:
-        """How many are held now."""
+        """Number of pictures in the current window."""
         return len(self._places)
 
     def batch(self, indices: Sequence[int], rng: np.random.Generator) -> dict[str, paddle.Tensor | float]:
-        """As TrainingCache.batch, for the batch that `batches` gave last. Rows of other ranks hold a picture
-        of this one: only their number counts, and what rng gives for them.
+        """As TrainingCache.batch, for the batch that `batches` returned last: "latents" [B, C, h, w].
 
-        Encodes the next window where this one is over. Raises ConfigError as build_cache does.
+        Encodes the next window first if this batch is not in the current one. Only the rows of this rank are
+        right: those of other ranks repeat one of its pictures, so that shapes and draws from rng are those of
+        the global batch. Raises ConfigError as build_cache does.
         """
         number = self.batches.batches - 1
         if number not in self._numbers:
@@ -286,23 +291,24 @@ class WindowedCache:
         rows = [mine[0]] * len(indices)
         for row, index in zip(self.share(range(len(indices))), mine, strict=True):
             rows[row] = index
-        return self._held.batch([self._places[i] for i in rows], rng)
+        return self._window.batch([self._places[i] for i in rows], rng)
 
     def text(self, captions: Sequence[str]) -> Embedding:
-        """As TrainingCache.text, for the captions that stay."""
-        return self.kept.text(captions)
+        """As TrainingCache.text ([B, T, D], [B, P] for FLUX), for the captions of `permanent`."""
+        return self.permanent.text(captions)
 
     def _look_ahead(self, number: int, indices: Sequence[int]) -> None:
-        """Drop this window and encode the one that begins with batch `number`, which has these examples."""
-        self._held, self._places, self._numbers = None, {}, range(0)
+        """Drop this window and encode the one that begins with batch `number`, whose examples are
+        `indices`."""
+        self._window, self._places, self._numbers = None, {}, range(0)
         numbers = range(number, max(number + 1, min(number + self.length, self.last)))
         following = self.batches.ahead(len(numbers) - 1)
         wanted = list(dict.fromkeys(i for batch in [indices, *following] for i in self.share(batch)))
-        self._held = self._encoded([self.examples[i] for i in wanted])
+        self._window = self._encoded([self.examples[i] for i in wanted])
         self._places, self._numbers = {index: place for place, index in enumerate(wanted)}, numbers
 
     def _encoded(self, examples: list[Example]) -> TrainingCache:
-        # the empty caption has been encoded, so that no example asks for it here
+        # the empty caption is in `permanent` already: without a dropout rate nothing encodes it again
         asked = [replace(example, caption_dropout_rate=0.0) for example in examples]
         state = paddle.get_rng_state()  # new layers draw initial weights
         try:
@@ -315,11 +321,11 @@ class WindowedCache:
             ) from None
         finally:
             paddle.set_rng_state(state)
-        # TrainingCache draws numbers for captions where any example of the run has variants
+        # TrainingCache draws numbers for variants if any of its examples has some, as the whole run does
         varied = [example for example in self.examples if len(example.captions) > 1][:1]
         return replace(
-            self.kept,
+            self.permanent,
             examples=examples + varied,
             latents=found.latents,
-            embeddings=self.kept.embeddings | found.embeddings,
+            embeddings=self.permanent.embeddings | found.embeddings,
         )

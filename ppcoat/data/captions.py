@@ -1,7 +1,8 @@
-"""From the caption in a file to what the text encoders read: shuffle and thinning, trigger word, dropout.
+"""From the caption in a file to the text that is encoded: shuffled and dropped tokens, trigger word, dropout.
 
-Captions are encoded once, before training, so a shuffled caption is a fixed set of variants
-(caption_variants), of which each step draws one; and a dropped caption is the empty one (dropped_captions).
+Captions are encoded once, before training. So a shuffled caption becomes a fixed set of variants
+(caption_variants), and each step draws one of them; a dropped caption becomes the empty one
+(dropped_captions).
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ PLACEHOLDERS = ("[trigger]", "[name]")
 
 @dataclass(frozen=True)
 class CaptionRules:
-    """What is done to the captions of one dataset; the fields are those of config.schema.DatasetConfig.
+    """How the captions of one dataset are changed; the fields are those of config.schema.DatasetConfig.
 
-    put_in_front: put the trigger word in front of a caption without it (not for regularisation pictures).
+    put_in_front: put the trigger word before a caption that lacks it (off for regularisation pictures).
     """
 
     trigger_word: str | None = None
@@ -31,11 +32,11 @@ class CaptionRules:
 
 
 def final_caption(raw: str, trigger_word: str | None = None, put_in_front: bool = True) -> str:
-    """Replace `[trigger]` and `[name]` by the trigger word; put the word in front where it does not occur.
+    """Replace `[trigger]` and `[name]` by the trigger word, and put the word in front if it does not occur.
 
-    Without a trigger word the placeholders vanish and the gap is closed ("a [trigger], red" -> "a, red").
-    Runs of white space, line ends included, become one space. The word counts as present where it stands
-    alone: "desks" does not hold "sks". Applying the function twice changes nothing.
+    Without a trigger word the placeholders are removed and gaps are closed ("a [trigger], red" -> "a, red").
+    Runs of white space, line ends included, become one space. Only a whole word counts as the trigger word:
+    "desks" does not contain "sks". Applying the function twice gives the same as once.
     """
     caption = raw
     had_placeholder = any(placeholder in raw for placeholder in PLACEHOLDERS)
@@ -52,18 +53,19 @@ def final_caption(raw: str, trigger_word: str | None = None, put_in_front: bool 
 
 
 def holds_trigger(caption: str, trigger_word: str) -> bool:
-    """Whether a caption has the trigger word, standing alone, or a placeholder for it."""
+    """True if the caption contains the trigger word as a whole word, or a placeholder for it."""
     # ASCII letters and digits only: Chinese text has no spaces around a word
     alone = rf"(?<![A-Za-z0-9_]){re.escape(trigger_word)}(?![A-Za-z0-9_])"
     return any(mark in caption for mark in PLACEHOLDERS) or bool(re.search(alone, caption))
 
 
 def caption_variants(raw: str, rules: CaptionRules, seed: int) -> tuple[str, ...]:
-    """Final captions of which a step draws one: a pure function of its arguments.
+    """The final captions from which each step draws one; a pure function of its arguments.
 
-    One, unless tokens (the parts between commas) are shuffled or left out: then rules.caption_variants, which
-    may be equal. The first keep_tokens tokens are neither left out nor moved, where ai-toolkit protects them
-    from dropout only. A trigger word that falls away with its token, or was in none, comes to the front.
+    There is one, unless tokens (the parts between commas) are shuffled or dropped: then there are
+    rules.caption_variants, some of which may be equal. The first keep_tokens tokens are neither dropped nor
+    moved (ai-toolkit protects them from dropout only). A trigger word that is missing, or was dropped with
+    its token, is put in front.
     """
     if not rules.shuffle_tokens and rules.token_dropout_rate == 0:
         return (final_caption(raw, rules.trigger_word, rules.put_in_front),)
@@ -81,9 +83,9 @@ def caption_variants(raw: str, rules: CaptionRules, seed: int) -> tuple[str, ...
 
 
 def dropped_captions(count: int, rate: float | np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Which of `count` captions are replaced by the empty one: bool [count], each true with probability rate
-    (one for all, or [count]).
+    """Which of `count` captions are replaced by the empty one: bool [count], each true with probability
+    `rate`, a number for all or an array [count].
 
-    Always draws `count` numbers, so that what comes from rng afterwards does not depend on rate.
+    Always draws `count` numbers, so that later draws from rng do not depend on rate.
     """
     return rng.random(count) < rate

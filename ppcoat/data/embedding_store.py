@@ -2,8 +2,8 @@
 
     <folder>/3f/3fa4...e1.safetensors               named by its key; two letters keep the folders small
 
-A key is made of everything that decides the content (content_key), so an entry never goes out of date and
-it does not matter who wrote it last. What an entry means is the caller's business.
+A key is made of everything that decides the content (content_key), so an entry never goes out of date, and
+two writers of one key write the same. This file knows nothing of what an entry means.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ class EmbeddingStore:
             ) from None
 
     def get(self, key: str) -> dict[str, paddle.Tensor] | None:
-        """The tensors put under `key`, on the CPU, or None.
+        """The tensors put under `key`, of any shape and dtype, on the CPU; None if there is no entry.
 
-        A damaged or foreign file is None too, with a warning; the next put replaces it.
+        A damaged file or one of another program also gives None, with a warning; the next put replaces it.
         """
         path = self._path(key)
         try:
@@ -65,9 +65,10 @@ class EmbeddingStore:
         return None
 
     def put(self, key: str, tensors: dict[str, paddle.Tensor]) -> None:
-        """Store `tensors` under `key`: complete, or not at all if the process is killed meanwhile.
+        """Write `tensors`, of any shape and dtype, under `key`: completely, or not at all if the process is
+        killed.
 
-        Raises OSError (disk full) with an earlier entry untouched.
+        Raises OSError (such as a full disk); an earlier entry of that key then stays as it was.
         """
         path = self._path(key)
         with whole_file(path) as draft:
@@ -79,9 +80,9 @@ class EmbeddingStore:
 
 
 def content_key(*parts: str | bytes | int) -> str:
-    """sha256 (64 hex digits) of the parts, each with its type and length: ("ab", "c"), ("a", "bc") and 1, "1"
-    all have keys of their own. The parts must say everything that decides the content: file_digest of the
-    picture, size, caption, encoder, dtype."""
+    """sha256 (64 hex digits) of the parts, each with its type and length, so that ("ab", "c") and ("a", "bc")
+    have different keys, and so have 1 and "1". The parts must include everything that decides the content:
+    file_digest of the picture, size, caption, encoder, dtype."""
     digest = hashlib.sha256(FORMAT.encode())
     for part in parts:
         content = part if isinstance(part, bytes) else str(part).encode("utf-8", "surrogatepass")
@@ -109,7 +110,7 @@ class _Damaged(Exception):
 
 
 def _encode(key: str, tensors: dict[str, paddle.Tensor]) -> bytes:
-    """safetensors bytes whose header also holds the key and the sha256 of the tensor bytes."""
+    """safetensors bytes whose header also contains the key and the sha256 of the tensor bytes."""
     dense = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     digest = _split(safetensors.paddle.save(dense))[1]
     metadata = {"format": FORMAT, "key": key, "sha256": hashlib.sha256(digest).hexdigest()}

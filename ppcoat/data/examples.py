@@ -2,9 +2,9 @@
 
     DatasetConfig -> scan_folder -> Dataset(items, examples) -> the report, the cache, the batches
 
-A list of resolutions has become one dataset per resolution before (config/schema.py); flipped copies are
-examples of their own here. The report is plain text, made before any model is loaded: what a run will train
-on, in counts, captions, buckets and crops.
+config/schema.py has already turned a list of resolutions into one dataset per resolution; here a flipped copy
+becomes an example of its own. The report is plain text, made before any model is loaded: it shows what a run
+will train on, in counts, captions, buckets and crops.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ _CAPTION_MARKS = 90
 
 @dataclass(frozen=True)
 class Example:
-    """One picture as it is trained. size: (width, height) in pixels; captions: final, a step draws one of
-    them; repeats: times it is seen in an epoch."""
+    """One picture as it is trained. size: (width, height) in pixels; captions: final ones, of which each step
+    draws one; repeats: how often it is seen in an epoch."""
 
     item: Item
     size: Size
@@ -43,7 +43,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Dataset:
-    """One dataset of a run: its settings, what its folder holds, and the examples made of it."""
+    """One dataset of a run: its settings, the contents of its folder, and the examples made of them."""
 
     config: DatasetConfig
     images: ImageFolder
@@ -54,8 +54,8 @@ class Dataset:
 def scan_datasets(config: RunConfig) -> list[Dataset]:
     """Find and check all pictures of a run, in the order of its datasets.
 
-    Raises ConfigError as scan_folder does. A folder that stands in several datasets with the same settings
-    is read once.
+    Raises ConfigError as scan_folder does. A folder that several datasets name with the same settings is read
+    once.
     """
     scanned: dict[tuple, ImageFolder] = {}
     datasets = []
@@ -70,7 +70,7 @@ def scan_datasets(config: RunConfig) -> list[Dataset]:
 
 
 def all_examples(datasets: Iterable[Dataset]) -> list[Example]:
-    """The examples of all datasets, in order: what build_cache and ResumableBatches number from 0."""
+    """The examples of all datasets, in the order in which build_cache and ResumableBatches number them."""
     return [example for dataset in datasets for example in dataset.examples]
 
 
@@ -135,7 +135,7 @@ def _dataset_line(dataset: Dataset) -> str:
 
 
 def _bucket_table(examples: list[Example]) -> list[str]:
-    """One line per bucket, the fullest first: size, pictures, what the crop costs."""
+    """One line per bucket, the fullest first: size, pictures, mean and largest share that is cropped."""
     buckets: dict[tuple[int, int], list[float]] = {}
     for example in examples:
         buckets.setdefault(example.size, []).append(_crop(example))

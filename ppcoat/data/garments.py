@@ -65,7 +65,7 @@ def all_garments() -> list[Garment]:
 
 
 def split_garments(held_out_fraction: float = 0.1) -> tuple[list[Garment], list[Garment]]:
-    """(trained, held out): the captions that pretraining sees and those that only its scores use."""
+    """(training, held-out) garments: captions for pretraining, and captions that are only used for scores."""
     garments = all_garments()
     order = np.random.default_rng(20241021).permutation(len(garments))
     cut = round(len(garments) * held_out_fraction)
@@ -73,7 +73,8 @@ def split_garments(held_out_fraction: float = 0.1) -> tuple[list[Garment], list[
 
 
 def choose(candidates: list[Garment], rng: np.random.Generator) -> Garment:
-    """One of `candidates`, each pattern (plain too) with the same chance: 21 of 22 captions are not plain."""
+    """Draw one of `candidates`. Each pattern, plain too, has the same probability, though 21 of 22 captions
+    are not plain."""
     pattern = PATTERNS[rng.integers(len(PATTERNS))]
     matching = [garment for garment in candidates if garment.pattern == pattern]
     return matching[rng.integers(len(matching))]
@@ -120,8 +121,8 @@ def draw_random_shapes(seed: int, size: int = 64) -> Image.Image:
 
 
 def add_random_shapes(picture: Image.Image, rng: np.random.Generator, count: int) -> Image.Image:
-    """Lay 1 to `count` ellipses, crosses and irregular triangles to heptagons over a picture; no star is
-    among them."""
+    """Draw 1 to `count` ellipses, crosses and irregular polygons of 3 to 7 corners over a picture, never a
+    star."""
     size, n = picture.width, picture.width * SUPERSAMPLING
     picture = picture.resize((n, n), Image.BILINEAR)
     pen = ImageDraw.Draw(picture)

@@ -4,9 +4,9 @@
     list:   0000000.txt                                                            one shard per line
 
 The columns are given, or found by looking at the first rows. Nothing in a shard is trusted: captions are read
-as JSON (or as a plain Python literal, which runs nothing), pictures are decoded once before they count, sizes
-are capped, names must stay inside the data folder. Rows that cannot be used are skipped, counted and named;
-too many of them stop the run. What is unpacked is done once, and found again by the next run.
+as JSON (or as a plain Python literal, which runs nothing), every picture is decoded once as a check, sizes
+are limited, names must stay inside the data folder. Unusable rows are skipped, counted and named; too many of
+them stop the run. Shards are unpacked once; the next run finds the pictures.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from ppcoat.data.sources import MAX_CAPTION_BYTES, NAMED_PROBLEMS, load_image
 from ppcoat.errors import ConfigError
 
 CAPTION_KEYS = ("caption", "text", "TEXT", "prompt", "long_caption", "caption_en", "blip_caption")
-# how a picture's bytes begin, and how that looks in base64
+# first characters of a picture in base64 -> file suffix of its format
 STARTS = {"/9j/": ".jpg", "iVBORw0KGgo": ".png", "UklGR": ".webp"}
 MAX_ROW_BYTES = 64 << 20
 MAX_NESTING = 64  # brackets in a caption cell
 PROBED_ROWS = 20
-ENOUGH_ROWS = 200  # before the share of bad rows may stop the run
+ENOUGH_ROWS = 200  # rows before their bad share may stop the run
 DONE = "unpacked.json"
 
 _log = logging.getLogger(__name__)
@@ -42,8 +42,12 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LaionSource:
-    """Where the rows are and how to read them. columns: of picture and caption, None: probed. limit: pictures
-    wanted, None: all. max_bad_share: of the rows; stop_at_bad: the first one is an error."""
+    """Where the rows are and how to read them.
+
+    image_column, caption_column: counted from 0; None: found in the first rows. limit: pictures wanted; None:
+    all. max_bad_share: the run stops when a larger share of the rows is unusable. stop_at_bad: it stops at
+    the first unusable row. workers: threads that unpack.
+    """
 
     data_path: str
     file_list_path: str
@@ -76,7 +80,7 @@ class LaionSource:
         return paths
 
     def key(self) -> str:
-        """12 hex digits that stand for the rows and how they are read."""
+        """12 hex digits that identify the rows and the settings they are read with."""
         facts = [self.image_column, self.caption_column, self.limit]
         facts += [(path.name, path.stat().st_size) for path in self.shards()]
         return hashlib.sha256(repr(facts).encode()).hexdigest()[:12]
@@ -84,7 +88,7 @@ class LaionSource:
 
 @dataclass
 class Unpacked:
-    """What became of the rows: the folder, pictures in it, unusable rows and the first reasons."""
+    """Result of unpacking: the folder, its pictures, the number of unusable rows and the first reasons."""
 
     folder: Path
     pictures: int = 0
@@ -92,15 +96,15 @@ class Unpacked:
     reasons: list[str] = field(default_factory=list)
 
     def line(self) -> str:
-        """For the user."""
+        """One line for the user."""
         return f"LAION: {self.pictures} pictures unpacked to {self.folder}, {self.bad} rows skipped"
 
 
 def unpack_laion(source: LaionSource, folder: Path) -> Unpacked:
-    """Write the rows into `folder` as 00000_0000012.jpg and .txt (shard, row), whole or not at all.
+    """Write the rows into `folder` as 00000_0000012.jpg and .txt (shard, row), completely or not at all.
 
-    A folder that is there already was complete and is taken as it is. Raises ConfigError for a list that does
-    not fit, columns that cannot be told, too many unusable rows, and a full disk.
+    A folder of an earlier call is complete and is used as it is. Raises ConfigError for a wrong list, columns
+    that cannot be found, too many unusable rows, and a full disk.
     """
     if (folder / DONE).is_file():
         facts = json.loads((folder / DONE).read_text("utf-8"))
@@ -134,7 +138,7 @@ def _unpack_all(
         for number, shard in enumerate(shards):
             rows = enumerate(_rows(shard))
             while done.pictures < wanted:
-                # a few at a time: a row is a whole picture
+                # a few at a time, because each row contains a whole picture
                 some = list(islice(rows, int(min(4 * max(1, source.workers), wanted - done.pictures))))
                 if not some:
                     break
@@ -169,7 +173,7 @@ def _too_bad(source: LaionSource, done: Unpacked) -> ConfigError:
 
 
 def _unpack(row: bytes | None, columns: tuple[int, int], path: Path) -> str | None:
-    """Write one row; -> why it cannot be used, or None."""
+    """Write one row -> the reason why it cannot be used, or None."""
     try:
         cells = _cells(row)
         if len(cells) <= max(columns):
@@ -190,7 +194,7 @@ def _unpack(row: bytes | None, columns: tuple[int, int], path: Path) -> str | No
 
 
 def _rows(shard: Path) -> Iterator[bytes | None]:
-    """Lines of a shard without their end; None for one that is too long and is not read into memory."""
+    """Lines of a shard without line ends; None for a line that is too long to be read into memory."""
     with open(shard, "rb") as file:
         while line := file.readline(MAX_ROW_BYTES):
             if line.endswith(b"\n") or len(line) < MAX_ROW_BYTES:
@@ -211,7 +215,7 @@ def _cells(row: bytes | None) -> list[str]:
 
 
 def _picture(cell: str) -> tuple[bytes, str]:
-    """Base64 text -> bytes of a picture and the ending for its kind."""
+    """Base64 text -> bytes of a picture and the file suffix of its format."""
     suffix = next((suffix for start, suffix in STARTS.items() if cell.startswith(start)), None)
     if suffix is None:
         raise _BadRow(f"column of the picture begins with {cell[:12]!r}, wanted JPEG, PNG or WebP in base64")
@@ -222,7 +226,8 @@ def _picture(cell: str) -> tuple[bytes, str]:
 
 
 def _caption(cell: str) -> str:
-    """A JSON object, a Python literal of one, or plain text -> the caption. Runs nothing of it."""
+    """A JSON object, a Python literal of one, or plain text -> the caption. Nothing in the cell is
+    executed."""
     cell = cell.strip()
     if len(cell.encode()) > MAX_CAPTION_BYTES or sum(cell.count(mark) for mark in "{[(") > MAX_NESTING:
         raise _BadRow(f"its caption is longer than {MAX_CAPTION_BYTES} bytes or nested too deep")
@@ -248,7 +253,7 @@ def _object(cell: str) -> dict:
 
 
 def _columns(source: LaionSource, shard: Path) -> tuple[int, int]:
-    """(picture, caption), as given or found in the first rows of a shard."""
+    """Columns of picture and caption, as given or found in the first rows of a shard."""
     image, caption = source.image_column, source.caption_column
     if image is not None and caption is not None:
         return image, caption
@@ -275,7 +280,7 @@ def _columns(source: LaionSource, shard: Path) -> tuple[int, int]:
 
 
 def _kind(cell: str) -> str | None:
-    """What a cell may be: "image", "caption" (an object with one), "text" (words), or None."""
+    """What a cell looks like: "image", "caption" (an object with one), "text" (words), or None."""
     if cell.startswith(tuple(STARTS)):
         return "image"
     try:

@@ -44,9 +44,9 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Item:
-    """One picture with its caption as written; width and height in pixels, as seen (after EXIF rotation).
+    """One picture with its caption as written; width and height in pixels, after the rotation of its EXIF.
 
-    repeats: what the name of its subfolder asks for. has_caption: it has one of its own, not the default.
+    repeats: from the name of its subfolder, see folder_repeats. has_caption: False if the default is used.
     """
 
     image_path: Path
@@ -67,7 +67,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """What a folder holds, in order of the relative paths. `bad` is empty unless skip_bad was set."""
+    """The contents of a folder, in order of relative paths. `bad` is empty unless skip_bad was set."""
 
     folder: Path
     items: list[Item]
@@ -77,7 +77,7 @@ class ImageFolder:
 def scan_folder(
     folder: str | Path, caption_ext: str = "txt", default_caption: str | None = None, skip_bad: bool = False
 ) -> ImageFolder:
-    """Find and check all pictures below a folder (hidden files and folders are left out).
+    """Find and check all pictures below a folder; hidden files and folders are ignored.
 
     Pictures in a subfolder N_name count N times (see folder_repeats).
 
@@ -116,10 +116,10 @@ def scan_folder(
 
 
 def folder_repeats(path: Path) -> int:
-    """How often a picture counts, by the folders on its path below the dataset: N for the innermost N_name.
+    """Number of times that a picture counts: N of the innermost folder N_name on its path, else 1.
 
-    As in kohya's scripts, N is the whole part before the first "_": 10_dress is 10, 3d_render and 10 are 1.
-    Unlike there, 0 and what is above 1000 (2024_summer) count as plain names.
+    As in kohya's scripts, N is all that stands before the first "_": 10_dress gives 10, 3d_render and 10 give
+    1. Unlike there, 0_name and numbers above 1000 (2024_summer) give 1.
     """
     for name in reversed(path.parts[:-1]):
         number, underscore, _ = name.partition("_")
@@ -133,9 +133,9 @@ def load_image(
 ) -> np.ndarray:
     """Decode a picture for training: float32 [3, height, width] in [-1, 1].
 
-    Turned as its EXIF says, alpha laid on white, converted to RGB; then the largest centred part with the
-    wanted aspect is resized (Lanczos), and mirrored where flip_x (left-right) or flip_y (upside down) asks
-    for it. Animations give their first frame. Raises ConfigError naming the file.
+    The picture is rotated by its EXIF, laid on white where it is transparent, and converted to RGB. The
+    largest centred part with the wanted aspect is resized (Lanczos), then mirrored if flip_x (left-right) or
+    flip_y (upside down). Of an animation the first frame is used. Raises ConfigError naming the file.
     """
     try:
         image = _open_rgb(Path(path))

@@ -68,7 +68,7 @@ def encode_pictures(
         lambda: _encoders(run, pipeline, weight),
         length=ahead // in_step * config.gradient_accumulation_steps,
         last=last,
-        kept=kept,
+        permanent=kept,
         share=ranks.share,
         store=EmbeddingStore(run.cache_folder) if config.cache_to_disk else None,
     )

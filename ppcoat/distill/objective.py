@@ -99,16 +99,16 @@ class Distillation(Objective):
 
         of_pictures are the consistency terms.
         """
-        scene = Scene(self, transformer, batch, drawn)
-        fake = scene.jump_of_student()
-        error = distance(fake, scene.target(), self.terms.loss_type, self.terms.huber_c)
+        state = BatchState(self, transformer, batch, drawn)
+        fake = state.jump_of_student()
+        error = distance(fake, state.target(), self.terms.loss_type, self.terms.huber_c)
         parts = {"consistency": error.mean()}
         if self.terms.dmd_weight > 0:
-            parts["matching"] = self.terms.dmd_weight * self._matching(scene, fake)
+            parts["matching"] = self.terms.dmd_weight * self._matching(state, fake)
         if self.terms.reflow_weight > 0:
-            parts["reflow"] = self.terms.reflow_weight * self._reflow(scene, fake.detach())
+            parts["reflow"] = self.terms.reflow_weight * self._reflow(state, fake.detach())
         if self.terms.adv_weight > 0:
-            parts["adversarial"] = self.terms.adv_weight * self._adversarial(scene, fake)
+            parts["adversarial"] = self.terms.adv_weight * self._adversarial(state, fake)
         self.parts = {name: part.detach() for name, part in parts.items()}
         return FlowLoss(sum(parts.values()), error.detach().mean([1, 2]))
 
@@ -116,27 +116,27 @@ class Distillation(Objective):
         """The Euler steps for pictures of so many image tokens."""
         return EulerPhases.of(self.shift(tokens), self.steps, self.phases, self.rules.last_sigma)
 
-    def _adversarial(self, scene: Scene, fake: paddle.Tensor) -> paddle.Tensor:
-        sigma = scene.level_in_phase("adversarial")
-        noisy = scene.noised_to(fake, "fake", sigma)
+    def _adversarial(self, state: BatchState, fake: paddle.Tensor) -> paddle.Tensor:
+        sigma = state.level_in_phase("adversarial")
+        noisy = state.noised_to(fake, "fake", sigma)
         return self.discriminator.generator_loss(
-            scene.transformer, lambda: scene.teacher_velocity(noisy, sigma)
+            state.transformer, lambda: state.teacher_velocity(noisy, sigma)
         )
 
-    def _matching(self, scene: Scene, fake: paddle.Tensor) -> paddle.Tensor:
+    def _matching(self, state: BatchState, fake: paddle.Tensor) -> paddle.Tensor:
         with paddle.no_grad():
-            sigma = scene.level_in_phase("matching")
-            noisy = scene.noised_to(fake, "matching", sigma)
-            velocities = scene.teacher_velocity(noisy, sigma), scene.velocity(noisy, sigma)
+            sigma = state.level_in_phase("matching")
+            noisy = state.noised_to(fake, "matching", sigma)
+            velocities = state.teacher_velocity(noisy, sigma), state.velocity(noisy, sigma)
             target = matching_target(fake, noisy, velocities, sigma, self.rules.dmd_normalizer)
         return (fake - target).square().mean()
 
-    def _reflow(self, scene: Scene, fake: paddle.Tensor) -> paddle.Tensor:
-        step, solver = scene.step_in_phase("reflow"), scene.solver
+    def _reflow(self, state: BatchState, fake: paddle.Tensor) -> paddle.Tensor:
+        step, solver = state.step_in_phase("reflow"), state.solver
         level = solver.sigmas_next[step]
-        noisy = scene.noised_to(fake, "reflow", level)
+        noisy = state.noised_to(fake, "reflow", level)
         start = solver.sigmas[step] if self.rules.reflow_entry == "published" else level
-        back = jump(noisy, scene.velocity(noisy, level), start, scene.sigma_end)
+        back = jump(noisy, state.velocity(noisy, level), start, state.sigma_end)
         return distance(back, fake, "huber", self.terms.huber_c).mean()
 
 
@@ -160,14 +160,14 @@ class DiscriminatorObjective(Objective):
         """The hinge loss, a mean over heads; of_pictures repeats it for every picture."""
         heads, losses = self.generator.discriminator, {}
         with paddle.no_grad():
-            scene = Scene(self.generator, transformer, batch, drawn)
-            samples = {"fake": scene.jump_of_student(), "real": scene.target()}
-            level = scene.level_in_phase("adversarial")
+            state = BatchState(self.generator, transformer, batch, drawn)
+            samples = {"fake": state.jump_of_student(), "real": state.target()}
+            level = state.level_in_phase("adversarial")
             for kind, sample in samples.items():
-                noisy = scene.noised_to(sample, kind, level)
+                noisy = state.noised_to(sample, kind, level)
                 losses[kind] = heads.train_heads(
                     transformer,
-                    lambda noisy=noisy: scene.teacher_velocity(noisy, level),
+                    lambda noisy=noisy: state.teacher_velocity(noisy, level),
                     kind == "real",
                     1 / self.passes,
                 )
@@ -178,7 +178,7 @@ class DiscriminatorObjective(Objective):
         return FlowLoss(mean, total.reshape([1]).tile([len(drawn)]))
 
 
-class Scene:
+class BatchState:
     """One batch and what was drawn for it: passes through student and teacher, and the samples they give."""
 
     def __init__(self, objective: Distillation, transformer, batch: dict, drawn: np.ndarray) -> None:

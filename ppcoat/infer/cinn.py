@@ -1,9 +1,9 @@
-"""The transformer's blocks as static graphs, compiled by CINN (Paddle's compiler) where it is there.
+"""The transformer's blocks as static graphs, compiled by CINN (Paddle's compiler) if Paddle has it.
 
-`paddle.jit.to_static` falls back to its plain executor without a word where there is no CINN, so it is asked
-for by name and its absence is said. The graphs share their parameters with the model. PaddleMIX's example
-goes through `paddle.incubate.jit.inference` instead, which writes all weights to disk, holds them twice, and
-on a CPU (Paddle 3.3.1) gets whole blocks wrong by as much as their size.
+Without CINN `paddle.jit.to_static` silently uses its plain executor; so CINN is requested by name, and a line
+is printed if it is missing. The graphs share their parameters with the model. PaddleMIX's example uses
+`paddle.incubate.jit.inference` instead, which writes all weights to disk, has them in memory twice, and on a
+CPU (Paddle 3.3.1) returns wrong results for whole blocks (errors as large as the values).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ OFF = ("0", "false", "off", "no")
 
 
 def cinn_missing() -> str | None:
-    """Why CINN cannot compile for the current device; None if it can. Call after set_device."""
+    """The reason why CINN cannot compile for the current device; None if it can. Call after set_device."""
     if not paddle.is_compiled_with_cinn():
         return "this Paddle is built without it, as every CPU wheel is"
     if not paddle.get_device().startswith("gpu"):
@@ -34,11 +34,12 @@ def cinn_missing() -> str | None:
 
 
 def compile_transformer(model: FluxTransformer2DModel) -> None:
-    """From now on `model` draws through two static graphs, one of all double and one of all single blocks.
+    """Make `model` draw through two static graphs: one of all double blocks, one of all single blocks.
 
-    They are traced at the first call and again for each new set of input shapes, which is printed, as is the
-    lack of CINN (then the graphs run on Paddle's own kernels). For drawing only: no gradients, no
-    controlnets. Raises ConfigError if the model has a LoRA, whose strength a graph would freeze.
+    A graph is traced at its first call and for each new set of input shapes; a line is printed each time.
+    Another line is printed if CINN is missing; the graphs then run on Paddle's own kernels. For drawing only:
+    no gradients, no controlnets. Raises ConfigError if the model has a LoRA, because a graph would freeze its
+    strength.
     """
     if adapters(model):
         raise ConfigError("the model has a LoRA, whose strength a static graph would freeze: merge it first")
@@ -78,6 +79,6 @@ class StaticGraph:
 
 
 def wait_for_device() -> None:
-    """Until all that was given to the GPU is done; a CPU is never ahead."""
+    """Wait until the GPU has done all its work; on a CPU nothing is pending."""
     if paddle.get_device().startswith("gpu"):
         paddle.device.synchronize()

@@ -1,8 +1,8 @@
-"""The command that scores pictures: those in folders, or those that a tiny FLUX and a student of it draw on
-captions that no training used (garment_scores.py).
+"""The command `evaluate`: scores the pictures of folders, or those that a tiny FLUX and a student of it draw
+for captions that no training used (garment_scores.py).
 
-Folders get a Frechet distance to a reference folder and a CLIP score with their prompts. The table has the
-form of FLUX-Lightning's: Method, FID-FLUX (references drawn by FLUX itself), CLIP.
+A folder gets a Frechet distance to a folder of references, and a CLIP score with its prompts. The columns are
+those of FLUX-Lightning's table: Method, FID-FLUX (references drawn by FLUX itself), CLIP.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ppcoat.errors import ConfigError
 from ppcoat.infer.garment_scores import (
     GUIDANCE,
     GarmentClassifier,
-    Guidance,
+    GuidanceScales,
     compare_students,
     comparison_table,
     evaluate,
@@ -90,7 +90,7 @@ def run_command(arguments: argparse.Namespace) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    """Raise ConfigError for flags of the other use and for counts, and fill in what was not given."""
+    """Raise ConfigError for flags without effect and for wrong counts; set the defaults of the others."""
     chosen, others = ("--pictures", OF_MODEL) if arguments.pictures else ("--model", OF_PICTURES)
     for name in others:
         if getattr(arguments, name) is not None:
@@ -110,8 +110,8 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _score_model(arguments: argparse.Namespace) -> None:
-    """The scores of --model."""
-    guidance = Guidance(arguments.guidance_scale, arguments.true_cfg_scale)
+    """Print and write the scores of --model."""
+    guidance = GuidanceScales(arguments.guidance_scale, arguments.true_cfg_scale)
     scores, samples = evaluate(arguments.model, arguments.samples, arguments.batch_size, guidance)
     for name, value in scores.items():
         print(f"{name:28s} {value:.4g}")
@@ -123,13 +123,13 @@ def _score_model(arguments: argparse.Namespace) -> None:
 
 
 def _score_student(arguments: argparse.Namespace) -> None:
-    """The table of --student; the sheet has a row of each kind of samples."""
+    """Print and write the table of --student; the sheet has one row for each set of samples."""
     scores, pictures = compare_students(
         arguments.model,
         {"student": arguments.student},
         arguments.samples,
         arguments.batch_size,
-        Guidance(arguments.guidance_scale, arguments.true_cfg_scale),
+        GuidanceScales(arguments.guidance_scale, arguments.true_cfg_scale),
     )
     print(comparison_table(scores))
     if arguments.output:
@@ -141,7 +141,7 @@ def _score_student(arguments: argparse.Namespace) -> None:
 
 
 def _score_folders(arguments: argparse.Namespace) -> None:
-    """The table of --pictures."""
+    """Print and write the table of --pictures."""
     if arguments.references is None and arguments.clip is None:
         raise ConfigError("nothing to score --pictures by: give --references <folder> or --clip <folder>")
     folders = {}
@@ -152,14 +152,14 @@ def _score_folders(arguments: argparse.Namespace) -> None:
     if len(folders) < len(arguments.pictures):
         raise ConfigError("two --pictures have one name: tell them apart with NAME=FOLDER")
     for folder in [*folders.values(), *([arguments.references] if arguments.references else [])]:
-        picture_files(folder)
+        _picture_files(folder)
     clip = CLIP(arguments.clip) if arguments.clip else None
     wanted = arguments.references is not None
     features = features_named(arguments.features, arguments.inception, clip) if wanted else None
     scores = score_folders(
         folders, arguments.references, features, clip, arguments.prompts, arguments.batch_size
     )
-    print(table(scores, arguments.features))
+    print(folder_table(scores, arguments.features))
     if arguments.output:
         rows = [asdict(score) for score in scores]
         write_text(arguments.output, json.dumps(rows, indent=2) + "\n")
@@ -167,7 +167,7 @@ def _score_folders(arguments: argparse.Namespace) -> None:
 
 @dataclass(frozen=True)
 class FolderScores:
-    """Scores of one folder; None is what was not asked for."""
+    """Scores of one folder; None for a score that was not requested."""
 
     method: str
     frechet: float | None
@@ -182,17 +182,18 @@ def score_folders(
     prompts: Path | None = None,
     batch_size: int = 32,
 ) -> list[FolderScores]:
-    """{method: folder of its pictures} -> scores, in that order.
+    """{method: folder of its pictures} -> scores in the same order.
 
-    references and features give the Frechet distance, clip the mean cosine of pictures and prompts: lines of
-    the file `prompts` in the order of file names, or of each picture its own (`own_prompt`). Raises
-    ConfigError, naming the file, for pictures or prompts that are missing or cannot be read.
+    references and features: for the Frechet distance. clip: for the mean cosine of pictures and prompts.
+    prompts: a file with one prompt a line, in the order of the pictures' names; None: each picture has its
+    own (`own_prompt`). Raises ConfigError, naming the file, for pictures or prompts that are missing or
+    unreadable.
     """
-    files = {method: picture_files(folder) for method, folder in folders.items()}
+    files = {method: _picture_files(folder) for method, folder in folders.items()}
     texts = {method: prompts_of(found, prompts) if clip else [] for method, found in files.items()}
     goal = None
     if references is not None and features is not None:
-        goal = _embedded(picture_files(references), features, batch_size)
+        goal = _embedded(_picture_files(references), features, batch_size)
         _warn_if_few(len(goal), goal.shape[1], references)
     scores = []
     for method, found in files.items():
@@ -210,7 +211,8 @@ def score_folders(
 
 
 def features_named(name: str, inception: str | None, clip: CLIP | None) -> Features:
-    """The features of `FEATURES`. Raises ConfigError if their weights were not given."""
+    """The function that computes the features of that name, one of FEATURES: N pictures -> [N, D]. Raises
+    ConfigError if its weights were not given."""
     if name == "garments":
         classifier = GarmentClassifier.load()
         return lambda pictures: classifier.features(pictures_to_tensor(pictures)).numpy()
@@ -223,8 +225,8 @@ def features_named(name: str, inception: str | None, clip: CLIP | None) -> Featu
     return clip.embed_pictures
 
 
-def table(scores: list[FolderScores], features: str) -> str:
-    """Markdown, with the heads of FLUX-Lightning's table if the features are Inception's."""
+def folder_table(scores: list[FolderScores], features: str) -> str:
+    """A Markdown table; with Inception's features it has the heads of FLUX-Lightning's table."""
     distance = "FID-FLUX ↓" if features == "inception" else f"Frechet ({features}) ↓"
     rows = [("Method", distance, "CLIP ↑")]
     rows += [(score.method, _number(score.frechet), _number(score.clip)) for score in scores]
@@ -236,7 +238,7 @@ def table(scores: list[FolderScores], features: str) -> str:
     return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
 
 
-def picture_files(folder: Path) -> list[Path]:
+def _picture_files(folder: Path) -> list[Path]:
     """The pictures of a folder (not below it), by name. Raises ConfigError for fewer than two."""
     if not folder.is_dir():
         raise ConfigError(f"no folder of pictures at {folder}")
@@ -249,7 +251,8 @@ def picture_files(folder: Path) -> list[Path]:
 
 
 def prompts_of(files: list[Path], prompts: Path | None) -> list[str]:
-    """One prompt for each picture: lines of `prompts`, or each picture's own."""
+    """One prompt for each picture: the lines of the file `prompts`, or own_prompt. Raises ConfigError for a
+    missing file and a wrong number of lines."""
     if prompts is None:
         return [own_prompt(file) for file in files]
     if not prompts.is_file():
@@ -264,18 +267,19 @@ def prompts_of(files: list[Path], prompts: Path | None) -> list[str]:
 
 
 def own_prompt(file: Path) -> str:
-    """The text file beside a picture, else the "prompt" inside the PNG, where `generate` writes it."""
+    """The text file beside a picture, else the "prompt" that `generate` writes into a PNG. Raises ConfigError
+    if there is neither."""
     beside = file.with_suffix(".txt")
     if beside.is_file():
         return beside.read_text(encoding="utf-8").strip()
-    prompt = open_picture(file).info.get("prompt", "")
+    prompt = _open_picture(file).info.get("prompt", "")
     if not prompt:
         raise ConfigError(f"{file} has no prompt: give --prompts <file>, or put {beside.name} beside it")
     return prompt
 
 
-def open_picture(file: Path) -> Image.Image:
-    """A picture, decoded whole. Raises ConfigError naming the file if it cannot be."""
+def _open_picture(file: Path) -> Image.Image:
+    """The completely decoded picture. Raises ConfigError naming a file that cannot be decoded."""
     try:
         with Image.open(file) as picture:
             picture.load()
@@ -285,7 +289,7 @@ def open_picture(file: Path) -> Image.Image:
 
 
 def _embedded(files: list[Path], features: Features, batch_size: int) -> np.ndarray:
-    return _in_batches(files, lambda some: features([open_picture(file) for file in some]), batch_size)
+    return _in_batches(files, lambda some: features([_open_picture(file) for file in some]), batch_size)
 
 
 def _in_batches(items: list, embed: Callable[[list], np.ndarray], batch_size: int) -> np.ndarray:

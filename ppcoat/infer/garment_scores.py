@@ -1,12 +1,11 @@
 """Scores of a tiny FLUX, and of a student distilled from it, by an independent garment classifier.
 
-Does the autoencoder keep what it sees, do the samples show what the caption says, how near are they to
-drawings, at few and at many steps. All on captions and seeds that no training used.
+The scores answer: does the autoencoder preserve a picture, do samples show what the caption says, and how
+near are they to drawings, at few and at many steps? All captions and seeds are ones that no training used.
 
-The classifier is a small convolutional network that says what a 64 x 64 picture shows: kind, colour, pattern,
-gold star or none. It judges the tiny FLUX and the quickstart LoRA and has nothing in common with the models
-that draw: it is trained on drawings alone, from seeds that no other training uses
-(ppcoat/pretrain/classifier.py).
+The classifier is a small convolutional network that recognises kind, colour, pattern and gold star (or none)
+in a 64 x 64 picture. It judges the tiny FLUX and the quickstart LoRA, and shares nothing with the models that
+draw: it is trained on drawings alone, from seeds that no other training uses (ppcoat/pretrain/classifier.py).
 """
 
 from __future__ import annotations
@@ -36,22 +35,22 @@ SIZE = 64
 
 
 @dataclass(frozen=True)
-class Guidance:
-    """distilled: what the model's guidance embedding gets. true_cfg: scale of classifier-free guidance with
-    a second pass, 1 for none."""
+class GuidanceScales:
+    """distilled: input of the model's guidance embedding. true_cfg: scale of classifier-free guidance, which
+    takes a second forward pass; 1: none."""
 
     distilled: float = 1.5
     true_cfg: float = 1.0
 
 
-GUIDANCE = Guidance()
+GUIDANCE = GuidanceScales()
 
 
 def evaluate(
-    model: str, count: int, batch_size: int, guidance: Guidance = GUIDANCE
+    model: str, count: int, batch_size: int, guidance: GuidanceScales = GUIDANCE
 ) -> tuple[dict[str, float], list[Image.Image]]:
-    """-> ({score: value}, the 28-step samples). Frechet distances are between features of the garment
-    classifier."""
+    """Score the FLUX folder `model` on `count` held-out captions -> ({score: value}, its 28-step samples).
+    Frechet distances are between features of the garment classifier."""
     pipeline = FluxPipeline.from_pretrained(model)
     classifier = GarmentClassifier.load()
     wanted = held_out_garments(count)
@@ -72,8 +71,8 @@ def evaluate(
 
 @dataclass(frozen=True)
 class SampleScores:
-    """Of one set of samples: shares recognised, and the Frechet distance to the teacher's 28-step samples
-    (0 for these themselves)."""
+    """Scores of one set of samples: shares in which the classifier recognises the caption, and the Frechet
+    distance to the teacher's 28-step samples (0 for those samples)."""
 
     who: str
     steps: int
@@ -88,11 +87,13 @@ def compare_students(
     lora_files: Mapping[str, str | Path],
     count: int,
     batch_size: int,
-    guidance: Guidance = GUIDANCE,
+    guidance: GuidanceScales = GUIDANCE,
 ) -> tuple[list[SampleScores], list[list[Image.Image]]]:
-    """A teacher, and the same model with each of some distilled LoRAs, by name, on unseen captions ->
-    (scores, pictures) of the teacher at 28 and at 4 steps and of the students at 4. All begin from the same
-    noise."""
+    """Compare a teacher with its students: the same model with one distilled LoRA each, lora_files by name.
+
+    -> (scores, pictures): of the teacher at 28 and at 4 steps, then of each student at 4, on `count` held-out
+    captions. All start from the same noise.
+    """
     pipeline = FluxPipeline.from_pretrained(model)
     classifier, wanted = GarmentClassifier.load(), held_out_garments(count)
     few, many = STEPS
@@ -112,8 +113,8 @@ def compare_students(
 
 
 def comparison_table(scores: list[SampleScores]) -> str:
-    """Rows of `compare_students` for one student, and what part of the teacher's distance at few steps it
-    has."""
+    """The rows of `compare_students` for one student, and the ratio of its distance to the teacher's at few
+    steps."""
     lines = [f"{'':20s}{'kind':>8s}{'colour':>8s}{'pattern':>9s}{'Frechet distance to the first':>31s}"]
     for row in scores:
         shares = f"{row.kind:8.1%}{row.colour:8.1%}{row.pattern:9.1%}"
@@ -128,10 +129,10 @@ def draw_samples(
     pipeline: FluxPipeline,
     wanted: list[garments.Garment],
     steps: int,
-    guidance: Guidance,
+    guidance: GuidanceScales,
     batch_size: int,
 ) -> list[Image.Image]:
-    """A picture for each caption; the seed of a batch is the number of its first."""
+    """One picture per garment, drawn from its caption; the seed of a batch is the number of its first one."""
     pipeline.set_progress_bar_config(desc=f"{steps} steps")
     samples = []
     for start in range(0, len(wanted), batch_size):
@@ -149,14 +150,14 @@ def draw_samples(
 
 
 def held_out_garments(count: int) -> list[garments.Garment]:
-    """`count` garments whose captions no training used, every pattern as often as the others."""
+    """`count` garments whose captions no training used, drawn with equal probability for each pattern."""
     _, held_out = garments.split_garments()
     rng = np.random.default_rng(DRAWINGS_SEED)
     return [garments.choose(held_out, rng) for _ in range(count)]
 
 
 def sheet(pictures: list[Image.Image], columns: int = 16) -> Image.Image:
-    """Pictures side by side in rows."""
+    """Pictures of one size in a grid with `columns` columns."""
     width, height = pictures[0].size
     image = Image.new("RGB", (width * columns, height * -(-len(pictures) // columns)), "white")
     for i, picture in enumerate(pictures):
@@ -179,8 +180,8 @@ def _reconstruction_psnr(pipeline: FluxPipeline, pictures: list[Image.Image], ba
 
 
 class GarmentClassifier(nn.Layer):
-    """[N, 3, 64, 64] in -1..1 -> one row of scores per label group. `features` gives the [N, 128] layer
-    below."""
+    """float32 [N, 3, 64, 64] in -1..1 -> {label group: scores [N, labels]}. `features`: [N, 128], the layer
+    before the scores."""
 
     def __init__(self):
         super().__init__()
@@ -204,7 +205,7 @@ class GarmentClassifier(nn.Layer):
 
     @classmethod
     def load(cls, file: str | Path = WEIGHTS) -> GarmentClassifier:
-        """The classifier that ships with the package."""
+        """The classifier in `file` (float32, eval mode), by default the one in the package."""
         model = cls()
         model.set_state_dict(
             {name: tensor.astype("float32") for name, tensor in load_file(str(file)).items()}
@@ -217,8 +218,8 @@ class GarmentClassifier(nn.Layer):
 def classify(
     model: GarmentClassifier, pictures: list[Image.Image], batch_size: int = 100
 ) -> dict[str, np.ndarray]:
-    """-> per label group an array of N label names, and "features" [N, 128]. Other sizes are resized to 64
-    x 64."""
+    """N pictures -> {label group: N label names, "features": [N, 128]}. Pictures of other sizes are resized
+    to 64 x 64."""
     names: dict[str, list] = {name: [] for name in LABELS}
     features = []
     for start in range(0, len(pictures), batch_size):

@@ -1,14 +1,14 @@
-"""Scores of pictures: PSNR, Frechet distance and CLIP score, which are pure functions of arrays, and the two
-networks from local files whose features they compare.
+"""Scores of pictures: PSNR, Frechet distance and CLIP score as pure functions of arrays, and the two
+networks, loaded from local files, that compute the features for them.
 
 CLIP: embeddings of pictures and of prompts, whose cosine is the CLIP score. The folder is that of a CLIP in
 the transformers layout, e.g. openai/clip-vit-base-patch16: config.json, model.safetensors, vocab.json,
 merges.txt. Nothing is downloaded. Source: CLIP, arXiv 2103.00020.
 
-Inception v3 (arXiv 1512.00567): its 2048 averages before the classes, for Frechet distances. The network is
-paddle.vision's and its weights come from a local safetensors file with Paddle's names. They were trained on
-ImageNet as the weights of the original FID were, but are not the same numbers: compare distances with each
-other, not with those of other programs.
+Inception v3 (arXiv 1512.00567): its 2048 pooled features, for Frechet distances. The network is
+paddle.vision's; its weights come from a local safetensors file with Paddle's names. Like those of the
+original FID they were trained on ImageNet, but they are other weights: compare distances with each other, not
+with those of other programs.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ CONVERT = (
 
 
 def psnr(pictures: paddle.Tensor, references: paddle.Tensor) -> np.ndarray:
-    """Peak signal-to-noise ratio in dB of each picture -> [N]; both [N, C, H, W] in -1..1 (2 from peak to
-    peak)."""
+    """Peak signal-to-noise ratio of each picture in dB -> float32 [N]. Both inputs float32 [N, C, H, W] in
+    -1..1, so the peak is 2."""
     error = ((pictures - references) ** 2).mean(axis=[1, 2, 3]).numpy()
     return 10 * np.log10(4 / np.maximum(error, 1e-12))
 
@@ -97,7 +97,7 @@ class CLIP:
 
     @paddle.no_grad()
     def embed_pictures(self, pictures: list[Image.Image]) -> np.ndarray:
-        """PIL pictures -> [N, projection_dim]."""
+        """N pictures -> float32 [N, projection_dim]."""
         pixels = np.stack([centre_square(picture, self.size) for picture in pictures])
         pixels = (pixels - np.float32(CLIP_MEAN)) / np.float32(CLIP_DEVIATION)
         pixels = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
@@ -105,7 +105,8 @@ class CLIP:
 
     @paddle.no_grad()
     def embed_prompts(self, prompts: list[str]) -> np.ndarray:
-        """Texts -> [N, projection_dim]; what goes beyond the text encoder's length (77 tokens) is cut."""
+        """N texts -> float32 [N, projection_dim]; texts longer than the text encoder takes (77 tokens) are
+        cut."""
         ids = self.tokenizer(
             prompts, padding="max_length", max_length=self.tokens, truncation=True, return_tensors="pd"
         )["input_ids"]
@@ -113,7 +114,8 @@ class CLIP:
 
 
 def centre_square(picture: Image.Image, size: int) -> np.ndarray:
-    """The shorter side scaled to `size` (bicubic), the longer cut -> float32 [size, size, 3] in 0..1."""
+    """Scale the shorter side to `size` (bicubic) and crop the longer one -> float32 [size, size, 3] in
+    0..1."""
     width, height = picture.size
     short = min(width, height)
     scaled = picture.convert("RGB").resize(

@@ -1,3 +1,3 @@
-"""How the built-in tiny FLUX is made: drawings -> autoencoder -> text towers -> transformer -> pipeline
-folder.
+"""How the built-in tiny FLUX is made: text encoders -> autoencoder -> encoded drawings -> transformer ->
+pipeline folder. Others use nothing of it but its command.
 """

@@ -1,9 +1,10 @@
 """Train the small AutoencoderKL of the built-in tiny FLUX on drawings.
 
-It is ppdiffusers' own AutoencoderKL with the layout of FLUX.1's (no quant convs), but 4 latent channels and
-4 x down where FLUX.1 has 16 and 8 x: 64 x 64 pictures then have 64 tokens that a small transformer can learn;
-16 tokens of four times the content stayed blurred however they were sampled. Half of the pictures carry
-random small shapes, so that motifs it has never seen survive it.
+It is ppdiffusers' AutoencoderKL in the layout of FLUX.1's (no quant convs). It has 4 latent channels and
+downsamples by 4, where FLUX.1 has 16 channels and downsamples by 8: a 64 x 64 picture then has 64 tokens,
+which a small transformer can learn. With 16 tokens of four times the content, samples stayed blurred. Half of
+the training pictures have random small shapes on them, so that the autoencoder can also reproduce motifs that
+it has never seen.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ HELD_OUT_SEED = 10_000_000  # drawings from this seed on are never trained on
 class AutoencoderTraining:
     """Batch, steps and loss weights. `kl_weight` multiplies the mean KL per latent element.
 
-    It is above what pictures need: latents then say little that cannot be seen, and the decoder forgives
-    small errors, so that a small transformer can learn to draw them.
+    `kl_weight` is larger than good reconstruction needs: latents then carry little that is invisible, and the
+    decoder tolerates small errors, so that a small transformer can learn to draw them.
     """
 
     steps: int = 2200
@@ -50,7 +51,7 @@ class AutoencoderTraining:
 
 
 def build_autoencoder(size: int = 64) -> AutoencoderKL:
-    """0.19 M parameters; [B, 3, 64, 64] -> latents [B, 4, 16, 16]."""
+    """An untrained autoencoder of 0.19 M parameters: [B, 3, 64, 64] -> latents [B, 4, 16, 16]."""
     return AutoencoderKL(
         in_channels=3,
         out_channels=3,
@@ -99,7 +100,7 @@ def to_pixels(picture) -> np.ndarray:
 
 
 def held_out_pictures(count: int, size: int = 64, motif: str | None = None) -> paddle.Tensor:
-    """[count, 3, size, size] drawings from seeds and captions that no training uses."""
+    """float32 [count, 3, size, size] in -1..1: drawings from seeds and captions that no training uses."""
     _, captions = garments.split_garments()
     rng = np.random.default_rng(0)
     pictures = [
@@ -109,10 +110,10 @@ def held_out_pictures(count: int, size: int = 64, motif: str | None = None) -> p
 
 
 def train_autoencoder(folder: str | Path, training: AutoencoderTraining) -> AutoencoderKL:
-    """Train, log PSNR on held-out drawings, set scaling_factor/shift_factor to unit latents, save to
-    `folder`.
+    """Train an autoencoder and save it to `folder`. Prints the PSNR on held-out drawings, and sets
+    scaling_factor and shift_factor so that latents have mean 0 and deviation 1.
 
-    A folder that already holds an autoencoder is trained further.
+    An autoencoder that is already in the folder is trained further.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -120,7 +121,7 @@ def train_autoencoder(folder: str | Path, training: AutoencoderTraining) -> Auto
     vae = build_autoencoder(training.size)
     if (folder / "config.json").exists():
         vae = load_vae(folder).train()
-        vae.source_config = None  # the latents' scale is measured anew
+        vae.source_config = None  # the scale of the latents is measured again
         print(f"training the autoencoder in {folder} further")
     schedule = paddle.optimizer.lr.LinearWarmup(
         paddle.optimizer.lr.CosineAnnealingDecay(training.learning_rate, training.steps - training.warmup),
@@ -153,10 +154,11 @@ def train_autoencoder(folder: str | Path, training: AutoencoderTraining) -> Auto
 
 
 def sharpen_decoder(folder: str | Path, training: AutoencoderTraining) -> AutoencoderKL:
-    """Train the decoder in `folder` on the absolute error of pictures and of their edges; latents stay.
+    """Train the decoder in `folder` further, on the absolute error of pictures and their edges; the encoder
+    does not change.
 
-    A squared error, on which the whole autoencoder is trained, is least where an edge is blurred. The latents
-    carry a little noise, as those that a transformer makes do.
+    train_autoencoder uses a squared error, which is smallest for blurred edges. The latents get a little
+    noise, like those that a transformer makes.
     """
     paddle.seed(training.seed)
     vae = load_vae(folder).train()
@@ -189,7 +191,8 @@ def sharpen_decoder(folder: str | Path, training: AutoencoderTraining) -> Autoen
 
 
 def sharp_loss(difference: paddle.Tensor) -> paddle.Tensor:
-    """Mean absolute value of [B, C, H, W], plus that of its steps over 1, 2 and 4 pixels down and across."""
+    """Mean absolute value of `difference` [B, C, H, W], plus the mean absolute value of its differences over
+    1, 2 and 4 pixels in both directions -> scalar."""
     edges = [
         steps.abs().mean()
         for far in (1, 2, 4)
@@ -203,7 +206,7 @@ def sharp_loss(difference: paddle.Tensor) -> paddle.Tensor:
 
 @paddle.no_grad()
 def reconstruction_psnr(vae: AutoencoderKL, pictures: paddle.Tensor, batch_size: int = 16) -> float:
-    """Mean PSNR in dB of decode(encode mean) over `pictures` [N, 3, H, W] in -1..1."""
+    """Mean PSNR in dB of decode(mean of encode(pictures)); pictures float32 [N, 3, H, W] in -1..1."""
     values = [
         psnr(vae.decode(vae.encode(batch).latent_dist.mode()).sample.clip(-1, 1), batch)
         for batch in paddle.split(pictures, math.ceil(len(pictures) / batch_size))
@@ -213,7 +216,7 @@ def reconstruction_psnr(vae: AutoencoderKL, pictures: paddle.Tensor, batch_size:
 
 @paddle.no_grad()
 def _normalise_latents(vae: AutoencoderKL, pictures: paddle.Tensor) -> None:
-    """Choose the two numbers that give (latent - shift) * scale zero mean and unit deviation."""
+    """Set shift and scale so that (latent - shift) * scale has mean 0 and deviation 1."""
     latents = vae.encode(pictures).latent_dist.mode()
     shift, deviation = float(latents.mean()), float(latents.std())
     vae.register_to_config(scaling_factor=round(1 / deviation, 4), shift_factor=round(shift, 4))

@@ -1,9 +1,9 @@
-"""Train the garment classifier on drawings from seeds of its own, each seen several times: mirrored, moved by
-a few pixels, some batches blurred and noisy, some as the autoencoder gives them back.
+"""Train the garment classifier on drawings from seeds that no other training uses.
 
-A third of the pictures without a gold star carry other small shapes, so that "some shape" is not taken for
-it. Without the autoencoder's soft edges in its training it would judge the autoencoder instead of what was
-drawn: of reconstructed drawings it then took one in ten for another kind.
+Drawings are seen several times: mirrored, moved by a few pixels, some batches blurred and noisy, some decoded
+by the autoencoder. A third of the pictures without a gold star have other small shapes on them, so that the
+classifier does not take any shape for a star. Without decoded pictures in its training it misjudged the kind
+of one decoded drawing in ten, because of the autoencoder's soft edges.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ class ClassifierTraining:
 
     pictures: int = 40_000
     first_picture: int = 0
-    reconstructed: float = 0.5  # share of batches that went through the autoencoder
+    reconstructed: float = 0.5  # share of batches that are decoded by the autoencoder
     steps: int = 7000
     batch_size: int = 32
     learning_rate: float = 1.5e-3
-    tested: int = 1000  # fresh drawings of the accuracy that is printed
+    tested: int = 1000  # new drawings for the accuracy that is printed
     seed: int = 0
 
 
@@ -73,9 +73,9 @@ class LabelledDrawings(Dataset):
 def train_classifier(
     file: str | Path, training: ClassifierTraining, autoencoder: AutoencoderKL
 ) -> GarmentClassifier:
-    """Train, print accuracy on fresh drawings, save as float16 safetensors.
+    """Train a classifier, print its accuracy on new drawings, write it to `file` as float16 safetensors.
 
-    A file that already holds a classifier is trained further.
+    A classifier that is already in the file is trained further.
     """
     paddle.seed(training.seed)
     rng = np.random.default_rng(training.seed)
@@ -105,8 +105,8 @@ def train_classifier(
 def reconstructed(
     autoencoder: AutoencoderKL, pixels: np.ndarray, noise: float = 0.3, batch_size: int = 50
 ) -> np.ndarray:
-    """uint8 [N, 3, 64, 64] -> the same through the autoencoder, with normal noise of a deviation of up to
-    `noise` times the latents' own on the latents, other for each batch."""
+    """Encode and decode pictures, uint8 [N, 3, 64, 64] -> the same shape and dtype. Latents get normal noise
+    whose deviation is a random share, up to `noise`, of their own; the share differs between batches."""
     again = np.empty_like(pixels)
     for start in tqdm(range(0, len(pixels), batch_size), desc="reconstructions", mininterval=5):
         batch = paddle.to_tensor(pixels[start : start + batch_size].astype(np.float32) / 127.5 - 1)
@@ -128,8 +128,8 @@ def _drawn(count: int, first: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _varied(pixels: np.ndarray, rng: np.random.Generator) -> paddle.Tensor:
-    """uint8 [B, 3, 64, 64] -> float32 in -1..1, mirrored at random, moved, and in half of the calls made
-    smaller and large again with noise: what a small autoencoder does to edges.
+    """uint8 [B, 3, 64, 64] -> float32 [B, 3, 64, 64] in -1..1, mirrored at random and moved. Half of the
+    calls also shrink, enlarge and add noise, which resembles what a small autoencoder does to edges.
     """
     flipped = np.where(rng.uniform(size=(len(pixels), 1, 1, 1)) < 0.5, pixels, pixels[..., ::-1])
     padded = np.pad(flipped, ((0, 0), (0, 0), (3, 3), (3, 3)), mode="edge")
@@ -143,7 +143,7 @@ def _varied(pixels: np.ndarray, rng: np.random.Generator) -> paddle.Tensor:
 
 
 def accuracy(model: GarmentClassifier, count: int) -> dict[str, float]:
-    """Share of right answers per label group on clean drawings that it was not trained on."""
+    """Share of right answers for each label group on `count` drawings that the model was not trained on."""
     test = LabelledDrawings(count, TEST_SEED)
     pixels, labels = zip(*(test[i] for i in range(count)), strict=True)
     found = classify(

@@ -1,12 +1,12 @@
 """Train the small FLUX transformer of the built-in tiny FLUX on latents of drawings, by flow matching.
 
-Our own FluxTransformer2DModel in the layout of FLUX.1-dev, 2.4 M parameters. Pictures are drawn and encoded
+A FluxTransformer2DModel in the layout of FLUX.1-dev with 2.4 M parameters. Pictures are drawn and encoded
 once.
 
-Its matrices are trained by Muon: momentum whose update is made orthogonal. On these drawings it reaches after
-500 steps the loss that AdamW needs about 1,500 for. Source: Jordan et al., "Muon: an optimizer for hidden
-layers in neural networks" (2024); the update's scale is Liu et al., "Muon is scalable for LLM training"
-(2025), section 2.2, which makes AdamW's learning rates fit.
+Its matrices are trained by Muon: momentum with an orthogonalised update. On these drawings 500 steps of it
+reach the loss that AdamW reaches after about 1,500. Source: Jordan et al., "Muon: an optimizer for hidden
+layers in neural networks" (2024). The scale of the update is that of Liu et al., "Muon is scalable for LLM
+training" (2025), section 2.2, with which AdamW's learning rates fit.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ppcoat.models.flux.transformer import FluxTransformer2DModel
 from ppcoat.models.pictures import latent_image_ids, pack_latents
 from ppcoat.models.writing import save_diffusers_model
 from ppcoat.pretrain.autoencoder import HELD_OUT_SEED, to_pixels
-from ppcoat.pretrain.text import CLIP_WIDTH, T5_WIDTH, caption_variants
+from ppcoat.pretrain.text import CLIP_WIDTH, T5_WIDTH, reword_caption
 from ppcoat.train.ranks import Ranks
 
 SAVE_EVERY = 1000  # steps between saves
@@ -37,8 +37,9 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # a x + b x^3 + c x^5 drives singular
 
 @dataclass(frozen=True)
 class DenoiserTraining:
-    """Set size, batch and schedule. Learning rates rise over `warmup` steps, stay, and fall linearly to zero
-    over the last `decay` of all steps. Matrices of the blocks are trained by Muon, the rest by AdamW."""
+    """Size of the data, batch and schedule. Learning rates rise over `warmup` steps, stay constant, and fall
+    linearly to 0 over the share `decay` of all steps, at the end. Muon trains the matrices of the blocks,
+    AdamW the rest."""
 
     pictures: int = 40_000
     steps: int = 20_000
@@ -48,10 +49,10 @@ class DenoiserTraining:
     warmup: int = 100
     decay: float = 0.5
     ema_decay: float = 0.999
-    guided_after: int = 17_000  # steps before guidance is taught
+    guided_after: int = 17_000  # steps before guidance distillation begins
     caption_dropout: float = 0.1
     largest_guidance: float = 4.0
-    guided_below: float = 0.8  # noise level: above it guidance changes nothing
+    guided_below: float = 0.8  # noise level above which guidance has no effect
     size: int = 64
     seed: int = 0
 
@@ -92,15 +93,17 @@ class CaptionedDrawings(Dataset):
         rng = np.random.default_rng([self.first_seed, i])
         garment = garments.choose(self.garments, rng)
         picture = garments.draw(garment, self.first_seed + i, self.size)
-        return to_pixels(picture), caption_variants(garment.caption, rng)
+        return to_pixels(picture), reword_caption(garment.caption, rng)
 
 
 @paddle.no_grad()
 def encode_drawings(pipeline: FluxPipeline, training: DenoiserTraining, file: Path, workers: int = 2) -> dict:
-    """Draw, encode pictures and captions, and keep the arrays in `file` (.npz), which a second call reads.
+    """Draw and encode pictures and captions, and write the arrays to `file` (.npz), which a second call
+    reads.
 
-    -> latents [N, tokens, 16] (packed, unit scale), prompt_embeds [N, L, T5 width], pooled [N, CLIP width],
-    and those of the empty caption: empty_embeds [L, T5 width], empty_pooled [CLIP width]. float32.
+    -> latents [N, tokens, 16] (packed to tokens, deviation 1), prompt_embeds [N, L, T5 width], pooled [N,
+    CLIP width], and those of the empty caption: empty_embeds [L, T5 width], empty_pooled [CLIP width].
+    float32.
     """
     if not file.exists():
         drawings = CaptionedDrawings(training.pictures, training.size, training.seed)
@@ -126,10 +129,10 @@ def train_transformer(
     folder: Path,
     ranks: Ranks | None = None,
 ) -> list[float]:
-    """Flow matching from the weights `transformer` has; -> loss of every step. Several ranks share a batch.
+    """Train `transformer` by flow matching -> the loss of every step. All ranks together share a batch.
 
-    data: what `encode_drawings` gives. The running average of the weights is what draws best: it goes to
-    `folder` every SAVE_EVERY steps and, at the end, into `transformer` too.
+    data: as `encode_drawings` returns it. The running mean of the weights draws best: it is written to
+    `folder` every SAVE_EVERY steps, and `transformer` gets it at the end.
     """
     ranks = ranks or Ranks()
     training = replace(
@@ -174,17 +177,17 @@ def train_transformer(
 class FlowBatches:
     """Draws noisy latents and their targets (noise - latents).
 
-    Noise levels are drawn as sampling visits them: uniform, then shifted. The sigmoid of a normal number,
-    which LoRA training uses, hardly ever comes near 1, where the layout of a picture is decided.
+    Noise levels are distributed as in sampling: uniform, then shifted. The sigmoid of a normal number, which
+    LoRA training uses, rarely comes near 1, where the layout of a picture is decided.
 
-    The guidance embedding is taught as FLUX.1-dev's was, to stand for classifier-free guidance: half of a
-    guided batch has a guidance above 1, and its target is moved by (guidance - 1) times what the caption
-    changes in the `teacher`'s answer; all others have guidance 1 and, now and then, an empty caption. At the
-    highest noise levels guidance changes nothing, so that it does not narrow what is drawn.
-    (Guidance distillation: Meng et al., "On distillation of guided diffusion models", 2023. From a model that
-    still learns: Tang et al., "Diffusion models without classifier-free guidance", 2025. Not at all noise
-    levels: Kynkaanniemi et al., "Applying guidance in a limited interval improves sample and distribution
-    quality in diffusion models", 2024.)
+    As in FLUX.1-dev, the guidance embedding learns to replace classifier-free guidance. Half of a guided
+    batch has a guidance above 1; its target is moved by (guidance - 1) times the change that the caption
+    makes to the `teacher`'s velocity. All other rows have guidance 1 and, in a few cases, an empty caption.
+    At the highest noise levels guidance has no effect, so that pictures stay diverse. (Guidance distillation:
+    Meng et al., "On distillation of guided diffusion models", 2023. From a model that still learns: Tang et
+    al., "Diffusion models without classifier-free guidance", 2025. Not at all noise levels: Kynkaanniemi et
+    al., "Applying guidance in a limited interval improves sample and distribution quality in diffusion
+    models", 2024.)
     """
 
     def __init__(self, data: dict, teacher: FluxTransformer2DModel, training: DenoiserTraining):
@@ -199,7 +202,7 @@ class FlowBatches:
         self.shift = math.exp(calculate_shift(tokens))
 
     def draw(self, guided: bool) -> tuple[dict, paddle.Tensor]:
-        """-> arguments of a transformer, target [B, tokens, 16]."""
+        """-> (arguments of the transformer, target float32 [B, tokens, 16])."""
         size = self.training.batch_size
         rows = self.rng.integers(len(self.data["latents"]), size=size)
         latents = paddle.to_tensor(self.data["latents"][rows])
@@ -226,7 +229,11 @@ class FlowBatches:
     def caption_change(
         self, noisy: paddle.Tensor, sigma: paddle.Tensor, embeds: np.ndarray, pooled: np.ndarray
     ) -> paddle.Tensor:
-        """The teacher's velocity with these captions minus that with empty ones, both at guidance 1."""
+        """The teacher's velocity with these captions minus that with empty captions, both at guidance 1.
+
+        noisy and the result float32 [B, tokens, 16], sigma [B], embeds [B, L, T5 width], pooled
+        [B, CLIP width].
+        """
         count = len(embeds)
         empty = (self.data["empty_embeds"], self.data["empty_pooled"])
         embeds, pooled = (
@@ -249,8 +256,8 @@ class FlowBatches:
 
 
 def _trained_parameters(transformer: FluxTransformer2DModel) -> tuple[list, list]:
-    """(matrices of the blocks, for Muon; the rest, for AdamW). The biases of Linears that see every token
-    stay zero: on a CPU their gradient is a slow sum, a sixth of a step."""
+    """(matrices of the blocks, for Muon; the rest, for AdamW). Biases of Linears that see every token are
+    frozen at zero, because on a CPU their gradients take a sixth of a step."""
     matrices, others = [], []
     for name, parameter in transformer.named_parameters():
         in_block = "transformer_blocks" in name
@@ -271,16 +278,17 @@ def _rate(step: int, training: DenoiserTraining) -> float:
 
 @paddle.no_grad()
 def _update_average(average: paddle.nn.Layer, model: paddle.nn.Layer, decay: float) -> None:
-    for kept, parameter in zip(average.parameters(), model.parameters(), strict=True):
-        kept.scale_(decay)
-        kept.add_(parameter * (1 - decay))
+    for mean, parameter in zip(average.parameters(), model.parameters(), strict=True):
+        mean.scale_(decay)
+        mean.add_(parameter * (1 - decay))
 
 
 class Muon:
-    """Steps matrices of any shapes; those of one shape (or its transpose) go through one batched iteration.
+    """Optimizer for matrices. Those of one shape, or its transpose, are updated in one batch.
 
-    parameters: 2-D, trainable; one whose gradient is None may not be among them. ranks: those that train
-    together, with equal parameters and gradients; each makes the updates of some shapes for all of them.
+    parameters: trainable 2-D tensors; each must have a gradient at `step`. ranks: those that train together,
+    with equal parameters and gradients; each rank computes the updates of some shapes for all of them. Raises
+    ValueError for a parameter that is not 2-D.
     """
 
     def __init__(
@@ -315,7 +323,7 @@ class Muon:
                 parameter.add_((update if tuple(parameter.shape) == shape else update.T) * scale)
 
     def _update(self, shape: tuple[int, int]) -> paddle.Tensor:
-        """[n, *shape], orthogonal; moves the moments."""
+        """The orthogonalised update [n, *shape] of the matrices of one shape; updates their momentum."""
         gradients = paddle.stack(
             [p.grad if tuple(p.shape) == shape else p.grad.T for p in self._groups[shape]]
         )
@@ -338,7 +346,8 @@ class Muon:
 
 
 def _owners(groups: dict[tuple[int, int], int], ranks: int) -> dict[tuple[int, int], int]:
-    """{shape: rank}, so that all ranks have about as much to do. groups: {(rows <= columns): matrices}."""
+    """{shape: rank that updates it}, with about equal work on all ranks. groups: {(rows <= columns): number
+    of matrices}."""
     work = [0.0] * ranks
     owners = {}
     cost = {shape: count * shape[0] ** 2 * (2 * shape[1] + shape[0]) for shape, count in groups.items()}
@@ -349,7 +358,8 @@ def _owners(groups: dict[tuple[int, int], int], ranks: int) -> dict[tuple[int, i
 
 
 def orthogonalized(matrices: paddle.Tensor, iterations: int = 5) -> paddle.Tensor:
-    """[n, rows <= columns, columns] -> the same with all singular values between about 0.7 and 1.2."""
+    """Newton-Schulz iteration: float32 [n, rows <= columns, columns] -> matrices of the same shape and
+    singular vectors, with singular values between about 0.7 and 1.2."""
     a, b, c = NEWTON_SCHULZ
     x = matrices / (matrices.square().sum(axis=[1, 2], keepdim=True).sqrt() + 1e-7)
     for _ in range(iterations):

@@ -1,5 +1,5 @@
-"""The stages that make a tiny FLUX, each kept in the work folder, so that a second call goes on where one
-stopped.
+"""The stages that make a tiny FLUX. Each writes its result to the work folder, and a second call continues
+with the first missing one.
 
 text encoders -> autoencoder -> encoded drawings -> transformer -> pipeline folder; and the garment classifier
 """
@@ -70,9 +70,9 @@ def pretrain(
     denoiser: DenoiserTraining,
     classifier: ClassifierTraining,
 ) -> FluxPipeline:
-    """Run every stage whose result is not in `work_dir` yet and write the pipeline (float16) to `output_dir`.
+    """Run every stage whose result is not in `work_dir`, and write the pipeline (float16) to `output_dir`.
 
-    A transformer that is in `work_dir` is trained further, by all ranks; the other stages are rank 0's.
+    All ranks train the transformer, further if it is in `work_dir`; rank 0 alone runs the other stages.
     """
     ranks = Ranks.current()
     with ranks.first_ahead():
@@ -94,7 +94,7 @@ def pretrain(
 
 
 def _write_parts(work_dir: Path, autoencoder: AutoencoderTraining, classifier: ClassifierTraining) -> None:
-    """Text encoders, autoencoder and classifier, those that `work_dir` lacks."""
+    """Make the text encoders, autoencoder and classifier that are missing in `work_dir`."""
     work_dir.mkdir(parents=True, exist_ok=True)
     if not (work_dir / "text_encoder_2").exists():
         write_text_parts(work_dir)
@@ -110,7 +110,8 @@ def _write_parts(work_dir: Path, autoencoder: AutoencoderTraining, classifier: C
 
 
 def assemble(work_dir: Path) -> FluxPipeline:
-    """A pipeline of the work folder's parts, a new transformer if it has none; FLUX.1-dev's scheduler."""
+    """The pipeline of the parts in `work_dir` with FLUX.1-dev's scheduler; a new transformer if there is
+    none."""
     trained = (work_dir / "transformer").exists()
     return FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),

@@ -1,8 +1,8 @@
 """Tokenizers and frozen text encoders of the built-in tiny FLUX, in Hugging Face's file layout.
 
-The encoders are not trained. They are random features with the structure that FLUX needs: its text tokens
-carry no position, so the T5's heads look at fixed offsets (one head per neighbour) and "white dots" stays
-distinguishable from "white dress". Everything is a pure function of the seed.
+The encoders are not trained: their weights are random, but with the structure that FLUX needs. FLUX gives
+text tokens no position; so each head of the T5 attends to one fixed neighbour, by which "white dots" differs
+from "white dress". Everything is a pure function of the seed.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from ppcoat.data import garments
 CLIP_WIDTH, CLIP_LAYERS, CLIP_HEADS, CLIP_LENGTH = 64, 2, 4, 77
 T5_WIDTH, T5_LAYERS, T5_HEADS, T5_HEAD_DIM, T5_FF, T5_LENGTH = 64, 2, 8, 16, 128, 12
 T5_BUCKETS, T5_MAX_DISTANCE = 32, 128
-HEAD_OFFSETS = (-1, 1, -2, 2, -3, 3, 0, 0)  # the neighbour each T5 head looks at
+HEAD_OFFSETS = (-1, 1, -2, 2, -3, 3, 0, 0)  # the neighbour that each T5 head attends to
 
 OPENINGS = ("", "a photo of ", "a picture of ", "a drawing of ", "one ", "the image shows ")
 ENDINGS = ("", ", high quality", ", on a wall", ", studio light", ", simple", ", fashion", " on the floor")
 
 
-def caption_variants(caption: str, rng: np.random.Generator) -> str:
-    """The caption with an opening and an ending that say nothing about the picture, so that wording may
-    vary."""
+def reword_caption(caption: str, rng: np.random.Generator) -> str:
+    """The caption with a random opening and ending that say nothing about the picture, as captions of users
+    have them."""
     return OPENINGS[rng.integers(len(OPENINGS))] + caption + ENDINGS[rng.integers(len(ENDINGS))]
 
 
@@ -98,27 +98,9 @@ def _write_clip_tokenizer(folder: Path, corpus: list[str]) -> int:
 
 def _write_t5_tokenizer(folder: Path, corpus: list[str]) -> int:
     """spiece.model (slow tokenizers) and the same vocabulary as tokenizer.json (fast ones)."""
-    words = sorted({word for line in corpus for word in re.findall("[a-z]{3,}", line)})
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(corpus),
-        model_writer=model,
-        vocab_size=400,
-        hard_vocab_limit=False,
-        model_type="unigram",
-        character_coverage=1.0,
-        pad_id=0,
-        eos_id=1,
-        unk_id=2,
-        bos_id=-1,
-        normalization_rule_name="identity",
-        required_chars="abcdefghijklmnopqrstuvwxyz0123456789,.-'!?",
-        user_defined_symbols=["\u2581" + word for word in words],
-        minloglevel=2,
-        num_threads=1,
-    )
-    (folder / "spiece.model").write_bytes(model.getvalue())
-    pieces = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    model = _sentencepiece_model(corpus)
+    (folder / "spiece.model").write_bytes(model)
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
     special = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
     _write_json(folder / "special_tokens_map.json", special)
     _write_json(
@@ -146,6 +128,30 @@ def _write_t5_tokenizer(folder: Path, corpus: list[str]) -> int:
     )
     fast.save(str(folder / "tokenizer.json"))
     return len(pieces)
+
+
+def _sentencepiece_model(corpus: list[str]) -> bytes:
+    """A unigram model in which every word of the corpus is one piece."""
+    words = sorted({word for line in corpus for word in re.findall("[a-z]{3,}", line)})
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(corpus),
+        model_writer=model,
+        vocab_size=400,
+        hard_vocab_limit=False,
+        model_type="unigram",
+        character_coverage=1.0,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        normalization_rule_name="identity",
+        required_chars="abcdefghijklmnopqrstuvwxyz0123456789,.-'!?",
+        user_defined_symbols=["\u2581" + word for word in words],
+        minloglevel=2,
+        num_threads=1,
+    )
+    return model.getvalue()
 
 
 def _clip_config(vocab_size: int) -> dict:
@@ -201,7 +207,8 @@ def _t5_config(vocab_size: int) -> dict:
 
 
 def _clip_weights(vocab_size: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Torch layout [out, in]. Near-uniform attention: the pooled end token gathers a bag of all words."""
+    """Torch layout [out, in]. Attention is nearly uniform, so the pooled end token is like a mean of all
+    words."""
     w = CLIP_WIDTH
     tensors = {
         "embeddings.token_embedding.weight": _normal(rng, 1.0, vocab_size, w),
@@ -223,7 +230,8 @@ def _clip_weights(vocab_size: int, rng: np.random.Generator) -> dict[str, np.nda
 
 
 def _t5_weights(vocab_size: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Torch layout [out, in]. Queries and keys are zero, so where a head looks is its relative bias alone."""
+    """Torch layout [out, in]. Queries and keys are zero: only its relative bias decides where a head
+    attends."""
     w, inner = T5_WIDTH, T5_HEADS * T5_HEAD_DIM
     tensors = {
         "shared.weight": _normal(rng, 1.0, vocab_size, w),

@@ -46,7 +46,7 @@ _GREETING_SECONDS = 60.0
 _KEEPALIVE = (("TCP_KEEPIDLE", 20), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3))  # a lost machine: 50 seconds
 _GREETING = struct.Struct("<qq")  # token, rank
 _READY, _END = b"r", b"e"
-_HANDOVER = re.compile(r"^handover-[0-9a-f]{13}$")
+_SCRATCH = re.compile(r"^handover-[0-9a-f]{13}$")
 
 
 @dataclass(frozen=True)
@@ -339,7 +339,7 @@ def _receive(line: socket.socket) -> bytes:
 
 
 @contextmanager
-def handover_folder(parent: Path, ranks: Ranks) -> Iterator[Path | None]:
+def rank_scratch(parent: Path, ranks: Ranks) -> Iterator[Path | None]:
     """Within it, all ranks have the path of one folder in `parent`, which nobody has used before; None where
     there is one rank only.
 
@@ -351,7 +351,7 @@ def handover_folder(parent: Path, ranks: Ranks) -> Iterator[Path | None]:
     token = int(ranks.gather([secrets.randbits(52)])[0, 0])
     folder = parent / f"handover-{token:013x}"
     for path in parent.iterdir() if parent.is_dir() else ():
-        if _HANDOVER.match(path.name) and path != folder:
+        if _SCRATCH.match(path.name) and path != folder:
             shutil.rmtree(path, ignore_errors=True)  # other ranks of this machine do the same
     try:
         yield folder if ranks.size > 1 else None

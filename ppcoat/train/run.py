@@ -36,7 +36,7 @@ from ppcoat.train.previews import (
     preview_prompts,
     validation_pairs,
 )
-from ppcoat.train.ranks import Ranks, handover_folder
+from ppcoat.train.ranks import Ranks, rank_scratch
 from ppcoat.train.trainer import StepResult, Trainer, TrainingResult
 
 DRY_STEPS = 2
@@ -156,8 +156,8 @@ def encode_for_all(
     ConfigError where the folder cannot be written to.
     """
     try:
-        with handover_folder(config.run_dir, ranks) as handover, ranks.first_ahead():
-            return encode_dataset(spec, config, examples, pipeline, handover)
+        with rank_scratch(config.run_dir, ranks) as scratch, ranks.first_ahead():
+            return encode_dataset(spec, config, examples, pipeline, scratch)
     except OSError as error:
         if error.errno is None:  # one of Paddle's, who gives device errors this type
             raise
@@ -172,15 +172,15 @@ def encode_dataset(
     config: RunConfig,
     examples: Sequence[Example],
     pipeline: Any,
-    handover: Path | None = None,
+    scratch: Path | None = None,
 ) -> TrainingCache:
     """VAE latents of the pictures, text embeddings of their captions and of the preview prompts: each
-    once, or from config.cache_folder if a dataset has cache_to_disk, else from the folder `handover`.
+    once, or from config.cache_folder if a dataset has cache_to_disk, else from the folder `scratch`.
 
-    handover: a folder of this run alone, because encoders without a cache on disk do not say who they are.
+    scratch: a folder of this run alone, because encoders without a cache on disk do not say who they are.
     """
     prompts = preview_prompts(config)
-    folder = config.cache_folder if any(data.cache_to_disk for data in config.datasets) else handover
+    folder = config.cache_folder if any(data.cache_to_disk for data in config.datasets) else scratch
     return build_cache(
         examples,
         spec.encoders(config, pipeline),

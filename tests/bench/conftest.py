@@ -9,6 +9,6 @@ def one_process(monkeypatch):
     what a test put in place of something is seen by them."""
 
     def patch(module):
-        monkeypatch.setattr(module, "run_at_once", lambda jobs, *_: [job() for job in jobs])
+        monkeypatch.setattr(module, "run_parallel", lambda jobs, *_: [job() for job in jobs])
 
     return patch

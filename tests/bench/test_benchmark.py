@@ -48,7 +48,7 @@ def test_json_holds_settings_machine_and_every_step(report):
         assert all(math.isfinite(step["loss"]) and step["milliseconds"] > 0 for step in variant["steps"])
 
 
-def test_processes_take_turns_and_never_run_at_once(report):
+def test_processes_take_turns_and_never_run_parallel(report):
     spans = sorted(
         (step["started_at"], step["started_at"] + step["milliseconds"] / 1e3, name)
         for name, variant in report["variants"].items()
@@ -121,7 +121,7 @@ def test_the_plot_is_beside_the_json(finished):
     ],
 )
 def test_wrong_flags_are_answered_in_one_line_before_anything_runs(flags, words, capsys, monkeypatch):
-    monkeypatch.setattr(benchmark, "run_side_by_side", None)
+    monkeypatch.setattr(benchmark, "run_interleaved", None)
     monkeypatch.setattr(benchmark, "measured_peak", None)
     assert main(["benchmark", *flags]) == 2
     shown = capsys.readouterr()
@@ -173,7 +173,7 @@ def test_out_of_memory_is_answered_in_one_line(monkeypatch, capsys):
     def full(*_):
         raise MemoryError("a measuring process got no more")
 
-    monkeypatch.setattr(benchmark, "run_side_by_side", full)
+    monkeypatch.setattr(benchmark, "run_interleaved", full)
     assert main(["benchmark"]) == 2
     assert "out of memory" in (error := capsys.readouterr().err) and "--batch_size" in error
 

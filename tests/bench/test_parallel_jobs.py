@@ -12,7 +12,7 @@ import pytest
 
 from ppcoat.atomic import is_running
 from ppcoat.bench import parallel_jobs
-from ppcoat.bench.parallel_jobs import Job, batched, run_at_once
+from ppcoat.bench.parallel_jobs import Job, batched, run_parallel
 from ppcoat.device import set_device
 from ppcoat.errors import ConfigError
 
@@ -22,10 +22,10 @@ two_cores = pytest.mark.skipif(CORES < 2, reason="jobs run at once on two cores 
 PARENT = """
 import sys
 from pathlib import Path
-from ppcoat.bench.parallel_jobs import Job, run_at_once
+from ppcoat.bench.parallel_jobs import Job, run_parallel
 if __name__ == "__main__":
     code = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
-    run_at_once([Job(name, exec, (code, {}), Path(sys.argv[1]) / name) for name in "ab"], "cpu")
+    run_parallel([Job(name, exec, (code, {}), Path(sys.argv[1]) / name) for name in "ab"], "cpu")
 """
 
 
@@ -40,11 +40,11 @@ def test_results_come_in_order_from_processes_that_share_the_cores(tmp_path):
     facts = "(__import__('os').getpid(), __import__('ppcoat.device').device.core_count())"
     jobs = [Job(name, eval, (facts,), tmp_path / name) for name in "ab"]
     before = os.environ.get("OMP_NUM_THREADS")
-    (first, threads), (second, others) = run_at_once(jobs, "cpu")
+    (first, threads), (second, others) = run_parallel(jobs, "cpu")
     assert len({first, second, os.getpid()}) == 3
     assert threads == others == CORES // 2
     assert os.environ.get("OMP_NUM_THREADS") == before
-    assert run_at_once([Job("a", time.sleep, (0.3,)), Job("b", math.sqrt, (9.0,))], "cpu") == [None, 3.0]
+    assert run_parallel([Job("a", time.sleep, (0.3,)), Job("b", math.sqrt, (9.0,))], "cpu") == [None, 3.0]
 
 
 @two_cores
@@ -52,7 +52,7 @@ def test_what_a_job_prints_goes_to_its_log_which_is_named(tmp_path, capsys):
     log = tmp_path / "new" / "job.log"
     code = "import sys; print('out'); sys.stderr.write('err')"
     jobs = [Job("root", math.sqrt, (1.0,)), Job("words", exec, (code, {}), log)]
-    assert run_at_once(jobs, "cpu") == [1.0, None]
+    assert run_parallel(jobs, "cpu") == [1.0, None]
     assert sorted(log.read_text().replace("\n", "")) == sorted("outerr")
     assert capsys.readouterr().out == f"root\nwords (prints to {log})\n"
 
@@ -70,7 +70,7 @@ def test_what_a_job_prints_goes_to_its_log_which_is_named(tmp_path, capsys):
 def test_a_fault_is_raised_here_at_once_and_the_other_is_stopped(job, error, words, first):
     started, long = time.monotonic(), Job("long", time.sleep, (600,))
     with pytest.raises(error, match=words):
-        run_at_once([job, long] if first else [long, job], "cpu")
+        run_parallel([job, long] if first else [long, job], "cpu")
     assert time.monotonic() - started < 300
 
 
@@ -78,9 +78,9 @@ def test_a_fault_is_raised_here_at_once_and_the_other_is_stopped(job, error, wor
 def test_a_traceback_is_printed_where_the_fault_is_no_message_to_the_user(tmp_path):
     logs = [tmp_path / "message.log", tmp_path / "fault.log"]
     with pytest.raises(ConfigError):
-        run_at_once([Job("a", set_device, ("tpu",), logs[0]), Job("b", time.sleep, (600,))], "cpu")
+        run_parallel([Job("a", set_device, ("tpu",), logs[0]), Job("b", time.sleep, (600,))], "cpu")
     with pytest.raises(ZeroDivisionError):
-        run_at_once([Job("a", eval, ("1 / 0",), logs[1]), Job("b", time.sleep, (600,))], "cpu")
+        run_parallel([Job("a", eval, ("1 / 0",), logs[1]), Job("b", time.sleep, (600,))], "cpu")
     assert logs[0].read_text() == ""
     assert "Traceback" in logs[1].read_text() and "ZeroDivisionError" in logs[1].read_text()
 
@@ -116,7 +116,7 @@ def wait_for_number(file: Path) -> int:
 def test_one_core_or_a_gpu_does_one_job_after_the_other_here(monkeypatch, capsys, cores, device):
     monkeypatch.setattr(parallel_jobs, "core_count", lambda: cores)
     jobs = [Job(f"job {i}", print, (i,), Path("unused.log")) for i in range(3)]
-    assert run_at_once(jobs, device) == [None] * 3
+    assert run_parallel(jobs, device) == [None] * 3
     assert capsys.readouterr().out == "job 0\n0\njob 1\n1\njob 2\n2\n"
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import ppcoat.bench.parity as parity
-from ppcoat.bench.parity import table
+from ppcoat.bench.parity import parity_table
 from ppcoat.cli.main import run
 
 
@@ -87,7 +87,7 @@ def test_table_gives_means_and_the_furthest_difference():
         )
         for seed in (0, 1)
     }
-    rows = table(results, [0, 1]).splitlines()
+    rows = parity_table(results, [0, 1]).splitlines()
     assert rows[1].split() == ["float32", "0.4500", "+0.00%", "80.0%", "+0.0", "+0.0", "2.00"]
     assert rows[2].split() == ["coat", "0.4505", "+1.00%", "83.0%", "+3.0", "+3.0", "2.00"]
     assert rows[3].split()[-3:] == ["-2.0", "-2.0", "2.00"]

@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 import ppcoat.bench.quickstart as quickstart_module
-from ppcoat.bench.quickstart import CONFIG, contact_sheet, final_loss, measure, summary
+from ppcoat.bench.quickstart import CONFIG, contact_sheet, draw_and_score, final_loss, quickstart_summary
 from ppcoat.cli.main import run
 from ppcoat.config.load import load_config
 from ppcoat.infer.garment_scores import GarmentClassifier
@@ -60,7 +60,7 @@ def test_summary_shows_what_was_computed(tmp_path):
     plain = result(file, [0.5] * 60, 42.6, 12 << 20, 400)
     config = load_config(CONFIG)
     rates = {"off": 0.01, "on": 0.87, "no_trigger": 0.42}
-    text = summary(config, coat, plain, rates, 200, tmp_path / "grid.png")
+    text = quickstart_summary(config, coat, plain, rates, 200, tmp_path / "grid.png")
     lines = [" ".join(line.split()) for line in text.splitlines()]
     for wanted in (
         "final loss (mean of last 50 steps) 0.5150 0.5000",
@@ -159,10 +159,10 @@ def test_rates_and_grid_are_of_the_pictures_they_name(tmp_path, quick, monkeypat
         gold = [picture.getpixel((0, 0)) == (255, 215, 0) for picture in pictures]
         return {"motif": np.where(gold, "gold star", "none")}
 
-    monkeypatch.setattr(quickstart_module, "draw", paint)
+    monkeypatch.setattr(quickstart_module, "draw_prompts", paint)
     monkeypatch.setattr(quickstart_module, "classify", judge)
     config = load_config(CONFIG, [f"model.name_or_path={FIXTURE}"])
-    rates, grid = measure(config, tmp_path / "lora.safetensors", 4)
+    rates, grid = draw_and_score(config, tmp_path / "lora.safetensors", 4)
     assert rates == {"off": 0.25, "on": 0.75, "no_trigger": 0.5}
     pixels = [[grid.getpixel((70 + 128 * x, 128 * y)) for x in range(4)] for y in range(2)]
     assert [row.count((255, 215, 0)) for row in pixels] == [1, 3]

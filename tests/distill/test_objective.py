@@ -5,7 +5,7 @@ import paddle
 import pytest
 
 from ppcoat.distill.discriminator import Discriminator
-from ppcoat.distill.objective import DiscriminatorObjective, Distillation, Rules, Scene, Terms
+from ppcoat.distill.objective import BatchState, DiscriminatorObjective, Distillation, Rules, Terms
 from ppcoat.lora import lora_disabled, lora_layers, lora_parameters
 from ppcoat.models.pictures import latent_image_ids, pack_latents
 
@@ -70,20 +70,20 @@ def test_at_the_first_step_of_a_phase_the_target_is_the_teachers_step_itself(stu
     made = objective()
     drawn = drawn_for(made, batch, np.array([6, 4, 0]))
     one_step = by_hand(student, batch, made, drawn)[2]
-    found = Scene(made, student, batch, drawn).target()
+    found = BatchState(made, student, batch, drawn).target()
     np.testing.assert_allclose(found.numpy(), one_step, atol=1e-5)
     assert found.stop_gradient
 
 
 def test_the_teacher_is_the_student_without_lora_and_leaves_it_on(student, batch):
     made = objective()
-    scene = Scene(made, student, batch, drawn_for(made, batch))
-    on, off = (call(scene.noisy, scene.sigma).numpy() for call in (scene.velocity, scene.teacher_velocity))
+    state = BatchState(made, student, batch, drawn_for(made, batch))
+    on, off = (call(state.noisy, state.sigma).numpy() for call in (state.velocity, state.teacher_velocity))
     assert np.abs(on - off).max() > 1e-3
     for layer in lora_layers(student).values():
         assert layer.enabled
         layer.lora_B.set_value(paddle.zeros_like(layer.lora_B))
-    np.testing.assert_allclose(scene.velocity(scene.noisy, scene.sigma).numpy(), off, atol=1e-6)
+    np.testing.assert_allclose(state.velocity(state.noisy, state.sigma).numpy(), off, atol=1e-6)
 
 
 def test_reflow_at_the_edge_of_a_phase_is_the_identity_and_was_not_as_published(student, batch):
@@ -103,7 +103,7 @@ def test_each_picture_walks_its_own_steps_and_as_published_those_of_the_first(st
         made = objective(terms={"whole_phase": True}, rules=Rules(phase_delta=rule))
         some = {name: value[rows] for name, value in batch.items()}
         drawn = drawn_for(made, batch, np.array([7, 4, 2]))[rows]
-        return Scene(made, student, some, drawn).target().numpy()
+        return BatchState(made, student, some, drawn).target().numpy()
 
     together = walk("fixed", slice(None))
     for i in range(3):
@@ -116,9 +116,9 @@ def test_rules_reach_the_noise_and_the_last_level(student, batch):
         rule: objective(rules=Rules(forward_noise=rule, last_sigma=rule)) for rule in ("fixed", "published")
     }
     assert made["fixed"].solver(4).sigmas_next[0] == 0 < made["published"].solver(4).sigmas_next[0]
-    scenes = [Scene(each, student, batch, drawn_for(each, batch)) for each in made.values()]
+    states = [BatchState(each, student, batch, drawn_for(each, batch)) for each in made.values()]
     x, level = paddle.ones([3, 4, 16]), np.array([1.0, 0.9, 0.8])
-    fixed, published = (scene.noised_to(x, "fake", level).numpy() for scene in scenes)
+    fixed, published = (state.noised_to(x, "fake", level).numpy() for state in states)
     assert np.abs(fixed - published).max() > 0.01
 
 

@@ -11,7 +11,14 @@ from PIL.PngImagePlugin import PngInfo
 import ppcoat.infer.evaluate as evaluate_module
 from ppcoat.cli.main import run
 from ppcoat.errors import ConfigError
-from ppcoat.infer.evaluate import FolderScores, features_named, own_prompt, prompts_of, score_folders, table
+from ppcoat.infer.evaluate import (
+    FolderScores,
+    features_named,
+    folder_table,
+    own_prompt,
+    prompts_of,
+    score_folders,
+)
 from ppcoat.infer.garment_scores import GarmentClassifier, pictures_to_tensor
 
 
@@ -84,13 +91,13 @@ def test_a_prompt_is_beside_the_picture_in_it_or_in_a_list(tmp_path):
 
 def test_the_table_has_flux_lightnings_form():
     scores = [FolderScores("FLUX-Lightning (ours)", 8.0182, 0.3294), FolderScores("TDD", 18.383, None)]
-    assert table(scores, "inception").splitlines() == [
+    assert folder_table(scores, "inception").splitlines() == [
         "| Method                | FID-FLUX ↓ | CLIP ↑ |",
         "|-----------------------|------------|--------|",
         "| FLUX-Lightning (ours) | 8.0182     | 0.3294 |",
         "| TDD                   | 18.3830    | -      |",
     ]
-    assert "| Frechet (garments) ↓ |" in table(scores, "garments")
+    assert "| Frechet (garments) ↓ |" in folder_table(scores, "garments")
 
 
 def test_garment_features_are_the_classifiers():

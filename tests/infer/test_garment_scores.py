@@ -10,7 +10,7 @@ from PIL import Image
 import ppcoat.infer.garment_scores as garment_scores
 from ppcoat.data import garments
 from ppcoat.infer.garment_scores import (
-    Guidance,
+    GuidanceScales,
     SampleScores,
     compare_students,
     comparison_table,
@@ -63,7 +63,7 @@ def test_shares_are_counted_against_the_captions(monkeypatch):
     painter = Painter()
     monkeypatch.setattr(garment_scores, "classify", judge)
     monkeypatch.setattr(garment_scores.FluxPipeline, "from_pretrained", lambda _: painter)
-    scores, samples = evaluate("anything", 7, 3, Guidance(2.5, 1.5))
+    scores, samples = evaluate("anything", 7, 3, GuidanceScales(2.5, 1.5))
     assert len(samples) == 7
     assert painter.calls == [(4, 0, 3), (4, 3, 3), (4, 6, 1), (28, 0, 3), (28, 3, 3), (28, 6, 1)]
     wanted = held_out_garments(7)

@@ -16,7 +16,7 @@ from ppcoat.bench.bench_worker import (
     MeasuredProcess,
     largest_batch,
     measured_peak,
-    run_side_by_side,
+    run_interleaved,
 )
 from ppcoat.errors import ConfigError
 
@@ -115,7 +115,7 @@ CASES = {"standard": BenchmarkCase(), "coat": BenchmarkCase(policy="coat")}
 @pytest.mark.parametrize(("steps", "turns"), [(3, [1, 1, 1]), (23, [2] * 11 + [1]), (50, [5] * 10)])
 def test_variants_take_turns(fake, steps, turns):
     done = []
-    _, results = run_side_by_side(CASES, steps, lambda *turn: done.append(turn))
+    _, results = run_interleaved(CASES, steps, lambda *turn: done.append(turn))
     wanted = [(name, count) for count in turns for name in ("none", "coat")]
     assert [entry for entry in fake.log if isinstance(entry[1], int)] == wanted
     assert done == [({"none": "standard"}.get(name, name), count) for name, count in wanted]

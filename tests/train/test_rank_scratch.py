@@ -3,7 +3,7 @@
 import pytest
 
 from ppcoat.errors import ConfigError
-from ppcoat.train.ranks import Ranks, handover_folder
+from ppcoat.train.ranks import Ranks, rank_scratch
 
 LEFT = "handover-0123456789abc"  # by a killed run
 
@@ -18,7 +18,7 @@ def names(folder):
 
 def hand_over(ranks, tell, parent):
     """Rank 0 writes, rank 1 reads, and looks again before rank 0 can have left."""
-    with handover_folder(parent, ranks) as folder, ranks.first_ahead():
+    with rank_scratch(parent, ranks) as folder, ranks.first_ahead():
         if ranks.is_first:
             folder.mkdir(parents=True)
             (folder / "a").write_text("of rank 0")
@@ -43,7 +43,7 @@ def test_machines_that_share_no_disk_see_nothing_of_each_other_and_are_cleaned_a
         (tmp_path / rank / LEFT).mkdir(parents=True)
 
     def work(ranks, tell):
-        with handover_folder(tmp_path / str(ranks.rank), ranks) as folder:
+        with rank_scratch(tmp_path / str(ranks.rank), ranks) as folder:
             before = folder.exists()
             folder.mkdir()
         tell(before)
@@ -56,15 +56,15 @@ def test_machines_that_share_no_disk_see_nothing_of_each_other_and_are_cleaned_a
 
 def test_one_rank_needs_none_but_removes_what_was_left(tmp_path):
     (tmp_path / LEFT).mkdir()
-    with handover_folder(tmp_path, Ranks()) as folder:
+    with rank_scratch(tmp_path, Ranks()) as folder:
         assert folder is None and names(tmp_path) == []
-    with handover_folder(tmp_path / "not_there", Ranks()):
+    with rank_scratch(tmp_path / "not_there", Ranks()):
         assert not (tmp_path / "not_there").exists()
 
 
 def test_an_error_within_it_leaves_nothing(start, tmp_path):
     def work(ranks, tell):
-        with pytest.raises(ConfigError), handover_folder(tmp_path, ranks) as folder:
+        with pytest.raises(ConfigError), rank_scratch(tmp_path, ranks) as folder:
             folder.mkdir(exist_ok=True)
             raise ConfigError("a picture cannot be read")
         tell("left")
