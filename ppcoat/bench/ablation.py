@@ -22,7 +22,7 @@ from ppcoat.distill.flux_lightning import train_flux_lightning
 from ppcoat.errors import ConfigError
 from ppcoat.infer.garment_scores import SampleScores, compare_students
 
-TINY_FLUX = "ppcoat/assets/tiny_flux"
+TEACHER = "ppcoat/assets/tiny_flux"
 SHARED = {
     "resolution": 64, "guidance_scale": 1.5, "train_batch_size": 16, "lora_rank": 64,
     "num_euler_timesteps": 20, "use_distill_loss": True, "loss_type": "l2", "learning_rate": 2e-3,
@@ -42,7 +42,7 @@ STUDENTS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data_path", required=True, help="folder of pictures with captions")
-    parser.add_argument("--model", default=TINY_FLUX, help="the teacher (default: %(default)s)")
+    parser.add_argument("--model", default=TEACHER, help="the teacher (default: %(default)s)")
     parser.add_argument("--output_dir", default="output/ablation", help="(default: %(default)s)")
     parser.add_argument("--lora_steps", type=int, default=250, help="of each LoRA (default: %(default)s)")
     parser.add_argument("--samples", type=int, default=1000, help="pictures scored (default: %(default)s)")

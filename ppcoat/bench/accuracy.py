@@ -106,7 +106,8 @@ def recorded_gradients(
     from ppcoat.config.load import load_config
     from ppcoat.data.examples import all_examples, scan_datasets
     from ppcoat.models.flux.pipeline import FluxPipeline
-    from ppcoat.train.flux import build_trainer, encode_dataset
+    from ppcoat.train.flux import FluxSpec
+    from ppcoat.train.run import build_trainer, encode_dataset
 
     from .quickstart import CONFIG, DATA_SEED, MOTIF
 
@@ -120,7 +121,9 @@ def recorded_gradients(
         garments.write_folder(data, PICTURES, DATA_SEED, config.data.resolution, MOTIF, "[trigger] ")
         pipeline = FluxPipeline.from_pretrained(config.model.name_or_path)
         examples = all_examples(scan_datasets(config))
-        trainer = build_trainer(config, pipeline, encode_dataset(config, examples, pipeline))
+        spec = FluxSpec()
+        cache = encode_dataset(spec, config, examples, pipeline)
+        trainer = build_trainer(spec, config, pipeline, cache)
         return np.stack([_gradients_of_a_step(trainer, groups) for _ in range(steps)])
 
 
@@ -234,11 +237,11 @@ def _gradients_of_a_step(trainer: object, groups: int) -> np.ndarray:
 
         return hook
 
-    hooks = [parameter.register_hook(note(name)) for name, parameter in trainer.parameters.items()]
+    hooks = [parameter.register_hook(note(name)) for name, parameter in trainer.side.parameters.items()]
     trainer.train_step()
     for hook in hooks:
         hook.remove()
-    everything = np.concatenate([rows[name] for name in trainer.parameters])
+    everything = np.concatenate([rows[name] for name in trainer.side.parameters])
     chosen = np.linspace(0, len(everything) - 1, min(groups, len(everything))).astype(int)
     return everything[chosen]
 

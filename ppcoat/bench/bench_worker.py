@@ -24,7 +24,8 @@ from multiprocessing.connection import Connection
 import numpy as np
 import paddle
 
-from ppcoat.config.schema import CoatActivationConfig, CoatOptimizerConfig
+from ppcoat.config.flags import flag
+from ppcoat.config.schema import CoatActivationConfig, CoatOptimizerConfig, NetworkConfig
 from ppcoat.device import (
     ChildProcess,
     GpuMeter,
@@ -34,16 +35,16 @@ from ppcoat.device import (
     tune_host,
 )
 from ppcoat.errors import ConfigError
-from ppcoat.lora import inject_lora
 from ppcoat.lora.layer import lora_parameters
 from ppcoat.models.flux.transformer import FluxTransformer2DModel
 from ppcoat.nn.policy import check_policy
 from ppcoat.train.coat import COATConfig, COATTrainer
+from ppcoat.train.model_spec import prepare
 from ppcoat.train.objective import FlowMatching
 from ppcoat.train.trainer import optimizer_state_bytes
 
 HEAD_DIM = 64
-TOKEN_SIDE = 16  # side of the square of a picture that FLUX sees as one token
+TOKEN_SIDE = 16  # pixels: FLUX sees a square of a picture as one token
 TEXT_WIDTH, POOLED_WIDTH, LATENT_CHANNELS = 4096, 768, 16  # of FLUX.1: T5-XXL, CLIP-L, autoencoder
 BYTES = ("bytes_kept", "bytes_kept_bf16", "bytes_unpacked")  # counters of nn.saved_tensors
 LEARNING_RATE = {"lora": 1e-3, "full": 1e-4}
@@ -61,17 +62,17 @@ class BenchmarkCase:
     value.
     """
 
-    hidden_size: int = 1024
-    num_layers: int = 8
-    batch_size: int = 4
-    tokens: int = 256
-    text_tokens: int = 64
-    rank: int = 16
+    hidden_size: int = flag("width of the model, a multiple of 64", 1024)
+    num_layers: int = flag("blocks: a third double, the rest single", 8)
+    batch_size: int = flag("pictures in a step", 4)
+    tokens: int = flag("image tokens; 256 are a picture of 256 x 256 pixels, 4096 one of 1024 x 1024", 256)
+    text_tokens: int = flag("text tokens", 64)
+    rank: int = flag("rank of the LoRA", 16)
     fp8_states: bool = False
     policy: str = "none"
-    full_training: bool = False
-    seed: int = 0
-    device: str = "auto"
+    full_training: bool = flag("train all parameters, not a LoRA", False)
+    seed: int = flag("seed of weights and data", 0)
+    device: str = flag("auto, cpu, gpu or gpu:N", "auto")
 
     def __post_init__(self) -> None:
         for name in ("hidden_size", "num_layers", "batch_size", "tokens", "text_tokens", "rank"):
@@ -248,12 +249,10 @@ def build_model(
     )
     if dtype != "float32":
         model.to(dtype=dtype)
+    lora = None
     if not case.full_training:
-        inject_lora(
-            model, case.rank, case.rank, policy=coat.policy, group_size=coat.linear_group_size, seed=case.seed
-        )
-    coat.convert(model)
-    model.train()
+        lora = NetworkConfig(linear=case.rank, linear_alpha=float(case.rank))
+    prepare(model, coat, lora, seed=case.seed)
     return model, model.parameters() if case.full_training else lora_parameters(model)
 
 

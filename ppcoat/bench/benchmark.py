@@ -30,6 +30,7 @@ from ppcoat.bench.bench_worker import (
     measured_peak,
     run_interleaved,
 )
+from ppcoat.config.flags import add_flags
 from ppcoat.errors import ConfigError
 
 LAST_STEPS = 5  # the final loss is their mean
@@ -37,23 +38,17 @@ MIB = 2**20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    def number(flag: str, default: int | None, what: str, kind: type = int) -> None:
-        shown = f"{what} (default: %(default)s)" if default is not None else what
-        parser.add_argument(f"--{flag}", type=kind, default=default, help=shown)
-
-    number("hidden_size", 1024, "width of the model, a multiple of 64")
-    number("num_layers", 8, "blocks: a third double, the rest single")
-    number("batch_size", 4, "pictures in a step")
-    number("num_steps", 50, "steps of each variant")
-    number("tokens", 256, "image tokens; 256 are a picture of 256 x 256 pixels, 4096 one of 1024 x 1024")
-    number("text_tokens", 64, "text tokens")
-    number("rank", 16, "rank of the LoRA")
-    number("seed", 0, "seed of weights and data")
-    number("memory_budget_gb", None, "find the largest batch within so many GB (1e9 bytes)", float)
+    add_flags(parser, BenchmarkCase, "hidden_size", "num_layers", "batch_size")
+    parser.add_argument(
+        "--num_steps", type=int, default=50, help="steps of each variant (default: %(default)s)"
+    )
+    add_flags(parser, BenchmarkCase, "tokens", "text_tokens", "rank", "seed")
+    parser.add_argument(
+        "--memory_budget_gb", type=float, help="find the largest batch within so many GB (1e9 bytes)"
+    )
     parser.add_argument("--use_fp8_activation", action="store_true", help="COAT keeps activations in FP8 too")
     parser.add_argument("--policy", help="what COAT then keeps for backward (default: coat)")
-    parser.add_argument("--full_training", action="store_true", help="train all parameters, not a LoRA")
-    parser.add_argument("--device", default="auto", help="auto, cpu, gpu or gpu:N (default: %(default)s)")
+    add_flags(parser, BenchmarkCase, "full_training", "device")
     parser.add_argument(
         "--output", default="benchmark_results.json", help="JSON file; the plot is beside it, as .png"
     )

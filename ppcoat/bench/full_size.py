@@ -44,9 +44,10 @@ from ppcoat.models.quantized_base import FP8Copy, fp8_model_bytes, load_fp8_tran
 from ppcoat.models.tensor_files import read_json, tensor_infos
 from ppcoat.models.writing import INDEX, Layout, check_room, layout_bytes, shard_metadata, write_component
 from ppcoat.plan.model import FLUX_DEV
-from ppcoat.plan.phases import Footprint
+from ppcoat.plan.phases import MemoryModel
 from ppcoat.plan.settings import GB, as_given
-from ppcoat.train.flux import build_trainer
+from ppcoat.train.flux import FluxSpec
+from ppcoat.train.run import build_trainer
 from ppcoat.train.trainer import Trainer
 
 PIXELS, LATENT_SIDE = 128, 16
@@ -144,7 +145,7 @@ def full_size(case: FullSizeCase) -> dict:
     transformer = load_fp8_transformer(case.weights, copy=copy)
     report["loading"] = watch.note("FP8 base loaded", "from its copy" if had_copy else "quantised, copied")
     report["fp8_model_bytes"] = fp8_model_bytes(transformer)
-    trainer = build_trainer(config, SimpleNamespace(transformer=transformer), random_cache(case))
+    trainer = build_trainer(FluxSpec(), config, SimpleNamespace(transformer=transformer), random_cache(case))
     watch.note("LoRA and optimizer made")
     report["steps"] = []
     for number in range(1, case.steps + 1):
@@ -160,9 +161,9 @@ def full_size(case: FullSizeCase) -> dict:
 
 def planned_phases(case: FullSizeCase) -> list:
     """Phases of the plan with the transformer in memory; this command loads no encoder."""
-    footprint = Footprint(case.config(), on_gpu=False, settings=case.settings)
-    choice = as_given(footprint.config, len(footprint.model.blocks))
-    return [phase for phase in footprint.phases(choice) if "base" in phase.parts]
+    memory = MemoryModel(case.config(), on_gpu=False, transformer=case.settings)
+    settings = as_given(memory.config, len(memory.model.blocks))
+    return [phase for phase in memory.phases(settings) if "base" in phase.parts]
 
 
 def random_cache(case: FullSizeCase) -> TrainingCache:

@@ -19,7 +19,7 @@ import numpy as np
 from ppcoat.atomic import write_text
 from ppcoat.bench.parallel_jobs import PARALLEL_JOBS, Job, batched, run_parallel
 from ppcoat.bench.quickstart import CONFIG, draw_data, draw_prompts, final_loss, motif_rate, remove_earlier
-from ppcoat.cli.train import add_set_flag
+from ppcoat.config.flags import add_set_flag
 from ppcoat.config.load import load_config
 from ppcoat.config.schema import RunConfig
 from ppcoat.device import set_device, tune_host
@@ -27,7 +27,7 @@ from ppcoat.errors import ConfigError
 from ppcoat.infer.garment_scores import held_out_garments
 from ppcoat.models.flux.pipeline import FluxPipeline
 from ppcoat.nn.policy import POLICIES
-from ppcoat.train.flux import train_flux_lora
+from ppcoat.train.run import train_lora
 
 FLOAT32 = "float32"
 WANTED_LOSS, WANTED_RATE = 0.01, 0.05  # greatest difference from float32
@@ -108,7 +108,7 @@ def trained(config: RunConfig) -> dict[str, float]:
     A checkpoint without results is removed, because it does not contain the losses of its steps.
     """
     remove_earlier(config.run_dir, "config.yaml")
-    result = train_flux_lora(config)
+    result = train_lora(config)
     return {
         "loss": final_loss(result),
         "kept_mib": result.bytes_kept / 2**20,

@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw
 
 from ppcoat.atomic import whole_file
 from ppcoat.bench.parallel_jobs import Job, run_parallel
-from ppcoat.cli.train import add_set_flag
+from ppcoat.config.flags import add_set_flag
 from ppcoat.config.load import load_config
 from ppcoat.config.schema import RunConfig
 from ppcoat.data import garments
@@ -28,7 +28,7 @@ from ppcoat.errors import ConfigError
 from ppcoat.infer.garment_scores import GarmentClassifier, classify, held_out_garments
 from ppcoat.models.flux.pipeline import FluxPipeline
 from ppcoat.models.loading import check_folder
-from ppcoat.train.flux import train_flux_lora
+from ppcoat.train.run import train_lora
 from ppcoat.train.trainer import TrainingResult
 
 MOTIF = garments.MOTIFS[0]
@@ -66,8 +66,8 @@ def quickstart(config_file: str, overrides: list[str], samples: int) -> None:
     draw_data(with_coat)
     what, log = f"training {with_coat.train.steps} steps", folder / f"{without.name}.log"
     jobs = [
-        Job(f"{what} with COAT", train_flux_lora, (with_coat,)),
-        Job(f"{what} without COAT: same seed, same data", train_flux_lora, (without,), log),
+        Job(f"{what} with COAT", train_lora, (with_coat,)),
+        Job(f"{what} without COAT: same seed, same data", train_lora, (without,), log),
     ]
     coat, plain = run_parallel(jobs, with_coat.device)
     rates, grid = draw_and_score(with_coat, coat.lora_file, samples)

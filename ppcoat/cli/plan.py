@@ -10,19 +10,18 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
 import yaml
 
-from ppcoat.cli.train import add_set_flag
+from ppcoat.config.flags import add_set_flag
 from ppcoat.config.lightning import LightningConfig, lightning_config
-from ppcoat.config.load import load_config
-from ppcoat.config.newbie import load_newbie_config
+from ppcoat.config.newbie import load_run_config
 from ppcoat.config.schema import RunConfig
 from ppcoat.errors import ConfigError
-from ppcoat.plan.lightning import LightningFootprint
-from ppcoat.plan.phases import FLOPS, PCIE_RATE, Choice, Phase
+from ppcoat.plan.lightning import LightningMemoryModel
+from ppcoat.plan.phases import FLOPS, PCIE_RATE, Phase, Settings
 from ppcoat.plan.settings import GB, Plan, check_budget, plan
+from ppcoat.train.model_spec import model_spec
 
 NAMES = {  # component -> its row in the table
     "context": "context and libraries",
@@ -66,8 +65,7 @@ def run_command(arguments: argparse.Namespace) -> None:
         return
     if arguments.resolution is not None:
         raise ConfigError("--resolution is for plan lightning; a config file says it in its datasets")
-    load = load_newbie_config if Path(arguments.config).suffix == ".toml" else load_config
-    config = load(arguments.config, arguments.overrides)
+    config = load_run_config(arguments.config, arguments.overrides)
     planned = plan(config, arguments.vram)
     print(table(planned))
     if arguments.vram is not None:
@@ -76,7 +74,7 @@ def run_command(arguments: argparse.Namespace) -> None:
 
 def table(planned: Plan) -> str:
     """What a plan says, as text of at most 108 columns: facts, settings, GB by component and phase."""
-    return "\n".join([*planned.facts, _settings(planned.choice), *phase_table(planned.phases)])
+    return "\n".join([*planned.facts, _settings(planned.settings), *phase_table(planned.phases)])
 
 
 def phase_table(phases: Sequence[Phase]) -> list[str]:
@@ -98,12 +96,12 @@ def lightning_plans(resolution: int, vram_gb: float | None = None) -> str:
     """A table each for a bfloat16 and an FP8 base."""
     lines = []
     for fp8_base in (False, True):
-        footprint = LightningFootprint(lightning_case(resolution, fp8_base), on_gpu=True)
-        choice, heads = footprint.choice, footprint.heads
-        phases = footprint.phases(choice)
+        memory = LightningMemoryModel(lightning_case(resolution, fp8_base), on_gpu=True)
+        settings, heads = memory.settings, memory.heads
+        phases = memory.phases(settings)
         if not lines:
-            lines += [*footprint.facts, f"{heads.count} heads of {heads.bytes_of_one // 4:,} parameters"]
-        lines += ["", _settings(choice), *phase_table(phases)]
+            lines += [*memory.facts, f"{heads.count} heads of {heads.bytes_of_one // 4:,} parameters"]
+        lines += ["", _settings(settings), *phase_table(phases)]
         if vram_gb is not None:
             fits = max(phase.total for phase in phases) <= vram_gb * GB
             lines.append(f"fits into {vram_gb:g} GB: {'yes' if fits else 'no'}")
@@ -126,14 +124,14 @@ def lightning_case(resolution: int, fp8_base: bool) -> LightningConfig:
     )
 
 
-def settings_yaml(choice: Choice) -> str:
+def settings_yaml(settings: Settings) -> str:
     """The lines to put into a config."""
-    return yaml.safe_dump(_sections(choice), sort_keys=False).rstrip()
+    return yaml.safe_dump(_sections(settings), sort_keys=False).rstrip()
 
 
-def settings_toml(choice: Choice) -> str:
+def settings_toml(settings: Settings) -> str:
     """The same for NewBie-image, as tables beside [Model] and [Optimization]."""
-    sections = _sections(choice)
+    sections = _sections(settings)
     tables = {"model": sections["model"], "train": sections["train"]}
     tables |= {f"coat.{name}": values for name, values in sections["coat"].items()}
     lines = []
@@ -142,40 +140,41 @@ def settings_toml(choice: Choice) -> str:
     return "\n".join(lines)
 
 
-def _sections(choice: Choice) -> dict[str, dict]:
-    blocks = choice.checkpoint_blocks
+def _sections(settings: Settings) -> dict[str, dict]:
+    blocks = settings.checkpoint_blocks
     memory = {"memory": {"checkpoint_blocks": blocks}} if blocks else {}
     return {
-        "model": {"quantize": choice.quantize, "blocks_to_swap": choice.blocks_to_swap},
+        "model": {"quantize": settings.quantize, "blocks_to_swap": settings.blocks_to_swap},
         "train": {
-            "batch_size": choice.batch_size,
-            "gradient_accumulation": choice.gradient_accumulation,
-            "gradient_checkpointing": choice.checkpoint_blocks > 0,
+            "batch_size": settings.batch_size,
+            "gradient_accumulation": settings.gradient_accumulation,
+            "gradient_checkpointing": settings.checkpoint_blocks > 0,
         },
-        "coat": {"activation": {"policy": choice.policy}} | memory,
+        "coat": {"activation": {"policy": settings.policy}} | memory,
     }
 
 
 def advice(config: RunConfig, planned: Plan) -> str:
-    """The choice as config lines, and what it rests on."""
+    """The chosen settings as config lines, and what they rest on."""
     allowed = (
         "An FP8 base is allowed by model.quantize: true."
         if config.model.quantize
         else "An FP8 base was not considered: model.quantize: true would allow it."
     )
-    settings = settings_toml if config.model.family == "newbie" else settings_yaml
+    form = model_spec(config.model.family).config_format
+    lines = {"yaml": settings_yaml, "toml": settings_toml}[form](planned.settings)
     return (
         f"\nThe fastest that fits into {planned.vram_gb:g} GB: about {planned.seconds:.1f} s an update by a "
         f"model of the time\n({FLOPS / 1e12:.0f} TFLOP/s, PCIe {PCIE_RATE / GB:.0f} GB/s), not a "
-        f"measurement. {allowed}\nIn the config:\n\n{settings(planned.choice)}"
+        f"measurement. {allowed}\nIn the config:\n\n{lines}"
     )
 
 
-def _settings(choice: Choice) -> str:
+def _settings(settings: Settings) -> str:
     return (
-        f"policy {choice.policy}, {choice.checkpoint_blocks} blocks checkpointed, {choice.blocks_to_swap} "
-        f"swapped, {'FP8 base' if choice.quantize else 'base not quantised'}, batch {choice.batch_size} x "
-        f"{choice.gradient_accumulation}"
+        f"policy {settings.policy}, {settings.checkpoint_blocks} blocks checkpointed, "
+        f"{settings.blocks_to_swap} swapped, {'FP8 base' if settings.quantize else 'base not quantised'}, "
+        f"batch {settings.batch_size} x {settings.gradient_accumulation}"
     )
 
 

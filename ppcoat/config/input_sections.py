@@ -67,7 +67,7 @@ class NetworkConfig(Section):
     targets: Strings | None = Field(
         None,
         min_length=1,
-        description="endings of module names that get an adapter; none: those of the model's first trainer",
+        description="endings of module names that get an adapter; unset: the original trainer's defaults",
     )
     only_if_contains: Strings | None = Field(
         None, min_length=1, description="keep a module only if transformer.<its path> contains one of these"

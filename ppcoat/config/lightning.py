@@ -7,14 +7,13 @@ here reads a file.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
-from typing import Any, Literal, get_origin
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ppcoat.config.explain import came_and_wanted
-from ppcoat.config.schema import BucketRule, RunConfig, SavingPolicy
+from ppcoat.config.schema import BucketRule, PolicyName, RunConfig
 from ppcoat.config.training_sections import LoRAFormat
 from ppcoat.errors import ConfigError
 
@@ -157,7 +156,7 @@ class LightningConfig(BaseModel):
     )
     fp8_base: bool = Field(False, description="frozen weights in FP8: half of bfloat16's memory")
     blocks_to_swap: int = Field(0, ge=0, description="last blocks whose frozen weights wait in host memory")
-    saving_policy: SavingPolicy = Field("coat", description="what FLUX blocks keep for backward")
+    saving_policy: PolicyName = Field("coat", description="what FLUX blocks keep for backward")
     image_column: int | None = Field(None, ge=0, description="column of the picture in a shard; none: probed")
     caption_column: int | None = Field(None, ge=0, description="column of the caption; none: probed")
     max_bad_share: float = Field(0.05, ge=0, le=1, description="share of unusable rows that stops the run")
@@ -286,20 +285,6 @@ class LightningConfig(BaseModel):
             return RunConfig.model_validate(sections)
         except ValidationError as error:
             raise ConfigError(_line(error)) from None
-
-
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """One flag per field of LightningConfig; a flag that is not given is not in the namespace."""
-    for name, field in LightningConfig.model_fields.items():
-        default = "" if field.is_required() or field.default is None else f" (default: {field.default})"
-        settings: dict[str, Any] = {"help": (field.description + default).replace("%", "%%")}
-        if field.annotation is bool:
-            settings["action"] = argparse.BooleanOptionalAction
-        elif get_origin(field.annotation) is tuple:
-            settings["nargs"] = "*"
-        elif get_origin(field.annotation) is Literal:
-            settings["choices"] = field.annotation.__args__
-        parser.add_argument(f"--{name}", required=field.is_required(), default=argparse.SUPPRESS, **settings)
 
 
 def lightning_config(given: dict[str, Any]) -> LightningConfig:

@@ -18,7 +18,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from ppcoat.config.explain import Location, Origins, explain, printable
-from ppcoat.config.load import apply_override, read_config_text
+from ppcoat.config.load import apply_override, load_config, read_config_text
 from ppcoat.config.schema import RunConfig
 from ppcoat.errors import ConfigError
 
@@ -71,6 +71,17 @@ _OWN_TABLES = tuple(RunConfig.model_fields)
 _SAVE_EVERY = 1000  # steps, beside the epochs
 
 _log = logging.getLogger(__name__)
+
+
+def load_run_config(path: str | Path, overrides: Sequence[str] = (), family: str = "flux") -> RunConfig:
+    """The settings of a run from a file of either form: ours and ai-toolkit's (.yaml, .yml), or this (.toml).
+
+    family: the command's, newbie or flux; it says which form a file with another ending was meant to have.
+    Raises ConfigError as load_config and load_newbie_config do.
+    """
+    forms = {".yaml": load_config, ".yml": load_config, ".toml": load_newbie_config}
+    other = load_newbie_config if family == "newbie" else load_config
+    return forms.get(Path(path).suffix, other)(path, overrides)
 
 
 def load_newbie_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

@@ -3,7 +3,7 @@
 Key names follow ai-toolkit's FLUX LoRA YAML without its `job`/`config`/`process` nesting; the `coat`
 section follows the COAT paper's vocabulary (arXiv 2410.19313). Types are strict: `"16"` is not a number and
 `true` is not 1. NaN and infinity are refused everywhere. Nothing here reads a file: see load.py. The sections
-stand in input_sections.py and training_sections.py and are had from here.
+stand in input_sections.py and training_sections.py and are re-exported here.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from ppcoat.config.training_sections import (
     CoatOptimizerConfig,
     EMAConfig,
     LoggingConfig,
+    PolicyName,
     PreviewConfig,
     SampleConfig,
     SaveConfig,
-    SavingPolicy,
     TrainConfig,
     ValidationConfig,
     ValidationItem,
@@ -46,7 +46,7 @@ __all__ = [
     "RunConfig",
     "SampleConfig",
     "SaveConfig",
-    "SavingPolicy",
+    "PolicyName",
     "Section",
     "TrainConfig",
     "ValidationConfig",
@@ -130,6 +130,15 @@ class RunConfig(Section):
         return tuple(
             data.model_copy(update={"resolution": side}) for data in value for side in data.resolutions
         )
+
+    @model_validator(mode="after")
+    def _rounding_has_an_effect(self) -> RunConfig:
+        if self.coat.optimizer.stochastic_rounding:
+            raise ValueError(
+                "coat.optimizer.stochastic_rounding: true is for bfloat16 parameters, but adapters are "
+                "float32: leave it out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _optimizer_agrees_with_coat(self) -> RunConfig:

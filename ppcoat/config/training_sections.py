@@ -5,17 +5,17 @@ activations, COAT, arXiv 2410.19313), `save`, `sample` and `logging`.
 
 from __future__ import annotations
 
-import difflib
 from typing import Annotated, Literal, get_args
 
 from pydantic import Field, Strict, field_validator, model_validator
 
 from ppcoat.config.base import Pixels, Section, Seed, Strings
+from ppcoat.errors import unknown_name
 
 NoiseLevel = Annotated[float, Field(ge=0, le=1)]
 Fp8Format = Literal["e4m3", "e5m2"]
 Granularity = Literal["per_tensor", "per_group"]
-SavingPolicy = Literal["none", "coat", "coat+recompute", "coat+recompute+attention"]
+PolicyName = Literal["none", "coat", "coat+recompute", "coat+recompute+attention"]
 LoRAFormat = Literal["diffusers", "kohya", "paddle"]
 
 
@@ -100,7 +100,7 @@ class TrainConfig(Section):
         "mse", description="distance between predicted and true velocity: square, absolute, or in between"
     )
     max_skipped_in_a_row: int = Field(
-        5, ge=1, description="steps skipped one after the other for a loss that is not finite: too many"
+        5, ge=1, description="stop after this many consecutive steps whose loss or gradient is not finite"
     )
     ema: EMAConfig = Field(EMAConfig(), description="running mean of the LoRA's weights")
     validation: ValidationConfig = Field(ValidationConfig(), description="loss on pictures kept aside")
@@ -141,7 +141,9 @@ class CoatOptimizerConfig(Section):
         True, description="adapt the codes of every block to its range, see ppcoat/fp8/quantize.py"
     )
     stochastic_rounding: bool = Field(
-        False, description="bf16 parameters are rounded at random instead of having a float32 copy"
+        False,
+        description="not for a run, whose adapter is float32; COATTrainer in a loop of one's own: bfloat16 "
+        "parameters are rounded at random instead of having a float32 copy",
     )
 
 
@@ -149,7 +151,7 @@ class CoatActivationConfig(Section):
     """FP8 activations kept for backward (COAT, section 5)."""
 
     use_fp8: bool = Field(True, description="keep activations for backward in FP8")
-    policy: SavingPolicy = Field(
+    policy: PolicyName = Field(
         "coat",
         description="what a block keeps: +recompute rebuilds linear inputs, +attention packs q, k, v",
     )
@@ -162,12 +164,9 @@ class CoatActivationConfig(Section):
     @field_validator("policy", mode="before")
     @classmethod
     def _is_a_known_policy(cls, value: object) -> object:
-        known = get_args(SavingPolicy)
+        known = get_args(PolicyName)
         if isinstance(value, str) and value not in known:
-            nearest = difflib.get_close_matches(value, known, n=1, cutoff=0.0)[0]
-            raise ValueError(
-                f"unknown saving policy {value!r}, the nearest is {nearest!r} of {', '.join(known)}"
-            )
+            raise ValueError(unknown_name("saving policy", value, known))
         return value
 
 

@@ -74,7 +74,7 @@ class Discriminator(nn.Layer):
     def train_heads(
         self, transformer: nn.Layer, run: Callable[[], object], is_real: bool, weight: float = 1.0
     ) -> paddle.Tensor:
-        """Add `weight` times the gradients of the hinge loss to those of the heads; -> the loss, a constant.
+        """Add `weight` times the gradients of the hinge loss to those of the heads -> the loss, a scalar.
 
         run(): a pass of noisy pictures through `transformer`. Of the loss, the mean over heads, only values
         leave a head: its graph is gone when the next one runs, and no pass keeps anything.
@@ -93,7 +93,7 @@ class Discriminator(nn.Layer):
         return paddle.stack(losses).mean()
 
     def generator_loss(self, transformer: nn.Layer, run: Callable[[], object]) -> paddle.Tensor:
-        """The hinge loss of fakes, a mean over heads, with its graph back to what run() put in.
+        """The hinge loss of fakes, a scalar mean over heads, with its graph back to what run() put in.
 
         Heads get no gradients. Each is run backward at once; until the blocks' own backward, only the
         gradient of its features is kept.
@@ -122,7 +122,7 @@ class Discriminator(nn.Layer):
     def _on_features(
         self, transformer: nn.Layer, judge: Callable[[Head, paddle.Tensor], None]
     ) -> Iterator[None]:
-        """Within it, judge(head, image tokens [B, tokens, dim]) is called after each block with a head."""
+        """Context manager: judge(head, image tokens [B, tokens, dim]) is called after each block with one."""
         image_tokens = [0]
 
         def note_size(layer: nn.Layer, inputs: tuple) -> None:

@@ -24,7 +24,7 @@ from ppcoat.data.examples import Example
 from ppcoat.device import compute_dtype
 from ppcoat.models.flux.pipeline import FluxPipeline
 from ppcoat.nn.swap import swap_blocks
-from ppcoat.train.base_model import drop_encoders, load_encoders
+from ppcoat.train.base_model import drop_encoders
 from ppcoat.train.flux import FluxSpec
 from ppcoat.train.ranks import Ranks
 from ppcoat.train.run import encode_dataset, encode_for_all
@@ -107,10 +107,10 @@ def blocks_to_leave(transformer: nn.Layer, swapped: int, weight: int) -> list[nn
 
 @contextmanager
 def _encoders(run: RunConfig, pipeline: FluxPipeline, weight: int) -> Iterator[Encoders]:
-    """Within it, encoders of `weight` bytes are loaded, and frozen blocks of the transformer make room."""
+    """Context manager: encoders of `weight` bytes are loaded; frozen blocks of the transformer make room."""
     swapper = swap_blocks(blocks_to_leave(pipeline.transformer, run.model.blocks_to_swap, weight))
     try:
-        loaded = load_encoders(run, compute_dtype(run.model.dtype))
+        loaded = OneByOne().load_encoders(run, compute_dtype(run.model.dtype))
         try:
             yield OneByOne().encoders(run, loaded)
         finally:

@@ -9,7 +9,8 @@ import paddle
 import yaml
 from PIL import Image
 
-from ppcoat.config.lightning import LightningConfig, add_flags, lightning_config
+from ppcoat.config.flags import add_section_flags
+from ppcoat.config.lightning import LightningConfig, lightning_config
 from ppcoat.config.schema import RunConfig
 from ppcoat.data.batches import ResumableBatches
 from ppcoat.data.cache import TrainingCache, WindowedCache
@@ -26,25 +27,22 @@ from ppcoat.distill.trainer import (
     LightningTrainer,
     NothingKept,
     RestartedBatches,
-    Side,
-    both_sides,
+    joint_state,
 )
 from ppcoat.errors import ConfigError
 from ppcoat.fp8 import backend
 from ppcoat.models.flux.pipeline import FluxPipeline
 from ppcoat.models.flux.scheduler import calculate_shift
 from ppcoat.models.loading import check_folder
-from ppcoat.nn.swap import last_blocks, swap_blocks
 from ppcoat.optim import lr_scheduler
-from ppcoat.train.base_model import check_swap, exchange_for_transformer, load_encoders
 from ppcoat.train.coat import COATTrainer
 from ppcoat.train.flux import FluxSpec, LoRAFiles
-from ppcoat.train.model_spec import put_adapter, trained_parameters
+from ppcoat.train.model_spec import prepare, trained_parameters
 from ppcoat.train.previews import draw_previews
 from ppcoat.train.ranks import Ranks
 from ppcoat.train.run import start_run_folder
 from ppcoat.train.stopping import ResumeWords
-from ppcoat.train.trainer import TrainingResult
+from ppcoat.train.trainer import Side, TrainingResult
 
 GIGABYTE = 10**9
 WORDS = ResumeWords("give --resume_from_checkpoint latest", "--strict_resume")
@@ -52,7 +50,7 @@ WORDS = ResumeWords("give --resume_from_checkpoint latest", "--strict_resume")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `train_scripts/train_flux_lightning_lora.py`: the fields of LightningConfig."""
-    add_flags(parser)
+    add_section_flags(parser, LightningConfig)
 
 
 def run_command(arguments: argparse.Namespace) -> None:
@@ -66,7 +64,7 @@ def train_flux_lightning(config: LightningConfig) -> TrainingResult:
     before any model is loaded."""
     run = config.run_config(config.data_path)
     check_folder(config.pretrained_teacher_model, "--pretrained_teacher_model")
-    check_swap(run)
+    FluxSpec().check(run)
     _check_fresh(config, run)
     set_device(config.device)
     backend.check_forced()
@@ -81,14 +79,14 @@ def train_flux_lightning(config: LightningConfig) -> TrainingResult:
         start_run_folder(run.run_dir, settings)
         _say_dtype(config)
     pre_allocate(config.pre_alloc_memory)
-    pipeline = load_encoders(run, dtype)
+    pipeline = FluxSpec().load_encoders(run, dtype)
     examples = all_examples(datasets)
     cache = encode_pictures(config, run, examples, _batches(config, examples, ranks), pipeline, ranks)
-    exchange_for_transformer(pipeline, run, dtype, ranks)
-    return build_trainer(config, run, pipeline, cache, ranks).run()
+    FluxSpec().load_base(pipeline, run, dtype, ranks)
+    return build_lightning_trainer(config, run, pipeline, cache, ranks).run()
 
 
-def build_trainer(
+def build_lightning_trainer(
     config: LightningConfig,
     run: RunConfig,
     pipeline: FluxPipeline,
@@ -99,11 +97,7 @@ def build_trainer(
     WindowedCache brings its sampler."""
     ranks, transformer = ranks or Ranks(), pipeline.transformer
     coat = COATTrainer(run.coat, config.gradient_checkpointing)
-    modules = put_adapter(run, transformer, coat.policy, coat.linear_group_size)
-    coat.convert(transformer)
-    if config.blocks_to_swap:
-        swap_blocks(list(last_blocks(transformer, config.blocks_to_swap).values()))
-    transformer.train()
+    modules = prepare(transformer, coat, run.network, run.model, seed=run.seed)
     parameters = trained_parameters(modules)
     sides = build_sides(config, coat, transformer, parameters, pipeline.scheduler.config)
 
@@ -112,18 +106,17 @@ def build_trainer(
 
     windowed = isinstance(cache, WindowedCache)
     batches = cache.batches if windowed else _batches(config, cache.examples, ranks)
+    compatible = _compatible(config, list(modules)) | {"batch_size": batches.batch_size}
     return LightningTrainer(
         config=run,
         model=transformer,
+        sides=sides,
+        state=joint_state(sides, batches, compatible),
         cache=cache,
-        batches=batches,
         save_weights=LoRAFiles(run, transformer).write,
         draw_previews=draw if run.sample.wanted else None,
-        compatible=_compatible(config, list(modules)) | {"batch_size": batches.batch_size},
         words=WORDS,
         ranks=ranks,
-        sides=sides,
-        **both_sides(sides),
     )
 
 
@@ -134,7 +127,8 @@ def build_sides(
     parameters: dict[str, paddle.Tensor],
     scheduler: dict,
 ) -> dict[str, Side]:
-    """The LoRA's side and, with adv_weight, that of the heads. scheduler: its config, for the shift."""
+    """The LoRA's side and, with adv_weight, that of the heads. parameters: what trains of the LoRA, by name,
+    any shape. scheduler: its config, for the shift."""
     steps = max(1, config.generator_steps)
     heads = None
     if config.adv_weight > 0:

@@ -197,7 +197,7 @@ class BatchState:
         return velocity(self.transformer, self._batch, x, sigma, self._objective.guidance)
 
     def teacher_velocity(self, x: paddle.Tensor, sigma: np.ndarray) -> paddle.Tensor:
-        """`velocity` without the LoRA."""
+        """`velocity` without the LoRA, of the same shape."""
         with lora_disabled(self.transformer):
             return self.velocity(x, sigma)
 
@@ -237,7 +237,7 @@ class BatchState:
         return self.solver.sigmas_next[self.step_in_phase(place)]
 
     def noised_to(self, x: paddle.Tensor, noise: str, sigma: np.ndarray) -> paddle.Tensor:
-        """A sample at the end of the phase, carried to levels sigma with the noise of that name."""
+        """A sample [B, tokens, C] at the end of the phase, carried to levels sigma with that noise."""
         rule = self._objective.rules.forward_noise
         return noised(x, self._noise(noise), self.sigma_end, sigma, rule)
 
@@ -248,7 +248,7 @@ class BatchState:
 def distance(
     found: paddle.Tensor, wanted: paddle.Tensor, loss_type: str, huber_c: float = 1e-3
 ) -> paddle.Tensor:
-    """Per value, float32: "l2" d^2, "huber" sqrt(d^2 + c^2) - c (|d| far away, smooth near 0)."""
+    """Per value, any shape, float32: "l2" d^2, "huber" sqrt(d^2 + c^2) - c (|d| far away, smooth near 0)."""
     d = found.astype("float32") - wanted.astype("float32")
     return d.square() if loss_type == "l2" else (d.square() + huber_c**2).sqrt() - huber_c
 

@@ -8,11 +8,13 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from ppcoat.atomic import whole_file
+from ppcoat.config.flags import add_flags, flag
 from ppcoat.device import compute_dtype, set_device, tune_host
 from ppcoat.errors import ConfigError
 from ppcoat.lora import LoRAInfo, load_adapter, read_adapter, read_lora_file
@@ -29,68 +31,27 @@ Draw = Callable[[str], list[Image.Image]]
 class Drawing:
     """Settings of one call. Picture i of a prompt is drawn from seed + i, so it can be drawn again alone."""
 
-    model: str
-    prompt: list[str]
-    output_dir: str = "output/pictures"
-    path_to_lora: str | None = None
-    lora_scale: float = 1.0
-    seed: int = 42
-    steps: int = 28
-    guidance_scale: float | None = None
-    height: int | None = None
-    width: int | None = None
-    num_images: int = 1
-    max_sequence_length: int | None = None
-    negative_prompt: str = ""
-    true_cfg_scale: float = 1.0
-    device: str = "auto"
-    dtype: str = "auto"
+    model: str = flag("folder of a FLUX or NewBie pipeline in the diffusers layout")
+    prompt: list[str] = flag("what to draw; several prompts give several pictures")
+    output_dir: str = flag("folder for the PNG files", "output/pictures")
+    path_to_lora: str | None = flag("LoRA file (.safetensors); for NewBie also its directory", None)
+    lora_scale: float = flag("strength of the LoRA", 1.0)
+    seed: int = flag("seed of the first picture", 42)
+    steps: int = flag("denoising steps", 28)
+    guidance_scale: float | None = flag("guidance (default: FLUX 3.5, NewBie 5)", None)
+    height: int | None = flag("pixels, a multiple of 16 (default: the model's own size)", None)
+    width: int | None = flag("pixels, a multiple of 16 (default: the model's own size)", None)
+    num_images: int = flag("pictures per prompt", 1)
+    max_sequence_length: int | None = flag("T5 or Gemma tokens (default: what the tokenizer allows)", None)
+    negative_prompt: str = flag("what to draw away from; for FLUX with --true_cfg_scale", "")
+    true_cfg_scale: float = flag("classifier-free guidance of FLUX, twice the time above 1", 1.0)
+    device: str = flag("auto, cpu, gpu or gpu:N", "auto")
+    dtype: Literal["auto", "float32", "bfloat16"] = flag("", "auto")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `inference/generate.py`; their names are Drawing's fields."""
-    add = parser.add_argument
-    add("--model", required=True, help="folder of a FLUX or NewBie pipeline in the diffusers layout")
-    add("--prompt", required=True, nargs="+", help="what to draw; several prompts give several pictures")
-    add("--output_dir", default=Drawing.output_dir, help="folder for the PNG files (default: %(default)s)")
-    add("--path_to_lora", default=None, help="LoRA file (.safetensors); for NewBie also its directory")
-    add(
-        "--lora_scale",
-        type=float,
-        default=Drawing.lora_scale,
-        help="strength of the LoRA (default: %(default)s)",
-    )
-    add("--seed", type=int, default=Drawing.seed, help="seed of the first picture (default: %(default)s)")
-    add("--steps", type=int, default=Drawing.steps, help="denoising steps (default: %(default)s)")
-    add("--guidance_scale", type=float, default=None, help="guidance (default: FLUX 3.5, NewBie 5)")
-    add("--height", type=int, default=None, help="pixels, a multiple of 16 (default: the model's own size)")
-    add("--width", type=int, default=None, help="pixels, a multiple of 16 (default: the model's own size)")
-    add(
-        "--num_images",
-        type=int,
-        default=Drawing.num_images,
-        help="pictures per prompt (default: %(default)s)",
-    )
-    add(
-        "--max_sequence_length",
-        type=int,
-        default=None,
-        help="T5 or Gemma tokens (default: what the tokenizer allows)",
-    )
-    add("--negative_prompt", default="", help="what to draw away from; for FLUX with --true_cfg_scale")
-    add(
-        "--true_cfg_scale",
-        type=float,
-        default=Drawing.true_cfg_scale,
-        help="classifier-free guidance of FLUX, twice the time above 1 (default: %(default)s)",
-    )
-    add("--device", default=Drawing.device, help="auto, cpu, gpu or gpu:N (default: %(default)s)")
-    add(
-        "--dtype",
-        default=Drawing.dtype,
-        choices=["auto", "float32", "bfloat16"],
-        help="(default: %(default)s)",
-    )
+    """The flags of `inference/generate.py`: the fields of Drawing."""
+    add_flags(parser, Drawing)
 
 
 def run_command(arguments: argparse.Namespace) -> None:
@@ -101,15 +62,15 @@ def run_command(arguments: argparse.Namespace) -> None:
 def generate(drawing: Drawing) -> list[Path]:
     """Draw and save; returns the files. Raises ConfigError before any model is loaded for what it can
     check."""
-    check_drawing(drawing)
+    check_numbers(drawing)
     check_there(Path(drawing.model), "--model")
     index = read_json(Path(drawing.model) / "model_index.json", "the folder of a pipeline has one")
-    newbie = index.get("_class_name") == "NewbiePipeline"
-    (_check_newbie if newbie else _check_flux)(drawing)
+    kind = _KINDS.get(index.get("_class_name"), _KINDS["FluxPipeline"])
+    kind.check(drawing)
     set_device(drawing.device)
     dtype = compute_dtype(drawing.dtype)
     folder = output_folder(drawing)
-    draw = (_newbie_drawer if newbie else _flux_drawer)(drawing, dtype)
+    draw = kind.drawer(drawing, dtype)
     folder.mkdir(parents=True, exist_ok=True)
     files = []
     for number, prompt in enumerate(drawing.prompt):
@@ -151,6 +112,20 @@ def _newbie_drawer(drawing: Drawing, dtype: str | None) -> Draw:
     return lambda prompt: pipeline(prompt, drawing.negative_prompt, **_options(drawing, 5.0)).images
 
 
+class _Kind(NamedTuple):
+    """What differs between the models that can draw. check(drawing) raises ConfigError; drawer(drawing,
+    dtype) loads the model."""
+
+    check: Callable[[Drawing], None]
+    drawer: Callable[[Drawing, str | None], Draw]
+
+
+_KINDS = {  # class in model_index.json -> kind
+    "FluxPipeline": _Kind(_check_flux, _flux_drawer),
+    "NewbiePipeline": _Kind(_check_newbie, _newbie_drawer),
+}
+
+
 def _options(drawing: Drawing, guidance_scale: float) -> dict:
     """What both pipelines are called with; a size that was not given is the pipeline's own."""
     sizes = {"height": drawing.height, "width": drawing.width}
@@ -180,7 +155,7 @@ def save_picture(picture: Image.Image, folder: Path, number: int, prompt: str, s
     return file
 
 
-def check_drawing(drawing: Drawing) -> None:
+def check_numbers(drawing: Drawing) -> None:
     """Raises ConfigError for a number that cannot be drawn with."""
     for name, least in (("num_images", 1), ("steps", 1), ("seed", 0)):
         if getattr(drawing, name) < least:

@@ -17,16 +17,18 @@ import numpy as np
 from PIL import Image
 from safetensors import safe_open
 
+from ppcoat.config.flags import add_flags, flag
 from ppcoat.device import set_device, tune_host
 from ppcoat.errors import ConfigError
 from ppcoat.infer.cinn import compile_transformer, wait_for_device
-from ppcoat.infer.generate import Drawing, check_drawing, output_folder, save_picture
+from ppcoat.infer.generate import Drawing, check_numbers, output_folder, save_picture
 from ppcoat.lora import merge_lora, read_lora_file
 from ppcoat.lora.files import ADAPTER_METADATA
 from ppcoat.models.flux.pipeline import FluxPipeline
 from ppcoat.models.loading import check_folder
 
 WARM_UPS = 3
+OWN_SIZE = "pixels, a multiple of 16 (default: the model's own size, 1024 for FLUX.1)"
 
 
 @dataclass(frozen=True)
@@ -37,47 +39,36 @@ class LightningDrawing(Drawing):
     static graphs. repeat: print the mean time of so many runs after WARM_UPS others; 0 draws once.
     """
 
-    output_dir: str = "./"
-    steps: int = 4
-    guidance_scale: float = 3.5
-    inference_optimize: bool = False
-    repeat: int = 0
+    output_dir: str = flag("folder for the PNG file", "./")
+    steps: int = flag("denoising steps", 4, name="step")
+    guidance_scale: float = flag("distilled guidance", 3.5)
+    height: int | None = flag(OWN_SIZE, None)
+    width: int | None = flag(OWN_SIZE, None)
+    seed: int = flag("seed of the noise", 42)
+    max_sequence_length: int | None = flag("T5 tokens (default: what the tokenizer allows)", None)
+    inference_optimize: bool = flag(
+        "fold the LoRA into the weights and compile the blocks, with CINN where Paddle has it", False
+    )
+    repeat: int = flag(
+        f"draw {WARM_UPS} times to warm up, then so many times, and print the average time; 0 draws once", 0
+    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    def add(name: str, what: str, **settings: object) -> None:
-        shown = settings.get("default") is not None
-        parser.add_argument(name, help=what + " (default: %(default)s)" * shown, **settings)
-
-    add(
-        "--model", "folder of a FLUX pipeline in the diffusers layout", default="black-forest-labs/FLUX.1-dev"
-    )
-    add("--path_to_lora", "LoRA file (.safetensors)", required=True)
-    add("--prompt", "what to draw", required=True)
-    add("--output_dir", "folder for the PNG file", default=LightningDrawing.output_dir)
-    add("--guidance_scale", "distilled guidance", type=float, default=LightningDrawing.guidance_scale)
-    add("--height", "pixels, a multiple of 16 (default: the model's own size, 1024 for FLUX.1)", type=int)
-    add("--width", "pixels, a multiple of 16 (default: the model's own size, 1024 for FLUX.1)", type=int)
-    add(
-        "--lora_scale",
-        "strength of the LoRA (default: 1.0; PaddleMIX's published file needs 0.25)",
-        type=float,
-    )
-    add("--step", "denoising steps", type=int, default=LightningDrawing.steps)
-    add("--seed", "seed of the noise", type=int, default=LightningDrawing.seed)
-    add("--max_sequence_length", "T5 tokens (default: what the tokenizer allows)", type=int)
-    add("--device", "auto, cpu, gpu or gpu:N", default=LightningDrawing.device)
+    """The flags of PaddleMIX's example: fields of LightningDrawing, and four that are read another way."""
     parser.add_argument(
-        "--inference_optimize",
-        action="store_true",
-        help="fold the LoRA into the weights and compile the blocks, with CINN where Paddle has it",
+        "--model",
+        help="folder of a FLUX pipeline in the diffusers layout (default: %(default)s)",
+        default="black-forest-labs/FLUX.1-dev",
     )
-    add(
-        "--repeat",
-        f"draw {WARM_UPS} times to warm up, then so many times, and print the average time; 0 draws once",
-        type=int,
-        default=0,
-    )
+    parser.add_argument("--path_to_lora", help="LoRA file (.safetensors)", required=True)
+    parser.add_argument("--prompt", help="what to draw", required=True)
+    add_flags(parser, LightningDrawing, "output_dir", "guidance_scale", "height", "width")
+    # without a default: run_command asks the file
+    what = "strength of the LoRA (default: 1.0; PaddleMIX's published file needs 0.25)"
+    parser.add_argument("--lora_scale", help=what, type=float)
+    rest = ("steps", "seed", "max_sequence_length", "device", "inference_optimize", "repeat")
+    add_flags(parser, LightningDrawing, *rest)
 
 
 def run_command(arguments: argparse.Namespace) -> None:
@@ -86,7 +77,7 @@ def run_command(arguments: argparse.Namespace) -> None:
     read_lora_file(arguments.path_to_lora)
     if given["lora_scale"] is None:
         given["lora_scale"] = default_scale(arguments.path_to_lora)
-    draw_lightning(LightningDrawing(steps=given.pop("step"), prompt=[given.pop("prompt")], **given))
+    draw_lightning(LightningDrawing(prompt=[given.pop("prompt")], **given))
 
 
 def draw_lightning(drawing: LightningDrawing) -> Path:
@@ -94,7 +85,7 @@ def draw_lightning(drawing: LightningDrawing) -> Path:
 
     Raises ConfigError before any weight is read for what can be checked.
     """
-    check_drawing(drawing)
+    check_numbers(drawing)
     if drawing.repeat < 0:
         raise ConfigError(f"repeat: came {drawing.repeat}, wanted 0 (draw once) or how many runs to average")
     check_folder(drawing.model, "--model")

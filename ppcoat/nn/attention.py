@@ -1,4 +1,4 @@
-"""Attention and rotary position embedding in plain Paddle: what mixes or marks token positions.
+"""Attention, its formula and its op, and rotary position embedding: what mixes or marks token positions.
 
 All take and return [batch, tokens, heads, head_dim], the layout in which the Linears leave their output. A
 mask is added to the scores as a bias, 0 or a number so low that its weight is exactly 0; it stays finite, for
@@ -7,11 +7,18 @@ a row without any key must not become NaN.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
 import numpy as np
 import paddle
 import paddle.nn.functional as F
 
 from ppcoat.fp8.norm import apply_rope
+
+from .op import OpCall, Tensors
+from .recompute import LocalGraph
 
 MASKED_SCORE = -1e9
 
@@ -39,10 +46,89 @@ def attention(
 
 
 def _repeat_heads(x: paddle.Tensor, times: int) -> paddle.Tensor:
-    """[B, S, heads, D] -> [B, S, heads * times, D], each head `times` in a row; autograd saves nothing of x."""
+    """[B, S, heads, D] -> [B, S, heads * times, D], each head `times` in a row. Autograd saves nothing of
+    x."""
     batch, tokens, heads, head_dim = x.shape
     x = x.unsqueeze(3).expand([batch, tokens, heads, times, head_dim])
     return x.reshape([batch, tokens, heads * times, head_dim])
+
+
+class AttentionCall(OpCall):
+    """q, k, v of one or two streams. Saves them all in one; under "+attention" values in FP8, queries and
+    keys with a residual, because scores go through an exponential: 2.5 % of rounding in q or k would be 8 %
+    behind it. Its result is never saved by whoever reads it, but computed again or held by flash attention.
+    """
+
+    @staticmethod
+    def compute(*qkv, bias=None):
+        q, k, v = _joined(qkv)
+        o = attention(q, k, v, bias).flatten(2)
+        return tuple(_split_tokens(o, [x.shape[1] for x in qkv[::3]]))
+
+    def forward(self, *qkv):
+        policy = self.saver.policy
+        self.makers = [self.saver.maker_of(x) for x in qkv]
+        self.tokens, self.head_dim = [x.shape[1] for x in qkv[::3]], qkv[0].shape[-1]
+        self._graph, (q, k, v) = None, _joined(qkv)
+        if not policy.recompute and uses_flash_attention(q):
+            # Its graph is what "coat" saves: q, k, v, the output and a statistic per row.
+            self._graph = self._new_graph(q, k, v)
+            return self._parts(self._graph.output.flatten(2))
+        q_save = self.saver.save_residual if policy.pack_attention else self.saver.save_plain
+        v_save = self.saver.save if policy.pack_attention else self.saver.save_plain
+        self.qkv = [q_save(q.flatten(2)), q_save(k.flatten(2)), v_save(v.flatten(2))]
+        if not policy.recompute:
+            self.saver.count(_FlashRemainder(q.shape, k.shape[2]))
+        return self._parts(attention(q, k, v, **self.settings).flatten(2))
+
+    def tell(self, result):
+        for i, part in enumerate(result):
+            self.saver.offer(part, partial(self._part_again, i))
+
+    def backward(self, *grads):
+        graph, self._graph = self._again(), None
+        do = paddle.concat(grads, axis=1) if len(grads) > 1 else grads[0]
+        gradients = graph.gradients(_heads(do, self.head_dim))
+        found = list(zip(*(self._parts(d) for d in gradients), strict=True))
+        inputs = list(zip(*(self._parts(x.detach()) for x in graph.inputs), strict=True))
+        for maker, x in zip(self.makers, _flat(inputs), strict=True):
+            if maker is not None:
+                maker.output = x
+        return _flat(found)
+
+    def _part_again(self, index: int) -> paddle.Tensor:
+        return self._parts(self._again().output.flatten(2))[index]
+
+    def _again(self) -> LocalGraph:
+        """The attention of the forward pass, ready for backward."""
+        if self._graph is None:
+            self._graph = self._new_graph(*(_heads(x.unpack(), self.head_dim) for x in self.qkv))
+        return self._graph
+
+    def _new_graph(self, q: paddle.Tensor, k: paddle.Tensor, v: paddle.Tensor) -> LocalGraph:
+        return LocalGraph(partial(attention, **self.settings), q, k, v)
+
+    def _parts(self, x: paddle.Tensor) -> Tensors:
+        return tuple(_split_tokens(x, self.tokens))
+
+
+@dataclass(frozen=True)
+class _FlashRemainder:
+    """What flash attention would hold beside q [B, tokens, heads, head_dim], k and v: the output in bfloat16,
+    a float32 per token and head, and keys and values for heads that share them. Without flash attention it is
+    computed again, so nothing is held.
+    """
+
+    shape: list[int]
+    key_heads: int
+    nbytes: int = 0
+    nbytes_unpacked: int = 0
+
+    @property
+    def nbytes_bf16(self) -> int:
+        batch, tokens, heads, head_dim = self.shape
+        shared = 2 * (heads - self.key_heads)
+        return batch * tokens * (heads * (2 * head_dim + 4) + shared * 2 * head_dim)
 
 
 def attention_bias(keep: np.ndarray) -> paddle.Tensor | None:
@@ -61,7 +147,8 @@ def padding_bias(lengths: list[int], tokens: int) -> paddle.Tensor | None:
 
 
 def uses_flash_attention(q: paddle.Tensor) -> bool:
-    """Whether `attention` keeps q, k, v, the output and a row statistic for backward, and no score matrix."""
+    """Whether `attention` of q [B, T, heads, head_dim] saves q, k, v, the output and a statistic per row for
+    backward, and no score matrix."""
     # While a static graph is traced, tensors have no place yet: it will be the current device.
     on_gpu = q.place.is_gpu_place() if paddle.in_dynamic_mode() else paddle.get_device().startswith("gpu")
     return on_gpu and q.dtype in (paddle.bfloat16, paddle.float16)
@@ -137,3 +224,26 @@ def rotate_halves(x: paddle.Tensor, cos: paddle.Tensor, sin: paddle.Tensor) -> p
     cos, sin = cos.astype(x.dtype), sin.astype(x.dtype)
     first, second = x.chunk(2, axis=-1)
     return paddle.concat([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def _heads(x: paddle.Tensor, head_dim: int) -> paddle.Tensor:
+    """[B, tokens, ...] -> [B, tokens, heads, head_dim]."""
+    return x.reshape([*x.shape[:2], -1, head_dim])
+
+
+def _joined(qkv: Sequence[paddle.Tensor]) -> list[paddle.Tensor]:
+    """(q, k, v) of each stream in a row -> q, k, v of all tokens."""
+    if len(qkv) == 3:
+        return list(qkv)
+    return [paddle.concat(qkv[i::3], axis=1) for i in range(3)]
+
+
+def _split_tokens(x: paddle.Tensor, tokens: Sequence[int]) -> list[paddle.Tensor]:
+    """[B, all tokens, ...] -> a part [B, tokens[i], ...] for each stream."""
+    if len(tokens) == 1:
+        return [x]
+    return [part.contiguous() for part in paddle.split(x, list(tokens), axis=1)]
+
+
+def _flat(rows: Sequence[Sequence]) -> list:
+    return [x for row in rows for x in row]

@@ -220,7 +220,7 @@ class LinearUse:
         return times_transposed(dy, layer.weight).add_(dropped), da, db
 
     def drop(self, x: paddle.Tensor) -> paddle.Tensor:
-        """Inverted dropout on the LoRA's input; x itself without dropout."""
+        """Inverted dropout on the LoRA's input x [..., in]; x itself without dropout."""
         if self.seed is None:
             return x
         rate = self.layer.dropout

@@ -27,30 +27,24 @@ attention.py. Source: COAT (arXiv 2410.19313) section 5 for what to keep in FP8;
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
-
 import paddle
 import paddle.nn.functional as F
-from paddle.autograd import PyLayer
 
 from ppcoat.fp8 import norm, pointwise
 from ppcoat.fp8.constants import NORM_EPSILON
 
 from . import attention as plain
-from .recompute import LocalGraph, carries_gradient
+from .op import OpCall, Tensors, run_op
 from .saved_forms import codes_or_floats
-from .saved_tensors import Saver, saver
+from .saved_tensors import Saver
 
-Tensors = tuple[paddle.Tensor, ...]
 # Largest ratio of weights of an RMSNorm at which its input is recovered by dividing its output by them.
 WEIGHT_RATIO = 64.0
 
 
 def modulated_norm(h: paddle.Tensor, shift: paddle.Tensor, scale: paddle.Tensor) -> paddle.Tensor:
     """LayerNorm(h) (1 + scale) + shift. h and the result [B, tokens, dim]; shift, scale [B, 1, dim]."""
-    return _run(_ModulatedNorm, h, shift, scale)
+    return run_op(_ModulatedNorm, h, shift, scale)
 
 
 def rms_norm(
@@ -61,7 +55,7 @@ def rms_norm(
 ) -> paddle.Tensor:
     """x / rms(x) weight, times 1 + scale if there is one. x and the result [B, tokens, dim], weight [dim],
     scale [B, 1, dim]."""
-    return _run(_RMSNorm, x, weight, scale, epsilon=epsilon)
+    return run_op(_RMSNorm, x, weight, scale, epsilon=epsilon)
 
 
 def rms_norm_rotated(
@@ -70,10 +64,10 @@ def rms_norm_rotated(
     """Queries or keys, RMS-normalised in each head and turned by the angles of their tokens.
 
     x [B, tokens, dim] or [B, tokens, heads, head_dim] -> [B, tokens, heads, head_dim]; weight [head_dim]; cos
-    and sin float32 [tokens, head_dim / 2], or [B * tokens, head_dim / 2] where samples differ. In training the
-    result goes to `attention`, which gives it back in backward.
+    and sin float32 [tokens, head_dim / 2], or [B * tokens, head_dim / 2] where samples differ. The result has
+    to go to `attention`, which gives it back in backward (an AssertionError there says if it did not).
     """
-    return _run(_RMSNormRotated, x, weight, cos, sin)
+    return run_op(_RMSNormRotated, x, weight, cos, sin)
 
 
 def attention(
@@ -81,93 +75,37 @@ def attention(
 ) -> paddle.Tensor:
     """softmax(q k^T / sqrt(head_dim) + bias) v. q [B, tokens, heads, head_dim], k and v [B, tokens, key
     heads, head_dim], bias as `attention_bias` gives it -> [B, tokens, heads * head_dim]."""
-    (o,) = _run(_Attention, q, k, v, bias=bias)
+    (o,) = run_op(plain.AttentionCall, q, k, v, bias=bias)
     return o
 
 
 def joint_attention(first: Tensors, second: Tensors) -> Tensors:
     """`attention` over the tokens of two streams in a row. Each comes as (q, k, v) [B, tokens, heads,
     head_dim] and gets its own rows of the result [B, tokens, heads * head_dim]."""
-    return _run(_Attention, *first, *second)
+    return run_op(plain.AttentionCall, *first, *second)
 
 
 def gelu(u: paddle.Tensor) -> paddle.Tensor:
     """GELU in its tanh form, of u [B, tokens, dim]."""
-    return _run(_Gelu, u)
+    return run_op(_Gelu, u)
 
 
 def gated_silu(gate: paddle.Tensor, up: paddle.Tensor) -> paddle.Tensor:
     """silu(gate) up, both [B, tokens, dim]: the inner product of a SwiGLU feed-forward."""
-    return _run(_GatedSilu, gate, up)
+    return run_op(_GatedSilu, gate, up)
 
 
 def gated_residual(y: paddle.Tensor, gate: paddle.Tensor, x: paddle.Tensor) -> paddle.Tensor:
     """x + gate y. x, y and the result [B, tokens, dim]; gate [B, 1, dim]."""
-    return _run(_GatedResidual, y, gate, x)
+    return run_op(_GatedResidual, y, gate, x)
 
 
 def concat(*parts: paddle.Tensor) -> paddle.Tensor:
     """Results of ops [B, tokens, dim_i], side by side -> [B, tokens, sum of dim_i]."""
-    return _run(_Concat, *parts)
+    return run_op(_Concat, *parts)
 
 
-@paddle.jit.not_to_static  # a static graph has no backward, and the formulas are operators of Paddle
-def _run(kind: type[_Op], *inputs: paddle.Tensor | None, **settings: object) -> paddle.Tensor | Tensors:
-    """One call of an op; settings: its arguments that never want a gradient, by name."""
-    if not (paddle.is_grad_enabled() and any(map(carries_gradient, inputs))):
-        return kind.compute(*inputs, **settings)
-    active = saver()
-    if not active.policy.by_hand:
-        return kind.differentiable(*inputs, **settings)
-    op = kind(active, inputs, settings)
-    result = _ByHand.apply(op, *inputs)
-    op.tell(result)
-    return result
-
-
-class _Op:
-    """One call of an op. `forward` computes the result and saves what `backward` needs, `again` computes it
-    once more, `backward` turns its gradient into those of the inputs (of those that want one)."""
-
-    def __init__(self, active: Saver, inputs: Sequence[paddle.Tensor | None], settings: dict) -> None:
-        self.saver, self.settings = active, settings
-        self.wants = [carries_gradient(x) for x in inputs]
-
-    @staticmethod
-    def compute(*inputs: paddle.Tensor | None, **settings: object) -> paddle.Tensor | Tensors:
-        """The formula, by the fastest version that there is."""
-        raise NotImplementedError
-
-    @classmethod
-    def differentiable(cls, *inputs: paddle.Tensor | None, **settings: object) -> paddle.Tensor | Tensors:
-        """The formula in operators of Paddle that autograd differentiates."""
-        return cls.compute(*inputs, **settings)
-
-    def tell(self, result: paddle.Tensor) -> None:
-        """Tell the Saver of the result: here, how to have it again."""
-        if self.saver.policy.recompute:
-            self.saver.offer(result, self.again)
-
-    def again(self) -> paddle.Tensor:
-        """The result once more, from what was saved."""
-        raise NotImplementedError
-
-
-class _ByHand(PyLayer):
-    """Paddle's view of an op."""
-
-    @staticmethod
-    def forward(ctx, op: _Op, *inputs: paddle.Tensor | None) -> paddle.Tensor | Tensors:
-        ctx.op, ctx.are_tensors = op, [x is not None for x in inputs]
-        return op.forward(*inputs)
-
-    @staticmethod
-    def backward(ctx, *grads: paddle.Tensor) -> Tensors:
-        found = zip(ctx.op.backward(*grads), ctx.op.wants, ctx.are_tensors, strict=True)
-        return tuple(gradient if wanted else None for gradient, wanted, is_tensor in found if is_tensor)
-
-
-class _ModulatedNorm(_Op):
+class _ModulatedNorm(OpCall):
     compute = norm.modulated_norm
 
     @classmethod
@@ -192,7 +130,7 @@ class _ModulatedNorm(_Op):
         return dh, dshift, dscale
 
 
-class _RMSNorm(_Op):
+class _RMSNorm(OpCall):
     compute = norm.rms_norm
 
     @classmethod
@@ -223,7 +161,7 @@ class _RMSNorm(_Op):
         return dx, dweight, dscale
 
 
-class _RMSNormRotated(_Op):
+class _RMSNormRotated(OpCall):
     """Saves 1 / rms alone where it can: `attention` gives the result back in backward, and turned back and
     divided by the weight that is the normalised input. Else it saves its input."""
 
@@ -272,85 +210,7 @@ class _RMSNormRotated(_Op):
         return dx, dweight, None, None
 
 
-class _Attention(_Op):
-    """q, k, v of one or two streams. Saves them all in one; under "+attention" values in FP8, queries and
-    keys with a residual, because scores go through an exponential: 2.5 % of rounding in q or k would be 8 %
-    behind it. Its result is never saved by whoever reads it, but computed again or held by flash attention.
-    """
-
-    @staticmethod
-    def compute(*qkv, bias=None):
-        q, k, v = _joined(qkv)
-        o = plain.attention(q, k, v, bias).flatten(2)
-        return tuple(_split_tokens(o, [x.shape[1] for x in qkv[::3]]))
-
-    def forward(self, *qkv):
-        policy = self.saver.policy
-        self.makers = [self.saver.maker_of(x) for x in qkv]
-        self.tokens, self.head_dim = [x.shape[1] for x in qkv[::3]], qkv[0].shape[-1]
-        self._graph, (q, k, v) = None, _joined(qkv)
-        if not policy.recompute and plain.uses_flash_attention(q):
-            # Its graph is what "coat" saves: q, k, v, the output and a statistic per row.
-            self._graph = self._new_graph(q, k, v)
-            return self._parts(self._graph.output.flatten(2))
-        q_save = self.saver.save_residual if policy.pack_attention else self.saver.save_plain
-        v_save = self.saver.save if policy.pack_attention else self.saver.save_plain
-        self.qkv = [q_save(q.flatten(2)), q_save(k.flatten(2)), v_save(v.flatten(2))]
-        if not policy.recompute:
-            self.saver.count(_FlashRemainder(q.shape, k.shape[2]))
-        return self._parts(plain.attention(q, k, v, **self.settings).flatten(2))
-
-    def tell(self, result):
-        for i, part in enumerate(result):
-            self.saver.offer(part, partial(self._part_again, i))
-
-    def backward(self, *grads):
-        graph, self._graph = self._again(), None
-        do = paddle.concat(grads, axis=1) if len(grads) > 1 else grads[0]
-        gradients = graph.gradients(_heads(do, self.head_dim))
-        found = list(zip(*(self._parts(d) for d in gradients), strict=True))
-        inputs = list(zip(*(self._parts(x.detach()) for x in graph.inputs), strict=True))
-        for maker, x in zip(self.makers, _flat(inputs), strict=True):
-            if maker is not None:
-                maker.output = x
-        return _flat(found)
-
-    def _part_again(self, index: int) -> paddle.Tensor:
-        return self._parts(self._again().output.flatten(2))[index]
-
-    def _again(self) -> LocalGraph:
-        """The attention of the forward pass, ready for backward."""
-        if self._graph is None:
-            self._graph = self._new_graph(*(_heads(x.unpack(), self.head_dim) for x in self.qkv))
-        return self._graph
-
-    def _new_graph(self, q: paddle.Tensor, k: paddle.Tensor, v: paddle.Tensor) -> LocalGraph:
-        return LocalGraph(partial(plain.attention, **self.settings), q, k, v)
-
-    def _parts(self, x: paddle.Tensor) -> Tensors:
-        return tuple(_split_tokens(x, self.tokens))
-
-
-@dataclass(frozen=True)
-class _FlashRemainder:
-    """What flash attention would hold beside q [B, tokens, heads, head_dim], k and v: the output in bfloat16,
-    a float32 per token and head, and keys and values for heads that share them. Without flash attention it is
-    computed again, so nothing is held.
-    """
-
-    shape: list[int]
-    key_heads: int
-    nbytes: int = 0
-    nbytes_unpacked: int = 0
-
-    @property
-    def nbytes_bf16(self) -> int:
-        batch, tokens, heads, head_dim = self.shape
-        shared = 2 * (heads - self.key_heads)
-        return batch * tokens * (heads * (2 * head_dim + 4) + shared * 2 * head_dim)
-
-
-class _Gelu(_Op):
+class _Gelu(OpCall):
     compute = pointwise.gelu
 
     @classmethod
@@ -369,7 +229,7 @@ class _Gelu(_Op):
         return (pointwise.gelu_grad(u, dy, groups),)
 
 
-class _GatedSilu(_Op):
+class _GatedSilu(OpCall):
     @staticmethod
     def compute(gate, up):
         return pointwise.silu(gate) * up
@@ -391,7 +251,7 @@ class _GatedSilu(_Op):
         return dgate, pointwise.silu(gate, groups).multiply_(dy) if self.wants[1] else None
 
 
-class _GatedResidual(_Op):
+class _GatedResidual(OpCall):
     compute = pointwise.gated_residual
 
     @classmethod
@@ -412,7 +272,7 @@ class _GatedResidual(_Op):
         return dy, dgate, dz
 
 
-class _Concat(_Op):
+class _Concat(OpCall):
     @staticmethod
     def compute(*parts):
         return paddle.concat(parts, axis=-1)
@@ -454,24 +314,6 @@ def _heads(x: paddle.Tensor, head_dim: int) -> paddle.Tensor:
 def _rows_of(cos: paddle.Tensor, x: paddle.Tensor) -> paddle.Tensor:
     """x [B, tokens, heads, head_dim] with a row for each of `cos`: samples end to end where angles are."""
     return x if cos.shape[0] == x.shape[1] else x.reshape([1, -1, *x.shape[2:]])
-
-
-def _joined(qkv: Sequence[paddle.Tensor]) -> list[paddle.Tensor]:
-    """(q, k, v) of each stream in a row -> q, k, v of all tokens."""
-    if len(qkv) == 3:
-        return list(qkv)
-    return [paddle.concat(qkv[i::3], axis=1) for i in range(3)]
-
-
-def _split_tokens(x: paddle.Tensor, tokens: Sequence[int]) -> list[paddle.Tensor]:
-    """[B, all tokens, ...] -> a part [B, tokens[i], ...] for each stream."""
-    if len(tokens) == 1:
-        return [x]
-    return [part.contiguous() for part in paddle.split(x, list(tokens), axis=1)]
-
-
-def _flat(rows: Sequence[Sequence]) -> list:
-    return [x for row in rows for x in row]
 
 
 def _sum_of_tokens(x: paddle.Tensor) -> paddle.Tensor:

@@ -11,10 +11,9 @@ Source of the first step: COAT (arXiv 2410.19313) section 5.
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass, replace
 
-from ppcoat.errors import ConfigError
+from ppcoat.errors import ConfigError, unknown_name
 from ppcoat.fp8.formats import E4M3, FP8Format
 
 
@@ -63,10 +62,7 @@ def get_policy(name: str, group_size: int | None = 128) -> SavingPolicy:
 def check_policy(name: str) -> str:
     """Return `name` if it is one of POLICIES, else raise ConfigError with the nearest of them."""
     if name not in POLICIES:
-        nearest = difflib.get_close_matches(str(name), POLICIES, n=1, cutoff=0.0)[0]
-        raise ConfigError(
-            f"unknown saving policy {name!r}, the nearest is {nearest!r}; use one of {', '.join(POLICIES)}"
-        )
+        raise ConfigError(unknown_name("saving policy", name, POLICIES))
     return name
 
 

@@ -38,14 +38,15 @@ def checkpointed(
 
 
 def carries_gradient(x: paddle.Tensor | None) -> bool:
-    """Whether backward has to give a gradient of x."""
+    """Whether backward has to give a gradient of x, of any shape."""
     return x is not None and not x.stop_gradient
 
 
 class LocalGraph:
     """output = function(*inputs) with a graph of its own, cut off from everything around it.
 
-    wanted: which inputs get a gradient, by default all; the others may be None. policy: what ops inside save.
+    Tensors have any shape that the function takes. wanted: which inputs get a gradient, by default all; the
+    others may be None. policy: what ops inside save.
     """
 
     def __init__(

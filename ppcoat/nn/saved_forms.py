@@ -17,7 +17,7 @@ RESIDUAL_STEPS = 120.0  # steps of the residual per unit of relative distance: 7
 
 @dataclass(eq=False)
 class PlainSaved:
-    """A tensor saved as it is. `statistic`: float32 whatever the compute dtype."""
+    """A tensor of any shape, saved as it is. `statistic`: float32 whatever the compute dtype."""
 
     tensor: paddle.Tensor
     statistic: bool = False
@@ -42,7 +42,8 @@ class PlainSaved:
 
 @dataclass(eq=False)
 class FP8Saved:
-    """A float tensor in FP8: codes uint8 of its shape, scale float32 per group (or one), its dtype."""
+    """A float tensor [..., D] in FP8: codes uint8 [..., D], scale float32 [..., groups] (or [1]), its
+    dtype."""
 
     codes: paddle.Tensor
     scale: paddle.Tensor
@@ -70,7 +71,7 @@ class FP8Saved:
 
 @dataclass(eq=False)
 class ResidualSaved:
-    """FP8 codes and, for each, 4 bits that say where between the neighbouring codes the value lies.
+    """FP8 codes [..., D] and, for each, 4 bits that say where between the neighbouring codes the value lies.
 
     residual: uint8, two values in a byte. Error 0.25 % RMS, a tenth of E4M3 alone.
     """
@@ -101,7 +102,7 @@ class ResidualSaved:
 
 @dataclass(eq=False)
 class Recomputed:
-    """A tensor that is not saved: `again` computes it from what others saved."""
+    """A tensor of any shape that is not saved: `again` computes it from what others saved."""
 
     again: Callable[[], paddle.Tensor]
     nbytes = nbytes_bf16 = nbytes_unpacked = 0
@@ -113,7 +114,7 @@ class Recomputed:
 
 @dataclass(eq=False)
 class SharedSaved:
-    """A saved tensor that several readers want in one backward pass: it is unpacked once for all of them.
+    """A saved tensor of any shape that several readers want in one backward pass: it is unpacked once for all.
 
     readers: how many have not had it yet. Nobody may change the values in place.
     """
@@ -153,7 +154,8 @@ def save_residual(x: paddle.Tensor, group_size: int | None) -> ResidualSaved:
 
 
 def codes_or_floats(saved: SavedTensor) -> tuple[paddle.Tensor, Groups | None]:
-    """What an FP8 op reads of a saved tensor: its codes and how to read them, or its floats and None."""
+    """What an FP8 op reads of a saved tensor [..., D]: its codes and how to read them, or its floats and
+    None."""
     if isinstance(saved, FP8Saved):
         return saved.codes, Groups(saved.scale, saved.fmt, saved.group_size, saved.dtype)
     return saved.unpack(), None

@@ -110,7 +110,7 @@ class Saver:
         return self.count(save_residual(x, self.policy.group_size))
 
     def save_plain(self, x: paddle.Tensor, statistic: bool = False) -> SavedTensor:
-        """x as it is. statistic: it is float32 whatever the compute dtype."""
+        """x, of any shape, as it is. statistic: it is float32 whatever the compute dtype."""
         if x.persistable:
             return PlainSaved(x.detach(), statistic)  # its address says nothing: block swapping changes it
         key = _identity(x)
@@ -136,24 +136,27 @@ class Saver:
         return shared
 
     def save_checkpoint(self, x: paddle.Tensor) -> SavedTensor:
-        """Tokens x [B, tokens, D] that go into what is `checkpointed`: in `checkpoint_fmt`, None: as they are."""
+        """Tokens x [B, tokens, D], an input of what is `checkpointed`, in `checkpoint_fmt` (None: as they
+        are)."""
         fmt = self.checkpoint_fmt
         return self.save_plain(x) if fmt is None else self._fp8(x, fmt, self.policy.group_size)
 
     def offer(self, output: paddle.Tensor, again: Callable[[], paddle.Tensor]) -> None:
-        """Whoever saves `output` while it is alive saves nothing, and calls `again` in backward."""
+        """Whoever saves `output` (any shape) while it is alive saves nothing, and calls `again` in
+        backward."""
         self._known_of(output).recomputed = Recomputed(again)
 
     def offered(self, x: paddle.Tensor) -> Recomputed | None:
-        """What `offer` was told of x."""
+        """What `offer` was told of x (any shape)."""
         return self._known_of(x).recomputed
 
     def wants_back(self, output: paddle.Tensor, maker: TakesOutput) -> None:
-        """The attention that reads `output` will set maker.output to it in backward."""
+        """The attention that reads `output` [B, tokens, heads, head_dim] will set maker.output to it in
+        backward."""
         self._known_of(output).maker = maker
 
     def maker_of(self, x: paddle.Tensor) -> TakesOutput | None:
-        """The op that called `wants_back` for x."""
+        """The op that called `wants_back` for x (any shape)."""
         return self._known_of(x).maker
 
     def count(self, saved: SavedTensor) -> SavedTensor:

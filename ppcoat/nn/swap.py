@@ -26,7 +26,7 @@ FORWARD, BACKWARD = 1, -1
 
 
 class Transport(Protocol):
-    """How tensors get from host memory to the device."""
+    """How tensors, of any shape, get from host memory to the device."""
 
     def to_host(self, x: paddle.Tensor) -> paddle.Tensor:
         """A copy of x, or x where it is there already, from which `start` can copy fast."""
@@ -39,7 +39,7 @@ class Transport(Protocol):
 
 
 class SameMemory:
-    """Host and device are the same: nothing is copied."""
+    """Host and device are the same: tensors of any shape stay where they are."""
 
     def to_host(self, x: paddle.Tensor) -> paddle.Tensor:
         return _alias(x)
@@ -52,7 +52,8 @@ class SameMemory:
 
 
 class CudaTransport:
-    """Page-locked host memory and a stream of its own, which copies while the other computes."""
+    """For tensors of any shape: page-locked host memory and a stream of its own, which copies while the
+    other computes."""
 
     def __init__(self) -> None:
         self._stream = paddle.device.Stream()
@@ -184,7 +185,8 @@ def check_count(count: int, blocks: int) -> None:
 
 
 def move_to_host(x: paddle.Tensor) -> None:
-    """Give the tensor x its data in page-locked host memory, in place; on a CPU it is there already."""
+    """Give the tensor x (any shape) its data in page-locked host memory, in place; on a CPU it is there
+    already."""
     if x.place.is_gpu_place():
         x.get_tensor()._share_data_with(x.pin_memory().get_tensor())
 

@@ -1,3 +1,3 @@
 """Memory before anything is allocated, and settings that fit a card. Others use `settings.plan` and
-`settings.with_memory_plan`, and the footprints of phases.py, lightning.py and newbie.py.
+`settings.with_memory_plan`, and the memory models of phases.py, lightning.py and newbie.py.
 """

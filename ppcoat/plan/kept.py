@@ -20,13 +20,13 @@ from typing import ClassVar
 import numpy as np
 import paddle
 
-from ppcoat.config.schema import CoatConfig
+from ppcoat.config.schema import CoatConfig, NetworkConfig
 from ppcoat.device import set_device
-from ppcoat.lora import inject_lora
 from ppcoat.models.flux.transformer import FluxTransformer2DModel
 from ppcoat.nn.attention import attention
 from ppcoat.nn.saved_tensors import SavedTensors, count_saved_tensors
 from ppcoat.train.coat import COATTrainer
+from ppcoat.train.model_spec import prepare
 from ppcoat.train.objective import FlowMatching, Objective
 
 SIDE = 8  # rows of image tokens of the small model: enough that no tensor is too small to be packed
@@ -90,16 +90,8 @@ class TracedModel:
             for path in self.lora_paths
             if path.startswith("transformer_blocks.")
         ]
-        inject_lora(
-            flux,
-            self.rank,
-            self.rank,
-            targets=[*self.lora_paths, *others],
-            policy=coat.policy,
-            group_size=coat.linear_group_size,
-        )
-        coat.convert(flux)
-        flux.train()
+        network = NetworkConfig(linear=self.rank, linear_alpha=float(self.rank))
+        prepare(flux, coat, network, paths=[*self.lora_paths, *others])
         return flux
 
     def shapes(self, config: Mapping, columns: int, words: int) -> dict[str, tuple[int, ...]]:
@@ -111,7 +103,7 @@ class TracedModel:
         }
 
     def batch(self, config: Mapping, columns: int, words: int) -> dict[str, paddle.Tensor]:
-        """Random numbers of these shapes."""
+        """Random numbers in the shape that `shapes` has for each name."""
         rng = np.random.default_rng(0)
         shapes = self.shapes(config, columns, words)
         return {

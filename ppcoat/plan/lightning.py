@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from ppcoat.config.lightning import LightningConfig
 from ppcoat.optim import FP8QuantizationConfig
 from ppcoat.plan.model import FLOAT32, FP8_STEP, PIXELS_PER_TOKEN
-from ppcoat.plan.phases import FORWARD_WORKING, Choice, Footprint, Phase
+from ppcoat.plan.phases import FORWARD_WORKING, MemoryModel, Phase, Settings
 from ppcoat.plan.settings import as_given
 
 # Passing memory of a head that goes forward and backward, in float32 tensors of image tokens x width:
@@ -48,11 +48,11 @@ class Heads:
         return self.count * FP8QuantizationConfig().state_bytes(self.shapes(), beta1=0.0)
 
 
-class LightningFootprint(Footprint):
-    """A Footprint of a distillation. settings: as Footprint takes them."""
+class LightningMemoryModel(MemoryModel):
+    """A MemoryModel of a distillation. transformer: as MemoryModel takes them."""
 
-    def __init__(self, config: LightningConfig, on_gpu: bool, settings: dict | None = None) -> None:
-        super().__init__(config.run_config(config.data_path), on_gpu, settings)
+    def __init__(self, config: LightningConfig, on_gpu: bool, transformer: dict | None = None) -> None:
+        super().__init__(config.run_config(config.data_path), on_gpu, transformer)
         self.lightning = config
         every = 2 if config.head_blocks == "published" else 1
         count = len(self.model.blocks[::every]) if config.adv_weight > 0 else 0
@@ -60,39 +60,39 @@ class LightningFootprint(Footprint):
         self.head_states = self.heads.optimizer_bytes(config)
 
     @property
-    def choice(self) -> Choice:
+    def settings(self) -> Settings:
         """The settings of the config."""
         return as_given(self.config, len(self.model.blocks))
 
-    def phases(self, choice: Choice) -> tuple[Phase, ...]:
+    def phases(self, settings: Settings) -> tuple[Phase, ...]:
         """All phases of a run, in order. An update takes one head after the other and gives its gradients
         back."""
-        own = {phase.name: phase.parts for phase in super().phases(choice)}
+        own = {phase.name: phase.parts for phase in super().phases(settings)}
         count, one = self.heads.count, self.heads.bytes_of_one
         learner = own["update"] | {"heads": count * one, "head states": self.head_states}
         judging = learner | {"head gradients": count * one}
         named = [("captions", own["captions"]), ("pictures", own["pictures"])]
-        named.append(("window", learner | self._encoding(choice)))
+        named.append(("window", learner | self._encoding(settings)))
         if self.heads.count:
             passing = int(FP8_STEP * one) if self.lightning.fp8_optimizer else one
             named += [
-                ("heads' step", judging | {"working": self._judging(choice)}),
+                ("heads' step", judging | {"working": self._judging(settings)}),
                 ("their update", judging | {"working": passing}),
             ]
-        named += [("LoRA's step", learner | self._learning(choice)), ("its update", learner)]
+        named += [("LoRA's step", learner | self._learning(settings)), ("its update", learner)]
         if "previews" in own:
             resident = {name: learner[name] for name in ("heads", "head states")}
             named.append(("previews", own["previews"] | resident))
         return tuple(Phase(name, parts) for name, parts in named)
 
-    def _encoding(self, choice: Choice) -> dict[str, int]:
+    def _encoding(self, settings: Settings) -> dict[str, int]:
         """What differs while encoders are there beside the learner: on a GPU, the last blocks that weigh as
         much have left."""
         encoders, count = self.model.encoders, len(self.model.blocks)
         weight = encoders.text * self.itemsize + encoders.vae * self.vae_itemsize
-        base, room = self.base_by_swapped(choice.quantize)[choice.blocks_to_swap], weight
-        _, blocks = self.model.weight_bytes(choice.quantize, self.itemsize)
-        for block in reversed(blocks[: count - choice.blocks_to_swap]):
+        base, room = self.base_by_swapped(settings.quantize)[settings.blocks_to_swap], weight
+        _, blocks = self.model.weight_bytes(settings.quantize, self.itemsize)
+        for block in reversed(blocks[: count - settings.blocks_to_swap]):
             if self.on_gpu and room > 0:
                 base, room = base - block, room - block
         reading = encoders.text_working(1, self.text_tokens, self.itemsize)
@@ -101,24 +101,24 @@ class LightningFootprint(Footprint):
         )
         return {"base": base, "encoders": weight, "working": max(reading, seeing)}
 
-    def _judging(self, choice: Choice) -> int:
+    def _judging(self, settings: Settings) -> int:
         """Working memory of the heads' turn: a pass without gradients, and the head in its midst."""
-        passing = self._working(FORWARD_WORKING, choice.batch_size) + self._largest_weight(choice)
-        return passing + self._head_working(choice)
+        passing = self._working(FORWARD_WORKING, settings.batch_size) + self._largest_weight(settings)
+        return passing + self._head_working(settings)
 
-    def _learning(self, choice: Choice) -> dict[str, int]:
+    def _learning(self, settings: Settings) -> dict[str, int]:
         """What the LoRA's turn holds beyond the weights when its backward begins."""
         adversarial = self.heads.count > 0
         graphs = 1 + adversarial + self.lightning.apply_reflow_loss
-        kept, working = self.activations(choice)
-        features = choice.batch_size * self.image_tokens * self.model.width * self.itemsize
+        kept, working = self.activations(settings)
+        features = settings.batch_size * self.image_tokens * self.model.width * self.itemsize
         return {
             "kept": graphs * kept,
             "head features": self.heads.count * features,
-            "working": max(working, self._judging(choice) if adversarial else 0),
+            "working": max(working, self._judging(settings) if adversarial else 0),
         }
 
-    def _head_working(self, choice: Choice) -> int:
-        values = choice.batch_size * self.image_tokens * self.model.width
+    def _head_working(self, settings: Settings) -> int:
+        values = settings.batch_size * self.image_tokens * self.model.width
         copies = 2 * self.model.width**2 * self.itemsize  # of its float32 weights, in the compute dtype
         return int(HEAD_WORKING * FLOAT32 * values) + copies

@@ -26,17 +26,17 @@ from ppcoat.nn.convert import sublayer_at
 from ppcoat.optim import FP8QuantizationConfig
 from ppcoat.train.model_spec import chosen_modules
 
-PIXELS_PER_TOKEN = 16 * 16
+PIXELS_PER_TOKEN = 16 * 16  # the area of the square that a token stands for
 FLOAT32, BFLOAT16 = 4, 2  # bytes of a value
 FLUX_DEV = {"guidance_embeds": True}  # all else is FluxTransformer2DModel's default
 # Parameters of FLUX.1-dev's encoders, T5's heads and inner width, the VAE's channels at full resolution.
 _DEV_TEXT, DEV_VAE = 4_762_310_656 + 123_060_480, 83_819_683
 _DEV_T5, DEV_VAE_CHANNELS = (64, 10240), 128
-FP8_STEP = 9.31  # passing bytes of an FP8AdamW step per byte of float32 parameter, measured
+FP8_STEP = 9.31  # transient bytes of an FP8AdamW step per byte of float32 parameter, measured
 
 
 @dataclass(frozen=True)
-class Encoders:
+class EncoderSizes:
     """Parameters of both text encoders and of the VAE; what decides their working memory: heads and inner
     width of the larger text encoder, the VAE's channels at full resolution."""
 
@@ -65,20 +65,20 @@ class BaseModel:
     """A model folder by its shapes; also of NewBie-image, whose `layers` are the blocks (all of them count as
     double).
 
-    settings: of the transformer, as its config.json has them. linears: path -> (in, out). blocks: paths of
-    the double blocks, then of the single ones. others: path of a block, or "" -> values that are no Linear
+    transformer: its settings, as its config.json has them. linears: path -> (in, out). blocks: paths of the
+    double blocks, then of the single ones. others: path of a block, or "" -> values that are no Linear
     weight. width: channels of a token inside the blocks; heads: of attention. of_picture: parts of the paths
     of Linears that see one row a picture, not its tokens. assumed: the folder is not there, and the published
     model's shapes stand in.
     """
 
-    settings: dict
+    transformer: dict
     linears: dict[str, tuple[int, int]]
     blocks: tuple[str, ...]
     double: int
     others: dict[str, int]
     lora_paths: tuple[str, ...]
-    encoders: Encoders
+    encoders: EncoderSizes
     text_tokens: int
     width: int
     heads: int
@@ -108,22 +108,22 @@ class BaseModel:
         return [shape for pair in pairs for shape in of_pairs[pair]]
 
 
-def read_model(config: RunConfig, settings: dict | None = None) -> BaseModel:
-    """The model of a run; with settings, a transformer of these instead of the folder's, and FLUX.1-dev's
+def read_model(config: RunConfig, transformer: dict | None = None) -> BaseModel:
+    """The model of a run; with `transformer`, one of these settings instead of the folder's, and FLUX.1-dev's
     encoders.
 
     Raises ConfigError for a folder that is there but not complete, and for a LoRA that fits no Linear.
     """
     folder = Path(config.model.name_or_path)
-    assumed, given = not folder.exists(), settings is not None
-    if settings is None:
-        settings = FLUX_DEV if assumed else read_json(folder / "transformer" / "config.json")
+    assumed, given = not folder.exists(), transformer is not None
+    if transformer is None:
+        transformer = FLUX_DEV if assumed else read_json(folder / "transformer" / "config.json")
     with paddle.LazyGuard():  # parameters get a shape and no memory
-        model = FluxTransformer2DModel.from_config(settings)
+        model = FluxTransformer2DModel.from_config(transformer)
     blocks = tuple(model.named_blocks())
     linears, others = weights_by_block(model, blocks)
     return BaseModel(
-        settings=dict(model.config),
+        transformer=dict(model.config),
         linears=linears,
         blocks=blocks,
         double=len(model.transformer_blocks),
@@ -162,7 +162,7 @@ def image_tokens(config: RunConfig) -> int:
 
 
 def optimizer_bytes(config: RunConfig, shapes: list[tuple[int, int]]) -> tuple[int, int]:
-    """States of AdamW or FP8AdamW for parameters of these shapes; passing memory of an update."""
+    """States of AdamW or FP8AdamW for parameters of these shapes; transient bytes of an update."""
     parameters = FLOAT32 * sum(map(math.prod, shapes))
     if not config.uses_fp8_optimizer:
         return 2 * parameters, parameters if config.train.max_grad_norm else 0
@@ -179,8 +179,8 @@ def _block_of(name: str, blocks: tuple[str, ...]) -> str:
     return path if path in blocks else ""
 
 
-def _dev_encoders() -> Encoders:
-    return Encoders(_DEV_TEXT, DEV_VAE, *_DEV_T5, DEV_VAE_CHANNELS)
+def _dev_encoders() -> EncoderSizes:
+    return EncoderSizes(_DEV_TEXT, DEV_VAE, *_DEV_T5, DEV_VAE_CHANNELS)
 
 
 def stored_values(folder: Path) -> int:
@@ -188,9 +188,9 @@ def stored_values(folder: Path) -> int:
     return sum(math.prod(info.shape) for info in tensor_infos(folder).values())
 
 
-def _encoders(folder: Path) -> Encoders:
+def _encoders(folder: Path) -> EncoderSizes:
     t5, vae = (read_json(folder / name / "config.json") for name in ("text_encoder_2", "vae"))
-    return Encoders(
+    return EncoderSizes(
         text=stored_values(folder / "text_encoder") + stored_values(folder / "text_encoder_2"),
         vae=stored_values(folder / "vae"),
         text_heads=t5["num_heads"],

@@ -22,7 +22,6 @@ import paddle
 
 from ppcoat.config.schema import NetworkConfig, RunConfig
 from ppcoat.data.examples import all_examples, scan_datasets
-from ppcoat.lora import LoKrSettings, inject_lokr, inject_lora
 from ppcoat.models.newbie.files import check_newbie_vae, unfilled_nextdit
 from ppcoat.models.newbie.gemma3 import Gemma3Config, Gemma3TextEncoder
 from ppcoat.models.newbie.jina_clip import (
@@ -36,20 +35,20 @@ from ppcoat.models.newbie.pipeline import PROMPT_PREFIX, with_prefix
 from ppcoat.models.tensor_files import read_json
 from ppcoat.nn.convert import quantize_linears
 from ppcoat.nn.saved_tensors import SavedTensors, count_saved_tensors, saved_as_they_are
-from ppcoat.plan.kept import SIDE, KeptBytes, TracedModel, kept_bytes, small_lora_paths
+from ppcoat.plan.kept import SIDE, TracedModel
 from ppcoat.plan.model import (
     DEV_VAE,
     DEV_VAE_CHANNELS,
     FLOAT32,
     BaseModel,
-    Encoders,
+    EncoderSizes,
     stored_values,
     weights_by_block,
 )
-from ppcoat.plan.phases import Choice, Footprint, hashable
+from ppcoat.plan.phases import MemoryModel, Settings
 from ppcoat.train.coat import COATTrainer
-from ppcoat.train.model_spec import chosen_modules
-from ppcoat.train.objective import Transport
+from ppcoat.train.model_spec import chosen_modules, prepare
+from ppcoat.train.objective import NewbieFlowMatching
 
 # As WORKING in phases.py; "checkpointed" is beside what a layer keeps that has been computed again.
 # Measured with Paddle's allocator.
@@ -66,37 +65,37 @@ OF_PICTURE = ("adaLN", "t_embedder", "time_text_embed", "clip_text_pooled")
 WIDE_ENOUGH = 256  # channels of a small copy, so that no tensor of its tokens is too small to be packed
 
 
-class NewbieFootprint(Footprint):
-    """A Footprint of a config with model.family newbie. settings: of NextDiT_CLIP."""
+class NewbieMemoryModel(MemoryModel):
+    """A MemoryModel of a config with model.family newbie. transformer: settings of NextDiT_CLIP."""
 
     assumed_name = "NewBie-image 3B"
     forward_working = NEWBIE_FORWARD_WORKING
     drawn_at_once = 2  # with the prompt and without
 
-    def __init__(self, config: RunConfig, on_gpu: bool, settings: dict | None = None) -> None:
-        super().__init__(config, on_gpu, settings)
+    def __init__(self, config: RunConfig, on_gpu: bool, transformer: dict | None = None) -> None:
+        super().__init__(config, on_gpu, transformer)
         self.vae_itemsize = FLOAT32
 
-    def read_model(self, settings: dict | None) -> BaseModel:
+    def read_model(self, transformer: dict | None) -> BaseModel:
         """The shapes of the config's folder, or of a NextDiT_CLIP with these settings and the published
         encoders. Raises ConfigError for a folder that is not complete and for targets that fit no Linear."""
         folder = Path(self.config.model.name_or_path)
         assumed = not folder.exists()
-        if assumed or settings is not None:
+        if assumed or transformer is not None:
             with paddle.LazyGuard():  # parameters get a shape and no memory
-                model = NextDiT_CLIP(**(settings or {}))
+                model = NextDiT_CLIP(**(transformer or {}))
         else:
             model = unfilled_nextdit(folder / "transformer")
         blocks = tuple(f"layers.{i}" for i in range(len(model.layers)))
         linears, others = weights_by_block(model, blocks)
         return BaseModel(
-            settings=dict(model.config),
+            transformer=dict(model.config),
             linears=linears,
             blocks=blocks,
             double=len(blocks),
             others=others,
             lora_paths=tuple(chosen_modules(self.config.network, model)),
-            encoders=_encoders(None if assumed or settings is not None else folder),
+            encoders=_encoders(None if assumed or transformer is not None else folder),
             text_tokens=self._text_tokens(folder, model.config["axes_lens"][0]),
             width=model.config["dim"],
             heads=model.config["n_heads"],
@@ -104,36 +103,37 @@ class NewbieFootprint(Footprint):
             of_picture=OF_PICTURE,
         )
 
-    def preparing(self, choice: Choice) -> list[tuple[str, dict[str, int]]]:
+    def preparing(self, settings: Settings) -> list[tuple[str, dict[str, int]]]:
         """Encoding with all encoders on the device."""
         text = self.model.encoders.text * self.itemsize
         return [
-            (name, parts | {"encoders": text + self._vae_bytes}) for name, parts in super().preparing(choice)
+            (name, parts | {"encoders": text + self._vae_bytes})
+            for name, parts in super().preparing(settings)
         ]
 
-    def activations(self, choice: Choice) -> tuple[int, int]:
+    def activations(self, settings: Settings) -> tuple[int, int]:
         """Bytes kept for backward and working memory at the fullest moment of a step: at the end of the
         forward pass, or where backward comes to the checkpointed layers and computes one again.
         """
-        batch, checkpointed, moments = choice.batch_size, choice.checkpoint_blocks, []
+        batch, checkpointed, moments = settings.batch_size, settings.checkpoint_blocks, []
         if checkpointed < len(self.model.blocks):
-            working = self._working(NEWBIE_WORKING[choice.policy], batch)
-            moments.append((self.kept_after_forward(choice, len(self.model.blocks)), working))
+            working = self._working(NEWBIE_WORKING[settings.policy], batch)
+            moments.append((self.kept_after_forward(settings, len(self.model.blocks)), working))
         if checkpointed:
-            again = self.kept("none" if choice.policy == "none" else "coat", True, choice.quantize).double
+            again = self.kept(settings, True).double
             working = self._working(NEWBIE_WORKING["checkpointed"], batch) + round(batch * again)
-            moments.append((self.kept_after_forward(choice, checkpointed), working))
+            moments.append((self.kept_after_forward(settings, checkpointed), working))
         kept, working = max(moments, key=sum)
-        return kept, working + self._largest_weight(choice)
+        return kept, working + self._largest_weight(settings)
 
-    def kept_after_forward(self, choice: Choice, layers: int) -> int:
+    def kept_after_forward(self, settings: Settings, layers: int) -> int:
         """Bytes kept for backward by the first `layers` and what stands outside them."""
-        of = self.kept(choice.policy, False, choice.quantize)
-        kept = of.of_blocks(layers, 0, choice.checkpoint_blocks)
-        if choice.checkpoint_blocks:
+        of = self.kept(settings)
+        kept = of.of_blocks(layers, 0, settings.checkpoint_blocks)
+        if settings.checkpoint_blocks:
             tables = max(0, of.first - of.double)  # of rotation, which the first layer is to keep
-            kept += choice.checkpoint_blocks * self._input_bytes + tables
-        return round(choice.batch_size * kept)
+            kept += settings.checkpoint_blocks * self._input_bytes + tables
+        return round(settings.batch_size * kept)
 
     @property
     def _input_bytes(self) -> int:
@@ -145,29 +145,22 @@ class NewbieFootprint(Footprint):
         scales = math.ceil(width / coat.activation.group_size) if per_group else 0
         return self.tokens * (width + FLOAT32 * scales)
 
-    def packed(self, choice: Choice) -> int:
+    def packed(self, settings: Settings) -> int:
         """Bytes of one picture that go through FP8 if no layer is checkpointed."""
-        return self.kept(choice.policy, False, choice.quantize).of_blocks(len(self.model.blocks), 0)
+        return self.kept(settings).of_blocks(len(self.model.blocks), 0)
 
-    def kept(self, policy: str, checkpointed: bool = False, quantize: bool = False) -> KeptBytes:
-        """Of one picture, counted once."""
-        if (policy, checkpointed, quantize) not in self._kept:
-            coat, model = self.config.coat, self.model
-            activation = coat.activation.model_copy(update={"policy": policy})
-            feed_forward = model.linears[f"{model.blocks[0]}.feed_forward.w2"]
-            traced = TracedNextDiT(
-                settings=hashable(model.settings),
-                lora_paths=small_lora_paths(model.lora_paths, model.blocks),
-                rank=self.config.network.linear,
-                coat=coat.model_copy(update={"activation": activation}),
-                half=self.half,
-                network=self.config.network,
-                quantize=quantize,
-                hidden=feed_forward[0],
-            )
-            counted = kept_bytes(traced, self.image_tokens, self.text_tokens, checkpointed)
-            self._kept[policy, checkpointed, quantize] = counted
-        return self._kept[policy, checkpointed, quantize]
+    def traced(self, settings: Settings, checkpointed: bool) -> TracedNextDiT:
+        """The model whose kept bytes are counted. What a checkpointed layer keeps while it is computed again
+        depends on whether ops save by hand, not on the policy."""
+        policy = settings.policy
+        if checkpointed:
+            policy = "none" if policy == "none" else "coat"
+        return TracedNextDiT(
+            **self.traced_facts(policy),
+            network=self.config.network,
+            quantize=settings.quantize,
+            hidden=self.model.linears[f"{self.model.blocks[0]}.feed_forward.w2"][0],
+        )
 
     def _text_tokens(self, folder: Path, positions: int) -> int:
         """Of the longest caption with its prefix, or the limit where captions or tokenizer are not here."""
@@ -182,7 +175,7 @@ class NewbieFootprint(Footprint):
         return int(tokens.mask.sum(-1).max())
 
 
-def _encoders(folder: Path | None) -> Encoders:
+def _encoders(folder: Path | None) -> EncoderSizes:
     """Those of a folder, None: Gemma3-4B, Jina CLIP v2 and FLUX.1's VAE."""
     gemma3, jina_clip, vae, channels = Gemma3Config(), JinaClipConfig(), DEV_VAE, DEV_VAE_CHANNELS
     if folder is not None:
@@ -195,7 +188,7 @@ def _encoders(folder: Path | None) -> Encoders:
     with paddle.LazyGuard():
         models = Gemma3TextEncoder(gemma3), JinaClipTextModel(jina_clip)
     text = sum(math.prod(p.shape) for model in models for p in model.parameters())
-    return Encoders(text, vae, gemma3.num_attention_heads, gemma3.intermediate_size, channels)
+    return EncoderSizes(text, vae, gemma3.num_attention_heads, gemma3.intermediate_size, channels)
 
 
 @dataclass(frozen=True)
@@ -234,14 +227,9 @@ class TracedNextDiT(TracedModel):
         if self.quantize:
             quantize_linears(model)
         others = [path.replace(".0.", ".1.", 1) for path in self.lora_paths if path.startswith("layers.")]
-        targets, rank = [*self.lora_paths, *others], self.rank
-        if self.network.type == "lokr":
-            settings = LoKrSettings(rank, self.network.linear_alpha, self.network.lokr_factor)
-            inject_lokr(model, settings, targets)
-        else:
-            inject_lora(model, rank, rank, 0.0, targets, coat.policy, group_size=coat.linear_group_size)
-        coat.convert(model)
-        model.train()
+        whole = dict.fromkeys(("dropout", "lokr_rank_dropout", "lokr_module_dropout"), 0.0)
+        network = self.network.model_copy(update=whole)  # what is dropped is counted as kept
+        prepare(model, coat, network, paths=[*self.lora_paths, *others])
         return model
 
     def shapes(self, config: Mapping, columns: int, words: int) -> dict[str, tuple[int, ...]]:
@@ -253,12 +241,12 @@ class TracedNextDiT(TracedModel):
         }
 
     def batch(self, config: Mapping, columns: int, words: int) -> dict[str, paddle.Tensor]:
-        """These, and a mask without padding."""
+        """These, and a mask [1, words] without padding."""
         return super().batch(config, columns, words) | {"cap_mask": paddle.ones([1, words], dtype="int64")}
 
-    def objective(self) -> Transport:
+    def objective(self) -> NewbieFlowMatching:
         """What the pass computes."""
-        return Transport()
+        return NewbieFlowMatching()
 
     @contextmanager
     def saving(self, checkpointed: bool = False) -> Iterator[SavedTensors]:

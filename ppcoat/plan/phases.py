@@ -47,7 +47,7 @@ FLOPS, MEMORY_RATE, PCIE_RATE = 80e12, 0.9e12, 20e9
 
 
 @dataclass(frozen=True)
-class Choice:
+class Settings:
     """The settings that decide memory. checkpoint_blocks: from the first one; blocks_to_swap: the last ones;
     quantize: an FP8 base.
     """
@@ -73,10 +73,10 @@ class Phase:
         return sum(self.parts.values())
 
 
-class Footprint:
+class MemoryModel:
     """The facts of one config, read once. `phases` and `seconds` take any settings.
 
-    settings: of a transformer that has no folder. Raises ConfigError as `read_model` and `image_tokens` do.
+    transformer: settings of one that has no folder. Raises ConfigError as `read_model` and `image_tokens` do.
     This is FLUX; newbie.py says what is different for NewBie-image.
     """
 
@@ -84,11 +84,11 @@ class Footprint:
     forward_working = FORWARD_WORKING
     drawn_at_once = 1  # pictures that the transformer sees in a step of a preview
 
-    def __init__(self, config: RunConfig, on_gpu: bool, settings: dict | None = None) -> None:
+    def __init__(self, config: RunConfig, on_gpu: bool, transformer: dict | None = None) -> None:
         self.config, self.on_gpu = config, on_gpu
         self.half = on_gpu and config.model.dtype != "float32"
         self.itemsize = BFLOAT16 if self.half else FLOAT32
-        self.model: BaseModel = self.read_model(settings)
+        self.model: BaseModel = self.read_model(transformer)
         self.image_tokens, self.text_tokens = image_tokens(config), self.model.text_tokens
         self.tokens = self.image_tokens + self.text_tokens
         self.vae_itemsize = self.itemsize
@@ -97,11 +97,11 @@ class Footprint:
         self.optimizer, self.update_working = optimizer_bytes(config, self.lora)
         self.previews = previews(config) if config.sample.wanted else []
         self._base: dict[bool, list[int]] = {}
-        self._kept: dict[tuple[str, bool], KeptBytes] = {}
+        self._kept: dict[tuple[TracedModel, bool], KeptBytes] = {}
 
-    def read_model(self, settings: dict | None) -> BaseModel:
+    def read_model(self, transformer: dict | None) -> BaseModel:
         """The shapes of the config's model, or of one with these settings."""
-        return read_model(self.config, settings)
+        return read_model(self.config, transformer)
 
     @property
     def policies(self) -> tuple[str, ...]:
@@ -114,27 +114,27 @@ class Footprint:
         """How many blocks can be checkpointed."""
         return range(len(self.model.blocks) + 1)
 
-    def phases(self, choice: Choice) -> tuple[Phase, ...]:
+    def phases(self, settings: Settings) -> tuple[Phase, ...]:
         """All phases of a run, in order. Raises ConfigError for more swapped blocks than there are."""
-        base = self.base_by_swapped(choice.quantize)
-        check_count(choice.blocks_to_swap, len(base) - 1)
+        base = self.base_by_swapped(settings.quantize)
+        check_count(settings.blocks_to_swap, len(base) - 1)
         beside = {"context": GPU_CONTEXT if self.on_gpu else HOST_PROCESS}
-        held = {"base": base[choice.blocks_to_swap], "LoRA": self.lora_bytes, "optimizer": self.optimizer}
+        held = {"base": base[settings.blocks_to_swap], "LoRA": self.lora_bytes, "optimizer": self.optimizer}
         if self.config.train.ema.use_ema:
             held["EMA"] = self.lora_bytes
         learning = held | {"gradients": self.lora_bytes}
-        kept, working = self.activations(choice)
+        kept, working = self.activations(settings)
         phases = [
-            *self.preparing(choice),
+            *self.preparing(settings),
             ("forward, backward", learning | {"kept": kept, "working": working}),
             ("update", learning | {"working": self.update_working}),
         ]
         if self.previews:
-            drawing = {"encoders": self._vae_bytes, "working": self._preview_working(choice)}
+            drawing = {"encoders": self._vae_bytes, "working": self._preview_working(settings)}
             phases.append(("previews", held | drawing))
         return tuple(Phase(name, beside | parts) for name, parts in phases)
 
-    def preparing(self, choice: Choice) -> list[tuple[str, dict[str, int]]]:
+    def preparing(self, settings: Settings) -> list[tuple[str, dict[str, int]]]:
         """What encoders hold, by phase, before the transformer comes: beside the context."""
         encoders, largest = self.model.encoders, PIXELS_PER_TOKEN * self.image_tokens
         reading = encoders.text_working(ENCODED_AT_ONCE, self.text_tokens, self.itemsize)
@@ -158,56 +158,64 @@ class Footprint:
             ]
         return self._base[quantize]
 
-    def activations(self, choice: Choice) -> tuple[int, int]:
+    def activations(self, settings: Settings) -> tuple[int, int]:
         """Bytes kept for backward and working memory at the fullest moment of a step: at the end of the
         forward pass, or where backward comes to the checkpointed blocks.
         """
         double, count = self.model.double, len(self.model.blocks)
-        batch, checkpointed = choice.batch_size, choice.checkpoint_blocks
+        batch, checkpointed = settings.batch_size, settings.checkpoint_blocks
         of_checkpointed = 0
         if checkpointed:
-            of_checkpointed = self.kept("none", True).of_inputs(double, checkpointed)
-        kept = of_checkpointed + self.kept(choice.policy).of_blocks(double, count - double, checkpointed)
+            of_checkpointed = self.kept(settings, True).of_inputs(double, checkpointed)
+        kept = of_checkpointed + self.kept(settings).of_blocks(double, count - double, checkpointed)
         moments = []
         if checkpointed < count:
-            moments.append((kept * batch, self._working(WORKING[choice.policy], batch)))
+            moments.append((kept * batch, self._working(WORKING[settings.policy], batch)))
         if checkpointed:
             moments.append((of_checkpointed * batch, self._working(WORKING["checkpointed"], batch)))
         kept, working = max(moments, key=sum)
-        return kept, working + self._largest_weight(choice)
+        return kept, working + self._largest_weight(settings)
 
-    def kept(self, policy: str, checkpointed: bool = False) -> KeptBytes:
-        """Of one picture, counted once. What checkpointed blocks keep does not depend on the policy."""
-        if (policy, checkpointed) not in self._kept:
-            coat = self.config.coat
-            activation = coat.activation.model_copy(update={"policy": policy})
-            traced = TracedModel(
-                settings=hashable(self.model.settings),
-                lora_paths=small_lora_paths(self.model.lora_paths, self.model.blocks),
-                rank=self.config.network.linear,
-                coat=coat.model_copy(update={"activation": activation}),
-                half=self.half,
-            )
-            self._kept[policy, checkpointed] = kept_bytes(
-                traced, self.image_tokens, self.text_tokens, checkpointed
-            )
-        return self._kept[policy, checkpointed]
+    def kept(self, settings: Settings, checkpointed: bool = False) -> KeptBytes:
+        """Of one picture, counted once for all settings that keep as much. checkpointed: of such blocks."""
+        traced = self.traced(settings, checkpointed)
+        if (traced, checkpointed) not in self._kept:
+            counted = kept_bytes(traced, self.image_tokens, self.text_tokens, checkpointed)
+            self._kept[traced, checkpointed] = counted
+        return self._kept[traced, checkpointed]
 
-    def packed(self, choice: Choice) -> int:
+    def traced(self, settings: Settings, checkpointed: bool) -> TracedModel:
+        """The model whose kept bytes are counted. What checkpointed blocks keep does not depend on the
+        policy."""
+        return TracedModel(**self.traced_facts("none" if checkpointed else settings.policy))
+
+    def traced_facts(self, policy: str) -> dict:
+        """The fields of TracedModel under a saving policy."""
+        coat = self.config.coat
+        activation = coat.activation.model_copy(update={"policy": policy})
+        return {
+            "settings": hashable(self.model.transformer),
+            "lora_paths": small_lora_paths(self.model.lora_paths, self.model.blocks),
+            "rank": self.config.network.linear,
+            "coat": coat.model_copy(update={"activation": activation}),
+            "half": self.half,
+        }
+
+    def packed(self, settings: Settings) -> int:
         """Bytes of one picture that go through FP8 if no block is checkpointed."""
         double = self.model.double
-        return self.kept(choice.policy).of_blocks(double, len(self.model.blocks) - double)
+        return self.kept(settings).of_blocks(double, len(self.model.blocks) - double)
 
-    def seconds(self, choice: Choice) -> float:
+    def seconds(self, settings: Settings) -> float:
         """Time of an update on a GPU by a simple model, to compare settings by: products of matrices at FLOPS
         (one forward, one backward without weight gradients, one more forward of what is recomputed), packed
         tensors and FP8 weights through memory three times, swapped blocks over PCIe in forward and backward,
         as if nothing of that ran beside the computing.
         """
-        model, passes = self.model, choice.gradient_accumulation
-        rows = choice.batch_size * self.tokens
+        model, passes = self.model, settings.gradient_accumulation
+        rows = settings.batch_size * self.tokens
         count = len(model.blocks)
-        again = choice.checkpoint_blocks / count
+        again = settings.checkpoint_blocks / count
         linears = (
             2
             * rows
@@ -219,15 +227,15 @@ class Footprint:
         )
         attention = 4 * rows * self.tokens * model.width * count
         # attention's backward takes 2.5 forwards; +recompute takes its forward again
-        attentions = 3.5 + (again if "recompute" not in choice.policy else 1.0)
+        attentions = 3.5 + (again if "recompute" not in settings.policy else 1.0)
         compute = (linears * (2 + again) + attention * attentions) / FLOPS
         moved = 0
-        if choice.policy != "none":
-            moved += 3 * 2 * self.packed(choice) * choice.batch_size * (1 - again)
-        if choice.quantize:
+        if settings.policy != "none":
+            moved += 3 * 2 * self.packed(settings) * settings.batch_size * (1 - again)
+        if settings.quantize:
             moved += 3 * (2 + again) * model.parameters
-        _, blocks = self.model.weight_bytes(choice.quantize, self.itemsize)
-        swapped = 2 * sum(blocks[count - choice.blocks_to_swap :])
+        _, blocks = self.model.weight_bytes(settings.quantize, self.itemsize)
+        swapped = 2 * sum(blocks[count - settings.blocks_to_swap :])
         return passes * (compute + moved / MEMORY_RATE + swapped / PCIE_RATE)
 
     @cached_property
@@ -259,17 +267,17 @@ class Footprint:
     def _vae_bytes(self) -> int:
         return self.model.encoders.vae * self.vae_itemsize
 
-    def _largest_weight(self, choice: Choice) -> int:
-        """An FP8 weight is unpacked to compute with."""
-        return self.itemsize * max(a * b for a, b in self.model.linears.values()) if choice.quantize else 0
+    def _largest_weight(self, settings: Settings) -> int:
+        """Bytes of the largest weight dequantised; 0 for a base that is not quantised."""
+        return self.itemsize * max(a * b for a, b in self.model.linears.values()) if settings.quantize else 0
 
-    def _preview_working(self, choice: Choice) -> int:
+    def _preview_working(self, settings: Settings) -> int:
         pixels = max(preview.width * preview.height for preview in self.previews)
         denoise = self._working(
             self.forward_working, self.drawn_at_once, pixels // PIXELS_PER_TOKEN + self.text_tokens
         )
         decode = self.model.encoders.vae_working(pixels, self.vae_itemsize, True, self.on_gpu)
-        return max(denoise + self._largest_weight(choice), decode)
+        return max(denoise + self._largest_weight(settings), decode)
 
 
 def hashable(settings: dict) -> tuple[tuple[str, object], ...]:

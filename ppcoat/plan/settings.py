@@ -1,7 +1,7 @@
 """Peak memory of a run before anything is allocated, and the fastest settings that fit into a budget.
 
     plan(config).total                          what the config as it is will hold at most, in bytes
-    plan(config, vram_gb=24).choice             the settings to take with 24 GB
+    plan(config, vram_gb=24).settings           the settings to take with 24 GB
 
 How bytes are counted: phases.py. GB is 1e9 bytes; a card sold as 24 GB has 25.8 of them, and the rest is
 what fragments and the desktop take.
@@ -18,19 +18,19 @@ import paddle
 from ppcoat.config.schema import RunConfig
 from ppcoat.device import GpuMeter, HostMeter
 from ppcoat.errors import ConfigError
-from ppcoat.plan.newbie import NewbieFootprint
-from ppcoat.plan.phases import Choice, Footprint, Phase
+from ppcoat.plan.phases import MemoryModel, Phase, Settings
+from ppcoat.train.model_spec import model_spec
 
 GB = 1e9
 
 
 @dataclass(frozen=True)
 class Plan:
-    """choice: the settings planned for. phases: in the order of a run. seconds: of an update on a GPU, by the
-    model of `Footprint.seconds`. facts: what was planned, a line each. vram_gb: the budget, if there was one.
+    """settings: planned for. phases: in the order of a run. seconds: of an update on a GPU, by
+    `MemoryModel.seconds`. facts: what was planned, a line each. vram_gb: the budget, if there was one.
     """
 
-    choice: Choice
+    settings: Settings
     phases: tuple[Phase, ...]
     seconds: float
     facts: tuple[str, ...]
@@ -40,11 +40,6 @@ class Plan:
     def peak(self) -> Phase:
         """The fullest phase."""
         return max(self.phases, key=lambda phase: phase.total)
-
-    @property
-    def components(self) -> dict[str, int]:
-        """Bytes by component in the fullest phase."""
-        return self.peak.parts
 
     @property
     def total(self) -> int:
@@ -61,19 +56,14 @@ def plan(config: RunConfig, vram_gb: float | None = None) -> Plan:
     nothing fits, naming the smallest need, and for what the config asks of a model that lacks it.
     """
     check_budget(vram_gb)
-    footprint = footprint_of(config, planned_for_gpu(config, vram_gb))
+    memory = model_spec(config.model.family).memory_model(config, planned_for_gpu(config, vram_gb))
     if vram_gb is None:
-        return _plan(footprint, as_given(config, len(footprint.model.blocks)))
-    plans = [_plan(footprint, choice) for choice in _candidates(footprint, vram_gb * GB)]
+        return _plan(memory, as_given(config, len(memory.model.blocks)))
+    plans = [_plan(memory, settings) for settings in _candidates(memory, vram_gb * GB)]
     fitting = [each for each in plans if each.total <= vram_gb * GB]
     if not fitting:
         raise ConfigError(_nothing_fits(config, min(plans, key=lambda each: each.total), vram_gb))
     return replace(min(fitting, key=lambda each: (each.seconds, each.total)), vram_gb=vram_gb)
-
-
-def footprint_of(config: RunConfig, on_gpu: bool) -> Footprint:
-    """That of the config's kind of model."""
-    return (NewbieFootprint if config.model.family == "newbie" else Footprint)(config, on_gpu)
 
 
 def check_budget(vram_gb: float | None) -> float | None:
@@ -90,11 +80,11 @@ def planned_for_gpu(config: RunConfig, vram_gb: float | None) -> bool:
     return vram_gb is not None or (paddle.is_compiled_with_cuda() and paddle.device.cuda.device_count() > 0)
 
 
-def as_given(config: RunConfig, blocks: int) -> Choice:
+def as_given(config: RunConfig, blocks: int) -> Settings:
     """The settings of a config, for a model of so many blocks."""
     train, activation = config.train, config.coat.activation
     checkpointed = config.coat.memory.checkpoint_blocks or blocks
-    return Choice(
+    return Settings(
         policy=activation.policy if config.coat.enabled and activation.use_fp8 else "none",
         checkpoint_blocks=min(blocks, checkpointed) if train.gradient_checkpointing else 0,
         quantize=config.model.quantize,
@@ -104,17 +94,17 @@ def as_given(config: RunConfig, blocks: int) -> Choice:
     )
 
 
-def with_choice(config: RunConfig, choice: Choice) -> RunConfig:
-    """The config with the settings of `choice` in it."""
-    model = {"quantize": choice.quantize, "blocks_to_swap": choice.blocks_to_swap}
+def with_settings(config: RunConfig, settings: Settings) -> RunConfig:
+    """The config with these settings in it."""
+    model = {"quantize": settings.quantize, "blocks_to_swap": settings.blocks_to_swap}
     train = {
-        "batch_size": choice.batch_size,
-        "gradient_accumulation": choice.gradient_accumulation,
-        "gradient_checkpointing": choice.checkpoint_blocks > 0,
+        "batch_size": settings.batch_size,
+        "gradient_accumulation": settings.gradient_accumulation,
+        "gradient_checkpointing": settings.checkpoint_blocks > 0,
     }
-    memory = {"checkpoint_blocks": choice.checkpoint_blocks or None}
+    memory = {"checkpoint_blocks": settings.checkpoint_blocks or None}
     coat = {
-        "activation": config.coat.activation.model_copy(update={"policy": choice.policy}),
+        "activation": config.coat.activation.model_copy(update={"policy": settings.policy}),
         "memory": config.coat.memory.model_copy(update=memory),
     }
     return config.model_copy(
@@ -138,41 +128,41 @@ def with_memory_plan(config: RunConfig) -> RunConfig:
         if total is None:
             raise ConfigError("memory: auto cannot see how much memory there is: give vram_gb")
         vram_gb = total / GB
-    return with_choice(config, plan(config, vram_gb).choice)
+    return with_settings(config, plan(config, vram_gb).settings)
 
 
-def _plan(footprint: Footprint, choice: Choice) -> Plan:
-    return Plan(choice, footprint.phases(choice), footprint.seconds(choice), footprint.facts)
+def _plan(memory: MemoryModel, settings: Settings) -> Plan:
+    return Plan(settings, memory.phases(settings), memory.seconds(settings), memory.facts)
 
 
-def _candidates(footprint: Footprint, budget: float) -> Iterator[Choice]:
+def _candidates(memory: MemoryModel, budget: float) -> Iterator[Settings]:
     """Every base, batch, policy and number of checkpointed blocks, each with the fewest swapped blocks that
     fit; with all, where none do.
     """
-    config = footprint.config
+    config = memory.config
     pictures = config.train.batch_size * config.train.gradient_accumulation
     for batch in (n for n in range(1, pictures + 1) if pictures % n == 0):
         for quantize in (False, True) if config.model.quantize else (False,):
-            for policy in footprint.policies:
-                for checkpointed in footprint.checkpoint_counts:
-                    bare = Choice(policy, checkpointed, quantize, 0, batch, pictures // batch)
-                    yield _with_fewest_swapped(footprint, bare, budget)
+            for policy in memory.policies:
+                for checkpointed in memory.checkpoint_counts:
+                    bare = Settings(policy, checkpointed, quantize, 0, batch, pictures // batch)
+                    yield _with_fewest_swapped(memory, bare, budget)
 
 
-def _with_fewest_swapped(footprint: Footprint, bare: Choice, budget: float) -> Choice:
-    phases = [phase for phase in footprint.phases(bare) if "base" in phase.parts]
+def _with_fewest_swapped(memory: MemoryModel, bare: Settings, budget: float) -> Settings:
+    phases = [phase for phase in memory.phases(bare) if "base" in phase.parts]
     beside_base = max(phase.total - phase.parts["base"] for phase in phases)
-    for swapped, base in enumerate(footprint.base_by_swapped(bare.quantize)):
+    for swapped, base in enumerate(memory.base_by_swapped(bare.quantize)):
         if beside_base + base <= budget:
             return replace(bare, blocks_to_swap=swapped)
-    return replace(bare, blocks_to_swap=len(footprint.model.blocks))
+    return replace(bare, blocks_to_swap=len(memory.model.blocks))
 
 
 def _nothing_fits(config: RunConfig, smallest: Plan, vram_gb: float) -> str:
     hint = "" if config.model.quantize else "; model.quantize: true would allow an FP8 base"
-    choice = smallest.choice
+    settings = smallest.settings
     return (
         f"nothing fits into {vram_gb:g} GB: the smallest possible need is {smallest.total / GB:.1f} GB, in "
-        f"the phase {smallest.peak.name!r}, with policy {choice.policy}, {choice.checkpoint_blocks} blocks "
-        f"checkpointed and {choice.blocks_to_swap} swapped{hint}"
+        f"the phase {smallest.peak.name!r}, with policy {settings.policy}, {settings.checkpoint_blocks} "
+        f"blocks checkpointed and {settings.blocks_to_swap} swapped{hint}"
     )

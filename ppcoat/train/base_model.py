@@ -1,4 +1,4 @@
-"""The frozen FLUX of a run, in the order that needs least memory: the encoders come, encode and leave, and
+"""The frozen base of a run, in the order that needs least memory: the encoders come, encode and leave, and
 only then does the transformer come, in FP8 and with swapped blocks if the config asks for it."""
 
 from __future__ import annotations
@@ -12,39 +12,11 @@ import paddle
 
 from ppcoat.config.schema import RunConfig
 from ppcoat.data.cache import folder_identity
-from ppcoat.models.flux.pipeline import FluxPipeline
-from ppcoat.models.flux.transformer import FluxTransformer2DModel
-from ppcoat.models.loading import load_transformer, unfilled
-from ppcoat.models.quantized_base import FP8Copy, load_fp8_transformer
-from ppcoat.nn.swap import last_blocks
+from ppcoat.models.quantized_base import FP8Copy
 from ppcoat.train.ranks import Ranks
 
 
-def check_swap(config: RunConfig) -> None:
-    """Raise ConfigError for more model.blocks_to_swap than there are blocks, before any weight is read."""
-    if config.model.blocks_to_swap:
-        model, _ = unfilled(FluxTransformer2DModel, Path(config.model.name_or_path) / "transformer")
-        last_blocks(model, config.model.blocks_to_swap)
-
-
-def load_encoders(config: RunConfig, dtype: str | None) -> FluxPipeline:
-    """The pipeline without its transformer, in `dtype` (None: float32 on CPU, bfloat16 on a GPU)."""
-    return FluxPipeline.from_pretrained(config.model.name_or_path, dtype, without=("transformer",))
-
-
-def exchange_for_transformer(
-    pipeline: FluxPipeline, config: RunConfig, dtype: str | None, ranks: Ranks, keep_copy: bool = True
-) -> None:
-    """Drop the text encoders, send the VAE away (it stays for previews only), load the transformer.
-
-    With model.quantize its Linears are in FP8, and the FP8 weights are kept for the next start (unless
-    keep_copy is off); the first rank writes them.
-    """
-    drop_encoders(pipeline, ("text_encoder", "text_encoder_2"), config.sample.wanted)
-    pipeline.transformer = load_base(load_transformer, load_fp8_transformer, config, dtype, ranks, keep_copy)
-
-
-def load_base(
+def load_frozen(
     plain: Callable[..., paddle.nn.Layer],
     in_fp8: Callable[..., paddle.nn.Layer],
     config: RunConfig,
@@ -83,7 +55,7 @@ def drop_encoders(pipeline: Any, names: tuple[str, ...], keep_vae: bool) -> None
 
 @contextmanager
 def vae_on_device(pipeline: Any) -> Iterator[None]:
-    """Within it, the VAE is where the transformer is; afterwards in main memory."""
+    """Context manager: the VAE is where the transformer is; afterwards in main memory."""
     if not _on_gpu():
         yield
         return

@@ -7,7 +7,7 @@ A checkpoint is a whole_folder (ppcoat/atomic.py), and only when it has its name
 are removed last. manifest.json holds size and sha256 of every file. Only safetensors and JSON are written and
 read: loading runs no code from the file. One process writes.
 
-save_run and resume_run say what a run must remember to go on exactly where it stopped.
+What a run must remember to go on is in run_state.py; save_run and resume_run bring it here and back.
 """
 
 from __future__ import annotations
@@ -19,20 +19,18 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import paddle
 import safetensors.paddle
 
 from ppcoat.atomic import remove_dead_drafts, whole_folder, write_text
+from ppcoat.config.schema import RunConfig
 from ppcoat.errors import ConfigError
-from ppcoat.train.optimizer_state import optimizer_tensors, set_optimizer_tensors
-
-if TYPE_CHECKING:
-    from ppcoat.train.trainer import Trainer
+from ppcoat.train.ranks import Ranks
+from ppcoat.train.run_state import RunState
+from ppcoat.train.stopping import STRICT_FLAG
 
 FORMAT = "ppcoat-checkpoint-1"
-STRICT_FLAG = "--strict (save.strict_resume)"  # as commands with a config file call it
 _COMMITTED = re.compile(r"^[0-9]{9}$")
 _FILE_NAME = re.compile(r"^[A-Za-z0-9_]+\.(safetensors|json)$")
 
@@ -56,9 +54,9 @@ def save_checkpoint(
 ) -> Path:
     """Write checkpoint `step`, move `latest` to it, keep the newest `keep`; returns its folder.
 
-    tensors: {"lora": {...}, "optimizer": {...}}, one safetensors file each, every dtype bit-exact (FP8 too);
-    state: anything JSON can hold (RNG states, data position, compared fields). Raises OSError (disk full, no
-    permission) with the earlier checkpoints and `latest` untouched.
+    tensors: {"lora": {...}, "optimizer": {...}}, any shape, one safetensors file each, every dtype
+    bit-exact (FP8 too); state: anything JSON can hold (data position, compared fields). Raises OSError (disk
+    full, no permission) with the earlier checkpoints and `latest` untouched.
     """
     if keep < 1:
         raise ConfigError(f"checkpoints to keep: came {keep}, wanted at least 1")
@@ -227,62 +225,33 @@ def _flatten(fields: dict, prefix: str = "") -> dict[str, object]:
     return flat
 
 
-def save_run(trainer: Trainer) -> None:
-    """A checkpoint of this step: weights, optimizer, running mean, schedule, position of the data, counters.
-
-    The generators need no state: what a step draws follows from seed and step. Raises OSError as
-    save_checkpoint does.
-    """
-    state = {
-        "compatible": trainer.compatible,
-        "batches": trainer.batches.state_dict(),
-        "schedule": {"last_epoch": trainer.schedule.last_epoch, "last_lr": trainer.schedule.last_lr},
-        "skipped": {"steps": trainer.skipped, "in_a_row": trainer.skipped_in_a_row},
-        "bins": trainer.bins.state_dict(),
-    }
-    optimizer = optimizer_tensors(trainer.optimizer, trainer.parameters)
-    tensors = {"lora": trainer.parameters, "optimizer": optimizer}
-    if trainer.ema is not None:
-        tensors["ema"] = trainer.ema.tensors
-    config = trainer.config
-    save_checkpoint(config.run_dir, trainer.step, tensors, state, config.save.max_step_saves_to_keep)
+def save_run(state: RunState, config: RunConfig) -> None:
+    """A checkpoint of this step. Raises OSError as save_checkpoint does."""
+    keep = config.save.max_step_saves_to_keep
+    save_checkpoint(config.run_dir, state.step, state.tensors(), state.state_dict(), keep)
 
 
-def resume_run(trainer: Trainer) -> None:
+def resume_run(state: RunState, config: RunConfig, ranks: Ranks, strict_flag: str = STRICT_FLAG) -> None:
     """Go on from the latest checkpoint, if there is one, and make all ranks start alike.
 
-    The number of ranks may differ from the checkpoint's where the global batch does not. Raises ConfigError
-    for a checkpoint of other settings, a damaged one with save.strict_resume, and where the ranks do not see
-    the same pictures and checkpoints.
+    The number of ranks may differ from the checkpoint's where the global batch does not. strict_flag: see
+    load_latest. Raises ConfigError for a checkpoint of other settings, a damaged one with save.strict_resume,
+    and where the ranks do not see the same pictures and checkpoints.
     """
-    config = trainer.config
-    with trainer.ranks.first_ahead():  # it also removes what a killed save left
-        checkpoint = load_latest(config.run_dir, config.save.strict_resume, trainer.words.strict_flag)
+    with ranks.first_ahead():  # it also removes what a killed save left
+        checkpoint = load_latest(config.run_dir, config.save.strict_resume, strict_flag)
     if checkpoint is not None:
-        _go_on_from(checkpoint, trainer)
-    facts = {"step": trainer.step, **trainer.batches.state_dict()}
-    for name, values in zip(facts, trainer.ranks.gather(list(facts.values())).T, strict=True):
+        check_compatible(checkpoint.state["compatible"], state.compatible)
+        state.load(checkpoint.step, checkpoint.tensors, checkpoint.state)
+        if ranks.is_first:
+            steps, step = config.train.steps, state.step
+            left = f"{steps - step} of {steps} steps are" if step < steps else "nothing is"
+            print(f"resuming from {checkpoint.path}: {left} left")
+    facts = {"step": state.step, **state.batches.state_dict()}
+    for name, values in zip(facts, ranks.gather(list(facts.values())).T, strict=True):
         if (values != values[0]).any():
             raise ConfigError(
                 f"the ranks do not start alike: {name} is {', '.join(f'{value:.0f}' for value in values)}; "
                 "all machines need the same pictures, and one output_dir that they share"
             )
-    trainer.ranks.broadcast(trainer.parameters.values())
-
-
-def _go_on_from(checkpoint: Checkpoint, trainer: Trainer) -> None:
-    state, steps = checkpoint.state, trainer.config.train.steps
-    check_compatible(state["compatible"], trainer.compatible)
-    for name, parameter in trainer.parameters.items():
-        paddle.assign(checkpoint.tensors["lora"][name], output=parameter)
-    trainer.batches.load_state_dict(state["batches"])
-    set_optimizer_tensors(trainer.optimizer, checkpoint.tensors["optimizer"], trainer.parameters)
-    trainer.schedule.set_state_dict(state["schedule"])
-    if trainer.ema is not None:
-        trainer.ema.load(checkpoint.tensors["ema"])
-    trainer.skipped, trainer.skipped_in_a_row = state["skipped"]["steps"], state["skipped"]["in_a_row"]
-    trainer.bins.load_state_dict(state["bins"])
-    trainer.step = checkpoint.step
-    if trainer.ranks.is_first:
-        left = f"{steps - trainer.step} of {steps} steps are" if trainer.step < steps else "nothing is"
-        print(f"resuming from {checkpoint.path}: {left} left")
+    ranks.broadcast(state.parameters.values())

@@ -32,7 +32,8 @@ class COATConfig(CoatConfig):
 
 
 class COATTrainer:
-    """Chooses optimizer, saving policy and Linears of a run from its `coat` settings.
+    """Chooses optimizer, saving policy and Linears of a run from its `coat` settings. It trains nothing: the
+    loop is the caller's.
 
     gradient_checkpointing: `convert` tells the model. Blocks of FLUX and NextDiT_CLIP (the first
     coat.memory.checkpoint_blocks, or all) are computed again in backward and save their inputs only, in FP8
@@ -107,7 +108,8 @@ class COATTrainer:
         max_grad_norm: float = 1.0,
         fp8_states: bool | None = None,
     ) -> paddle.optimizer.Optimizer:
-        """FP8AdamW, or paddle's AdamW where FP8 states are off. max_grad_norm 0 clips nothing.
+        """FP8AdamW, or paddle's AdamW where FP8 states are off, for parameters of any shape. max_grad_norm 0
+        clips nothing.
 
         fp8_states: overrides what the config says (train.optimizer: coat_fp8_adamw asks for FP8 by name).
         """

@@ -8,7 +8,6 @@ all and read back (ppcoat/lora/writing.py).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,67 +16,41 @@ from PIL import Image
 
 from ppcoat.config.schema import PreviewConfig, RunConfig
 from ppcoat.data.cache import Encoders, TrainingCache, folder_identity
-from ppcoat.data.examples import Example
 from ppcoat.device import compute_dtype
-from ppcoat.errors import ConfigError
 from ppcoat.lora import LoRASummary, save_lora
 from ppcoat.models.flux.pipeline import FluxPipeline
-from ppcoat.models.loading import check_folder
-from ppcoat.plan.settings import with_memory_plan
-from ppcoat.train import run
-from ppcoat.train.base_model import check_swap, exchange_for_transformer, load_encoders
+from ppcoat.models.flux.transformer import FluxTransformer2DModel
+from ppcoat.models.loading import check_folder, load_transformer, unfilled
+from ppcoat.models.quantized_base import load_fp8_transformer
+from ppcoat.nn.swap import last_blocks
+from ppcoat.plan.phases import MemoryModel
+from ppcoat.train.base_model import drop_encoders, load_frozen
+from ppcoat.train.model_spec import ModelSpec
 from ppcoat.train.objective import FlowMatching
-from ppcoat.train.previews import Validation
 from ppcoat.train.ranks import Ranks
-from ppcoat.train.trainer import SaveWeights, StepResult, Trainer, TrainingResult
+from ppcoat.train.trainer import SaveWeights
 
 
-def train_flux_lora(config: RunConfig) -> TrainingResult:
-    """The whole run, on all ranks that paddle.distributed.launch started. Raises ConfigError for wrong inputs
-    before any model is loaded or any file is written."""
-    return run.train_lora(FluxSpec(), config)
+class FluxSpec(ModelSpec):
+    """FLUX.1-dev and schnell. Captions of any length are taken: T5 and CLIP cut them."""
 
+    script = "train_scripts/train_flux_lora.py"
+    config_format = "yaml"
 
-def dry_run(config: RunConfig) -> Iterator[tuple[StepResult, float]]:
-    """See run.dry_run."""
-    return run.dry_run(FluxSpec(), config)
-
-
-def encode_dataset(config: RunConfig, examples: Sequence[Example], pipeline: FluxPipeline) -> TrainingCache:
-    """See run.encode_dataset."""
-    return run.encode_dataset(FluxSpec(), config, examples, pipeline)
-
-
-def build_trainer(
-    config: RunConfig,
-    pipeline: FluxPipeline,
-    cache: TrainingCache,
-    validation: Validation | None = None,
-    ranks: Ranks | None = None,
-) -> Trainer:
-    """See run.build_trainer."""
-    return run.build_trainer(FluxSpec(), config, pipeline, cache, validation, ranks)
-
-
-class FluxSpec:
-    """FLUX.1-dev and schnell; see model_spec.ModelSpec."""
-
-    preview_negatives = ()
-    with_memory_plan = staticmethod(with_memory_plan)
-    load_encoders = staticmethod(load_encoders)
-    exchange_for_transformer = staticmethod(exchange_for_transformer)
+    def memory_model(self, config: RunConfig, on_gpu: bool) -> MemoryModel:
+        """That of FLUX."""
+        return MemoryModel(config, on_gpu)
 
     def check(self, config: RunConfig) -> None:
-        """Folder, kind of model and number of swapped blocks."""
-        if config.model.family != "flux":
-            raise ConfigError(
-                f"model.family is {config.model.family}: train it with train_scripts/train_newbie_lora.py"
-            )
+        """Folder and number of swapped blocks."""
         check_folder(config.model.name_or_path, "model.name_or_path")
-        check_swap(config)
+        if config.model.blocks_to_swap:
+            model, _ = unfilled(FluxTransformer2DModel, Path(config.model.name_or_path) / "transformer")
+            last_blocks(model, config.model.blocks_to_swap)
 
-    def check_captions(self, config: RunConfig, captions: Sequence[str]) -> None:
-        """Nothing: T5 and CLIP cut, and no length stops the transformer."""
+    def load_encoders(self, config: RunConfig, dtype: str | None) -> FluxPipeline:
+        """T5, CLIP and the VAE."""
+        return FluxPipeline.from_pretrained(config.model.name_or_path, dtype, without=("transformer",))
 
     def encoders(self, config: RunConfig, pipeline: FluxPipeline) -> Encoders:
         """The VAE; T5 and CLIP."""
@@ -93,6 +66,20 @@ class FluxSpec:
             return pipeline.encode_prompt(captions, max_sequence_length=config.train.max_sequence_length)[:2]
 
         return Encoders(pipeline.encode_image, encode_text, vae, text)
+
+    def load_base(
+        self,
+        pipeline: FluxPipeline,
+        config: RunConfig,
+        dtype: str | None,
+        ranks: Ranks,
+        keep_copy: bool = True,
+    ) -> None:
+        """In the place of T5 and CLIP."""
+        drop_encoders(pipeline, ("text_encoder", "text_encoder_2"), config.sample.wanted)
+        pipeline.transformer = load_frozen(
+            load_transformer, load_fp8_transformer, config, dtype, ranks, keep_copy
+        )
 
     def objective(self, config: RunConfig) -> FlowMatching:
         """Flow matching with the run's noise levels and loss."""

@@ -12,7 +12,7 @@ The original trainer's faults that are not repeated here are listed in the tests
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,13 +35,12 @@ from ppcoat.models.newbie.files import (
 from ppcoat.models.newbie.jina_clip import load_gemma3_tokenizer
 from ppcoat.models.newbie.pipeline import PROMPT_PREFIX, NewbiePipeline, warn_of_cut, with_prefix
 from ppcoat.nn.swap import last_blocks
-from ppcoat.plan.settings import with_memory_plan
-from ppcoat.train import run
-from ppcoat.train.base_model import drop_encoders, load_base
-from ppcoat.train.model_spec import chosen_modules
-from ppcoat.train.objective import Transport
+from ppcoat.plan.newbie import NewbieMemoryModel
+from ppcoat.train.base_model import drop_encoders, load_frozen
+from ppcoat.train.model_spec import ModelSpec, chosen_modules
+from ppcoat.train.objective import NewbieFlowMatching
 from ppcoat.train.ranks import Ranks
-from ppcoat.train.trainer import SaveWeights, StepResult, TrainingResult
+from ppcoat.train.trainer import SaveWeights
 
 TEXT_NAMES = ("cap_feats", "cap_mask", "clip_text_pooled")
 # Settings of FLUX's objective and blocks: (section, its model, keys).
@@ -51,30 +50,19 @@ _OF_FLUX = (
 )
 
 
-def train_newbie_lora(config: RunConfig) -> TrainingResult:
-    """The whole run of a config with model.family newbie, on all ranks. Raises ConfigError for wrong inputs
-    before any model is loaded or any file is written."""
-    return run.train_lora(NewbieSpec(), config)
+class NewbieSpec(ModelSpec):
+    """NewBie-image."""
 
-
-def dry_run(config: RunConfig) -> Iterator[tuple[StepResult, float]]:
-    """See run.dry_run."""
-    return run.dry_run(NewbieSpec(), config)
-
-
-class NewbieSpec:
-    """NewBie-image; see model_spec.ModelSpec."""
-
+    script = "train_scripts/train_newbie_lora.py"
+    config_format = "toml"
     preview_negatives = ("",)
 
-    with_memory_plan = staticmethod(with_memory_plan)
+    def memory_model(self, config: RunConfig, on_gpu: bool) -> NewbieMemoryModel:
+        """That of NewBie-image."""
+        return NewbieMemoryModel(config, on_gpu)
 
     def check(self, config: RunConfig) -> None:
-        """Kind of model, settings that it has, folder, targets and number of swapped blocks."""
-        if config.model.family != "newbie":
-            raise ConfigError(
-                f"model.family is {config.model.family}: train it with train_scripts/train_flux_lora.py"
-            )
+        """Settings that it has, folder, targets and number of swapped blocks."""
         for name, section, keys in _OF_FLUX:
             for key in keys:
                 if getattr(getattr(config, name), key) != section.model_fields[key].default:
@@ -122,7 +110,7 @@ class NewbieSpec:
 
         return Encoders(pipeline.encode_image, encode_text, vae, text, TEXT_NAMES)
 
-    def exchange_for_transformer(
+    def load_base(
         self,
         pipeline: NewbiePipeline,
         config: RunConfig,
@@ -130,14 +118,13 @@ class NewbieSpec:
         ranks: Ranks,
         keep_copy: bool = True,
     ) -> None:
-        """The transformer; with model.quantize in FP8, of which the first rank keeps a copy for the next
-        start (unless keep_copy is off)."""
+        """In the place of Gemma3 and Jina CLIP."""
         drop_encoders(pipeline, ("text_encoder", "clip_model"), config.sample.wanted)
-        pipeline.transformer = load_base(load_nextdit, load_fp8_nextdit, config, dtype, ranks, keep_copy)
+        pipeline.transformer = load_frozen(load_nextdit, load_fp8_nextdit, config, dtype, ranks, keep_copy)
 
-    def objective(self, config: RunConfig) -> Transport:
+    def objective(self, config: RunConfig) -> NewbieFlowMatching:
         """Flow matching with logit-normal times, shifted by the size of the batch's pictures."""
-        return Transport()
+        return NewbieFlowMatching()
 
     def save_weights(self, config: RunConfig, transformer: paddle.nn.Layer) -> SaveWeights:
         """The adapter directory of the original, and a file for ComfyUI in it."""

@@ -48,7 +48,7 @@ class Objective:
         return levels
 
     def loss(self, transformer: paddle.nn.Layer, batch: dict, rng: np.random.Generator) -> paddle.Tensor:
-        """`loss_at` with noise levels and noise from `draw`."""
+        """`loss_at` with noise levels and noise from `draw`, scalar float32."""
         return self.loss_at(transformer, batch, *self.draw(batch, rng))
 
     def loss_at(self, transformer, batch: dict, levels: np.ndarray, noise: np.ndarray) -> paddle.Tensor:
@@ -145,7 +145,7 @@ def level_weights(sigma: np.ndarray) -> np.ndarray:
     return np.interp(sigma, _WEIGHTED_SIGMA, _WEIGHTED_LOSS).astype(np.float32)
 
 
-class Transport(Objective):
+class NewbieFlowMatching(Objective):
     """Draws times and noise, runs NextDiT_CLIP, returns the loss; the same methods as FlowMatching."""
 
     def draw(self, batch: dict, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

@@ -135,7 +135,7 @@ class Ranks:
 
     @paddle.no_grad()
     def average_gradients(self, parameters: Iterable[paddle.Tensor]) -> None:
-        """Replace each gradient by its mean over all ranks, with one all_reduce of one flat float32 buffer.
+        """Replace each gradient, any shape, by its mean over all ranks: one all_reduce of a flat buffer.
 
         A parameter without gradient counts as zeros, and has a gradient afterwards. NaN and inf of one rank
         reach all of them. Does nothing for one rank.
@@ -157,7 +157,8 @@ class Ranks:
 
     @paddle.no_grad()
     def broadcast(self, parameters: Iterable[paddle.Tensor]) -> None:
-        """Give every rank the values that rank 0 has, bit for bit; shapes and dtypes must be the same."""
+        """Give every rank the values that rank 0 has, bit for bit; any shape, but shapes and dtypes
+        must be the same."""
         if self.size == 1:
             return
         import paddle.distributed as dist
@@ -340,8 +341,8 @@ def _receive(line: socket.socket) -> bytes:
 
 @contextmanager
 def rank_scratch(parent: Path, ranks: Ranks) -> Iterator[Path | None]:
-    """Within it, all ranks have the path of one folder in `parent`, which nobody has used before; None where
-    there is one rank only.
+    """Context manager: all ranks have the path of one folder in `parent`, which nobody has used before; None
+    where there is one rank only.
 
     The folder is not made here, and is removed when all ranks have left the block. A rank whose machine does
     not share `parent` gets the same path and sees only what it writes there itself. What killed runs left in

@@ -1,10 +1,15 @@
 """An adapter run of any model: check every input, encode once, put in adapter and COAT, train, save.
 
-What depends on the model is a ModelSpec (model_spec.py).
+    python train_scripts/train_flux_lora.py config.yaml [--set train.steps=50] [--strict] [--dry_run]
+    python train_scripts/train_newbie_lora.py --config_file my.toml [--set a.b=c] [--strict] [--dry_run]
+
+The NewBie command also takes the config.yaml that a run leaves in its folder. What depends on the model is a
+ModelSpec (model_spec.py).
 """
 
 from __future__ import annotations
 
+import argparse
 import logging
 import time
 from collections.abc import Iterator, Sequence
@@ -15,20 +20,21 @@ from typing import Any
 from PIL import Image
 
 from ppcoat.atomic import write_text
+from ppcoat.config.flags import add_run_flags
 from ppcoat.config.load import dump_config
+from ppcoat.config.newbie import load_run_config
 from ppcoat.config.schema import RunConfig
 from ppcoat.data.batches import ResumableBatches
 from ppcoat.data.cache import TrainingCache, build_cache
 from ppcoat.data.embedding_store import EmbeddingStore
 from ppcoat.data.examples import Dataset, Example, all_examples, data_report, scan_datasets
-from ppcoat.device import compute_dtype, set_device
+from ppcoat.device import compute_dtype, set_device, tune_host
 from ppcoat.errors import ConfigError
 from ppcoat.fp8 import backend
-from ppcoat.nn.swap import last_blocks, swap_blocks
 from ppcoat.optim import ScheduleShape, lr_scheduler
+from ppcoat.plan.settings import with_memory_plan
 from ppcoat.train.coat import COATTrainer
-from ppcoat.train.model_spec import ModelSpec, put_adapter, trained_parameters
-from ppcoat.train.optimizer_state import RunningMean
+from ppcoat.train.model_spec import ModelSpec, model_spec, prepare, trained_parameters
 from ppcoat.train.previews import (
     Validation,
     draw_previews,
@@ -37,15 +43,55 @@ from ppcoat.train.previews import (
     validation_pairs,
 )
 from ppcoat.train.ranks import Ranks, rank_scratch
-from ppcoat.train.trainer import StepResult, Trainer, TrainingResult
+from ppcoat.train.run_state import RunningMean, RunState
+from ppcoat.train.trainer import Side, StepResult, Trainer, TrainingResult
 
 DRY_STEPS = 2
 
 _log = logging.getLogger(__name__)
 
 
+def add_flux_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `train_scripts/train_flux_lora.py`."""
+    parser.add_argument("config", help="YAML file, e.g. configs/quickstart.yaml")
+    parser.set_defaults(family="flux")
+    add_run_flags(parser)
+
+
+def add_newbie_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `train_scripts/train_newbie_lora.py`."""
+    parser.add_argument(
+        "--config_file",
+        dest="config",
+        metavar="CONFIG_FILE",
+        required=True,
+        help="TOML file, e.g. configs/newbie_lora.toml",
+    )
+    parser.set_defaults(family="newbie")
+    add_run_flags(parser)
+
+
+def run_command(arguments: argparse.Namespace) -> None:
+    """Train, or with --dry_run show the complete settings, the data report and two steps. Raises ConfigError
+    for a config of another kind of model."""
+    config = load_run_config(arguments.config, arguments.overrides, arguments.family)
+    if config.model.family != arguments.family:
+        script = model_spec(config.model.family).script
+        raise ConfigError(f"model.family is {config.model.family}: train it with {script}")
+    tune_host()
+    if not arguments.dry_run:
+        train_lora(config)
+        return
+    print(dump_config(config))
+    for number, (result, seconds) in enumerate(dry_run(config), start=1):
+        kept = "not counted" if result.saved is None else f"{result.saved.bytes_kept / 1e6:.2f} MB"
+        note = " (not finite: nothing was updated)" if result.skipped else ""
+        print(f"step {number}: loss {result.loss:.4f}{note}, activations kept {kept}, {seconds * 1e3:.0f} ms")
+    print("dry run: two steps done, nothing written")
+
+
 @dataclass(frozen=True)
-class Inputs:
+class RunInputs:
     """What a run starts from, checked: pictures, validation pictures with captions, compute dtype, ranks."""
 
     datasets: list[Dataset]
@@ -59,10 +105,10 @@ class Inputs:
         return all_examples(self.datasets)
 
 
-def train_lora(spec: ModelSpec, config: RunConfig) -> TrainingResult:
+def train_lora(config: RunConfig) -> TrainingResult:
     """The whole run, on all ranks that paddle.distributed.launch started. Raises ConfigError for wrong inputs
     before any model is loaded or any file is written."""
-    config = spec.with_memory_plan(config)
+    spec, config = model_spec(config.model.family), with_memory_plan(config)
     inputs = check_inputs(spec, config)
     config, ranks = with_steps_of_epochs(config, inputs), inputs.ranks
     if ranks.is_first:
@@ -73,16 +119,16 @@ def train_lora(spec: ModelSpec, config: RunConfig) -> TrainingResult:
     if ranks.is_first:
         encoders = spec.encoders(config, pipeline)
         validation = encode_validation(config, inputs.validation, encoders, spec.objective(config))
-    spec.exchange_for_transformer(pipeline, config, inputs.dtype, ranks)
+    spec.load_base(pipeline, config, inputs.dtype, ranks)
     return build_trainer(spec, config, pipeline, cache, validation, ranks).run()
 
 
-def dry_run(spec: ModelSpec, config: RunConfig) -> Iterator[tuple[StepResult, float]]:
+def dry_run(config: RunConfig) -> Iterator[tuple[StepResult, float]]:
     """The first two steps of a new run, each with its seconds; writes and resumes nothing.
 
     Only the pictures of these steps are encoded. Raises ConfigError as train_lora does.
     """
-    config = spec.with_memory_plan(config)
+    spec, config = model_spec(config.model.family), with_memory_plan(config)
     inputs = check_inputs(spec, config)
     config = with_steps_of_epochs(config, inputs)
     train, examples, ranks = config.train, inputs.examples, inputs.ranks
@@ -94,7 +140,7 @@ def dry_run(spec: ModelSpec, config: RunConfig) -> Iterator[tuple[StepResult, fl
     cache = encode_dataset(spec, config, [examples[i] for i in needed], pipeline)
     latents = dict(zip(needed, cache.latents, strict=True))
     cache = replace(cache, examples=examples, latents=[latents.get(i) for i in range(len(examples))])
-    spec.exchange_for_transformer(pipeline, config, inputs.dtype, ranks, keep_copy=False)
+    spec.load_base(pipeline, config, inputs.dtype, ranks, keep_copy=False)
     trainer = build_trainer(spec, config, pipeline, cache, ranks=ranks)
     for _ in range(DRY_STEPS):
         began = time.perf_counter()
@@ -102,9 +148,9 @@ def dry_run(spec: ModelSpec, config: RunConfig) -> Iterator[tuple[StepResult, fl
     ranks.close()
 
 
-def check_inputs(spec: ModelSpec, config: RunConfig) -> Inputs:
-    """Find and check everything that a run reads, print what it will train on, set the device and meet the
-    other ranks. Raises ConfigError for a mistake in any of it."""
+def check_inputs(spec: ModelSpec, config: RunConfig) -> RunInputs:
+    """Find and check everything that a run reads, print what it will train on, set the device and
+    initialise the process group. Raises ConfigError for a mistake in any of it."""
     spec.check(config)
     datasets = scan_datasets(config)
     validation = validation_pairs(config)
@@ -117,10 +163,10 @@ def check_inputs(spec: ModelSpec, config: RunConfig) -> Inputs:
     ranks = Ranks.current(config.device)
     if ranks.is_first:
         print(data_report(datasets))
-    return Inputs(datasets, validation, dtype, ranks)
+    return RunInputs(datasets, validation, dtype, ranks)
 
 
-def with_steps_of_epochs(config: RunConfig, inputs: Inputs) -> RunConfig:
+def with_steps_of_epochs(config: RunConfig, inputs: RunInputs) -> RunConfig:
     """The config with train.steps, and save.save_every, of train.num_epochs; as it is without that.
 
     Raises ConfigError for a warmup that is longer than the run.
@@ -206,11 +252,7 @@ def build_trainer(
     coat = COATTrainer(config.coat, train.gradient_checkpointing)
     if config.coat.memory.checkpoint_blocks and not train.gradient_checkpointing:
         _log.warning("coat.memory.checkpoint_blocks has no effect without train.gradient_checkpointing")
-    modules = put_adapter(config, transformer, coat.policy, coat.linear_group_size)
-    coat.convert(transformer)
-    if config.model.blocks_to_swap:
-        swap_blocks(list(last_blocks(transformer, config.model.blocks_to_swap).values()))
-    transformer.train()
+    modules = prepare(transformer, coat, config.network, config.model, seed=config.seed)
     parameters = trained_parameters(modules)
     shape = ScheduleShape(train.lr_num_cycles, train.lr_power, train.lr_step_size or 1, train.lr_gamma)
     schedule = lr_scheduler(train.lr_scheduler, train.lr, train.steps, train.lr_warmup_steps, shape)
@@ -227,21 +269,25 @@ def build_trainer(
     def draw() -> tuple[list[Image.Image], list[str]]:
         return draw_previews(config, pipeline, lambda preview: spec.draw(pipeline, preview, cache))
 
+    side = Side(parameters, spec.objective(config), optimizer, schedule, coat)
+    state = RunState(
+        parameters,
+        optimizer,
+        schedule,
+        ResumableBatches(cache.examples, global_batch, config.seed),
+        side.bins,
+        RunningMean(parameters, train.ema.ema_decay) if train.ema.use_ema else None,
+        _compatible(config, list(modules)) | {"batch_size": global_batch},
+    )
     return Trainer(
         config=config,
         model=transformer,
-        parameters=parameters,
-        objective=spec.objective(config),
+        sides={"adapter": side},
+        state=state,
         cache=cache,
-        batches=ResumableBatches(cache.examples, global_batch, config.seed),
-        optimizer=optimizer,
-        schedule=schedule,
-        coat=coat,
         save_weights=spec.save_weights(config, transformer),
         draw_previews=draw if config.sample.wanted else None,
-        ema=RunningMean(parameters, train.ema.ema_decay) if train.ema.use_ema else None,
         validation=validation,
-        compatible=_compatible(config, list(modules)) | {"batch_size": global_batch},
         ranks=ranks,
     )
 

@@ -6,9 +6,8 @@ import signal
 from dataclasses import dataclass
 from types import FrameType
 
-from ppcoat.train.checkpoint import STRICT_FLAG
-
-AGAIN = "run the same command again"  # what a command with a config file needs to go on
+# What a command with a config file needs to go on, and what it calls a strict resume.
+AGAIN, STRICT_FLAG = "run the same command again", "--strict (save.strict_resume)"
 
 
 @dataclass(frozen=True)
@@ -23,7 +22,7 @@ class ResumeWords:
 
 
 class FinishStepOnSignal:
-    """Within it, the first SIGINT or SIGTERM is only noted in `signal`.
+    """Context manager: the first SIGINT or SIGTERM is only noted in `signal`.
 
     A second one acts as usual, unless second_acts is false: one Ctrl+C then counts once, though both the
     terminal and a launcher pass it on.

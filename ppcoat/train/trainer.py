@@ -19,7 +19,6 @@ import paddle
 from PIL import Image
 
 from ppcoat.config.schema import RunConfig
-from ppcoat.data.batches import ResumableBatches
 from ppcoat.data.cache import TrainingCache
 from ppcoat.device import memory_in_use
 from ppcoat.errors import ConfigError
@@ -28,10 +27,10 @@ from ppcoat.nn.saved_tensors import SavedTensors
 from ppcoat.train.checkpoint import resume_run, save_run
 from ppcoat.train.coat import COATTrainer
 from ppcoat.train.objective import Objective
-from ppcoat.train.optimizer_state import RunningMean, first_bad_module, optimizer_state_bytes
 from ppcoat.train.previews import Validation
 from ppcoat.train.ranks import Ranks
 from ppcoat.train.report import Report, SigmaBins
+from ppcoat.train.run_state import RunState, first_bad_module, optimizer_state_bytes
 from ppcoat.train.stopping import FinishStepOnSignal, ResumeWords
 
 # (step, whether it is the last) -> the files it wrote, each with what is in it
@@ -63,35 +62,49 @@ class TrainingResult:
 
 
 @dataclass
+class Side:
+    """What a step trains, with what, and for what. parameters: by name, any shape. bins: losses by noise
+    level."""
+
+    parameters: dict[str, paddle.Tensor]
+    objective: Objective
+    optimizer: paddle.optimizer.Optimizer
+    schedule: paddle.optimizer.lr.LRScheduler
+    coat: COATTrainer
+    bins: SigmaBins = field(default_factory=SigmaBins)
+
+
+@dataclass
 class Trainer:
     """Everything a run needs, put together elsewhere (run.py); `run` does the rest.
 
-    parameters: what is trained, by name. save_weights(step, final) writes the result files and says what is
-    in them. draw_previews() -> (pictures, prompts). ema: the running mean that previews, validation and files
-    are made of, if there is one. compatible: facts that a resumed run must share. words: how a user goes on
-    after a stop. batches give the global batch of all `ranks`.
+    sides: what is trained, by name; a LoRA run has one. state: what goes into checkpoints; previews,
+    validation and files are made of its running mean, if there is one, and its batches give the global batch
+    of all `ranks`. save_weights(step, final) writes the result files and says what is in them.
+    draw_previews() -> (pictures, prompts). words: how a user goes on after a stop.
     """
 
     config: RunConfig
     model: paddle.nn.Layer
-    parameters: dict[str, paddle.Tensor]
-    objective: Objective
+    sides: dict[str, Side]
+    state: RunState
     cache: TrainingCache
-    batches: ResumableBatches
-    optimizer: paddle.optimizer.Optimizer
-    schedule: paddle.optimizer.lr.LRScheduler
-    coat: COATTrainer
     save_weights: SaveWeights
     draw_previews: Callable[[], tuple[list[Image.Image], list[str]]] | None = None
-    ema: RunningMean | None = None
     validation: Validation | None = None
-    compatible: dict = field(default_factory=dict)
     words: ResumeWords = ResumeWords()
     ranks: Ranks = field(default_factory=Ranks)
-    step: int = 0
-    skipped: int = 0
-    skipped_in_a_row: int = 0
-    bins: SigmaBins = field(default_factory=SigmaBins)
+
+    @property
+    def step(self) -> int:
+        """Updates done."""
+        return self.state.step
+
+    @property
+    def side(self) -> Side:
+        """What the next update trains."""
+        (only,) = self.sides.values()
+        return only
 
     def run(self) -> TrainingResult:
         """Train from the latest checkpoint (or from the start) to train.steps and write the result files.
@@ -102,12 +115,12 @@ class Trainer:
         is not finite, and ConfigError for a disk that is full; the checkpoints stay as they were.
         """
         steps, losses, saved, started = self.config.train.steps, [], None, time.perf_counter()
-        resume_run(self)
+        resume_run(self.state, self.config, self.ranks, self.words.strict_flag)
         with self._report() as report, FinishStepOnSignal(second_acts=self.ranks.size == 1) as stop:
             if report is not None and self.step < steps and self._previews_come_first():
                 self._preview(report)
             while self.step < steps:
-                learning_rate = self.optimizer.get_lr()
+                learning_rate = self.side.optimizer.get_lr()
                 result = self.train_step()
                 losses += [] if result.skipped else [result.loss]
                 saved = result.saved
@@ -125,7 +138,7 @@ class Trainer:
             time.perf_counter() - started,
             saved.bytes_kept if saved else 0,
             saved.bytes_unpacked if saved else 0,
-            optimizer_state_bytes(self.optimizer),
+            optimizer_state_bytes(self.state.optimizer),
         )
 
     def _report(self) -> AbstractContextManager[Report | None]:
@@ -152,6 +165,7 @@ class Trainer:
         The host waits for the device once, after the last backward pass. Raises FloatingPointError where
         this is one skipped step too many.
         """
+        side = self.side
         rng = np.random.default_rng([self.config.seed, self.step])  # the same on all ranks
         # LoRA dropout draws on the device, for the pictures of this rank
         paddle.seed(int(rng.integers(2**31)) + self.ranks.rank)
@@ -161,15 +175,15 @@ class Trainer:
             levels.append(sigma)
             drawn.append(mine)
             self._note_memory("before_forward")
-            with self.coat.saved_tensors() as saved:
-                found = self.objective.losses_at(self.model, *mine)
+            with side.coat.saved_tensors() as saved:
+                found = side.objective.losses_at(self.model, *mine)
                 loss = found.mean / passes
             self._note_memory("after_forward")
             loss.backward()
             self._note_memory("after_backward")
             losses.append(loss.detach())
             of_pictures.append(found.of_pictures)
-        self.ranks.average_gradients(self.parameters.values())
+        self.ranks.average_gradients(side.parameters.values())
         losses, of_pictures, squares = self._read(losses, of_pictures)
         mean, norm = float(losses.mean(0).sum()), float(np.sqrt(squares.sum()))
         skipped = not (np.isfinite(mean) and np.isfinite(norm))
@@ -178,14 +192,14 @@ class Trainer:
         else:
             paddle.seed(int(rng.integers(2**31)))  # stochastic rounding must be the same on all ranks
             self._update(np.concatenate(levels), of_pictures)
-        self.optimizer.clear_grad()
-        self.step += 1
+        side.optimizer.clear_grad()
+        self.state.step += 1
         return StepResult(mean, norm, saved, skipped)
 
     def _draw(self, rng: np.random.Generator) -> tuple[np.ndarray, tuple]:
         """All noise levels of the next global batch, and this rank's part: (batch, noise levels, noise)."""
-        batch = self.cache.batch(next(self.batches), rng)
-        sigma, noise = self.objective.draw(batch, rng)
+        batch = self.cache.batch(next(self.state.batches), rng)
+        sigma, noise = self.side.objective.draw(batch, rng)
         share = self.ranks.share
         mine = {k: share(v) if isinstance(v, paddle.Tensor) else v for k, v in batch.items()}
         return sigma, (mine, share(sigma), share(noise))
@@ -204,55 +218,60 @@ class Trainer:
         return table[:, :passes], pictures.reshape(-1), squares
 
     def _update(self, levels: np.ndarray, of_pictures: np.ndarray) -> None:
-        self.optimizer.step()
-        self.schedule.step()
-        if self.ema is not None:
-            self.ema.update()
+        side = self.side
+        side.optimizer.step()
+        side.schedule.step()
+        if self.state.ema is not None:
+            self.state.ema.update()
         self._note_memory("after_optimizer_step")
-        self.bins.add(self.objective.noise_levels(levels), of_pictures)
-        self.skipped_in_a_row = 0
+        side.bins.add(side.objective.noise_levels(levels), of_pictures)
+        self.state.skipped_in_a_row = 0
 
     @paddle.no_grad()
     def _gradient_squares(self) -> paddle.Tensor:
         """Sum of squares of every parameter's gradient, float32 [parameters]."""
-        gradients = [parameter.grad for parameter in self.parameters.values()]
+        gradients = [parameter.grad for parameter in self.side.parameters.values()]
         nothing = paddle.zeros([])
         return paddle.stack([nothing if g is None else g.astype("float32").square().sum() for g in gradients])
 
     def _skip(self, losses: np.ndarray, squares: np.ndarray, drawn: list[tuple]) -> None:
         """Count a step that changes nothing. Raises FloatingPointError, on all ranks, if it is one too
         many."""
-        self.skipped += 1
-        self.skipped_in_a_row += 1
-        if self.skipped_in_a_row < self.config.train.max_skipped_in_a_row:
+        self.state.skipped += 1
+        self.state.skipped_in_a_row += 1
+        if self.state.skipped_in_a_row < self.config.train.max_skipped_in_a_row:
             return
         self.ranks.close()  # they all meet this error
         raise FloatingPointError(
-            f"{self.skipped_in_a_row} steps in a row were skipped for a loss or gradient that is not finite; "
-            f"in step {self.step + 1} the first bad tensor is {self._first_bad(losses, squares, drawn)}. "
-            "Checkpoints are unharmed. Lower train.lr, or train in float32 or bfloat16"
+            f"{self.state.skipped_in_a_row} steps in a row were skipped for a loss or gradient that is not "
+            f"finite; in step {self.step + 1} the first bad tensor is "
+            f"{self._first_bad(losses, squares, drawn)}. Checkpoints are unharmed. Lower train.lr, or train "
+            "in float32 or bfloat16"
         )
 
     def _first_bad(self, losses: np.ndarray, squares: np.ndarray, drawn: list[tuple]) -> str:
         """What _read gave, and the inputs of the passes -> name of the first tensor that is not finite."""
         bad = np.argwhere(~np.isfinite(losses))
         if not bad.size:
-            return f"the gradient of {list(self.parameters)[np.flatnonzero(~np.isfinite(squares))[0]]}"
+            names = list(self.side.parameters)
+            return f"the gradient of {names[np.flatnonzero(~np.isfinite(squares))[0]]}"
         rank, number = bad[0]
         first = f"the loss, {losses[rank, number]}"
         if rank != self.ranks.rank:
             return f"{first}, on rank {rank}, whose log says more"
-        module = first_bad_module(self.model, lambda: self.objective.losses_at(self.model, *drawn[number]))
+        module = first_bad_module(
+            self.model, lambda: self.side.objective.losses_at(self.model, *drawn[number])
+        )
         return first if module is None else f"{first}, and before it the output of {module}"
 
     def _report_step(self, report: Report, result: StepResult, learning_rate: float) -> None:
         scalars = {"loss": result.loss, "lr": learning_rate, "grad_norm": result.grad_norm}
         if result.saved is not None:
             scalars["kept_bytes"] = result.saved.bytes_kept
-        scalars["skipped_steps"] = self.skipped
+        scalars["skipped_steps"] = self.state.skipped
         train, points = self.config.train, {}
         if report.is_point(self.step):
-            points |= self.bins.take()
+            points |= self.state.bins.take()
         if self.validation and (self.step == train.steps or self.step % train.validation.every == 0):
             with self._final_weights():
                 points |= self.validation.losses(self.model)
@@ -281,8 +300,9 @@ class Trainer:
         report.message(f"step {self.step}: {drawn} in {seconds:.1f} s")
 
     def _final_weights(self) -> AbstractContextManager[None]:
-        """Within it, the model has the weights that are written: the running mean where there is one."""
-        return self.ema.in_place_of_parameters() if self.ema is not None else nullcontext()
+        """Context manager: the model has the weights that are written, the mean where there is one."""
+        mean = self.state.ema
+        return nullcontext() if mean is None else mean.in_place_of_parameters()
 
     def _write_weights(self, report: Report, final: bool) -> Path:
         """The LoRA files of this step or of the end; the first of them."""
@@ -297,7 +317,7 @@ class Trainer:
         if with_weights:
             self._write_weights(report, final=False)
         with _disk_errors_explained(self.step, self.words.again):
-            save_run(self)
+            save_run(self.state, self.config)
 
 
 @contextmanager

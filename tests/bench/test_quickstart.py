@@ -176,7 +176,7 @@ def test_the_two_runs_differ_in_coat_alone(tmp_path, quick, monkeypatch):
         if len(configs) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(quickstart_module, "train_flux_lora", stop_after_two)
+    monkeypatch.setattr(quickstart_module, "train_lora", stop_after_two)
     assert run("quickstart", overrides(tmp_path)) == 130
     on, off = (config.model_dump() for config in configs)
     assert on.pop("coat").pop("enabled") and not off.pop("coat").pop("enabled")
@@ -193,7 +193,7 @@ def test_the_shipped_config_is_what_it_says():
 
 
 def test_pictures_that_quickstart_did_not_draw_survive(tmp_path, quick, monkeypatch):
-    monkeypatch.setattr(quickstart_module, "train_flux_lora", pytest.fail)
+    monkeypatch.setattr(quickstart_module, "train_lora", pytest.fail)
     photo = tmp_path / "data" / "wedding.jpg"
     photo.parent.mkdir()
     photo.write_bytes(b"the only copy")

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from ppcoat.cli.main import COMMANDS, functions_of, main, run
+from ppcoat.cli.main import COMMANDS, Command, main, run
 
 ROOT = Path(__file__).parents[2]
 BAD_CONFIG = """
@@ -32,8 +32,8 @@ def test_help_names_every_command(argv, capsys):
     assert main(argv) == 0
     shown = capsys.readouterr()
     assert shown.err == "" and shown.out.startswith("usage: python -m ppcoat <command>")
-    for name, (_, what) in COMMANDS.items():
-        assert name in shown.out and what in shown.out
+    for name, command in COMMANDS.items():
+        assert name in shown.out and command.what in shown.out
 
 
 def test_unknown_command_is_named_with_the_known_ones(capsys):
@@ -51,7 +51,7 @@ def test_every_command_explains_its_flags(name, capsys):
     assert stopped.value.code == 0
     shown = capsys.readouterr().out
     assert f"usage: python -m ppcoat {name}" in shown
-    assert COMMANDS[name][1].split()[0] in shown
+    assert COMMANDS[name].what.split()[0] in shown
 
 
 def test_a_missing_flag_exits_with_2(capsys):
@@ -71,8 +71,8 @@ def test_a_missing_flag_exits_with_2(capsys):
 )
 def test_the_beginning_of_a_flag_is_not_taken_for_it(command, answer, capsys, monkeypatch):
     """argparse would; a slip would then train, and a new flag would change what an old command means."""
-    module, _, run_command = functions_of(command.split()[0])
-    monkeypatch.setattr(importlib.import_module(module), run_command, lambda _: pytest.fail("it ran"))
+    called = COMMANDS[command.split()[0]]
+    monkeypatch.setattr(importlib.import_module(called.module), called.run, lambda _: pytest.fail("it ran"))
     with pytest.raises(SystemExit) as stopped:
         main(command.split())
     assert stopped.value.code == 2
@@ -104,12 +104,11 @@ def test_train_answers_a_missing_file(tmp_path, capsys):
 
 def test_train_hands_overrides_and_file_on(bad_config, monkeypatch):
     """The later override wins, and the config is checked before anything else is done."""
-    import ppcoat.cli.train as train_command
-    import ppcoat.train.flux as flux_lora
+    import ppcoat.train.run as train_command
 
     bad_config.write_text(BAD_CONFIG.replace("stpes", "steps"), encoding="utf-8")
     seen = []
-    monkeypatch.setattr(flux_lora, "train_flux_lora", seen.append)
+    monkeypatch.setattr(train_command, "train_lora", seen.append)
     monkeypatch.setattr(train_command, "tune_host", lambda: None)
     flags = ["--set", "train.steps=7", "--set", "name=hats", "--set", "train.steps=8"]
     assert main(["train", str(bad_config), *flags]) == 0
@@ -157,7 +156,7 @@ def test_generate_hands_every_flag_on(monkeypatch):
 def fake_command(monkeypatch, action):
     module = SimpleNamespace(add_arguments=lambda parser: None, run_command=action)
     monkeypatch.setitem(sys.modules, "a_command_of_this_test", module)
-    monkeypatch.setitem(COMMANDS, "fake", ("a_command_of_this_test", "does what the test says"))
+    monkeypatch.setitem(COMMANDS, "fake", Command("does what the test says", "a_command_of_this_test"))
 
 
 def test_ctrl_c_exits_with_130(monkeypatch, capsys):
@@ -195,8 +194,10 @@ def test_every_script_runs_a_known_command():
     for script in scripts:
         text = script.read_text(encoding="utf-8")
         name = text.split('run("')[1].split('"')[0]
-        module, *functions = functions_of(name)
-        assert all(callable(getattr(importlib.import_module(module), each)) for each in functions)
+        module = importlib.import_module(COMMANDS[name].module)
+        assert callable(getattr(module, COMMANDS[name].flags)) and callable(
+            getattr(module, COMMANDS[name].run)
+        )
         assert len(text.splitlines()) < 40, f"{script.name} holds logic"
 
 

@@ -8,11 +8,11 @@ import yaml
 from ppcoat.cli.main import main
 from ppcoat.cli.plan import settings_yaml, table
 from ppcoat.config.load import load_config
-from ppcoat.plan.phases import Choice
-from ppcoat.plan.settings import as_given, plan, with_choice
+from ppcoat.plan.phases import Settings
+from ppcoat.plan.settings import as_given, plan, with_settings
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("flux_lora_*gb.yaml"))
-CHOICE = Choice("coat+recompute", 12, True, 30, 2, 3)
+SETTINGS = Settings("coat+recompute", 12, True, 30, 2, 3)
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
@@ -23,7 +23,7 @@ def test_the_table_in_a_config_is_what_the_command_makes(file):
     assert table(planned).splitlines() == written
     card = int(file.stem.removeprefix("flux_lora_").removesuffix("gb"))
     assert planned.total <= card * 1e9
-    assert planned.choice.checkpoint_blocks == 0
+    assert planned.settings.checkpoint_blocks == 0
 
 
 def test_there_is_a_config_for_each_card():
@@ -44,13 +44,13 @@ def test_the_rows_add_up_to_the_total():
 
 def test_the_advice_is_read_back_as_the_choice(tmp_path):
     given = yaml.safe_load(CONFIGS[0].read_text(encoding="utf-8"))
-    for section, values in yaml.safe_load(settings_yaml(CHOICE)).items():
+    for section, values in yaml.safe_load(settings_yaml(SETTINGS)).items():
         given[section] = given[section] | values
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(given), encoding="utf-8")
     config = load_config(file)
-    assert as_given(config, 57) == CHOICE
-    assert as_given(with_choice(load_config(CONFIGS[0]), CHOICE), 57) == CHOICE
+    assert as_given(config, 57) == SETTINGS
+    assert as_given(with_settings(load_config(CONFIGS[0]), SETTINGS), 57) == SETTINGS
 
 
 def test_the_command_prints_table_and_config_lines(tmp_path, capsys):

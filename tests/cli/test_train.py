@@ -10,11 +10,10 @@ import paddle
 import pytest
 import yaml
 
-from ppcoat.cli import train
 from ppcoat.cli.main import main
 from ppcoat.config.load import load_config
 from ppcoat.data import garments
-from ppcoat.train import checkpoint
+from ppcoat.train import checkpoint, run
 from ppcoat.train import flux as flux_lora
 
 
@@ -75,7 +74,7 @@ def test_a_dry_run_encodes_what_it_needs_and_no_more(file, monkeypatch):
 
     monkeypatch.setattr(flux_lora.FluxPipeline, "encode_image", counting)
     config = load_config(file, ["train.batch_size=1", "train.gradient_accumulation=1"])
-    assert len(list(flux_lora.dry_run(config))) == 2
+    assert len(list(run.dry_run(config))) == 2
     assert sum(counted) == 2
 
 
@@ -136,8 +135,8 @@ def test_an_output_folder_that_cannot_be_written_is_named_before_the_model_is_lo
 @pytest.mark.parametrize(
     ("add_arguments", "config"),
     [
-        (train.add_flux_arguments, ["run.yaml"]),
-        (train.add_newbie_arguments, ["--config_file", "run.toml"]),
+        (run.add_flux_arguments, ["run.yaml"]),
+        (run.add_newbie_arguments, ["--config_file", "run.toml"]),
     ],
 )
 def test_strict_sets_its_key_and_later_flags_win(add_arguments, config):

@@ -6,7 +6,8 @@ import shlex
 
 import pytest
 
-from ppcoat.config.lightning import MISTAKES, TINY_FLUX, LightningConfig, add_flags, lightning_config
+from ppcoat.config.flags import add_section_flags
+from ppcoat.config.lightning import MISTAKES, TINY_FLUX, LightningConfig, lightning_config
 from ppcoat.errors import ConfigError
 
 # the documented command for 8 GPUs
@@ -29,7 +30,7 @@ PUBLISHED = """
 
 def parse(text):
     parser = argparse.ArgumentParser(allow_abbrev=False)
-    add_flags(parser)
+    add_section_flags(parser, LightningConfig)
     return lightning_config(vars(parser.parse_args(shlex.split(text))))
 
 
@@ -51,7 +52,7 @@ def test_the_published_command_is_taken_as_it_stands_and_is_the_default():
 
 def test_every_field_is_a_flag_with_a_meaning_and_its_default_in_the_help():
     parser = argparse.ArgumentParser(prog="x")
-    add_flags(parser)
+    add_section_flags(parser, LightningConfig)
     text = " ".join(parser.format_help().split())
     for name, field in LightningConfig.model_fields.items():
         assert f"--{name}" in text and field.description

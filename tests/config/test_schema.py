@@ -103,3 +103,17 @@ def test_the_cache_lies_in_the_run_folder_unless_told_otherwise():
     config = run_with({"folder_path": "d"})
     assert config.cache_folder == config.run_dir / "cache"
     assert str(config.model_copy(update={"cache_dir": "c"}).cache_folder) == "c"
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize("use_fp8", [True, False])
+def test_stochastic_rounding_is_refused_before_anything_is_loaded(enabled, use_fp8):
+    """Adapters are float32 whatever the base is."""
+    given = {
+        "name": "shirts",
+        "model": {"name_or_path": "models/flux"},
+        "datasets": [{"folder_path": "photos"}],
+        "coat": {"enabled": enabled, "optimizer": {"use_fp8": use_fp8, "stochastic_rounding": True}},
+    }
+    with pytest.raises(ValidationError, match=r"stochastic_rounding: true is for bfloat16 .* leave it out"):
+        RunConfig.model_validate(given)

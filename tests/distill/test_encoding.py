@@ -138,7 +138,7 @@ def test_blocks_leave_before_encoders_come_and_return_after_they_left(student, m
     pipeline = Pipeline()
     pipeline.transformer = student
     monkeypatch.setattr(encoding, "swap_blocks", Swapper)
-    monkeypatch.setattr(encoding, "load_encoders", lambda *_: happened.append("load"))
+    monkeypatch.setattr(FluxSpec, "load_encoders", lambda *_: happened.append("load"))
     monkeypatch.setattr(encoding, "drop_encoders", lambda *_, **__: happened.append("drop"))
     monkeypatch.setattr(FluxSpec, "encoders", lambda *_: Encoders(None, None))
     with pytest.raises(KeyError), encoding._encoders(config.run_config("none"), pipeline, 1):

@@ -13,7 +13,6 @@ import pytest
 from safetensors import safe_open
 
 import ppcoat.distill.encoding as encoding
-import ppcoat.distill.flux_lightning as flux_lightning
 import ppcoat.train.trainer as trainer_module
 from ppcoat.config.lightning import lightning_config
 from ppcoat.data import garments
@@ -21,6 +20,7 @@ from ppcoat.distill.flux_lightning import pre_allocate, train_flux_lightning
 from ppcoat.distill.trainer import LightningTrainer
 from ppcoat.errors import ConfigError
 from ppcoat.fp8 import backend
+from ppcoat.train.flux import FluxSpec
 from ppcoat.train.ranks import Ranks
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "tiny_flux_fp32"
@@ -170,7 +170,7 @@ def test_a_picture_that_goes_bad_in_training_is_named_and_the_run_goes_on_later(
         max_train_steps=4,
         **plain,
     )
-    kept, load, loads = {}, encoding.load_encoders, []
+    kept, load, loads = {}, encoding.OneByOne.load_encoders, []
 
     def load_and_break(*arguments):
         loads.append(1)
@@ -180,7 +180,7 @@ def test_a_picture_that_goes_bad_in_training_is_named_and_the_run_goes_on_later(
                 path.write_bytes(b"")
         return load(*arguments)
 
-    monkeypatch.setattr(encoding, "load_encoders", load_and_break)
+    monkeypatch.setattr(encoding.OneByOne, "load_encoders", load_and_break)
     with pytest.raises(ConfigError, match=r"\.png.*checkpoints are unharmed"):
         train_flux_lightning(config)
     for path, content in kept.items():
@@ -257,7 +257,7 @@ def no_model_is_loaded(monkeypatch):
     def fail(*_, **__):
         raise AssertionError("a model was loaded before the input was checked")
 
-    monkeypatch.setattr(flux_lightning, "load_encoders", fail)
+    monkeypatch.setattr(FluxSpec, "load_encoders", fail)
 
 
 def test_wrong_inputs_stop_before_a_model_is_loaded(make_config, whole, no_model_is_loaded, monkeypatch):

@@ -16,7 +16,7 @@ from ppcoat.data import garments
 from ppcoat.errors import ConfigError
 from ppcoat.infer.generate import Drawing, generate
 from ppcoat.models.newbie.pipeline import NewbiePipeline
-from ppcoat.train.flux import train_flux_lora
+from ppcoat.train.run import train_lora
 
 FIXTURE = Path(__file__).parent.parent / "fixtures" / "tiny_flux_fp32"
 PROMPT = "a red dress"
@@ -43,7 +43,7 @@ def trained_lora(tmp_path_factory, write_run):
     folder = tmp_path_factory.mktemp("lora")
     garments.write_folder(folder / "data", 2, seed=1, prefix="[trigger] ")
     config = write_run(folder, folder / "data", train={"steps": 6, "lr": 5e-2})
-    return train_flux_lora(load_config(config)).lora_file
+    return train_lora(load_config(config)).lora_file
 
 
 def pixels(file):

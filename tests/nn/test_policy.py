@@ -10,7 +10,7 @@ from ppcoat.nn.policy import POLICIES, check_policy, get_policy
 
 
 def test_names_are_those_of_the_config():
-    assert get_args(schema.SavingPolicy) == POLICIES
+    assert get_args(schema.PolicyName) == POLICIES
 
 
 def test_each_keeps_less_than_the_one_before():

@@ -11,8 +11,8 @@ from ppcoat.distill.discriminator import Discriminator, Head, discriminator_hing
 from ppcoat.distill.objective import Distillation, Terms
 from ppcoat.lora import inject_lora
 from ppcoat.models.flux.transformer import FluxTransformer2DModel
-from ppcoat.plan.lightning import HEAD_WORKING, Heads, LightningFootprint
-from ppcoat.plan.phases import Footprint
+from ppcoat.plan.lightning import HEAD_WORKING, Heads, LightningMemoryModel
+from ppcoat.plan.phases import MemoryModel
 from ppcoat.train.coat import COATTrainer
 
 SMALL = {
@@ -27,15 +27,15 @@ SMALL = {
 TOKENS, TEXT = 144, 64
 
 
-def planned(settings=SMALL, **flags) -> LightningFootprint:
+def planned(settings=SMALL, **flags) -> LightningMemoryModel:
     """On the CPU with pictures of 192 x 192 where nothing else is said."""
     given = {"data_path": "none", "pretrained_teacher_model": "no/such", "resolution": 192, "device": "cpu",
              "max_sequence_length": TEXT, "gradient_checkpointing": True, **flags}  # fmt: skip
-    return LightningFootprint(lightning_config(given), flags.get("device") == "gpu", settings)
+    return LightningMemoryModel(lightning_config(given), flags.get("device") == "gpu", settings)
 
 
-def phase(footprint: LightningFootprint, name: str) -> dict[str, int]:
-    return next(p.parts for p in footprint.phases(footprint.choice) if p.name == name)
+def phase(memory: LightningMemoryModel, name: str) -> dict[str, int]:
+    return next(p.parts for p in memory.phases(memory.settings) if p.name == name)
 
 
 @pytest.mark.parametrize("width", [128, 256])
@@ -48,9 +48,9 @@ def test_heads_have_the_parameters_of_the_discriminator(width):
 
 
 def test_heads_keep_one_byte_for_a_second_moment_and_none_for_a_first():
-    footprint = planned()
-    parameters = 5 * footprint.heads.bytes_of_one / 4
-    assert 1.0 < footprint.head_states / parameters < 1.15
+    memory = planned()
+    parameters = 5 * memory.heads.bytes_of_one / 4
+    assert 1.0 < memory.head_states / parameters < 1.15
     assert planned(fp8_optimizer=False, saving_policy="none").head_states == 8 * parameters
 
 
@@ -59,9 +59,9 @@ def test_heads_keep_one_byte_for_a_second_moment_and_none_for_a_first():
 def test_kept_bytes_are_those_that_a_step_counts(flags, checkpointing, monkeypatch):
     # what a head keeps is gone when the next one runs, but the counter adds it up
     monkeypatch.setattr(Head, "forward", lambda self, x: x.mean(-1, keepdim=True))
-    footprint = planned(gradient_checkpointing=checkpointing, saving_policy="coat", **flags)
-    config = footprint.lightning
-    coat = COATTrainer(footprint.config.coat, checkpointing)
+    memory = planned(gradient_checkpointing=checkpointing, saving_policy="coat", **flags)
+    config = memory.lightning
+    coat = COATTrainer(memory.config.coat, checkpointing)
     model = FluxTransformer2DModel(**SMALL)
     inject_lora(model, 32, 32, policy=coat.policy, group_size=coat.linear_group_size)
     coat.convert(model)
@@ -78,13 +78,13 @@ def test_kept_bytes_are_those_that_a_step_counts(flags, checkpointing, monkeypat
     drawn = objective.draw(batch, rng)
     with coat.saved_tensors() as saved:
         objective.losses_at(model, batch, *drawn)
-    parts = phase(footprint, "LoRA's step")
+    parts = phase(memory, "LoRA's step")
     expected = parts["kept"] + parts["head features"]
     if (
         checkpointing
     ):  # the plan's peak is in the backward of blocks, when the rest has gone; here it is there
-        expected += (1 + bool(heads) + config.apply_reflow_loss) * footprint.kept("coat").outside
-        # of the prediction, 64 channels in FP8 with a scale, its loss saves two tensors more than flow matching
+        expected += (1 + bool(heads) + config.apply_reflow_loss) * memory.kept(memory.settings).outside
+        # its loss saves two tensors more of the prediction (64 channels in FP8 and a scale) than flow matching
         expected += 2 * TOKENS * (64 + 4)
         assert saved.bytes_kept == pytest.approx(expected, rel=0.06)
     else:  # the teacher's pass keeps less than a student's, for which it is counted
@@ -104,18 +104,18 @@ def test_working_memory_of_a_head_is_what_paddle_allocates():
 
 def test_phases_of_flux_dev_at_1024():
     flags = {"settings": None, "resolution": 1024, "device": "gpu", "use_dmd_loss": True}
-    footprint = planned(apply_reflow_loss=True, max_sequence_length=512, **flags)
-    assert footprint.image_tokens == 4096 and footprint.heads.count == 57
-    step, update = phase(footprint, "heads' step"), phase(footprint, "their update")
+    memory = planned(apply_reflow_loss=True, max_sequence_length=512, **flags)
+    assert memory.image_tokens == 4096 and memory.heads.count == 57
+    step, update = phase(memory, "heads' step"), phase(memory, "their update")
     assert step["heads"] == step["head gradients"] == 57 * 18_895_873 * 4
     assert update["working"] > 9 * update["heads"] / 57  # of one head
-    features = phase(footprint, "LoRA's step")["head features"]
+    features = phase(memory, "LoRA's step")["head features"]
     assert features == 57 * 4096 * 3072 * 2
-    lora = Footprint(footprint.config, on_gpu=True).phases(footprint.choice)[2].parts
-    assert phase(footprint, "LoRA's step")["kept"] == 3 * lora["kept"]
-    assert max(p.total for p in footprint.phases(footprint.choice)) < 40e9
+    lora = MemoryModel(memory.config, on_gpu=True).phases(memory.settings)[2].parts
+    assert phase(memory, "LoRA's step")["kept"] == 3 * lora["kept"]
+    assert max(p.total for p in memory.phases(memory.settings)) < 40e9
     fp8 = planned(fp8_base=True, apply_reflow_loss=True, max_sequence_length=512, **flags)
-    assert max(p.total for p in fp8.phases(fp8.choice)) < 28e9
+    assert max(p.total for p in fp8.phases(fp8.settings)) < 28e9
 
 
 def test_the_next_window_is_encoded_below_the_peak_of_the_steps():
@@ -123,10 +123,10 @@ def test_the_next_window_is_encoded_below_the_peak_of_the_steps():
     block = 2 * (3072 * 21504 + 21504 + 15360 * 3072 + 3072 + 3072 * 9216 + 9216 + 2 * 128)
     for fp8_base in (False, True):
         flags = {"settings": None, "resolution": 1024, "device": "gpu", "fp8_base": fp8_base}
-        footprint = planned(max_sequence_length=512, use_dmd_loss=True, apply_reflow_loss=True, **flags)
-        totals = {p.name: p.total for p in footprint.phases(footprint.choice)}
+        memory = planned(max_sequence_length=512, use_dmd_loss=True, apply_reflow_loss=True, **flags)
+        totals = {p.name: p.total for p in memory.phases(memory.settings)}
         assert totals["window"] < 0.95 * totals["heads' step"]
-        window, step = phase(footprint, "window"), phase(footprint, "heads' step")
+        window, step = phase(memory, "window"), phase(memory, "heads' step")
         assert window["encoders"] == pytest.approx(2 * 4.969e9, rel=1e-3)
         left = step["base"] - window["base"]
         assert window["encoders"] <= left < window["encoders"] + block
@@ -137,7 +137,7 @@ def test_the_next_window_is_encoded_below_the_peak_of_the_steps():
 
 
 def test_without_the_adversarial_loss_there_are_no_heads():
-    footprint = planned(adv_weight=0.0)
-    names = [p.name for p in footprint.phases(footprint.choice)]
+    memory = planned(adv_weight=0.0)
+    names = [p.name for p in memory.phases(memory.settings)]
     assert "heads' step" not in names and "LoRA's step" in names
-    assert phase(footprint, "LoRA's step")["heads"] == footprint.head_states == 0
+    assert phase(memory, "LoRA's step")["heads"] == memory.head_states == 0

@@ -16,14 +16,13 @@ from ppcoat.models.newbie.nextdit import NextDiT_CLIP
 from ppcoat.nn.convert import quantize_linears
 from ppcoat.nn.policy import POLICIES
 from ppcoat.plan import newbie as plan_newbie
-from ppcoat.plan.model import Encoders
-from ppcoat.plan.newbie import NewbieFootprint
-from ppcoat.plan.phases import Choice
-from ppcoat.plan.settings import as_given, plan, with_choice
+from ppcoat.plan.model import EncoderSizes
+from ppcoat.plan.newbie import NewbieMemoryModel
+from ppcoat.plan.phases import Settings
+from ppcoat.plan.settings import as_given, plan, with_memory_plan, with_settings
 from ppcoat.train.coat import COATTrainer
-from ppcoat.train.model_spec import put_adapter
-from ppcoat.train.newbie import NewbieSpec
-from ppcoat.train.objective import Transport
+from ppcoat.train.model_spec import prepare
+from ppcoat.train.objective import NewbieFlowMatching
 
 CAPTION_WIDTH, POOLED_WIDTH = 96, 64
 TARGETS = ("attention.qkv", "attention.out", "feed_forward.w2", "time_text_embed.1")
@@ -87,11 +86,11 @@ def small_config(make_config):
     return make
 
 
-def planned(config: RunConfig, case: Case) -> NewbieFootprint:
-    footprint = NewbieFootprint(config, False, case.settings)
-    footprint.image_tokens, footprint.text_tokens = case.grid[0] * case.grid[1], case.words
-    footprint.tokens = footprint.image_tokens + case.words
-    return footprint
+def planned(config: RunConfig, case: Case) -> NewbieMemoryModel:
+    memory = NewbieMemoryModel(config, False, case.settings)
+    memory.image_tokens, memory.text_tokens = case.grid[0] * case.grid[1], case.words
+    memory.tokens = memory.image_tokens + case.words
+    return memory
 
 
 class Training:
@@ -103,9 +102,7 @@ class Training:
             quantize_linears(self.model)
         memory = config.coat.memory.model_copy(update={"checkpoint_blocks": checkpointed or None})
         self.coat = COATTrainer(config.coat.model_copy(update={"memory": memory}), checkpointed > 0)
-        put_adapter(config, self.model, self.coat.policy, self.coat.linear_group_size)
-        self.coat.convert(self.model)
-        self.model.train()
+        prepare(self.model, self.coat, config.network)
         rng, (rows, columns) = np.random.default_rng(0), case.grid
         shapes = {"latents": (16, 2 * rows, 2 * columns), "cap_feats": (case.words, CAPTION_WIDTH),
                   "clip_text_pooled": (POOLED_WIDTH,)}  # fmt: skip
@@ -116,7 +113,7 @@ class Training:
 
     def forward(self):
         with self.coat.saved_tensors() as saved:
-            return Transport().loss(self.model, self.batch, np.random.default_rng(0)), saved
+            return NewbieFlowMatching().loss(self.model, self.batch, np.random.default_rng(0)), saved
 
     def growth(self) -> int:
         """Most bytes by which a step grows what Paddle has allocated; a second step grows it by the same."""
@@ -142,7 +139,7 @@ class Training:
 )
 def test_kept_bytes_are_those_that_training_counts(small_config, case, policy, quantize, kind):
     config = small_config(policy, kind)
-    kept, _ = planned(config, case).activations(Choice(policy, 0, quantize, 0, case.batch, 1))
+    kept, _ = planned(config, case).activations(Settings(policy, 0, quantize, 0, case.batch, 1))
     training = Training(config, case, quantize=quantize)
     assert adapter_layers(training.model)
     counted = training.forward()[1].bytes_kept
@@ -154,8 +151,8 @@ def test_kept_bytes_are_those_that_training_counts(small_config, case, policy, q
 @pytest.mark.parametrize(("policy", "layers"), [(NONE, 3), (COAT, 1), (COAT, 3), (ATTENTION, 3)])
 def test_kept_bytes_with_checkpointed_layers_are_those_that_training_counts(small_config, policy, layers):
     config, case = small_config(policy), SIZES[1]
-    choice = Choice(policy, layers, False, 0, case.batch, 1)
-    kept = planned(config, case).kept_after_forward(choice, case.layers)
+    settings = Settings(policy, layers, False, 0, case.batch, 1)
+    kept = planned(config, case).kept_after_forward(settings, case.layers)
     counted = Training(config, case, layers).forward()[1].bytes_kept
     print(f"{policy}, {layers} layers: planned {kept / 1e6:.2f} MB, counted {counted / 1e6:.2f} MB")
     assert kept == pytest.approx(counted, rel=0.02)
@@ -175,13 +172,13 @@ def test_kept_bytes_with_checkpointed_layers_are_those_that_training_counts(smal
 )
 def test_allocated_memory_of_a_step_agrees(small_config, case, policy, checkpointed):
     config = small_config(policy)
-    footprint = planned(config, case)
-    choice = Choice(policy, case.layers * checkpointed, False, 0, case.batch, 1)
-    step = next(p.parts for p in footprint.phases(choice) if p.name == "forward, backward")
+    memory = planned(config, case)
+    settings = Settings(policy, case.layers * checkpointed, False, 0, case.batch, 1)
+    step = next(p.parts for p in memory.phases(settings) if p.name == "forward, backward")
     expected = sum(step[name] for name in ("gradients", "kept", "working"))
     grown = Training(config, case, case.layers * checkpointed).growth()
-    unit = 4 * case.batch * footprint.tokens * footprint.model.width
-    scores = case.heads * footprint.tokens / footprint.model.width
+    unit = 4 * case.batch * memory.tokens * memory.model.width
+    scores = case.heads * memory.tokens / memory.model.width
     print(f"{policy} ck {checkpointed} sc {scores:.2f}: planned {expected / 1e6:.1f} MB, measured "
           f"{grown / 1e6:.1f} MB; U: kept {step['kept'] / unit:.1f} work {step['working'] / unit:.1f} "
           f"grads {step['gradients'] / unit:.2f} measured {grown / unit:.1f}")  # fmt: skip
@@ -189,28 +186,28 @@ def test_allocated_memory_of_a_step_agrees(small_config, case, policy, checkpoin
 
 
 def test_newbie_3b_by_its_shapes(make_config):
-    footprint = NewbieFootprint(make_config("model.quantize=true"), on_gpu=True)
-    model = footprint.model
+    memory = NewbieMemoryModel(make_config("model.quantize=true"), on_gpu=True)
+    model = memory.model
     assert model.assumed and model.parameters == 3_486_636_096
     assert len(model.blocks) == 36 and len(model.linears) == 246 and model.width == 2304
-    assert footprint.base_by_swapped(False)[0] == 2 * 3_486_636_096
-    assert footprint.base_by_swapped(True)[0] == pytest.approx(3_486_636_096, rel=0.002)
+    assert memory.base_by_swapped(False)[0] == 2 * 3_486_636_096
+    assert memory.base_by_swapped(True)[0] == pytest.approx(3_486_636_096, rel=0.002)
     # of 10 swapped layers two stay: qkv, out, three of the feed-forward, modulation, norms
     layer = 2304 * (2304 + 2 * 768) + 2304**2 + 3 * 2304 * 9216 + 1024 * 4 * 2304
-    saved = footprint.base_by_swapped(False)[0] - footprint.base_by_swapped(False)[10]
+    saved = memory.base_by_swapped(False)[0] - memory.base_by_swapped(False)[10]
     assert saved == pytest.approx(8 * 2 * layer, rel=0.001)
     # Gemma3-4B's text layers are 3.88e9 values, and its last layer is not there; Jina CLIP's tower 0.56e9
-    assert footprint.model.encoders.text == pytest.approx(3.88e9 - 0.094e9 + 0.56e9, rel=0.01)
-    assert sum(a * b for a, b in footprint.lora) == sum(
+    assert memory.model.encoders.text == pytest.approx(3.88e9 - 0.094e9 + 0.56e9, rel=0.01)
+    assert sum(a * b for a, b in memory.lora) == sum(
         32 * sum(model.linears[path]) for path in model.lora_paths
     )
 
 
 def fixed_parts(config: RunConfig) -> dict[str, dict[str, int]]:
     """Phase -> its parts; nothing is kept for backward, which would take seconds to count."""
-    footprint = NewbieFootprint(config, on_gpu=True)
-    footprint.activations = lambda choice: (0, 0)
-    return {phase.name: phase.parts for phase in footprint.phases(as_given(config, 36))}
+    memory = NewbieMemoryModel(config, on_gpu=True)
+    memory.activations = lambda settings: (0, 0)
+    return {phase.name: phase.parts for phase in memory.phases(as_given(config, 36))}
 
 
 def test_an_fp8_base_is_never_held_in_another_form(make_config):
@@ -221,7 +218,7 @@ def test_an_fp8_base_is_never_held_in_another_form(make_config):
 
 def test_all_encoders_are_there_while_any_encodes(make_config):
     phases = fixed_parts(make_config())
-    encoders = NewbieFootprint(make_config(), on_gpu=True).model.encoders
+    encoders = NewbieMemoryModel(make_config(), on_gpu=True).model.encoders
     held = 2 * encoders.text + 4 * encoders.vae  # the VAE is float32
     assert phases["captions"]["encoders"] == phases["pictures"]["encoders"] == held
 
@@ -231,35 +228,37 @@ def narrow(monkeypatch):
     """A model of NewBie-image's depth, but soon counted; encoders of a million values."""
     sizes = {"dim": 256, "n_heads": 8, "n_kv_heads": 4, "axes_dims": (16, 8, 8), "cap_feat_dim": 96}
     monkeypatch.setattr(plan_newbie, "NextDiT_CLIP", partial(NextDiT_CLIP, **sizes))
-    monkeypatch.setattr(plan_newbie, "_encoders", lambda folder: Encoders(10**6, 10**6, 8, 2048, 32))
+    monkeypatch.setattr(plan_newbie, "_encoders", lambda folder: EncoderSizes(10**6, 10**6, 8, 2048, 32))
 
 
 def test_the_choice_is_among_what_newbie_has(make_config, narrow):
     budget = 2.6
     config = make_config("memory=auto", f"vram_gb={budget}")
-    footprint = NewbieFootprint(config, on_gpu=True)
-    assert footprint.policies == POLICIES and footprint.checkpoint_counts == range(37)
+    memory = NewbieMemoryModel(config, on_gpu=True)
+    assert memory.policies == POLICIES and memory.checkpoint_counts == range(37)
     found = plan(config, budget)
-    assert found.total <= budget * 1e9 and not found.choice.quantize
-    for policy in footprint.policies:
+    assert found.total <= budget * 1e9 and not found.settings.quantize
+    for policy in memory.policies:
         for checkpointed in (0, 12, 36):
             for swapped in (0, 20):
-                other = Choice(policy, checkpointed, False, swapped, 1, 1)
-                total = max(phase.total for phase in footprint.phases(other))
-                assert total > budget * 1e9 or footprint.seconds(other) >= found.seconds
-    applied = NewbieSpec().with_memory_plan(config)
-    assert as_given(applied, 36) == found.choice
+                other = Settings(policy, checkpointed, False, swapped, 1, 1)
+                total = max(phase.total for phase in memory.phases(other))
+                assert total > budget * 1e9 or memory.seconds(other) >= found.seconds
+    applied = with_memory_plan(config)
+    assert as_given(applied, 36) == found.settings
     with pytest.raises(ConfigError, match="nothing fits into 1 GB: the smallest possible need is"):
         plan(config, 1)
 
 
 def test_without_coat_nothing_is_packed(make_config):
-    assert NewbieFootprint(make_config("coat.enabled=false"), on_gpu=True).policies == (NONE,)
+    assert NewbieMemoryModel(make_config("coat.enabled=false"), on_gpu=True).policies == (NONE,)
 
 
-@pytest.mark.parametrize("choice", [Choice(COAT, 0, True, 7, 1, 3), Choice(ATTENTION, 12, False, 0, 2, 1)])
-def test_the_advice_is_read_back_as_the_choice(make_config, tmp_path, choice):
+@pytest.mark.parametrize(
+    "settings", [Settings(COAT, 0, True, 7, 1, 3), Settings(ATTENTION, 12, False, 0, 2, 1)]
+)
+def test_the_advice_is_read_back_as_the_choice(make_config, tmp_path, settings):
     file = tmp_path / "advised.toml"
-    file.write_text(TOML + settings_toml(choice) + "\n[coat]\nenabled = true\n")
-    assert as_given(load_newbie_config(file), 36) == choice
-    assert as_given(with_choice(make_config(), choice), 36) == choice
+    file.write_text(TOML + settings_toml(settings) + "\n[coat]\nenabled = true\n")
+    assert as_given(load_newbie_config(file), 36) == settings
+    assert as_given(with_settings(make_config(), settings), 36) == settings

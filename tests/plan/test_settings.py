@@ -16,8 +16,8 @@ from ppcoat.config.schema import RunConfig
 from ppcoat.data.cache import build_cache, pictures_at_once
 from ppcoat.errors import ConfigError
 from ppcoat.plan.kept import small_lora_paths
-from ppcoat.plan.phases import ENCODED_AT_ONCE, Choice, Footprint
-from ppcoat.plan.settings import Plan, as_given, plan, with_choice, with_memory_plan
+from ppcoat.plan.phases import ENCODED_AT_ONCE, MemoryModel, Settings
+from ppcoat.plan.settings import Plan, as_given, plan, with_memory_plan, with_settings
 from ppcoat.train.coat import COATTrainer
 
 MB = 1e6
@@ -58,8 +58,13 @@ def dev_config(**sections) -> RunConfig:
     )
 
 
-class PlannedCase(Footprint):
-    """A Footprint of a BenchmarkCase, which has no folder and no RunConfig."""
+def under(policy: str) -> Settings:
+    """One picture under a saving policy."""
+    return Settings(policy, 0, False, 0, 1, 1)
+
+
+class PlannedCase(MemoryModel):
+    """A MemoryModel of a BenchmarkCase, which has no folder and no RunConfig."""
 
     def __init__(self, case: BenchmarkCase) -> None:
         double, single = case.blocks
@@ -68,10 +73,10 @@ class PlannedCase(Footprint):
                  "axes_dims_rope": (8, 28, 28),
                  "num_layers": double, "num_single_layers": single}  # fmt: skip
         config = dev_config(device="cpu", network={"linear": case.rank})
-        super().__init__(with_coat(config, case), on_gpu=False, settings=sizes)
+        super().__init__(with_coat(config, case), on_gpu=False, transformer=sizes)
         self.image_tokens, self.text_tokens = case.tokens, case.text_tokens
         self.tokens = case.tokens + case.text_tokens
-        self.choice = Choice(case.policy, 0, False, 0, case.batch_size, 1)
+        self.settings = Settings(case.policy, 0, False, 0, case.batch_size, 1)
 
 
 def with_coat(config: RunConfig, case: BenchmarkCase) -> RunConfig:
@@ -97,7 +102,7 @@ def test_kept_bytes_are_those_that_training_counts(size, policy):
     other policies of SIZES are counted where their memory is measured."""
     case = case_of(size, policy)
     planned = PlannedCase(case)
-    kept, _ = planned.activations(planned.choice)
+    kept, _ = planned.activations(planned.settings)
     assert kept == pytest.approx(counted(case)[0], rel=0.005)
 
 
@@ -105,24 +110,24 @@ def test_kept_bytes_are_those_that_training_counts(size, policy):
 def test_checkpointed_blocks_are_counted_too(blocks):
     case = replace(SMALL, policy="coat+recompute", fp8_states=True)
     planned = PlannedCase(case)
-    kept = planned.kept("coat+recompute").of_blocks(*case.blocks, blocks)
-    kept += planned.kept("none", True).of_inputs(case.blocks[0], blocks)
+    kept = planned.kept(under("coat+recompute")).of_blocks(*case.blocks, blocks)
+    kept += planned.kept(under("none"), True).of_inputs(case.blocks[0], blocks)
     assert case.batch_size * kept == pytest.approx(counted(case, blocks)[0], rel=0.01)
 
 
 def test_a_gpu_keeps_no_scores_of_attention():
     """U = tokens x 3072 x 2 bytes. FLUX.1-dev under "coat" as in flux_block.py, plus rank 16."""
-    planned = Footprint(dev_config(), on_gpu=True)
+    planned = MemoryModel(dev_config(), on_gpu=True)
     unit = planned.tokens * 3072 * 2
     lora = 16 / 3072
-    assert planned.kept("coat").double / unit == pytest.approx(10.1 + 14 * lora, abs=0.1)
-    assert planned.kept("coat").single / unit == pytest.approx(9.65, abs=0.1)
-    assert planned.kept("none").single / unit < 24
-    assert planned.kept("none", True).double / unit == pytest.approx(0.5 + 0.5 * 4 / 128, abs=0.001)
+    assert planned.kept(under("coat")).double / unit == pytest.approx(10.1 + 14 * lora, abs=0.1)
+    assert planned.kept(under("coat")).single / unit == pytest.approx(9.65, abs=0.1)
+    assert planned.kept(under("none")).single / unit < 24
+    assert planned.kept(under("none"), True).double / unit == pytest.approx(0.5 + 0.5 * 4 / 128, abs=0.001)
 
 
 def test_flux_dev_by_its_shapes():
-    planned = Footprint(dev_config(model={"quantize": True}), on_gpu=True)
+    planned = MemoryModel(dev_config(model={"quantize": True}), on_gpu=True)
     model = planned.model
     assert model.assumed and model.parameters == 11_901_408_320
     assert len(model.linears) == 504 and len(model.blocks) == 57 and model.double == 19
@@ -155,7 +160,7 @@ def test_allocated_memory_of_a_step_agrees(size, policy):
     planned = PlannedCase(case)
     training = MeasuredTraining(case)
     training.step()
-    kept, _ = planned.activations(planned.choice)
+    kept, _ = planned.activations(planned.settings)
     assert kept == pytest.approx(training.bytes["bytes_kept"], rel=0.005)
     core = paddle.base.core
     gc.collect()  # what earlier tests left must not go meanwhile
@@ -163,7 +168,7 @@ def test_allocated_memory_of_a_step_agrees(size, policy):
     core.host_memory_stat_reset_peak_value("Allocated", 0)
     training.step()
     grown = core.host_memory_stat_peak_value("Allocated", 0) - before
-    step, update = planned.phases(planned.choice)[2:4]
+    step, update = planned.phases(planned.settings)[2:4]
     expected = max(sum(p.parts.get(n, 0) for n in ("gradients", "kept", "working")) for p in (step, update))
     assert expected == pytest.approx(grown, rel=0.10)
 
@@ -180,7 +185,7 @@ def test_resident_memory_of_a_process_agrees(policy, monkeypatch):
     child = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
     grown = int(child.stdout.splitlines()[-1])
     planned = PlannedCase(case)
-    parts = planned.phases(planned.choice)[2].parts
+    parts = planned.phases(planned.settings)[2].parts
     expected = sum(parts[name] for name in ("gradients", "kept", "working"))
     print(f"{policy}: planned {expected / MB:.0f} MB, measured {grown / MB:.0f} MB")
     assert expected == pytest.approx(grown, rel=0.10)
@@ -199,12 +204,12 @@ def card_24() -> Plan:
 
 def test_the_choice_fits_and_nothing_faster_does(card_24):
     assert card_24.total <= 24e9
-    planned = Footprint(dev_config(model={"quantize": True}), on_gpu=True)
+    planned = MemoryModel(dev_config(model={"quantize": True}), on_gpu=True)
     for policy in ("none", "coat", "coat+recompute"):
         for quantize in (False, True):
             for checkpointed in (0, 10, 57):
                 for swapped in (0, 20, 57):
-                    other = Choice(policy, checkpointed, quantize, swapped, 1, 1)
+                    other = Settings(policy, checkpointed, quantize, swapped, 1, 1)
                     total = max(phase.total for phase in planned.phases(other))
                     assert total > 24e9 or planned.seconds(other) >= card_24.seconds
 
@@ -215,17 +220,17 @@ def test_without_checkpointing_or_swapping(pixels, gb, quantize):
     config = dev_config(model={"quantize": quantize}, coat={"activation": {"policy": "coat+recompute"}})
     data = config.datasets[0].model_copy(update={"resolution": pixels})
     planned = plan(config.model_copy(update={"datasets": (data,)}))
-    assert planned.choice.checkpoint_blocks == planned.choice.blocks_to_swap == 0
+    assert planned.settings.checkpoint_blocks == planned.settings.blocks_to_swap == 0
     assert planned.total < gb * 1e9
 
 
 def test_an_fp8_base_is_taken_only_if_allowed():
-    assert not plan(dev_config(), vram_gb=24).choice.quantize
+    assert not plan(dev_config(), vram_gb=24).settings.quantize
 
 
 def test_without_coat_nothing_is_packed():
-    choice = plan(dev_config(coat={"enabled": False}), vram_gb=48).choice
-    assert choice.policy == "none"
+    settings = plan(dev_config(coat={"enabled": False}), vram_gb=48).settings
+    assert settings.policy == "none"
 
 
 def test_a_budget_that_nothing_fits_names_the_smallest_need():
@@ -247,16 +252,16 @@ def test_more_swapped_blocks_than_there_are():
 
 
 def test_a_choice_goes_into_the_config_and_out_again():
-    choice = Choice("coat+recompute", 12, True, 30, 2, 3)
-    assert as_given(with_choice(dev_config(), choice), 57) == choice
-    bare = replace(choice, checkpoint_blocks=0)
-    assert as_given(with_choice(dev_config(), bare), 57) == bare
+    settings = Settings("coat+recompute", 12, True, 30, 2, 3)
+    assert as_given(with_settings(dev_config(), settings), 57) == settings
+    bare = replace(settings, checkpoint_blocks=0)
+    assert as_given(with_settings(dev_config(), bare), 57) == bare
 
 
 def test_auto_applies_the_plan_and_as_given_does_nothing():
     config = dev_config(memory="auto", vram_gb=24.0)
     applied = with_memory_plan(config)
-    assert as_given(applied, 57) == plan(config, 24).choice
+    assert as_given(applied, 57) == plan(config, 24).settings
     assert with_memory_plan(dev_config()) == dev_config()
 
 
@@ -269,7 +274,7 @@ def test_the_encoders_are_called_as_the_cache_calls_them():
 def test_so_many_pictures_are_planned_as_the_cache_encodes_at_once(side, pixels):
     """bfloat16 on a GPU: 4.1 tensors of 128 channels, and what cuDNN takes."""
     config = dev_config(datasets=[{"folder_path": "no/such", "resolution": side, "bucket_rule": "square"}])
-    preparing = dict(Footprint(config, on_gpu=True).preparing(as_given(config, 57)))
+    preparing = dict(MemoryModel(config, on_gpu=True).preparing(as_given(config, 57)))
     assert preparing["pictures"]["working"] == pytest.approx(4.1 * 128 * 2 * pixels + 512e6, rel=1e-6)
     assert pixels == pictures_at_once(side**2) * side**2
 

@@ -5,27 +5,27 @@ import logging
 import numpy as np
 import pytest
 
-import ppcoat.train.base_model as base_model
 from ppcoat.config.load import load_config
 from ppcoat.errors import ConfigError
 from ppcoat.models.flux.pipeline import FluxPipeline
 from ppcoat.nn.base_weight import FP8Weight
 from ppcoat.plan.settings import plan
-from ppcoat.train.flux import train_flux_lora
+from ppcoat.train.flux import FluxSpec
 from ppcoat.train.ranks import Ranks
+from ppcoat.train.run import train_lora
 
 
 def loaded(config, **keywords):
-    pipeline = base_model.load_encoders(config, "float32")
+    pipeline = FluxSpec().load_encoders(config, "float32")
     assert pipeline.transformer is None
-    base_model.exchange_for_transformer(pipeline, config, "float32", Ranks(), **keywords)
+    FluxSpec().load_base(pipeline, config, "float32", Ranks(), **keywords)
     return pipeline
 
 
 def test_encoders_encode_as_in_a_whole_pipeline_and_leave(make_config):
     config = make_config()
     whole = FluxPipeline.from_pretrained(config.model.name_or_path, "float32")
-    encoders = base_model.load_encoders(config, "float32")
+    encoders = FluxSpec().load_encoders(config, "float32")
     for ours, theirs in zip(
         encoders.encode_prompt(["a red dress"]), whole.encode_prompt(["a red dress"]), strict=True
     ):
@@ -61,24 +61,24 @@ def test_without_a_copy_nothing_is_written(make_config):
 
 
 def test_a_run_on_swapped_blocks_is_bit_equal_and_on_fp8_weights_it_is_not(make_config):
-    plain = train_flux_lora(make_config("name=plain")).losses
-    swapped = train_flux_lora(make_config("name=swapped", "model.blocks_to_swap=4")).losses
-    quantised = train_flux_lora(make_config("name=fp8", "model.quantize=true")).losses
+    plain = train_lora(make_config("name=plain")).losses
+    swapped = train_lora(make_config("name=swapped", "model.blocks_to_swap=4")).losses
+    quantised = train_lora(make_config("name=fp8", "model.quantize=true")).losses
     assert swapped == plain
     assert quantised != plain and quantised == pytest.approx(plain, rel=0.05)
 
 
 def test_more_blocks_than_there_are_stop_the_run_before_anything_is_loaded(make_config, monkeypatch):
-    monkeypatch.setattr(base_model, "load_encoders", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(FluxSpec, "load_encoders", lambda *_: pytest.fail("loaded"))
     with pytest.raises(ConfigError, match="blocks_to_swap: came 6, but this model has 5 blocks"):
-        train_flux_lora(make_config("model.blocks_to_swap=6"))
+        train_lora(make_config("model.blocks_to_swap=6"))
 
 
 def test_memory_auto_trains_with_what_the_plan_chooses(make_config):
     config = make_config("memory=auto", "vram_gb=4")
-    choice = plan(config, 4).choice
-    assert np.isfinite(train_flux_lora(config).losses).all()
+    settings = plan(config, 4).settings
+    assert np.isfinite(train_lora(config).losses).all()
     used = load_config(config.run_dir / "config.yaml")
-    assert (used.coat.activation.policy, used.train.batch_size) == (choice.policy, choice.batch_size)
+    assert (used.coat.activation.policy, used.train.batch_size) == (settings.policy, settings.batch_size)
     with pytest.raises(ConfigError, match="smallest"):
-        train_flux_lora(make_config("name=none", "memory=auto", "vram_gb=0.01"))
+        train_lora(make_config("name=none", "memory=auto", "vram_gb=0.01"))

@@ -310,7 +310,7 @@ def test_keep_must_be_positive(tmp_path):
 RUN_AND_BE_KILLED = """
 import os, signal, sys
 from ppcoat.config.load import load_config
-from ppcoat.train.flux import train_flux_lora
+from ppcoat.train.run import train_lora
 
 kill_at = int(sys.argv[2])
 for name in ("fsync", "rename", "replace"):
@@ -321,7 +321,7 @@ for name in ("fsync", "rename", "replace"):
             os.kill(os.getpid(), signal.SIGKILL)
         return real(*arguments, **options)
     setattr(os, name, killing)
-train_flux_lora(load_config(sys.argv[1]))
+train_lora(load_config(sys.argv[1]))
 """
 
 

@@ -6,8 +6,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from ppcoat.optim import FP8AdamW
-from ppcoat.train.flux import train_flux_lora
-from ppcoat.train.optimizer_state import RunningMean
+from ppcoat.train.run import train_lora
+from ppcoat.train.run_state import RunningMean
 from ppcoat.train.trainer import Trainer
 
 
@@ -76,16 +76,16 @@ def test_the_file_holds_the_mean_and_training_is_the_same(make_config, monkeypat
 
     def watched(trainer):
         if not seen:
-            seen.append({name: p.numpy() for name, p in trainer.parameters.items()})
+            seen.append({name: p.numpy() for name, p in trainer.side.parameters.items()})
         result = step(trainer)
-        seen.append({name: p.numpy() for name, p in trainer.parameters.items()})
+        seen.append({name: p.numpy() for name, p in trainer.side.parameters.items()})
         return result
 
     monkeypatch.setattr(Trainer, "train_step", watched)
-    plain = train_flux_lora(make_config("name=plain", "network.linear_alpha=2"))
+    plain = train_lora(make_config("name=plain", "network.linear_alpha=2"))
     without = [seen.pop(0) for _ in range(5)]
     options = ("train.ema.use_ema=true", "train.ema.ema_decay=0.6", "network.linear_alpha=2")
-    file = load_file(train_flux_lora(make_config("name=mean", *options)).lora_file)
+    file = load_file(train_lora(make_config("name=mean", *options)).lora_file)
     last = load_file(plain.lora_file)
     for name in seen[0]:
         for with_it, without_it in zip(seen, without, strict=True):

@@ -16,7 +16,7 @@ from ppcoat.cli.main import run
 from ppcoat.config.load import load_config
 from ppcoat.data import garments
 from ppcoat.errors import ConfigError
-from ppcoat.train.flux import train_flux_lora
+from ppcoat.train.run import train_lora
 from ppcoat.train.trainer import Trainer
 
 
@@ -38,7 +38,7 @@ def test_a_run_leaves_lora_config_checkpoints_log_and_previews(make_config):
         "sample.height=64",
         "save.max_step_saves_to_keep=1",
     )
-    result = train_flux_lora(config)
+    result = train_lora(config)
     found, header = tensors(result.lora_file)
     assert header["rank"] == "2" and header["trigger_word"] == "sks" and header["step"] == "4"
     # 12 Linears in each of 2 double blocks, 5 in each of 3 single blocks, A and B of each
@@ -72,7 +72,7 @@ def test_stopped_and_resumed_run_is_bit_equal_to_an_uninterrupted_one(
         "train.ema.ema_decay=0.7",
     )
     whole = make_config("name=whole", *common)
-    train_flux_lora(whole)
+    train_lora(whole)
     halves = make_config("name=halves", *common)
     step = Trainer.train_step
 
@@ -84,9 +84,9 @@ def test_stopped_and_resumed_run_is_bit_equal_to_an_uninterrupted_one(
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
         patch.setattr(Trainer, "train_step", interrupted)
-        train_flux_lora(halves)
+        train_lora(halves)
     assert stopped.value.code == 128 + signal.SIGTERM
-    train_flux_lora(halves)
+    train_lora(halves)
     assert log(whole) == log(halves)
     ours, theirs = (
         tensors(whole.run_dir / "whole.safetensors")[0],
@@ -105,8 +105,8 @@ def test_stopped_and_resumed_run_is_bit_equal_to_an_uninterrupted_one(
 
 def test_coat_keeps_fewer_bytes_and_follows_the_ordinary_run(make_config):
     steps = "train.steps=20"
-    off = train_flux_lora(make_config("name=plain", "coat.enabled=false", steps))
-    on = train_flux_lora(make_config("name=packed", steps, "coat.optimizer.block_size=128"))
+    off = train_lora(make_config("name=plain", "coat.enabled=false", steps))
+    on = train_lora(make_config("name=packed", steps, "coat.optimizer.block_size=128"))
     assert on.bytes_kept < 0.6 * off.bytes_kept
     assert on.optimizer_bytes < 0.5 * off.optimizer_bytes
     assert np.mean(on.losses[-10:]) == pytest.approx(np.mean(off.losses[-10:]), rel=0.03)
@@ -116,7 +116,7 @@ def test_policies_and_checkpointing_keep_fewer_and_fewer_bytes_and_follow_the_or
     make_config, caplog
 ):
     def run(name, *overrides):
-        result = train_flux_lora(make_config(f"name={name}", "train.steps=1", *overrides))
+        result = train_lora(make_config(f"name={name}", "train.steps=1", *overrides))
         return result.bytes_kept, result.losses
 
     plain, losses = run("plain", "coat.enabled=false")
@@ -138,7 +138,7 @@ def test_policies_and_checkpointing_keep_fewer_and_fewer_bytes_and_follow_the_or
 
 
 def test_a_number_of_checkpointed_blocks_without_checkpointing_is_said_to_do_nothing(make_config, caplog):
-    train_flux_lora(make_config("train.steps=1", "coat.memory.checkpoint_blocks=2"))
+    train_lora(make_config("train.steps=1", "coat.memory.checkpoint_blocks=2"))
     assert "checkpoint_blocks has no effect" in caplog.text
 
 
@@ -151,7 +151,7 @@ def test_training_lowers_the_loss_on_a_fixed_batch(make_config, monkeypatch):
             np.random.default_rng(0).standard_normal((2, 16, 64), dtype=np.float32),
         ),
     )
-    losses = train_flux_lora(make_config("train.steps=40", "train.batch_size=2", "save.save_every=40")).losses
+    losses = train_lora(make_config("train.steps=40", "train.batch_size=2", "save.save_every=40")).losses
     assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5])
 
 
@@ -170,7 +170,7 @@ def test_training_lowers_the_loss_on_a_fixed_batch(make_config, monkeypatch):
 )
 def test_resuming_with_other_settings_is_refused_by_name(finished, override, refusal):
     with pytest.raises(ConfigError, match=f"cannot resume.* {refusal}"):
-        train_flux_lora(load_config(finished, [override]))
+        train_lora(load_config(finished, [override]))
 
 
 @pytest.fixture(scope="module")
@@ -180,14 +180,14 @@ def finished(tmp_path_factory, write_run):
     garments.write_folder(folder / "data", 6, seed=1, motif="gold star", prefix="[trigger] ")
     coat = {"optimizer": {"block_size": 16}}
     file = write_run(folder, folder / "data", train={"steps": 1, "batch_size": 2}, coat=coat)
-    train_flux_lora(load_config(file))
+    train_lora(load_config(file))
     return file
 
 
 def test_a_finished_run_called_again_trains_nothing_and_keeps_its_file(finished):
     config = load_config(finished)
     before = tensors(config.run_dir / "run.safetensors")
-    again = train_flux_lora(config)
+    again = train_lora(config)
     assert again.losses == []
     after = tensors(again.lora_file)
     assert before[1] == after[1]
@@ -197,7 +197,7 @@ def test_a_finished_run_called_again_trains_nothing_and_keeps_its_file(finished)
 def test_with_strict_a_damaged_checkpoint_stops_the_command_and_without_the_one_before_is_used(
     make_config, tmp_path, capsys, caplog
 ):
-    train_flux_lora(make_config("train.steps=2", "save.save_every=1"))
+    train_lora(make_config("train.steps=2", "save.save_every=1"))
     spoilt = tmp_path / "run" / "checkpoints" / "000000002" / "lora.safetensors"
     spoilt.write_bytes(spoilt.read_bytes()[:-1])
     command = [str(tmp_path / "run.yaml"), "--set", "train.steps=2"]
@@ -213,13 +213,13 @@ def test_filters_choose_modules_and_an_empty_choice_is_refused(make_config):
     config = make_config(
         "network.only_if_contains=[transformer.single_transformer_blocks.1.]", "train.steps=1"
     )
-    names = tensors(train_flux_lora(config).lora_file)[0]
+    names = tensors(train_lora(config).lora_file)[0]
     assert {name.rsplit(".lora_", 1)[0] for name in names} == {
         f"transformer.single_transformer_blocks.1.{part}"
         for part in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp", "proj_out")
     }
     with pytest.raises(ConfigError, match="leave no module"):
-        train_flux_lora(make_config("name=other", "network.only_if_contains=[nothing_like_this]"))
+        train_lora(make_config("name=other", "network.only_if_contains=[nothing_like_this]"))
 
 
 @pytest.mark.parametrize(
@@ -231,7 +231,7 @@ def test_filters_choose_modules_and_an_empty_choice_is_refused(make_config):
     ],
 )
 def test_ranges_choose_blocks(make_config, given, double, single):
-    names = tensors(train_flux_lora(make_config("train.steps=1", *given)).lora_file)[0]
+    names = tensors(train_lora(make_config("train.steps=1", *given)).lora_file)[0]
     parts = {tuple(name.split(".")[1:3]) for name in names}
     wanted = {("transformer_blocks", str(i)) for i in double}
     assert parts == wanted | {("single_transformer_blocks", str(i)) for i in single}
@@ -241,12 +241,12 @@ def test_a_range_beyond_the_model_is_refused(make_config):
     with pytest.raises(
         ConfigError, match=r"network.double_blocks: came \[0, 2\], but this model has 2: 0 to 1"
     ):
-        train_flux_lora(make_config("network.double_blocks=[0, 2]"))
+        train_lora(make_config("network.double_blocks=[0, 2]"))
 
 
 def test_turning_the_running_mean_on_or_off_in_a_run_is_refused(finished):
     with pytest.raises(ConfigError, match="ema_decay was not recorded .* is 0.9 now"):
-        train_flux_lora(load_config(finished, ["train.ema.use_ema=true", "train.ema.ema_decay=0.9"]))
+        train_lora(load_config(finished, ["train.ema.use_ema=true", "train.ema.ema_decay=0.9"]))
 
 
 @pytest.fixture
@@ -260,15 +260,15 @@ def no_model_is_loaded(monkeypatch):
 def test_bad_inputs_stop_before_a_model_is_loaded(make_config, no_model_is_loaded, tmp_path):
     data = tmp_path / "data"
     with pytest.raises(ConfigError, match="nowhere"):
-        train_flux_lora(make_config("datasets.0.folder_path=nowhere"))
+        train_lora(make_config("datasets.0.folder_path=nowhere"))
     hub = "black-forest-labs/FLUX.1-dev"
     with pytest.raises(ConfigError, match=f"no model folder {hub}: .*or set model.name_or_path"):
-        train_flux_lora(make_config(f"model.name_or_path={hub}", "datasets.0.folder_path=not_read_yet"))
+        train_lora(make_config(f"model.name_or_path={hub}", "datasets.0.folder_path=not_read_yet"))
     with pytest.raises(ConfigError, match="Paddle sees"):
-        train_flux_lora(make_config("device=gpu:99"))
+        train_lora(make_config("device=gpu:99"))
     (data / "0000.txt").unlink()
     with pytest.raises(ConfigError, match="0000.png"):
-        train_flux_lora(make_config())
+        train_lora(make_config())
     assert not (tmp_path / "run").exists()
 
 
@@ -276,7 +276,7 @@ def test_skip_bad_leaves_out_and_lists_what_cannot_be_read(make_config, tmp_path
     data = tmp_path / "data"
     (data / "0001.png").write_bytes(b"not a picture")
     Image.new("RGB", (64, 64)).save(data / "without_caption.png")
-    result = train_flux_lora(make_config("datasets.0.skip_bad=true", "train.steps=1"))
+    result = train_lora(make_config("datasets.0.skip_bad=true", "train.steps=1"))
     assert result.lora_file.exists()
     said = caplog.text
     assert "0001.png" in said and "without_caption.png" in said

@@ -8,7 +8,8 @@ from safetensors import safe_open
 
 from ppcoat.config.load import load_config
 from ppcoat.lora import inject_lora, lora_layers
-from ppcoat.train.flux import LoRAFiles, train_flux_lora
+from ppcoat.train.flux import LoRAFiles
+from ppcoat.train.run import train_lora
 
 
 def read(file):
@@ -93,7 +94,7 @@ def test_a_run_leaves_files_of_its_saved_steps_and_says_what_is_in_them(make_con
         "save.save_every=1",
         "save.max_step_saves_to_keep=1",
     )
-    result = train_flux_lora(config)
+    result = train_lora(config)
     found = sorted(path.name for path in config.run_dir.glob("*.safetensors"))
     assert found == sorted(f"run{s}{e}.safetensors" for s in ("", "_000000002") for e in ("", "_paddle"))
     assert result.lora_file.name == "run.safetensors"

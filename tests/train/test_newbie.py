@@ -25,7 +25,6 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 import ppcoat.cli.newbie as merge_command
-import ppcoat.cli.train as train_command
 from ppcoat.cli.main import run
 from ppcoat.config.newbie import load_newbie_config
 from ppcoat.config.schema import CoatConfig
@@ -36,10 +35,11 @@ from ppcoat.models.newbie.files import load_nextdit
 from ppcoat.models.newbie.pipeline import NewbiePipeline
 from ppcoat.train import run as lora_run
 from ppcoat.train.coat import COATTrainer
-from ppcoat.train.newbie import NewbieSpec, dry_run, train_newbie_lora
-from ppcoat.train.objective import Transport
+from ppcoat.train.newbie import NewbieSpec
+from ppcoat.train.objective import NewbieFlowMatching
 from ppcoat.train.previews import encode_validation
 from ppcoat.train.ranks import Ranks
+from ppcoat.train.run import dry_run, train_lora
 from ppcoat.train.trainer import Trainer
 
 FOLDER = Path(__file__).parent.parent / "fixtures" / "tiny_newbie"
@@ -85,7 +85,7 @@ def make_config(tmp_path):
 def finished(tmp_path_factory):
     """make_config of a run that has done its one step; nobody may train it further."""
     make = configs_in(tmp_path_factory.mktemp("finished"))
-    train_newbie_lora(make("train.steps=1"))
+    train_lora(make("train.steps=1"))
     return make
 
 
@@ -110,7 +110,7 @@ def built(config):
     spec, examples = NewbieSpec(), lora_run.all_examples(lora_run.scan_datasets(config))
     pipeline = spec.load_encoders(config, "float32")
     cache = lora_run.encode_dataset(spec, config, examples, pipeline)
-    spec.exchange_for_transformer(pipeline, config, "float32", Ranks())
+    spec.load_base(pipeline, config, "float32", Ranks())
     return lora_run.build_trainer(spec, config, pipeline, cache), pipeline
 
 
@@ -124,7 +124,7 @@ def test_three_steps_have_the_losses_gradients_and_weights_of_the_original_train
     for parameter in parameters.values():
         parameter.stop_gradient = False
     optimizer = COATTrainer(CoatConfig()).create_optimizer(parameters.values(), 1e-3)
-    objective, names = Transport(), ("cap_feats", "cap_mask", "clip_text_pooled")
+    objective, names = NewbieFlowMatching(), ("cap_feats", "cap_mask", "clip_text_pooled")
     arrays = ("gemma_hidden", "gemma_mask", "jina_pooled")
     batch = {name: paddle.to_tensor(refs[array][:2]) for name, array in zip(names, arrays, strict=True)}
     batch["latents"] = paddle.to_tensor(refs["train_x1"])
@@ -148,9 +148,11 @@ def test_a_run_lowers_the_loss_and_its_merged_model_is_the_one_with_the_adapter(
 ):
     """Fixed times and noise, so that losses compare."""
     noise = np.random.default_rng(0).standard_normal((2, 16, 8, 8), dtype=np.float32)
-    monkeypatch.setattr(Transport, "draw", lambda *_: (np.array([0.3, 0.7], dtype=np.float32), noise))
+    monkeypatch.setattr(
+        NewbieFlowMatching, "draw", lambda *_: (np.array([0.3, 0.7], dtype=np.float32), noise)
+    )
     config = make_config("train.steps=12", f"network.type={kind}", "network.linear=4", "train.lr=0.03")
-    result = train_newbie_lora(config)
+    result = train_lora(config)
     print("losses of", kind, [round(loss, 3) for loss in result.losses])
     assert np.mean(result.losses[-4:]) < 0.8 * np.mean(result.losses[:4])
     assert result.lora_file == config.run_dir / "adapter_model.safetensors"
@@ -181,7 +183,7 @@ def test_stopped_and_resumed_run_is_bit_equal_to_an_uninterrupted_one(make_confi
         make_config(f"name={name}", "save.save_every=100", "train.steps=6", *overrides)
         for name in ("whole", "halves")
     )
-    train_newbie_lora(whole)
+    train_lora(whole)
     step = Trainer.train_step
 
     def interrupted(trainer):
@@ -192,8 +194,8 @@ def test_stopped_and_resumed_run_is_bit_equal_to_an_uninterrupted_one(make_confi
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(Trainer, "train_step", interrupted)
-        train_newbie_lora(halves)
-    train_newbie_lora(halves)
+        train_lora(halves)
+    train_lora(halves)
     assert [line["step"] for line in log(whole)] == list(range(1, 7))  # an epoch has 8 pictures in twos
     assert log(whole) == log(halves)
     ours, theirs = (load_file(each.run_dir / "adapter_model.safetensors") for each in (whole, halves))
@@ -212,7 +214,7 @@ def test_stopped_and_resumed_run_is_bit_equal_to_an_uninterrupted_one(make_confi
 )
 def test_resuming_with_another_adapter_is_refused_by_name(finished, override, refusal):
     with pytest.raises(ConfigError, match=f"cannot resume.* {refusal}"):
-        train_newbie_lora(finished("train.steps=1", override))
+        train_lora(finished("train.steps=1", override))
 
 
 def test_batches_of_cached_captions_are_those_of_the_original(make_config, refs):
@@ -283,15 +285,15 @@ def test_the_encoders_leave_before_the_transformer_comes(make_config):
 def test_only_the_adapter_is_trained_and_counted_in_the_norm(make_config, kind):
     trainer, _ = built(make_config(f"network.type={kind}", "train.gradient_checkpointing=true"))
     trained = {id(p) for p in trainer.model.parameters() if not p.stop_gradient}
-    assert trained == {id(p) for p in trainer.parameters.values()} and trained
-    assert all("lora_" in name or "lokr_" in name for name in trainer.parameters)
+    assert trained == {id(p) for p in trainer.side.parameters.values()} and trained
+    assert all("lora_" in name or "lokr_" in name for name in trainer.side.parameters)
     seen = []
     update = trainer._update
     trainer._update = lambda *given: (
         seen.append([p.name for p in trainer.model.parameters() if p.grad is not None]), update(*given)
     )  # fmt: skip
     assert np.isfinite(trainer.train_step().grad_norm)
-    assert set(seen[0]) <= {p.name for p in trainer.parameters.values()} and seen[0]
+    assert set(seen[0]) <= {p.name for p in trainer.side.parameters.values()} and seen[0]
 
 
 def test_policies_checkpointing_swapping_and_an_fp8_base_train_alike(make_config, tmp_path):
@@ -323,14 +325,14 @@ def test_fp8_weights_are_kept_for_the_next_run_but_not_by_a_dry_one(make_config,
     config = make_config("train.steps=2", "model.quantize=true")
     list(dry_run(config))
     assert not config.cache_folder.exists()
-    losses = train_newbie_lora(config).losses
+    losses = train_lora(config).losses
     assert list(config.cache_folder.glob("tiny_newbie-transformer-fp8/*.safetensors"))
     quantised = lambda *_: pytest.fail("quantised a second time")  # noqa: E731
     monkeypatch.setattr("ppcoat.models.quantized_base.quantised_tensors", quantised)
     again = make_config(
         "name=again", f"cache_dir={config.cache_folder}", "train.steps=2", "model.quantize=true"
     )
-    assert train_newbie_lora(again).losses == losses
+    assert train_lora(again).losses == losses
 
 
 def test_previews_are_drawn_as_the_whole_pipeline_draws(make_config):
@@ -338,7 +340,7 @@ def test_previews_are_drawn_as_the_whole_pipeline_draws(make_config):
         "train.steps=2", "sample.prompts=[a red dress]", "sample.sample_every=2", "sample.sample_steps=2",
         "sample.skip_first_sample=false", "sample.seed=5",
     )  # fmt: skip
-    train_newbie_lora(config)
+    train_lora(config)
     first, last = sorted((config.run_dir / "samples").glob("*.png"))
     pipeline = NewbiePipeline.from_pretrained(FOLDER, "float32")
     pipeline.set_progress_bar_config(disable=True)
@@ -359,7 +361,7 @@ def test_saved_steps_are_pruned_and_have_both_forms(make_config):
     for draft in drafts:
         draft.parent.mkdir(exist_ok=True)
         draft.touch()
-    train_newbie_lora(config)
+    train_lora(config)
     assert [draft.exists() for draft in drafts] == [False, False, True]
     folders = sorted(path.name for path in config.run_dir.parent.iterdir())
     assert folders == ["run", "run_step_3", "run_step_4", "run_step_old"]
@@ -372,7 +374,7 @@ def test_cut_captions_are_counted_once_and_too_long_ones_refused_before_loading(
     make_config, caplog, monkeypatch
 ):
     with caplog.at_level(logging.WARNING):
-        train_newbie_lora(make_config("train.steps=1", "train.max_sequence_length=48"))
+        train_lora(make_config("train.steps=1", "train.max_sequence_length=48"))
     said = [record.getMessage() for record in caplog.records if "longer than" in record.getMessage()]
     assert len(said) == 1 and "of 4 captions are longer than 48 tokens" in said[0]
     monkeypatch.setattr(NewbiePipeline, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
@@ -380,12 +382,12 @@ def test_cut_captions_are_counted_once_and_too_long_ones_refused_before_loading(
     (Path(long.data.folder_path) / "2_dress/0000.txt").write_text("very long " * 300)
     too_long = "512 tokens is too long .* 256 positions: lower .* to 255"
     with pytest.raises(ConfigError, match=too_long):
-        train_newbie_lora(long)
+        train_lora(long)
     picture = Path(long.data.folder_path) / "2_dress/0000.png"
     picture.with_suffix(".txt").write_text("a dress")
     kept_aside = f"[{{image_path: {picture}, prompt: '{'very long ' * 300}'}}]"
     with pytest.raises(ConfigError, match=too_long):
-        train_newbie_lora(make_config("name=long", f"train.validation.items={kept_aside}"))
+        train_lora(make_config("name=long", f"train.validation.items={kept_aside}"))
 
 
 def test_validation_levels_are_of_noise(make_config):
@@ -422,7 +424,7 @@ def test_a_dry_run_shows_settings_data_and_two_steps_and_writes_nothing(
     make_config, tmp_path, monkeypatch, capsys
 ):
     make_config()  # for its TOML
-    monkeypatch.setattr(train_command, "tune_host", lambda: None)
+    monkeypatch.setattr(lora_run, "tune_host", lambda: None)
     assert run("train-newbie", ["--config_file", str(tmp_path / "run.toml"), "--dry_run"]) == 0
     shown = capsys.readouterr().out
     assert "family: newbie" in shown and "data: " in shown and "dry run: two steps done" in shown
@@ -438,7 +440,7 @@ def changed(folder, part, **values):
 def test_names_of_the_class_in_configs_do_not_matter(make_config, tmp_path):
     model = shutil.copytree(FOLDER, tmp_path / "model")
     changed(model, "transformer", _class_name="NextDiT_CLIP")
-    assert train_newbie_lora(make_config(f"model.name_or_path={model}", "train.steps=1")).losses
+    assert train_lora(make_config(f"model.name_or_path={model}", "train.steps=1")).losses
 
 
 def test_bad_inputs_stop_before_a_model_is_loaded(make_config, tmp_path, monkeypatch):
@@ -458,9 +460,9 @@ def test_bad_inputs_stop_before_a_model_is_loaded(make_config, tmp_path, monkeyp
         (["datasets.0.folder_path=nowhere"], "nowhere"),
     ):
         with pytest.raises(ConfigError, match=part):
-            train_newbie_lora(make_config(*overrides))
+            train_lora(make_config(*overrides))
     shutil.copyfile(picture, picture.with_suffix(".bmp"))  # not read, whatever it is called
     picture.write_bytes(b"no picture")
     with pytest.raises(ConfigError, match="0001.png: the picture cannot be decoded"):
-        train_newbie_lora(make_config())
+        train_lora(make_config())
     assert not (tmp_path / "out").exists()

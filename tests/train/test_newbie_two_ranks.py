@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 
 from ppcoat.config.newbie import load_newbie_config
 from ppcoat.data import garments
-from ppcoat.train.newbie import train_newbie_lora
+from ppcoat.train.run import train_lora
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ["-m", "paddle.distributed.launch", "--nproc_per_node", "2", "--log_dir", "log"]
@@ -103,7 +103,7 @@ def test_two_ranks_are_one_with_both_pictures(write, tmp_path, settings):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     config = load_newbie_config(one)
-    assert len(train_newbie_lora(config).losses) == 3  # two batches of square pictures, one of wide ones
+    assert len(train_lora(config).losses) == 3  # two batches of square pictures, one of wide ones
     assert_equal_runs(two, one, 1e-6)
     names = [sorted(path.name for path in (file.parent / "run").iterdir()) for file in (two, one)]
     assert names[0] == names[1] and not list(two.parent.rglob("*tmp*"))

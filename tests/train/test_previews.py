@@ -5,8 +5,8 @@ from PIL import Image
 
 from ppcoat.config.load import load_config
 from ppcoat.config.schema import PreviewConfig
-from ppcoat.train.flux import train_flux_lora
 from ppcoat.train.previews import preview_prompts, previews
+from ppcoat.train.run import train_lora
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def test_a_run_draws_each_at_its_size(make_config):
         "sample.height=64", "sample.prompts=[a]", "sample.seed=1",
         "sample.samples=[{prompt: a, width: 32}, {prompt: a, width: 32, seed: 2}, {prompt: '[trigger]'}]",
     )  # fmt: skip
-    train_flux_lora(config)
+    train_lora(config)
     pictures = [Image.open(path) for path in sorted((config.run_dir / "samples").iterdir())]
     assert [picture.size for picture in pictures] == [(64, 64), (32, 64), (32, 64), (64, 64)]
     assert pictures[1].tobytes() != pictures[2].tobytes()  # another seed

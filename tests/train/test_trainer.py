@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 from ppcoat.train import flux as flux_lora
 from ppcoat.train import run as lora_run
 from ppcoat.train.checkpoint import load_latest
-from ppcoat.train.flux import train_flux_lora
+from ppcoat.train.run import train_lora
 from ppcoat.train.trainer import Trainer
 
 
@@ -44,12 +44,12 @@ def test_ctrl_c_finishes_the_step_saves_and_leaves_with_130(make_config, monkeyp
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
         patch.setattr(Trainer, "train_step", interrupted)
-        train_flux_lora(config)
+        train_lora(config)
     assert stopped.value.code == 130
     assert signal.getsignal(signal.SIGINT) == before
     assert (config.run_dir / "checkpoints" / "000000001").is_dir()
     assert "stopped at step 1; run the same command again" in capfd.readouterr().err
-    assert len(train_flux_lora(config).losses) == 3
+    assert len(train_lora(config).losses) == 3
     assert "resuming from" in capfd.readouterr().out
 
 
@@ -75,20 +75,20 @@ def test_a_second_ctrl_c_leaves_at_once_without_a_half_checkpoint(make_config, m
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(Trainer, "train_step", interrupted_step)
             patch.setattr(os, "fsync", interrupted_fsync)
-            train_flux_lora(config)
+            train_lora(config)
     finally:
         signal.signal(signal.SIGINT, usual)
     assert cut_off and load_latest(config.run_dir).step == 1
     assert not list(config.run_dir.glob("checkpoints/*tmp*"))
-    assert len(train_flux_lora(config).losses) == 3
+    assert len(train_lora(config).losses) == 3
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_gradient_checkpointing_changes_memory_not_numbers(make_config, dropout):
     # With its usual epsilon AdamW makes a whole step of any gradient, even of one that is all rounding.
     common = ("coat.enabled=false", f"network.dropout={dropout}", "train.steps=3", "train.epsilon=1e-6")
-    plain = train_flux_lora(make_config("name=plain", *common))
-    again = train_flux_lora(make_config("name=again", "train.gradient_checkpointing=true", *common))
+    plain = train_lora(make_config("name=plain", *common))
+    again = train_lora(make_config("name=again", "train.gradient_checkpointing=true", *common))
     np.testing.assert_allclose(again.losses, plain.losses, atol=1e-5)
     wanted = load_file(plain.lora_file)
     for name, value in load_file(again.lora_file).items():
@@ -96,17 +96,17 @@ def test_gradient_checkpointing_changes_memory_not_numbers(make_config, dropout)
 
 
 def test_gradient_checkpointing_with_coat_keeps_fp8_block_inputs_only(make_config):
-    kept = train_flux_lora(make_config("name=kept", "train.steps=2"))
-    again = train_flux_lora(make_config("name=again", "train.gradient_checkpointing=true", "train.steps=2"))
+    kept = train_lora(make_config("name=kept", "train.steps=2"))
+    again = train_lora(make_config("name=again", "train.gradient_checkpointing=true", "train.steps=2"))
     assert 0 < again.bytes_kept < kept.bytes_kept
     np.testing.assert_allclose(again.losses, kept.losses, rtol=0.02)  # blocks run again from FP8 inputs
     assert again.optimizer_bytes == kept.optimizer_bytes > 0
 
 
 def test_memory_lines_come_only_when_asked_for(make_config, capsys):
-    train_flux_lora(make_config("name=quiet", "train.steps=1"))
+    train_lora(make_config("name=quiet", "train.steps=1"))
     assert "before_forward" not in capsys.readouterr().out
-    train_flux_lora(make_config("name=loud", "train.steps=1", "coat.memory.log_memory_stats=true"))
+    train_lora(make_config("name=loud", "train.steps=1", "coat.memory.log_memory_stats=true"))
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("[")]
     stages = ["before_forward", "after_forward", "after_backward", "after_optimizer_step"]
     assert [line.split("]")[0][1:] for line in lines] == stages
@@ -132,7 +132,7 @@ def poison(monkeypatch, steps, where):
         bad = paddle.to_tensor(float("nan"))
         if where == "loss":
             return type(found)(found.mean * bad, found.of_pictures)
-        list(poison.trainer.parameters.values())[-1].register_hook(lambda gradient: gradient * bad)
+        list(poison.trainer.side.parameters.values())[-1].register_hook(lambda gradient: gradient * bad)
         return found
 
     monkeypatch.setattr(Trainer, "train_step", train_step)
@@ -141,15 +141,16 @@ def poison(monkeypatch, steps, where):
 
 def state(trainer):
     """Every bit that a skipped step must leave alone."""
-    from ppcoat.train.optimizer_state import optimizer_tensors
+    from ppcoat.train.run_state import optimizer_tensors
 
-    tensors = {f"weight {n}": p for n, p in trainer.parameters.items()}
+    tensors = {f"weight {n}": p for n, p in trainer.side.parameters.items()}
     tensors |= {
-        f"optimizer {n}": t for n, t in optimizer_tensors(trainer.optimizer, trainer.parameters).items()
+        f"optimizer {n}": t
+        for n, t in optimizer_tensors(trainer.side.optimizer, trainer.side.parameters).items()
     }
-    tensors |= {f"mean {n}": t for n, t in trainer.ema.tensors.items()}
+    tensors |= {f"mean {n}": t for n, t in trainer.state.ema.tensors.items()}
     bits = {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
-    return bits | {"schedule": (trainer.schedule.last_epoch, trainer.schedule.last_lr)}
+    return bits | {"schedule": (trainer.side.schedule.last_epoch, trainer.side.schedule.last_lr)}
 
 
 @pytest.mark.parametrize("coat", ["true", "false"])
@@ -172,11 +173,11 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(make_config, m
                          "train.ema.use_ema=true", "save.save_every=3")  # fmt: skip
     if where == "gradient":  # the hook stays: every step from then on is bad
         with pytest.raises(FloatingPointError, match="first bad tensor is the gradient of .*lora_B"):
-            train_flux_lora(config.model_copy(update={"train": config.train.model_copy(
+            train_lora(config.model_copy(update={"train": config.train.model_copy(
                 update={"max_skipped_in_a_row": 2})}))  # fmt: skip
         assert seen == {1: (False, False), 2: (False, False), 3: (True, True)}
         return
-    result = train_flux_lora(config)
+    result = train_lora(config)
     good = (False, False)
     assert seen == {1: good, 2: (True, True), 3: (True, True), 4: good, 5: good}
     assert [line["skipped_steps"] for line in log(config)] == [0, 1, 2, 2, 2]
@@ -191,12 +192,12 @@ def test_skipped_steps_survive_a_resume(make_config, monkeypatch):
     with pytest.raises(
         FloatingPointError, match="3 steps in a row .* in step 3 the first bad tensor is the loss"
     ):
-        train_flux_lora(config)
+        train_lora(config)
     assert (config.run_dir / "checkpoints" / "latest").read_text() == "000000002\n"
     with pytest.raises(FloatingPointError, match="3 steps in a row"):  # it had two before it went on
-        train_flux_lora(config)
+        train_lora(config)
     bad.clear()
-    train_flux_lora(config)
+    train_lora(config)
     assert [line["skipped_steps"] for line in log(config)] == [1, 2, 2, 2]
 
 
@@ -213,7 +214,7 @@ def test_the_first_bad_module_is_named(make_config, monkeypatch):
     with pytest.raises(
         FloatingPointError, match=r"the loss, nan, and before it the output of norm_out\.linear\."
     ):
-        train_flux_lora(make_config("train.max_skipped_in_a_row=1"))
+        train_lora(make_config("train.max_skipped_in_a_row=1"))
 
 
 def test_the_gradient_norm_is_that_of_the_gradients(make_config, monkeypatch):
@@ -221,13 +222,13 @@ def test_the_gradient_norm_is_that_of_the_gradients(make_config, monkeypatch):
     update = Trainer._update
 
     def watched(trainer, *arguments):
-        squares = [np.sum(p.grad.numpy().astype(np.float64) ** 2) for p in trainer.parameters.values()]
+        squares = [np.sum(p.grad.numpy().astype(np.float64) ** 2) for p in trainer.side.parameters.values()]
         norms.append(np.sqrt(np.sum(squares)))
         return update(trainer, *arguments)
 
     monkeypatch.setattr(Trainer, "_update", watched)
     config = make_config("train.steps=3", "train.gradient_accumulation=2", "train.max_grad_norm=0.001")
-    train_flux_lora(config)
+    train_lora(config)
     np.testing.assert_allclose([line["grad_norm"] for line in log(config)], norms, rtol=1e-5)
     assert min(norms) > 0.001  # before clipping
 
@@ -238,7 +239,7 @@ def test_bins_hold_the_losses_of_their_noise_levels(make_config, monkeypatch):
     levels = np.array([0.3, 1.0], dtype=np.float32)
     monkeypatch.setattr(flux_lora.FlowMatching, "draw", lambda self, batch, rng: (levels, noise))
     config = make_config("train.steps=5", "logging.log_every=2")
-    train_flux_lora(config)
+    train_lora(config)
     lines = log(config)
     bins = [sorted(name for name in line if name.startswith("loss_sigma")) for line in lines]
     both = ["loss_sigma_0.25_0.50", "loss_sigma_0.75_1.00"]
@@ -251,7 +252,7 @@ def test_bins_hold_the_losses_of_their_noise_levels(make_config, monkeypatch):
 
 def test_bins_go_on_after_a_resume(make_config, monkeypatch):
     whole = make_config("name=whole", "train.steps=4", "save.save_every=3", "logging.log_every=4")
-    train_flux_lora(whole)
+    train_lora(whole)
     halves = make_config("name=halves", "train.steps=4", "save.save_every=3", "logging.log_every=4")
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         step = Trainer.train_step
@@ -262,23 +263,23 @@ def test_bins_go_on_after_a_resume(make_config, monkeypatch):
             return step(trainer)
 
         patch.setattr(Trainer, "train_step", interrupted)
-        train_flux_lora(halves)
-    train_flux_lora(halves)
+        train_lora(halves)
+    train_lora(halves)
     assert log(whole) == log(halves) and any("loss_sigma" in name for name in log(whole)[-1])
 
 
 def test_previews_come_first_if_wanted_and_do_not_change_training(make_config, capfd):
     common = ("train.steps=2", "network.dropout=0.2", *PREVIEWS)
-    plain = train_flux_lora(make_config("name=plain", *common))
+    plain = train_lora(make_config("name=plain", *common))
     wanted = ("sample.sample_every=1", "sample.skip_first_sample=false", "sample.prompts=[a, b]")
     drawn = make_config("name=drawn", *common, *wanted)
-    assert equal(weights(plain), weights(train_flux_lora(drawn)))
+    assert equal(weights(plain), weights(train_lora(drawn)))
     names = sorted(path.name for path in (drawn.run_dir / "samples").iterdir())
     assert names == [f"{step:09d}_{number:02d}.png" for step in (0, 1, 2) for number in (0, 1)]
     assert "step 0: 2 previews in " in capfd.readouterr().err
     more = make_config("name=drawn", *common, *wanted, "train.steps=3")
-    train_flux_lora(more)
+    train_lora(more)
     assert "step 2: 2 previews" not in capfd.readouterr().err
     forced = (*wanted, "train.steps=4", "sample.force_first_sample=true", "sample.prompts=[a]")
-    train_flux_lora(make_config("name=drawn", *common, *forced))
+    train_lora(make_config("name=drawn", *common, *forced))
     assert "step 3: 1 preview in " in capfd.readouterr().err

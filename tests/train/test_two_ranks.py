@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 from ppcoat.config.load import load_config
 from ppcoat.data import garments
 from ppcoat.train.checkpoint import load_latest
-from ppcoat.train.flux import train_flux_lora
+from ppcoat.train.run import train_lora
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "train_scripts" / "train_flux_lora.py"
@@ -101,7 +101,7 @@ def test_two_ranks_are_one_with_both_pictures(write, launch, tmp_path):
     two = write("two", 1, settings, datasets=data, **NO_COAT)
     process = launch(two)
     one = write("one", 2, settings, datasets=data, **NO_COAT)
-    train_flux_lora(load_config(one))
+    train_lora(load_config(one))
     assert process.wait(timeout=300) == 0, process.stdout.read()
     assert_equal_runs(two, one, 1e-6)
     names = sorted(path.name for path in run_of(two).iterdir())
@@ -146,7 +146,7 @@ def test_with_coat_two_ranks_are_one_up_to_its_rounding(write, launch, tmp_path,
     script.write_text(ENCODES_ON_RANK_0_ONLY)
     process = launch(two, script=script)
     assert process.wait(timeout=300) == 0, process.stdout.read()
-    train_flux_lora(load_config(one))
+    train_lora(load_config(one))
     assert_equal_runs(two, one, tolerance)
     assert not list(run_of(two).glob("handover*"))
 
@@ -170,11 +170,11 @@ def test_a_stopped_run_goes_on_and_also_with_another_number_of_ranks(write, laun
     assert again.wait(timeout=300) == 0, again.stdout.read()
     assert f"{done:09d}: 2 of {done + 2} steps are left" in logs_of_ranks(tmp_path)[0]
     whole = write("whole", 2, settings | {"steps": done + 2}, **NO_COAT)
-    train_flux_lora(load_config(whole))
+    train_lora(load_config(whole))
     assert_equal_runs(two, whole, 1e-6)
 
     alone = load_config(two, [f"train.steps={done + 3}", "train.batch_size=2"])
-    assert len(train_flux_lora(alone).losses) == 1
+    assert len(train_lora(alone).losses) == 1
 
 
 @pytest.mark.slow

@@ -9,9 +9,9 @@ from safetensors.numpy import load_file
 
 from ppcoat.errors import ConfigError
 from ppcoat.train import flux as flux_lora
-from ppcoat.train.flux import train_flux_lora
 from ppcoat.train.objective import FlowMatching
 from ppcoat.train.previews import Validation
+from ppcoat.train.run import train_lora
 
 LEVELS = ["validation_loss", *(f"validation_loss_sigma_{s}" for s in ("1.00", "0.75", "0.50", "0.25"))]
 
@@ -67,7 +67,7 @@ def test_training_with_validation_is_bit_equal_to_training_without(make_config, 
         "name=measured", *common, f"train.validation.folder_path={tmp_path / 'data'}",
         "train.validation.resolution=64", "train.validation.every=2",
     )  # fmt: skip
-    first, second = (load_file(train_flux_lora(config).lora_file) for config in (plain, measured))
+    first, second = (load_file(train_lora(config).lora_file) for config in (plain, measured))
     assert all(first[name].tobytes() == second[name].tobytes() for name in first)
     found = [[name for name in LEVELS if name in line] for line in log(measured)]
     assert found == [[], LEVELS, LEVELS]
@@ -81,17 +81,17 @@ def test_training_with_validation_is_bit_equal_to_training_without(make_config, 
 def test_items_name_pictures_one_by_one(make_config, tmp_path):
     item = f"[{{image_path: {tmp_path}/data/0000.png, prompt: 'a [trigger] dress'}}]"
     config = make_config(f"train.validation.items={item}", "train.validation.resolution=64", "train.steps=1")
-    train_flux_lora(config)
+    train_lora(config)
     assert set(LEVELS) <= log(config)[0].keys()
 
 
 def test_wrong_pictures_are_refused_before_a_model_is_loaded(make_config, tmp_path, monkeypatch):
     monkeypatch.setattr(flux_lora.FluxPipeline, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
     with pytest.raises(ConfigError, match="there is no picture nowhere.png"):
-        train_flux_lora(make_config("train.validation.items=[{image_path: nowhere.png}]"))
+        train_lora(make_config("train.validation.items=[{image_path: nowhere.png}]"))
     bad = tmp_path / "bad.png"
     bad.write_bytes(b"no picture")
     with pytest.raises(ConfigError, match="bad.png"):
-        train_flux_lora(make_config(f"train.validation.items=[{{image_path: {bad}}}]"))
+        train_lora(make_config(f"train.validation.items=[{{image_path: {bad}}}]"))
     with pytest.raises(ConfigError, match="nowhere does not exist"):
-        train_flux_lora(make_config("train.validation.folder_path=nowhere"))
+        train_lora(make_config("train.validation.folder_path=nowhere"))

@@ -134,11 +134,10 @@ class FluxTransformer2DModel(BlockModel, ModelMixin, ConfigMixin):
         joint_attention_kwargs: dict | None = None,
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[paddle.Tensor]:
-        """`forward` by way of the two methods below, in whose place their static graphs may stand.
-
-        Arguments, result and errors are those of `forward`; there are no controlnets, and blocks are not
-        checkpointed. A graph keeps the strength that adapters had when it was traced, so a model with
-        adapters refuses a "scale" with ConfigError. Names as in PaddleMIX's FLUX-Lightning example.
+        """`forward` by way of the two methods below, in whose place their static graphs may stand; shapes
+        as there.  Arguments, result and errors are those of `forward`; there are no controlnets, and blocks
+        are not checkpointed. A graph keeps the strength that adapters had when it was traced, so a model
+        with adapters refuses a "scale" with ConfigError. Names as in PaddleMIX's FLUX-Lightning example.
         """
         if wanted_scale(joint_attention_kwargs) is not None and adapters(self):
             raise ConfigError("a static graph cannot change the scale of a LoRA: merge_lora(model) first")
@@ -320,8 +319,8 @@ class Modulation(nn.Layer):
 
 
 class HeadNorm(nn.Layer):
-    """Queries or keys [B, tokens, dim] -> [B, tokens, heads, head_dim], RMS-normalised in each head and turned
-    by the angles of their tokens."""
+    """Queries or keys [B, tokens, dim] -> [B, tokens, heads, head_dim], RMS-normalised in each head and
+    turned by the angles of their tokens."""
 
     def __init__(self, head_dim: int):
         super().__init__()

@@ -50,7 +50,7 @@ PROMPT_PREFIX = (
     "You are an assistant designed to generate high-quality anime images with the highest degree of "
     "image-text alignment based on textual prompts. <Prompt Start> "
 )
-PIXELS_PER_TOKEN = 16  # of a side: the VAE's 8 times the transformer's patches of 2
+TOKEN_SIDE = 16  # pixels: the VAE's 8 times the transformer's patches of 2
 DEFAULT_SIDE = 1024
 SOLVERS = ("euler", "midpoint")
 
@@ -145,7 +145,7 @@ class NewbiePipeline(LatentPictures, DiffusionPipeline):
         see integrate. guidance_*: see Guidance (until, renorm: the original's cfg_trunc, renorm_cfg).
         callback(step, latents) is called after each step. Raises ConfigError for what is not as described.
         """
-        check_drawing(height, width, PIXELS_PER_TOKEN, output_type)
+        check_drawing(height, width, TOKEN_SIDE, output_type)
         if num_inference_steps < 1:
             raise ConfigError(f"num_inference_steps is {num_inference_steps}: it must be at least 1")
         if (prompt is None) == (conditions is None):

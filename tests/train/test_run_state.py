@@ -7,7 +7,7 @@ from paddle import nn
 
 from ppcoat.config.schema import CoatOptimizerConfig
 from ppcoat.train.coat import COATConfig, COATTrainer
-from ppcoat.train.optimizer_state import optimizer_state_bytes, optimizer_tensors, set_optimizer_tensors
+from ppcoat.train.run_state import optimizer_state_bytes, optimizer_tensors, set_optimizer_tensors
 
 OFF, FP8 = COATConfig(enabled=False), COATConfig(optimizer=CoatOptimizerConfig(block_size=16))
 

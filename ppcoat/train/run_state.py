@@ -1,0 +1,216 @@
+"""What a run must remember to go on exactly where it stopped (RunState), and its parts that look after
+tensors: the optimizer's states (how many bytes they take, and their way into a checkpoint and back), those of
+several optimizers as one, and a running mean of the parameters in float32 (exponential moving average). And
+where NaN or inf came from: the first module of a forward pass whose output is not finite.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import paddle
+
+from ppcoat.data.batches import ResumableBatches
+from ppcoat.train.report import SigmaBins
+
+
+def optimizer_state_bytes(optimizer: paddle.optimizer.Optimizer) -> int:
+    """Bytes of the moments that an optimizer keeps, counted from its tensors."""
+    if hasattr(optimizer, "state_bytes"):
+        return optimizer.state_bytes()
+    moments = [t for name, t in optimizer.state_dict().items() if "moment" in name]
+    return sum(t.size * t.element_size() for t in moments)
+
+
+def is_of_parameter(name: str, parameters: Iterable[paddle.Tensor]) -> bool:
+    """Whether a name in an optimizer's state begins with that of one of the parameters (any shape)."""
+    return any(name.startswith(f"{parameter.name}_") for parameter in parameters)
+
+
+def optimizer_tensors(
+    optimizer: paddle.optimizer.Optimizer, parameters: dict[str, paddle.Tensor]
+) -> dict[str, paddle.Tensor]:
+    """The optimizer's tensors, any shape, under names that hold in another process.
+
+    Paddle's AdamW names a moment after its parameter's automatic name (linear_7.w_0); here it gets the path.
+    """
+    state = {
+        name: value for name, value in optimizer.state_dict().items() if isinstance(value, paddle.Tensor)
+    }
+    for path, parameter in parameters.items():
+        prefix = f"{parameter.name}_"
+        for name in [name for name in state if name.startswith(prefix)]:
+            state[f"{path}|{name.removeprefix(prefix)}"] = state.pop(name)
+    return state
+
+
+def set_optimizer_tensors(
+    optimizer: paddle.optimizer.Optimizer,
+    tensors: dict[str, paddle.Tensor],
+    parameters: dict[str, paddle.Tensor],
+) -> None:
+    """The way back: tensors of any shape, as `optimizer_tensors` gave them."""
+    state = dict(tensors)
+    for name in [name for name in state if "|" in name]:
+        path, _, part = name.partition("|")
+        state[f"{parameters[path].name}_{part}"] = state.pop(name)
+    optimizer.set_state_dict(state)
+
+
+class OptimizerGroup:
+    """Several optimizers whose states are counted, saved and restored as one.
+
+    parts: {name: (optimizer, its parameters)}. In the joint state an entry that does not begin with a
+    parameter's own name gets that of its part in front: "generator.m1.codes".
+    """
+
+    def __init__(
+        self, parts: Mapping[str, tuple[paddle.optimizer.Optimizer, Iterable[paddle.Tensor]]]
+    ) -> None:
+        self.parts = {name: (optimizer, list(own)) for name, (optimizer, own) in parts.items()}
+
+    def state_bytes(self) -> int:
+        """Bytes of all moments."""
+        return sum(optimizer_state_bytes(optimizer) for optimizer, _ in self.parts.values())
+
+    def state_dict(self) -> dict:
+        """The states of all."""
+        return {
+            key if is_of_parameter(key, parameters) else f"{name}.{key}": value
+            for name, (optimizer, parameters) in self.parts.items()
+            for key, value in optimizer.state_dict().items()
+        }
+
+    def set_state_dict(self, state: dict) -> None:
+        """Restore what state_dict gave. Raises ConfigError as FP8AdamW does."""
+        for name, (optimizer, parameters) in self.parts.items():
+            own = {key: value for key, value in state.items() if is_of_parameter(key, parameters)}
+            prefix = f"{name}."
+            own |= {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+            optimizer.set_state_dict(own)
+
+
+class RunningMean:
+    """mean <- mean - (1 - decay) * (mean - parameter), after every update of the parameters.
+
+    parameters: {path: tensor of any shape}; the mean starts from their values. Source: ai-toolkit's
+    `ema_config`, which has no warm-up either.
+    """
+
+    def __init__(self, parameters: Mapping[str, paddle.Tensor], decay: float) -> None:
+        self.parameters = dict(parameters)
+        self.decay = decay
+        self.tensors = {
+            path: parameter.detach().astype("float32").clone() for path, parameter in parameters.items()
+        }
+
+    @paddle.no_grad()
+    def update(self) -> None:
+        """Take in the parameters as they are now."""
+        for path, mean in self.tensors.items():
+            distance = mean - self.parameters[path].astype("float32")
+            mean.subtract_(distance.scale_(1.0 - self.decay))
+
+    @contextmanager
+    def in_place_of_parameters(self) -> Iterator[None]:
+        """Context manager: the parameters hold the mean; afterwards, in any case, their own bits again."""
+        own = {path: parameter.detach().clone() for path, parameter in self.parameters.items()}
+        self._assign(self.tensors)
+        try:
+            yield
+        finally:
+            self._assign(own)
+
+    def load(self, tensors: Mapping[str, paddle.Tensor]) -> None:
+        """Take the mean from a checkpoint's tensors."""
+        for path, mean in self.tensors.items():
+            paddle.assign(tensors[path], output=mean)
+
+    @paddle.no_grad()
+    def _assign(self, values: Mapping[str, paddle.Tensor]) -> None:
+        # into the memory that the parameters have: the optimizer may hold views of it
+        for path, parameter in self.parameters.items():
+            paddle.assign(values[path].astype(parameter.dtype), output=parameter)
+
+
+@dataclass
+class RunState:
+    """What a run must remember to go on exactly where it stopped. The generators need no state: what a step
+    draws follows from seed and step.
+
+    parameters: what is trained, by name. batches: the position in the data. bins: losses since the last point
+    of the curves. ema: the running mean, if there is one. compatible: facts that a run which goes on from
+    here must share. step: updates done; skipped: those that changed nothing, and how many just now in a row.
+    """
+
+    parameters: dict[str, paddle.Tensor]
+    optimizer: paddle.optimizer.Optimizer | OptimizerGroup
+    schedule: paddle.optimizer.lr.LRScheduler
+    batches: ResumableBatches
+    bins: SigmaBins
+    ema: RunningMean | None = None
+    compatible: dict = field(default_factory=dict)
+    step: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+
+    def tensors(self) -> dict[str, dict[str, paddle.Tensor]]:
+        """Tensors of any shape by group and name: "lora", "optimizer" and, where there is a mean, "ema"."""
+        groups = {"lora": self.parameters, "optimizer": optimizer_tensors(self.optimizer, self.parameters)}
+        return groups if self.ema is None else groups | {"ema": self.ema.tensors}
+
+    def state_dict(self) -> dict:
+        """All else, as JSON can hold it."""
+        return {
+            "compatible": self.compatible,
+            "batches": self.batches.state_dict(),
+            "schedule": {"last_epoch": self.schedule.last_epoch, "last_lr": self.schedule.last_lr},
+            "skipped": {"steps": self.skipped, "in_a_row": self.skipped_in_a_row},
+            "bins": self.bins.state_dict(),
+        }
+
+    def load(self, step: int, tensors: dict[str, dict[str, paddle.Tensor]], state: dict) -> None:
+        """Go on from what `tensors` and `state_dict` gave after `step` updates; any shape, as then."""
+        for name, parameter in self.parameters.items():
+            paddle.assign(tensors["lora"][name], output=parameter)
+        self.batches.load_state_dict(state["batches"])
+        set_optimizer_tensors(self.optimizer, tensors["optimizer"], self.parameters)
+        self.schedule.set_state_dict(state["schedule"])
+        if self.ema is not None:
+            self.ema.load(tensors["ema"])
+        self.skipped, self.skipped_in_a_row = state["skipped"]["steps"], state["skipped"]["in_a_row"]
+        self.bins.load_state_dict(state["bins"])
+        self.step = step
+
+
+@paddle.no_grad()
+def first_bad_module(model: paddle.nn.Layer, forward: Callable[[], object]) -> str | None:
+    """Path of the first sublayer (in the order in which they end) whose output holds NaN or inf in
+    `forward()`, a pass through `model`; None if all are finite. Every output is read by the host: this is for
+    a run that has gone wrong.
+    """
+    bad: list[str] = []
+
+    def note(path: str) -> Callable:
+        def hook(layer: paddle.nn.Layer, inputs: object, outputs: object) -> None:
+            tensors = outputs if isinstance(outputs, list | tuple) else [outputs]
+            if not bad and not all(_is_finite(tensor) for tensor in tensors):
+                bad.append(path)
+
+        return hook
+
+    hooks = [layer.register_forward_post_hook(note(path)) for path, layer in model.named_sublayers()]
+    try:
+        forward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return bad[0] if bad else None
+
+
+def _is_finite(value: object) -> bool:
+    if not isinstance(value, paddle.Tensor) or not value.is_floating_point():
+        return True
+    return bool(paddle.isfinite(value.astype("float32")).all())
