@@ -11,6 +11,7 @@ with warnings.catch_warnings():  # notes of Paddle's own imports that mean nothi
     warnings.filterwarnings("ignore", message="No ccache|Setuptools is replacing|pkg_resources is deprecated")
     import ppdiffusers  # noqa: F401
 
+from ppcoat.coat import COATConfig, COATTrainer
 from ppcoat.errors import ConfigError
 from ppcoat.lora import load_lora, save_lora
 from ppcoat.models.flux.pipeline import FluxPipeline
@@ -20,7 +21,6 @@ from ppcoat.models.flux.transformer import FluxTransformer2DModel
 from ppcoat.nn.convert import replace_linear_with_fp8
 from ppcoat.nn.saved_tensors import fp8_saved_tensors
 from ppcoat.optim import FP8AdamW, FP8QuantizationConfig
-from ppcoat.train.coat import COATConfig, COATTrainer
 
 __all__ = [
     "COATConfig",

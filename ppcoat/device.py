@@ -1,6 +1,6 @@
 """The process and the device that a command runs on: CPU settings that change speed but never results;
-set_device and compute_dtype; meters of time and memory, with the same methods for CPU and GPU; a check if
-another process is alive; and ChildProcess, which runs a function in a process of its own.
+set_device and compute_dtype; meters of time and memory, with the same methods for CPU and GPU; and
+ChildProcess, which runs a function in a process of its own.
 """
 
 from __future__ import annotations
@@ -133,6 +133,11 @@ def uses_gpu(name: str) -> bool:
     return name.startswith("gpu") or (name == "auto" and _gpu_count() > 0)
 
 
+def on_gpu() -> bool:
+    """Whether Paddle's current device is a GPU. Call after set_device."""
+    return paddle.get_device().startswith("gpu")
+
+
 def _gpu_count() -> int:
     return paddle.device.cuda.device_count() if paddle.device.is_compiled_with_cuda() else 0
 
@@ -150,7 +155,7 @@ def compute_dtype(name: str) -> str | None:
 def memory_in_use() -> str:
     """ "Allocated: 8.23GB, Reserved: 10.50GB" (1 GB = 1e9 bytes): bytes of tensors on the current device, and
     bytes that Paddle has reserved for tensors. On a CPU the two are equal."""
-    if paddle.get_device().startswith("gpu"):
+    if on_gpu():
         allocated, reserved = paddle.device.cuda.memory_allocated(), paddle.device.cuda.memory_reserved()
     else:
         from paddle.base import core

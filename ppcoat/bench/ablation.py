@@ -11,18 +11,19 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ppcoat.atomic import write_text
 from ppcoat.bench.parallel_jobs import PARALLEL_JOBS, Job, batched, run_parallel
-from ppcoat.config.lightning import lightning_config
+from ppcoat.config.flags import add_flags, flag, from_flags
+from ppcoat.config.lightning import TINY_FLUX, lightning_config
 from ppcoat.device import tune_host
 from ppcoat.distill.flux_lightning import train_flux_lightning
 from ppcoat.errors import ConfigError
 from ppcoat.infer.garment_scores import SampleScores, compare_students
 
-TEACHER = "ppcoat/assets/tiny_flux"
+TEACHER = "/".join(Path(TINY_FLUX).parts[-3:])  # as the repository sees it: students' settings name it
 SHARED = {
     "resolution": 64, "guidance_scale": 1.5, "train_batch_size": 16, "lora_rank": 64,
     "num_euler_timesteps": 20, "use_distill_loss": True, "loss_type": "l2", "learning_rate": 2e-3,
@@ -40,52 +41,60 @@ STUDENTS = {
 }
 
 
+@dataclass(frozen=True)
+class AblationFlags:
+    """Settings of the command."""
+
+    data_path: str = flag("folder of pictures with captions")
+    model: str = flag("the teacher", TEACHER)
+    output_dir: str = flag("", "output/ablation")
+    lora_steps: int = flag("of each LoRA", 250)
+    samples: int = flag("pictures scored", 1000)
+    seed: int = flag("of the trainings", 0)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data_path", required=True, help="folder of pictures with captions")
-    parser.add_argument("--model", default=TEACHER, help="the teacher (default: %(default)s)")
-    parser.add_argument("--output_dir", default="output/ablation", help="(default: %(default)s)")
-    parser.add_argument("--lora_steps", type=int, default=250, help="of each LoRA (default: %(default)s)")
-    parser.add_argument("--samples", type=int, default=1000, help="pictures scored (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the trainings (default: %(default)s)")
+    add_flags(parser, AblationFlags)
 
 
 def run_command(arguments: argparse.Namespace) -> None:
+    flags = from_flags(AblationFlags, arguments)
     for name in ("lora_steps", "samples"):
-        if getattr(arguments, name) < 1:
-            raise ConfigError(f"--{name} must be at least 1, got {getattr(arguments, name)}")
+        if getattr(flags, name) < 1:
+            raise ConfigError(f"--{name} must be at least 1, got {getattr(flags, name)}")
     tune_host()
-    folder = Path(arguments.output_dir)
+    folder = Path(flags.output_dir)
     files: dict[str, Path] = {}
     for names in batched(STUDENTS, PARALLEL_JOBS):
         jobs = [
-            Job(f"student: {name}", _distilled, (arguments, folder, name),
-                folder / f"{run_name(arguments, name)}.log")
+            Job(f"student: {name}", _distilled, (flags, folder, name),
+                folder / f"{run_name(flags, name)}.log")
             for name in names
         ]  # fmt: skip
         files |= dict(zip(names, run_parallel(jobs), strict=True))
-    scores, _ = compare_students(arguments.model, files, arguments.samples, batch_size=50)
-    content = {"settings": vars(arguments), "scores": [asdict(row) for row in scores]}
+    scores, _ = compare_students(flags.model, files, flags.samples, batch_size=50)
+    content = {"settings": asdict(flags), "scores": [asdict(row) for row in scores]}
     write_text(folder / "ablation.json", json.dumps(content, indent=2) + "\n")
     print(ablation_table(scores))
 
 
-def _distilled(arguments: argparse.Namespace, folder: Path, name: str) -> Path:
+def _distilled(flags: AblationFlags, folder: Path, name: str) -> Path:
     """The LoRA file of one student, which is trained if the file is missing. Raises ConfigError if the folder
     has students with other settings."""
-    flags = SHARED | STUDENTS[name]
-    steps = arguments.lora_steps * (2 if flags["adv_weight"] else 1)
-    run = run_name(arguments, name)
+    losses = SHARED | STUDENTS[name]
+    steps = flags.lora_steps * (2 if losses["adv_weight"] else 1)
+    run = run_name(flags, name)
     config = lightning_config(
-        flags
+        losses
         | {
-            "data_path": arguments.data_path,
-            "pretrained_teacher_model": arguments.model,
+            "data_path": flags.data_path,
+            "pretrained_teacher_model": flags.model,
             "output_dir": str(folder),
             "tracker_project_name": run,
-            "lr_warmup_steps": min(flags["lr_warmup_steps"], arguments.lora_steps // 10),
+            "lr_warmup_steps": min(losses["lr_warmup_steps"], flags.lora_steps // 10),
             "max_train_steps": steps,
             "checkpointing_steps": steps,
-            "seed": arguments.seed,
+            "seed": flags.seed,
         }
     )
     file, settings = folder / run / f"{run}.safetensors", folder / run / "ablation.json"
@@ -99,9 +108,9 @@ def _distilled(arguments: argparse.Namespace, folder: Path, name: str) -> Path:
     return file
 
 
-def run_name(arguments: argparse.Namespace, name: str) -> str:
+def run_name(flags: AblationFlags, name: str) -> str:
     """Name of the run, and of the folder, of one student."""
-    return f"student{list(STUDENTS).index(name)}-{arguments.lora_steps}-{arguments.seed}"
+    return f"student{list(STUDENTS).index(name)}-{flags.lora_steps}-{flags.seed}"
 
 
 def ablation_table(scores: list[SampleScores]) -> str:

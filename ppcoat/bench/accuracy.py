@@ -27,6 +27,8 @@ import paddle
 
 from ppcoat.atomic import write_text
 from ppcoat.bench.published import PUBLISHED
+from ppcoat.config.flags import add_flags, flag, from_flags
+from ppcoat.config.lightning import TINY_FLUX
 from ppcoat.data import garments
 from ppcoat.device import tune_host
 from ppcoat.errors import ConfigError
@@ -54,25 +56,42 @@ class MomentErrors:
     update: float
 
 
+@dataclass(frozen=True)
+class AccuracyFlags:
+    """Settings of the command."""
+
+    output: Path | None = flag("write the numbers as JSON, too", None, metavar="FILE")
+
+
+@dataclass(frozen=True)
+class WeightFlags:
+    """Settings of `accuracy weights`."""
+
+    model: Path = flag("FLUX folder", Path(TINY_FLUX), shows_default=False)
+    no_output: bool = flag("leave the output out, for large models", False)
+    output: Path | None = flag("write the numbers as JSON, too", None, metavar="FILE")
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write the numbers as JSON, too")
+    add_flags(parser, AccuracyFlags)
     weights = parser.add_subparsers(dest="other", title="another table, with flags of its own").add_parser(
         "weights", help="errors of weights in FP8, and of the transformer's output"
     )
-    _add_weight_arguments(weights)
+    add_flags(weights, WeightFlags)
 
 
 def run_command(arguments: argparse.Namespace) -> None:
     if arguments.other == "weights":
-        _run_weights(arguments)
+        _run_weights(from_flags(WeightFlags, arguments))
         return
+    flags = from_flags(AccuracyFlags, arguments)
     tune_host()
     sets = {**drawn_sets(), "recorded": recorded_gradients()}
     results = {name: compare(gradients) for name, gradients in sets.items()}
     print(moment_table(results))
-    if arguments.output:
-        write_text(arguments.output, json.dumps(_as_json(results), indent=2) + "\n")
-        print(f"\nwritten: {arguments.output}")
+    if flags.output:
+        write_text(flags.output, json.dumps(_as_json(results), indent=2) + "\n")
+        print(f"\nwritten: {flags.output}")
 
 
 def drawn_sets(groups: int = GROUPS, steps: int = STEPS) -> dict[str, np.ndarray]:
@@ -246,24 +265,18 @@ def _gradients_of_a_step(trainer: object, groups: int) -> np.ndarray:
     return everything[chosen]
 
 
-def _add_weight_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", type=Path, default=Path("ppcoat/assets/tiny_flux"), help="FLUX folder")
-    parser.add_argument("--no_output", action="store_true", help="leave the output out, for large models")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write the numbers as JSON, too")
-
-
-def _run_weights(arguments: argparse.Namespace) -> None:
-    folder = arguments.model / "transformer"
+def _run_weights(flags: WeightFlags) -> None:
+    folder = flags.model / "transformer"
     if not folder.is_dir():
-        raise ConfigError(f"--model {arguments.model} has no folder transformer: name a FLUX pipeline folder")
+        raise ConfigError(f"--model {flags.model} has no folder transformer: name a FLUX pipeline folder")
     tune_host()
     rows = list(weight_errors(folder))
-    output = None if arguments.no_output else output_errors(folder, seeds=range(SEEDS))
+    output = None if flags.no_output else output_errors(folder, seeds=range(SEEDS))
     print(_weight_table(rows, output))
-    if arguments.output:
+    if flags.output:
         content = {"weights": [row._asdict() for row in rows], "output": output and output._asdict()}
-        write_text(arguments.output, json.dumps(content, indent=2) + "\n")
-        print(f"\nwritten: {arguments.output}")
+        write_text(flags.output, json.dumps(content, indent=2) + "\n")
+        print(f"\nwritten: {flags.output}")
 
 
 def _weight_table(rows: list[WeightError], output: OutputErrors | None) -> str:

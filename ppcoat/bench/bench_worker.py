@@ -24,6 +24,7 @@ from multiprocessing.connection import Connection
 import numpy as np
 import paddle
 
+from ppcoat.coat import COATConfig, COATTrainer, prepare
 from ppcoat.config.flags import flag
 from ppcoat.config.schema import CoatActivationConfig, CoatOptimizerConfig, NetworkConfig
 from ppcoat.device import (
@@ -31,20 +32,19 @@ from ppcoat.device import (
     GpuMeter,
     HostMeter,
     ignore_warnings_of_libraries,
+    on_gpu,
     set_device,
     tune_host,
 )
 from ppcoat.errors import ConfigError
 from ppcoat.lora.layer import lora_parameters
 from ppcoat.models.flux.transformer import FluxTransformer2DModel
+from ppcoat.models.pictures import TOKEN_SIDE
 from ppcoat.nn.policy import check_policy
-from ppcoat.train.coat import COATConfig, COATTrainer
-from ppcoat.train.model_spec import prepare
-from ppcoat.train.objective import FlowMatching
-from ppcoat.train.trainer import optimizer_state_bytes
+from ppcoat.objective import FlowMatching
+from ppcoat.train.run_state import optimizer_state_bytes
 
 HEAD_DIM = 64
-TOKEN_SIDE = 16  # pixels: FLUX sees a square of a picture as one token
 TEXT_WIDTH, POOLED_WIDTH, LATENT_CHANNELS = 4096, 768, 16  # of FLUX.1: T5-XXL, CLIP-L, autoencoder
 BYTES = ("bytes_kept", "bytes_kept_bf16", "bytes_unpacked")  # counters of nn.saved_tensors
 LEARNING_RATE = {"lora": 1e-3, "full": 1e-4}
@@ -125,12 +125,11 @@ class MeasuredTraining:
     def __init__(self, case: BenchmarkCase) -> None:
         set_device(case.device)
         self.case = case
-        on_gpu = paddle.get_device().startswith("gpu")
         # In full training all weights are trained, and trained weights are float32.
-        self.dtype = "bfloat16" if on_gpu and not case.full_training else "float32"
+        self.dtype = "bfloat16" if on_gpu() and not case.full_training else "float32"
         self.coat = coat_of(case)
         self.model, self.parameters = build_model(case, self.coat, self.dtype)
-        self.meter = GpuMeter() if on_gpu else HostMeter()
+        self.meter = GpuMeter() if on_gpu() else HostMeter()
         # Read before the optimizer is made: FP8AdamW makes its states then, Paddle's at its first step.
         self.loaded_bytes = self.meter.memory()
         rate = LEARNING_RATE["full" if case.full_training else "lora"]

@@ -30,28 +30,43 @@ from ppcoat.bench.bench_worker import (
     measured_peak,
     run_interleaved,
 )
-from ppcoat.config.flags import add_flags
+from ppcoat.config.flags import add_flags, flag, from_flags
 from ppcoat.errors import ConfigError
 
 LAST_STEPS = 5  # the final loss is their mean
 MIB = 2**20
 
 
+@dataclasses.dataclass(frozen=True)
+class BenchmarkFlags:
+    """Settings of the command beside those of a BenchmarkCase. Raises ConfigError for numbers out of range,
+    and for flags that contradict each other."""
+
+    num_steps: int = flag("steps of each variant", 50)
+    memory_budget_gb: float | None = flag("find the largest batch within so many GB (1e9 bytes)", None)
+    use_fp8_activation: bool = flag("COAT keeps activations in FP8 too", False)
+    policy: str | None = flag("what COAT then keeps for backward (default: coat)", None)
+    output: str = flag(
+        "JSON file; the plot is beside it, as .png", "benchmark_results.json", shows_default=False
+    )
+
+    def __post_init__(self) -> None:
+        if self.policy is not None and not self.use_fp8_activation:
+            raise ConfigError(f"--policy {self.policy} has no effect alone: add --use_fp8_activation")
+        if self.num_steps < 1:
+            raise ConfigError(f"num_steps must be at least 1, got {self.num_steps}")
+        budget = self.memory_budget_gb
+        if budget is not None and not 0 < budget < math.inf:
+            raise ConfigError(f"memory_budget_gb must be a positive number, got {budget}")
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_flags(parser, BenchmarkCase, "hidden_size", "num_layers", "batch_size")
-    parser.add_argument(
-        "--num_steps", type=int, default=50, help="steps of each variant (default: %(default)s)"
-    )
+    add_flags(parser, BenchmarkFlags, "num_steps")
     add_flags(parser, BenchmarkCase, "tokens", "text_tokens", "rank", "seed")
-    parser.add_argument(
-        "--memory_budget_gb", type=float, help="find the largest batch within so many GB (1e9 bytes)"
-    )
-    parser.add_argument("--use_fp8_activation", action="store_true", help="COAT keeps activations in FP8 too")
-    parser.add_argument("--policy", help="what COAT then keeps for backward (default: coat)")
+    add_flags(parser, BenchmarkFlags, "memory_budget_gb", "use_fp8_activation", "policy")
     add_flags(parser, BenchmarkCase, "full_training", "device")
-    parser.add_argument(
-        "--output", default="benchmark_results.json", help="JSON file; the plot is beside it, as .png"
-    )
+    add_flags(parser, BenchmarkFlags, "output")
 
     others = parser.add_subparsers(dest="other", title="another measurement, with flags of its own")
     for name, module, what in (
@@ -68,12 +83,13 @@ def run_command(arguments: argparse.Namespace) -> None:
     if arguments.other == "kernels":
         kernels.run_command(arguments)
         return
-    cases, output = cases_of(arguments), _output_file(arguments.output)
-    budget = arguments.memory_budget_gb
+    flags = from_flags(BenchmarkFlags, arguments)
+    cases, output = cases_of(from_flags(BenchmarkCase, arguments), flags), _output_file(flags.output)
+    budget = flags.memory_budget_gb
     settings = {**vars(arguments), "policy": cases["coat"].policy}
     try:
         found = search_batches(cases, budget) if budget is not None else {}
-        report = {"settings": settings, **benchmark(cases, arguments.num_steps)}
+        report = {"settings": settings, **benchmark(cases, flags.num_steps)}
     except MemoryError as error:
         raise ConfigError(
             f"out of memory ({error}): lower --batch_size, --tokens, --hidden_size or --num_layers"
@@ -87,19 +103,9 @@ def run_command(arguments: argparse.Namespace) -> None:
     print(f"\nall numbers: {output}\nplot: {picture}")
 
 
-def cases_of(arguments: argparse.Namespace) -> dict[str, BenchmarkCase]:
-    """Flags -> the variants "standard" and "coat". Raises ConfigError for flags that contradict each
-    other."""
-    if arguments.policy is not None and not arguments.use_fp8_activation:
-        raise ConfigError(f"--policy {arguments.policy} has no effect alone: add --use_fp8_activation")
-    if arguments.num_steps < 1:
-        raise ConfigError(f"num_steps must be at least 1, got {arguments.num_steps}")
-    budget = arguments.memory_budget_gb
-    if budget is not None and not 0 < budget < math.inf:
-        raise ConfigError(f"memory_budget_gb must be a positive number, got {budget}")
-    shared = {field.name for field in dataclasses.fields(BenchmarkCase)} - {"fp8_states", "policy"}
-    standard = BenchmarkCase(**{name: getattr(arguments, name) for name in shared})
-    policy = (arguments.policy or "coat") if arguments.use_fp8_activation else "none"
+def cases_of(standard: BenchmarkCase, flags: BenchmarkFlags) -> dict[str, BenchmarkCase]:
+    """The variants "standard", which is given, and "coat"."""
+    policy = (flags.policy or "coat") if flags.use_fp8_activation else "none"
     return {"standard": standard, "coat": dataclasses.replace(standard, fp8_states=True, policy=policy)}
 
 

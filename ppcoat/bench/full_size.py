@@ -31,6 +31,7 @@ import numpy as np
 import paddle
 
 from ppcoat.atomic import write_text
+from ppcoat.config.flags import add_flags, flag, from_flags
 from ppcoat.config.schema import RunConfig
 from ppcoat.data.cache import TrainingCache, folder_identity
 from ppcoat.data.examples import Example
@@ -56,7 +57,7 @@ _log = logging.getLogger(__name__)
 
 _RANDOM = "random weights"  # first words of `source` in a shard's header
 _ELSEWHERE = "name another folder, or remove it"
-BAND = 1 << 23  # numbers drawn at a time
+CHUNK = 1 << 23  # numbers drawn at a time
 
 
 @dataclass(frozen=True)
@@ -64,10 +65,12 @@ class FullSizeCase:
     """Settings of the command. settings: of the FluxTransformer2DModel, by default FLUX.1-dev's. Raises
     ConfigError for a number out of range."""
 
-    folder: Path
-    steps: int = 2
-    text_tokens: int = 64
-    seed: int = 0
+    folder: Path = flag(
+        "holds the weights; 36 GB must be free", Path("output/full_size"), shows_default=False
+    )
+    steps: int = flag("LoRA steps", 2)
+    text_tokens: int = flag("text tokens beside the 64 image tokens", 64)
+    seed: int = flag("seed of weights and data", 0)
     settings: dict = field(default_factory=lambda: dict(FLUX_DEV))
 
     def __post_init__(self) -> None:
@@ -98,31 +101,28 @@ class FullSizeCase:
         )
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    def number(flag: str, default: int, what: str) -> None:
-        parser.add_argument(f"--{flag}", type=int, default=default, help=f"{what} (default: %(default)s)")
+@dataclass(frozen=True)
+class FullSizeFlags:
+    """What the command does with the numbers and with the files that it wrote."""
 
-    parser.add_argument(
-        "--folder", type=Path, default=Path("output/full_size"), help="holds the weights; 36 GB must be free"
-    )
-    number("steps", 2, "LoRA steps")
-    number("text_tokens", 64, "text tokens beside the 64 image tokens")
-    number("seed", 0, "seed of weights and data")
-    parser.add_argument("--delete", action="store_true", help="remove all that was written at the end")
-    parser.add_argument(
-        "--output", type=Path, default=Path("full_size.json"), help="JSON file of the numbers"
-    )
+    delete: bool = flag("remove all that was written at the end", False)
+    output: Path = flag("JSON file of the numbers", Path("full_size.json"), shows_default=False)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_flags(parser, FullSizeCase)
+    add_flags(parser, FullSizeFlags)
 
 
 def run_command(arguments: argparse.Namespace) -> None:
-    case = FullSizeCase(arguments.folder, arguments.steps, arguments.text_tokens, arguments.seed)
-    if arguments.output.suffix != ".json":
-        raise ConfigError(f"--output must name a .json file, got {arguments.output}")
+    case, flags = from_flags(FullSizeCase, arguments), from_flags(FullSizeFlags, arguments)
+    if flags.output.suffix != ".json":
+        raise ConfigError(f"--output must name a .json file, got {flags.output}")
     tune_host()
     report = full_size(case)
-    write_text(arguments.output, json.dumps(report, indent=1) + "\n")
+    write_text(flags.output, json.dumps(report, indent=1) + "\n")
     print(full_size_summary(report))
-    if arguments.delete:
+    if flags.delete:
         delete(case)
 
 
@@ -335,8 +335,8 @@ def _values(name: str, shape: list[int], is_linear: bool, seed: int) -> np.ndarr
     rng = np.random.Generator(np.random.SFC64([seed, zlib.crc32(name.encode())]))
     table = _bfloat16(_normal_quantiles() * np.float32(shape[1] ** -0.5))
     flat = np.empty(int(np.prod(shape)), "uint16")
-    for start in range(0, flat.size, BAND):
-        part = flat[start : start + BAND]
+    for start in range(0, flat.size, CHUNK):
+        part = flat[start : start + CHUNK]
         part[:] = table[rng.integers(0, table.size, part.size, dtype=np.uint16)]
     return flat.reshape(shape)
 

@@ -18,6 +18,7 @@ import paddle.nn.functional as F
 from paddle import nn
 from paddle.distributed.fleet.utils import recompute
 
+from ppcoat.device import on_gpu, uses_gpu
 from ppcoat.fp8 import backend
 from ppcoat.fp8.constants import NORM_EPSILON
 from ppcoat.fp8.truth import PaddleTensors
@@ -28,7 +29,7 @@ from ppcoat.nn.convert import multiply_in_fp8, quantize_linears
 from ppcoat.nn.saved_tensors import fp8_saved_tensors
 
 FLUSHED = 2**28  # bytes written before each timed call, more than any cache holds
-BLOCK = 128
+GROUP_SIZE = 128  # values that share a scale
 BLOCK_OPS = ("quantize", "dequantize", "modulated_norm", "modulated_norm_grad", "rms_norm_rotated",
              "rms_norm_rotated_grad", "gelu", "gelu_grad", "gated_residual", "scaled_matmul")  # fmt: skip
 LORA_DEVIATION = 0.02  # of a LoRA's B, so that its A has a gradient
@@ -40,13 +41,13 @@ class PaddleLibrary(PaddleTensors):
     name = "paddle"
 
     def __init__(self) -> None:
-        self.on_gpu = paddle.get_device().startswith("gpu")
+        self.on_gpu = on_gpu()
         self.half = "bfloat16" if self.on_gpu else "float32"
 
     @staticmethod
     def has_gpu() -> bool:
         """Whether Paddle was built with CUDA and sees a card."""
-        return paddle.is_compiled_with_cuda() and paddle.device.cuda.device_count() > 0
+        return uses_gpu("auto")
 
     def device(self) -> str:
         """Name of the device and version of the library, for the report."""
@@ -122,12 +123,12 @@ class PaddleLibrary(PaddleTensors):
             return rotated.reshape(x.shape).astype(x.dtype)
 
         def quantize(x):
-            groups = x.reshape([*x.shape[:-1], -1, BLOCK])
+            groups = x.reshape([*x.shape[:-1], -1, GROUP_SIZE])
             scale = groups.abs().max(-1, keepdim=True).astype("float32") / 448
             return (groups / scale.astype(x.dtype)).astype("float8_e4m3fn"), scale
 
         def dequantize(codes, scale):
-            values = codes.view("float8_e4m3fn").astype(self.half).reshape([*scale.shape, BLOCK])
+            values = codes.view("float8_e4m3fn").astype(self.half).reshape([*scale.shape, GROUP_SIZE])
             return values * scale.astype(self.half).unsqueeze(-1)
 
         return {
@@ -160,6 +161,7 @@ class PaddleLibrary(PaddleTensors):
         weights in `self.half`, frozen, and the same LoRA (float32, alpha = rank) on every Linear of attention
         and feed-forward.
         """
+        paddle.seed(0)  # its weights are the same in every call
         block = DoubleBlock(heads, width // heads)
         block.to(dtype=self.half)
         quantised = _with_fp8_products(block, heads, rank)
@@ -210,7 +212,11 @@ def _with_fp8_products(block: DoubleBlock, heads: int, rank: int) -> DoubleBlock
 
 
 def _train_loras(block: DoubleBlock, rank: int) -> None:
-    """Put LoRAs into `block`, every time the same."""
+    """Put LoRAs into `block`, every time the same.
+
+    Not by train/model_spec.py's `prepare`: the very block that runs under COAT also runs under autograd, so
+    what it saves is chosen in the pass (`_under_coat`) and not put into its Linears.
+    """
     rng = np.random.default_rng(1)
     for layer in inject_lora(block, rank, rank, targets=FLUX_TARGETS["transformer_blocks"]).values():
         b = rng.standard_normal(layer.lora_B.shape) * LORA_DEVIATION

@@ -20,6 +20,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ppcoat.config.flags import add_flags, flag, from_flags
+
 if TYPE_CHECKING:
     from ppcoat.bench.kernel_cases import Kernels
 
@@ -83,29 +85,34 @@ class Row:
         return entry
 
 
+@dataclass(frozen=True)
+class KernelFlags:
+    """Settings of the command."""
+
+    output: str = flag("JSON file to write", "kernels.json")
+    runs: int = flag("timed calls each", Sizes.runs)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output", default="kernels.json", help="JSON file to write (default: %(default)s)")
-    parser.add_argument(
-        "--runs", type=int, default=Sizes.runs, help="timed calls each (default: %(default)s)"
-    )
+    add_flags(parser, KernelFlags)
 
 
 def run_command(arguments: argparse.Namespace) -> None:
     from ppcoat.bench.kernel_library import PaddleLibrary
 
-    run_with(PaddleLibrary, arguments)
+    run_with(PaddleLibrary, from_flags(KernelFlags, arguments))
 
 
-def run_with(library: type, arguments: argparse.Namespace) -> None:
+def run_with(library: type, flags: KernelFlags) -> None:
     """The command with tensors of `library`, a class like PaddleLibrary. Raises ConfigError for wrong flags
     and where there is nothing to measure."""
     from ppcoat.errors import ConfigError
 
-    output = Path(arguments.output)
+    output = Path(flags.output)
     if output.suffix != ".json" or not output.absolute().parent.is_dir():
-        raise ConfigError(f"--output must name a .json file in a folder that exists, got {arguments.output}")
-    if arguments.runs < 1:
-        raise ConfigError(f"--runs must be at least 1, got {arguments.runs}")
+        raise ConfigError(f"--output must name a .json file in a folder that exists, got {flags.output}")
+    if flags.runs < 1:
+        raise ConfigError(f"--runs must be at least 1, got {flags.runs}")
     if not library.has_gpu():
         raise ConfigError(f"{library.name} sees no NVIDIA GPU: nothing was measured; run it on a card")
     if importlib.util.find_spec("triton") is None:
@@ -113,9 +120,9 @@ def run_with(library: type, arguments: argparse.Namespace) -> None:
     from ppcoat.atomic import write_text
     from ppcoat.bench.kernel_cases import Kernels
 
-    report = measure(Kernels(library()), Sizes(runs=arguments.runs))
+    report = measure(Kernels(library()), Sizes(runs=flags.runs))
     write_text(output, json.dumps(_without_nan(report), indent=1) + "\n")
-    print(table(report))
+    print(kernel_table(report))
     print(f"\nall numbers: {output}")
     if wrong := wrong_kernels(report):
         raise ConfigError(
@@ -146,7 +153,7 @@ def measure(kernels: Kernels, sizes: Sizes) -> dict[str, Any]:
     return {"device": kernels.library.device(), "errors": errors, "rows": [row.entry() for row in rows]}
 
 
-def table(report: dict[str, Any]) -> str:
+def kernel_table(report: dict[str, Any]) -> str:
     """The report as plain text, with a word for each kernel that is wrong and each target that was missed,
     and lines for why, and for what was not measured."""
     wrong = wrong_kernels(report)
@@ -240,7 +247,7 @@ def _adamw(kernels: Kernels, sizes: Sizes) -> Iterator[Row]:
 
 
 def _double_block(library: Any, sizes: Sizes) -> Iterator[Row]:
-    """Forward and backward of a double block with LoRA: in FP8 what is kept, without and with FP8 products,
+    """Forward and backward of a double block with LoRA: in FP8 what is saved, without and with FP8 products,
     against autograd in 16 bits."""
     for tokens in sizes.tokens:
         calls = _ways(library, tokens, sizes)

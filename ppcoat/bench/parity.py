@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ import numpy as np
 from ppcoat.atomic import write_text
 from ppcoat.bench.parallel_jobs import PARALLEL_JOBS, Job, batched, run_parallel
 from ppcoat.bench.quickstart import CONFIG, draw_data, draw_prompts, final_loss, motif_rate, remove_earlier
-from ppcoat.config.flags import add_set_flag
+from ppcoat.config.flags import add_flags, flag, from_flags, set_flag
 from ppcoat.config.load import load_config
 from ppcoat.config.schema import RunConfig
 from ppcoat.device import set_device, tune_host
@@ -33,43 +34,49 @@ FLOAT32 = "float32"
 WANTED_LOSS, WANTED_RATE = 0.01, 0.05  # greatest difference from float32
 
 
+@dataclass(frozen=True)
+class ParityFlags:
+    """Settings of the command. config: the file; what the runs differ in is set on top of it."""
+
+    config: str = flag("settings of the runs (default: quickstart's)", str(CONFIG), shows_default=False)
+    steps: int = flag("of each run", 400)
+    seeds: list[int] = flag("(default: 0 1 2)", [0, 1, 2], shows_default=False)
+    samples: int = flag("pictures per motif rate", 600)
+    output_dir: str = flag("", "output/parity")
+    overrides: list[str] = set_flag()
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", default=str(CONFIG), help="settings of the runs (default: quickstart's)")
-    parser.add_argument("--steps", type=int, default=400, help="of each run (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(default: 0 1 2)")
-    parser.add_argument(
-        "--samples", type=int, default=600, help="pictures per motif rate (default: %(default)s)"
-    )
-    parser.add_argument("--output_dir", default="output/parity", help="(default: %(default)s)")
-    add_set_flag(parser)
+    add_flags(parser, ParityFlags)
 
 
 def run_command(arguments: argparse.Namespace) -> None:
+    flags = from_flags(ParityFlags, arguments)
     tune_host()
     for name in ("steps", "samples"):
-        if getattr(arguments, name) < 1:
-            raise ConfigError(f"--{name} must be at least 1, got {getattr(arguments, name)}")
-    folder = Path(arguments.output_dir)
+        if getattr(flags, name) < 1:
+            raise ConfigError(f"--{name} must be at least 1, got {getattr(flags, name)}")
+    folder = Path(flags.output_dir)
     settings = {
-        "config": Path(arguments.config).read_text(encoding="utf-8"),
-        "overrides": arguments.overrides,
-        "steps": arguments.steps,
+        "config": Path(flags.config).read_text(encoding="utf-8"),
+        "overrides": flags.overrides,
+        "steps": flags.steps,
     }
     results = _earlier_results(folder / "parity.json", settings)
     missing = {}
-    for seed in arguments.seeds:
+    for seed in flags.seeds:
         for policy in (FLOAT32, *POLICIES[1:]):
-            if results.get(f"{policy}/{seed}", {}).get("samples") != arguments.samples:
-                missing[f"{policy}/{seed}"] = run_config(arguments, policy, seed)
+            if results.get(f"{policy}/{seed}", {}).get("samples") != flags.samples:
+                missing[f"{policy}/{seed}"] = run_config(flags, policy, seed)
     if missing and not results:
         draw_data(next(iter(missing.values())))
     for keys in batched(missing, PARALLEL_JOBS):
-        jobs = [Job(key, _measured_run, (missing[key], results.get(key, {}), arguments.samples),
+        jobs = [Job(key, _measured_run, (missing[key], results.get(key, {}), flags.samples),
                     folder / f"{missing[key].name}.log") for key in keys]  # fmt: skip
         results |= dict(zip(keys, run_parallel(jobs, missing[keys[0]].device), strict=True))
         content = {"settings": settings, "results": results}
         write_text(folder / "parity.json", json.dumps(content, indent=2) + "\n")
-    print(parity_table(results, arguments.seeds))
+    print(parity_table(results, flags.seeds))
 
 
 def _earlier_results(file: Path, settings: dict) -> dict[str, dict]:
@@ -82,18 +89,18 @@ def _earlier_results(file: Path, settings: dict) -> dict[str, dict]:
     return content["results"]
 
 
-def run_config(arguments: argparse.Namespace, policy: str, seed: int) -> RunConfig:
+def run_config(flags: ParityFlags, policy: str, seed: int) -> RunConfig:
     """The settings of one run; float32 is COAT off."""
     coat = ["coat.enabled=false"] if policy == FLOAT32 else [f"coat.activation.policy={policy}"]
     run = [
         f"name={policy.replace('+', '_')}_{seed}",
-        f"output_dir={arguments.output_dir}",
-        f"datasets.0.folder_path={Path(arguments.output_dir) / 'data'}",
-        f"train.steps={arguments.steps}",
+        f"output_dir={flags.output_dir}",
+        f"datasets.0.folder_path={Path(flags.output_dir) / 'data'}",
+        f"train.steps={flags.steps}",
         f"seed={seed}",
         "sample.sample_every=0",
     ]
-    return load_config(arguments.config, [*arguments.overrides, *run, *coat])
+    return load_config(flags.config, [*flags.overrides, *run, *coat])
 
 
 def _measured_run(config: RunConfig, found: dict, samples: int) -> dict[str, float]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from PIL import Image, ImageDraw
 
 from ppcoat.atomic import whole_file
 from ppcoat.bench.parallel_jobs import Job, run_parallel
-from ppcoat.config.flags import add_set_flag
+from ppcoat.config.flags import add_flags, flag, from_flags, set_flag
 from ppcoat.config.load import load_config
 from ppcoat.config.schema import RunConfig
 from ppcoat.data import garments
@@ -38,19 +39,25 @@ GRID_COLUMNS = 8
 DRAWN = ".drawn_by_quickstart"  # file in the data folder that marks it as made here
 
 
+@dataclass(frozen=True)
+class QuickstartFlags:
+    """Settings of the command."""
+
+    config: str = flag(
+        "settings of the run (default: configs/quickstart.yaml)", str(CONFIG), shows_default=False
+    )
+    samples: int = flag("pictures per measured rate", 100)
+    overrides: list[str] = set_flag()
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--config", default=str(CONFIG), help="settings of the run (default: configs/quickstart.yaml)"
-    )
-    parser.add_argument(
-        "--samples", type=int, default=100, help="pictures per measured rate (default: %(default)s)"
-    )
-    add_set_flag(parser)
+    add_flags(parser, QuickstartFlags)
 
 
 def run_command(arguments: argparse.Namespace) -> None:
+    flags = from_flags(QuickstartFlags, arguments)
     tune_host()
-    quickstart(arguments.config, arguments.overrides, arguments.samples)
+    quickstart(flags.config, flags.overrides, flags.samples)
 
 
 def quickstart(config_file: str, overrides: list[str], samples: int) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 import paddle
 
 from ppcoat.config.lightning import TINY_FLUX
-from ppcoat.device import GpuMeter, HostMeter
+from ppcoat.device import GpuMeter, HostMeter, on_gpu
 from ppcoat.errors import ConfigError
 from ppcoat.fp8 import backend, matmul, norm
 from ppcoat.fp8.adamw import AdamWHyper, MomentCodec, encode_moments
@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_command(arguments: argparse.Namespace) -> None:
     findings = examine()
-    print(table(findings))
+    print(doctor_table(findings))
     failed = [finding for finding in findings if finding.mark == "fail"]
     if failed:
         raise ConfigError(f"the main job cannot run: {failed[0].name}: {failed[0].advice}")
@@ -67,11 +67,11 @@ def examine() -> list[Finding]:
     """All findings, in the order in which they are printed."""
     return [
         *versions(), device(), *built_with(), memory(),
-        fp8_cast(), fp8_matmul(), attention(), tiny_flux(), *fast_paths(),
+        fp8_cast(), fp8_matmul(), attention_row(), tiny_flux(), *fast_paths(),
     ]  # fmt: skip
 
 
-def table(findings: list[Finding]) -> str:
+def doctor_table(findings: list[Finding]) -> str:
     """One line for each finding, then each advice once, behind the names of all that it is for."""
     width = max(len(finding.name) for finding in findings)
     lines = [f"{f.mark:4s}  {f.name:{width}s}  {f.what}" for f in findings]
@@ -106,7 +106,7 @@ def versions() -> list[Finding]:
 
 def device() -> Finding:
     """The device that Paddle computes on."""
-    if _on_gpu():
+    if on_gpu():
         return Finding("ok", "device", f"{paddle.get_device()}, {GpuMeter().name()}")
     advice = "training takes hours where a card takes minutes, and only tiny models fit: use an NVIDIA card"
     if not paddle.is_compiled_with_cuda():
@@ -136,7 +136,7 @@ def built_with() -> list[Finding]:
 
 def memory() -> Finding:
     """What is free where the model would go."""
-    if _on_gpu():
+    if on_gpu():
         meter = GpuMeter()
         free, total = meter.total_memory() - paddle.device.cuda.memory_reserved(), meter.total_memory()
     else:
@@ -169,9 +169,9 @@ def fp8_matmul() -> Finding:
     return Finding("miss", "FP8 matmul", support.reason, advice)
 
 
-def attention() -> Finding:
+def attention_row() -> Finding:
     """The attention that a FLUX block would run in its compute dtype."""
-    q = paddle.zeros([1, 16, 2, 64], dtype="bfloat16" if _on_gpu() else "float32")
+    q = paddle.zeros([1, 16, 2, 64], dtype="bfloat16" if on_gpu() else "float32")
     if uses_flash_attention(q):
         return Finding("ok", "attention", "flash attention through Paddle")
     advice = "memory for all pairs of tokens and time: flash attention takes an NVIDIA card and bfloat16"
@@ -214,7 +214,7 @@ def fast_paths() -> list[Finding]:
 def _median_ms(op: backend.Op, version: str) -> float:
     """Median time of one call at FLUX's width, the first call left out."""
     arguments = _arguments(op.name)
-    meter, times = GpuMeter() if _on_gpu() else HostMeter(), []
+    meter, times = GpuMeter() if on_gpu() else HostMeter(), []
     with backend.use(version):
         op(*arguments)
         for _ in range(TIMED):
@@ -226,7 +226,7 @@ def _median_ms(op: backend.Op, version: str) -> float:
 
 def _arguments(name: str) -> tuple:
     """Arguments of an op, of the size that it has in a training of FLUX."""
-    x = paddle.randn([ROWS_GPU if _on_gpu() else ROWS_CPU, WIDTH])
+    x = paddle.randn([ROWS_GPU if on_gpu() else ROWS_CPU, WIDTH])
     rows = x.abs().reshape([-1, 128])
     with backend.use(backend.REFERENCE):
         if name in ("quantize", "dequantize"):
@@ -249,7 +249,7 @@ def _arguments(name: str) -> tuple:
 
 def _layer_arguments(name: str, x: paddle.Tensor) -> tuple:
     """The same for the ops of a FLUX block; x [tokens, WIDTH]."""
-    dtype = "bfloat16" if _on_gpu() else "float32"
+    dtype = "bfloat16" if on_gpu() else "float32"
     x, row = x.astype(dtype).unsqueeze(0), paddle.randn([1, 1, WIDTH]).astype(dtype)
     codes, scale = quantize(x, E4M3, 128)
     groups, tokens = Groups(scale, E4M3, 128, dtype), x.shape[1]
@@ -281,7 +281,3 @@ def _host_free() -> int | None:
     file = Path("/proc/meminfo")
     lines = file.read_text().splitlines() if file.is_file() else []
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
-
-
-def _on_gpu() -> bool:
-    return paddle.get_device().startswith("gpu")

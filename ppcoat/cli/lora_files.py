@@ -15,8 +15,10 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
+from ppcoat.config.flags import add_flags, flag, from_flags
 from ppcoat.errors import ConfigError
 from ppcoat.lora import LoRAFile, read_lora_file, summarize, write_lora_file
 from ppcoat.lora.files import OF_TENSORS
@@ -28,12 +30,30 @@ SHOWN_KEYS = 10
 NOTABLE_ERROR = 0.01
 
 
+@dataclass(frozen=True)
+class InspectFlags:
+    """Settings of `inspect`."""
+
+    file: Path = flag("LoRA file, .safetensors", positional=True)
+
+
+@dataclass(frozen=True)
+class ConvertFlags:
+    """Settings of `convert`."""
+
+    input: Path = flag("LoRA file, .safetensors", positional=True, metavar="IN")
+    output: Path = flag("file to write, .safetensors", positional=True, metavar="OUT")
+    format: str = flag("what to write", choices=FORMATS)
+    dtype: str | None = flag("of the tensors (default: as in IN)", None, choices=LORA_DTYPES)
+    ignore_unknown: bool = flag("leave keys out that name no FLUX module", False)
+
+
 def add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", help="LoRA file, .safetensors")
+    add_flags(parser, InspectFlags)
 
 
 def run_inspect(arguments: argparse.Namespace) -> None:
-    file = Path(arguments.file)
+    file = from_flags(InspectFlags, arguments).file
     print(describe(file, read_lora_file(file, incomplete_too=True)))
 
 
@@ -93,28 +113,23 @@ def clean(text: str) -> str:
 
 
 def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("input", metavar="IN", help="LoRA file, .safetensors")
-    parser.add_argument("output", metavar="OUT", help="file to write, .safetensors")
-    parser.add_argument("--format", required=True, choices=FORMATS, help="what to write")
-    parser.add_argument("--dtype", choices=LORA_DTYPES, help="of the tensors (default: as in IN)")
-    parser.add_argument(
-        "--ignore_unknown", action="store_true", help="leave keys out that name no FLUX module"
-    )
+    add_flags(parser, ConvertFlags)
 
 
 def run_convert(arguments: argparse.Namespace) -> None:
-    source, target = Path(arguments.input), Path(arguments.output)
+    flags = from_flags(ConvertFlags, arguments)
+    source, target = flags.input, flags.output
     if target.exists():
         raise ConfigError(f"{target} exists: remove it, or choose another name")
-    lora = read_known(source, arguments.ignore_unknown)
-    dtype = arguments.dtype or stored_dtype(lora)
-    error = write_lora_file(target, lora.modules, carried_fields(lora), arguments.format, dtype)
+    lora = read_known(source, flags.ignore_unknown)
+    dtype = flags.dtype or stored_dtype(lora)
+    error = write_lora_file(target, lora.modules, carried_fields(lora), flags.format, dtype)
     if not error <= NOTABLE_ERROR:
         print(
             f"warning: {dtype} keeps delta-W within {error:.1%} only, --dtype float32 does better",
             file=sys.stderr,
         )
-    print(f"{source} ({lora.format}) -> {target} ({arguments.format}, {dtype})")
+    print(f"{source} ({lora.format}) -> {target} ({flags.format}, {dtype})")
     print(summarize(lora.modules).line())
     print(f"read back: every delta-W is that of the input within a relative error of {error:.1g}")
 

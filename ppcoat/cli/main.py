@@ -39,14 +39,14 @@ COMMANDS = {
     "merge-newbie": Command(
         "write a NewBie folder with a LoRA or LoKr added",
         "ppcoat.cli.newbie",
-        "add_merge_arguments",
-        "run_merge",
+        "add_merge_newbie_arguments",
+        "run_merge_newbie",
     ),
     "convert-newbie": Command(
         "write a NewBie folder from its released parts",
         "ppcoat.cli.newbie",
-        "add_convert_arguments",
-        "run_convert",
+        "add_convert_newbie_arguments",
+        "run_convert_newbie",
     ),
     "generate": Command("draw pictures with a FLUX folder and, if wanted, a LoRA", "ppcoat.infer.generate"),
     "lightning": Command("draw in four steps with a FLUX-Lightning LoRA", "ppcoat.infer.lightning"),

@@ -23,6 +23,7 @@ import paddle
 from safetensors import safe_open
 
 from ppcoat.atomic import whole_folder
+from ppcoat.config.flags import add_flags, flag, from_flags
 from ppcoat.device import tune_host
 from ppcoat.errors import ConfigError
 from ppcoat.lora import LoRAFile, load_lora, merge_lora
@@ -37,35 +38,39 @@ NOTABLE_LOSS = 0.05  # of the norm of delta-W
 ROUNDING = {"F32": ("float32", 2.0**-24), "BF16": ("bfloat16", 2.0**-8), "F16": ("float16", 2.0**-11)}
 
 
+@dataclass(frozen=True)
+class MergeFlags:
+    """Settings of the command."""
+
+    model: str = flag("folder of a FLUX pipeline")
+    lora: str = flag("LoRA file, .safetensors")
+    output_dir: str = flag("folder to write; it may not exist")
+    scale: float = flag("strength of the LoRA", 1.0)
+    ignore_unknown: bool = flag("leave keys out that name no FLUX module", False)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, help="folder of a FLUX pipeline")
-    parser.add_argument("--lora", required=True, help="LoRA file, .safetensors")
-    parser.add_argument("--output_dir", required=True, help="folder to write; it may not exist")
-    parser.add_argument(
-        "--scale", type=float, default=1.0, help="strength of the LoRA (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--ignore_unknown", action="store_true", help="leave keys out that name no FLUX module"
-    )
+    add_flags(parser, MergeFlags)
 
 
 def run_command(arguments: argparse.Namespace) -> None:
+    flags = from_flags(MergeFlags, arguments)
     tune_host()
     # A sum of weights: a card would only have to hold the model.
     paddle.set_device("cpu")
-    folder, output = Path(arguments.model), Path(arguments.output_dir)
+    folder, output = Path(flags.model), Path(flags.output_dir)
     check_output(folder, output, "--output_dir")
-    check_scale(arguments.scale)
-    lora = read_known(Path(arguments.lora), arguments.ignore_unknown)
+    check_scale(flags.scale)
+    lora = read_known(Path(flags.lora), flags.ignore_unknown)
     check_folder(folder, "--model")
     check_fits(lora, folder / "transformer")
     dtype, unit = base_dtype(folder / "transformer")
     model = load_transformer(folder / "transformer", dtype)
-    load_lora(model, arguments.lora, arguments.scale)
+    load_lora(model, flags.lora, flags.scale)
     merge_lora(model)
-    linears, added = linear_weights(model), Added(lora, arguments.scale, unit)
+    linears, added = linear_weights(model), Added(lora, flags.scale, unit)
     lost = write_merged(folder, output, model, lambda merged: check_merged(folder, merged, linears, added))
-    print(f"{folder} + {arguments.scale:g} x {arguments.lora} -> {output}")
+    print(f"{folder} + {flags.scale:g} x {flags.lora} -> {output}")
     print(f"{len(lora.modules)} modules; rounding to {dtype} changed delta-W by {lost:.2%} of its norm")
     if lost > NOTABLE_LOSS:
         print(

@@ -14,10 +14,12 @@ the sum is taken in float32 and rounded once to the base's dtype, the other part
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
 
 import paddle
 
+from ppcoat.config.flags import add_flags, flag, from_flags
 from ppcoat.device import tune_host
 from ppcoat.errors import ConfigError
 from ppcoat.lora import load_adapter, merge_lora
@@ -28,34 +30,51 @@ from ppcoat.models.tensor_files import read_json
 from .merge import base_dtype, check_output, check_scale, write_merged
 
 
-def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--checkpoint", required=True, help="weights of the transformer: .safetensors or .pth")
-    add("--gemma3", required=True, help="folder of Gemma3 with its tokenizer")
-    add("--jina", required=True, help="folder of Jina CLIP v2 with its tokenizer")
-    add("--vae", required=True, help="folder of FLUX.1's VAE, or a FLUX folder with vae/ in it")
-    add("--output", default=None, help="folder to write; it may not exist (default: diffusers/ beside it)")
-    add("--dtype", default="bf16", choices=list(WEIGHT_DTYPES), help="of all weights (default: %(default)s)")
-    add("--transformer_config", default=None, help="config.json of a transformer that is not the 3B one")
+@dataclass(frozen=True)
+class ConvertNewbieFlags:
+    """Settings of the command that converts."""
+
+    checkpoint: str = flag("weights of the transformer: .safetensors or .pth")
+    gemma3: str = flag("folder of Gemma3 with its tokenizer")
+    jina: str = flag("folder of Jina CLIP v2 with its tokenizer")
+    vae: str = flag("folder of FLUX.1's VAE, or a FLUX folder with vae/ in it")
+    output: str | None = flag("folder to write; it may not exist (default: diffusers/ beside it)", None)
+    dtype: str = flag("of all weights", "bf16", choices=list(WEIGHT_DTYPES))
+    transformer_config: str | None = flag("config.json of a transformer that is not the 3B one", None)
 
 
-def run_convert(arguments: argparse.Namespace) -> None:
+@dataclass(frozen=True)
+class MergeNewbieFlags:
+    """Settings of the command that merges."""
+
+    base_model_path: str = flag("folder of a NewBie-image pipeline")
+    lora_path: str = flag("adapter directory, or a .safetensors file")
+    output_path: str = flag("folder to write; it may not exist")
+    scale: float = flag("strength", 1.0)
+
+
+def add_convert_newbie_arguments(parser: argparse.ArgumentParser) -> None:
+    add_flags(parser, ConvertNewbieFlags)
+
+
+def run_convert_newbie(arguments: argparse.Namespace) -> None:
+    flags = from_flags(ConvertNewbieFlags, arguments)
     tune_host()
     paddle.set_device("cpu")  # only bytes are moved
-    checkpoint = Path(arguments.checkpoint)
-    output = Path(arguments.output) if arguments.output else checkpoint.parent / "diffusers"
+    checkpoint = Path(flags.checkpoint)
+    output = Path(flags.output) if flags.output else checkpoint.parent / "diffusers"
     if output.exists():
         raise ConfigError(f"--output {output} exists: remove it, or choose another name")
-    vae = Path(arguments.vae)
+    vae = Path(flags.vae)
     parts = {
-        "text_encoder": folder_of("--gemma3", Path(arguments.gemma3)),
-        "clip_model": folder_of("--jina", Path(arguments.jina)),
+        "text_encoder": folder_of("--gemma3", Path(flags.gemma3)),
+        "clip_model": folder_of("--jina", Path(flags.jina)),
         "vae": folder_of("--vae", vae / "vae" if (vae / "vae").is_dir() else vae),
     }
-    config = read_json(Path(arguments.transformer_config)) if arguments.transformer_config else None
+    config = read_json(Path(flags.transformer_config)) if flags.transformer_config else None
     infos = checkpoint_infos(checkpoint)
-    write_newbie_folder(output, infos, parts, arguments.dtype, config)
-    print(f"{checkpoint}: {len(infos)} tensors, {arguments.dtype} -> {output}")
+    write_newbie_folder(output, infos, parts, flags.dtype, config)
+    print(f"{checkpoint}: {len(infos)} tensors, {flags.dtype} -> {output}")
 
 
 def folder_of(flag: str, folder: Path) -> Path:
@@ -65,25 +84,23 @@ def folder_of(flag: str, folder: Path) -> Path:
     return folder
 
 
-def add_merge_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--base_model_path", required=True, help="folder of a NewBie-image pipeline")
-    parser.add_argument("--lora_path", required=True, help="adapter directory, or a .safetensors file")
-    parser.add_argument("--output_path", required=True, help="folder to write; it may not exist")
-    parser.add_argument("--scale", type=float, default=1.0, help="strength (default: %(default)s)")
+def add_merge_newbie_arguments(parser: argparse.ArgumentParser) -> None:
+    add_flags(parser, MergeNewbieFlags)
 
 
-def run_merge(arguments: argparse.Namespace) -> None:
+def run_merge_newbie(arguments: argparse.Namespace) -> None:
+    flags = from_flags(MergeNewbieFlags, arguments)
     tune_host()
     # A sum of weights: a card would only have to hold the model.
     paddle.set_device("cpu")
-    folder, output = Path(arguments.base_model_path), Path(arguments.output_path)
+    folder, output = Path(flags.base_model_path), Path(flags.output_path)
     check_output(folder, output, "--output_path")
-    check_scale(arguments.scale)
+    check_scale(flags.scale)
     check_newbie_folder(folder, "--base_model_path")
     dtype, _ = base_dtype(folder / "transformer")
     model = load_nextdit(folder / "transformer", dtype)
-    modules = load_adapter(model, arguments.lora_path, arguments.scale).ranks
+    modules = load_adapter(model, flags.lora_path, flags.scale).ranks
     merge_lora(model)
     write_merged(folder, output, model, check_newbie_folder)
-    print(f"{folder} + {arguments.scale:g} x {arguments.lora_path} -> {output}")
+    print(f"{folder} + {flags.scale:g} x {flags.lora_path} -> {output}")
     print(f"{len(modules)} modules, {dtype}")

@@ -10,10 +10,12 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import yaml
 
-from ppcoat.config.flags import add_set_flag
+from ppcoat.config.flags import add_flags, flag, from_flags, set_flag
 from ppcoat.config.lightning import LightningConfig, lightning_config
 from ppcoat.config.newbie import load_run_config
 from ppcoat.config.schema import RunConfig
@@ -21,7 +23,7 @@ from ppcoat.errors import ConfigError
 from ppcoat.plan.lightning import LightningMemoryModel
 from ppcoat.plan.phases import FLOPS, PCIE_RATE, Phase, Settings
 from ppcoat.plan.settings import GB, Plan, check_budget, plan
-from ppcoat.train.model_spec import model_spec
+from ppcoat.train.run import MODEL_SPECS
 
 NAMES = {  # component -> its row in the table
     "context": "context and libraries",
@@ -42,37 +44,42 @@ LIGHTNING = "lightning"
 RESOLUTION = 1024
 
 
+@dataclass(frozen=True)
+class PlanFlags:
+    """Settings of the command."""
+
+    config: str = flag(
+        "file of a training run, e.g. configs/flux_lora_24gb.yaml, or TOML for NewBie-image; or the word "
+        "lightning, for the distillation of FLUX.1-dev with all losses and gradient checkpointing",
+        positional=True,
+    )
+    vram: float | None = flag("choose the fastest settings that fit into so many GB", None, metavar="GB")
+    resolution: int | None = flag(f"of lightning's pictures (default: {RESOLUTION})", None, metavar="PIXELS")
+    overrides: list[str] = set_flag()
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "config",
-        help="file of a training run, e.g. configs/flux_lora_24gb.yaml, or TOML for NewBie-image; or the "
-        "word lightning, for the distillation of FLUX.1-dev with all losses and gradient checkpointing",
-    )
-    parser.add_argument(
-        "--vram", type=float, metavar="GB", help="choose the fastest settings that fit into so many GB"
-    )
-    parser.add_argument(
-        "--resolution", type=int, metavar="PIXELS", help=f"of lightning's pictures (default: {RESOLUTION})"
-    )
-    add_set_flag(parser)
+    add_flags(parser, PlanFlags)
 
 
 def run_command(arguments: argparse.Namespace) -> None:
-    if arguments.config == LIGHTNING:
-        if arguments.overrides:
+    flags = from_flags(PlanFlags, arguments)
+    if flags.config == LIGHTNING:
+        if flags.overrides:
             raise ConfigError("--set changes a config file; plan lightning takes --vram and --resolution")
-        print(lightning_plans(arguments.resolution or RESOLUTION, check_budget(arguments.vram)))
+        print(lightning_plans(flags.resolution or RESOLUTION, check_budget(flags.vram)))
         return
-    if arguments.resolution is not None:
+    if flags.resolution is not None:
         raise ConfigError("--resolution is for plan lightning; a config file says it in its datasets")
-    config = load_run_config(arguments.config, arguments.overrides)
-    planned = plan(config, arguments.vram)
-    print(table(planned))
-    if arguments.vram is not None:
-        print(advice(config, planned))
+    config = load_run_config(flags.config, flags.overrides)
+    spec = MODEL_SPECS[config.model.family]
+    planned = plan(config, spec.memory_model, flags.vram)
+    print(plan_table(planned))
+    if flags.vram is not None:
+        print(advice(config, planned, spec.config_format))
 
 
-def table(planned: Plan) -> str:
+def plan_table(planned: Plan) -> str:
     """What a plan says, as text of at most 108 columns: facts, settings, GB by component and phase."""
     return "\n".join([*planned.facts, _settings(planned.settings), *phase_table(planned.phases)])
 
@@ -154,15 +161,14 @@ def _sections(settings: Settings) -> dict[str, dict]:
     }
 
 
-def advice(config: RunConfig, planned: Plan) -> str:
-    """The chosen settings as config lines, and what they rest on."""
+def advice(config: RunConfig, planned: Plan, config_format: Literal["yaml", "toml"]) -> str:
+    """The chosen settings as lines of a config in that format, and what they rest on."""
     allowed = (
         "An FP8 base is allowed by model.quantize: true."
         if config.model.quantize
         else "An FP8 base was not considered: model.quantize: true would allow it."
     )
-    form = model_spec(config.model.family).config_format
-    lines = {"yaml": settings_yaml, "toml": settings_toml}[form](planned.settings)
+    lines = {"yaml": settings_yaml, "toml": settings_toml}[config_format](planned.settings)
     return (
         f"\nThe fastest that fits into {planned.vram_gb:g} GB: about {planned.seconds:.1f} s an update by a "
         f"model of the time\n({FLOPS / 1e12:.0f} TFLOP/s, PCIe {PCIE_RATE / GB:.0f} GB/s), not a "

@@ -1,97 +1,161 @@
 """Command line flags: made from the fields of a frozen dataclass or a config section, so that nothing is
-written twice; and those that several commands share.
+written twice; and those that several commands share. No other module adds an argument to a parser.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Callable, Collection
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from pydantic import BaseModel
+if TYPE_CHECKING:  # benchmark kernels runs where there is no pydantic
+    from pydantic import BaseModel
+
+Fields = TypeVar("Fields")
 
 
-def flag(what: str, default: Any = dataclasses.MISSING, name: str | None = None) -> Any:
+class TakesArguments(Protocol):
+    """An ArgumentParser, or a group of one."""
+
+    add_argument: Callable[..., argparse.Action]
+
+
+def flag(
+    what: str,
+    default: Any = dataclasses.MISSING,
+    name: str | None = None,
+    *,
+    shows_default: bool = True,
+    positional: bool = False,
+    repeated: bool = False,
+    metavar: str | None = None,
+    choices: Collection[str] | None = None,
+) -> Any:
     """A dataclass field with what its flag's help says; without default the flag is required.
 
-    The help shows a default that is not None, False or "". name: of the flag, if not the field's own.
+    The help shows a default that is not None, False or "", unless shows_default is off. name: of the flag, if
+    not the field's own. positional: told by its place, without a name. repeated: each use adds one item to
+    the list, which otherwise takes several texts at once. metavar: what the help calls the value. choices:
+    the texts allowed.
     """
-    return dataclasses.field(default=default, metadata={"what": what, "name": name})
+    metadata = {
+        "what": what,
+        "name": name,
+        "shows_default": shows_default,
+        "positional": positional,
+        "repeated": repeated,
+        "told": {"metavar": metavar, "choices": choices},
+    }
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
-def add_flags(parser: argparse.ArgumentParser, fields_of: type, *names: str) -> None:
+def set_flag() -> Any:
+    """The field `overrides` of a command with a config: --set a.b=c."""
+    what = "override one key, e.g. --set train.steps=50; may be repeated"
+    return flag(what, [], "set", repeated=True, metavar="a.b=c", shows_default=False)
+
+
+def add_flags(parser: TakesArguments, fields_of: type, *names: str) -> None:
     """One flag per field that `flag` made (all, or those in `names`), read as the field's type says; and its
-    value in the namespace under the field's name."""
-    types = get_type_hints(fields_of)
-    fields = {each.name: each for each in dataclasses.fields(fields_of) if each.metadata}
+    value in the namespace under the flag's name. `from_flags` takes it from there."""
+    types, fields = get_type_hints(fields_of), _flag_fields(fields_of)
     for name in names or fields:
         field = fields[name]
-        required = field.default is dataclasses.MISSING
-        default = None if required else field.default
-        hidden = default is None or default is False or default == ""
-        shown = "" if hidden else " (default: %(default)s)"
-        settings = {"help": (field.metadata["what"] + shown).strip(), "dest": name} | _reading(types[name])
-        if "action" not in settings:
-            settings |= {"required": required, "default": default}
-            if "choices" not in settings:
-                settings["metavar"] = (field.metadata["name"] or name).upper()
-        parser.add_argument(f"--{field.metadata['name'] or name}", **settings)
+        told, default = field.metadata, _default_of(field)
+        hidden = default in (dataclasses.MISSING, None, "") or default is False or not told["shows_default"]
+        settings = _reading(types[name]) | {key: value for key, value in told["told"].items() if value}
+        if told["repeated"]:
+            del settings["nargs"]
+            settings["action"] = "append"
+        if default is not dataclasses.MISSING and settings.get("action") != "store_true":
+            settings["default"] = default
+        elif default is dataclasses.MISSING and not told["positional"]:
+            settings["required"] = True
+        _add(parser, _name_of(field), told["positional"], told["what"], None if hidden else default, settings)
 
 
-def add_section_flags(parser: argparse.ArgumentParser, section: type[BaseModel]) -> None:
+def add_section_flags(parser: TakesArguments, section: type[BaseModel]) -> None:
     """One flag per field of a pydantic section, whose checks read the text. A flag that is not given is not
     in the namespace."""
     for name, field in section.model_fields.items():
-        default = "" if field.is_required() or field.default is None else f" (default: {field.default})"
-        settings: dict[str, Any] = {"help": (field.description + default).replace("%", "%%")}
-        if field.annotation is bool:
-            settings["action"] = argparse.BooleanOptionalAction
-        elif get_origin(field.annotation) is tuple:
-            settings["nargs"] = "*"
-        elif get_origin(field.annotation) is Literal:
-            settings["choices"] = field.annotation.__args__
-        parser.add_argument(f"--{name}", required=field.is_required(), default=argparse.SUPPRESS, **settings)
+        settings = _reading(field.annotation, as_text=True)
+        settings |= {"required": field.is_required(), "default": argparse.SUPPRESS}
+        shown = None if field.is_required() else field.default
+        _add(parser, name, False, field.description, shown, settings)
 
 
-def add_set_flag(parser: argparse.ArgumentParser) -> None:
-    """--set a.b=c, as every command with a config has it."""
-    parser.add_argument(
-        "--set",
-        dest="overrides",
-        action="append",
-        default=[],
-        metavar="a.b=c",
-        help="override one key, e.g. --set train.steps=50; may be repeated",
+def from_flags(fields_of: type[Fields], arguments: argparse.Namespace, **others: Any) -> Fields:
+    """The dataclass with the values of its flags in the namespace; fields without a flag there keep their
+    defaults. others: fields by name, which count instead."""
+    names = {name: _name_of(field) for name, field in _flag_fields(fields_of).items()}
+    given = {name: getattr(arguments, said) for name, said in names.items() if hasattr(arguments, said)}
+    return fields_of(**given | others)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunFlags:
+    """What every command that trains from a config file is told, --strict apart, which becomes one of the
+    overrides. config: the file."""
+
+    config: str
+    overrides: list[str] = set_flag()
+    dry_run: bool = flag(
+        "check everything, show settings and data, time two steps, and leave nothing on the disk", False
     )
 
 
-def add_run_flags(parser: argparse.ArgumentParser) -> None:
-    """--set, --strict and --dry_run, as every command that trains from a config file has them."""
-    add_set_flag(parser)
+def add_run_flags(parser: argparse.ArgumentParser, fields_of: type[RunFlags]) -> None:
+    """The flags of `fields_of`, and --strict."""
+    add_flags(parser, fields_of, "config", "overrides")
     parser.add_argument(
         "--strict",
-        dest="overrides",
+        dest="set",
         action="append_const",
         const="save.strict_resume=true",
         help="stop where the latest checkpoint is damaged, instead of going on from the one before it; "
         "the same as --set save.strict_resume=true",
     )
-    parser.add_argument(
-        "--dry_run",
-        action="store_true",
-        help="check everything, show settings and data, time two steps, and leave nothing on the disk",
-    )
+    add_flags(parser, fields_of, "dry_run")
 
 
-def _reading(kind: Any) -> dict[str, Any]:
-    """What argparse is told of a field of this type; text needs nothing."""
+def _add(
+    parser: TakesArguments, name: str, positional: bool, what: str, shown: Any, settings: dict[str, Any]
+) -> None:
+    """The one place that adds a flag. shown: the default that its help tells, None for none."""
+    text = what if shown is None else f"{what} (default: {shown})".strip()
+    parser.add_argument(name if positional else f"--{name}", help=text.replace("%", "%%"), **settings)
+
+
+def _flag_fields(fields_of: type) -> dict[str, dataclasses.Field]:
+    return {each.name: each for each in dataclasses.fields(fields_of) if each.metadata}
+
+
+def _name_of(field: dataclasses.Field) -> str:
+    return field.metadata["name"] or field.name
+
+
+def _default_of(field: dataclasses.Field) -> Any:
+    made = field.default_factory is not dataclasses.MISSING
+    return field.default_factory() if made else field.default
+
+
+def _reading(kind: Any, as_text: bool = False) -> dict[str, Any]:
+    """What argparse is told of a field of this type; text needs nothing. as_text: numbers are read by someone
+    else, and what is true by default can be switched off."""
     if get_origin(kind) in (Union, UnionType):
-        (kind,) = (each for each in get_args(kind) if each is not type(None))
+        kind, *others = (each for each in get_args(kind) if each is not type(None))
+        if others:
+            return {}
     if kind is bool:
-        return {"action": "store_true"}
+        return {"action": argparse.BooleanOptionalAction if as_text else "store_true"}
     if get_origin(kind) is Literal:
-        return {"choices": list(get_args(kind))}
+        return {"choices": get_args(kind)}
+    if get_origin(kind) is tuple:
+        return {"nargs": "*"}
     if get_origin(kind) is list:
-        return {"nargs": "+"}
-    return {} if kind is str else {"type": kind}
+        return {"nargs": "+"} | _reading(get_args(kind)[0], as_text)
+    return {} if as_text or kind is str else {"type": kind}

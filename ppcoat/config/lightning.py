@@ -18,7 +18,7 @@ from ppcoat.config.training_sections import LoRAFormat
 from ppcoat.errors import ConfigError
 
 TINY_FLUX = str(Path(__file__).parents[1] / "assets" / "tiny_flux")
-STEPS = 4  # in which a student draws
+STUDENT_STEPS = 4  # in which a student draws
 WINDOW = 1024  # pictures that a rank encodes ahead where there are too many to hold them all
 Rule = Literal["fixed", "published"]
 # The known mistakes of the public code: each of these fields has the values of Rule.
@@ -100,7 +100,7 @@ class LightningConfig(BaseModel):
     )
     seed: int = Field(453645634, ge=0, lt=2**32, description="of initial weights, order, noise and levels")
     num_euler_timesteps: int = Field(100, ge=1, le=1000, description="Euler steps of the teacher")
-    multiphase: int = Field(STEPS, ge=1, description="phases, each one step of the student")
+    multiphase: int = Field(STUDENT_STEPS, ge=1, description="phases, each one step of the student")
     gradient_checkpointing: bool = Field(
         False, description="recompute blocks in backward: less memory, slower"
     )
@@ -221,9 +221,15 @@ class LightningConfig(BaseModel):
 
     def run_config(self, data_folder: str | Path) -> RunConfig:
         """The same run in the LoRA trainer's terms, with pictures in `data_folder`. Raises ConfigError."""
+        try:
+            return RunConfig.model_validate(self._sections(data_folder))
+        except ValidationError as error:
+            raise ConfigError(_line(error)) from None
+
+    def _sections(self, data_folder: str | Path) -> dict[str, Any]:
         exact = self.mixed_precision == "no" or self.fp16_opt_level == "O1"
         previews = self.validation_steps if self.validation_prompt else 0
-        sections = {
+        return {
             "name": self.tracker_project_name,
             "output_dir": self.output_dir,
             "seed": self.seed,
@@ -243,22 +249,7 @@ class LightningConfig(BaseModel):
                     "cache_to_disk": self.cache_to_disk,
                 }
             ],
-            "train": {
-                "steps": self.max_train_steps,
-                "batch_size": self.train_batch_size,
-                "gradient_accumulation": self.gradient_accumulation_steps,
-                "lr": self.learning_rate,
-                "lr_scheduler": self.lr_scheduler,
-                "lr_warmup_steps": self.lr_warmup_steps,
-                "weight_decay": self.adam_weight_decay,
-                "beta1": self.adam_beta1,
-                "beta2": self.adam_beta2,
-                "epsilon": self.adam_epsilon,
-                "max_grad_norm": self.max_grad_norm,
-                "cfg_scale": self.guidance_scale,
-                "gradient_checkpointing": self.gradient_checkpointing,
-                "max_sequence_length": self.max_sequence_length,
-            },
+            "train": self._train_section(),
             "coat": {
                 "enabled": self.fp8_optimizer or self.saving_policy != "none",
                 "optimizer": {"use_fp8": self.fp8_optimizer},
@@ -281,10 +272,24 @@ class LightningConfig(BaseModel):
             },
             "logging": {"log_every": self.log_every, "visualdl": self.visualdl},
         }
-        try:
-            return RunConfig.model_validate(sections)
-        except ValidationError as error:
-            raise ConfigError(_line(error)) from None
+
+    def _train_section(self) -> dict[str, Any]:
+        return {
+            "steps": self.max_train_steps,
+            "batch_size": self.train_batch_size,
+            "gradient_accumulation": self.gradient_accumulation_steps,
+            "lr": self.learning_rate,
+            "lr_scheduler": self.lr_scheduler,
+            "lr_warmup_steps": self.lr_warmup_steps,
+            "weight_decay": self.adam_weight_decay,
+            "beta1": self.adam_beta1,
+            "beta2": self.adam_beta2,
+            "epsilon": self.adam_epsilon,
+            "max_grad_norm": self.max_grad_norm,
+            "cfg_scale": self.guidance_scale,
+            "gradient_checkpointing": self.gradient_checkpointing,
+            "max_sequence_length": self.max_sequence_length,
+        }
 
 
 def lightning_config(given: dict[str, Any]) -> LightningConfig:

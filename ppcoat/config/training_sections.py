@@ -148,7 +148,7 @@ class CoatOptimizerConfig(Section):
 
 
 class CoatActivationConfig(Section):
-    """FP8 activations kept for backward (COAT, section 5)."""
+    """FP8 activations saved for backward (COAT, section 5)."""
 
     use_fp8: bool = Field(True, description="keep activations for backward in FP8")
     policy: PolicyName = Field(
@@ -157,7 +157,7 @@ class CoatActivationConfig(Section):
     )
     linear_granularity: Granularity = Field("per_tensor", description="scales of inputs of linear layers")
     nonlinear_granularity: Granularity = Field(
-        "per_group", description="scales of everything else that is kept"
+        "per_group", description="scales of everything else that is saved"
     )
     group_size: int = Field(128, ge=1, description="values that share one scale where per_group")
 
@@ -253,6 +253,17 @@ class SampleConfig(Section):
     def wanted(self) -> bool:
         """Whether a run draws any."""
         return self.sample_every > 0 and bool(self.prompts or self.samples)
+
+    @property
+    def previews(self) -> list[PreviewConfig]:
+        """prompts, then samples, each with every setting filled in from this section."""
+        entries = [*(PreviewConfig(prompt=prompt) for prompt in self.prompts), *self.samples]
+        shared = {name: getattr(self, name) for name in ("width", "height", "guidance_scale", "sample_steps")}
+        filled = []
+        for number, entry in enumerate(entries):
+            seed = self.seed + (number if self.walk_seed else 0)
+            filled.append(PreviewConfig(**(shared | {"seed": seed} | entry.model_dump(exclude_none=True))))
+        return filled
 
 
 class LoggingConfig(Section):

@@ -278,7 +278,7 @@ class WindowedCache:
         return len(self._places)
 
     def batch(self, indices: Sequence[int], rng: np.random.Generator) -> dict[str, paddle.Tensor | float]:
-        """As TrainingCache.batch, for the batch that `batches` returned last: "latents" [B, C, h, w].
+        """As TrainingCache.batch, for the batch that `batches` returned last: "latents" float [B, C, h, w].
 
         Encodes the next window first if this batch is not in the current one. Only the rows of this rank are
         right: those of other ranks repeat one of its pictures, so that shapes and draws from rng are those of

@@ -83,7 +83,8 @@ def choose(candidates: list[Garment], rng: np.random.Generator) -> Garment:
 def draw(garment: Garment, seed: int, size: int = 64, motif: str | None = None) -> Image.Image:
     """Draw one garment as an RGB picture of `size` x `size` pixels; the same arguments give the same pixels.
 
-    `motif`: None, or one of MOTIFS, placed on the chest (the front of a hat, the hip of trousers).
+    `motif`: None, or one of MOTIFS, placed on the chest (the front of a hat, the hip of trousers). Raises
+    ValueError for a size below 16 and for another motif.
     """
     if size < 16:
         raise ValueError(f"size {size}: a garment needs at least 16 pixels")

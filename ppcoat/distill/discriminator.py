@@ -59,6 +59,17 @@ class GroupNorm(nn.Layer):
         return (y.reshape([batch, tokens, dim]) * self.weight + self.bias).astype(x.dtype)
 
 
+def discriminator_hinge(scores: paddle.Tensor, is_real: bool) -> paddle.Tensor:
+    """Scores of one head [B, tokens, 1] -> scalar float32: real ones should be above 1, fakes below -1."""
+    scores = scores.astype("float32")
+    return F.relu(1.0 - scores if is_real else 1.0 + scores).mean()
+
+
+def generator_hinge(scores: paddle.Tensor) -> paddle.Tensor:
+    """Scores that one head gives to fakes [B, tokens, 1] -> scalar float32: they should be above 1."""
+    return F.relu(1.0 - scores.astype("float32")).mean()
+
+
 class Discriminator(nn.Layer):
     """Heads on the blocks of a transformer. blocks "fixed": on all; "published": on every other one.
 
@@ -74,10 +85,11 @@ class Discriminator(nn.Layer):
     def train_heads(
         self, transformer: nn.Layer, run: Callable[[], object], is_real: bool, weight: float = 1.0
     ) -> paddle.Tensor:
-        """Add `weight` times the gradients of the hinge loss to those of the heads -> the loss, a scalar.
+        """Add `weight` times the gradients of the hinge loss to those of the heads -> the loss, a float32
+        scalar.
 
         run(): a pass of noisy pictures through `transformer`. Of the loss, the mean over heads, only values
-        leave a head: its graph is gone when the next one runs, and no pass keeps anything.
+        leave a head: its graph is gone when the next one runs, and no pass saves anything.
         """
         losses = []
 
@@ -93,10 +105,11 @@ class Discriminator(nn.Layer):
         return paddle.stack(losses).mean()
 
     def generator_loss(self, transformer: nn.Layer, run: Callable[[], object]) -> paddle.Tensor:
-        """The hinge loss of fakes, a scalar mean over heads, with its graph back to what run() put in.
+        """The hinge loss of fakes, a float32 scalar, mean over heads, with its graph back to what run() put
+        in.
 
         Heads get no gradients. Each is run backward at once; until the blocks' own backward, only the
-        gradient of its features is kept.
+        gradient of its features is saved.
         """
         losses = []
 
@@ -106,7 +119,7 @@ class Discriminator(nn.Layer):
             with paddle.enable_grad(), saved_as_they_are():
                 loss = generator_hinge(head(leaf)) / len(self.heads)
                 (gradient,) = paddle.grad(loss, leaf)
-            losses.append(_WithGradient.apply(features, _Known(loss.detach(), gradient)))
+            losses.append(_WithGradient.apply(features, _LossAndGradient(loss.detach(), gradient)))
 
         for parameter in self.parameters():
             parameter.stop_gradient = True
@@ -149,7 +162,7 @@ class Discriminator(nn.Layer):
                 hook.remove()
 
 
-class _Known:
+class _LossAndGradient:
     """A loss and its gradient for some features; hides both from PyLayer.apply, which takes tensors for
     inputs that want gradients."""
 
@@ -161,7 +174,7 @@ class _WithGradient(PyLayer):
     """features -> a loss that is known already, with a gradient that is known already."""
 
     @staticmethod
-    def forward(ctx, features: paddle.Tensor, known: _Known) -> paddle.Tensor:
+    def forward(ctx, features: paddle.Tensor, known: _LossAndGradient) -> paddle.Tensor:
         ctx.gradient = known.gradient
         saver().save_plain(known.gradient)
         return known.loss.clone()
@@ -182,14 +195,3 @@ def _linear(dim_in: int, dim_out: int, rng: np.random.Generator) -> nn.Linear:
 
 def _apply(linear: nn.Linear, x: paddle.Tensor) -> paddle.Tensor:
     return F.linear(x, linear.weight.astype(x.dtype), linear.bias.astype(x.dtype))
-
-
-def discriminator_hinge(scores: paddle.Tensor, is_real: bool) -> paddle.Tensor:
-    """Scores of one head [B, tokens, 1] -> scalar float32: real ones should be above 1, fakes below -1."""
-    scores = scores.astype("float32")
-    return F.relu(1.0 - scores if is_real else 1.0 + scores).mean()
-
-
-def generator_hinge(scores: paddle.Tensor) -> paddle.Tensor:
-    """Scores that one head gives to fakes [B, tokens, 1] -> scalar float32: they should be above 1."""
-    return F.relu(1.0 - scores.astype("float32")).mean()

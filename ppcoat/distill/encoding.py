@@ -34,6 +34,7 @@ TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 
 
 def encode_pictures(
+    spec: OneByOne,
     config: LightningConfig,
     run: RunConfig,
     examples: list[Example],
@@ -51,11 +52,11 @@ def encode_pictures(
     last = config.max_train_steps * config.gradient_accumulation_steps
     seen, ahead = _seen(batches, last), config.encode_ahead or max(WINDOW, in_step)
     if len(seen) <= ahead:
-        return _at_once(run, examples, seen, pipeline, ranks)
-    kept = encode_dataset(OneByOne(), run, [examples[seen[0]]], pipeline)
+        return _at_once(spec, run, examples, seen, pipeline, ranks)
+    kept = encode_dataset(spec, run, [examples[seen[0]]], pipeline)
     size = _bytes_of_first(kept)
     if config.encode_ahead is None and len(seen) * size * ranks.size <= AT_ONCE_BYTES:
-        return _at_once(run, examples, seen, pipeline, ranks)
+        return _at_once(spec, run, examples, seen, pipeline, ranks)
     if ranks.is_first:
         print(
             f"encoding {ahead:,} pictures ahead on each rank ({ahead * size / 1e9:.2g} GB of host memory) of "
@@ -65,7 +66,7 @@ def encode_pictures(
     return WindowedCache(
         examples,
         batches,
-        lambda: _encoders(run, pipeline, weight),
+        lambda: _encoders(spec, run, pipeline, weight),
         length=ahead // in_step * config.gradient_accumulation_steps,
         last=last,
         permanent=kept,
@@ -106,13 +107,13 @@ def blocks_to_leave(transformer: nn.Layer, swapped: int, weight: int) -> list[nn
 
 
 @contextmanager
-def _encoders(run: RunConfig, pipeline: FluxPipeline, weight: int) -> Iterator[Encoders]:
+def _encoders(spec: OneByOne, run: RunConfig, pipeline: FluxPipeline, weight: int) -> Iterator[Encoders]:
     """Context manager: encoders of `weight` bytes are loaded; frozen blocks of the transformer make room."""
     swapper = swap_blocks(blocks_to_leave(pipeline.transformer, run.model.blocks_to_swap, weight))
     try:
-        loaded = OneByOne().load_encoders(run, compute_dtype(run.model.dtype))
+        loaded = spec.load_encoders(run, compute_dtype(run.model.dtype))
         try:
-            yield OneByOne().encoders(run, loaded)
+            yield spec.encoders(run, loaded)
         finally:
             drop_encoders(loaded, TEXT_ENCODERS, keep_vae=False)
     finally:
@@ -120,11 +121,16 @@ def _encoders(run: RunConfig, pipeline: FluxPipeline, weight: int) -> Iterator[E
 
 
 def _at_once(
-    run: RunConfig, examples: list[Example], seen: list[int], pipeline: FluxPipeline, ranks: Ranks
+    spec: OneByOne,
+    run: RunConfig,
+    examples: list[Example],
+    seen: list[int],
+    pipeline: FluxPipeline,
+    ranks: Ranks,
 ) -> TrainingCache:
     if ranks.is_first:
         print(f"encoding the {len(seen):,} pictures of this run at once")
-    cache = encode_for_all(OneByOne(), run, [examples[i] for i in seen], pipeline, ranks)
+    cache = encode_for_all(spec, run, [examples[i] for i in seen], pipeline, ranks)
     latents = dict(zip(seen, cache.latents, strict=True))
     return replace(cache, examples=examples, latents=[latents.get(i) for i in range(len(examples))])
 

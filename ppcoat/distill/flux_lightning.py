@@ -9,6 +9,7 @@ import paddle
 import yaml
 from PIL import Image
 
+from ppcoat.coat import COATTrainer, prepare, trained_parameters
 from ppcoat.config.flags import add_section_flags
 from ppcoat.config.lightning import LightningConfig, lightning_config
 from ppcoat.config.schema import RunConfig
@@ -16,16 +17,16 @@ from ppcoat.data.batches import ResumableBatches
 from ppcoat.data.cache import TrainingCache, WindowedCache
 from ppcoat.data.examples import Example, all_examples, data_report, scan_datasets
 from ppcoat.data.laion import LaionSource, unpack_laion
-from ppcoat.device import compute_dtype, set_device, tune_host
+from ppcoat.device import compute_dtype, on_gpu, set_device, tune_host
 from ppcoat.distill.discriminator import Discriminator
-from ppcoat.distill.encoding import encode_pictures
+from ppcoat.distill.encoding import OneByOne, encode_pictures
 from ppcoat.distill.objective import DiscriminatorObjective, Distillation, Rules, Terms
 from ppcoat.distill.trainer import (
     DISCRIMINATOR,
     GENERATOR,
     HeadsOptimizer,
     LightningTrainer,
-    NothingKept,
+    NothingSaved,
     RestartedBatches,
     joint_state,
 )
@@ -35,13 +36,12 @@ from ppcoat.models.flux.pipeline import FluxPipeline
 from ppcoat.models.flux.scheduler import calculate_shift
 from ppcoat.models.loading import check_folder
 from ppcoat.optim import lr_scheduler
-from ppcoat.train.coat import COATTrainer
-from ppcoat.train.flux import FluxSpec, LoRAFiles
-from ppcoat.train.model_spec import prepare, trained_parameters
+from ppcoat.train.flux import LoRAFiles
+from ppcoat.train.model_spec import ModelSpec
 from ppcoat.train.previews import draw_previews
 from ppcoat.train.ranks import Ranks
 from ppcoat.train.run import start_run_folder
-from ppcoat.train.stopping import ResumeWords
+from ppcoat.train.run_state import ResumeWords
 from ppcoat.train.trainer import Side, TrainingResult
 
 GIGABYTE = 10**9
@@ -62,9 +62,9 @@ def run_command(arguments: argparse.Namespace) -> None:
 def train_flux_lightning(config: LightningConfig) -> TrainingResult:
     """The whole run, on all ranks that paddle.distributed.launch started. Raises ConfigError for wrong inputs
     before any model is loaded."""
-    run = config.run_config(config.data_path)
+    spec, run = OneByOne(), config.run_config(config.data_path)
     check_folder(config.pretrained_teacher_model, "--pretrained_teacher_model")
-    FluxSpec().check(run)
+    spec.check(run)
     _check_fresh(config, run)
     set_device(config.device)
     backend.check_forced()
@@ -79,14 +79,15 @@ def train_flux_lightning(config: LightningConfig) -> TrainingResult:
         start_run_folder(run.run_dir, settings)
         _say_dtype(config)
     pre_allocate(config.pre_alloc_memory)
-    pipeline = FluxSpec().load_encoders(run, dtype)
+    pipeline = spec.load_encoders(run, dtype)
     examples = all_examples(datasets)
-    cache = encode_pictures(config, run, examples, _batches(config, examples, ranks), pipeline, ranks)
-    FluxSpec().load_base(pipeline, run, dtype, ranks)
-    return build_lightning_trainer(config, run, pipeline, cache, ranks).run()
+    cache = encode_pictures(spec, config, run, examples, _batches(config, examples, ranks), pipeline, ranks)
+    spec.load_base(pipeline, run, dtype, ranks)
+    return build_lightning_trainer(spec, config, run, pipeline, cache, ranks).run()
 
 
 def build_lightning_trainer(
+    spec: ModelSpec,
     config: LightningConfig,
     run: RunConfig,
     pipeline: FluxPipeline,
@@ -102,7 +103,7 @@ def build_lightning_trainer(
     sides = build_sides(config, coat, transformer, parameters, pipeline.scheduler.config)
 
     def draw() -> tuple[list[Image.Image], list[str]]:
-        return draw_previews(run, pipeline, lambda preview: FluxSpec().draw(pipeline, preview, cache))
+        return draw_previews(run, pipeline, lambda preview: spec.draw(pipeline, preview, cache))
 
     windowed = isinstance(cache, WindowedCache)
     batches = cache.batches if windowed else _batches(config, cache.examples, ranks)
@@ -128,11 +129,35 @@ def build_sides(
     scheduler: dict,
 ) -> dict[str, Side]:
     """The LoRA's side and, with adv_weight, that of the heads. parameters: what trains of the LoRA, by name,
-    any shape. scheduler: its config, for the shift."""
+    float32 of any shape. scheduler: its config, for the shift."""
     steps = max(1, config.generator_steps)
     heads = None
     if config.adv_weight > 0:
         heads = Discriminator(transformer, config.seed, config.head_blocks)
+    distillation = _distillation(config, heads, scheduler)
+    schedule = lr_scheduler(config.lr_scheduler, config.learning_rate, steps, config.lr_warmup_steps)
+    shared = {"weight_decay": config.adam_weight_decay, "epsilon": config.adam_epsilon,
+              "max_grad_norm": config.max_grad_norm, "fp8_states": config.fp8_optimizer}  # fmt: skip
+    betas = (config.adam_beta1, config.adam_beta2)
+    optimizer = coat.create_optimizer(parameters.values(), schedule, betas=betas, **shared)
+    sides = {GENERATOR: Side(parameters, distillation, optimizer, schedule, coat)}
+    if heads is not None:
+        # beta1 is 0 as in the public code: the first moment is the gradient, and need not be stored
+        constant = lr_scheduler("constant", config.adv_lr, config.max_train_steps)
+        own = shared | {"betas": (0.0, config.adam_beta2), "max_grad_norm": 0.0}
+
+        def make(head: list[paddle.Tensor]) -> paddle.optimizer.Optimizer:
+            return coat.create_optimizer(head, constant, **own)
+
+        optimizer = HeadsOptimizer(heads.heads, make, config.max_grad_norm)
+        judging = DiscriminatorObjective(distillation, config.gradient_accumulation_steps)
+        named = dict(heads.named_parameters())
+        sides[DISCRIMINATOR] = Side(named, judging, optimizer, constant, NothingSaved())
+    return sides
+
+
+def _distillation(config: LightningConfig, heads: Discriminator | None, scheduler: dict) -> Distillation:
+    """The LoRA's objective, with the losses and rules of the flags."""
     terms = Terms(
         loss_type=config.loss_type,
         huber_c=config.huber_c,
@@ -149,28 +174,9 @@ def build_sides(
             scheduler["base_shift"], scheduler["max_shift"],
         )  # fmt: skip
 
-    distillation = Distillation(
+    return Distillation(
         config.num_euler_timesteps, config.multiphase, config.guidance_scale, terms, rules, heads, shift
     )
-    schedule = lr_scheduler(config.lr_scheduler, config.learning_rate, steps, config.lr_warmup_steps)
-    shared = {"weight_decay": config.adam_weight_decay, "epsilon": config.adam_epsilon,
-              "max_grad_norm": config.max_grad_norm, "fp8_states": config.fp8_optimizer}  # fmt: skip
-    betas = (config.adam_beta1, config.adam_beta2)
-    optimizer = coat.create_optimizer(parameters.values(), schedule, betas=betas, **shared)
-    sides = {GENERATOR: Side(parameters, distillation, optimizer, schedule, coat)}
-    if heads is not None:
-        # beta1 is 0 as in the public code: the first moment is the gradient, and need not be kept
-        constant = lr_scheduler("constant", config.adv_lr, config.max_train_steps)
-        own = shared | {"betas": (0.0, config.adam_beta2), "max_grad_norm": 0.0}
-
-        def make(head: list[paddle.Tensor]) -> paddle.optimizer.Optimizer:
-            return coat.create_optimizer(head, constant, **own)
-
-        optimizer = HeadsOptimizer(heads.heads, make, config.max_grad_norm)
-        judging = DiscriminatorObjective(distillation, config.gradient_accumulation_steps)
-        named = dict(heads.named_parameters())
-        sides[DISCRIMINATOR] = Side(named, judging, optimizer, constant, NothingKept())
-    return sides
 
 
 def pre_allocate(gigabytes: int) -> None:
@@ -180,7 +186,7 @@ def pre_allocate(gigabytes: int) -> None:
     """
     if not gigabytes:
         return
-    if not paddle.get_device().startswith("gpu"):
+    if not on_gpu():
         print("pre_alloc_memory: nothing to do, this run is on a CPU")
         return
     there = paddle.device.cuda.get_device_properties().total_memory

@@ -27,18 +27,18 @@ from ppcoat.distill.solver import EulerPhases, jump, noised, per_picture
 from ppcoat.lora import lora_disabled
 from ppcoat.models.flux.scheduler import calculate_shift
 from ppcoat.models.pictures import pack_latents
-from ppcoat.train.objective import FlowLoss, Objective, velocity
+from ppcoat.objective import FlowLoss, Objective, velocity
 
 NOISES = ("picture", "fake", "real", "matching", "reflow")
 PLACES = ("adversarial", "matching", "reflow")
-TINY = 1e-5  # keeps the normaliser of distribution matching away from 0
+NORMALISER_FLOOR = 1e-5  # keeps the normaliser of distribution matching away from 0
 
 
 @dataclass(frozen=True)
 class Rules:
-    """How known mistakes of the public code are handled: "fixed", or "published" to have them back.
+    """How known mistakes of the public code are handled: "fixed", or "published" to repeat them.
 
-    forward_noise, dmd_normalizer: see solver.noised and losses.matching_target. reflow_entry: published, the
+    forward_noise, dmd_normalizer: see solver.noised and matching_target below. reflow_entry: published, the
     jump back starts one Euler step above the level at which its input is. phase_delta: published, all
     pictures of a batch take as many teacher steps as the first (whole_phase only). last_sigma: see
     EulerPhases.of.
@@ -144,7 +144,7 @@ class Distillation(Objective):
 class DiscriminatorObjective(Objective):
     """The discriminator's turn, on the pictures, noise and levels that the generator would see.
 
-    Nothing of the transformer's passes is kept. The heads' gradients are there when losses_at returns, each
+    Nothing of the transformer's passes is saved. The heads' gradients are there when losses_at returns, each
     divided by `passes`, the forward passes of an update; `mean` has no way back to them.
     """
 
@@ -197,7 +197,7 @@ class BatchState:
         return velocity(self.transformer, self._batch, x, sigma, self._objective.guidance)
 
     def teacher_velocity(self, x: paddle.Tensor, sigma: np.ndarray) -> paddle.Tensor:
-        """`velocity` without the LoRA, of the same shape."""
+        """`velocity` without the LoRA, [B, tokens, C]."""
         with lora_disabled(self.transformer):
             return self.velocity(x, sigma)
 
@@ -275,5 +275,5 @@ def matching_target(
     else:
         level = per_picture(sigma)
         change, reference = level * (real - fake), noisy.detach().astype("float32") - level * real
-    size = (x - reference).abs().mean([1, 2], keepdim=True) + TINY
+    size = (x - reference).abs().mean([1, 2], keepdim=True) + NORMALISER_FLOOR
     return x - change / size

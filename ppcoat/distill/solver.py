@@ -77,7 +77,8 @@ def jump(
 def noised(
     x: paddle.Tensor, noise: paddle.Tensor, sigma: np.ndarray, sigma_to: np.ndarray, rule: str = "fixed"
 ) -> paddle.Tensor:
-    """Carry x [B, tokens, C] from noise levels sigma [B] forward to sigma_to >= sigma with fresh noise.
+    """Carry x [B, tokens, C] from noise levels sigma [B] forward to sigma_to >= sigma with fresh noise;
+    float32.
 
     (1 - sigma) x0 + sigma e  becomes  (1 - sigma_to) x0 + sigma_to e', so x is multiplied by
     r = (1 - sigma_to) / (1 - sigma) and the noise that is already in it, of deviation r sigma, is filled up:

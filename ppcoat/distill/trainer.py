@@ -26,8 +26,8 @@ from ppcoat.train.trainer import Side, StepResult, Trainer
 GENERATOR, DISCRIMINATOR = "generator", "discriminator"
 
 
-class NothingKept:
-    """Stands for COATTrainer where a step keeps nothing for backward."""
+class NothingSaved:
+    """Stands for COATTrainer where a step saves nothing for backward."""
 
     def saved_tensors(self) -> AbstractContextManager[None]:
         """A context that does nothing."""

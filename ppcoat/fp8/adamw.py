@@ -88,35 +88,35 @@ Codecs = tuple[MomentCodec, MomentCodec]
 
 
 def encode_moments(
-    m: paddle.Tensor | None, v: paddle.Tensor, codecs: Codecs, dither: paddle.Tensor | float = 0.5
+    m1: paddle.Tensor | None, m2: paddle.Tensor, codecs: Codecs, dither: paddle.Tensor | float = 0.5
 ) -> dict[str, State]:
-    """Moments float32 [G, B] -> {"m1": state, "m2": state}, without "m1" where m is None.
+    """Moments float32 [G, B] -> {"m1": state, "m2": state}, without "m1" where m1 is None.
 
     With expansion the first moment is divided by the root of the second as that will be decoded. All values
-    of a group then have one size, however far apart their gradients are, and the codes of m go where they
-    matter: its error counts in the update m / sqrt(v).
+    of a group then have one size, however far apart their gradients are, and the codes of m1 go where they
+    matter: its error counts in the update m1 / sqrt(m2).
     """
-    states = {"m2": codecs[1].encode(v, dither)}
-    if m is not None:
+    states = {"m2": codecs[1].encode(m2, dither)}
+    if m1 is not None:
         if codecs[0].relative:
-            m = m / _root(codecs[1].decode(states["m2"]))
-        states["m1"] = codecs[0].encode(m, dither)
+            m1 = m1 / _root(codecs[1].decode(states["m2"]))
+        states["m1"] = codecs[0].encode(m1, dither)
     return states
 
 
 def decode_moments(states: dict[str, State], codecs: Codecs) -> tuple[paddle.Tensor | None, paddle.Tensor]:
-    """Inverse of `encode_moments` -> (m or None, v), float32 [G, B]."""
-    v = codecs[1].decode(states["m2"])
+    """Inverse of `encode_moments` -> (m1 or None, m2), float32 [G, B]."""
+    m2 = codecs[1].decode(states["m2"])
     if "m1" not in states:
-        return None, v
-    m = codecs[0].decode(states["m1"])
-    return (m * _root(v) if codecs[0].relative else m), v
+        return None, m2
+    m1 = codecs[0].decode(states["m1"])
+    return (m1 * _root(m2) if codecs[0].relative else m1), m2
 
 
 def dither(steps: paddle.Tensor, block_size: int) -> paddle.Tensor:
     """int64 [1] -> float32 [1, block_size] in [0, 1): what step number `steps` adds before cutting codes off.
 
-    Rounded to nearest, a moment that changes by less than half a step of its code would never change: v
+    Rounded to nearest, a moment that changes by less than half a step of its code would never change: m2
     moves by a thousandth a step. Over the steps this sequence (Weyl's, by multiples of the golden section)
     fills [0, 1) evenly, so small changes add up. It depends on the step alone: a resumed run repeats it.
     """
@@ -157,23 +157,23 @@ def adamw_step(
     finite: a boolean tensor of one element; where it is false, all but count.skipped keeps its bits.
     Epsilon is added after the bias-corrected root, decay is decoupled.
     """
-    m, v = decode_moments(states, codecs)
-    m = grad if m is None else (m * hyper.beta1).add_(grad * (1.0 - hyper.beta1))
-    v = (v * hyper.beta2).add_(paddle.square(grad).scale_(1.0 - hyper.beta2))
+    m1, m2 = decode_moments(states, codecs)  # m and v of the papers
+    m1 = grad if m1 is None else (m1 * hyper.beta1).add_(grad * (1.0 - hyper.beta1))
+    m2 = (m2 * hyper.beta2).add_(paddle.square(grad).scale_(1.0 - hyper.beta2))
     old_powers = states["beta_powers"]
     powers = {"beta1": old_powers["beta1"] * hyper.beta1, "beta2": old_powers["beta2"] * hyper.beta2}
     root2 = paddle.sqrt(1.0 - powers["beta2"])
 
-    # lr * (m / (1 - beta1^t)) / (sqrt(v) / root2 + eps), with the one-element factors gathered so that the
+    # lr * (m1 / (1 - beta1^t)) / (sqrt(m2) / root2 + eps), with the one-element factors gathered so that the
     # flat buffers are read as few times as possible
     rate = hyper.lr * root2 / (1.0 - powers["beta1"])
-    update = (rate * m).divide_(paddle.sqrt(v).add_(hyper.epsilon * root2))
+    update = (rate * m1).divide_(paddle.sqrt(m2).add_(hyper.epsilon * root2))
     values = param if param.dtype == paddle.float32 else param.astype("float32")
     _select(finite, (values * (1.0 - hyper.lr * hyper.weight_decay)).subtract_(update), values)
     if stored is not None or values is not param:
         round_into(param if stored is None else stored, values, stochastic=stored is None)
     count = states["count"]
-    new = encode_moments(m if "m1" in states else None, v, codecs, dither(count["steps"], grad.shape[-1]))
+    new = encode_moments(m1 if "m1" in states else None, m2, codecs, dither(count["steps"], grad.shape[-1]))
     for part, state in {**new, "beta_powers": powers}.items():
         for name, tensor in states[part].items():
             _select(finite, state[name], tensor)
@@ -181,9 +181,9 @@ def adamw_step(
     count["skipped"].add_(1 - finite.astype("int64"))
 
 
-def _root(v: paddle.Tensor) -> paddle.Tensor:
-    """sqrt(v), away from zero: where v has underflown, m is as small."""
-    return paddle.sqrt(paddle.clip(v, min=TINY))
+def _root(m2: paddle.Tensor) -> paddle.Tensor:
+    """sqrt(m2), away from zero: where m2 has underflown, m1 is as small."""
+    return paddle.sqrt(paddle.clip(m2, min=TINY))
 
 
 def _select(finite: paddle.Tensor, new: paddle.Tensor, old: paddle.Tensor) -> None:

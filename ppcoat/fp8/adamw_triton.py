@@ -71,16 +71,16 @@ def adamw_step(
     programs = -(-groups // rows)
     if programs >= MOST_PROGRAMS:
         raise Unsuited(f"{groups} groups of {size} are too many for one launch")
-    m, m_kind = _moment(states.get("m1"), codecs[0], param)
-    v, v_kind = _moment(states["m2"], codecs[1], param)
+    m1, m1_kind = _moment(states.get("m1"), codecs[0], param)
+    m2, m2_kind = _moment(states["m2"], codecs[1], param)
     lr, lr_rows = _per_group(hyper.lr)
     decay, decay_rows = _per_group(hyper.weight_decay)
     powers, count = states["beta_powers"], states["count"]
     adamw_kernel[(programs,)](
-        param, param if stored is None else stored, grad, *m, *v,
+        param, param if stored is None else stored, grad, *m1, *m2,
         powers["beta1"], powers["beta2"], count["steps"], count["skipped"], finite,
         lr, decay, hyper.beta1, hyper.beta2, hyper.epsilon, groups, size,
-        M_KIND=m_kind, M_MANTISSA=_mantissa(codecs[0]), V_KIND=v_kind, V_MANTISSA=_mantissa(codecs[1]),
+        M1_KIND=m1_kind, M1_MANTISSA=_mantissa(codecs[0]), M2_KIND=m2_kind, M2_MANTISSA=_mantissa(codecs[1]),
         LR_ROWS=lr_rows, DECAY_ROWS=decay_rows, STOCHASTIC=dtype_name(param.dtype) == "bfloat16",
         STORED=None if stored is None else DTYPES[dtype_name(stored.dtype)], NATIVE=native_fp8(),
         ROWS=rows, BLOCK=block,
@@ -114,14 +114,18 @@ def _per_group(value: Any) -> tuple[Any, bool]:
 
 @triton.jit
 def adamw_kernel(
-    p_param, p_stored, p_grad, p_m, p_m_size, p_m_k, p_v, p_v_size, p_v_k,
+    p_param, p_stored, p_grad, p_m1, p_m1_size, p_m1_k, p_m2, p_m2_size, p_m2_k,
     p_power1, p_power2, p_steps, p_skipped, p_finite,
     lr, decay, beta1, beta2, epsilon, groups, size,
-    M_KIND: tl.constexpr, M_MANTISSA: tl.constexpr, V_KIND: tl.constexpr, V_MANTISSA: tl.constexpr,
+    M1_KIND: tl.constexpr, M1_MANTISSA: tl.constexpr, M2_KIND: tl.constexpr, M2_MANTISSA: tl.constexpr,
     LR_ROWS: tl.constexpr, DECAY_ROWS: tl.constexpr, STOCHASTIC: tl.constexpr, STORED: tl.constexpr,
     NATIVE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """ROWS groups. The order is that of the reference; its names are kept."""
+    """ROWS groups, in the order of the reference and with its names.
+
+    32 arguments, because a launch takes only pointers and numbers: each moment alone is three tensors, a kind
+    and a format, and the step's counters stay on the device.
+    """
     i_group, offset, inside = group_offsets(groups, size, size, 1, ROWS, BLOCK)
     present = i_group < groups
     finite = tl.load(p_finite).to(tl.int1)
@@ -134,34 +138,38 @@ def adamw_kernel(
 
     grad = tl.load(p_grad + offset, mask=inside, other=0.0)
     param = tl.load(p_param + offset, mask=inside, other=0.0).to(tl.float32)
-    v = decoded(p_v, p_v_size, p_v_k, i_group, offset, inside, present, False, V_KIND, V_MANTISSA, NATIVE)
-    m = grad
-    if M_KIND != _NONE:
-        m = decoded(p_m, p_m_size, p_m_k, i_group, offset, inside, present, True, M_KIND, M_MANTISSA, NATIVE)
-        if M_KIND > _LINEAR:  # expanded: stored divided by the root of v
-            m *= root(v)
-        m = m * beta1 + grad * (1.0 - beta1)
-    v = v * beta2 + grad * grad * (1.0 - beta2)
+    m2 = decoded(
+        p_m2, p_m2_size, p_m2_k, i_group, offset, inside, present, False, M2_KIND, M2_MANTISSA, NATIVE
+    )
+    m1 = grad
+    if M1_KIND != _NONE:
+        m1 = decoded(
+            p_m1, p_m1_size, p_m1_k, i_group, offset, inside, present, True, M1_KIND, M1_MANTISSA, NATIVE
+        )
+        if M1_KIND > _LINEAR:  # expanded: stored divided by the root of m2
+            m1 *= root(m2)
+        m1 = m1 * beta1 + grad * (1.0 - beta1)
+    m2 = m2 * beta2 + grad * grad * (1.0 - beta2)
 
     root2 = tl.sqrt_rn(1.0 - power2)
     rate = lr * root2 / (1.0 - power1)
-    param = param * (1.0 - lr * decay) - tl.div_rn(rate * m, tl.sqrt_rn(v) + epsilon * root2)
+    param = param * (1.0 - lr * decay) - tl.div_rn(rate * m1, tl.sqrt_rn(m2) + epsilon * root2)
     write_param(p_param, p_stored, param, offset, inside & finite, steps, STOCHASTIC, STORED)
 
     column = tl.arange(0, BLOCK)[None, :].to(tl.int64)
     dither = ((column * _DITHER_COLUMN + steps * _DITHER_STEP) & (_DITHER_PERIOD - 1)).to(tl.float32)
     dither = dither * (1.0 / _DITHER_PERIOD)
     writable, writable_rows = inside & finite, present & finite
-    stored_v = encode_and_store(
-        p_v, p_v_size, p_v_k, v, dither, i_group, offset, writable, writable_rows, False, V_KIND, V_MANTISSA,
-        NATIVE,
+    stored_m2 = encode_and_store(
+        p_m2, p_m2_size, p_m2_k, m2, dither, i_group, offset, writable, writable_rows, False, M2_KIND,
+        M2_MANTISSA, NATIVE,
     )  # fmt: skip
-    if M_KIND != _NONE:
-        if M_KIND > _LINEAR:
-            m = tl.where(inside, tl.div_rn(m, root(stored_v)), 0.0)
+    if M1_KIND != _NONE:
+        if M1_KIND > _LINEAR:
+            m1 = tl.where(inside, tl.div_rn(m1, root(stored_m2)), 0.0)
         encode_and_store(
-            p_m, p_m_size, p_m_k, m, dither, i_group, offset, writable, writable_rows, True, M_KIND,
-            M_MANTISSA, NATIVE,
+            p_m1, p_m1_size, p_m1_k, m1, dither, i_group, offset, writable, writable_rows, True, M1_KIND,
+            M1_MANTISSA, NATIVE,
         )  # fmt: skip
     arrive(p_power1, p_power2, p_steps, p_skipped, power1, power2, finite)
 
@@ -255,6 +263,6 @@ def random_bits(offset, steps):
 
 
 @triton.jit
-def root(v):
-    """sqrt(v), away from zero: where v has underflown, m is as small."""
-    return tl.sqrt_rn(tl.maximum(v, _TINY))
+def root(m2):
+    """sqrt(m2), away from zero: where m2 has underflown, m1 is as small."""
+    return tl.sqrt_rn(tl.maximum(m2, _TINY))

@@ -93,7 +93,7 @@ class Op:
 
     def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         wanted = forced()
-        if wanted == REFERENCE or not (wanted or on_gpu(x)):
+        if wanted == REFERENCE or not (wanted or _on_gpu(x)):
             return self.reference(x, *args, **kwargs)
         for version in (wanted,) if wanted else ORDER[:-1]:
             if not self._may_use(version, wanted):
@@ -177,7 +177,8 @@ def op(reference: Callable) -> Op:
 
 @contextmanager
 def use(name: str) -> Iterator[None]:
-    """Within it every op runs in the version `name`, one of ORDER. Raises ConfigError for another name."""
+    """Context manager: within it every op runs in the version `name`, one of ORDER. Raises ConfigError for
+    another name."""
     token = _forced.set(_known(name, "backend.use"))
     try:
         yield
@@ -199,7 +200,7 @@ def check_forced() -> None:
         raise ConfigError(f"backend {wanted} was asked for, but {reason}; unset {VARIABLE}")
 
 
-def on_gpu(x: Any) -> bool:
+def _on_gpu(x: Any) -> bool:
     """Whether a Paddle tensor lies on a GPU. While a static graph is traced tensors have no place, and the
     graph holds Paddle's own ops only."""
     import paddle

@@ -113,7 +113,7 @@ class FlatSpace:
 
 
 def round_into(stored: paddle.Tensor, values: paddle.Tensor, stochastic: bool) -> None:
-    """float32 `values` -> `stored` of a narrower dtype and the same shape, to nearest or stochastically."""
+    """float32 `values` -> `stored` of a narrower dtype, any shape, to nearest or stochastically."""
     rounded = round_stochastically(values) if stochastic else values.astype(stored.dtype)
     paddle.assign(rounded, output=stored)
 

@@ -3,7 +3,7 @@ with or without modulation (NextDiT), and RMSNorm with the rotation of queries a
 
 The functions marked `op` are for blocks that go backward by hand (nn/ops.py); they have Triton twins, see
 backend.py. A kernel has no gradient that autograd knows of, so code that differentiates through a norm by
-autograd takes its reference (nn/norm.py).
+autograd takes its reference (`differentiable` in nn/ops.py).
 
 Statistics are float32 whatever the dtype of x. Where x is FP8 codes (`groups` tells how to read them), values
 and results have `groups.dtype`. A NaN or an infinity makes its own row NaN and no other.

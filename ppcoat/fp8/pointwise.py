@@ -49,7 +49,10 @@ def silu(x: paddle.Tensor, groups: Groups | None = None) -> paddle.Tensor:
 
 @backend.op
 def silu_grad(x: paddle.Tensor, dy: paddle.Tensor, groups: Groups | None = None) -> paddle.Tensor:
-    """Gradient of `silu` by x: dy s (1 + x (1 - s)), s = sigmoid(x). All as in `gelu_grad`."""
+    """Gradient of `silu` by x: dy s (1 + x (1 - s)), s = sigmoid(x).
+
+    x, groups as in `gelu`; dy [..., D] -> [..., D] in the dtype of x's values.
+    """
     x = floats(x, groups)
     x32 = x.astype("float32")
     s = F.sigmoid(x32)

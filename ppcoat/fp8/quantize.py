@@ -35,7 +35,7 @@ def floats(x: paddle.Tensor, groups: Groups | None) -> paddle.Tensor:
 
 
 def expand_on_cpu(small: paddle.Tensor, x: paddle.Tensor) -> paddle.Tensor:
-    """`small`, which broadcasts to x's shape, as a whole tensor of that shape, on a CPU; itself elsewhere.
+    """`small`, which broadcasts to x (any shape), as a whole tensor of x's shape on a CPU; itself elsewhere.
 
     An elementwise operation on a CPU takes 4 to 18 times as long where it has to broadcast (Paddle 3.3).
     Itself under autograd, too, which would hold the whole tensor for backward.

@@ -65,7 +65,8 @@ def quantize(x: Any, fmt: FP8Format, group_size: int | None = None) -> tuple[Any
 def dequantize(
     codes: Any, scale: Any, fmt: FP8Format, group_size: int | None = None, dtype: Any = "float32"
 ) -> Any:
-    """Inverse of `quantize` -> values [..., D] in `dtype` (float32, bfloat16 or float16)."""
+    """Inverse of `quantize` -> values [..., D] in `dtype` (float32, bfloat16 or float16). Raises Unsuited for
+    another one."""
     require(codes, "codes", ("uint8",))
     require(scale, "scale", ("float32",))
     name = dtype_name(dtype)

@@ -135,19 +135,19 @@ def _step_errors(
     before: dict[str, State], after: dict[str, State], grad: np.ndarray, hyper: Any, storage: Storage
 ) -> Iterator[Any]:
     """Of AdamW (arXiv 1711.05101) on the decoded moments: counters, powers, new moments and parameters."""
-    m, v = grad, storage.decoded(before["m2"], False)
+    m1, m2 = grad, storage.decoded(before["m2"], False)
     if "m1" in before:
-        m = storage.decoded(before["m1"], True) * storage.root(before["m2"])
-    m, v = hyper.beta1 * m + (1 - hyper.beta1) * grad, hyper.beta2 * v + (1 - hyper.beta2) * grad**2
+        m1 = storage.decoded(before["m1"], True) * storage.root(before["m2"])
+    m1, m2 = hyper.beta1 * m1 + (1 - hyper.beta1) * grad, hyper.beta2 * m2 + (1 - hyper.beta2) * grad**2
     powers = hyper.beta1 * POWERS[0], hyper.beta2 * POWERS[1]
-    update = (m / (1 - powers[0])) / (np.sqrt(v / (1 - powers[1])) + hyper.epsilon)
+    update = (m1 / (1 - powers[0])) / (np.sqrt(m2 / (1 - powers[1])) + hyper.epsilon)
     counts = after["count"]["steps"].item(), after["count"]["skipped"].item()
     yield 0.0 if counts == (STEPS + 1, SKIPPED) else math.nan
     for name, power in zip(("beta1", "beta2"), powers, strict=True):
         yield np.abs(after["beta_powers"][name] - power) / FLOAT_STEPS
-    yield storage.error(after["m2"], v, False)
+    yield storage.error(after["m2"], m2, False)
     if "m1" in after:
-        yield storage.error(after["m1"], m / storage.root(after["m2"]), True)
+        yield storage.error(after["m1"], m1 / storage.root(after["m2"]), True)
 
     values, want = after["param"]["values"], before["param"]["values"] * (1 - hyper.lr * hyper.weight_decay)
     want = want - hyper.lr * update

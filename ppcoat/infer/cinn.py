@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import paddle
 
+from ppcoat.device import on_gpu
 from ppcoat.errors import ConfigError
 from ppcoat.models.blocks import adapters
 from ppcoat.models.flux.transformer import FluxTransformer2DModel
@@ -25,7 +26,7 @@ def cinn_missing() -> str | None:
     """The reason why CINN cannot compile for the current device; None if it can. Call after set_device."""
     if not paddle.is_compiled_with_cinn():
         return "this Paddle is built without it, as every CPU wheel is"
-    if not paddle.get_device().startswith("gpu"):
+    if not on_gpu():
         return f"it compiles for NVIDIA GPUs, and the device is {paddle.get_device()}"
     for name in ("FLAGS_use_cinn", "ENABLE_CINN_IN_DY2ST"):
         if os.environ.get(name, "").lower() in OFF:
@@ -80,5 +81,5 @@ class StaticGraph:
 
 def wait_for_device() -> None:
     """Wait until the GPU has done all its work; on a CPU nothing is pending."""
-    if paddle.get_device().startswith("gpu"):
+    if on_gpu():
         paddle.device.synchronize()

@@ -10,13 +10,14 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from ppcoat.atomic import whole_file, write_text
+from ppcoat.config.flags import add_flags, flag, from_flags
 from ppcoat.device import tune_host
 from ppcoat.errors import ConfigError
 from ppcoat.infer.garment_scores import (
@@ -41,128 +42,129 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 Features = Callable[[list[Image.Image]], np.ndarray]  # N pictures -> [N, D]
 
 
+@dataclass(frozen=True)
+class EvaluateFlags:
+    """Settings of the command; None where a flag is not given."""
+
+    model: str | None = flag("folder of a tiny FLUX to draw and score with", None)
+    pictures: list[str] | None = flag(
+        "folders of pictures to score, a row for each", None, metavar="[NAME=]FOLDER"
+    )
+    student: str | None = flag(
+        "with --model: a distilled LoRA, to compare at 4 steps with its teacher", None, metavar="LORA"
+    )
+    references: Path | None = flag("with --pictures: folder to take the Frechet distance to", None)
+    features: str | None = flag(
+        f"with --pictures: of the distance (default: {FEATURES[0]})", None, choices=FEATURES
+    )
+    inception: str | None = flag(
+        "weights of paddle.vision's Inception v3, .safetensors", None, metavar="FILE"
+    )
+    clip: str | None = flag("with --pictures: folder of a CLIP, for the CLIP score", None, metavar="FOLDER")
+    prompts: Path | None = flag("one a line, by picture name (default: beside or in each picture)", None)
+    samples: int | None = flag(f"with --model: pictures per score (default: {SAMPLES})", None)
+    batch_size: int = flag("pictures drawn at once", 100)
+    guidance_scale: float | None = flag(
+        f"with --model: distilled guidance of the samples (default: {GUIDANCE.distilled})", None
+    )
+    true_cfg_scale: float | None = flag(
+        f"their classifier-free guidance, twice the time above 1 (default: {GUIDANCE.true_cfg})", None
+    )
+    output: str | None = flag("write the scores to this JSON file too", None)
+    sheet: str | None = flag("write a contact sheet of 28-step samples to this PNG file", None)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--model", help="folder of a tiny FLUX to draw and score with")
-    what.add_argument(
-        "--pictures", nargs="+", metavar="[NAME=]FOLDER", help="folders of pictures to score, a row for each"
-    )
-    add = parser.add_argument
-    add(
-        "--student",
-        metavar="LORA",
-        help="with --model: a distilled LoRA, to compare at 4 steps with its teacher",
-    )
-    add("--references", type=Path, help="with --pictures: folder to take the Frechet distance to")
-    add("--features", choices=FEATURES, help=f"with --pictures: of the distance (default: {FEATURES[0]})")
-    add("--inception", metavar="FILE", help="weights of paddle.vision's Inception v3, .safetensors")
-    add("--clip", metavar="FOLDER", help="with --pictures: folder of a CLIP, for the CLIP score")
-    add("--prompts", type=Path, help="one a line, by picture name (default: beside or in each picture)")
-    add("--samples", type=int, help=f"with --model: pictures per score (default: {SAMPLES})")
-    parser.add_argument(
-        "--batch_size", type=int, default=100, help="pictures drawn at once (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--guidance_scale",
-        type=float,
-        help=f"with --model: distilled guidance of the samples (default: {GUIDANCE.distilled})",
-    )
-    parser.add_argument(
-        "--true_cfg_scale",
-        type=float,
-        help=f"their classifier-free guidance, twice the time above 1 (default: {GUIDANCE.true_cfg})",
-    )
-    parser.add_argument("--output", default=None, help="write the scores to this JSON file too")
-    parser.add_argument(
-        "--sheet", default=None, help="write a contact sheet of 28-step samples to this PNG file"
-    )
+    chosen = ("model", "pictures")
+    add_flags(parser.add_mutually_exclusive_group(required=True), EvaluateFlags, *chosen)
+    add_flags(parser, EvaluateFlags, *(f.name for f in fields(EvaluateFlags) if f.name not in chosen))
 
 
 def run_command(arguments: argparse.Namespace) -> None:
-    _check(arguments)
+    flags = _checked(from_flags(EvaluateFlags, arguments))
     tune_host()
-    if arguments.pictures:
-        _score_folders(arguments)
-    elif arguments.student:
-        _score_student(arguments)
+    if flags.pictures:
+        _score_folders(flags)
+    elif flags.student:
+        _score_student(flags)
     else:
-        _score_model(arguments)
+        _score_model(flags)
 
 
-def _check(arguments: argparse.Namespace) -> None:
-    """Raise ConfigError for flags without effect and for wrong counts; set the defaults of the others."""
-    chosen, others = ("--pictures", OF_MODEL) if arguments.pictures else ("--model", OF_PICTURES)
+def _checked(given: EvaluateFlags) -> EvaluateFlags:
+    """The flags with the defaults of those that are not given. Raises ConfigError for flags without effect
+    and for wrong counts."""
+    chosen, others = ("--pictures", OF_MODEL) if given.pictures else ("--model", OF_PICTURES)
     for name in others:
-        if getattr(arguments, name) is not None:
+        if getattr(given, name) is not None:
             raise ConfigError(f"--{name} has no effect with {chosen}; leave it out")
     defaults = {"features": FEATURES[0], "samples": SAMPLES}
     defaults |= {"guidance_scale": GUIDANCE.distilled, "true_cfg_scale": GUIDANCE.true_cfg}
-    for name, value in defaults.items():
-        if getattr(arguments, name) is None:
-            setattr(arguments, name, value)
+    flags = replace(
+        given, **{name: value for name, value in defaults.items() if getattr(given, name) is None}
+    )
     for name in ("samples", "batch_size"):
-        if getattr(arguments, name) < 1:
-            raise ConfigError(f"{name}: came {getattr(arguments, name)}, wanted at least 1")
-    if arguments.model:
-        check_folder(arguments.model, "--model")
-    if arguments.student:
-        read_lora_file(arguments.student)
+        if getattr(flags, name) < 1:
+            raise ConfigError(f"{name}: came {getattr(flags, name)}, wanted at least 1")
+    if flags.model:
+        check_folder(flags.model, "--model")
+    if flags.student:
+        read_lora_file(flags.student)
+    return flags
 
 
-def _score_model(arguments: argparse.Namespace) -> None:
+def _score_model(flags: EvaluateFlags) -> None:
     """Print and write the scores of --model."""
-    guidance = GuidanceScales(arguments.guidance_scale, arguments.true_cfg_scale)
-    scores, samples = evaluate(arguments.model, arguments.samples, arguments.batch_size, guidance)
+    guidance = GuidanceScales(flags.guidance_scale, flags.true_cfg_scale)
+    scores, samples = evaluate(flags.model, flags.samples, flags.batch_size, guidance)
     for name, value in scores.items():
         print(f"{name:28s} {value:.4g}")
-    if arguments.output:
-        write_text(arguments.output, json.dumps(scores, indent=2) + "\n")
-    if arguments.sheet:
-        with whole_file(arguments.sheet) as draft:
+    if flags.output:
+        write_text(flags.output, json.dumps(scores, indent=2) + "\n")
+    if flags.sheet:
+        with whole_file(flags.sheet) as draft:
             sheet(samples[:64]).save(draft)
 
 
-def _score_student(arguments: argparse.Namespace) -> None:
+def _score_student(flags: EvaluateFlags) -> None:
     """Print and write the table of --student; the sheet has one row for each set of samples."""
     scores, pictures = compare_students(
-        arguments.model,
-        {"student": arguments.student},
-        arguments.samples,
-        arguments.batch_size,
-        GuidanceScales(arguments.guidance_scale, arguments.true_cfg_scale),
+        flags.model,
+        {"student": flags.student},
+        flags.samples,
+        flags.batch_size,
+        GuidanceScales(flags.guidance_scale, flags.true_cfg_scale),
     )
     print(comparison_table(scores))
-    if arguments.output:
+    if flags.output:
         rows = [asdict(score) for score in scores]
-        write_text(arguments.output, json.dumps(rows, indent=2) + "\n")
-    if arguments.sheet:
-        with whole_file(arguments.sheet) as draft:
+        write_text(flags.output, json.dumps(rows, indent=2) + "\n")
+    if flags.sheet:
+        with whole_file(flags.sheet) as draft:
             sheet([picture for row in pictures for picture in row[:16]]).save(draft)
 
 
-def _score_folders(arguments: argparse.Namespace) -> None:
+def _score_folders(flags: EvaluateFlags) -> None:
     """Print and write the table of --pictures."""
-    if arguments.references is None and arguments.clip is None:
+    if flags.references is None and flags.clip is None:
         raise ConfigError("nothing to score --pictures by: give --references <folder> or --clip <folder>")
     folders = {}
-    for given in arguments.pictures:
+    for given in flags.pictures:
         name, equals, folder = given.partition("=")
         path = Path(folder if equals else given)
         folders[name if equals else path.name] = path
-    if len(folders) < len(arguments.pictures):
+    if len(folders) < len(flags.pictures):
         raise ConfigError("two --pictures have one name: tell them apart with NAME=FOLDER")
-    for folder in [*folders.values(), *([arguments.references] if arguments.references else [])]:
+    for folder in [*folders.values(), *([flags.references] if flags.references else [])]:
         _picture_files(folder)
-    clip = CLIP(arguments.clip) if arguments.clip else None
-    wanted = arguments.references is not None
-    features = features_named(arguments.features, arguments.inception, clip) if wanted else None
-    scores = score_folders(
-        folders, arguments.references, features, clip, arguments.prompts, arguments.batch_size
-    )
-    print(folder_table(scores, arguments.features))
-    if arguments.output:
+    clip = CLIP(flags.clip) if flags.clip else None
+    wanted = flags.references is not None
+    features = features_named(flags.features, flags.inception, clip) if wanted else None
+    scores = score_folders(folders, flags.references, features, clip, flags.prompts, flags.batch_size)
+    print(folder_table(scores, flags.features))
+    if flags.output:
         rows = [asdict(score) for score in scores]
-        write_text(arguments.output, json.dumps(rows, indent=2) + "\n")
+        write_text(flags.output, json.dumps(rows, indent=2) + "\n")
 
 
 @dataclass(frozen=True)

@@ -27,11 +27,11 @@ from ppcoat.infer.scores import frechet_distance, psnr
 from ppcoat.models.flux.pipeline import FluxPipeline
 
 DRAWINGS_SEED = 20_000_000  # far from every training seed
-STEPS = (4, 28)
+FEW_AND_MANY_STEPS = (4, 28)
 FACTS = ("kind", "colour", "pattern")
 LABELS = {"kind": KINDS, "colour": tuple(COLOURS), "pattern": PATTERNS, "motif": ("none", *MOTIFS)}
 WEIGHTS = Path(__file__).parent.parent / "assets" / "garment_classifier.safetensors"
-SIZE = 64
+PICTURE_SIDE = 64
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def evaluate(
     found = classify(classifier, drawings)
     scores = {"autoencoder PSNR, dB": _reconstruction_psnr(pipeline, drawings[: min(count, 256)])}
     scores |= {f"{name}, drawings": _share(found[name], wanted, name) for name in FACTS}
-    for steps in STEPS:
+    for steps in FEW_AND_MANY_STEPS:
         samples = draw_samples(pipeline, wanted, steps, guidance, batch_size)
         seen = classify(classifier, samples)
         scores |= {f"{name}, {steps} steps": _share(seen[name], wanted, name) for name in FACTS}
@@ -96,7 +96,7 @@ def compare_students(
     """
     pipeline = FluxPipeline.from_pretrained(model)
     classifier, wanted = GarmentClassifier.load(), held_out_garments(count)
-    few, many = STEPS
+    few, many = FEW_AND_MANY_STEPS
     scores, pictures, goal = [], [], None
     for who, steps in (("teacher", many), ("teacher", few), *((name, few) for name in lora_files)):
         if who in lora_files:
@@ -143,8 +143,8 @@ def draw_samples(
             guidance_scale=guidance.distilled,
             true_cfg_scale=guidance.true_cfg,
             seed=start,
-            height=SIZE,
-            width=SIZE,
+            height=PICTURE_SIDE,
+            width=PICTURE_SIDE,
         ).images
     return samples
 
@@ -234,5 +234,7 @@ def classify(
 
 def pictures_to_tensor(pictures: list[Image.Image]) -> paddle.Tensor:
     """PIL pictures -> float32 [N, 3, 64, 64] in -1..1."""
-    arrays = [np.asarray(p.convert("RGB").resize((SIZE, SIZE), Image.BOX), np.float32) for p in pictures]
+    arrays = [
+        np.asarray(p.convert("RGB").resize([PICTURE_SIDE] * 2, Image.BOX), np.float32) for p in pictures
+    ]
     return paddle.to_tensor(np.stack(arrays).transpose(0, 3, 1, 2) / 127.5 - 1)

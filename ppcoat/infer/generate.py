@@ -14,7 +14,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from ppcoat.atomic import whole_file
-from ppcoat.config.flags import add_flags, flag
+from ppcoat.config.flags import add_flags, flag, from_flags
 from ppcoat.device import compute_dtype, set_device, tune_host
 from ppcoat.errors import ConfigError
 from ppcoat.lora import LoRAInfo, load_adapter, read_adapter, read_lora_file
@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_command(arguments: argparse.Namespace) -> None:
     tune_host()
-    generate(Drawing(**vars(arguments)))
+    generate(from_flags(Drawing, arguments))
 
 
 def generate(drawing: Drawing) -> list[Path]:

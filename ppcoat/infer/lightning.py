@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 from safetensors import safe_open
 
-from ppcoat.config.flags import add_flags, flag
+from ppcoat.config.flags import add_flags, flag, from_flags
 from ppcoat.device import set_device, tune_host
 from ppcoat.errors import ConfigError
 from ppcoat.infer.cinn import compile_transformer, wait_for_device
@@ -54,30 +54,34 @@ class LightningDrawing(Drawing):
     )
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of PaddleMIX's example: fields of LightningDrawing, and four that are read another way."""
-    parser.add_argument(
-        "--model",
-        help="folder of a FLUX pipeline in the diffusers layout (default: %(default)s)",
-        default="black-forest-labs/FLUX.1-dev",
+@dataclass(frozen=True)
+class LightningFlags:
+    """The flags that are read another way than Drawing's: one prompt, a LoRA that must be given, and whose
+    scale its file decides if it is not."""
+
+    path_to_lora: str = flag("LoRA file (.safetensors)")
+    prompt: str = flag("what to draw")
+    model: str = flag("folder of a FLUX pipeline in the diffusers layout", "black-forest-labs/FLUX.1-dev")
+    lora_scale: float | None = flag(
+        "strength of the LoRA (default: 1.0; PaddleMIX's published file needs 0.25)", None
     )
-    parser.add_argument("--path_to_lora", help="LoRA file (.safetensors)", required=True)
-    parser.add_argument("--prompt", help="what to draw", required=True)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of PaddleMIX's example: fields of LightningDrawing, and those of LightningFlags."""
+    add_flags(parser, LightningFlags, "model", "path_to_lora", "prompt")
     add_flags(parser, LightningDrawing, "output_dir", "guidance_scale", "height", "width")
-    # without a default: run_command asks the file
-    what = "strength of the LoRA (default: 1.0; PaddleMIX's published file needs 0.25)"
-    parser.add_argument("--lora_scale", help=what, type=float)
+    add_flags(parser, LightningFlags, "lora_scale")
     rest = ("steps", "seed", "max_sequence_length", "device", "inference_optimize", "repeat")
     add_flags(parser, LightningDrawing, *rest)
 
 
 def run_command(arguments: argparse.Namespace) -> None:
+    flags = from_flags(LightningFlags, arguments)
     tune_host()
-    given = vars(arguments)
-    read_lora_file(arguments.path_to_lora)
-    if given["lora_scale"] is None:
-        given["lora_scale"] = default_scale(arguments.path_to_lora)
-    draw_lightning(LightningDrawing(prompt=[given.pop("prompt")], **given))
+    read_lora_file(flags.path_to_lora)
+    scale = default_scale(flags.path_to_lora) if flags.lora_scale is None else flags.lora_scale
+    draw_lightning(from_flags(LightningDrawing, arguments, prompt=[flags.prompt], lora_scale=scale))
 
 
 def draw_lightning(drawing: LightningDrawing) -> Path:

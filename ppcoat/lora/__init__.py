@@ -12,7 +12,7 @@ from .layer import (
     merge_lora,
     remove_lora,
 )
-from .loading import LoRAInfo, load_adapter, load_lora, read_adapter, unload_lora
+from .loading import LoRAInfo, load_adapter, load_lora, read_adapter
 from .lokr import LoKrLinear, LoKrSettings
 from .peft import save_comfyui, save_peft
 from .writing import lora_modules, save_lora, write_lora_file
@@ -42,6 +42,5 @@ __all__ = [
     "save_lora",
     "save_peft",
     "summarize",
-    "unload_lora",
     "write_lora_file",
 ]

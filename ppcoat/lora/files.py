@@ -9,9 +9,8 @@ LoRAs with underscores, PEFT's prefixes, and ppdiffusers' transposed files. The 
 alpha from a `.alpha` tensor, else from the header, else rank. Pickle files are refused: reading one can run
 code.
 
-A header is text in every value. We write our own fields, diffusers' `lora_adapter_metadata` (a PEFT config as
-JSON, keys prefixed `transformer.`), kohya's `ss_network_*` and ai-toolkit's `training_info`. It comes from
-anywhere: numbers are checked, patterns are never run as regular expressions.
+A header is text in every value and comes from anywhere: numbers are checked, patterns are never run as
+regular expressions.
 """
 
 from __future__ import annotations
@@ -19,8 +18,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections import Counter
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -61,7 +59,6 @@ SUFFIXES = {
 }
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pdparams")
 ADAPTER_METADATA = "lora_adapter_metadata"
-IN_OUT = "lora_A [in, rank], lora_B [rank, out]"  # the field `layout` of a file in Paddle's layout
 # Fields that speak of the tensors in a file. Whoever writes other tensors writes these anew or not at all.
 OF_TENSORS = (
     *("format", "layout", "rank", "alpha", "software", ADAPTER_METADATA),
@@ -97,8 +94,9 @@ def read_lora_file(path: str | Path, paths: Set[str] | None = None, incomplete_t
 
 
 def read_tensors_and_header(file: Path) -> tuple[dict[str, paddle.Tensor], dict[str, str]]:
-    """`tensors_and_header` of a file that comes from anywhere: each tensor in its shape there. Raises
-    ConfigError for a pickle, which is not read, and for a missing or damaged file."""
+    """`tensors_and_header` of a file that comes from anywhere: each tensor in the dtype that it
+    has there; any shape. Raises ConfigError for a pickle, which is not read, and for a missing or damaged
+    file."""
     if file.suffix in PICKLES:
         raise ConfigError(f"{file.name} is a pickle, and reading it can run code: convert it to .safetensors")
     if not file.is_file():
@@ -118,9 +116,9 @@ def parse_lora(
     """Tensors of a file, by key, and its header -> LoRAFile.
 
     tensors: A [rank, in] and B [out, rank], transposed where the file is in Paddle's layout, and alpha, a
-    scalar. paths: the Linears of a model, to which names are held; None: all of FLUX's. incomplete_too: list
-    modules that lack A or B instead of raising. Raises ConfigError for such a module, for one that comes
-    twice or whose shapes do not fit each other, and for an alpha that is no number.
+    scalar; any floating dtype. paths: the Linears of a model, to which names are held; None: all of FLUX's.
+    incomplete_too: list modules that lack A or B instead of raising. Raises ConfigError for such a module,
+    for one that comes twice or whose shapes do not fit each other, and for an alpha that is no number.
     """
     stems, unknown = _group(tensors, paths)
     halves = {_shown_name(stem): ", ".join(sorted(stem.tensors)) for stem in stems if not stem.is_whole}
@@ -142,6 +140,19 @@ def parse_lora(
     return LoRAFile(
         " + ".join(sorted(programs)), modules, unknown, dict(header), tuple(sorted(dtypes)), halves
     )
+
+
+def without_prefixes(name: str) -> Iterator[tuple[str, str]]:
+    """`name`, then what is left of it as one of PREFIXES after the other goes; with each the program by whose
+    prefix it began, "" for none."""
+    program = ""
+    while True:
+        yield name, program
+        prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), None)
+        if prefix is None:
+            return
+        program = program or PREFIXES[prefix]
+        name = name.removeprefix(prefix)
 
 
 @dataclass(frozen=True)
@@ -177,21 +188,16 @@ def _group(tensors: Mapping[str, paddle.Tensor], paths: Set[str] | None) -> tupl
     return list(stems.values()), unknown
 
 
-def _find(name: str, paths: Set[str] | None) -> _Stem | None:
+def _find(key: str, paths: Set[str] | None) -> _Stem | None:
     """A key without its suffix -> the module, once so many prefixes are gone that the rest is a name."""
-    program = ""
-    while True:
+    for name, program in without_prefixes(key):
         if paths is not None and name in paths:
             return _Stem(name, flux_names.FluxName((name,), False), program or "diffusers")
         module = flux_names.find(name)
         if module is not None and (paths is None or set(module.paths) <= paths):
             bare = "XLabs" if ".processor." in name else "BFL" if module.of_bfl else "diffusers"
             return _Stem(name, module, program or bare)
-        prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), None)
-        if prefix is None:
-            return None
-        program = program or PREFIXES[prefix]
-        name = name.removeprefix(prefix)
+    return None
 
 
 def _shown_name(stem: _Stem) -> str:
@@ -237,8 +243,8 @@ def _read_module(stem: _Stem, in_out: bool, header: Mapping[str, str]) -> LoRAMo
 
 
 def tensors_and_header(file: Path) -> tuple[dict[str, paddle.Tensor], dict[str, str]]:
-    """What a safetensors file holds, whatever its name: each tensor in the shape and dtype that it has there,
-    and the header. Raises SafetensorError for a damaged one."""
+    """What a safetensors file holds, whatever its name: each tensor in the dtype that it has there, any
+    shape; and the header. Raises SafetensorError for a damaged one."""
     with safe_open(str(file), framework="paddle") as content:
         tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
         return tensors, dict(content.metadata() or {})
@@ -246,46 +252,6 @@ def tensors_and_header(file: Path) -> tuple[dict[str, paddle.Tensor], dict[str, 
 
 def _dtype(tensor: paddle.Tensor) -> str:
     return str(tensor.dtype).rsplit(".", 1)[-1]
-
-
-def make_header(modules: Mapping[str, LoRAModule], file_format: str) -> dict[str, str]:
-    """The fields that speak of the tensors. `modules`: as they are written, names and all, alpha = rank
-    because the weights are folded.
-    """
-    ranks = {name: module.rank for name, module in modules.items()}
-    rank = Counter(ranks.values()).most_common(1)[0][0]
-    header = {
-        "format": "pt",
-        "rank": str(rank),
-        "alpha": str(rank),
-        "software": json.dumps({"name": "ppcoat"}),
-    }
-    if file_format == "paddle":
-        header |= {"format": "pd", "layout": IN_OUT}
-    elif file_format == "kohya":
-        header |= {
-            "ss_network_module": "networks.lora_flux",
-            "ss_network_dim": str(rank),
-            "ss_network_alpha": str(rank),
-        }
-    else:
-        header[ADAPTER_METADATA] = _adapter_text(ranks, rank)
-    return header
-
-
-def run_fields(
-    trigger_word: str, step: int | None, base_model: str, alphas: Iterable[float]
-) -> dict[str, str]:
-    """The fields that speak of the training. `alphas`: as trained, before they were folded."""
-    alphas = sorted(set(alphas))
-    header = {
-        "original_alpha": f"{alphas[0]:g}" if len(alphas) == 1 else json.dumps(alphas),
-        "trigger_word": trigger_word,
-        "base_model": base_model,
-    }
-    if step is not None:
-        header |= {"step": str(step), "training_info": json.dumps({"step": step})}
-    return header
 
 
 def step_from_header(header: Mapping[str, str]) -> int | None:
@@ -356,19 +322,3 @@ def _number(value: object, name: str) -> float:
     if not math.isfinite(number) or (name == "rank" and number <= 0):
         raise ConfigError(f"LoRA header {name} must be a finite number, got {value!r}")
     return number
-
-
-def _adapter_text(ranks: Mapping[str, int], rank: int) -> str:
-    """diffusers' adapter metadata for ranks per path, `rank` being the usual one."""
-    # "^": the whole path; PEFT would take "proj_out" for the proj_out of every block too
-    anchored = {f"^{path}": own for path, own in ranks.items() if own != rank}
-    adapter = {
-        "r": rank,
-        "lora_alpha": rank,
-        "rank_pattern": anchored,
-        "alpha_pattern": anchored,
-        "target_modules": sorted(ranks),
-        "lora_dropout": 0.0,
-        "bias": "none",
-    }
-    return json.dumps({f"transformer.{key}": value for key, value in adapter.items()}, indent=2)

@@ -115,7 +115,10 @@ def target_paths(model: nn.Layer, targets: Sequence[str] | None = None) -> list[
 
 
 def remove_lora(model: nn.Layer) -> None:
-    """Put the Linears under LoRAs and LoKrs back. Their parameters were shared all along and stay frozen."""
+    """Take LoRAs and LoKrs out: the Linears under them are back, and the model computes exactly as without.
+
+    Their parameters were shared all along and stay frozen.
+    """
     for path, layer in adapter_layers(model).items():
         set_sublayer(model, path, layer.base)
 

@@ -27,12 +27,12 @@ from .delta import LoRAModule
 from .files import (
     ADAPTER_METADATA,
     CONFIG,
-    PREFIXES,
     WEIGHTS,
     parse_lora,
     read_lora_file,
     read_tensors_and_header,
     step_from_header,
+    without_prefixes,
 )
 from .layer import linear_paths, lora_parameters, remove_lora
 from .lokr import FACTORS, LoKrLinear, LoKrSettings
@@ -64,9 +64,9 @@ def load_lora(
 
     The file may have any format that files.py reads. Linears become LoRALinears without gradient, their scale
     times `scale`; ranks may differ from one to the next. A LoRA that was loaded before is replaced. Tensors:
-    A [rank, in] and B [out, rank] in most formats. Keys that fit no Linear are listed in a warning and in the
-    result. Raises ConfigError, and changes nothing, for a pickle, a damaged file, a wrong shape, a file that
-    fits no Linear at all, or a model whose LoRA is in training.
+    A [rank, in] and B [out, rank] in most formats, any floating dtype. Keys that fit no Linear are listed in
+    a warning and in the result. Raises ConfigError, and changes nothing, for a pickle, a damaged file, a
+    wrong shape, a file that fits no Linear at all, or a model whose LoRA is in training.
     """
     if any(not param.stop_gradient for param in lora_parameters(model)):
         raise ConfigError("the model has a LoRA in training: save it, then call remove_lora before load_lora")
@@ -97,11 +97,6 @@ def load_lora(
     scales = {path: module.scale * scale for path, module in modules.items()}
     trigger_word, step = file.header.get("trigger_word", ""), step_from_header(file.header)
     return LoRAInfo(ranks, scales, file.unknown, trigger_word, step, file.header)
-
-
-def unload_lora(model: nn.Layer) -> None:
-    """Take a loaded LoRA out again: the model computes exactly as before `load_lora`."""
-    remove_lora(model)
 
 
 def _check_fits(path: str, module: LoRAModule, linear: nn.Layer) -> None:
@@ -150,8 +145,9 @@ def load_adapter(model: nn.Layer, path: str | Path, scale: float = 1.0) -> LoRAI
 
 
 def read_adapter(path: str | Path) -> tuple[dict[str, paddle.Tensor], dict[str, str]]:
-    """Tensors, each in its shape and dtype there, and header of an adapter directory or file; of a directory,
-    the header also has what CONFIG says. Raises ConfigError for what is missing, damaged or a pickle."""
+    """Tensors (any shape, in the dtype they have there) and header of an adapter directory or file; of a
+    directory, the header also has what CONFIG says. Raises ConfigError for what is missing, damaged or a
+    pickle."""
     path = Path(path)
     tensors, header = read_tensors_and_header(path / WEIGHTS if path.is_dir() else path)
     if path.is_dir():
@@ -182,10 +178,9 @@ def _lokr_modules(
     unknown = []
     for key, tensor in tensors.items():
         name, _, role = key.rpartition(".")
-        for prefix in PREFIXES:
-            name = name.removeprefix(prefix)
-        if name in by_name and role in (*_LOKR_NAMES, "alpha"):
-            modules.setdefault(by_name[name], {})[role] = tensor
+        path = next((by_name[bare] for bare, _ in without_prefixes(name) if bare in by_name), None)
+        if path is not None and role in (*_LOKR_NAMES, "alpha"):
+            modules.setdefault(path, {})[role] = tensor
         else:
             unknown.append(key)
     if unknown:

@@ -1,13 +1,17 @@
 """The LoRA of a model written to a file, in three formats (see files.py), and read back before the file takes
 its name.
 
-alpha / rank is folded into B, so that every loader comes to a scale of 1.
+alpha / rank is folded into B, so that every loader comes to a scale of 1. The header has our own fields,
+diffusers' `lora_adapter_metadata` (a PEFT config as JSON, keys prefixed `transformer.`) or kohya's
+`ss_network_*`, and ai-toolkit's `training_info`.
 """
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,12 +25,13 @@ from ppcoat.errors import ConfigError
 
 from . import flux_names
 from .delta import LoRAModule, LoRASummary, relative_difference, summarize, worst
-from .files import LoRAFile, make_header, parse_lora, run_fields, tensors_and_header
+from .files import ADAPTER_METADATA, LoRAFile, parse_lora, tensors_and_header
 from .layer import lora_layers
 
 FORMATS = ("diffusers", "kohya", "paddle")
 LORA_DTYPES = ("float32", "bfloat16", "float16")
 READ_BACK_ERROR = 1e-6  # of delta-W, relative
+IN_OUT = "lora_A [in, rank], lora_B [rank, out]"  # the field `layout` of a file in Paddle's layout
 
 
 def save_lora(
@@ -52,7 +57,7 @@ def save_lora(
     if not modules:
         raise ConfigError("the model has no LoRA to save")
     alphas = [module.alpha for module in modules.values()]
-    fields = {**dict(extra or {}), **run_fields(trigger_word, step, base_model, alphas)}
+    fields = {**dict(extra or {}), **_header_of_training(trigger_word, step, base_model, alphas)}
     error = write_lora_file(path, modules, fields, file_format, dtype)
     return replace(summarize(modules), error=error)
 
@@ -82,7 +87,7 @@ def write_lora_file(
     path = Path(path)
     _check_target(path, modules, file_format, dtype)
     named = _named(modules, file_format)
-    header = {**fields, **make_header(named, file_format)}
+    header = {**fields, **_header_of_tensors(named, file_format)}
     with whole_file(path) as draft:
         draft.write_bytes(save(_to_tensors(named, file_format, dtype), header))
         # kohya's fused modules have names beside those in `modules`, but only FLUX's have them
@@ -108,6 +113,62 @@ def _named(modules: Mapping[str, LoRAModule], file_format: str) -> dict[str, LoR
         fused = flux_names.fuse(modules)
         return {f"lora_unet_{name.replace('.', '_')}": module for name, module in fused.items()}
     return {path: module.folded() for path, module in modules.items()}
+
+
+def _header_of_tensors(modules: Mapping[str, LoRAModule], file_format: str) -> dict[str, str]:
+    """The fields that speak of the tensors. `modules`: as they are written, names and all, alpha = rank
+    because the weights are folded.
+    """
+    ranks = {name: module.rank for name, module in modules.items()}
+    rank = Counter(ranks.values()).most_common(1)[0][0]
+    header = {
+        "format": "pt",
+        "rank": str(rank),
+        "alpha": str(rank),
+        "software": json.dumps({"name": "ppcoat"}),
+    }
+    if file_format == "paddle":
+        header |= {"format": "pd", "layout": IN_OUT}
+    elif file_format == "kohya":
+        header |= {
+            "ss_network_module": "networks.lora_flux",
+            "ss_network_dim": str(rank),
+            "ss_network_alpha": str(rank),
+        }
+    else:
+        header[ADAPTER_METADATA] = _adapter_text(ranks, rank)
+    return header
+
+
+def _header_of_training(
+    trigger_word: str, step: int | None, base_model: str, alphas: Iterable[float]
+) -> dict[str, str]:
+    """The fields that speak of the training. `alphas`: as trained, before they were folded."""
+    alphas = sorted(set(alphas))
+    header = {
+        "original_alpha": f"{alphas[0]:g}" if len(alphas) == 1 else json.dumps(alphas),
+        "trigger_word": trigger_word,
+        "base_model": base_model,
+    }
+    if step is not None:
+        header |= {"step": str(step), "training_info": json.dumps({"step": step})}
+    return header
+
+
+def _adapter_text(ranks: Mapping[str, int], rank: int) -> str:
+    """diffusers' adapter metadata for ranks per path, `rank` being the usual one."""
+    # "^": the whole path; PEFT would take "proj_out" for the proj_out of every block too
+    anchored = {f"^{path}": own for path, own in ranks.items() if own != rank}
+    adapter = {
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": anchored,
+        "alpha_pattern": anchored,
+        "target_modules": sorted(ranks),
+        "lora_dropout": 0.0,
+        "bias": "none",
+    }
+    return json.dumps({f"transformer.{key}": value for key, value in adapter.items()}, indent=2)
 
 
 def _to_tensors(named: Mapping[str, LoRAModule], file_format: str, dtype: str) -> dict[str, paddle.Tensor]:

@@ -12,6 +12,7 @@ import paddle
 from paddle import nn
 
 from ppcoat.errors import ConfigError
+from ppcoat.nn.ops import look_at_weights_again
 from ppcoat.nn.recompute import checkpointed
 
 
@@ -33,6 +34,11 @@ class BlockModel:
         return {
             f"{name}.{i}": block for name in self.block_lists for i, block in enumerate(getattr(self, name))
         }
+
+    def set_state_dict(self, state_dict: dict[str, paddle.Tensor], *args, **kwargs):
+        """As of any Layer: names -> tensors, of any shape and dtype that the parameters have."""
+        look_at_weights_again(self)
+        return super().set_state_dict(state_dict, *args, **kwargs)
 
     def run_block(self, index: int, block: nn.Layer, *args: paddle.Tensor | None):
         """block(*args), the model's block number `index`; checkpointed while training if it is covered."""

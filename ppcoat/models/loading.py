@@ -6,7 +6,7 @@ the peak is the model and one tensor. Everything that headers can tell (missing 
 wrong shapes) is checked before the first weight is read; tensor_files.py reads them.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -81,9 +81,7 @@ def check_folder(folder: str | Path, setting: str = "the model") -> None:
 
 def load_transformer(folder: str | Path, dtype: str | None = None) -> FluxTransformer2DModel:
     """The FLUX transformer of a component folder, in `dtype` (None: see `default_dtype`), in eval mode."""
-    with weights_in(dtype):
-        model = FluxTransformer2DModel.from_config(_model_config(folder))
-    return _filled(model, folder)
+    return load_weights(opened(_from_config(FluxTransformer2DModel), folder, dtype), folder)
 
 
 def unfilled(
@@ -93,9 +91,8 @@ def unfilled(
 
     Raises ConfigError unless names and shapes in the files are exactly the model's.
     """
-    with weights_in(dtype), paddle.LazyGuard():
-        model = model_class.from_config(_model_config(folder))
-    model.source_config = read_json(Path(folder) / "config.json")
+    with paddle.LazyGuard():
+        model = opened(_from_config(model_class), folder, dtype)
     infos = tensor_infos(folder)
     _check_model(model, infos, Path(folder))
     return model, infos
@@ -103,9 +100,7 @@ def unfilled(
 
 def load_vae(folder: str | Path, dtype: str | None = None) -> AutoencoderKL:
     """The autoencoder of a component folder, in `dtype` (None: see `default_dtype`), in eval mode."""
-    with weights_in(dtype):
-        model = AutoencoderKL.from_config(_model_config(folder))
-    return _filled(model, folder)
+    return load_weights(opened(_from_config(AutoencoderKL), folder, dtype), folder)
 
 
 def load_clip(folder: str | Path, dtype: str | None = None) -> nn.Layer:
@@ -148,6 +143,15 @@ def default_dtype() -> str:
     return "float32" if paddle.get_device() == "cpu" else "bfloat16"
 
 
+def opened(build: Callable[[Path], nn.Layer], folder: str | Path, dtype: str | None) -> nn.Layer:
+    """The model that build(folder) makes, with parameters of `dtype` (None: see `default_dtype`), and with
+    `source_config`: config.json as found, which writing.py writes again."""
+    with weights_in(dtype):
+        model = build(Path(folder))
+    model.source_config = read_json(Path(folder) / "config.json")
+    return model
+
+
 def load_weights(model: nn.Layer, folder: str | Path) -> nn.Layer:
     """Fills `model` from the safetensors of `folder`, casting to the dtype of each parameter; returns it in
     eval mode.
@@ -157,12 +161,26 @@ def load_weights(model: nn.Layer, folder: str | Path) -> nn.Layer:
     """
     infos = tensor_infos(folder)
     _check_model(model, infos, Path(folder))
+    return fill(model, _under_names_of(model, read_tensors(infos, linear_weights(model))))
+
+
+def fill(model: nn.Layer, tensors: Iterable[tuple[str, paddle.Tensor]]) -> nn.Layer:
+    """Gives the parameters of `model` their values by name, as `set_parameter` does; returns it in eval mode.
+
+    tensors: (name, tensor of any shape and dtype, the shape being that of its parameter).
+    """
     parameters = model.state_dict()
-    for name, tensor in read_tensors(infos, linear_weights(model)):
-        for target in (name, *(tied for tied, source in TIED.items() if source == name)):
-            if target in parameters:
-                parameters[target].set_value(tensor.astype(parameters[target].dtype))
+    for name, tensor in tensors:
+        set_parameter(parameters[name], tensor)
     return model.eval()
+
+
+def set_parameter(parameter: paddle.Tensor, tensor: paddle.Tensor) -> None:
+    """Gives a parameter, of any shape, the values of a tensor of the same shape, cast to its dtype. One that
+    has no memory yet, made under LazyGuard, gets it now."""
+    if not parameter._is_initialized():
+        parameter.initialize()
+    parameter.set_value(tensor.astype(parameter.dtype))
 
 
 def read_tensors(infos: dict[str, TensorInfo], linears: set[str]) -> Iterator[tuple[str, paddle.Tensor]]:
@@ -225,23 +243,34 @@ def _check_model(model: nn.Layer, infos: dict[str, TensorInfo], folder: Path) ->
     check_tensors(model, folder, infos, wanted)
 
 
+def _under_names_of(
+    model: nn.Layer, tensors: Iterable[tuple[str, paddle.Tensor]]
+) -> Iterator[tuple[str, paddle.Tensor]]:
+    """The tensors that the model has, each under every name that it has there."""
+    names = model.state_dict().keys()
+    for name, tensor in tensors:
+        for target in (name, *(tied for tied, source in TIED.items() if source == name)):
+            if target in names:
+                yield target, tensor
+
+
 def _load_text_encoder(
     model_class: type, config_class: type, folder: str | Path, dtype: str | None
 ) -> nn.Layer:
-    with weights_in(dtype):
-        model = model_class(config_class.from_dict(read_json(Path(folder) / "config.json")))
-    return _filled(model, folder)
+    def build(folder: Path) -> nn.Layer:
+        return model_class(config_class.from_dict(read_json(folder / "config.json")))
+
+    return load_weights(opened(build, folder, dtype), folder)
 
 
-def _filled(model: nn.Layer, folder: str | Path) -> nn.Layer:
-    """With its weights, and with `source_config`: config.json as found, which writing.py writes again."""
-    model.source_config = read_json(Path(folder) / "config.json")
-    return load_weights(model, folder)
+def _from_config(model_class: type) -> Callable[[Path], nn.Layer]:
+    """What makes a model of a ppdiffusers class from a component folder."""
+    return lambda folder: model_class.from_config(_model_config(folder))
 
 
-def _model_config(folder: str | Path) -> dict:
+def _model_config(folder: Path) -> dict:
     """Drops a key that only repeats a default and that older ppdiffusers would warn of."""
-    config = read_json(Path(folder) / "config.json")
+    config = read_json(folder / "config.json")
     if config.get("mid_block_add_attention") is True:
         del config["mid_block_add_attention"]
     return config

@@ -10,6 +10,8 @@ import paddle
 
 from ppcoat.errors import ConfigError
 
+TOKEN_SIDE = 16  # pixels that a token stands for, each way: the VAE's 8 times the transformers' patches of 2
+
 
 def check_drawing(height: int, width: int, step: int, output_type: str) -> None:
     """Raise ConfigError for a size in pixels that is not a multiple of `step`, and an unknown output type."""
@@ -32,14 +34,15 @@ class LatentPictures:
     def encode_image(self, pixels: paddle.Tensor) -> paddle.Tensor:
         """Pixels [B, 3, height, width] in -1..1 -> latents [B, 16, height/8, width/8].
 
-        As the transformer sees them: shifted and scaled, the mean of the VAE's distribution.
+        As the transformer sees them: shifted and scaled, the mean of the VAE's distribution. In its dtype.
         """
         latents = self.vae.encode(pixels.astype(self.vae.dtype)).latent_dist.mode()
         return (latents - self.vae.config.shift_factor) * self.vae.config.scaling_factor
 
     @paddle.no_grad()
     def decode_latents(self, latents: paddle.Tensor) -> paddle.Tensor:
-        """The way back: latents [B, 16, h, w] -> pixels [B, 3, 8h, 8w], about -1..1, not clipped."""
+        """The way back: latents [B, 16, h, w] -> pixels [B, 3, 8h, 8w], about -1..1, not clipped,
+        in the VAE's dtype."""
         config = self.vae.config
         latents = latents.astype(self.vae.dtype) / config.scaling_factor + config.shift_factor
         return self.vae.decode(latents).sample
@@ -52,14 +55,16 @@ class LatentPictures:
 
 
 def pack_latents(latents: paddle.Tensor) -> paddle.Tensor:
-    """[B, channels, 2 * rows, 2 * columns] -> tokens [B, rows * columns, 4 * channels], each a 2x2 patch."""
+    """[B, channels, 2 * rows, 2 * columns] -> tokens [B, rows * columns, 4 * channels], each a 2x2 patch;
+    any dtype."""
     b, c, h, w = latents.shape
     patches = latents.reshape([b, c, h // 2, 2, w // 2, 2]).transpose([0, 2, 4, 1, 3, 5])
     return patches.reshape([b, (h // 2) * (w // 2), c * 4])
 
 
 def unpack_latents(tokens: paddle.Tensor, rows: int, columns: int) -> paddle.Tensor:
-    """The way back: [B, rows * columns, 4 * channels] -> [B, channels, 2 * rows, 2 * columns]."""
+    """The way back: [B, rows * columns, 4 * channels] -> [B, channels, 2 * rows, 2 * columns], in any
+    dtype."""
     b, _, c = tokens.shape
     patches = tokens.reshape([b, rows, columns, c // 4, 2, 2]).transpose([0, 3, 1, 4, 2, 5])
     return patches.reshape([b, c // 4, 2 * rows, 2 * columns])

@@ -26,7 +26,7 @@ from paddle import nn
 
 from ppcoat.errors import ConfigError
 from ppcoat.models.flux.transformer import FluxTransformer2DModel
-from ppcoat.models.loading import linear_weights, load_transformer, unfilled
+from ppcoat.models.loading import linear_weights, load_transformer, set_parameter, unfilled
 from ppcoat.models.tensor_files import TensorInfo, in_file_order, map_tensor, read_json, tensor_infos
 from ppcoat.models.writing import INDEX, Layout, check_room, layout_bytes, shard_metadata, write_component
 from ppcoat.nn.base_weight import BLOCK, FP8Weight
@@ -90,17 +90,17 @@ def load_fp8(
     model, infos = unfilled_model()
     on_host = tuple(f"{path}." for path in swapped(model))
     if copy is None:
-        _fill(model, quantised_tensors(infos, model), on_host)
+        _fill_in_fp8(model, quantised_tensors(infos, model), on_host)
         return model.eval()
     if not copy.is_usable():
         _write(copy, model, infos)
     try:
-        _fill(model, copy.tensors(), on_host)
+        _fill_in_fp8(model, copy.tensors(), on_host)
     except DamagedCopyError as error:
         _log.warning("%s: the copy is made anew", error)
         model, infos = unfilled_model()
         _write(copy, model, infos)
-        _fill(model, copy.tensors(), on_host)
+        _fill_in_fp8(model, copy.tensors(), on_host)
     return model.eval()
 
 
@@ -209,7 +209,9 @@ def _write(copy: FP8Copy, model: nn.Layer, infos: dict[str, TensorInfo]) -> None
     copy.write(model.source_config, infos, quantised_tensors(infos, model), linear_weights(model))
 
 
-def _fill(model: nn.Layer, tensors: Iterable[tuple[str, paddle.Tensor]], on_host: tuple[str, ...]) -> None:
+def _fill_in_fp8(
+    model: nn.Layer, tensors: Iterable[tuple[str, paddle.Tensor]], on_host: tuple[str, ...]
+) -> None:
     """Give every parameter its value, and every Linear its FP8Weight in the place of its own. Names that
     begin with one of `on_host` stay in host memory.
     """
@@ -223,10 +225,8 @@ def _fill(model: nn.Layer, tensors: Iterable[tuple[str, paddle.Tensor]], on_host
             set_fp8_weight(model, path, weight, sublayer_at(model, path).bias)
             filled = [weight.codes, weight.scale]
         else:
-            parameter = parameters[name]
-            parameter.initialize()
-            parameter.set_value(tensor.astype(parameter.dtype))
-            filled = [parameter]
+            set_parameter(parameters[name], tensor)
+            filled = [parameters[name]]
         if name.startswith(on_host):
             for each in filled:
                 move_to_host(each)
@@ -272,8 +272,8 @@ class FP8Copy:
         return True
 
     def tensors(self) -> Iterator[tuple[str, paddle.Tensor]]:
-        """(name, tensor) one at a time, each in name, shape and dtype as quantised_tensors gives it. Raises
-        DamagedCopyError for a tensor that is not as written."""
+        """(name, tensor) one at a time, each in name and dtype as quantised_tensors gives it (any shape).
+        Raises DamagedCopyError for a tensor that is not as written."""
         infos, sums = tensor_infos(self.folder), self._sums()
         for name, info in in_file_order(infos):
             data = np.array(map_tensor(info))
@@ -288,7 +288,7 @@ class FP8Copy:
         tensors: Iterable[tuple[str, paddle.Tensor]],
         weights: set[str],
     ) -> None:
-        """Write `tensors` one by one, each in name, shape and dtype as quantised_tensors gives it.
+        """Write `tensors` one by one, each in name and dtype as quantised_tensors gives it; any shape.
 
         infos: the tensors that they are made of. config: the model's config.json. weights: names of the
         quantised tensors in `infos`. Raises ConfigError with both numbers if the disk has not enough room,

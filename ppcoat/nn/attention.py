@@ -15,6 +15,7 @@ import numpy as np
 import paddle
 import paddle.nn.functional as F
 
+from ppcoat.device import on_gpu
 from ppcoat.fp8.norm import apply_rope
 
 from .op import OpCall, Tensors
@@ -56,7 +57,7 @@ def _repeat_heads(x: paddle.Tensor, times: int) -> paddle.Tensor:
 class AttentionCall(OpCall):
     """q, k, v of one or two streams. Saves them all in one; under "+attention" values in FP8, queries and
     keys with a residual, because scores go through an exponential: 2.5 % of rounding in q or k would be 8 %
-    behind it. Its result is never saved by whoever reads it, but computed again or held by flash attention.
+    behind it. Its result is never saved by whoever reads it, but computed again or saved by flash attention.
     """
 
     @staticmethod
@@ -74,8 +75,8 @@ class AttentionCall(OpCall):
             # Its graph is what "coat" saves: q, k, v, the output and a statistic per row.
             self._graph = self._new_graph(q, k, v)
             return self._parts(self._graph.output.flatten(2))
-        q_save = self.saver.save_residual if policy.pack_attention else self.saver.save_plain
-        v_save = self.saver.save if policy.pack_attention else self.saver.save_plain
+        q_save = self.saver.save_residual if policy.attention_in_fp8 else self.saver.save_plain
+        v_save = self.saver.save if policy.attention_in_fp8 else self.saver.save_plain
         self.qkv = [q_save(q.flatten(2)), q_save(k.flatten(2)), v_save(v.flatten(2))]
         if not policy.recompute:
             self.saver.count(_FlashRemainder(q.shape, k.shape[2]))
@@ -88,7 +89,7 @@ class AttentionCall(OpCall):
     def backward(self, *grads):
         graph, self._graph = self._again(), None
         do = paddle.concat(grads, axis=1) if len(grads) > 1 else grads[0]
-        gradients = graph.gradients(_heads(do, self.head_dim))
+        gradients = graph.gradients(split_heads(do, self.head_dim))
         found = list(zip(*(self._parts(d) for d in gradients), strict=True))
         inputs = list(zip(*(self._parts(x.detach()) for x in graph.inputs), strict=True))
         for maker, x in zip(self.makers, _flat(inputs), strict=True):
@@ -102,7 +103,7 @@ class AttentionCall(OpCall):
     def _again(self) -> LocalGraph:
         """The attention of the forward pass, ready for backward."""
         if self._graph is None:
-            self._graph = self._new_graph(*(_heads(x.unpack(), self.head_dim) for x in self.qkv))
+            self._graph = self._new_graph(*(split_heads(x.unpack(), self.head_dim) for x in self.qkv))
         return self._graph
 
     def _new_graph(self, q: paddle.Tensor, k: paddle.Tensor, v: paddle.Tensor) -> LocalGraph:
@@ -114,9 +115,9 @@ class AttentionCall(OpCall):
 
 @dataclass(frozen=True)
 class _FlashRemainder:
-    """What flash attention would hold beside q [B, tokens, heads, head_dim], k and v: the output in bfloat16,
+    """What flash attention would save beside q [B, tokens, heads, head_dim], k and v: the output in bfloat16,
     a float32 per token and head, and keys and values for heads that share them. Without flash attention it is
-    computed again, so nothing is held.
+    computed again, so nothing is saved.
     """
 
     shape: list[int]
@@ -132,7 +133,7 @@ class _FlashRemainder:
 
 
 def attention_bias(keep: np.ndarray) -> paddle.Tensor | None:
-    """keep: bool [B, queries or 1, keys] -> float32 [B, 1, queries or 1, keys], None if every key is kept.
+    """keep: bool [B, queries or 1, keys] -> float32 [B, 1, queries or 1, keys], None if no key is masked.
 
     None lets `attention` use the kernels without a mask, so decide on the host and once per call.
     """
@@ -142,16 +143,16 @@ def attention_bias(keep: np.ndarray) -> paddle.Tensor | None:
 
 
 def padding_bias(lengths: list[int], tokens: int) -> paddle.Tensor | None:
-    """The bias [B, 1, 1, tokens] that lets sample i attend to its first lengths[i] tokens."""
+    """The bias, float32 [B, 1, 1, tokens], that lets sample i attend to its first lengths[i] tokens."""
     return attention_bias((np.arange(tokens) < np.array(lengths)[:, None])[:, None])
 
 
 def uses_flash_attention(q: paddle.Tensor) -> bool:
     """Whether `attention` of q [B, T, heads, head_dim] saves q, k, v, the output and a statistic per row for
-    backward, and no score matrix."""
+    backward, and no score matrix: on a GPU, if q is bfloat16 or float16."""
     # While a static graph is traced, tensors have no place yet: it will be the current device.
-    on_gpu = q.place.is_gpu_place() if paddle.in_dynamic_mode() else paddle.get_device().startswith("gpu")
-    return on_gpu and q.dtype in (paddle.bfloat16, paddle.float16)
+    there = q.place.is_gpu_place() if paddle.in_dynamic_mode() else on_gpu()
+    return there and q.dtype in (paddle.bfloat16, paddle.float16)
 
 
 def _swap_tokens_and_heads(x: paddle.Tensor) -> paddle.Tensor:
@@ -226,8 +227,8 @@ def rotate_halves(x: paddle.Tensor, cos: paddle.Tensor, sin: paddle.Tensor) -> p
     return paddle.concat([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
-def _heads(x: paddle.Tensor, head_dim: int) -> paddle.Tensor:
-    """[B, tokens, ...] -> [B, tokens, heads, head_dim]."""
+def split_heads(x: paddle.Tensor, head_dim: int) -> paddle.Tensor:
+    """[B, tokens, ...] of any dtype -> [B, tokens, heads, head_dim]."""
     return x.reshape([*x.shape[:2], -1, head_dim])
 
 

@@ -25,7 +25,7 @@ class FP8Weight(nn.Layer):
     """A weight [in, out] as E4M3 codes and a scale for each 128 x 128 block; never trained.
 
     codes uint8 [in, out], scale float32 [ceil(in / 128), ceil(out / 128)], both buffers: 1.0002 bytes for
-    each number. `dequantized` makes the values anew for each use and keeps nothing. in_fp8: see above.
+    each number. `dequantized` makes the values anew for each use and stores nothing. in_fp8: see above.
     """
 
     stop_gradient = True

@@ -23,7 +23,7 @@ def replace_linear_with_fp8(
     LoRALinear whose policy is "none" saves its input in FP8 from now on, with one scale "per_tensor" or
     "per_group" of `group_size` features. Parameters are shared, not copied, and keep their names in the
     state_dict. Trainable Linears and subclasses of Linear stay as they are: what autograd saves of them is
-    packed by `fp8_saved_tensors`. Raises ConfigError for wrong values.
+    turned into FP8 by `fp8_saved_tensors`. Raises ConfigError for wrong values.
     """
     groups = granularity_groups(linear_granularity, group_size)
     for path, layer in list(model.named_sublayers()):
@@ -54,7 +54,8 @@ def quantize_linears(model: nn.Layer) -> list[str]:
 
 
 def set_fp8_weight(model: nn.Layer, path: str, weight: FP8Weight, bias: paddle.Tensor | None) -> None:
-    """Put a FrozenLinear with `weight` [in, out] and `bias` [out] in the place of the Linear model.<path>."""
+    """Put a FrozenLinear with FP8 `weight` [in, out] and float `bias` [out] in the place of the Linear
+    model.<path>."""
     frozen = FrozenLinear(LinearParameters(weight, bias))
     frozen.training = sublayer_at(model, path).training
     set_sublayer(model, path, frozen)

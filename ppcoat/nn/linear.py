@@ -1,7 +1,7 @@
-"""Frozen Linears that keep for backward only what backward needs, with and without a LoRA.
+"""Frozen Linears that save for backward only what backward needs, with and without a LoRA.
 
-Paddle's Linear keeps its input even when its weight is frozen. Here a frozen Linear keeps nothing (dx = dy
-W^T needs only the weight), and a LoRA on it keeps one copy of x (FP8 under the policy "coat") for dA and
+Paddle's Linear saves its input even when its weight is frozen. Here a frozen Linear saves nothing (dx = dy
+W^T needs only the weight), and a LoRA on it saves one copy of x (FP8 under the policy "coat") for dA and
 the small x A for dB.
 
     y  = x W + b + s * drop(x) A B          s = alpha / rank * scale_multiplier
@@ -31,7 +31,7 @@ from .saved_tensors import saver
 
 
 class FrozenLinear(nn.Layer):
-    """x [..., in] -> x W + b [..., out] that keeps nothing for backward. Shares `weight` (float or FP8) and
+    """x [..., in] -> x W + b [..., out] that saves nothing for backward. Shares `weight` (float or FP8) and
     `bias` of `base`, frozen.
     """
 
@@ -49,10 +49,12 @@ class LoRALinear(nn.Layer):
 
     `weight` (float or FP8) and `bias` are those of `base` (not copies), so names in a state_dict stay;
     `lora_A` [in, rank] (Kaiming-uniform as in the LoRA reference code) and `lora_B` [rank, out] (zeros) are
-    float32 whatever the weight's dtype. policy: "none" keeps x as it is; every other keeps it in E4M3, one
-    scale per `group_size` features (None: one per tensor). The forward result and dx are exact under both;
-    dA carries the rounding. Set `enabled` to False to switch the update off, `scale_multiplier` to weaken or
-    strengthen it. Raises ConfigError for wrong settings.
+    float32 whatever the weight's dtype. policy: "none" saves x as the active Saver does, every other in E4M3,
+    one scale per `group_size` features (None: one per tensor); where an op offers x nothing is saved, and in
+    what is computed again x is saved as it is. The forward result and dx are exact; dA carries the rounding.
+
+    Set `enabled` to False to switch the update off, `scale_multiplier` to weaken or strengthen it. Raises
+    ConfigError for wrong settings.
     """
 
     def __init__(
@@ -107,7 +109,7 @@ class LoRALinear(nn.Layer):
 
 
 def frozen_linear(x: paddle.Tensor, weight: Weight, bias: paddle.Tensor | None) -> paddle.Tensor:
-    """x [..., in], weight [in, out], bias [out] or None -> x W + b; nothing is kept, only x receives a
+    """x [..., in], weight [in, out], bias [out] or None -> x W + b; nothing is saved, only x receives a
     gradient.
     """
     if x.stop_gradient or not paddle.is_grad_enabled():
@@ -162,7 +164,7 @@ class LinearUse:
     """A Linear as one forward pass meets it, so that backward (or a second forward) meets the same.
 
     scale: factor of its LoRA, None where no LoRA takes part. seed: of the dropout mask, None without dropout;
-    the mask itself is drawn again where it is wanted, and never kept.
+    the mask itself is drawn again where it is wanted, and never saved.
     """
 
     layer: nn.Layer

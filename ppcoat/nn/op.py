@@ -1,4 +1,8 @@
-"""What every op of ops.py is: a formula, and a backward by hand that asks the active Saver what to save."""
+"""What every op of ops.py is: a formula, and a backward by hand that asks the active Saver what to save.
+
+A graph goes backward once: Paddle's PyLayer ends the process at a second backward (retain_graph), and refuses
+paddle.grad for some of its inputs only.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +19,10 @@ Tensors = tuple[paddle.Tensor, ...]
 
 @paddle.jit.not_to_static  # a static graph has no backward, and the formulas are operators of Paddle
 def run_op(kind: type[OpCall], *inputs: paddle.Tensor | None, **settings: object) -> paddle.Tensor | Tensors:
-    """One call of an op on tensors of any shape that it takes, None for those that are left out. settings:
-    its arguments that never want a gradient, by name."""
+    """One call of an op on tensors of any shape that it takes, None for those that are left out; dtypes are
+    those of ops.py. settings: its arguments that never want a gradient, by name."""
     if not (paddle.is_grad_enabled() and any(map(carries_gradient, inputs))):
-        return kind.compute(*inputs, **settings)
+        return kind.compute(*_without_gaps(inputs), **settings)
     active = saver()
     if not active.policy.by_hand:
         return kind.differentiable(*inputs, **settings)
@@ -30,8 +34,8 @@ def run_op(kind: type[OpCall], *inputs: paddle.Tensor | None, **settings: object
 
 class OpCall:
     """One call of an op. `forward` computes the result and saves what `backward` needs, `again` computes it
-    once more, `backward` turns its gradient into those of the inputs (of those that want one). Shapes are
-    those that the function in ops.py says."""
+    once more, `backward` turns its gradient into those of the inputs (of those that want one). Tensors have
+    any shape and dtype that the function in ops.py takes."""
 
     def __init__(self, active: Saver, inputs: Sequence[paddle.Tensor | None], settings: dict) -> None:
         self.saver, self.settings = active, settings
@@ -44,11 +48,11 @@ class OpCall:
 
     @classmethod
     def differentiable(cls, *inputs: paddle.Tensor | None, **settings: object) -> paddle.Tensor | Tensors:
-        """The formula in operators of Paddle that autograd differentiates."""
-        return cls.compute(*inputs, **settings)
+        """The formula in operators of Paddle that autograd differentiates: of an FP8 op, its reference."""
+        return getattr(cls.compute, "reference", cls.compute)(*inputs, **settings)
 
     def tell(self, result: paddle.Tensor) -> None:
-        """Tell the Saver of the result: here, how to have it again."""
+        """Tell the Saver of the result: here, how to compute it again."""
         if self.saver.policy.recompute:
             self.saver.offer(result, self.again)
 
@@ -63,9 +67,17 @@ class _ByHand(PyLayer):
     @staticmethod
     def forward(ctx, op: OpCall, *inputs: paddle.Tensor | None) -> paddle.Tensor | Tensors:
         ctx.op, ctx.are_tensors = op, [x is not None for x in inputs]
-        return op.forward(*inputs)
+        return op.forward(*_without_gaps(inputs))
 
     @staticmethod
     def backward(ctx, *grads: paddle.Tensor) -> Tensors:
-        found = zip(ctx.op.backward(*grads), ctx.op.wants, ctx.are_tensors, strict=True)
+        op, ctx.op = ctx.op, None  # what it saved goes as soon as it was used
+        found = zip(op.backward(*grads), op.wants, ctx.are_tensors, strict=True)
         return tuple(gradient if wanted else None for gradient, wanted, is_tensor in found if is_tensor)
+
+
+def _without_gaps(inputs: Sequence[paddle.Tensor | None]) -> list[paddle.Tensor | None]:
+    """Kernels want their tensors contiguous; a slice of several samples is not. In a static graph all are."""
+    if not paddle.in_dynamic_mode():
+        return list(inputs)
+    return [x if x is None or x.is_contiguous() else x.contiguous() for x in inputs]

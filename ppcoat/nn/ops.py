@@ -3,9 +3,9 @@ saves for backward.
 
 An op is its plain formula, `compute`, and a backward by hand. When a gradient is wanted it asks the active
 Saver (saved_tensors.py) what to save of its inputs: as they are, in FP8, in FP8 with a 4-bit residual, or
-nothing where another op can give it back. Under "+recompute" an op offers its result: a Linear that wants
-its input for a LoRA, or an op that wants it, then saves nothing and asks for it in backward. Under the policy
-"none" autograd differentiates the plain formula.
+nothing where another op can give it back. Under "+recompute" an op offers its result (attention under every
+policy): a Linear that wants its input for a LoRA, or an op that wants it, then saves nothing and asks for it
+in backward. Under the policy "none" autograd differentiates the plain formula.
 
 Bytes in U = tokens * width * 2 bytes of a FLUX block with a LoRA on every Linear, head_dim 128, groups of
 128, bfloat16. Each LoRA adds rank / width for its x A: at width 512 and rank 16 the blocks save 10.4 and 9.8,
@@ -22,7 +22,10 @@ Bytes in U = tokens * width * 2 bytes of a FLUX block with a LoRA on every Linea
     total of a single block          9.7         5.7         4.7
 
 Formulas and kernels, forward and backward, are in fp8/norm.py and fp8/pointwise.py; attention's are in
-attention.py. Source: COAT (arXiv 2410.19313) section 5 for what to keep in FP8; the rest is the chain rule.
+attention.py. Source: COAT (arXiv 2410.19313) section 5 for what to save in FP8; the rest is the chain rule.
+
+Dtypes: inputs are of one floating dtype, that in which the model computes (cosines and sines float32), and so
+is the result. Statistics are float32 inside.
 """
 
 from __future__ import annotations
@@ -58,8 +61,13 @@ def rms_norm(
     return run_op(_RMSNorm, x, weight, scale, epsilon=epsilon)
 
 
+@paddle.jit.not_to_static  # a transcribed function does not see the global of a default
 def rms_norm_rotated(
-    x: paddle.Tensor, weight: paddle.Tensor, cos: paddle.Tensor, sin: paddle.Tensor
+    x: paddle.Tensor,
+    weight: paddle.Tensor,
+    cos: paddle.Tensor,
+    sin: paddle.Tensor,
+    epsilon: float = NORM_EPSILON,
 ) -> paddle.Tensor:
     """Queries or keys, RMS-normalised in each head and turned by the angles of their tokens.
 
@@ -67,7 +75,7 @@ def rms_norm_rotated(
     and sin float32 [tokens, head_dim / 2], or [B * tokens, head_dim / 2] where samples differ. The result has
     to go to `attention`, which gives it back in backward (an AssertionError there says if it did not).
     """
-    return run_op(_RMSNormRotated, x, weight, cos, sin)
+    return run_op(_RMSNormRotated, x, weight, cos, sin, epsilon=epsilon)
 
 
 def attention(
@@ -108,10 +116,6 @@ def concat(*parts: paddle.Tensor) -> paddle.Tensor:
 class _ModulatedNorm(OpCall):
     compute = norm.modulated_norm
 
-    @classmethod
-    def differentiable(cls, h, shift, scale):
-        return norm.modulated_norm.reference(h, shift, scale)
-
     def forward(self, h, shift, scale):
         self.h, (self.shift, self.scale) = self.saver.save(h), _small(self.saver, shift, scale)
         return norm.modulated_norm(h, self.shift, self.scale)
@@ -124,18 +128,15 @@ class _ModulatedNorm(OpCall):
         wants_h, wants_shift, wants_scale = self.wants
         h, groups = codes_or_floats(self.h)
         dh = norm.modulated_norm_grad(h, self.scale, dy, groups) if wants_h else None
-        dshift = _sum_of_tokens(dy) if wants_shift else None
+        dshift = _sum_of_tokens(dy, self.shift) if wants_shift else None
+        if not wants_scale:
+            return dh, dshift, None
         zero = paddle.zeros_like(self.scale)
-        dscale = _sum_of_tokens(dy * norm.modulated_norm(h, zero, zero, groups)) if wants_scale else None
-        return dh, dshift, dscale
+        return dh, dshift, _sum_of_tokens(dy * norm.modulated_norm(h, zero, zero, groups), self.scale)
 
 
 class _RMSNorm(OpCall):
     compute = norm.rms_norm
-
-    @classmethod
-    def differentiable(cls, x, weight, scale, epsilon):
-        return norm.rms_norm.reference(x, weight, scale, epsilon)
 
     def forward(self, x, weight, scale):
         self.x, self.weight = self.saver.save(x), weight
@@ -157,7 +158,8 @@ class _RMSNorm(OpCall):
             g = dy * norm.rms_norm(x, ones, self.scale, groups=groups, **self.settings)
             dweight = _sum_of_rows(g, self.weight)
         if wants_scale:
-            dscale = _sum_of_tokens(dy * norm.rms_norm(x, self.weight, groups=groups, **self.settings))
+            y = norm.rms_norm(x, self.weight, groups=groups, **self.settings)
+            dscale = _sum_of_tokens(dy * y, self.scale)
         return dx, dweight, dscale
 
 
@@ -168,21 +170,21 @@ class _RMSNormRotated(OpCall):
     output: paddle.Tensor | None = None
 
     @staticmethod
-    def compute(x, weight, cos, sin):
-        x = _heads(x, weight.shape[0])
-        return norm.rms_norm_rotated(_rows_of(cos, x), weight, (cos, sin))[0].reshape(x.shape)
+    def compute(x, weight, cos, sin, epsilon):
+        x = plain.split_heads(x, weight.shape[0])
+        return norm.rms_norm_rotated(_rows_of(cos, x), weight, (cos, sin), epsilon)[0].reshape(x.shape)
 
     @classmethod
-    def differentiable(cls, x, weight, cos, sin):
-        x = _heads(x, weight.shape[0])
-        y = norm.rms_norm.reference(x, weight)
+    def differentiable(cls, x, weight, cos, sin, epsilon):
+        x = plain.split_heads(x, weight.shape[0])
+        y = norm.rms_norm.reference(x, weight, epsilon=epsilon)
         return plain.rotate(_rows_of(cos, y), cos, sin).reshape(x.shape)
 
     def forward(self, x, weight, cos, sin):
         self.shape, self.weight, self.angles = x.shape, weight, (cos, sin)
         self.inverts = self.saver.policy.invert_head_norms and not self.wants[1] and _divides(weight)
-        x = _heads(x, weight.shape[0])
-        y, rstd = norm.rms_norm_rotated(_rows_of(cos, x), weight, self.angles)
+        x = plain.split_heads(x, weight.shape[0])
+        y, rstd = norm.rms_norm_rotated(_rows_of(cos, x), weight, self.angles, **self.settings)
         if self.inverts:
             self.rstd = self.saver.save_plain(rstd, statistic=True).tensor
         else:
@@ -196,26 +198,26 @@ class _RMSNormRotated(OpCall):
     def backward(self, dy):
         dy = _rows_of(self.angles[0], dy)
         if self.inverts:
-            assert self.output is not None, "a rotated norm's result went elsewhere than to ops.attention"
+            assert self.output is not None, (
+                "a rotated norm's result went elsewhere than to ops.attention with gradients"
+            )
             y, self.output = _rows_of(self.angles[0], self.output), None
             dx = norm.rms_norm_rotated_grad(dy, y, self.rstd, self.weight, self.angles)
             return dx.reshape(self.shape), None, None, None
         cos, sin = self.angles
         dy = norm.apply_rope(dy, cos, -sin)
-        x = _heads(self.x.unpack(), self.weight.shape[0]).reshape(dy.shape)
-        dx = norm.rms_norm_grad(x, self.weight, None, dy).reshape(self.shape) if self.wants[0] else None
-        dweight = None
+        x = plain.split_heads(self.x.unpack(), self.weight.shape[0]).reshape(dy.shape)
+        dx = dweight = None
+        if self.wants[0]:
+            dx = norm.rms_norm_grad(x, self.weight, None, dy, **self.settings).reshape(self.shape)
         if self.wants[1]:
-            dweight = _sum_of_rows(dy * norm.rms_norm(x, paddle.ones_like(self.weight)), self.weight)
+            ones = paddle.ones_like(self.weight)
+            dweight = _sum_of_rows(dy * norm.rms_norm(x, ones, **self.settings), self.weight)
         return dx, dweight, None, None
 
 
 class _Gelu(OpCall):
     compute = pointwise.gelu
-
-    @classmethod
-    def differentiable(cls, u):
-        return pointwise.gelu.reference(u)
 
     def forward(self, u):
         self.u = self.saver.save(u)
@@ -260,7 +262,7 @@ class _GatedResidual(OpCall):
 
     def forward(self, y, gate, x):
         (self.gate,) = _small(self.saver, gate)
-        self.y = self.saver.save_input(y, None, None) if self.wants[1] else None
+        self.y = (self.saver.offered(y) or self.saver.save(y)) if self.wants[1] else None
         return pointwise.gated_residual(y, self.gate, x)
 
     def tell(self, result):
@@ -268,7 +270,7 @@ class _GatedResidual(OpCall):
 
     def backward(self, dz):
         dy = pointwise.gated_residual(dz, self.gate) if self.wants[0] else None
-        dgate = _sum_of_tokens(dz * self.y.unpack()) if self.wants[1] else None
+        dgate = _sum_of_tokens(dz * self.y.unpack(), self.gate) if self.wants[1] else None
         return dy, dgate, dz
 
 
@@ -278,11 +280,13 @@ class _Concat(OpCall):
         return paddle.concat(parts, axis=-1)
 
     def forward(self, *parts):
-        self.widths, self.parts = [x.shape[-1] for x in parts], [self.saver.offered(x) for x in parts]
+        self.widths, self.parts = [x.shape[-1] for x in parts], [None]
+        if self.saver.policy.recompute:
+            self.parts = [self.saver.offered(x) for x in parts]
         return self.compute(*parts)
 
     def tell(self, result):
-        if self.saver.policy.recompute and None not in self.parts:
+        if None not in self.parts:
             self.saver.offer(result, self.again)
 
     def again(self):
@@ -297,18 +301,20 @@ def _small(active: Saver, *parts: paddle.Tensor) -> list[paddle.Tensor]:
     return [active.save_plain(part.contiguous()).tensor for part in parts]
 
 
+def look_at_weights_again(model: paddle.nn.Layer) -> None:
+    """Forget what was found out about the weights of head norms in `model`: they got other values."""
+    for parameter in model.parameters():
+        if hasattr(parameter, "divides"):
+            del parameter.divides
+
+
 def _divides(weight: paddle.Tensor) -> bool:
     """Whether no weight of an RMSNorm is too small to divide by. Looked at once, because it waits for the
-    device; a weight that gets other values later must lose its `divides`."""
+    device; see `look_at_weights_again`."""
     if not hasattr(weight, "divides"):
         size = weight.detach().abs()
         weight.divides = bool((size.max() < WEIGHT_RATIO * size.min()).item())
     return weight.divides
-
-
-def _heads(x: paddle.Tensor, head_dim: int) -> paddle.Tensor:
-    """[B, tokens, ...] -> [B, tokens, heads, head_dim]."""
-    return x.reshape([*x.shape[:2], -1, head_dim])
 
 
 def _rows_of(cos: paddle.Tensor, x: paddle.Tensor) -> paddle.Tensor:
@@ -316,9 +322,11 @@ def _rows_of(cos: paddle.Tensor, x: paddle.Tensor) -> paddle.Tensor:
     return x if cos.shape[0] == x.shape[1] else x.reshape([1, -1, *x.shape[2:]])
 
 
-def _sum_of_tokens(x: paddle.Tensor) -> paddle.Tensor:
-    """[B, tokens, dim] -> [B, 1, dim], added up in float32."""
-    return x.astype("float32").sum(axis=1, keepdim=True).astype(x.dtype)
+def _sum_of_tokens(x: paddle.Tensor, like: paddle.Tensor) -> paddle.Tensor:
+    """[B, tokens, dim] -> [B, 1, dim], or [1, 1, dim] where one row of `like` served all samples; added up in
+    float32."""
+    axes = [0, 1] if like.shape[0] == 1 else 1
+    return x.astype("float32").sum(axis=axes, keepdim=True).astype(x.dtype)
 
 
 def _sum_of_rows(x: paddle.Tensor, weight: paddle.Tensor) -> paddle.Tensor:

@@ -23,16 +23,16 @@ class SavingPolicy:
 
     recompute: inputs of Linears and attention's output are computed again in backward. invert_head_norms:
     queries and keys before their norm are recovered from the normalised ones in backward; otherwise they are
-    saved. pack_attention: rotated queries and keys, and values, are packed. group_size: values along the last
-    axis that share a scale (None: one scale per tensor); how a Linear's input is grouped is the Linear's own
-    setting. by_hand False: ops leave it to autograd what to save.
+    saved. attention_in_fp8: values are saved in FP8, rotated queries and keys in FP8 with a 4-bit residual.
+    group_size: values along the last axis that share a scale (None: one scale per tensor); how a Linear's
+    input is grouped is the Linear's own setting. by_hand False: ops leave it to autograd what to save.
     """
 
     name: str
     fmt: FP8Format | None = None
     recompute: bool = False
     invert_head_norms: bool = True
-    pack_attention: bool = False
+    attention_in_fp8: bool = False
     group_size: int | None = 128
     by_hand: bool = True
 
@@ -45,7 +45,7 @@ _NAMED = {
         NONE,
         SavingPolicy("coat", E4M3),
         SavingPolicy("coat+recompute", E4M3, recompute=True),
-        SavingPolicy("coat+recompute+attention", E4M3, recompute=True, pack_attention=True),
+        SavingPolicy("coat+recompute+attention", E4M3, recompute=True, attention_in_fp8=True),
     )
 }
 POLICIES = tuple(_NAMED)

@@ -18,7 +18,7 @@ from paddle.autograd import PyLayer
 
 from .policy import AS_IT_IS, SavingPolicy
 from .saved_forms import PlainSaved, SavedTensor
-from .saved_tensors import policy_of_recomputation, saved_as_they_are, saver
+from .saved_tensors import FLOATS, policy_of_recomputation, saved_as_they_are, saver
 
 Outputs = paddle.Tensor | tuple[paddle.Tensor, ...]
 
@@ -29,24 +29,24 @@ def checkpointed(
     """function(*inputs), saving its inputs only; it runs again in backward, with the same random numbers.
 
     Tokens [B, tokens, width] are saved in FP8 where the active context has `fp8_checkpoints`, everything else
-    as it is. trained: the parameters inside that are trained; their gradients are added to their .grad while
-    backward runs (so paddle.grad does not see them).
+    as it is, in any dtype. trained: the parameters inside that are trained; their gradients are added to
+    their .grad while backward runs (so paddle.grad does not see them).
     """
     if not (paddle.is_grad_enabled() and (trained or any(map(carries_gradient, inputs)))):
         return function(*inputs)
-    return _Checkpoint.apply(_Call(function, inputs), *inputs, *trained)
+    return _Checkpoint.apply(_CheckpointedCall(function, inputs), *inputs, *trained)
 
 
 def carries_gradient(x: paddle.Tensor | None) -> bool:
-    """Whether backward has to give a gradient of x, of any shape."""
+    """Whether backward has to give a gradient of x, of any shape and dtype."""
     return x is not None and not x.stop_gradient
 
 
 class LocalGraph:
     """output = function(*inputs) with a graph of its own, cut off from everything around it.
 
-    Tensors have any shape that the function takes. wanted: which inputs get a gradient, by default all; the
-    others may be None. policy: what ops inside save.
+    Tensors have any shape and dtype that the function takes. wanted: which inputs get a gradient, by default
+    all; the others may be None. policy: what ops inside save.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class LocalGraph:
         return [x.grad if wanted else None for x, wanted in zip(self.inputs, self._wanted, strict=True)]
 
 
-class _Call:
+class _CheckpointedCall:
     """One call of a function: its inputs in the forms in which they are saved, and the state of the random
     generators."""
 
@@ -96,7 +96,7 @@ class _Call:
 
 class _Checkpoint(PyLayer):
     @staticmethod
-    def forward(ctx, call: _Call, *tensors: paddle.Tensor | None) -> Outputs:
+    def forward(ctx, call: _CheckpointedCall, *tensors: paddle.Tensor | None) -> Outputs:
         inputs = tensors[: len(call.saved)]
         ctx.call, ctx.trained = call, len(tensors) - len(inputs)
         return call.function(*inputs)
@@ -110,7 +110,7 @@ class _Checkpoint(PyLayer):
 def _save(x: paddle.Tensor | None) -> SavedTensor | None:
     if x is None:
         return None
-    if x.ndim == 3:  # tokens
+    if x.ndim == 3 and x.dtype in FLOATS:  # tokens
         return saver().save_checkpoint(x)
     # Steering vectors are small. Constants (rotary tables, masks) belong to the model's whole pass and do not
     # count here.

@@ -64,6 +64,11 @@ class FP8Saved:
     def nbytes_unpacked(self) -> int:
         return self.codes.size * paddle.empty([0], self.dtype).element_size()
 
+    def reshaped(self, shape: list[int]) -> FP8Saved:
+        """The same codes and scale for a view of the tensor with the same last axis."""
+        scale = self.scale if self.group_size is None else self.scale.reshape([*shape[:-1], -1])
+        return FP8Saved(self.codes.reshape(shape), scale, self.fmt, self.group_size, self.dtype)
+
     def unpack(self) -> paddle.Tensor:
         """The values again, in the dtype they came in."""
         return dequantize(self.codes, self.scale, self.fmt, self.group_size, self.dtype)
@@ -102,7 +107,7 @@ class ResidualSaved:
 
 @dataclass(eq=False)
 class Recomputed:
-    """A tensor of any shape that is not saved: `again` computes it from what others saved."""
+    """A tensor of any shape and dtype that is not saved: `again` computes it from what others saved."""
 
     again: Callable[[], paddle.Tensor]
     nbytes = nbytes_bf16 = nbytes_unpacked = 0
@@ -114,9 +119,11 @@ class Recomputed:
 
 @dataclass(eq=False)
 class SharedSaved:
-    """A saved tensor of any shape that several readers want in one backward pass: it is unpacked once for all.
+    """A saved tensor of any shape and dtype that several readers want in one backward pass: unpacked once for
+    all of them.
 
-    readers: how many have not had it yet. Nobody may change the values in place.
+    readers: how many have not had it yet; the values are there until the last one had them. Nobody may change
+    them in place.
     """
 
     saved: FP8Saved | Recomputed

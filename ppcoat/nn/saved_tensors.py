@@ -54,8 +54,8 @@ def policy_of_recomputation() -> SavingPolicy:
 
 @contextmanager
 def saved_as_they_are(policy: SavingPolicy = AS_IT_IS) -> Iterator[None]:
-    """Context manager: ops save their inputs as they are and hooks pack nothing. What is saved still counts
-    in the context around it."""
+    """Context manager: ops save their inputs as they are and hooks turn nothing into FP8. What is saved still
+    counts in the context around it."""
     inner = Saver(policy, counted_by=_active.get())
     token = _active.set(inner)
     try:
@@ -72,12 +72,13 @@ class TakesOutput(Protocol):
 
 
 @dataclass(eq=False)
-class _Known:
+class _TensorFacts:
     """What is known of a tensor that is alive: how it is computed again, the FP8 forms that exist of it, what
     its readers share, the op that wants it back in backward."""
 
     tensor: weakref.ref
     recomputed: Recomputed | None = None
+    shape: list[int] | None = None  # of what is computed again
     forms: dict[tuple, SavedTensor] = field(default_factory=dict)
     inputs: dict[int, SharedSaved] = field(default_factory=dict)
     maker: TakesOutput | None = None
@@ -88,7 +89,8 @@ class Saver:
 
     bytes_kept: saved for backward, each storage once. bytes_kept_bf16: the same if the model computed in
     bfloat16, so that a CPU's float32 run can tell what a GPU would save. bytes_unpacked: what the same
-    tensors would take as they were. counted_by: another Saver that counts instead. checkpoint_fmt: see
+    tensors would take as they were. ("kept" means saved: logs of users have the key kept_bytes, so the
+    counters stay as they are called.) counted_by: another Saver that counts instead. checkpoint_fmt: see
     `save_checkpoint`.
     """
 
@@ -97,6 +99,8 @@ class Saver:
     def __init__(self, policy: SavingPolicy, counted_by: Saver | None = None) -> None:
         self.policy, self._counted_by = policy, counted_by
         self._reset()
+        if counted_by is not None:
+            self._plain = counted_by._plain
 
     def save(self, x: paddle.Tensor) -> SavedTensor:
         """x [..., D] in the groups of the policy, or as it is under a policy without a format."""
@@ -115,6 +119,8 @@ class Saver:
             return PlainSaved(x.detach(), statistic)  # its address says nothing: block swapping changes it
         key = _identity(x)
         saved = self._plain.get(key)
+        if saved is not None and saved.tensor.shape != x.shape:
+            return PlainSaved(x.detach(), statistic)  # the same memory, counted already
         if saved is None:
             # Without its graph: an op that saves its own result would be held by itself, and never freed.
             saved = self._plain[key] = self.count(PlainSaved(x.detach(), statistic))
@@ -125,15 +131,10 @@ class Saver:
         where that op offers it; else in `fmt`; else (fmt None) as `save` does.
         """
         saved = self.offered(x)
-        if saved is None and (fmt is None or self.policy is AS_IT_IS):
-            saved = self.save(x)
-        elif saved is None:
-            saved = self._fp8(x, fmt, group_size)
-        if isinstance(saved, PlainSaved):
-            return saved
-        shared = self._known_of(x).inputs.setdefault(id(saved), SharedSaved(saved))
-        shared.readers += 1
-        return shared
+        if saved is None:
+            as_policy = fmt is None or (self.policy.by_hand and self.policy.fmt is None)
+            saved = self.save(x) if as_policy else self._fp8(x, fmt, group_size)
+        return saved if isinstance(saved, PlainSaved) else self._shared(x, saved)
 
     def save_checkpoint(self, x: paddle.Tensor) -> SavedTensor:
         """Tokens x [B, tokens, D], an input of what is `checkpointed`, in `checkpoint_fmt` (None: as they
@@ -144,11 +145,25 @@ class Saver:
     def offer(self, output: paddle.Tensor, again: Callable[[], paddle.Tensor]) -> None:
         """Whoever saves `output` (any shape) while it is alive saves nothing, and calls `again` in
         backward."""
-        self._known_of(output).recomputed = Recomputed(again)
+        known = self._known_of(output)
+        known.recomputed, known.shape = Recomputed(again), output.shape
+
+    def _shared(self, x: paddle.Tensor, saved: SavedTensor) -> SharedSaved:
+        """`saved` for one more of the readers of x, of any shape."""
+        shared = self._known_of(x).inputs.setdefault(id(saved), SharedSaved(saved))
+        shared.readers += 1
+        return shared
 
     def offered(self, x: paddle.Tensor) -> Recomputed | None:
-        """What `offer` was told of x (any shape)."""
-        return self._known_of(x).recomputed
+        """What `offer` was told of x, of any shape, or of what x is a reshaped view of. A handle without
+        gradient gets nothing: its reader could come after the op has given back what it saved."""
+        known = self._known_of(x)
+        if known.recomputed is None or x.stop_gradient:
+            return None
+        if x.shape == known.shape:
+            return known.recomputed
+        again, shape = known.recomputed.again, x.shape
+        return Recomputed(lambda: again().reshape(shape))
 
     def wants_back(self, output: paddle.Tensor, maker: TakesOutput) -> None:
         """The attention that reads `output` [B, tokens, heads, head_dim] will set maker.output to it in
@@ -160,7 +175,7 @@ class Saver:
         return self._known_of(x).maker
 
     def count(self, saved: SavedTensor) -> SavedTensor:
-        """Add one object that is held for backward; returns it."""
+        """Add one object that is saved for backward; returns it."""
         if self._counted_by is not None:
             return self._counted_by.count(saved)
         self.bytes_kept += saved.nbytes
@@ -173,22 +188,24 @@ class Saver:
         self._known.clear()
 
     def _fp8(self, x: paddle.Tensor, fmt: FP8Format, group_size: int | None) -> SavedTensor:
-        forms, key = self._known_of(x).forms, (fmt.name, group_size)
+        forms, key = self._known_of(x).forms, (fmt.name, group_size, *x.shape)
         if key not in forms:
-            forms[key] = self.count(save_fp8(x, fmt, group_size))
+            views = (form for other, form in forms.items() if other[:2] == key[:2] and other[-1] == key[-1])
+            view = next(views, None)  # the same rows, reshaped
+            forms[key] = self.count(save_fp8(x, fmt, group_size)) if view is None else view.reshaped(x.shape)
         return forms[key]
 
-    def _known_of(self, x: paddle.Tensor) -> _Known:
+    def _known_of(self, x: paddle.Tensor) -> _TensorFacts:
         """While x is alive its memory is its own, so that the address tells other handles of it, too."""
         key = _identity(x)
         known = self._known.get(key)
         if known is None or known.tensor() is None:
-            known = self._known[key] = _Known(weakref.ref(x, lambda _: self._known.pop(key, None)))
+            known = self._known[key] = _TensorFacts(weakref.ref(x, lambda _: self._known.pop(key, None)))
         return known
 
     def _reset(self) -> None:
         self.bytes_kept = self.bytes_kept_bf16 = self.bytes_unpacked = 0
-        self._known: dict[tuple, _Known] = {}
+        self._known: dict[tuple, _TensorFacts] = {}
         self._plain: weakref.WeakValueDictionary[tuple, PlainSaved] = weakref.WeakValueDictionary()
 
 
@@ -205,9 +222,10 @@ def fp8_saved_tensors(
     policy: a name of policy.py, or an object with groups and format of its own. "none" only counts. Ops
     follow it to the letter; under the hooks, which serve all other operators, those but "none" are alike.
     nonlinear_granularity: "per_group", one scale for `group_size` values along the last axis, or
-    "per_tensor". min_size: the hooks pack float tensors of at least so many elements that carry a gradient.
-    fp8_checkpoints: so are the inputs of what is `checkpointed`, in E4M3. The forward result is exact; the
-    gradients carry FP8 rounding (a few percent RMS at group 128). Raises ConfigError for wrong values.
+    "per_tensor". min_size: the hooks turn float tensors of at least so many elements that carry a gradient
+    into FP8. fp8_checkpoints: so are the inputs of what is `checkpointed`, in E4M3. The forward result is
+    exact; the gradients carry FP8 rounding (a few percent RMS at group 128). Raises ConfigError for wrong
+    values.
     """
     if isinstance(min_size, bool) or not isinstance(min_size, int) or min_size < 0:
         raise ConfigError(f"min_size must be a whole number of at least 0, got {min_size!r}")
@@ -257,7 +275,9 @@ class SavedTensors(Saver):
     def _on_save(self, x: paddle.Tensor) -> _InMemoryOrder:
         known = self._known.get(_identity(x))
         if known is not None and known.recomputed is not None and known.tensor() is not None:
-            return _InMemoryOrder(known.recomputed, x.shape, list(range(x.ndim)))
+            return _InMemoryOrder(
+                self._shared(known.tensor(), known.recomputed), x.shape, list(range(x.ndim))
+            )
         order = _memory_order(x) if self._wants(x) else None
         if order is None:
             return _InMemoryOrder(self.save_plain(x, statistic=x.stop_gradient))
@@ -282,7 +302,7 @@ class SavedTensors(Saver):
         return self._recent[key][1]
 
     def _wants(self, x: paddle.Tensor) -> bool:
-        """A tensor without gradient is a constant (RoPE tables, masks): its owner holds it anyway, and
+        """A tensor without gradient is a constant (RoPE tables, masks): its owner has it anyway, and
         exactness is free.
         """
         if self.policy.fmt is None or _active.get() is not self or x.dtype not in FLOATS:
@@ -326,8 +346,8 @@ def _inverse(order: list[int]) -> list[int]:
 
 
 def _identity(x: paddle.Tensor) -> tuple:
-    """Equal for two handles of the same live memory read in the same order; reshaped views share their FP8
-    form.
+    """Equal for two handles of the same live memory read in the same order, also for reshaped views. A change
+    by `set_value` is not seen: Paddle counts in-place operations only.
     """
     layout = "contiguous" if x.is_contiguous() else (tuple(x.shape), tuple(x.strides))
     return x.data_ptr(), x.size, x.dtype, layout, x.inplace_version

@@ -18,6 +18,7 @@ from typing import Protocol
 import paddle
 from paddle import nn
 
+from ppcoat.device import on_gpu
 from ppcoat.errors import ConfigError
 
 from .linear import LoRALinear
@@ -26,7 +27,7 @@ FORWARD, BACKWARD = 1, -1
 
 
 class Transport(Protocol):
-    """How tensors, of any shape, get from host memory to the device."""
+    """How tensors, of any shape and dtype, get from host memory to the device."""
 
     def to_host(self, x: paddle.Tensor) -> paddle.Tensor:
         """A copy of x, or x where it is there already, from which `start` can copy fast."""
@@ -39,7 +40,7 @@ class Transport(Protocol):
 
 
 class SameMemory:
-    """Host and device are the same: tensors of any shape stay where they are."""
+    """Host and device are the same: tensors of any shape and dtype stay where they are."""
 
     def to_host(self, x: paddle.Tensor) -> paddle.Tensor:
         return _alias(x)
@@ -52,8 +53,8 @@ class SameMemory:
 
 
 class CudaTransport:
-    """For tensors of any shape: page-locked host memory and a stream of its own, which copies while the
-    other computes."""
+    """For tensors of any shape and dtype: page-locked host memory and a stream of its own, which copies while
+    the other computes."""
 
     def __init__(self) -> None:
         self._stream = paddle.device.Stream()
@@ -73,9 +74,8 @@ class CudaTransport:
 
 
 class BlockSwapper:
-    """Made by `swap_blocks`. resident: numbers of the swapped blocks that are on the device or on their way;
-    most_resident: the largest number of them so far; journeys: blocks brought to the device so far.
-    """
+    """Made by `swap_blocks`. resident: numbers of the swapped blocks that are on the device or on their
+    way."""
 
     def __init__(self, blocks: Sequence[nn.Layer], transport: Transport) -> None:
         self._transport = transport
@@ -84,7 +84,6 @@ class BlockSwapper:
         self._on_the_way: dict[int, tuple[list[paddle.Tensor], object]] = {}
         self._current, self._direction = -1, FORWARD
         self.resident: list[int] = []
-        self.most_resident = self.journeys = 0
         self._hooks = []
         for index, block in enumerate(blocks):
             self._exchange(index, self._hosts[index])
@@ -120,8 +119,6 @@ class BlockSwapper:
     def _begin(self, index: int) -> None:
         self._on_the_way[index] = self._transport.start(self._hosts[index])
         self.resident.append(index)
-        self.journeys += 1
-        self.most_resident = max(self.most_resident, len(self.resident))
 
     def _arrive(self, index: int) -> None:
         if index in self._on_the_way:
@@ -164,7 +161,7 @@ def swap_blocks(blocks: Sequence[nn.Layer], transport: Transport | None = None) 
     current device; on a CPU, host and device are the same and no memory is saved.
     """
     if transport is None:
-        transport = CudaTransport() if paddle.get_device().startswith("gpu") else SameMemory()
+        transport = CudaTransport() if on_gpu() else SameMemory()
     return BlockSwapper(blocks, transport)
 
 
@@ -185,8 +182,8 @@ def check_count(count: int, blocks: int) -> None:
 
 
 def move_to_host(x: paddle.Tensor) -> None:
-    """Give the tensor x (any shape) its data in page-locked host memory, in place; on a CPU it is there
-    already."""
+    """Give the tensor x (any shape and dtype) its data in page-locked host memory, in place; on a CPU it is
+    there already."""
     if x.place.is_gpu_place():
         x.get_tensor()._share_data_with(x.pin_memory().get_tensor())
 

@@ -1,9 +1,9 @@
 """The plan of a FLUX-Lightning run: the plan of its LoRA, and what the discriminator's heads add.
 
-A step trains either the heads or the LoRA. Heads' turn: the transformer keeps nothing for backward, and heads
+A step trains either the heads or the LoRA. Heads' turn: the transformer saves nothing for backward, and heads
 run one by one, but the gradients of all of them stay until the update, which gives them back head by head.
 LoRA's turn: the student's pass, the teacher's pass under the heads and, with the reflow loss, a second pass
-of the student are all kept until one backward, and beside them the gradient of every head's features
+of the student are all saved until one backward, and beside them the gradient of every head's features
 (distill/discriminator.py). Between two steps the next pictures may be encoded (distill/encoding.py), one by
 one, while blocks of the transformer wait in host memory.
 """
@@ -19,7 +19,7 @@ from ppcoat.plan.model import FLOAT32, FP8_STEP, PIXELS_PER_TOKEN
 from ppcoat.plan.phases import FORWARD_WORKING, MemoryModel, Phase, Settings
 from ppcoat.plan.settings import as_given
 
-# Passing memory of a head that goes forward and backward, in float32 tensors of image tokens x width:
+# Transient memory of a head that goes forward and backward, in float32 tensors of image tokens x width:
 # measured with Paddle's allocator on the CPU. With bfloat16 features it is less.
 HEAD_WORKING = 9.0
 
@@ -74,10 +74,10 @@ class LightningMemoryModel(MemoryModel):
         named = [("captions", own["captions"]), ("pictures", own["pictures"])]
         named.append(("window", learner | self._encoding(settings)))
         if self.heads.count:
-            passing = int(FP8_STEP * one) if self.lightning.fp8_optimizer else one
+            transient = int(FP8_STEP * one) if self.lightning.fp8_optimizer else one
             named += [
                 ("heads' step", judging | {"working": self._judging(settings)}),
-                ("their update", judging | {"working": passing}),
+                ("their update", judging | {"working": transient}),
             ]
         named += [("LoRA's step", learner | self._learning(settings)), ("its update", learner)]
         if "previews" in own:
@@ -103,17 +103,17 @@ class LightningMemoryModel(MemoryModel):
 
     def _judging(self, settings: Settings) -> int:
         """Working memory of the heads' turn: a pass without gradients, and the head in its midst."""
-        passing = self._working(FORWARD_WORKING, settings.batch_size) + self._largest_weight(settings)
-        return passing + self._head_working(settings)
+        of_pass = self._working(FORWARD_WORKING, settings.batch_size) + self._largest_weight(settings)
+        return of_pass + self._head_working(settings)
 
     def _learning(self, settings: Settings) -> dict[str, int]:
         """What the LoRA's turn holds beyond the weights when its backward begins."""
         adversarial = self.heads.count > 0
         graphs = 1 + adversarial + self.lightning.apply_reflow_loss
-        kept, working = self.activations(settings)
+        saved, working = self.activations(settings)
         features = settings.batch_size * self.image_tokens * self.model.width * self.itemsize
         return {
-            "kept": graphs * kept,
+            "kept": graphs * saved,
             "head features": self.heads.count * features,
             "working": max(working, self._judging(settings) if adversarial else 0),
         }

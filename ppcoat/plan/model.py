@@ -1,4 +1,4 @@
-"""What a run holds whatever it keeps for backward: base weights, LoRA, optimizer, encoders. Bytes by shape.
+"""What a run holds whatever it saves for backward: base weights, LoRA, optimizer, encoders. Bytes by shape.
 
 Nothing is allocated: the transformer is built without memory, the encoders are read from file headers. A
 model folder that is not there is taken for FLUX.1-dev.
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import paddle
 
+from ppcoat.coat import chosen_modules
 from ppcoat.config.schema import NetworkConfig, RunConfig
 from ppcoat.data.buckets import AREA_TOLERANCE
 from ppcoat.data.examples import all_examples, scan_datasets
@@ -24,7 +25,6 @@ from ppcoat.models.tensor_files import read_json, tensor_infos
 from ppcoat.nn.base_weight import fp8_bytes
 from ppcoat.nn.convert import sublayer_at
 from ppcoat.optim import FP8QuantizationConfig
-from ppcoat.train.model_spec import chosen_modules
 
 PIXELS_PER_TOKEN = 16 * 16  # the area of the square that a token stands for
 FLOAT32, BFLOAT16 = 4, 2  # bytes of a value

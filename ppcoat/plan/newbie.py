@@ -1,11 +1,11 @@
-"""The plan of a NewBie-image run: what is different from FLUX in model.py, phases.py and kept.py.
+"""The plan of a NewBie-image run: what is different from FLUX in model.py, phases.py and saved_bytes.py.
 
 All three encoders are loaded together, the VAE in float32. Gradient checkpointing covers the first of the
 `layers`. A model folder that is not there is taken for NewBie-image 3B with Gemma3-4B and Jina CLIP v2.
 
-What is kept for backward is counted on a small copy with two of the `layers` and all refiners. A checkpointed
-layer keeps its input, whose bytes are known; so "checkpointed" counts here what a layer holds while it is
-computed again, unpacked.
+What is saved for backward is counted on a small copy with two of the `layers` and all refiners. A
+checkpointed layer saves its input, whose bytes are known; so "checkpointed" counts here what a layer holds
+while it is computed again, without FP8.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import ClassVar
 import numpy as np
 import paddle
 
+from ppcoat.coat import COATTrainer, chosen_modules, prepare
 from ppcoat.config.schema import NetworkConfig, RunConfig
 from ppcoat.data.examples import all_examples, scan_datasets
 from ppcoat.models.newbie.files import check_newbie_vae, unfilled_nextdit
@@ -35,7 +36,7 @@ from ppcoat.models.newbie.pipeline import PROMPT_PREFIX, with_prefix
 from ppcoat.models.tensor_files import read_json
 from ppcoat.nn.convert import quantize_linears
 from ppcoat.nn.saved_tensors import SavedTensors, count_saved_tensors, saved_as_they_are
-from ppcoat.plan.kept import SIDE, TracedModel
+from ppcoat.objective import NewbieFlowMatching
 from ppcoat.plan.model import (
     DEV_VAE,
     DEV_VAE_CHANNELS,
@@ -46,11 +47,9 @@ from ppcoat.plan.model import (
     weights_by_block,
 )
 from ppcoat.plan.phases import MemoryModel, Settings
-from ppcoat.train.coat import COATTrainer
-from ppcoat.train.model_spec import chosen_modules, prepare
-from ppcoat.train.objective import NewbieFlowMatching
+from ppcoat.plan.saved_bytes import SIDE, TracedModel
 
-# As WORKING in phases.py; "checkpointed" is beside what a layer keeps that has been computed again.
+# As WORKING in phases.py; "checkpointed" is beside what a layer saves that has been computed again.
 # Measured with Paddle's allocator.
 NEWBIE_WORKING = {
     "none": ((9.2, 0.0), (-3.4, 2.0)),
@@ -62,7 +61,7 @@ NEWBIE_WORKING = {
 NEWBIE_FORWARD_WORKING = ((18.0, 0.0), (11.0, 2.0))
 # Linears that see one row a picture.
 OF_PICTURE = ("adaLN", "t_embedder", "time_text_embed", "clip_text_pooled")
-WIDE_ENOUGH = 256  # channels of a small copy, so that no tensor of its tokens is too small to be packed
+WIDE_ENOUGH = 256  # channels of a small copy, so that no tensor of its tokens is too small for FP8
 
 
 class NewbieMemoryModel(MemoryModel):
@@ -112,32 +111,32 @@ class NewbieMemoryModel(MemoryModel):
         ]
 
     def activations(self, settings: Settings) -> tuple[int, int]:
-        """Bytes kept for backward and working memory at the fullest moment of a step: at the end of the
+        """Bytes saved for backward and working memory at the fullest moment of a step: at the end of the
         forward pass, or where backward comes to the checkpointed layers and computes one again.
         """
         batch, checkpointed, moments = settings.batch_size, settings.checkpoint_blocks, []
         if checkpointed < len(self.model.blocks):
             working = self._working(NEWBIE_WORKING[settings.policy], batch)
-            moments.append((self.kept_after_forward(settings, len(self.model.blocks)), working))
+            moments.append((self.saved_after_forward(settings, len(self.model.blocks)), working))
         if checkpointed:
-            again = self.kept(settings, True).double
+            again = self.saved(settings, True).double
             working = self._working(NEWBIE_WORKING["checkpointed"], batch) + round(batch * again)
-            moments.append((self.kept_after_forward(settings, checkpointed), working))
-        kept, working = max(moments, key=sum)
-        return kept, working + self._largest_weight(settings)
+            moments.append((self.saved_after_forward(settings, checkpointed), working))
+        saved, working = max(moments, key=sum)
+        return saved, working + self._largest_weight(settings)
 
-    def kept_after_forward(self, settings: Settings, layers: int) -> int:
-        """Bytes kept for backward by the first `layers` and what stands outside them."""
-        of = self.kept(settings)
-        kept = of.of_blocks(layers, 0, settings.checkpoint_blocks)
+    def saved_after_forward(self, settings: Settings, layers: int) -> int:
+        """Bytes saved for backward by the first `layers` and what stands outside them."""
+        of = self.saved(settings)
+        saved = of.of_blocks(layers, 0, settings.checkpoint_blocks)
         if settings.checkpoint_blocks:
-            tables = max(0, of.first - of.double)  # of rotation, which the first layer is to keep
-            kept += settings.checkpoint_blocks * self._input_bytes + tables
-        return round(settings.batch_size * kept)
+            tables = max(0, of.first - of.double)  # of rotation, which the first layer is to save
+            saved += settings.checkpoint_blocks * self._input_bytes + tables
+        return round(settings.batch_size * saved)
 
     @property
     def _input_bytes(self) -> int:
-        """Of one picture's tokens, as a checkpointed layer keeps them."""
+        """Of one picture's tokens, as a checkpointed layer saves them."""
         coat, width = self.config.coat, self.model.width
         if not (coat.enabled and coat.memory.enable_efficient_checkpoint):
             return self.tokens * width * self.itemsize
@@ -145,12 +144,12 @@ class NewbieMemoryModel(MemoryModel):
         scales = math.ceil(width / coat.activation.group_size) if per_group else 0
         return self.tokens * (width + FLOAT32 * scales)
 
-    def packed(self, settings: Settings) -> int:
+    def saved_by_all_blocks(self, settings: Settings) -> int:
         """Bytes of one picture that go through FP8 if no layer is checkpointed."""
-        return self.kept(settings).of_blocks(len(self.model.blocks), 0)
+        return self.saved(settings).of_blocks(len(self.model.blocks), 0)
 
     def traced(self, settings: Settings, checkpointed: bool) -> TracedNextDiT:
-        """The model whose kept bytes are counted. What a checkpointed layer keeps while it is computed again
+        """The model whose saved bytes are counted. What a checkpointed layer saves while it is computed again
         depends on whether ops save by hand, not on the policy."""
         policy = settings.policy
         if checkpointed:
@@ -194,7 +193,7 @@ def _encoders(folder: Path | None) -> EncoderSizes:
 @dataclass(frozen=True)
 class TracedNextDiT(TracedModel):
     """settings: of NextDiT_CLIP. lora_paths: of block 0 of `layers`, and of all outside. network: the kind of
-    adapter. quantize: an FP8 base, whose Linears keep nothing. hidden: inner width of a feed-forward."""
+    adapter. quantize: an FP8 base, whose Linears save nothing. hidden: inner width of a feed-forward."""
 
     network: NetworkConfig
     quantize: bool
@@ -228,7 +227,7 @@ class TracedNextDiT(TracedModel):
             quantize_linears(model)
         others = [path.replace(".0.", ".1.", 1) for path in self.lora_paths if path.startswith("layers.")]
         whole = dict.fromkeys(("dropout", "lokr_rank_dropout", "lokr_module_dropout"), 0.0)
-        network = self.network.model_copy(update=whole)  # what is dropped is counted as kept
+        network = self.network.model_copy(update=whole)  # what is dropped is counted as if it stayed
         prepare(model, coat, network, paths=[*self.lora_paths, *others])
         return model
 
@@ -250,7 +249,7 @@ class TracedNextDiT(TracedModel):
 
     @contextmanager
     def saving(self, checkpointed: bool = False) -> Iterator[SavedTensors]:
-        """Nothing is packed in what is computed again."""
+        """Context manager of the pass: nothing is in FP8 in what is computed again."""
         if not checkpointed:
             with COATTrainer(self.coat).saved_tensors() as saved:
                 yield saved
@@ -259,7 +258,7 @@ class TracedNextDiT(TracedModel):
             yield saved
 
     def written_attention(self, heads: int, image: int, text: int, checkpointed: bool) -> np.ndarray:
-        """What written-out attention saves of the numbers of KeptBytes."""
+        """What written-out attention saves of the numbers of SavedBytes."""
         if self.attention_is_counted(checkpointed):
             return np.zeros(4)
         return self._of_parts(*(self.scores_bytes(heads, n) for n in (image, text, image + text)))

@@ -1,7 +1,7 @@
 """What each phase of a run holds under given settings, in bytes by component, and how long an update takes.
 
-Weights and states are counted from shapes (model.py), kept activations by the counters of training
-(kept.py); the working memory of a block was measured. Each phase counts only the models it needs:
+Weights and states are counted from shapes (model.py), saved activations by the counters of training
+(saved_bytes.py); the working memory of a block was measured. Each phase counts only the models it needs:
 encoders leave the device after use, and the transformer comes after them.
 """
 
@@ -17,7 +17,6 @@ from ppcoat.data.cache import ENCODED_AT_ONCE, ENCODED_PIXELS
 from ppcoat.device import LARGEST_KEPT
 from ppcoat.nn.policy import POLICIES
 from ppcoat.nn.swap import check_count
-from ppcoat.plan.kept import KeptBytes, TracedModel, kept_bytes, small_lora_paths
 from ppcoat.plan.model import (
     BFLOAT16,
     FLOAT32,
@@ -27,7 +26,7 @@ from ppcoat.plan.model import (
     optimizer_bytes,
     read_model,
 )
-from ppcoat.train.previews import previews
+from ppcoat.plan.saved_bytes import SavedBytes, TracedModel, count_saved_bytes, small_lora_paths
 
 RESIDENT_SWAPPED = 2  # of the swapped blocks one computes while the next one comes
 # Working memory of the block that goes backward, in tensors of tokens x width (a) and, where attention is
@@ -95,9 +94,9 @@ class MemoryModel:
         self.lora = self.model.adapter_shapes(config.network)
         self.lora_bytes = FLOAT32 * sum(map(math.prod, self.lora))
         self.optimizer, self.update_working = optimizer_bytes(config, self.lora)
-        self.previews = previews(config) if config.sample.wanted else []
+        self.previews = config.sample.previews if config.sample.wanted else []
         self._base: dict[bool, list[int]] = {}
-        self._kept: dict[tuple[TracedModel, bool], KeptBytes] = {}
+        self._saved: dict[tuple[TracedModel, bool], SavedBytes] = {}
 
     def read_model(self, transformer: dict | None) -> BaseModel:
         """The shapes of the config's model, or of one with these settings."""
@@ -123,10 +122,10 @@ class MemoryModel:
         if self.config.train.ema.use_ema:
             held["EMA"] = self.lora_bytes
         learning = held | {"gradients": self.lora_bytes}
-        kept, working = self.activations(settings)
+        saved, working = self.activations(settings)
         phases = [
             *self.preparing(settings),
-            ("forward, backward", learning | {"kept": kept, "working": working}),
+            ("forward, backward", learning | {"kept": saved, "working": working}),
             ("update", learning | {"working": self.update_working}),
         ]
         if self.previews:
@@ -159,33 +158,33 @@ class MemoryModel:
         return self._base[quantize]
 
     def activations(self, settings: Settings) -> tuple[int, int]:
-        """Bytes kept for backward and working memory at the fullest moment of a step: at the end of the
+        """Bytes saved for backward and working memory at the fullest moment of a step: at the end of the
         forward pass, or where backward comes to the checkpointed blocks.
         """
         double, count = self.model.double, len(self.model.blocks)
         batch, checkpointed = settings.batch_size, settings.checkpoint_blocks
         of_checkpointed = 0
         if checkpointed:
-            of_checkpointed = self.kept(settings, True).of_inputs(double, checkpointed)
-        kept = of_checkpointed + self.kept(settings).of_blocks(double, count - double, checkpointed)
+            of_checkpointed = self.saved(settings, True).of_inputs(double, checkpointed)
+        saved = of_checkpointed + self.saved(settings).of_blocks(double, count - double, checkpointed)
         moments = []
         if checkpointed < count:
-            moments.append((kept * batch, self._working(WORKING[settings.policy], batch)))
+            moments.append((saved * batch, self._working(WORKING[settings.policy], batch)))
         if checkpointed:
             moments.append((of_checkpointed * batch, self._working(WORKING["checkpointed"], batch)))
-        kept, working = max(moments, key=sum)
-        return kept, working + self._largest_weight(settings)
+        saved, working = max(moments, key=sum)
+        return saved, working + self._largest_weight(settings)
 
-    def kept(self, settings: Settings, checkpointed: bool = False) -> KeptBytes:
-        """Of one picture, counted once for all settings that keep as much. checkpointed: of such blocks."""
+    def saved(self, settings: Settings, checkpointed: bool = False) -> SavedBytes:
+        """Of one picture, counted once for all settings that save as much. checkpointed: of such blocks."""
         traced = self.traced(settings, checkpointed)
-        if (traced, checkpointed) not in self._kept:
-            counted = kept_bytes(traced, self.image_tokens, self.text_tokens, checkpointed)
-            self._kept[traced, checkpointed] = counted
-        return self._kept[traced, checkpointed]
+        if (traced, checkpointed) not in self._saved:
+            counted = count_saved_bytes(traced, self.image_tokens, self.text_tokens, checkpointed)
+            self._saved[traced, checkpointed] = counted
+        return self._saved[traced, checkpointed]
 
     def traced(self, settings: Settings, checkpointed: bool) -> TracedModel:
-        """The model whose kept bytes are counted. What checkpointed blocks keep does not depend on the
+        """The model whose saved bytes are counted. What checkpointed blocks save does not depend on the
         policy."""
         return TracedModel(**self.traced_facts("none" if checkpointed else settings.policy))
 
@@ -201,14 +200,14 @@ class MemoryModel:
             "half": self.half,
         }
 
-    def packed(self, settings: Settings) -> int:
+    def saved_by_all_blocks(self, settings: Settings) -> int:
         """Bytes of one picture that go through FP8 if no block is checkpointed."""
         double = self.model.double
-        return self.kept(settings).of_blocks(double, len(self.model.blocks) - double)
+        return self.saved(settings).of_blocks(double, len(self.model.blocks) - double)
 
     def seconds(self, settings: Settings) -> float:
         """Time of an update on a GPU by a simple model, to compare settings by: products of matrices at FLOPS
-        (one forward, one backward without weight gradients, one more forward of what is recomputed), packed
+        (one forward, one backward without weight gradients, one more forward of what is recomputed), FP8
         tensors and FP8 weights through memory three times, swapped blocks over PCIe in forward and backward,
         as if nothing of that ran beside the computing.
         """
@@ -231,7 +230,7 @@ class MemoryModel:
         compute = (linears * (2 + again) + attention * attentions) / FLOPS
         moved = 0
         if settings.policy != "none":
-            moved += 3 * 2 * self.packed(settings) * settings.batch_size * (1 - again)
+            moved += 3 * 2 * self.saved_by_all_blocks(settings) * settings.batch_size * (1 - again)
         if settings.quantize:
             moved += 3 * (2 + again) * model.parameters
         _, blocks = self.model.weight_bytes(settings.quantize, self.itemsize)

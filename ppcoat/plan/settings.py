@@ -1,7 +1,7 @@
 """Peak memory of a run before anything is allocated, and the fastest settings that fit into a budget.
 
-    plan(config).total                          what the config as it is will hold at most, in bytes
-    plan(config, vram_gb=24).settings           the settings to take with 24 GB
+    plan(config, memory_model).total                    what the config as it is will hold at most, in bytes
+    plan(config, memory_model, vram_gb=24).settings     the settings to take with 24 GB
 
 How bytes are counted: phases.py. GB is 1e9 bytes; a card sold as 24 GB has 25.8 of them, and the rest is
 what fragments and the desktop take.
@@ -19,7 +19,6 @@ from ppcoat.config.schema import RunConfig
 from ppcoat.device import GpuMeter, HostMeter
 from ppcoat.errors import ConfigError
 from ppcoat.plan.phases import MemoryModel, Phase, Settings
-from ppcoat.train.model_spec import model_spec
 
 GB = 1e9
 
@@ -47,7 +46,7 @@ class Plan:
         return self.peak.total
 
 
-def plan(config: RunConfig, vram_gb: float | None = None) -> Plan:
+def plan(config: RunConfig, memory_model: type[MemoryModel], vram_gb: float | None = None) -> Plan:
     """Without vram_gb the plan of the config as it is; with it, of the fastest settings that fit.
 
     Chosen are the saving policy (FP8 only where coat.enabled), checkpointed blocks, swapped blocks, and the
@@ -56,7 +55,7 @@ def plan(config: RunConfig, vram_gb: float | None = None) -> Plan:
     nothing fits, naming the smallest need, and for what the config asks of a model that lacks it.
     """
     check_budget(vram_gb)
-    memory = model_spec(config.model.family).memory_model(config, planned_for_gpu(config, vram_gb))
+    memory = memory_model(config, planned_for_gpu(config, vram_gb))
     if vram_gb is None:
         return _plan(memory, as_given(config, len(memory.model.blocks)))
     plans = [_plan(memory, settings) for settings in _candidates(memory, vram_gb * GB)]
@@ -116,9 +115,10 @@ def with_settings(config: RunConfig, settings: Settings) -> RunConfig:
     )
 
 
-def with_memory_plan(config: RunConfig) -> RunConfig:
+def with_memory_plan(config: RunConfig, memory_model: type[MemoryModel]) -> RunConfig:
     """What `memory: auto` asks for: the config with the settings that fit vram_gb, or else the whole device.
-    A config with `memory: as_given` comes back as it is.
+    A config with `memory: as_given` comes back as it is. Raises ConfigError if nothing fits, or if the device
+    does not say how much memory it has.
     """
     if config.memory == "as_given":
         return config
@@ -128,7 +128,7 @@ def with_memory_plan(config: RunConfig) -> RunConfig:
         if total is None:
             raise ConfigError("memory: auto cannot see how much memory there is: give vram_gb")
         vram_gb = total / GB
-    return with_settings(config, plan(config, vram_gb).settings)
+    return with_settings(config, plan(config, memory_model, vram_gb).settings)
 
 
 def _plan(memory: MemoryModel, settings: Settings) -> Plan:

@@ -20,6 +20,7 @@ from paddle.io import DataLoader, IterableDataset
 from ppdiffusers import AutoencoderKL
 from tqdm import tqdm
 
+from ppcoat.config.flags import flag
 from ppcoat.data import garments
 from ppcoat.infer.scores import psnr
 from ppcoat.models.loading import load_vae
@@ -36,10 +37,10 @@ class AutoencoderTraining:
     decoder tolerates small errors, so that a small transformer can learn to draw them.
     """
 
-    steps: int = 2200
+    steps: int = flag("", 2200, "autoencoder_steps", shows_default=False)
     batch_size: int = 8
     learning_rate: float = 2.5e-3
-    decoder_steps: int = 1200
+    decoder_steps: int = flag("", 1200, shows_default=False)
     decoder_batch_size: int = 16
     decoder_learning_rate: float = 1.5e-3
     decoder_noise: float = 0.1  # most noise on the latents, in deviations
@@ -191,8 +192,8 @@ def sharpen_decoder(folder: str | Path, training: AutoencoderTraining) -> Autoen
 
 
 def sharp_loss(difference: paddle.Tensor) -> paddle.Tensor:
-    """Mean absolute value of `difference` [B, C, H, W], plus the mean absolute value of its differences over
-    1, 2 and 4 pixels in both directions -> scalar."""
+    """Mean absolute value of `difference`, float [B, C, H, W], plus the mean absolute value of its
+    differences over 1, 2 and 4 pixels in both directions -> scalar."""
     edges = [
         steps.abs().mean()
         for far in (1, 2, 4)

@@ -21,6 +21,7 @@ from safetensors.paddle import save
 from tqdm import tqdm
 
 from ppcoat.atomic import whole_file
+from ppcoat.config.flags import flag
 from ppcoat.data import garments
 from ppcoat.infer.garment_scores import LABELS, GarmentClassifier, classify
 from ppcoat.pretrain.autoencoder import HELD_OUT_SEED, to_pixels
@@ -35,7 +36,7 @@ class ClassifierTraining:
     pictures: int = 40_000
     first_picture: int = 0
     reconstructed: float = 0.5  # share of batches that are decoded by the autoencoder
-    steps: int = 7000
+    steps: int = flag("", 7000, "classifier_steps", shows_default=False)
     batch_size: int = 32
     learning_rate: float = 1.5e-3
     tested: int = 1000  # new drawings for the accuracy that is printed

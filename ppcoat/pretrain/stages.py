@@ -13,6 +13,7 @@ import shutil
 from pathlib import Path
 
 from ppcoat.atomic import whole_folder, write_text
+from ppcoat.config.flags import add_flags, flag, from_flags
 from ppcoat.device import tune_host
 from ppcoat.models.flux.pipeline import FluxPipeline
 from ppcoat.models.flux.scheduler import FlowMatchEulerDiscreteScheduler
@@ -31,35 +32,31 @@ from ppcoat.pretrain.text import write_text_parts
 from ppcoat.train.ranks import Ranks
 
 
+@dataclasses.dataclass(frozen=True)
+class PretrainFlags:
+    """The folders of the command."""
+
+    output_dir: Path = flag("folder for the finished pipeline")
+    work_dir: Path = flag("folder for the stages", Path("output/pretrain"))
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--work_dir", default="output/pretrain", help="folder for the stages (default: %(default)s)"
-    )
-    parser.add_argument("--output_dir", required=True, help="folder for the finished pipeline")
-    parser.add_argument("--autoencoder_steps", type=int, default=AutoencoderTraining.steps)
-    parser.add_argument("--decoder_steps", type=int, default=AutoencoderTraining.decoder_steps)
-    parser.add_argument("--transformer_steps", type=int, default=DenoiserTraining.steps)
-    parser.add_argument(
-        "--guided_after", type=int, default=DenoiserTraining.guided_after, help="steps before guidance"
-    )
-    parser.add_argument("--classifier_steps", type=int, default=ClassifierTraining.steps)
-    parser.add_argument(
-        "--pictures", type=int, default=DenoiserTraining.pictures, help="drawings to train on"
-    )
+    add_flags(parser, PretrainFlags, "work_dir", "output_dir")
+    add_flags(parser, AutoencoderTraining)
+    add_flags(parser, DenoiserTraining, "steps", "guided_after")
+    add_flags(parser, ClassifierTraining)
+    add_flags(parser, DenoiserTraining, "pictures")
 
 
 def run_command(arguments: argparse.Namespace) -> None:
+    flags = from_flags(PretrainFlags, arguments)
     tune_host()
     pretrain(
-        Path(arguments.work_dir),
-        Path(arguments.output_dir),
-        AutoencoderTraining(steps=arguments.autoencoder_steps, decoder_steps=arguments.decoder_steps),
-        DenoiserTraining(
-            steps=arguments.transformer_steps,
-            pictures=arguments.pictures,
-            guided_after=arguments.guided_after,
-        ),
-        ClassifierTraining(steps=arguments.classifier_steps),
+        flags.work_dir,
+        flags.output_dir,
+        from_flags(AutoencoderTraining, arguments),
+        from_flags(DenoiserTraining, arguments),
+        from_flags(ClassifierTraining, arguments),
     )
 
 

@@ -1,4 +1,3 @@
-"""The trainer of adapters: `run.train_lora` is a whole run of any model,
-`coat.COATTrainer` is COAT for a loop of one's own; distill builds on `trainer`, `objective`, `ranks` and
-`report`.
+"""The trainer of adapters: `run.train_lora` is a whole run of any model, `run.MODEL_SPECS` has what differs
+between them; distill builds on `trainer`, `ranks`, `report` and the spec of FLUX.
 """

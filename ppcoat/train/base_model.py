@@ -12,6 +12,7 @@ import paddle
 
 from ppcoat.config.schema import RunConfig
 from ppcoat.data.cache import folder_identity
+from ppcoat.device import on_gpu
 from ppcoat.models.quantized_base import FP8Copy
 from ppcoat.train.ranks import Ranks
 
@@ -47,7 +48,7 @@ def drop_encoders(pipeline: Any, names: tuple[str, ...], keep_vae: bool) -> None
     back. keep_vae: it waits in main memory instead of leaving too."""
     for name in (*names, *(() if keep_vae else ("vae",))):
         setattr(pipeline, name, None)
-    if _on_gpu():
+    if on_gpu():
         if keep_vae:
             pipeline.vae.to("cpu")
         paddle.device.cuda.empty_cache()
@@ -56,7 +57,7 @@ def drop_encoders(pipeline: Any, names: tuple[str, ...], keep_vae: bool) -> None
 @contextmanager
 def vae_on_device(pipeline: Any) -> Iterator[None]:
     """Context manager: the VAE is where the transformer is; afterwards in main memory."""
-    if not _on_gpu():
+    if not on_gpu():
         yield
         return
     pipeline.vae.to(paddle.get_device())
@@ -64,7 +65,3 @@ def vae_on_device(pipeline: Any) -> Iterator[None]:
         yield
     finally:
         pipeline.vae.to("cpu")
-
-
-def _on_gpu() -> bool:
-    return paddle.get_device().startswith("gpu")

@@ -27,8 +27,7 @@ from ppcoat.atomic import remove_dead_drafts, whole_folder, write_text
 from ppcoat.config.schema import RunConfig
 from ppcoat.errors import ConfigError
 from ppcoat.train.ranks import Ranks
-from ppcoat.train.run_state import RunState
-from ppcoat.train.stopping import STRICT_FLAG
+from ppcoat.train.run_state import STRICT_FLAG, RunState
 
 FORMAT = "ppcoat-checkpoint-1"
 _COMMITTED = re.compile(r"^[0-9]{9}$")
@@ -36,7 +35,7 @@ _FILE_NAME = re.compile(r"^[A-Za-z0-9_]+\.(safetensors|json)$")
 
 _log = logging.getLogger(__name__)
 
-Tensors = dict[str, paddle.Tensor]
+NamedTensors = dict[str, paddle.Tensor]
 
 
 @dataclass(frozen=True)
@@ -45,12 +44,12 @@ class Checkpoint:
 
     path: Path
     step: int
-    tensors: dict[str, Tensors]
+    tensors: dict[str, NamedTensors]
     state: dict
 
 
 def save_checkpoint(
-    run_dir: str | Path, step: int, tensors: dict[str, Tensors], state: dict, keep: int
+    run_dir: str | Path, step: int, tensors: dict[str, NamedTensors], state: dict, keep: int
 ) -> Path:
     """Write checkpoint `step`, move `latest` to it, keep the newest `keep`; returns its folder.
 
@@ -125,7 +124,7 @@ class _Damaged(Exception):
     """A checkpoint cannot be used; the text is the reason."""
 
 
-def _write_files(draft: Path, step: int, tensors: dict[str, Tensors], state: dict) -> None:
+def _write_files(draft: Path, step: int, tensors: dict[str, NamedTensors], state: dict) -> None:
     contents = {"state.json": json.dumps(state, indent=1).encode()}
     for group, named in tensors.items():
         contents[f"{group}.safetensors"] = safetensors.paddle.save(

@@ -18,15 +18,16 @@ from ppcoat.config.schema import PreviewConfig, RunConfig
 from ppcoat.data.cache import Encoders, TrainingCache, folder_identity
 from ppcoat.device import compute_dtype
 from ppcoat.lora import LoRASummary, save_lora
+from ppcoat.lora.writing import FORMATS
 from ppcoat.models.flux.pipeline import FluxPipeline
 from ppcoat.models.flux.transformer import FluxTransformer2DModel
 from ppcoat.models.loading import check_folder, load_transformer, unfilled
 from ppcoat.models.quantized_base import load_fp8_transformer
 from ppcoat.nn.swap import last_blocks
+from ppcoat.objective import FlowMatching
 from ppcoat.plan.phases import MemoryModel
 from ppcoat.train.base_model import drop_encoders, load_frozen
 from ppcoat.train.model_spec import ModelSpec
-from ppcoat.train.objective import FlowMatching
 from ppcoat.train.ranks import Ranks
 from ppcoat.train.trainer import SaveWeights
 
@@ -36,10 +37,7 @@ class FluxSpec(ModelSpec):
 
     script = "train_scripts/train_flux_lora.py"
     config_format = "yaml"
-
-    def memory_model(self, config: RunConfig, on_gpu: bool) -> MemoryModel:
-        """That of FLUX."""
-        return MemoryModel(config, on_gpu)
+    memory_model = MemoryModel
 
     def check(self, config: RunConfig) -> None:
         """Folder and number of swapped blocks."""
@@ -117,8 +115,7 @@ class LoRAFiles:
         stem = config.name if final else f"{config.name}_{step:09d}"
         written = []
         for file_format in config.save.format:
-            ending = "" if file_format == "diffusers" else f"_{file_format}"
-            path = config.run_dir / f"{stem}{ending}.safetensors"
+            path = config.run_dir / f"{stem}{_ending(file_format)}"
             summary = save_lora(
                 path,
                 self.transformer,
@@ -134,8 +131,8 @@ class LoRAFiles:
 
     def _remove_old(self, step: int) -> None:
         """Only names that `write` gives; later steps belong to a history that was given up, and stay."""
-        stem, ending = re.escape(self.config.name), r"(?:_kohya|_paddle)?\.safetensors"
-        files = [(number, path) for number, path in self._named(rf"{stem}_([0-9]{{9}}){ending}")
+        stem, endings = re.escape(self.config.name), "|".join(re.escape(_ending(each)) for each in FORMATS)
+        files = [(number, path) for number, path in self._named(rf"{stem}_([0-9]{{9}})(?:{endings})")
                  if number <= step]  # fmt: skip
         kept = sorted({number for number, _ in files})[-self.config.save.max_step_saves_to_keep :]
         for number, path in files:
@@ -146,3 +143,8 @@ class LoRAFiles:
         """Files of the run whose name is `pattern`, each with the number in it."""
         found = [(re.fullmatch(pattern, path.name), path) for path in self.config.run_dir.iterdir()]
         return [(int(match[1]), path) for match, path in found if match]
+
+
+def _ending(file_format: str) -> str:
+    """Of the name of a LoRA file: that of diffusers' format is the plain one."""
+    return ".safetensors" if file_format == "diffusers" else f"_{file_format}.safetensors"

@@ -20,6 +20,7 @@ import paddle
 from PIL import Image
 
 from ppcoat.atomic import remove_dead_drafts
+from ppcoat.coat import chosen_modules
 from ppcoat.config.schema import NetworkConfig, PreviewConfig, RunConfig, TrainConfig
 from ppcoat.data.cache import Encoders, TrainingCache, folder_identity
 from ppcoat.device import compute_dtype
@@ -35,10 +36,10 @@ from ppcoat.models.newbie.files import (
 from ppcoat.models.newbie.jina_clip import load_gemma3_tokenizer
 from ppcoat.models.newbie.pipeline import PROMPT_PREFIX, NewbiePipeline, warn_of_cut, with_prefix
 from ppcoat.nn.swap import last_blocks
+from ppcoat.objective import NewbieFlowMatching
 from ppcoat.plan.newbie import NewbieMemoryModel
 from ppcoat.train.base_model import drop_encoders, load_frozen
-from ppcoat.train.model_spec import ModelSpec, chosen_modules
-from ppcoat.train.objective import NewbieFlowMatching
+from ppcoat.train.model_spec import ModelSpec
 from ppcoat.train.ranks import Ranks
 from ppcoat.train.trainer import SaveWeights
 
@@ -55,11 +56,8 @@ class NewbieSpec(ModelSpec):
 
     script = "train_scripts/train_newbie_lora.py"
     config_format = "toml"
+    memory_model = NewbieMemoryModel
     preview_negatives = ("",)
-
-    def memory_model(self, config: RunConfig, on_gpu: bool) -> NewbieMemoryModel:
-        """That of NewBie-image."""
-        return NewbieMemoryModel(config, on_gpu)
 
     def check(self, config: RunConfig) -> None:
         """Settings that it has, folder, targets and number of swapped blocks."""

@@ -21,25 +21,19 @@ from ppcoat.data.cache import Encoders
 from ppcoat.data.captions import final_caption
 from ppcoat.data.sources import load_image, scan_folder
 from ppcoat.errors import ConfigError
+from ppcoat.objective import Objective
 from ppcoat.train.base_model import vae_on_device
-from ppcoat.train.objective import Objective
 
 NOISE_SEED = 0  # not the run's: runs of different seeds compare
 DEFAULT_SIGMAS = (1.0, 0.75, 0.5, 0.25)  # as ai-toolkit's validation_config has them
 
 
 def previews(config: RunConfig) -> list[PreviewConfig]:
-    """sample.prompts, then sample.samples, each with every setting filled in from the section `sample`."""
-    sample = config.sample
-    entries = [*(PreviewConfig(prompt=prompt) for prompt in sample.prompts), *sample.samples]
-    shared = {name: getattr(sample, name) for name in ("width", "height", "guidance_scale", "sample_steps")}
-    filled = []
-    for number, entry in enumerate(entries):
-        own = entry.model_dump(exclude_none=True)
-        seed = sample.seed + (number if sample.walk_seed else 0)
-        prompt = final_prompt(entry.prompt, config.trigger_word)
-        filled.append(PreviewConfig(**(shared | {"seed": seed} | own | {"prompt": prompt})))
-    return filled
+    """Those of the section `sample`, with their final prompts."""
+    return [
+        preview.model_copy(update={"prompt": final_prompt(preview.prompt, config.trigger_word)})
+        for preview in config.sample.previews
+    ]
 
 
 def preview_prompts(config: RunConfig) -> list[str]:

@@ -38,7 +38,7 @@ import numpy as np
 import paddle
 
 from ppcoat.errors import ConfigError
-from ppcoat.train.stopping import AGAIN
+from ppcoat.train.run_state import AGAIN
 
 LOST_EXIT = 75  # EX_TEMPFAIL of <sysexits.h>: the same command may well succeed the next time
 _GRACE_SECONDS = 5.0  # for a rank to end by itself, with its own message, after another has died
@@ -102,7 +102,7 @@ class Ranks:
 
     @contextmanager
     def first_ahead(self) -> Iterator[None]:
-        """Rank 0 runs the block while the others wait; when it is done, they run it."""
+        """Context manager: rank 0 runs the block while the others wait; when it is done, they run it."""
         if not self.is_first:
             self.barrier()
         yield
@@ -135,7 +135,8 @@ class Ranks:
 
     @paddle.no_grad()
     def average_gradients(self, parameters: Iterable[paddle.Tensor]) -> None:
-        """Replace each gradient, any shape, by its mean over all ranks: one all_reduce of a flat buffer.
+        """Replace each gradient, any shape and dtype, by its mean over all ranks: one all_reduce of a flat
+        buffer.
 
         A parameter without gradient counts as zeros, and has a gradient afterwards. NaN and inf of one rank
         reach all of them. Does nothing for one rank.
@@ -175,7 +176,8 @@ class Ranks:
         return table if self.size == 1 else self.sum(paddle.to_tensor(table)).numpy()
 
     def sum(self, tensor: paddle.Tensor) -> paddle.Tensor:
-        """`tensor`, to which those of the other ranks have been added; of the same shape and dtype on all."""
+        """`tensor`, to which those of the other ranks have been added; any shape and dtype, the same on
+        all."""
         if self.size > 1:
             import paddle.distributed as dist
 
@@ -185,7 +187,7 @@ class Ranks:
 
     @contextmanager
     def _exchange(self) -> Iterator[None]:
-        """What goes over the process group stands within it; only with several ranks."""
+        """Context manager: within it something goes over the process group; only with several ranks."""
         self.barrier()  # gloo's 30 seconds then cover the transfer only
         try:
             yield

@@ -4,7 +4,7 @@
     python train_scripts/train_newbie_lora.py --config_file my.toml [--set a.b=c] [--strict] [--dry_run]
 
 The NewBie command also takes the config.yaml that a run leaves in its folder. What depends on the model is a
-ModelSpec (model_spec.py).
+ModelSpec (model_spec.py), looked up once in `MODEL_SPECS` and passed on.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import paddle
 from PIL import Image
 
 from ppcoat.atomic import write_text
-from ppcoat.config.flags import add_run_flags
+from ppcoat.coat import COATTrainer, prepare, trained_parameters
+from ppcoat.config.flags import RunFlags, add_run_flags, flag, from_flags
 from ppcoat.config.load import dump_config
 from ppcoat.config.newbie import load_run_config
 from ppcoat.config.schema import RunConfig
@@ -33,8 +35,9 @@ from ppcoat.errors import ConfigError
 from ppcoat.fp8 import backend
 from ppcoat.optim import ScheduleShape, lr_scheduler
 from ppcoat.plan.settings import with_memory_plan
-from ppcoat.train.coat import COATTrainer
-from ppcoat.train.model_spec import ModelSpec, model_spec, prepare, trained_parameters
+from ppcoat.train.flux import FluxSpec
+from ppcoat.train.model_spec import ModelSpec
+from ppcoat.train.newbie import NewbieSpec
 from ppcoat.train.previews import (
     Validation,
     draw_previews,
@@ -46,40 +49,52 @@ from ppcoat.train.ranks import Ranks, rank_scratch
 from ppcoat.train.run_state import RunningMean, RunState
 from ppcoat.train.trainer import Side, StepResult, Trainer, TrainingResult
 
+MODEL_SPECS: dict[str, ModelSpec] = {"flux": FluxSpec(), "newbie": NewbieSpec()}  # by model.family
 DRY_STEPS = 2
 
 _log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, kw_only=True)
+class FluxRunFlags(RunFlags):
+    """Settings of `train`."""
+
+    config: str = flag("YAML file, e.g. configs/quickstart.yaml", positional=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewbieRunFlags(RunFlags):
+    """Settings of `train-newbie`."""
+
+    config: str = flag("TOML file, e.g. configs/newbie_lora.toml", name="config_file")
+
+
+FLAGS = {"flux": FluxRunFlags, "newbie": NewbieRunFlags}  # family -> those of its command
+
+
 def add_flux_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `train_scripts/train_flux_lora.py`."""
-    parser.add_argument("config", help="YAML file, e.g. configs/quickstart.yaml")
     parser.set_defaults(family="flux")
-    add_run_flags(parser)
+    add_run_flags(parser, FluxRunFlags)
 
 
 def add_newbie_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `train_scripts/train_newbie_lora.py`."""
-    parser.add_argument(
-        "--config_file",
-        dest="config",
-        metavar="CONFIG_FILE",
-        required=True,
-        help="TOML file, e.g. configs/newbie_lora.toml",
-    )
     parser.set_defaults(family="newbie")
-    add_run_flags(parser)
+    add_run_flags(parser, NewbieRunFlags)
 
 
 def run_command(arguments: argparse.Namespace) -> None:
     """Train, or with --dry_run show the complete settings, the data report and two steps. Raises ConfigError
     for a config of another kind of model."""
-    config = load_run_config(arguments.config, arguments.overrides, arguments.family)
-    if config.model.family != arguments.family:
-        script = model_spec(config.model.family).script
+    family = arguments.family
+    flags = from_flags(FLAGS[family], arguments)
+    config = load_run_config(flags.config, flags.overrides, family)
+    if config.model.family != family:
+        script = MODEL_SPECS[config.model.family].script
         raise ConfigError(f"model.family is {config.model.family}: train it with {script}")
     tune_host()
-    if not arguments.dry_run:
+    if not flags.dry_run:
         train_lora(config)
         return
     print(dump_config(config))
@@ -108,7 +123,8 @@ class RunInputs:
 def train_lora(config: RunConfig) -> TrainingResult:
     """The whole run, on all ranks that paddle.distributed.launch started. Raises ConfigError for wrong inputs
     before any model is loaded or any file is written."""
-    spec, config = model_spec(config.model.family), with_memory_plan(config)
+    spec = MODEL_SPECS[config.model.family]
+    config = with_memory_plan(config, spec.memory_model)
     inputs = check_inputs(spec, config)
     config, ranks = with_steps_of_epochs(config, inputs), inputs.ranks
     if ranks.is_first:
@@ -128,7 +144,8 @@ def dry_run(config: RunConfig) -> Iterator[tuple[StepResult, float]]:
 
     Only the pictures of these steps are encoded. Raises ConfigError as train_lora does.
     """
-    spec, config = model_spec(config.model.family), with_memory_plan(config)
+    spec = MODEL_SPECS[config.model.family]
+    config = with_memory_plan(config, spec.memory_model)
     inputs = check_inputs(spec, config)
     config = with_steps_of_epochs(config, inputs)
     train, examples, ranks = config.train, inputs.examples, inputs.ranks
@@ -254,17 +271,7 @@ def build_trainer(
         _log.warning("coat.memory.checkpoint_blocks has no effect without train.gradient_checkpointing")
     modules = prepare(transformer, coat, config.network, config.model, seed=config.seed)
     parameters = trained_parameters(modules)
-    shape = ScheduleShape(train.lr_num_cycles, train.lr_power, train.lr_step_size or 1, train.lr_gamma)
-    schedule = lr_scheduler(train.lr_scheduler, train.lr, train.steps, train.lr_warmup_steps, shape)
-    optimizer = coat.create_optimizer(
-        parameters.values(),
-        schedule,
-        train.weight_decay,
-        (train.beta1, train.beta2),
-        train.epsilon,
-        train.max_grad_norm,
-        fp8_states=config.uses_fp8_optimizer,
-    )
+    optimizer, schedule = _optimizer(config, coat, list(parameters.values()))
 
     def draw() -> tuple[list[Image.Image], list[str]]:
         return draw_previews(config, pipeline, lambda preview: spec.draw(pipeline, preview, cache))
@@ -290,6 +297,25 @@ def build_trainer(
         validation=validation,
         ranks=ranks,
     )
+
+
+def _optimizer(
+    config: RunConfig, coat: COATTrainer, parameters: list[paddle.Tensor]
+) -> tuple[paddle.optimizer.Optimizer, paddle.optimizer.lr.LRScheduler]:
+    """AdamW as the section `train` wants it, and the schedule of its learning rate."""
+    train = config.train
+    shape = ScheduleShape(train.lr_num_cycles, train.lr_power, train.lr_step_size or 1, train.lr_gamma)
+    schedule = lr_scheduler(train.lr_scheduler, train.lr, train.steps, train.lr_warmup_steps, shape)
+    optimizer = coat.create_optimizer(
+        parameters,
+        schedule,
+        train.weight_decay,
+        (train.beta1, train.beta2),
+        train.epsilon,
+        train.max_grad_norm,
+        fp8_states=config.uses_fp8_optimizer,
+    )
+    return optimizer, schedule
 
 
 def start_run_folder(folder: Path, settings: str) -> None:

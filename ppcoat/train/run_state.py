@@ -1,19 +1,63 @@
-"""What a run must remember to go on exactly where it stopped (RunState), and its parts that look after
-tensors: the optimizer's states (how many bytes they take, and their way into a checkpoint and back), those of
-several optimizers as one, and a running mean of the parameters in float32 (exponential moving average). And
-where NaN or inf came from: the first module of a forward pass whose output is not finite.
+"""Stopping a run from outside without losing its last step, and going on exactly where it stopped.
+
+RunState is what a run must remember. Its parts look after tensors: the optimizer's states (how many bytes
+they take, and their way into a checkpoint and back), those of several optimizers as one, and a running mean
+of the parameters in float32 (exponential moving average). checkpoint.py writes and reads it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import signal
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import FrameType
 
 import paddle
 
 from ppcoat.data.batches import ResumableBatches
 from ppcoat.train.report import SigmaBins
+
+# What a command with a config file needs to go on, and what it calls a strict resume.
+AGAIN, STRICT_FLAG = "run the same command again", "--strict (save.strict_resume)"
+
+
+@dataclass(frozen=True)
+class ResumeWords:
+    """What a user is told to do after a stop, in the flags of the command that runs.
+
+    again: the start of "... to go on from there"; strict_flag: what made a damaged checkpoint an error.
+    """
+
+    again: str = AGAIN
+    strict_flag: str = STRICT_FLAG
+
+
+class FinishStepOnSignal:
+    """Context manager: the first SIGINT or SIGTERM is only noted in `signal`.
+
+    A second one acts as usual, unless second_acts is false: one Ctrl+C then counts once, though both the
+    terminal and a launcher pass it on.
+    """
+
+    def __init__(self, second_acts: bool = True) -> None:
+        self.signal = 0
+        self._second_acts = second_acts
+
+    def __enter__(self) -> FinishStepOnSignal:
+        self._before = {
+            number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.signal = self.signal or number
+        if self._second_acts:
+            self.__exit__()
 
 
 def optimizer_state_bytes(optimizer: paddle.optimizer.Optimizer) -> int:
@@ -183,34 +227,3 @@ class RunState:
         self.skipped, self.skipped_in_a_row = state["skipped"]["steps"], state["skipped"]["in_a_row"]
         self.bins.load_state_dict(state["bins"])
         self.step = step
-
-
-@paddle.no_grad()
-def first_bad_module(model: paddle.nn.Layer, forward: Callable[[], object]) -> str | None:
-    """Path of the first sublayer (in the order in which they end) whose output holds NaN or inf in
-    `forward()`, a pass through `model`; None if all are finite. Every output is read by the host: this is for
-    a run that has gone wrong.
-    """
-    bad: list[str] = []
-
-    def note(path: str) -> Callable:
-        def hook(layer: paddle.nn.Layer, inputs: object, outputs: object) -> None:
-            tensors = outputs if isinstance(outputs, list | tuple) else [outputs]
-            if not bad and not all(_is_finite(tensor) for tensor in tensors):
-                bad.append(path)
-
-        return hook
-
-    hooks = [layer.register_forward_post_hook(note(path)) for path, layer in model.named_sublayers()]
-    try:
-        forward()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return bad[0] if bad else None
-
-
-def _is_finite(value: object) -> bool:
-    if not isinstance(value, paddle.Tensor) or not value.is_floating_point():
-        return True
-    return bool(paddle.isfinite(value.astype("float32")).all())

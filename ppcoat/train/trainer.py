@@ -18,20 +18,19 @@ import numpy as np
 import paddle
 from PIL import Image
 
+from ppcoat.coat import COATTrainer
 from ppcoat.config.schema import RunConfig
 from ppcoat.data.cache import TrainingCache
 from ppcoat.device import memory_in_use
 from ppcoat.errors import ConfigError
 from ppcoat.lora import LoRASummary
 from ppcoat.nn.saved_tensors import SavedTensors
+from ppcoat.objective import Objective
 from ppcoat.train.checkpoint import resume_run, save_run
-from ppcoat.train.coat import COATTrainer
-from ppcoat.train.objective import Objective
 from ppcoat.train.previews import Validation
 from ppcoat.train.ranks import Ranks
 from ppcoat.train.report import Report, SigmaBins
-from ppcoat.train.run_state import RunState, first_bad_module, optimizer_state_bytes
-from ppcoat.train.stopping import FinishStepOnSignal, ResumeWords
+from ppcoat.train.run_state import FinishStepOnSignal, ResumeWords, RunState, optimizer_state_bytes
 
 # (step, whether it is the last) -> the files it wrote, each with what is in it
 SaveWeights = Callable[[int, bool], list[tuple[Path, LoRASummary]]]
@@ -318,6 +317,37 @@ class Trainer:
             self._write_weights(report, final=False)
         with _disk_errors_explained(self.step, self.words.again):
             save_run(self.state, self.config)
+
+
+@paddle.no_grad()
+def first_bad_module(model: paddle.nn.Layer, forward: Callable[[], object]) -> str | None:
+    """Path of the first sublayer (in the order in which they end) whose output holds NaN or inf in
+    `forward()`, a pass through `model`; None if all are finite. Every output is read by the host: this is for
+    a run that has gone wrong.
+    """
+    bad: list[str] = []
+
+    def note(path: str) -> Callable:
+        def hook(layer: paddle.nn.Layer, inputs: object, outputs: object) -> None:
+            tensors = outputs if isinstance(outputs, list | tuple) else [outputs]
+            if not bad and not all(_is_finite(tensor) for tensor in tensors):
+                bad.append(path)
+
+        return hook
+
+    hooks = [layer.register_forward_post_hook(note(path)) for path, layer in model.named_sublayers()]
+    try:
+        forward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return bad[0] if bad else None
+
+
+def _is_finite(value: object) -> bool:
+    if not isinstance(value, paddle.Tensor) or not value.is_floating_point():
+        return True
+    return bool(paddle.isfinite(value.astype("float32")).all())
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from PIL import Image
 
 from ppcoat.bench import benchmark
 from ppcoat.cli.main import main
+from ppcoat.config.flags import from_flags
 
 STEPS = 3
 
@@ -135,21 +136,24 @@ def test_output_inside_a_file_is_refused(tmp_path, capsys):
     assert "is a file" in capsys.readouterr().err
 
 
-def parsed(*flags):
+def cases_of(*flags):
     parser = argparse.ArgumentParser()
     benchmark.add_arguments(parser)
-    return parser.parse_args(flags)
+    arguments = parser.parse_args(flags)
+    return benchmark.cases_of(
+        from_flags(benchmark.BenchmarkCase, arguments), from_flags(benchmark.BenchmarkFlags, arguments)
+    )
 
 
 def test_flags_become_cases():
-    cases = benchmark.cases_of(parsed("--seed", "3", "--use_fp8_activation", "--full_training"))
+    cases = cases_of("--seed", "3", "--use_fp8_activation", "--full_training")
     standard, coat = cases["standard"], cases["coat"]
     sizes = (standard.hidden_size, standard.num_layers, standard.batch_size, standard.tokens)
     assert sizes == (1024, 8, 4, 256) and standard.seed == coat.seed == 3
     assert standard.full_training and coat.full_training
     assert (standard.fp8_states, standard.policy) == (False, "none")
     assert (coat.fp8_states, coat.policy) == (True, "coat")
-    without = benchmark.cases_of(parsed())["coat"]
+    without = cases_of()["coat"]
     assert (without.fp8_states, without.policy) == (True, "none")
 
 
@@ -159,14 +163,14 @@ def test_batches_are_searched_for_each_variant(monkeypatch):
     monkeypatch.setattr(
         benchmark, "measured_peak", lambda case, budget: 2e9 + slopes[case.fp8_states] * case.batch_size
     )
-    found = benchmark.search_batches(benchmark.cases_of(parsed()), 6.2)
+    found = benchmark.search_batches(cases_of(), 6.2)
     assert (found["standard"]["batch"], found["coat"]["batch"]) == (4, 8)
     assert list(found["coat"]["measured_peak_bytes"]) == ["1", "2", "8"]
     text = benchmark._search_text("coat", found["coat"])
     assert "within 6.2 GB is 8" in text and "that 9 does not fit is predicted" in text
     assert "8: 6.000 GB" in text
     with pytest.raises(benchmark.ConfigError, match="2.4 is too small, a batch of 1 takes 2.50 GB"):
-        benchmark.search_batches(benchmark.cases_of(parsed()), 2.4)
+        benchmark.search_batches(cases_of(), 2.4)
 
 
 def test_out_of_memory_is_answered_in_one_line(monkeypatch, capsys):

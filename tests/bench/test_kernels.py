@@ -50,7 +50,7 @@ def connect(launcher):
 kernels._block_errors = kernels._double_block = lambda *_: ()
 sizes = kernels.Sizes(**{sizes!r})
 report = kernels.measure(Kernels(PaddleLibrary(), connect), sizes)
-print(kernels.table(report))
+print(kernels.kernel_table(report))
 print(json.dumps(report))
 """
 
@@ -149,7 +149,7 @@ def test_a_missed_target_is_in_the_file_with_by_how_much_and_why(value):
     assert missed["share"]["by"] == pytest.approx(0.8 - value, nan_ok=True)
     row.why = {}
     assert row.entry()["missed"]["share"]["why"] == "not known"
-    text = kernels.table({"device": "card", "errors": {}, "rows": [row.entry()]})
+    text = kernels.kernel_table({"device": "card", "errors": {}, "rows": [row.entry()]})
     assert "(target 0.8: missed)" in text and "speed 1.50\n" in text
     assert "missed by gelu: share: not known" in text
 
@@ -219,6 +219,6 @@ def test_what_was_not_measured_is_said(monkeypatch):
     assert library.fallbacks() == [
         "without kernels: all of the double block: PPCOAT_BACKEND asks for reference"
     ]
-    text = kernels.table({"device": "card", "errors": {"double block": 0.5}, "rows": [row.entry()]})
+    text = kernels.kernel_table({"device": "card", "errors": {"double block": 0.5}, "rows": [row.entry()]})
     assert "times as fast 1.20 (target 1.4: missed)" in text and "share 0.90\n" in text
     assert "peak memory, MiB: coat+recompute 123" in text and memory in text

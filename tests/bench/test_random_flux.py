@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from ppcoat.bench.full_size import BAND, _layout_of, _values, ensure_random_transformer
+from ppcoat.bench.full_size import CHUNK, _layout_of, _values, ensure_random_transformer
 from ppcoat.errors import ConfigError
 from ppcoat.lora.layer import linear_paths
 from ppcoat.models import writing
@@ -67,7 +67,7 @@ def test_values_are_bfloat16_of_the_normal_distribution_and_differ_by_name_and_s
     for x in numbers:
         np.testing.assert_allclose(np.quantile(x, [0.0228, 0.5, 0.8413]), [-2, 0, 1], atol=0.03)
     assert abs(np.corrcoef([x.ravel() for x in numbers]) - np.eye(3)).max() < 0.01
-    assert a.size < BAND
+    assert a.size < CHUNK
 
 
 def test_the_second_call_writes_nothing_and_other_settings_do(folder, caplog):

@@ -6,6 +6,7 @@ import pytest
 
 from ppcoat.cli import doctor
 from ppcoat.cli.main import main
+from ppcoat.device import on_gpu
 from ppcoat.fp8 import backend
 
 
@@ -44,7 +45,7 @@ def test_every_miss_says_what_is_lost_and_how_to_get_it(findings):
         assert any(word in finding.advice for word in ("install", "takes", "use ")) or finding.mark == "ok"
 
 
-@pytest.mark.skipif(doctor._on_gpu(), reason="there is a GPU")
+@pytest.mark.skipif(on_gpu(), reason="there is a GPU")
 def test_without_a_gpu_no_fast_path_is_claimed(findings):
     assert findings["device"].mark == "miss" and findings["device"].what.startswith("cpu")
     for version, title in (("triton", "Triton kernels"), ("paddle", "Paddle's FP8 ops")):
@@ -62,7 +63,7 @@ def test_an_advice_names_everything_it_is_for():
         doctor.Finding("miss", "device", "cpu", "use a card"),
         doctor.Finding("miss", "gelu_grad in triton", "wrong", "use a newer driver"),
     ]
-    *_, first, second = doctor.table(found).splitlines()
+    *_, first, second = doctor.doctor_table(found).splitlines()
     assert first == "  gelu in triton, gelu_grad in triton: use a newer driver"
     assert second == "  device: use a card"
 

@@ -6,9 +6,9 @@ import pytest
 import yaml
 
 from ppcoat.cli.main import main
-from ppcoat.cli.plan import settings_yaml, table
+from ppcoat.cli.plan import plan_table, settings_yaml
 from ppcoat.config.load import load_config
-from ppcoat.plan.phases import Settings
+from ppcoat.plan.phases import MemoryModel, Settings
 from ppcoat.plan.settings import as_given, plan, with_settings
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("flux_lora_*gb.yaml"))
@@ -19,8 +19,8 @@ SETTINGS = Settings("coat+recompute", 12, True, 30, 2, 3)
 def test_the_table_in_a_config_is_what_the_command_makes(file):
     text = file.read_text(encoding="utf-8")
     written = [line.removeprefix("#   ") for line in text.splitlines() if line.startswith("#   ")]
-    planned = plan(load_config(file))
-    assert table(planned).splitlines() == written
+    planned = plan(load_config(file), MemoryModel)
+    assert plan_table(planned).splitlines() == written
     card = int(file.stem.removeprefix("flux_lora_").removesuffix("gb"))
     assert planned.total <= card * 1e9
     assert planned.settings.checkpoint_blocks == 0
@@ -31,7 +31,7 @@ def test_there_is_a_config_for_each_card():
 
 
 def test_the_rows_add_up_to_the_total():
-    lines = table(plan(load_config(CONFIGS[0]))).splitlines()
+    lines = plan_table(plan(load_config(CONFIGS[0]), MemoryModel)).splitlines()
     body = [
         line
         for line in lines

@@ -51,7 +51,7 @@ def encode(data, monkeypatch, tmp_path):
         examples = all_examples(scan_datasets(run))
         batches = ResumableBatches(examples, config.train_batch_size * ranks.size, config.seed)
         asked.clear()
-        return encode_pictures(config, run, examples, batches, Pipeline(), ranks), list(asked)
+        return encode_pictures(OneByOne(), config, run, examples, batches, Pipeline(), ranks), list(asked)
 
     return make
 
@@ -141,6 +141,6 @@ def test_blocks_leave_before_encoders_come_and_return_after_they_left(student, m
     monkeypatch.setattr(FluxSpec, "load_encoders", lambda *_: happened.append("load"))
     monkeypatch.setattr(encoding, "drop_encoders", lambda *_, **__: happened.append("drop"))
     monkeypatch.setattr(FluxSpec, "encoders", lambda *_: Encoders(None, None))
-    with pytest.raises(KeyError), encoding._encoders(config.run_config("none"), pipeline, 1):
+    with pytest.raises(KeyError), encoding._encoders(OneByOne(), config.run_config("none"), pipeline, 1):
         raise KeyError
     assert happened == ["1 leave", "load", "drop", "return"]

@@ -242,12 +242,13 @@ def main(argv: list[str]) -> int:
     )
     sys.modules["ppcoat"] = importlib.util.module_from_spec(spec)
     from ppcoat.bench import kernels
+    from ppcoat.config.flags import from_flags
     from ppcoat.errors import ConfigError
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     kernels.add_arguments(parser)
     try:
-        kernels.run_with(TorchLibrary, parser.parse_args(argv))
+        kernels.run_with(TorchLibrary, from_flags(kernels.KernelFlags, parser.parse_args(argv)))
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

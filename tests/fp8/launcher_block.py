@@ -1,9 +1,9 @@
 """A FLUX double block with LoRA made of the kernels' launchers, for a machine with a card and no Paddle, and
 the same block in plain ops for autograd.
 
-`LauncherBlock` does what nn/flux_block.py does under the saving policy "coat+recompute", with tensors of any
-library; batch 1. Attention is the library's own, and so are the products, except those with a weight that
-`with_fp8_weights` has put into FP8. `ops` has
+`LauncherBlock` does what a block of models/flux/transformer.py does under the saving policy "coat+recompute",
+with tensors of any library; batch 1. Attention is the library's own, and so are the products, except those
+with a weight that `with_fp8_weights` has put into FP8. `ops` has
     linear(x, w, b)  times(x, w)  times_transposed(x, w) = x w^T  transposed_times(x, y) = x^T y over all rows
     fp8_weight(w) -> codes and scales of its 128 x 128 blocks
     concat(parts, axis)  attention(q, k, v)  attention_again(q, k, v) -> result, its gradients as a function
@@ -200,7 +200,7 @@ class _StreamPass:
         return ops.times_transposed(dy, part.weight).add_(ops.times_transposed(dyb, part.a))
 
     def _fp8_product(self, x: Any, weight: BlockMatrix, transpose: bool, added: Epilogue) -> Any:
-        """As nn/fp8_weight.py: x rounded to FP8, LoRA and bias added before the result is rounded."""
+        """As nn/base_weight.py: x rounded to FP8, LoRA and bias added before the result is rounded."""
         codes, scale = self.run["quantize"](x[0].contiguous(), E4M3, GROUP)
         return self.run["scaled_matmul"](codes, scale, weight, transpose, added, self.half).unsqueeze(0)
 

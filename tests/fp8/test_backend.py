@@ -27,7 +27,7 @@ def gpu(monkeypatch):
     """gpu(triton=f, paddle=g) -> an op with these versions, as if its tensors lay on a GPU."""
 
     def build(**versions):
-        monkeypatch.setattr(backend, "on_gpu", lambda x: True)
+        monkeypatch.setattr(backend, "_on_gpu", lambda x: True)
         monkeypatch.setattr(backend, "unavailable", lambda name: "")
         modules = {name: {"doubled": name} if name in versions else {} for name in backend.ORDER[:-1]}
         monkeypatch.setattr(backend, "MODULES", modules)

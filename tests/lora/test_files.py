@@ -3,6 +3,8 @@
 The test model has width 16 and an MLP of 64. A file is decoded here without the code under test.
 """
 
+from typing import get_args
+
 import numpy as np
 import paddle
 import pytest
@@ -10,6 +12,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 from safetensors.numpy import save_file as save_numpy
 
+from ppcoat.config.training_sections import LoRAFormat
 from ppcoat.errors import ConfigError
 from ppcoat.lora import LoRAModule, inject_lora, load_lora, lora_layers, remove_lora, save_lora, writing
 from ppcoat.lora.files import parse_lora, read_lora_file
@@ -397,3 +400,7 @@ def test_numbers_beyond_a_dtype_are_refused_and_nan_is_kept(tmp_path):
     broken = LoRAModule(large.a, np.full([4, 1], np.nan, "float32"), 1.0)
     write_lora_file(file, {Q: broken}, {})
     assert np.isnan(read_lora_file(file).modules[Q].b).all()
+
+
+def test_a_config_may_ask_for_every_format_that_is_written():
+    assert get_args(LoRAFormat) == writing.FORMATS

@@ -4,7 +4,7 @@ import numpy as np
 import paddle
 import pytest
 
-from ppcoat.lora import inject_lora, load_lora, lora_parameters, save_lora, unload_lora
+from ppcoat.lora import inject_lora, load_lora, lora_parameters, remove_lora, save_lora
 from ppcoat.models.flux.transformer import FluxTransformer2DModel
 from ppcoat.nn.convert import replace_linear_with_fp8
 from ppcoat.nn.saved_tensors import fp8_saved_tensors
@@ -82,6 +82,6 @@ def test_file_draws_what_was_trained_and_scale_multiplies(build, inputs, tmp_pat
         np.testing.assert_allclose(fresh(**inputs)[0].numpy(), want, atol=1e-5)
         off = fresh(**inputs, joint_attention_kwargs={"scale": 0.0})[0].numpy()
         np.testing.assert_allclose(off, base, atol=1e-6)
-        unload_lora(fresh)
+        remove_lora(fresh)
         np.testing.assert_array_equal(fresh(**inputs)[0].numpy(), base)
     assert np.abs(want - base).max() > 1e-3

@@ -17,7 +17,6 @@ from ppcoat.lora import (
     lora_parameters,
     remove_lora,
     save_lora,
-    unload_lora,
 )
 
 Q, PROJ = "transformer_blocks.0.attn.to_q", "single_transformer_blocks.0.proj_mlp"
@@ -136,7 +135,7 @@ def test_prefixes_suffixes_and_ranks_per_module(model, rng, prefix, names):
     check(model, Q, tensors, 0.5, before)
     check(model, PROJ, tensors, 0.5, before)
     assert all(param.stop_gradient for param in lora_parameters(model))
-    unload_lora(model)
+    remove_lora(model)
     assert not lora_layers(model)
     np.testing.assert_array_equal(linear(model, Q).weight.numpy(), before[Q][0].astype("float32"))
 
@@ -177,7 +176,7 @@ def test_saved_file_has_diffusers_keys_and_folded_alpha(model, rng, tmp_path, dt
     x = paddle.to_tensor(rng.standard_normal([3, 16]).astype("float32"))
     with paddle.no_grad():
         want = layer(x).numpy()
-        unload_lora(model)
+        remove_lora(model)
         info = load_lora(model, path)
         got = linear(model, Q)(x).numpy()
     assert info.step == 50 and info.trigger_word == "sks"

@@ -26,7 +26,7 @@ EXACT_VARIANTS = [
     replace(EXACT, invert_head_norms=False),
     replace(EXACT, recompute=True),
     replace(EXACT, recompute=True, invert_head_norms=False),
-    replace(EXACT, recompute=True, pack_attention=True),
+    replace(EXACT, recompute=True, attention_in_fp8=True),
 ]
 COAT, RECOMPUTE, ATTENTION = "coat", "coat+recompute", "coat+recompute+attention"
 PACKING = (COAT, RECOMPUTE, ATTENTION)

@@ -18,7 +18,7 @@ def test_each_keeps_less_than_the_one_before():
     assert [policy.by_hand for policy in policies] == [False, True, True, True]
     assert [policy.fmt is not None for policy in policies] == [False, True, True, True]
     assert [policy.recompute for policy in policies] == [False, False, True, True]
-    assert [policy.pack_attention for policy in policies] == [False, False, False, True]
+    assert [policy.attention_in_fp8 for policy in policies] == [False, False, False, True]
     assert all(policy.group_size == 64 for policy in policies)
     assert get_policy("coat", None).group_size is None
 

@@ -234,9 +234,11 @@ def test_a_saver_saves_each_tensor_once_in_each_form_and_parameters_uncounted(pa
     x, weight = tensor(20, [64, 256]), paddle.create_parameter([64, 256], "float32")
     with fp8_saved_tensors() as saved:
         first = saver().save(x)
-        shared = saver().save_input(x.reshape([4, 16, 256]), E4M3, 128)
+        shared = saver().save_input(x, E4M3, 128)
         assert saver().save(x) is shared.saved is first
         assert saver().save_input(x, None, None) is shared  # whoever has no format takes the policy's
+        view = saver().save_input(x.reshape([4, 16, 256]), E4M3, 128)
+        assert view.unpack().shape == [4, 16, 256] and view.saved.codes.data_ptr() == first.codes.data_ptr()
         assert saver().save_input(x, E4M3, None).saved is not first
         assert len(packed_calls) == 2 and saved.bytes_kept == 2 * 64 * 256 + 64 * 2 * 4 + 4
         plain = saver().save_plain(x)

@@ -1,4 +1,4 @@
-"""The plan of a distillation: heads by their real shapes, kept bytes by the counters of a real step."""
+"""The plan of a distillation: heads by their real shapes, saved bytes by the counters of a real step."""
 
 import math
 
@@ -6,6 +6,7 @@ import numpy as np
 import paddle
 import pytest
 
+from ppcoat.coat import COATTrainer
 from ppcoat.config.lightning import lightning_config
 from ppcoat.distill.discriminator import Discriminator, Head, discriminator_hinge
 from ppcoat.distill.objective import Distillation, Terms
@@ -13,7 +14,6 @@ from ppcoat.lora import inject_lora
 from ppcoat.models.flux.transformer import FluxTransformer2DModel
 from ppcoat.plan.lightning import HEAD_WORKING, Heads, LightningMemoryModel
 from ppcoat.plan.phases import MemoryModel
-from ppcoat.train.coat import COATTrainer
 
 SMALL = {
     "num_layers": 2,
@@ -83,8 +83,8 @@ def test_kept_bytes_are_those_that_a_step_counts(flags, checkpointing, monkeypat
     if (
         checkpointing
     ):  # the plan's peak is in the backward of blocks, when the rest has gone; here it is there
-        expected += (1 + bool(heads) + config.apply_reflow_loss) * memory.kept(memory.settings).outside
-        # its loss saves two tensors more of the prediction (64 channels in FP8 and a scale) than flow matching
+        expected += (1 + bool(heads) + config.apply_reflow_loss) * memory.saved(memory.settings).outside
+        # its loss saves the prediction (64 channels in FP8, a scale) twice more than flow matching does
         expected += 2 * TOKENS * (64 + 4)
         assert saved.bytes_kept == pytest.approx(expected, rel=0.06)
     else:  # the teacher's pass keeps less than a student's, for which it is counted

@@ -8,6 +8,7 @@ import paddle
 import pytest
 
 from ppcoat.cli.plan import settings_toml
+from ppcoat.coat import COATTrainer, prepare
 from ppcoat.config.newbie import load_newbie_config
 from ppcoat.config.schema import RunConfig
 from ppcoat.errors import ConfigError
@@ -15,14 +16,12 @@ from ppcoat.lora import adapter_layers
 from ppcoat.models.newbie.nextdit import NextDiT_CLIP
 from ppcoat.nn.convert import quantize_linears
 from ppcoat.nn.policy import POLICIES
+from ppcoat.objective import NewbieFlowMatching
 from ppcoat.plan import newbie as plan_newbie
 from ppcoat.plan.model import EncoderSizes
 from ppcoat.plan.newbie import NewbieMemoryModel
 from ppcoat.plan.phases import Settings
 from ppcoat.plan.settings import as_given, plan, with_memory_plan, with_settings
-from ppcoat.train.coat import COATTrainer
-from ppcoat.train.model_spec import prepare
-from ppcoat.train.objective import NewbieFlowMatching
 
 CAPTION_WIDTH, POOLED_WIDTH = 96, 64
 TARGETS = ("attention.qkv", "attention.out", "feed_forward.w2", "time_text_embed.1")
@@ -152,7 +151,7 @@ def test_kept_bytes_are_those_that_training_counts(small_config, case, policy, q
 def test_kept_bytes_with_checkpointed_layers_are_those_that_training_counts(small_config, policy, layers):
     config, case = small_config(policy), SIZES[1]
     settings = Settings(policy, layers, False, 0, case.batch, 1)
-    kept = planned(config, case).kept_after_forward(settings, case.layers)
+    kept = planned(config, case).saved_after_forward(settings, case.layers)
     counted = Training(config, case, layers).forward()[1].bytes_kept
     print(f"{policy}, {layers} layers: planned {kept / 1e6:.2f} MB, counted {counted / 1e6:.2f} MB")
     assert kept == pytest.approx(counted, rel=0.02)
@@ -236,7 +235,7 @@ def test_the_choice_is_among_what_newbie_has(make_config, narrow):
     config = make_config("memory=auto", f"vram_gb={budget}")
     memory = NewbieMemoryModel(config, on_gpu=True)
     assert memory.policies == POLICIES and memory.checkpoint_counts == range(37)
-    found = plan(config, budget)
+    found = plan(config, NewbieMemoryModel, budget)
     assert found.total <= budget * 1e9 and not found.settings.quantize
     for policy in memory.policies:
         for checkpointed in (0, 12, 36):
@@ -244,10 +243,10 @@ def test_the_choice_is_among_what_newbie_has(make_config, narrow):
                 other = Settings(policy, checkpointed, False, swapped, 1, 1)
                 total = max(phase.total for phase in memory.phases(other))
                 assert total > budget * 1e9 or memory.seconds(other) >= found.seconds
-    applied = with_memory_plan(config)
+    applied = with_memory_plan(config, NewbieMemoryModel)
     assert as_given(applied, 36) == found.settings
     with pytest.raises(ConfigError, match="nothing fits into 1 GB: the smallest possible need is"):
-        plan(config, 1)
+        plan(config, NewbieMemoryModel, 1)
 
 
 def test_without_coat_nothing_is_packed(make_config):

@@ -12,13 +12,13 @@ import paddle
 import pytest
 
 from ppcoat.bench.bench_worker import HEAD_DIM, BenchmarkCase, MeasuredTraining, coat_of
+from ppcoat.coat import COATTrainer
 from ppcoat.config.schema import RunConfig
 from ppcoat.data.cache import build_cache, pictures_at_once
 from ppcoat.errors import ConfigError
-from ppcoat.plan.kept import small_lora_paths
 from ppcoat.plan.phases import ENCODED_AT_ONCE, MemoryModel, Settings
+from ppcoat.plan.saved_bytes import small_lora_paths
 from ppcoat.plan.settings import Plan, as_given, plan, with_memory_plan, with_settings
-from ppcoat.train.coat import COATTrainer
 
 MB = 1e6
 SMALL = BenchmarkCase(
@@ -110,20 +110,20 @@ def test_kept_bytes_are_those_that_training_counts(size, policy):
 def test_checkpointed_blocks_are_counted_too(blocks):
     case = replace(SMALL, policy="coat+recompute", fp8_states=True)
     planned = PlannedCase(case)
-    kept = planned.kept(under("coat+recompute")).of_blocks(*case.blocks, blocks)
-    kept += planned.kept(under("none"), True).of_inputs(case.blocks[0], blocks)
+    kept = planned.saved(under("coat+recompute")).of_blocks(*case.blocks, blocks)
+    kept += planned.saved(under("none"), True).of_inputs(case.blocks[0], blocks)
     assert case.batch_size * kept == pytest.approx(counted(case, blocks)[0], rel=0.01)
 
 
 def test_a_gpu_keeps_no_scores_of_attention():
-    """U = tokens x 3072 x 2 bytes. FLUX.1-dev under "coat" as in flux_block.py, plus rank 16."""
+    """U = tokens x 3072 x 2 bytes. FLUX.1-dev under "coat" as in the table of nn/ops.py, plus rank 16."""
     planned = MemoryModel(dev_config(), on_gpu=True)
     unit = planned.tokens * 3072 * 2
     lora = 16 / 3072
-    assert planned.kept(under("coat")).double / unit == pytest.approx(10.1 + 14 * lora, abs=0.1)
-    assert planned.kept(under("coat")).single / unit == pytest.approx(9.65, abs=0.1)
-    assert planned.kept(under("none")).single / unit < 24
-    assert planned.kept(under("none"), True).double / unit == pytest.approx(0.5 + 0.5 * 4 / 128, abs=0.001)
+    assert planned.saved(under("coat")).double / unit == pytest.approx(10.1 + 14 * lora, abs=0.1)
+    assert planned.saved(under("coat")).single / unit == pytest.approx(9.65, abs=0.1)
+    assert planned.saved(under("none")).single / unit < 24
+    assert planned.saved(under("none"), True).double / unit == pytest.approx(0.5 + 0.5 * 4 / 128, abs=0.001)
 
 
 def test_flux_dev_by_its_shapes():
@@ -147,7 +147,7 @@ def test_no_memory_is_taken_for_the_large_model():
     # a block of FLUX.1-dev is 1.4 GB in float32; the small copies that are counted are far below it
     paddle.base.core.host_memory_stat_reset_peak_value("Allocated", 0)
     before = paddle.base.core.host_memory_stat_current_value("Allocated", 0)
-    plan(dev_config())
+    plan(dev_config(), MemoryModel)
     assert paddle.base.core.host_memory_stat_peak_value("Allocated", 0) - before < 100 * MB
 
 
@@ -199,7 +199,7 @@ def case_of(size: tuple[int, int, int, int, int], policy: str) -> BenchmarkCase:
 
 @pytest.fixture(scope="module")
 def card_24() -> Plan:
-    return plan(dev_config(model={"quantize": True}), vram_gb=24)
+    return plan(dev_config(model={"quantize": True}), MemoryModel, vram_gb=24)
 
 
 def test_the_choice_fits_and_nothing_faster_does(card_24):
@@ -219,17 +219,17 @@ def test_without_checkpointing_or_swapping(pixels, gb, quantize):
     """768 x 768 on 24 GB with an FP8 base, 1024 x 1024 on 48 GB without."""
     config = dev_config(model={"quantize": quantize}, coat={"activation": {"policy": "coat+recompute"}})
     data = config.datasets[0].model_copy(update={"resolution": pixels})
-    planned = plan(config.model_copy(update={"datasets": (data,)}))
+    planned = plan(config.model_copy(update={"datasets": (data,)}), MemoryModel)
     assert planned.settings.checkpoint_blocks == planned.settings.blocks_to_swap == 0
     assert planned.total < gb * 1e9
 
 
 def test_an_fp8_base_is_taken_only_if_allowed():
-    assert not plan(dev_config(), vram_gb=24).settings.quantize
+    assert not plan(dev_config(), MemoryModel, vram_gb=24).settings.quantize
 
 
 def test_without_coat_nothing_is_packed():
-    settings = plan(dev_config(coat={"enabled": False}), vram_gb=48).settings
+    settings = plan(dev_config(coat={"enabled": False}), MemoryModel, vram_gb=48).settings
     assert settings.policy == "none"
 
 
@@ -237,18 +237,18 @@ def test_a_budget_that_nothing_fits_names_the_smallest_need():
     with pytest.raises(
         ConfigError, match=r"nothing fits into 4 GB: the smallest possible need is \d+\.\d GB"
     ):
-        plan(dev_config(), vram_gb=4)
+        plan(dev_config(), MemoryModel, vram_gb=4)
 
 
 @pytest.mark.parametrize("vram", [0, -1, math.nan, math.inf])
 def test_a_budget_is_a_positive_number(vram):
     with pytest.raises(ConfigError, match="vram"):
-        plan(dev_config(), vram_gb=vram)
+        plan(dev_config(), MemoryModel, vram_gb=vram)
 
 
 def test_more_swapped_blocks_than_there_are():
     with pytest.raises(ConfigError, match="blocks_to_swap: came 58, but this model has 57 blocks"):
-        plan(dev_config(model={"blocks_to_swap": 58}))
+        plan(dev_config(model={"blocks_to_swap": 58}), MemoryModel)
 
 
 def test_a_choice_goes_into_the_config_and_out_again():
@@ -260,9 +260,9 @@ def test_a_choice_goes_into_the_config_and_out_again():
 
 def test_auto_applies_the_plan_and_as_given_does_nothing():
     config = dev_config(memory="auto", vram_gb=24.0)
-    applied = with_memory_plan(config)
-    assert as_given(applied, 57) == plan(config, 24).settings
-    assert with_memory_plan(dev_config()) == dev_config()
+    applied = with_memory_plan(config, MemoryModel)
+    assert as_given(applied, 57) == plan(config, MemoryModel, 24).settings
+    assert with_memory_plan(dev_config(), MemoryModel) == dev_config()
 
 
 def test_the_encoders_are_called_as_the_cache_calls_them():

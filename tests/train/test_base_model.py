@@ -9,6 +9,7 @@ from ppcoat.config.load import load_config
 from ppcoat.errors import ConfigError
 from ppcoat.models.flux.pipeline import FluxPipeline
 from ppcoat.nn.base_weight import FP8Weight
+from ppcoat.plan.phases import MemoryModel
 from ppcoat.plan.settings import plan
 from ppcoat.train.flux import FluxSpec
 from ppcoat.train.ranks import Ranks
@@ -76,7 +77,7 @@ def test_more_blocks_than_there_are_stop_the_run_before_anything_is_loaded(make_
 
 def test_memory_auto_trains_with_what_the_plan_chooses(make_config):
     config = make_config("memory=auto", "vram_gb=4")
-    settings = plan(config, 4).settings
+    settings = plan(config, MemoryModel, 4).settings
     assert np.isfinite(train_lora(config).losses).all()
     used = load_config(config.run_dir / "config.yaml")
     assert (used.coat.activation.policy, used.train.batch_size) == (settings.policy, settings.batch_size)

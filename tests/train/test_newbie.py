@@ -26,6 +26,7 @@ from safetensors.numpy import load_file
 
 import ppcoat.cli.newbie as merge_command
 from ppcoat.cli.main import run
+from ppcoat.coat import COATTrainer
 from ppcoat.config.newbie import load_newbie_config
 from ppcoat.config.schema import CoatConfig
 from ppcoat.data import garments
@@ -33,10 +34,9 @@ from ppcoat.errors import ConfigError
 from ppcoat.lora import adapter_layers, load_adapter
 from ppcoat.models.newbie.files import load_nextdit
 from ppcoat.models.newbie.pipeline import NewbiePipeline
-from ppcoat.train import run as lora_run
-from ppcoat.train.coat import COATTrainer
+from ppcoat.objective import NewbieFlowMatching
+from ppcoat.train import run as train_run
 from ppcoat.train.newbie import NewbieSpec
-from ppcoat.train.objective import NewbieFlowMatching
 from ppcoat.train.previews import encode_validation
 from ppcoat.train.ranks import Ranks
 from ppcoat.train.run import dry_run, train_lora
@@ -107,11 +107,11 @@ def outputs(model, refs):
 
 def built(config):
     """The Trainer of a run, without running it, and its pipeline."""
-    spec, examples = NewbieSpec(), lora_run.all_examples(lora_run.scan_datasets(config))
+    spec, examples = NewbieSpec(), train_run.all_examples(train_run.scan_datasets(config))
     pipeline = spec.load_encoders(config, "float32")
-    cache = lora_run.encode_dataset(spec, config, examples, pipeline)
+    cache = train_run.encode_dataset(spec, config, examples, pipeline)
     spec.load_base(pipeline, config, "float32", Ranks())
-    return lora_run.build_trainer(spec, config, pipeline, cache), pipeline
+    return train_run.build_trainer(spec, config, pipeline, cache), pipeline
 
 
 def test_three_steps_have_the_losses_gradients_and_weights_of_the_original_trainer(refs):
@@ -226,7 +226,7 @@ def test_batches_of_cached_captions_are_those_of_the_original(make_config, refs)
     columns = encoders.text(texts["captions"])
     assert [len(rows) for rows in columns[0]] == refs["gemma_mask"].sum(1).tolist()
     rows = dict(zip(texts["captions"], zip(*columns, strict=True), strict=True))
-    cache = lora_run.TrainingCache([], [], rows, text_names=encoders.text_names)
+    cache = train_run.TrainingCache([], [], rows, text_names=encoders.text_names)
     text = dict(zip(encoders.text_names, cache.text(texts["captions"][:2]), strict=True))
     longest = int(refs["gemma_mask"][:2].sum(1).max())
     np.testing.assert_array_equal(text["cap_mask"].numpy(), refs["gemma_mask"][:2, :longest])
@@ -255,8 +255,8 @@ def test_the_cache_is_made_anew_for_whatever_changes_it_and_else_not(make_config
     def counted(*overrides):
         encoded.update(pictures=0, captions=0)
         config, spec = make_config(f"cache_dir={tmp_path}/cache", *overrides), NewbieSpec()
-        examples = lora_run.all_examples(lora_run.scan_datasets(config))
-        lora_run.encode_dataset(spec, config, examples, spec.load_encoders(config, "float32"))
+        examples = train_run.all_examples(train_run.scan_datasets(config))
+        train_run.encode_dataset(spec, config, examples, spec.load_encoders(config, "float32"))
         return encoded["pictures"], encoded["captions"]
 
     assert counted() == (4, 4)
@@ -411,20 +411,20 @@ def test_validation_levels_are_of_noise(make_config):
 def test_epochs_count_pictures_repeats_and_buckets(make_config, tmp_path):
     config = make_config("train.num_epochs=3")
     Image.new("RGB", (128, 64)).save(tmp_path / "data" / "wide.png")  # once an epoch, in a bucket of its own
-    inputs = lora_run.check_inputs(NewbieSpec(), config)
-    resolved = lora_run.with_steps_of_epochs(config, inputs)
+    inputs = train_run.check_inputs(NewbieSpec(), config)
+    resolved = train_run.with_steps_of_epochs(config, inputs)
     assert len(inputs.examples) == 5 and inputs.examples[-1].captions == ("",)
     assert resolved.train.steps == 3 * 8 // 2 + 2  # three pictures of the bucket are two batches
     assert resolved.save.save_every == 5
     with pytest.raises(ConfigError, match="lr_warmup_steps 100 is more than the 14 steps of 3 epochs"):
-        lora_run.with_steps_of_epochs(make_config("train.num_epochs=3", "train.lr_warmup_steps=100"), inputs)
+        train_run.with_steps_of_epochs(make_config("train.num_epochs=3", "train.lr_warmup_steps=100"), inputs)
 
 
 def test_a_dry_run_shows_settings_data_and_two_steps_and_writes_nothing(
     make_config, tmp_path, monkeypatch, capsys
 ):
     make_config()  # for its TOML
-    monkeypatch.setattr(lora_run, "tune_host", lambda: None)
+    monkeypatch.setattr(train_run, "tune_host", lambda: None)
     assert run("train-newbie", ["--config_file", str(tmp_path / "run.toml"), "--dry_run"]) == 0
     shown = capsys.readouterr().out
     assert "family: newbie" in shown and "data: " in shown and "dry run: two steps done" in shown

@@ -5,8 +5,8 @@ import paddle
 import pytest
 from paddle import nn
 
+from ppcoat.coat import COATConfig, COATTrainer
 from ppcoat.config.schema import CoatOptimizerConfig
-from ppcoat.train.coat import COATConfig, COATTrainer
 from ppcoat.train.run_state import optimizer_state_bytes, optimizer_tensors, set_optimizer_tensors
 
 OFF, FP8 = COATConfig(enabled=False), COATConfig(optimizer=CoatOptimizerConfig(block_size=16))

@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from ppcoat.train.stopping import FinishStepOnSignal
+from ppcoat.train.run_state import FinishStepOnSignal
 
 
 def handlers():

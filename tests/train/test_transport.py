@@ -6,7 +6,7 @@ import pytest
 
 from ppcoat.models.flux.scheduler import calculate_shift
 from ppcoat.models.newbie.files import load_nextdit
-from ppcoat.train.objective import NewbieFlowMatching, interpolate
+from ppcoat.objective import NewbieFlowMatching, interpolate
 
 FOLDER = Path(__file__).parent.parent / "fixtures" / "tiny_newbie"
 TOLERANCE = 2e-5

@@ -195,9 +195,9 @@ def test_a_killed_rank_ends_the_run(write, launch, tmp_path):
 INFINITE_ON_RANK_1 = """
 import os, sys
 from ppcoat.cli.main import run
-from ppcoat.train import run as lora_run
+from ppcoat.train import run as train_run
 
-built = lora_run.build_trainer
+built = train_run.build_trainer
 
 def build(*arguments):
     trainer = built(*arguments)
@@ -206,7 +206,7 @@ def build(*arguments):
         norm.set_value(norm * float("inf"))
     return trainer
 
-lora_run.build_trainer = build
+train_run.build_trainer = build
 sys.exit(run("train"))
 """
 

@@ -8,8 +8,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from ppcoat.errors import ConfigError
+from ppcoat.objective import FlowMatching
 from ppcoat.train import flux as flux_lora
-from ppcoat.train.objective import FlowMatching
 from ppcoat.train.previews import Validation
 from ppcoat.train.run import train_lora
 

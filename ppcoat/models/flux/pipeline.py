@@ -149,9 +149,9 @@ class FluxPipeline(LatentPictures, DiffusionPipeline):
 
     def unload_lora_weights(self) -> None:
         """Takes the LoRA off again: the transformer is what it was before `load_lora_weights`."""
-        from ppcoat.lora import unload_lora
+        from ppcoat.lora import remove_lora
 
-        unload_lora(self.transformer)
+        remove_lora(self.transformer)
 
     @paddle.no_grad()
     def __call__(
@@ -275,7 +275,10 @@ class FluxPipeline(LatentPictures, DiffusionPipeline):
     ) -> tuple[paddle.Tensor, paddle.Tensor, paddle.Tensor]:
         """(prompt_embeds [B, tokens, dim] of T5, pooled [B, dim] of CLIP, text ids [tokens, 3], zeros).
 
-        prompt goes to CLIP, prompt_2 (default: prompt) to T5. T5 sees the padding too, as FLUX was trained.
+        The embeddings in the transformer's dtype, text ids float32. prompt goes to CLIP, prompt_2 (default:
+        prompt) to T5. T5 sees the padding too, as FLUX was trained. Raises ConfigError for no prompt, one of
+        the two embeddings without the other, lists of different lengths, and a max_sequence_length beyond
+        MAX_T5_TOKENS.
         """
         if (prompt_embeds is None) != (pooled_prompt_embeds is None):
             raise ConfigError("prompt_embeds and pooled_prompt_embeds belong together: give both or neither")

@@ -134,10 +134,12 @@ class FluxTransformer2DModel(BlockModel, ModelMixin, ConfigMixin):
         joint_attention_kwargs: dict | None = None,
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[paddle.Tensor]:
-        """`forward` by way of the two methods below, in whose place their static graphs may stand; shapes
-        as there.  Arguments, result and errors are those of `forward`; there are no controlnets, and blocks
-        are not checkpointed. A graph keeps the strength that adapters had when it was traced, so a model
-        with adapters refuses a "scale" with ConfigError. Names as in PaddleMIX's FLUX-Lightning example.
+        """`forward` by way of the two methods below, in whose place their static graphs may stand.
+
+        hidden_states [B, image tokens, in_channels] in the dtype of the weights; arguments, result and errors
+        are those of `forward`; there are no controlnets, and blocks are not checkpointed. A graph keeps the
+        strength that adapters had when it was traced, so a model with adapters refuses a "scale" with
+        ConfigError. Names as in PaddleMIX's FLUX-Lightning example.
         """
         if wanted_scale(joint_attention_kwargs) is not None and adapters(self):
             raise ConfigError("a static graph cannot change the scale of a LoRA: merge_lora(model) first")
@@ -171,7 +173,8 @@ class FluxTransformer2DModel(BlockModel, ModelMixin, ConfigMixin):
     def jit_single_transformer_blocks(
         self, both: paddle.Tensor, vec: paddle.Tensor, cos: paddle.Tensor, sin: paddle.Tensor
     ) -> paddle.Tensor:
-        """All single blocks; both: [B, text + image tokens, dim], text first, as it comes back."""
+        """All single blocks; both: [B, text + image tokens, dim], text first, as it comes back; cos and sin
+        float32 as above."""
         for block in self.single_transformer_blocks:
             both = block(both, vec, cos, sin)
         return both

@@ -10,7 +10,7 @@ transformer with its Linears in FP8 is read, and written for the next start, as 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,11 +22,12 @@ from ppcoat.errors import ConfigError
 from ppcoat.models.loading import (
     check_components,
     check_tensors,
+    fill,
     linear_weights,
     load_vae,
+    opened,
     read_tensors,
     shape_on_disk,
-    weights_in,
 )
 from ppcoat.models.newbie.gemma3 import Gemma3Config, Gemma3TextEncoder
 from ppcoat.models.newbie.jina_clip import JinaClipConfig, JinaClipTextModel
@@ -103,19 +104,29 @@ def open_nextdit(folder: str | Path, dtype: str | None = None) -> tuple[NextDiT_
     """`unfilled_nextdit` with parameters of `dtype`, and where their tensors lie. Raises ConfigError unless
     names and shapes in the files are exactly the model's."""
     folder = Path(folder)
-    with weights_in(dtype):
-        model = unfilled_nextdit(folder)
+    model = opened(unfilled_nextdit, folder, dtype)
     source = _nextdit_source(model, folder)
     _check(model, source, folder)
-    model.source_config = read_json(folder / "config.json")  # which models/writing.py writes again
     return model, source.infos
 
 
 def load_nextdit(folder: str | Path, dtype: str | None = None) -> NextDiT_CLIP:
     """The transformer of a component folder, in `dtype` (None: see loading.default_dtype), in eval mode."""
-    model = _loaded(_nextdit, _nextdit_source, folder, dtype)
-    model.source_config = read_json(Path(folder) / "config.json")  # which models/writing.py writes again
-    return model
+    return _loaded(_nextdit, _nextdit_source, folder, dtype)
+
+
+def load_fp8_nextdit(
+    folder: str | Path, dtype: str | None = None, copy: FP8Copy | None = None, blocks_to_swap: int = 0
+) -> NextDiT_CLIP:
+    """The transformer of a component folder in eval mode, the weight of every Linear in FP8.
+
+    All 246 Linears of the 3B model are quantised; biases and norms are in `dtype` (None: float32 on CPU,
+    bfloat16 on GPU). copy, and what else is raised: see `load_fp8`. blocks_to_swap: the last so many `layers`
+    are left in host memory. Raises ConfigError as `open_nextdit` and `last_blocks`.
+    """
+    return load_fp8(
+        lambda: open_nextdit(folder, dtype), copy, lambda model: last_blocks(model, blocks_to_swap)
+    )
 
 
 def load_gemma3(folder: str | Path, dtype: str | None = None) -> Gemma3TextEncoder:
@@ -157,11 +168,10 @@ def check_newbie_vae(folder: str | Path) -> dict:
 
 
 def _loaded(build: Callable, source_of: Callable, folder: str | Path, dtype: str | None) -> nn.Layer:
-    with weights_in(dtype):
-        model = build(Path(folder))
+    model = opened(build, folder, dtype)
     source = source_of(model, Path(folder))
     _check(model, source, Path(folder))
-    return _filled(model, source)
+    return fill(model, _tensors_of(model, source))
 
 
 def _nextdit(folder: Path) -> NextDiT_CLIP:
@@ -249,9 +259,9 @@ def _factor_shape(weight: list[int], is_linear: bool, part: str, rank: int) -> l
     return [1, second, rank] if is_linear else [1, rank, second]
 
 
-def _filled(model: nn.Layer, source: _Source) -> nn.Layer:
-    """With its weights, cast to the dtype of each parameter, in eval mode."""
-    parameters, linears = model.state_dict(), linear_weights(model)
+def _tensors_of(model: nn.Layer, source: _Source) -> Iterator[tuple[str, paddle.Tensor]]:
+    """The tensors of a source by the names of the parameters, each in the shape of its parameter."""
+    linears = linear_weights(model)
     wanted = {name: source.infos[name] for name in source.tensors}
     transposed = {name for name, parameter in source.tensors.items() if parameter in linears}
     transposed = {name for name in transposed if ".lora_" not in name}
@@ -264,8 +274,7 @@ def _filled(model: nn.Layer, source: _Source) -> nn.Layer:
             if len(parts) < len(_LORA_PARTS):
                 continue
             tensor = _folded(unfolded.pop(name), name in linears, source.lora_scale)
-        parameters[name].set_value(tensor.astype(parameters[name].dtype))
-    return model.eval()
+        yield name, tensor
 
 
 def _folded(parts: dict[str, paddle.Tensor], is_linear: bool, scale: float) -> paddle.Tensor:
@@ -273,17 +282,3 @@ def _folded(parts: dict[str, paddle.Tensor], is_linear: bool, scale: float) -> p
     weight, a, b = (parts[part] for part in _LORA_PARTS)
     delta = paddle.matmul(b[0], a[0]).t() if is_linear else paddle.matmul(a[0], b[0])
     return weight + scale * delta
-
-
-def load_fp8_nextdit(
-    folder: str | Path, dtype: str | None = None, copy: FP8Copy | None = None, blocks_to_swap: int = 0
-) -> NextDiT_CLIP:
-    """The transformer of a component folder in eval mode, the weight of every Linear in FP8.
-
-    All 246 Linears of the 3B model are quantised; biases and norms are in `dtype` (None: float32 on CPU,
-    bfloat16 on GPU). copy, and what else is raised: see `load_fp8`. blocks_to_swap: the last so many `layers`
-    are left in host memory. Raises ConfigError as `open_nextdit` and `last_blocks`.
-    """
-    return load_fp8(
-        lambda: open_nextdit(folder, dtype), copy, lambda model: last_blocks(model, blocks_to_swap)
-    )

@@ -105,7 +105,8 @@ class JinaClipTextModel(nn.Layer):
         return pooled.astype(hidden.dtype)
 
     def hidden_states(self, input_ids: paddle.Tensor) -> paddle.Tensor:
-        """The last layer's output, [B, L, hidden_size]; rows of padding hold numbers without meaning."""
+        """input_ids int64 [B, L] -> the last layer's output [B, L, hidden_size] in the dtype of the weights;
+        rows of padding hold numbers without meaning."""
         config = self.config
         x = self.emb_ln(self.embeddings(input_ids))
         head_dim = config.hidden_size // config.num_attention_heads

@@ -177,8 +177,8 @@ class NextDiT_CLIP(BlockModel, ModelMixin, ConfigMixin):
 
 
 def caption_lengths(cap_mask: paddle.Tensor) -> list[int]:
-    """Tokens of each caption. Raises ConfigError unless a row of cap_mask [B, L] is one or more ones, then
-    zeros."""
+    """Tokens of each caption. Raises ConfigError unless a row of cap_mask [B, L], int64 or bool, is one or
+    more ones, then zeros."""
     mask = cap_mask.numpy().astype(bool)
     lengths = mask.sum(axis=1)
     if not lengths.all():

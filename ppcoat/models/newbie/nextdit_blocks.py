@@ -24,7 +24,7 @@ class Block(nn.Layer):
     ):
         super().__init__()
         self.attention = Attention(dim, heads, kv_heads)
-        self.feed_forward = FeedForward(dim, hidden_dim)
+        self.feed_forward = SwiGLU(dim, hidden_dim)
         self.attention_norm1, self.attention_norm2 = RMSNorm(dim, epsilon), RMSNorm(dim, epsilon)
         self.ffn_norm1, self.ffn_norm2 = RMSNorm(dim, epsilon), RMSNorm(dim, epsilon)
         self.modulated = adaln_dim is not None
@@ -56,12 +56,12 @@ class Attention(nn.Layer):
     def forward(self, x, cos, sin, bias):
         heads = self.qkv(x).reshape([0, 0, sum(self.heads_of_parts), self.head_dim])
         q, k, v = paddle.split(heads, self.heads_of_parts, axis=2)
-        q = ops.rms_norm_rotated(q, self.q_norm.weight, cos, sin)
-        k = ops.rms_norm_rotated(k, self.k_norm.weight, cos, sin)
+        q = ops.rms_norm_rotated(q, self.q_norm.weight, cos, sin, self.q_norm.epsilon)
+        k = ops.rms_norm_rotated(k, self.k_norm.weight, cos, sin, self.k_norm.epsilon)
         return self.out(ops.attention(q, k, v, bias))
 
 
-class FeedForward(nn.Layer):
+class SwiGLU(nn.Layer):
     """w2(silu(w1 x) * w3 x)."""
 
     def __init__(self, dim: int, hidden_dim: int):

@@ -41,7 +41,7 @@ from ppcoat.models.newbie.jina_clip import (
     load_jina_clip_tokenizer,
 )
 from ppcoat.models.newbie.nextdit import NextDiT_CLIP
-from ppcoat.models.pictures import LatentPictures, check_drawing, noise_of_seeds
+from ppcoat.models.pictures import TOKEN_SIDE, LatentPictures, check_drawing, noise_of_seeds
 
 _log = logging.getLogger(__name__)
 
@@ -50,7 +50,6 @@ PROMPT_PREFIX = (
     "You are an assistant designed to generate high-quality anime images with the highest degree of "
     "image-text alignment based on textual prompts. <Prompt Start> "
 )
-TOKEN_SIDE = 16  # pixels: the VAE's 8 times the transformer's patches of 2
 DEFAULT_SIDE = 1024
 SOLVERS = ("euler", "midpoint")
 
@@ -236,7 +235,8 @@ class Guidance:
 
 
 def time_grid(points: int, shift: float = 6.0) -> np.ndarray:
-    """float32 [points] from 0 to 1: t / (t + shift - shift * t) of evenly spaced t, denser near noise."""
+    """float32 [points] from 0 to 1: t / (t + shift - shift * t) of evenly spaced t, denser near noise.
+    Raises ConfigError for fewer than 2 points or a shift that is not positive."""
     if points < 2 or not shift > 0:
         raise ConfigError(f"{points} time points, shift {shift}: wanted at least 2 and a positive shift")
     t = np.linspace(0, 1, points)

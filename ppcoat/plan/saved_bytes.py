@@ -1,11 +1,11 @@
-"""How many bytes a model keeps for backward, counted by the counters of training on a small one.
+"""How many bytes a model saves for backward, counted by the counters of training on a small one.
 
 TracedModel is FLUX; newbie.py says what is different for NewBie-image.
 
 A small copy (three blocks, one or two groups of heads, 128 to 192 tokens) takes a forward pass through the
 very code that trains, and `SavedTensors` counts before and after each block. Every count is a constant plus a
 multiple of the image tokens, the text tokens and the heads, so three numbers of tokens and two of heads tell
-it for any size. Only Paddle's written-out attention keeps more (its scores), and that is counted apart.
+it for any size. Only Paddle's written-out attention saves more (its scores), and that is counted apart.
 """
 
 from __future__ import annotations
@@ -20,16 +20,15 @@ from typing import ClassVar
 import numpy as np
 import paddle
 
+from ppcoat.coat import COATTrainer, prepare
 from ppcoat.config.schema import CoatConfig, NetworkConfig
 from ppcoat.device import set_device
 from ppcoat.models.flux.transformer import FluxTransformer2DModel
 from ppcoat.nn.attention import attention
 from ppcoat.nn.saved_tensors import SavedTensors, count_saved_tensors
-from ppcoat.train.coat import COATTrainer
-from ppcoat.train.model_spec import prepare
-from ppcoat.train.objective import FlowMatching, Objective
+from ppcoat.objective import FlowMatching, Objective
 
-SIDE = 8  # rows of image tokens of the small model: enough that no tensor is too small to be packed
+SIDE = 8  # rows of image tokens of the small model: enough that no tensor is too small for FP8
 TEXT = 64  # its text tokens
 SCORES_AT = 128  # tokens, and twice as many, from which the scores of any number are known
 
@@ -68,7 +67,7 @@ class TracedModel:
         return checkpointed or COATTrainer(self.coat).policy != "none"
 
     def small_heads(self) -> tuple[int, ...]:
-        """Heads of the small models: so many that groups fill rows as they do at full width."""
+        """Heads of the small models: head counts for which groups divide rows exactly, as at full width."""
         group = self.coat.activation.group_size
         few = math.lcm(128, self.head_dim, group if group <= 512 else 1) // self.head_dim
         return (few, 2 * few) if self.heads > 2 * few else (self.heads,)
@@ -103,7 +102,7 @@ class TracedModel:
         }
 
     def batch(self, config: Mapping, columns: int, words: int) -> dict[str, paddle.Tensor]:
-        """Random numbers in the shape that `shapes` has for each name."""
+        """Random float32 numbers in the shape that `shapes` has for each name, latents [1, C, h, w]."""
         rng = np.random.default_rng(0)
         shapes = self.shapes(config, columns, words)
         return {
@@ -120,14 +119,15 @@ class TracedModel:
         return FlowMatching()
 
     def written_attention(self, heads: int, image: int, text: int, checkpointed: bool) -> np.ndarray:
-        """What written-out attention keeps of the numbers of KeptBytes."""
+        """What written-out attention saves, as the four numbers of SavedBytes."""
         if self.attention_is_counted(checkpointed):
             return np.zeros(4)
         return np.array([0, *[self.scores_bytes(heads, image + text)] * 3])
 
     def true_attention(self, image: int, text: int, checkpointed: bool) -> np.ndarray:
-        """What attention keeps of these numbers at the true size. On a GPU: q, k, v, the output and a float32
-        per row (flash attention), and q and k in float32 before their norm, where a CPU counts bfloat16.
+        """What attention saves at the true size, as these numbers. On a GPU: q, k, v, the output and a
+        float32 per row (flash attention), and q and k in float32 before their norm, where a CPU counts
+        bfloat16.
         """
         if self.attention_is_counted(checkpointed):
             return np.zeros(4)
@@ -160,7 +160,7 @@ class TracedModel:
 
 
 @dataclass(frozen=True)
-class KeptBytes:
+class SavedBytes:
     """Of one picture: outside the blocks, of the first block (nothing before it is trained), of any other
     double block, of a single block.
     """
@@ -171,14 +171,14 @@ class KeptBytes:
     single: float
 
     def of_blocks(self, double: int, single: int, checkpointed: int = 0) -> int:
-        """Bytes that a model with these blocks keeps outside them, and in those from number `checkpointed` on
+        """Bytes that a model with these blocks saves outside them, and in those from number `checkpointed` on
         (double blocks come before single ones)."""
         whole = max(0, double - checkpointed) * self.double
         whole += min(single, double + single - checkpointed) * self.single
         return round(self.outside + whole + (0 if checkpointed else self.first - self.double))
 
     def of_inputs(self, double: int, checkpointed: int) -> int:
-        """Bytes that the first `checkpointed` blocks keep, where this was counted with checkpointing."""
+        """Bytes that the first `checkpointed` blocks save, where this was counted with checkpointing."""
         return round(min(double, checkpointed) * self.double + max(0, checkpointed - double) * self.single)
 
 
@@ -195,8 +195,10 @@ def small_lora_paths(paths: Sequence[str], blocks: Sequence[str]) -> tuple[str, 
     return tuple(small)
 
 
-def kept_bytes(model: TracedModel, image_tokens: int, text_tokens: int, checkpointed: bool) -> KeptBytes:
-    """What one picture of so many tokens keeps under model.coat, all blocks checkpointed or none; counted
+def count_saved_bytes(
+    model: TracedModel, image_tokens: int, text_tokens: int, checkpointed: bool
+) -> SavedBytes:
+    """What one picture of so many tokens saves under model.coat, all blocks checkpointed or none; counted
     with random weights on the CPU.
     """
     before = paddle.get_device()
@@ -206,13 +208,13 @@ def kept_bytes(model: TracedModel, image_tokens: int, text_tokens: int, checkpoi
         counts = [_at_tokens(model, n, checkpointed, image_tokens, text_tokens) for n in heads]
         share = (own - heads[0]) / (heads[-1] - heads[0]) if len(heads) > 1 else 0
         counts = counts[0] + (counts[-1] - counts[0]) * share
-        return KeptBytes(*(counts + model.true_attention(image_tokens, text_tokens, checkpointed)))
+        return SavedBytes(*(counts + model.true_attention(image_tokens, text_tokens, checkpointed)))
     finally:
         paddle.set_device(before)
 
 
 def _at_tokens(model: TracedModel, heads: int, checkpointed: bool, image: int, text: int) -> np.ndarray:
-    """The four numbers of KeptBytes with so many heads; what attention keeps by itself is left out."""
+    """The four numbers of SavedBytes with so many heads; what attention saves by itself is left out."""
     start, by_image, by_text = _lines(model.without_own_sizes(), heads, checkpointed)
     return start + by_image * (image - SIDE**2) + by_text * (text - TEXT)
 
@@ -235,7 +237,7 @@ def _lines(model: TracedModel, heads: int, checkpointed: bool) -> tuple[np.ndarr
 def _count(
     model: TracedModel, small: paddle.nn.Layer, checkpointed: bool, columns: int, words: int
 ) -> np.ndarray:
-    """One forward pass -> bytes kept outside the blocks, and in each of three (0 if it is not there)."""
+    """One forward pass -> bytes saved outside the blocks, and in each of three (0 if it is not there)."""
     batch = model.batch(small.config, columns, words)
     run_block, of_blocks = small.run_block, []
 

@@ -5,9 +5,9 @@ import re
 
 import paddle
 
+from ppcoat.coat import chosen_modules
 from ppcoat.config.load import load_config
 from ppcoat.models.flux.transformer import FluxTransformer2DModel
-from ppcoat.train.model_spec import chosen_modules
 
 AI_TOOLKIT = """\
 job: extension

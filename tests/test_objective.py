@@ -8,7 +8,7 @@ import paddle
 import pytest
 
 from ppcoat.models.flux.scheduler import FlowMatchEulerDiscreteScheduler
-from ppcoat.train.objective import FlowMatching, level_weights
+from ppcoat.objective import FlowMatching, level_weights
 
 B, C, H, W, T = 3, 2, 4, 6, 5
 TOKENS = H * W // 4

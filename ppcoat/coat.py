@@ -1,4 +1,5 @@
 """COAT put into a model and its optimizer from outside: one object that reads the `coat` section of a config.
+And `prepare`, which makes any transformer ready to train: adapter, COAT, swapped blocks.
 
     coat = COATTrainer(COATConfig())
     optimizer = coat.create_optimizer(lora_parameters, lr=1e-4)
@@ -17,11 +18,16 @@ from contextlib import AbstractContextManager, nullcontext
 import paddle
 from pydantic import Field
 
-from ppcoat.config.schema import CoatConfig
+from ppcoat.config.schema import CoatConfig, ModelConfig, NetworkConfig
+from ppcoat.errors import ConfigError
+from ppcoat.lora import LoKrSettings, inject_lokr, inject_lora
+from ppcoat.lora.layer import target_paths
 from ppcoat.models.blocks import BlockModel
-from ppcoat.nn.convert import replace_linear_with_fp8
+from ppcoat.nn.convert import multiply_in_fp8, replace_linear_with_fp8
+from ppcoat.nn.ops import look_at_weights_again
 from ppcoat.nn.policy import granularity_groups
 from ppcoat.nn.saved_tensors import SavedTensors, fp8_saved_tensors
+from ppcoat.nn.swap import last_blocks, swap_blocks
 from ppcoat.optim import FP8AdamW, FP8QuantizationConfig
 
 
@@ -38,7 +44,7 @@ class COATTrainer:
     gradient_checkpointing: `convert` tells the model. Blocks of FLUX and NextDiT_CLIP (the first
     coat.memory.checkpoint_blocks, or all) are computed again in backward and save their inputs only, in FP8
     if coat.memory.enable_efficient_checkpoint. Any other model checkpoints by itself; Paddle allows no second
-    pair of saved-tensor hooks beside those of its recompute, so nothing is packed or counted there.
+    pair of saved-tensor hooks beside those of its recompute, so nothing is saved in FP8 or counted there.
     """
 
     def __init__(self, config: CoatConfig | None = None, gradient_checkpointing: bool = False):
@@ -48,7 +54,7 @@ class COATTrainer:
 
     @property
     def fp8_activations(self) -> bool:
-        """Whether activations are kept in FP8 for backward."""
+        """Whether activations are saved in FP8 for backward."""
         return (
             self.config.enabled and self.config.activation.use_fp8 and self.config.activation.policy != "none"
         )
@@ -60,7 +66,7 @@ class COATTrainer:
 
     @property
     def linear_group_size(self) -> int | None:
-        """Features that share one scale in the input kept for a LoRA; None: one scale per tensor."""
+        """Features that share one scale in the input saved for a LoRA; None: one scale per tensor."""
         return granularity_groups(
             self.config.activation.linear_granularity, self.config.activation.group_size
         )
@@ -69,6 +75,7 @@ class COATTrainer:
         """Make `model` ready, in place; call it after inject_lora. Frozen Linears without LoRA save nothing
         for backward, the others their input in FP8; blocks are checkpointed where that is wanted.
         """
+        look_at_weights_again(model)
         activation = self.config.activation
         if self.fp8_activations:
             replace_linear_with_fp8(model, activation.linear_granularity, activation.group_size)
@@ -80,7 +87,7 @@ class COATTrainer:
         return model
 
     def saved_tensors(self) -> AbstractContextManager[SavedTensors | None]:
-        """Context for the forward pass: what autograd keeps becomes FP8, or is only counted.
+        """Context for the forward pass: what autograd saves becomes FP8, or is only counted.
 
         Where a model takes the hooks for its own recompute nothing can be counted: the context gives None.
         """
@@ -108,8 +115,8 @@ class COATTrainer:
         max_grad_norm: float = 1.0,
         fp8_states: bool | None = None,
     ) -> paddle.optimizer.Optimizer:
-        """FP8AdamW, or paddle's AdamW where FP8 states are off, for parameters of any shape. max_grad_norm 0
-        clips nothing.
+        """FP8AdamW, or paddle's AdamW where FP8 states are off, for float parameters of any shape.
+        max_grad_norm 0 clips nothing.
 
         fp8_states: overrides what the config says (train.optimizer: coat_fp8_adamw asks for FP8 by name).
         """
@@ -131,3 +138,104 @@ class COATTrainer:
             ),
             stochastic_rounding=states.stochastic_rounding,
         )
+
+
+def prepare(
+    transformer: paddle.nn.Layer,
+    coat: COATTrainer,
+    network: NetworkConfig | None,
+    model: ModelConfig | None = None,
+    paths: Sequence[str] | None = None,
+    seed: int = 0,
+) -> dict[str, paddle.nn.Layer]:
+    """Make a transformer ready to train, in place: adapter, COAT, swapped blocks, training mode -> {path:
+    adapter layer}.
+
+    network: the adapter, for which all else is frozen; None: all parameters train. paths: of the Linears that
+    get it, by default those that `network` chooses. model: whether FP8 weights multiply in FP8
+    (quantize_matmul), and blocks_to_swap. seed: of the adapter's first values.
+    """
+    if model is not None and model.quantize_matmul:
+        multiply_in_fp8(transformer)
+    modules = {}
+    if network is not None:
+        paths = chosen_modules(network, transformer) if paths is None else paths
+        modules = _put_adapter(transformer, coat, network, paths, seed)
+    coat.convert(transformer)
+    if model is not None and model.blocks_to_swap:
+        swap_blocks(list(last_blocks(transformer, model.blocks_to_swap).values()))
+    transformer.train()
+    return modules
+
+
+def _put_adapter(
+    transformer: paddle.nn.Layer,
+    coat: COATTrainer,
+    network: NetworkConfig,
+    paths: Sequence[str],
+    seed: int,
+) -> dict[str, paddle.nn.Layer]:
+    if network.type == "lokr":
+        return inject_lokr(
+            transformer,
+            LoKrSettings(network.linear, network.linear_alpha, network.lokr_factor),
+            paths,
+            (network.lokr_rank_dropout, network.lokr_module_dropout),
+            seed,
+        )
+    return inject_lora(
+        transformer,
+        rank=network.linear,
+        alpha=network.linear_alpha,
+        dropout=network.dropout,
+        targets=paths,
+        policy=coat.policy,
+        seed=seed,
+        group_size=coat.linear_group_size,
+    )
+
+
+def trained_parameters(modules: dict[str, paddle.nn.Layer]) -> dict[str, paddle.Tensor]:
+    """What trains of the adapter layers that `prepare` gives, float32 of any shape, by path in the
+    transformer."""
+    return {
+        f"{path}.{name}": parameter
+        for path, layer in modules.items()
+        for name, parameter in layer.named_parameters()
+        if not parameter.stop_gradient
+    }
+
+
+def chosen_modules(network: NetworkConfig, transformer: paddle.nn.Layer) -> list[str]:
+    """Paths of the Linears that get a LoRA. Raises ConfigError if the filters leave none."""
+    all_paths = target_paths(transformer, network.targets)
+    paths = [p for p in all_paths if _is_in_range(p, network, transformer)]
+    if network.only_if_contains:
+        paths = [p for p in paths if any(part in f"transformer.{p}" for part in network.only_if_contains)]
+    if network.ignore_if_contains:
+        paths = [
+            p for p in paths if not any(part in f"transformer.{p}" for part in network.ignore_if_contains)
+        ]
+    if not paths:
+        raise ConfigError(
+            f"network: only_if_contains {network.only_if_contains}, ignore_if_contains "
+            f"{network.ignore_if_contains} and the ranges of blocks leave no module; "
+            f"names look like transformer.{all_paths[0]}"
+        )
+    return paths
+
+
+def _is_in_range(path: str, network: NetworkConfig, transformer: paddle.nn.Layer) -> bool:
+    """Whether network.double_blocks and network.single_blocks let the LoRA onto this Linear. Raises
+    ConfigError for a range beyond the blocks of the model."""
+    kinds = {"transformer_blocks": "double_blocks", "single_transformer_blocks": "single_blocks"}
+    blocks, _, rest = path.partition(".")
+    wanted = getattr(network, kinds[blocks]) if blocks in kinds else None
+    if wanted is None:
+        return True
+    count = len(getattr(transformer, blocks))
+    if wanted and wanted[1] >= count:
+        raise ConfigError(
+            f"network.{kinds[blocks]}: came {list(wanted)}, but this model has {count}: 0 to {count - 1}"
+        )
+    return bool(wanted) and wanted[0] <= int(rest.partition(".")[0]) <= wanted[1]

@@ -1,0 +1,68 @@
+"""Flags from the fields of a dataclass: how each kind is read, and the way back into the dataclass."""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from ppcoat.config.flags import add_flags, flag, from_flags, set_flag
+
+
+@dataclass(frozen=True)
+class Case:
+    file: Path = flag("what to read", positional=True, metavar="IN")
+    count: int = flag("how many, 100% of them")
+    kind: Literal["a", "b"] | None = flag("one of two", None)
+    size: str = flag("", "m", "shirt", choices=("s", "m"))
+    seeds: list[int] = flag("(default: 0 1)", [0, 1], shows_default=False)
+    again: bool = flag("once more", False)
+    overrides: list[str] = set_flag()
+    inner: int = 7
+
+
+def parse(*given, names=()):
+    parser = argparse.ArgumentParser(prog="x")
+    add_flags(parser, Case, *names)
+    return parser, parser.parse_args(given)
+
+
+def test_each_kind_of_field_is_read_as_its_type_says():
+    given = "x.txt --count 3 --kind b --shirt s --seeds 4 5 --again --set a=1 --set b=2"
+    case = from_flags(Case, parse(*given.split())[1])
+    assert case == Case(Path("x.txt"), 3, "b", "s", [4, 5], True, ["a=1", "b=2"])
+
+
+def test_defaults_are_those_of_the_fields_and_lists_are_not_shared():
+    first, second = (from_flags(Case, parse("x.txt", "--count", "3")[1]) for _ in range(2))
+    assert first == second == Case(Path("x.txt"), 3)
+    first.overrides.append("a=1")
+    assert second.overrides == Case(Path("x.txt"), 3).overrides == []
+
+
+def test_fields_without_a_flag_keep_their_defaults_and_others_count_instead():
+    _, arguments = parse("--count", "3", names=("count",))
+    assert from_flags(Case, arguments, file="y", inner=8) == Case("y", 3, inner=8)
+
+
+def test_the_help_tells_names_and_defaults():
+    text = parse("x", "--count", "1")[0].format_help()
+    assert "--count COUNT" in text and "how many, 100% of them" in text and "{s,m}" in text and "IN " in text
+    assert "(default: m)" in text and text.count("(default:") == 2, "seeds say theirs in words"
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("--count 1", "the following arguments are required: IN"),
+        ("x", "the following arguments are required: --count"),
+        ("x --count one", "argument --count: invalid int value: 'one'"),
+        ("x --count 1 --kind c", "argument --kind: invalid choice"),
+        ("x --count 1 --seeds", "argument --seeds: expected at least one argument"),
+    ],
+)
+def test_wrong_flags_are_refused(given, words, capsys):
+    with pytest.raises(SystemExit):
+        parse(*given.split())
+    assert words in capsys.readouterr().err
