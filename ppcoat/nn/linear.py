@@ -156,6 +156,7 @@ class _LoRALinear(PyLayer):
     @staticmethod
     def backward(ctx, dy: paddle.Tensor) -> tuple[paddle.Tensor | None, ...]:
         x, xa = (None if saved is None else saved.unpack() for saved in (ctx.x, ctx.xa))
+        ctx.x = ctx.xa = None  # an op that offered x goes with it
         return ctx.use.gradients(x, dy, ctx.x_needs_grad, xa)
 
 

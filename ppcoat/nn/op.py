@@ -6,7 +6,8 @@ paddle.grad for some of its inputs only.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import paddle
 from paddle.autograd import PyLayer
@@ -33,18 +34,16 @@ def run_op(kind: type[OpCall], *inputs: paddle.Tensor | None, **settings: object
 
 
 class OpCall:
-    """One call of an op. `forward` computes the result and saves what `backward` needs, `again` computes it
-    once more, `backward` turns its gradient into those of the inputs (of those that want one). Tensors have
-    any shape and dtype that the function in ops.py takes."""
+    """One call of an op. `compute` is the formula, by the fastest version that there is. `forward` computes
+    the result and saves what `backward` needs, which turns the result's gradient into those of the inputs (of
+    those that want one). `again`, in ops whose result is offered, computes the result once more from what was
+    saved. Tensors have any shape and dtype that the function in ops.py takes."""
+
+    compute: ClassVar[Callable[..., paddle.Tensor | Tensors]]
 
     def __init__(self, active: Saver, inputs: Sequence[paddle.Tensor | None], settings: dict) -> None:
         self.saver, self.settings = active, settings
         self.wants = [carries_gradient(x) for x in inputs]
-
-    @staticmethod
-    def compute(*inputs: paddle.Tensor | None, **settings: object) -> paddle.Tensor | Tensors:
-        """The formula, by the fastest version that there is."""
-        raise NotImplementedError
 
     @classmethod
     def differentiable(cls, *inputs: paddle.Tensor | None, **settings: object) -> paddle.Tensor | Tensors:
@@ -55,10 +54,6 @@ class OpCall:
         """Tell the Saver of the result: here, how to compute it again."""
         if self.saver.policy.recompute:
             self.saver.offer(result, self.again)
-
-    def again(self) -> paddle.Tensor:
-        """The result once more, from what was saved."""
-        raise NotImplementedError
 
 
 class _ByHand(PyLayer):

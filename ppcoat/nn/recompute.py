@@ -103,8 +103,9 @@ class _Checkpoint(PyLayer):
 
     @staticmethod
     def backward(ctx, *grads: paddle.Tensor) -> tuple[paddle.Tensor | None, ...]:
+        call, ctx.call = ctx.call, None
         # The parameters' gradients are where they belong already.
-        return *ctx.call.gradients(*grads), *[None] * ctx.trained
+        return *call.gradients(*grads), *[None] * ctx.trained
 
 
 def _save(x: paddle.Tensor | None) -> SavedTensor | None:
