@@ -7,6 +7,7 @@ Their errors on small inputs are those of fp8/truth.py.
 from __future__ import annotations
 
 import importlib
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from types import SimpleNamespace
@@ -23,6 +24,7 @@ LAUNCHERS = {
     for name, module in backend.MODULES["triton"].items()
 }
 GROUP = 128
+MARGIN = 2  # emptying the caches lasts at least this many times as long as starting what is timed
 
 
 class Kernels:
@@ -35,6 +37,50 @@ class Kernels:
         self.library = library
         self.run = {name: connect(launcher) for name, launcher in LAUNCHERS.items()}
         self.rng = np.random.default_rng(0)
+
+    def timed(self, call: Callable[[], Any], runs: int) -> tuple[float, float]:
+        """Median ms of a call on the device, and of starting it on the host; the first call, which builds
+        kernels, is left out.
+
+        Before each the caches are emptied, by as many writes as last longer than starting the call: so the
+        device waits for nothing between its launches.
+        """
+        library = self.library
+        call()
+        host_ms = float(np.median([self._starting_ms(call) for _ in range(min(3, runs))]))
+        writes = 1 + int(MARGIN * host_ms / max(self._elapsed_ms(library.flush), 0.01))
+        times = [self._elapsed_ms(call, lambda: library.flush(writes)) for _ in range(runs)]
+        return float(np.median(times)), host_ms
+
+    def in_a_row_ms(self, call: Callable[[], Any], runs: int) -> float:
+        """Median ms of a call among calls one after another, as in training: the device's time, or the host's
+        where that is longer. The first is left out."""
+        call()
+        events = [self.library.event() for _ in range(runs + 1)]
+        events[0].record()
+        for event in events[1:]:
+            call()
+            event.record()
+        events[-1].synchronize()
+        pairs = zip(events[:-1], events[1:], strict=True)
+        return float(np.median([began.elapsed_time(ended) for began, ended in pairs]))
+
+    def _starting_ms(self, call: Callable[[], Any]) -> float:
+        event = self.library.event()
+        event.record()
+        event.synchronize()
+        began = time.perf_counter()
+        call()
+        return 1e3 * (time.perf_counter() - began)
+
+    def _elapsed_ms(self, call: Callable[[], Any], before: Callable[[], Any] = lambda: None) -> float:
+        began, ended = self.library.event(), self.library.event()
+        before()
+        began.record()
+        call()
+        ended.record()
+        ended.synchronize()
+        return began.elapsed_time(ended)
 
     def errors(self) -> dict[str, float]:
         """Largest error of each kernel on small inputs, in units of what the formats allow (1.0 passes)."""

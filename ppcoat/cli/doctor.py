@@ -36,6 +36,7 @@ OPTIONAL = ("paddlepaddle-gpu", "triton")
 TIMED = 5  # runs of which the median counts
 ROWS_GPU, ROWS_CPU, WIDTH, HEAD_DIM = 4608, 64, 3072, 128  # tokens of 1024 px; FLUX's width
 TITLES = {"triton": "Triton kernels", "paddle": "Paddle's FP8 ops"}
+CAPABILITY_WITHOUT_CARD = (9, 0)
 LAYER_MODULES = ("norm_triton", "pointwise_triton", "matmul_triton")
 
 
@@ -67,7 +68,7 @@ def examine() -> list[Finding]:
     """All findings, in the order in which they are printed."""
     return [
         *versions(), device(), *built_with(), memory(),
-        fp8_cast(), fp8_matmul(), attention_row(), tiny_flux(), *fast_paths(),
+        fp8_cast(), fp8_matmul(), attention_row(), tiny_flux(), kernel_build(), *fast_paths(),
     ]  # fmt: skip
 
 
@@ -186,6 +187,17 @@ def tiny_flux() -> Finding:
         return Finding("fail", "tiny FLUX", f"{folder.name} is missing", advice)
     config = FluxPipeline.load_config(str(folder))
     return Finding("ok", "tiny FLUX", f"{config['_class_name']} in {folder.parent.name}/{folder.name}")
+
+
+def kernel_build() -> Finding:
+    """Whether Triton can build kernels here, found by building a small one, with or without a card."""
+    capability = paddle.device.cuda.get_device_capability() if on_gpu() else CAPABILITY_WITHOUT_CARD
+    name = "sm_{}{}".format(*capability)
+    if trouble := backend.build_trouble(10 * capability[0] + capability[1]):
+        advice = "no Triton kernel will run, the slower references do: install what is named there"
+        return Finding("miss", "kernel build", trouble, advice)
+    what = "its launcher by the C compiler" + ("" if on_gpu() else "; no card is here to load it")
+    return Finding("ok", "kernel build", f"a small kernel was built for {name}, {what}")
 
 
 def fast_paths() -> list[Finding]:

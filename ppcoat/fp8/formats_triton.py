@@ -9,7 +9,6 @@ elsewhere, and under Triton's interpreter, the same conversion is written out in
 
 from __future__ import annotations
 
-import functools
 import math
 import os
 import sys
@@ -106,10 +105,8 @@ def native_fp8() -> bool:
     return capability() >= NATIVE_ARCH
 
 
-@functools.cache
 def capability() -> int:
-    """Compute capability of the present device, 90 for sm_90, 0 under the interpreter; asked once per
-    process."""
+    """Compute capability of the present device, 90 for sm_90, 0 under the interpreter."""
     if interpreted():
         return 0
     target = triton.runtime.driver.active.get_current_target()
