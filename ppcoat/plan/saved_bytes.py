@@ -241,9 +241,9 @@ def _count(
     batch = model.batch(small.config, columns, words)
     run_block, of_blocks = small.run_block, []
 
-    def counted(*args: object) -> object:
+    def counted(*args: object, **settings: object) -> object:
         before = model.bytes(saved)
-        result = run_block(*args)
+        result = run_block(*args, **settings)
         of_blocks.append(model.bytes(saved) - before)
         return result
 
