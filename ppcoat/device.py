@@ -148,16 +148,16 @@ def use_deterministic_kernels() -> str:
     """Let Paddle's kernels give the same bits each time. Returns a line that says what it costs. Call after
     set_device and before the first step.
 
-    Without this flag the backward of flash attention adds up in the order in which its blocks of threads happen
-    to run; with it one block does a whole head (`get_num_split` in Paddle's flash_attn_grad_kernel.cu, 1 then).
-    The convolutions of the VAE follow the same flag.
+    Without this flag the backward of flash attention adds up in the order in which its blocks of threads
+    happen to run; with it one block does a whole head (`get_num_split` in Paddle's flash_attn_grad_kernel.cu
+    is 1 then). The convolutions of the VAE follow the same flag.
     """
     if not on_gpu():
         return "deterministic: nothing to do, on a CPU every step gives the same bits"
     paddle.set_flags({"FLAGS_cudnn_deterministic": True})
     return (
-        "deterministic: flash attention's backward has one block of threads for a head of a picture (24 for FLUX "
-        "at batch 1), fewer than a large card has multiprocessors: slower, how much was not measured"
+        "deterministic: flash attention's backward has one block of threads for a head of a picture (24 for "
+        "FLUX at batch 1), fewer than a large card has multiprocessors: slower, how much was not measured"
     )
 
 
@@ -166,8 +166,8 @@ def _gpu_count() -> int:
 
 
 def compute_dtype(name: str) -> str | None:
-    """The name of a dtype for `from_pretrained`; None for "auto". Call after set_device. float32 on a GPU means
-    products of TF32 (10 bits of mantissa) unless the process starts with NVIDIA_TF32_OVERRIDE=0.
+    """The name of a dtype for `from_pretrained`; None for "auto". Call after set_device. float32 on a GPU
+    means products of TF32 (10 bits of mantissa) unless the process starts with NVIDIA_TF32_OVERRIDE=0.
 
     Raises ConfigError for half precision on a CPU, where Paddle can neither add nor multiply it.
     """

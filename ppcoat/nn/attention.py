@@ -1,9 +1,9 @@
 """Attention, its formula and its op, and rotary position embedding: what mixes or marks token positions.
 
-All take and return [batch, tokens, heads, head_dim], the layout in which the Linears leave their output. Which
-kernel computes attention is Paddle's choice (`attention_kernel`). A mask is added to the scores as a bias, 0 or
-a number so low that its weight is exactly 0; it stays finite, for a row without any key must not become NaN.
-Padding needs no bias of all pairs of tokens: the fused kernels see each sample without it.
+All take and return [batch, tokens, heads, head_dim], the layout in which the Linears leave their output.
+Which kernel computes attention is Paddle's choice (`attention_kernel`). A mask is added to the scores as a
+bias, 0 or a number so low that its weight is exactly 0; it stays finite, for a row without any key must not
+become NaN. Padding needs no bias of all pairs of tokens: the fused kernels see each sample without it.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def attention(
 
     q [B, T, heads, head_dim]; k and v [B, S, key heads, head_dim]; bias as `attention_bias` gives it, or
     padding (S = T): keys behind a sample's end have no weight, and rows there hold anything finite. Returns
-    q's shape and dtype. Where Paddle takes no fused kernel, the formula is written out in matmuls, which on CPU
-    takes a third of the time of Paddle's own composed form.
+    q's shape and dtype. Where Paddle takes no fused kernel, the formula is written out in matmuls, which on a
+    CPU takes a third of the time of Paddle's own composed form.
     """
     groups = q.shape[2] // k.shape[2]
     if groups > 1:
@@ -55,7 +55,7 @@ def attention(
 
 def attention_kernel(q: paddle.Tensor, bias: paddle.Tensor | None = None) -> str:
     """FLASH, EFFICIENT or MATH: what `attention` of q [B, T, heads, head_dim] of any dtype with this bias
-    runs. Memory-efficient attention wants a bias of every head and pair of tokens, so it runs without one only.
+    runs. Memory-efficient attention wants a bias of every head and pair of tokens, so it runs without one.
     """
     # While a static graph is traced, tensors have no place yet: it will be the current device.
     place = q.place if paddle.in_dynamic_mode() else paddle.framework._current_expected_place_()
@@ -93,8 +93,8 @@ def _sample_by_sample(
 ) -> paddle.Tensor:
     """Each sample's own tokens without a mask, then zeros.
 
-    A bias [B, 1, 1, T] would not do: flash attention accepts it, but then reads a row of it for every query, so
-    from beyond its end (row stride `seqlen_k` in flash_fwd_kernel.h of Paddle's flash-attention).
+    A bias [B, 1, 1, T] would not do: flash attention accepts it, but then reads a row of it for every query,
+    so from beyond its end (row stride `seqlen_k` in flash_fwd_kernel.h of Paddle's flash-attention).
     """
     rows = []
     for i, length in enumerate(lengths):

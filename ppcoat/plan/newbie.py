@@ -217,7 +217,7 @@ class TracedNextDiT(TracedModel):
 
     @property
     def norm_inputs(self) -> int:
-        """Values per token of a layer that autograd saves in float32 before a norm: the inputs of four, q, k."""
+        """Values per token of a layer that autograd saves in float32 before a norm: four inputs, q and k."""
         return (5 * self.heads + self.key_heads) * self.head_dim
 
     def counts_remainder(self, checkpointed: bool) -> bool:

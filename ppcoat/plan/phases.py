@@ -279,7 +279,9 @@ class MemoryModel:
             what = f"attention written out in matmuls ({scores:.2f} GB of scores for a picture and block)"
         else:
             what = {FLASH: "flash attention", EFFICIENT: "memory-efficient attention"}[self.kernel]
-        return what + (", assumed: no card is at hand" if self.kernel_is_assumed else ", Paddle's choice here")
+        return what + (
+            ", assumed: no card is at hand" if self.kernel_is_assumed else ", Paddle's choice here"
+        )
 
     def _working(self, lines: tuple[tuple[float, float], ...], batch: int, tokens: int | None = None) -> int:
         tokens = self.tokens if tokens is None else tokens

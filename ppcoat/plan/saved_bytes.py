@@ -80,8 +80,8 @@ class TracedModel:
         return (few, 2 * few) if self.heads > 2 * few else (self.heads,)
 
     def without_own_sizes(self) -> TracedModel:
-        """Without the settings that `small_model` sets by itself, and without the kernel, which is not traced:
-        what one trace serves."""
+        """What one trace serves: without the settings that `small_model` sets by itself, and without the
+        kernel, which is not traced."""
         shared = tuple(pair for pair in self.settings if pair[0] not in self.own_sizes)
         return replace(self, settings=shared, kernel=MATH)
 
@@ -138,9 +138,10 @@ class TracedModel:
         return np.array([0, *[self.attention_bytes(image + text, checkpointed)] * 3])
 
     def attention_bytes(self, tokens: int, checkpointed: bool) -> float:
-        """Of one block over so many tokens. A fused kernel saves q, k, v, the output and a float32 per row and
-        head, the written-out form its scores; what norms save in float32 where a CPU counts bfloat16 comes on
-        top. Where attention is an op, bfloat16 counters count what a fused kernel saves, float32 ones do not.
+        """Of one block over so many tokens. A fused kernel saves q, k, v, the output and a float32 per row
+        and head, the written-out form its scores; on top comes what norms save in float32 where a CPU counts
+        bfloat16. Where attention is an op, counters in bfloat16 count what a fused kernel saves beside q, k
+        and v, those in float32 do not.
         """
         itemsize = BFLOAT16 if self.half else FLOAT32
         remainder = fused_remainder(self.heads, self.key_heads, self.head_dim, itemsize)

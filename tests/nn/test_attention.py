@@ -65,8 +65,13 @@ class Gpu:
 @pytest.fixture
 def card(monkeypatch):
     """card(8, 9): Paddle's selector believes that there is a card of sm_89 and a wheel with both kernels."""
-    checks = [F.sdpa.check_sm_version, F.sdpa.minimum_gemm_alignment, F.sdpa.use_tensor_cores,
-              F.sdpa.check_flash_attention_hardware_support, F.sdpa.check_mem_efficient_hardware_support]  # fmt: skip
+    checks = [
+        F.sdpa.check_sm_version,
+        F.sdpa.minimum_gemm_alignment,
+        F.sdpa.use_tensor_cores,
+        F.sdpa.check_flash_attention_hardware_support,
+        F.sdpa.check_mem_efficient_hardware_support,
+    ]
 
     def forget():
         for check in checks:
