@@ -40,6 +40,9 @@ MODULES = {  # version -> op -> module in this package; a function of another na
     "triton": {
         "quantize": "quantize_triton",
         "dequantize": "quantize_triton",
+        "quantize_with_residual": "quantize_triton",
+        "dequantize_with_residual": "quantize_triton",
+        "dequantize_blocks": "quantize_triton",
         "log_encode": "log_codes_triton",
         "log_decode": "log_codes_triton",
         "signed_log_encode": "log_codes_triton",
@@ -56,6 +59,7 @@ MODULES = {  # version -> op -> module in this package; a function of another na
         "silu": "pointwise_triton",
         "silu_grad": "pointwise_triton",
         "gated_residual": "pointwise_triton",
+        "dropout": "pointwise_triton",
         "scaled_matmul": "matmul_triton",
     },
     "paddle": {"quantize": "quantize.quantize_by_paddle", "dequantize": "quantize.dequantize_by_paddle"},

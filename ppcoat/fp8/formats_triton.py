@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from .backend import Unsuited
-from .constants import TINY
+from .constants import HASH_FIRST, HASH_HIGH, HASH_SECOND, HASH_SEED, TINY
 
 NATIVE_ARCH = 89  # compute capability from which Triton converts to E4M3
 LARGEST_GROUP = 8192  # elements of a group that one program holds in registers
@@ -26,6 +26,8 @@ TILE = 2048  # elements that one program works on
 DTYPES = {"float32": tl.float32, "bfloat16": tl.bfloat16, "float16": tl.float16}
 
 _TINY = tl.constexpr(TINY)
+_HASH_HIGH, _HASH_SEED = tl.constexpr(HASH_HIGH), tl.constexpr(HASH_SEED)
+_HASH_FIRST, _HASH_SECOND = tl.constexpr(HASH_FIRST), tl.constexpr(HASH_SECOND)
 _INFINITY = tl.constexpr(math.inf)
 
 
@@ -98,6 +100,15 @@ def narrowed(x, DTYPE: tl.constexpr):
         even = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
         return tl.where(x == x, even.to(tl.float32, bitcast=True), x).to(tl.bfloat16)
     return x.to(DTYPE)
+
+
+@triton.jit
+def random_bits(position, seed):
+    """int32 for each position, int64: `random_bits` in pointwise.py says how. seed: int64, not negative."""
+    mixed = (position + (position >> 32) * _HASH_HIGH + seed * _HASH_SEED).to(tl.uint32)
+    mixed = ((mixed ^ (mixed >> 16)) * _HASH_FIRST) ^ (seed >> 32).to(tl.uint32)
+    mixed = (mixed ^ (mixed >> 15)) * _HASH_SECOND
+    return (mixed ^ (mixed >> 16)).to(tl.int32, bitcast=True)
 
 
 def native_fp8() -> bool:

@@ -53,6 +53,11 @@ def quantize_cases():
             codes, scale = (adapted(paddle.empty([32, n], t)) for n, t in ((3072, "uint8"), (24, "float32")))
             yield quantize_triton.quantize, (adapted(x), fmt, group)
             yield quantize_triton.dequantize, (codes, scale, fmt, group, "bfloat16")
+            packed = adapted(paddle.empty([32, 1536], "uint8"))
+            yield quantize_triton.quantize_with_residual, (adapted(x), fmt, group)
+            yield quantize_triton.dequantize_with_residual, (codes, scale, packed, fmt, group, "bfloat16")
+    codes, scale = adapted((paddle.ones([3072, 3072]).astype("uint8"), paddle.ones([24, 24])))
+    yield quantize_triton.dequantize_blocks, (codes, scale, E4M3, 128, "bfloat16")
 
 
 def log_cases():
@@ -107,6 +112,7 @@ def pointwise_cases():
         yield getattr(pointwise_triton, name), adapted((x.astype("uint8"), groups))
         yield getattr(pointwise_triton, f"{name}_grad"), adapted((x.astype("uint8"), x, groups))
     yield pointwise_triton.gated_residual, adapted((x, row, x))
+    yield pointwise_triton.dropout, adapted((x, 0.1, 2**61 + 1))
 
 
 def matmul_cases():
