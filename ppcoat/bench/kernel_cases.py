@@ -7,8 +7,10 @@ Their errors on small inputs are those of fp8/truth.py.
 from __future__ import annotations
 
 import importlib
+import math
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +27,28 @@ LAUNCHERS = {
 }
 GROUP = 128
 MARGIN = 2  # emptying the caches lasts at least this many times as long as starting what is timed
+FROM_16_BITS = ", from 16 bits"
+# AdamW steps: format of the moments (None: float32), logarithmic, beta1, dtype of the parameters, of a copy
+# that is written beside them, whether each group has its own learning rate.
+ADAMW = {
+    "adamw_step": (E4M3, True, 0.9, "float32", None, False),
+    "adamw_step, v only": (E4M3, True, 0.0, "float32", None, False),
+    "adamw_step, 16-bit copy": (E4M3, True, 0.9, "float32", "bfloat16", True),
+    "adamw_step, linear codes": (E4M3, False, 0.9, "float32", None, False),
+    "adamw_step, float32 moments": (None, False, 0.9, "bfloat16", None, False),
+}
+
+
+@dataclass(frozen=True)
+class Streaming:
+    """A call that memory limits. name: the kernel's, behind a comma the way it is called; nbytes: read and
+    written; eager: what it replaces, None where nothing does."""
+
+    name: str
+    call: Callable[[], Any]
+    elements: int
+    nbytes: int
+    eager: Callable[[], Any] | None = None
 
 
 class Kernels:
@@ -89,9 +113,8 @@ class Kernels:
             found |= truth.errors(op, launcher, self.library)
         return found
 
-    def streaming(self, tokens: int, width: int, heads: int) -> Iterator[tuple[str, Callable, int, Any]]:
-        """(name, call, bytes read and written, eager call or None) of the kernels that memory limits; what
-        stands behind a comma in a name is the way it is called."""
+    def streaming(self, tokens: int, width: int, heads: int) -> Iterator[Streaming]:
+        """The kernels that memory limits, the optimizer's step apart."""
         itemsize = 2 if self.library.half == "bfloat16" else 4
         cases = (
             *self._codec_cases(tokens, width, itemsize),
@@ -102,7 +125,7 @@ class Kernels:
             count = tokens * width * (4 if name[:4] in ("gelu", "silu") else 1)
             nbytes = int(count * (itemsize * halves + bytes_ * (1 + 4 / GROUP)))
             launcher = self.run[name.partition(",")[0]]
-            yield name, lambda launcher=launcher, arguments=arguments: launcher(*arguments), nbytes, replaced
+            yield Streaming(name, partial(launcher, *arguments), count, nbytes, replaced)
 
     # A case: name, arguments, numbers of 16 bits and of 8 in and out for each element, eager call.
 
@@ -120,6 +143,13 @@ class Kernels:
                    (lambda: eager["quantize"](x)) if known else None)  # fmt: skip
             yield (f"dequantize{name}", (codes, scale, fmt, group, half), (1, 1),
                    partial(eager["dequantize"], codes, scale) if known else None)  # fmt: skip
+        half_byte = 0.5 / itemsize
+        packed = run["quantize_with_residual"](x, E4M3, GROUP)
+        yield "quantize_with_residual", (x, E4M3, GROUP), (1 + half_byte, 1), None
+        yield "dequantize_with_residual", (*packed, E4M3, GROUP, half), (1 + half_byte, 1), None
+        matrix = truth.random_weight(self.library, self.rng, tokens, width)
+        blocks = (matrix.codes, matrix.scale, E4M3, GROUP, half)
+        yield "dequantize_blocks", blocks, (1 + (1 + 4 / GROUP**2) / itemsize, 0), None
         rows = self._random([tokens * width // GROUP, GROUP], "float32")
         for name, values in (("log", rows * rows), ("signed_log", rows)):
             state = run[f"{name}_encode"](values, E4M3)
@@ -130,16 +160,19 @@ class Kernels:
         half, eager, gradient = self.library.half, self.library.eager(), self.library.gradient
         x, dy = (self._random([1, tokens, width], half) for _ in range(2))
         row, (codes, groups) = self._random([1, 1, width], half), self._codes(x)
-        norm, rotated = eager["modulated_norm"], eager["rms_norm_rotated"]
-        yield "modulated_norm", (codes, row, row, groups), (1, 1), lambda: norm(x, row, row)
-        back = gradient(lambda h: norm(h, row, row), x, dy)
-        yield "modulated_norm_grad", (codes, row, dy, groups), (2, 1), back
-        weight, rms = row[0, 0], eager["rms_norm"]
-        arguments = codes, weight, row
-        yield "rms_norm", (*arguments, NORM_EPSILON, groups), (1, 1), lambda: rms(x, weight, row)
-        back = gradient(lambda h: rms(h, weight, row), x, dy)
-        yield "rms_norm_grad", (*arguments, dy, NORM_EPSILON, groups), (2, 1), back
+        norm, rotated, rms = eager["modulated_norm"], eager["rms_norm_rotated"], eager["rms_norm"]
+        weight = row[0, 0]
+        norm_back = gradient(lambda h: norm(h, row, row), x, dy)
+        rms_back = gradient(lambda h: rms(h, weight, row), x, dy)
+        for way, h, how, (halves, bytes_) in (("", codes, (groups,), (0, 1)), (FROM_16_BITS, x, (), (1, 0))):
+            forward, back = (halves + 1, bytes_), (halves + 2, bytes_)
+            yield f"modulated_norm{way}", (h, row, row, *how), forward, lambda: norm(x, row, row)
+            yield f"modulated_norm_grad{way}", (h, row, dy, *how), back, norm_back
+            yield f"rms_norm{way}", (h, weight, row, NORM_EPSILON, *how), forward, lambda: rms(x, weight, row)
+            yield f"rms_norm_grad{way}", (h, weight, row, dy, NORM_EPSILON, *how), back, rms_back
         yield "gated_residual", (x, row, dy), (3, 0), lambda: eager["gated_residual"](x, row, dy)
+        yield "gated_residual, product alone", (x, row), (2, 0), None
+        yield "dropout", (x, 0.1, 2**61 + 1), (2, 0), None
 
         head, dhead = (self._random([1, tokens, heads, width // heads], half) for _ in range(2))
         angles, gain = self._angles(tokens, width // heads), self._random([width // heads], half)
@@ -159,8 +192,11 @@ class Kernels:
         x, dy = (self._random([1, tokens, 4 * width], half) for _ in range(2))
         codes, groups = self._codes(x)
         for name in ("gelu", "silu"):
-            yield name, (codes, groups), (1, 1), partial(eager[name], x)
-            yield f"{name}_grad", (codes, dy, groups), (2, 1), gradient(eager[name], x, dy)
+            forward, back = partial(eager[name], x), gradient(eager[name], x, dy)
+            yield name, (codes, groups), (1, 1), forward
+            yield f"{name}_grad", (codes, dy, groups), (2, 1), back
+            yield f"{name}{FROM_16_BITS}", (x,), (2, 0), forward
+            yield f"{name}_grad{FROM_16_BITS}", (x, dy), (3, 0), back
 
     def dense_matmul(self, tokens: int, k: int, n: int) -> Callable[[], Any]:
         """The library's 16-bit product of the same shape."""
@@ -183,29 +219,39 @@ class Kernels:
                 lambda product=product, x=x: product(*self.run["quantize"](x, E4M3, GROUP)),
             )
 
-    def adamw(self, count: int, v_only: bool) -> tuple[Callable[[], Any], int, int]:
-        """A step on about `count` parameters with COAT's states, v_only: without a first moment -> call,
-        parameters, bytes moved."""
-        groups = -(-count // GROUP)
-        zeros, grad = self.library.zeros([groups, GROUP], "float32"), self._random([groups, GROUP], "float32")
-        encoders = {"m2": "log_encode"} if v_only else {"m1": "signed_log_encode", "m2": "log_encode"}
-        names = ("codes", "amax", "k")
+    def adamw(self, name: str, count: int) -> Streaming:
+        """The step of ADAMW of that name on about `count` parameters."""
+        fmt, expand, beta1, dtype, copied, rows = ADAMW[name]
+        groups, library = -(-count // GROUP), self.library
+        zeros, grad = library.zeros([groups, GROUP], "float32"), self._random([groups, GROUP], "float32")
         states = {
-            part: dict(zip(names, self.run[encoder](zeros, E4M3), strict=True))
-            for part, encoder in encoders.items()
+            part: self._moment(zeros, fmt, expand, part) for part in ("m1", "m2") if beta1 or part == "m2"
         }
-        states["beta_powers"] = {
-            name: self.library.put(np.ones([1], "float32")) for name in ("beta1", "beta2")
-        }
-        states["count"] = {name: self.library.zeros([1], "int64") for name in ("steps", "skipped")}
-        codecs = tuple(SimpleNamespace(fmt=E4M3, expand=True) for _ in range(2))
-        beta1 = 0.0 if v_only else 0.9
-        hyper = SimpleNamespace(lr=1e-4, weight_decay=0.01, beta1=beta1, beta2=0.999, epsilon=1e-8)
-        finite = self.library.put(np.array([True]))
-        arguments = zeros, grad, states, codecs, hyper, finite
-        # parameter in and out, gradient; for each moment codes, amax and k in and out
-        nbytes = groups * (GROUP * (4 + 4 + 4) + len(encoders) * 2 * (GROUP + 4 + 1))
-        return lambda: self.run["adamw_step"](*arguments), groups * GROUP, nbytes
+        moved = sum(
+            x.element_size() * math.prod(x.shape) for state in states.values() for x in state.values()
+        )
+        states["beta_powers"] = {each: library.put(np.ones([1], "float32")) for each in ("beta1", "beta2")}
+        states["count"] = {each: library.zeros([1], "int64") for each in ("steps", "skipped")}
+        codecs = tuple(SimpleNamespace(fmt=fmt, expand=expand) for _ in range(2))
+        lr = library.put(np.full([groups, 1], 1e-4, "float32")) if rows else 1e-4
+        hyper = SimpleNamespace(lr=lr, weight_decay=0.01, beta1=beta1, beta2=0.999, epsilon=1e-8)
+        param, stored = (zeros if dtype == "float32" else library.zeros([groups, GROUP], dtype)), None
+        if copied:
+            stored = library.zeros([groups, GROUP], copied)
+        finite = library.put(np.array([True]))
+        call = partial(self.run["adamw_step"], param, grad, states, codecs, hyper, finite, stored)
+        # parameter and moments in and out, gradient in, the copy out, rates in
+        widths = 2 * (4 if dtype == "float32" else 2) + 4 + (2 if copied else 0)
+        nbytes = groups * (GROUP * widths + 4 * rows) + 2 * moved
+        return Streaming(name, call, groups * GROUP, nbytes)
+
+    def _moment(self, zeros: Any, fmt: Any, expand: bool, part: str) -> dict[str, Any]:
+        if fmt is None:
+            return {"values": self.library.zeros(list(zeros.shape), "float32")}
+        if not expand:
+            return dict(zip(("codes", "scale"), self.run["quantize"](zeros, fmt, GROUP), strict=True))
+        encoder = "log_encode" if part == "m2" else "signed_log_encode"
+        return dict(zip(("codes", "amax", "k"), self.run[encoder](zeros, fmt), strict=True))
 
     def _random(self, shape: list[int], dtype: str) -> Any:
         return self.library.put(self.rng.standard_normal(shape, dtype=np.float32), dtype)

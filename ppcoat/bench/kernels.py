@@ -1,6 +1,7 @@
 """Error and speed of the Triton kernels on a card, beside what they replace.
 
     python -m ppcoat benchmark kernels --output kernels.json
+    python -m ppcoat benchmark kernels --static     # needs no card: kernel_static.py
     python tests/fp8/kernels_with_torch.py --output kernels.json     # where there is torch and no Paddle
 
 Each kernel is compared with float64 on small inputs; then come medians by device events at FLUX's shapes,
@@ -92,7 +93,8 @@ class Row:
 class KernelFlags:
     """Settings of the command."""
 
-    output: str = flag("JSON file to write", "kernels.json")
+    output: str | None = flag("JSON file to write; timings go to kernels.json if none is named", None)
+    static: bool = flag("compile and count instructions instead of timing: needs no card", False)
     runs: int = flag("timed calls each", Sizes.runs)
 
 
@@ -102,8 +104,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_command(arguments: argparse.Namespace) -> None:
     from ppcoat.bench.kernel_library import PaddleLibrary
+    from ppcoat.bench.kernel_static import run_static
 
-    run_with(PaddleLibrary, from_flags(KernelFlags, arguments))
+    flags = from_flags(KernelFlags, arguments)
+    if flags.static:
+        run_static(flags.output)
+    else:
+        run_with(PaddleLibrary, flags)
 
 
 def run_with(library: type, flags: KernelFlags) -> None:
@@ -111,9 +118,13 @@ def run_with(library: type, flags: KernelFlags) -> None:
     and where there is nothing to measure."""
     from ppcoat.errors import ConfigError
 
-    output = Path(flags.output)
+    if flags.static:
+        raise ConfigError(
+            f"--static does without {library.name}: python -m ppcoat benchmark kernels --static"
+        )
+    output = Path(flags.output or "kernels.json")
     if output.suffix != ".json" or not output.absolute().parent.is_dir():
-        raise ConfigError(f"--output must name a .json file in a folder that exists, got {flags.output}")
+        raise ConfigError(f"--output must name a .json file in a folder that exists, got {output}")
     if flags.runs < 1:
         raise ConfigError(f"--runs must be at least 1, got {flags.runs}")
     if not library.has_gpu():
@@ -189,15 +200,15 @@ def _streaming(kernels: Kernels, sizes: Sizes) -> Iterator[Row]:
     library = kernels.library
     launch, _ = kernels.timed(library.copy(256), sizes.runs)
     for tokens in sizes.tokens:
-        for name, call, nbytes, eager in kernels.streaming(tokens, sizes.width, sizes.heads):
-            row = Row(name, [tokens, sizes.width], *kernels.timed(call, sizes.runs))
-            copied, _ = kernels.timed(library.copy(nbytes), sizes.runs)
+        for case in kernels.streaming(tokens, sizes.width, sizes.heads):
+            row = Row(case.name, [tokens, sizes.width], *kernels.timed(case.call, sizes.runs))
+            copied, _ = kernels.timed(library.copy(case.nbytes), sizes.runs)
             row.others = {"copy of its bytes": copied, "copy of 256 bytes": launch}
             row.targets["share of copy bandwidth"] = (copied / row.ms, 0.8)
             if launch > copied / 2:
                 row.why["share of copy bandwidth"] = LAUNCHING
-            if eager is not None:
-                row.others["eager"], _ = kernels.timed(eager, sizes.runs)
+            if case.eager is not None:
+                row.others["eager"], _ = kernels.timed(case.eager, sizes.runs)
                 row.targets["times as fast as eager"] = (row.others["eager"] / row.ms, 1.0)
             yield row
 
@@ -239,11 +250,11 @@ def _why_slow(name: str, tokens: int, k: int, n: int) -> str:
 def _adamw(kernels: Kernels, sizes: Sizes) -> Iterator[Row]:
     """Steps against the library's fused float32 AdamW and a copy of the bytes that they move."""
     library = kernels.library
-    for name, v_only in (("adamw_step", False), ("adamw_step, v only", True)):
-        call, count, nbytes = kernels.adamw(sizes.parameters, v_only)
-        row = Row(name, [count], *kernels.timed(call, sizes.runs))
-        copied, _ = kernels.timed(library.copy(nbytes), sizes.runs)
-        fused, _ = kernels.timed(library.fused_adamw(count), sizes.runs)
+    for name in ("adamw_step", "adamw_step, v only"):
+        case = kernels.adamw(name, sizes.parameters)
+        row = Row(name, [case.elements], *kernels.timed(case.call, sizes.runs))
+        copied, _ = kernels.timed(library.copy(case.nbytes), sizes.runs)
+        fused, _ = kernels.timed(library.fused_adamw(case.elements), sizes.runs)
         row.others = {"copy of its bytes": copied, "fused float32 AdamW": fused}
         row.targets["share of copy bandwidth"] = (copied / row.ms, 0.85)
         row.targets["times as fast as fused float32 AdamW"] = (fused / row.ms, 1.5)
