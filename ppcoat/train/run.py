@@ -205,6 +205,7 @@ def with_fitting_settings(spec: ModelSpec, config: RunConfig, ranks: Ranks) -> R
     if earlier is not None and earlier.memory == "auto" and earlier.vram_gb is None:
         planned = with_earlier_plan(config, earlier)
     else:
+        # CUDA's context, which asking makes, is counted here and in the plan: that is on the safe side.
         meter = GpuMeter() if on_gpu() else HostMeter()
         free, total = meter.free_memory(), meter.total_memory()
         if free is not None:

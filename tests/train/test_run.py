@@ -124,7 +124,8 @@ def planned(make_config, monkeypatch):
     def run_with(*free):
         meter = SimpleNamespace(free_memory=lambda: free[0], total_memory=lambda: 12 * 10**9)
         monkeypatch.setattr(run, "HostMeter", lambda: meter)
-        ranks = SimpleNamespace(is_first=True, gather=lambda values: np.array([[count] for count in free]))
+        others = [[count] for count in free[1:]]
+        ranks = SimpleNamespace(is_first=True, gather=lambda values: np.array([values, *others]))
         config = make_config("memory=auto", "coat.enabled=true", "vram_gb=null")
         return with_fitting_settings(SimpleNamespace(memory_model=None), config, ranks), asked
 
@@ -133,9 +134,10 @@ def planned(make_config, monkeypatch):
 
 
 def test_auto_takes_the_memory_that_is_free_on_the_fullest_rank(planned, capsys):
-    config, asked = planned(8 * 10**9, 5 * 10**9)
-    assert asked == [5 * 10**9] and config.coat.activation.policy == "coat+recompute"
-    assert capsys.readouterr().out == "memory: auto takes the 5.0 GB that are free of 12.0\n"
+    for free in ((8, 5), (5, 8)):
+        config, asked = planned(*(gigabytes * 10**9 for gigabytes in free))
+        assert asked.pop() == 5 * 10**9 and config.coat.activation.policy == "coat+recompute"
+        assert capsys.readouterr().out == "memory: auto takes the 5.0 GB that are free of 12.0\n"
 
 
 def test_a_run_that_goes_on_keeps_its_settings_whatever_is_free_now(planned, capsys):
