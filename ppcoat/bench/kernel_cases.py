@@ -198,7 +198,7 @@ class Kernels:
             name: self.library.put(np.ones([1], "float32")) for name in ("beta1", "beta2")
         }
         states["count"] = {name: self.library.zeros([1], "int64") for name in ("steps", "skipped")}
-        codecs = tuple(SimpleNamespace(fmt=E4M3, expand=True) for _ in range(2))
+        codecs = tuple(self.library.codec(E4M3, True, positive) for positive in (False, True))
         beta1 = 0.0 if v_only else 0.9
         hyper = SimpleNamespace(lr=1e-4, weight_decay=0.01, beta1=beta1, beta2=0.999, epsilon=1e-8)
         finite = self.library.put(np.array([True]))
