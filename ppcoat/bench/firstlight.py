@@ -124,6 +124,8 @@ def machine() -> dict[str, str]:
     versions = {finding.name: finding.what for finding in doctor.versions()}
     cuda = paddle.version.cuda() if paddle.is_compiled_with_cuda() else "none"
     found = {"device": doctor.device().what, "driver": _driver(), "ppcoat": _version()}
+    if wanted := backend.forced():
+        found[backend.VARIABLE] = wanted
     return found | {"CUDA of Paddle": str(cuda)} | versions
 
 
@@ -273,11 +275,7 @@ SECTIONS = {
 
 def _driver() -> str:
     """Version of NVIDIA's driver."""
-    if not shutil.which("nvidia-smi"):
-        return "no nvidia-smi"
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    done = subprocess.run(query, capture_output=True, text=True, timeout=30)
-    return done.stdout.strip().splitlines()[0] if done.returncode == 0 and done.stdout.strip() else "unknown"
+    return _first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or "unknown"
 
 
 def _version() -> str:
@@ -287,8 +285,17 @@ def _version() -> str:
     except importlib.metadata.PackageNotFoundError:
         version = "not installed"
     folder = Path(__file__).parents[2]
-    if not (folder / ".git").exists() or not shutil.which("git"):
-        return version
-    git = ["git", "-C", str(folder), "describe", "--always", "--dirty"]
-    done = subprocess.run(git, capture_output=True, text=True, timeout=30)
-    return f"{version}, {done.stdout.strip()}" if done.returncode == 0 else version
+    in_repository = (folder / ".git").exists()
+    commit = _first_line("git", "-C", str(folder), "describe", "--always", "--dirty") if in_repository else ""
+    return f"{version}, {commit}" if commit else version
+
+
+def _first_line(*command: str) -> str:
+    """What a program prints; "" where there is none, or it does not work."""
+    if not shutil.which(command[0]):
+        return ""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except subprocess.TimeoutExpired:
+        return ""
+    return done.stdout.partition("\n")[0].strip() if done.returncode == 0 else ""

@@ -254,3 +254,25 @@ def test_a_process_that_dies_is_a_failure_of_its_part(sections):
     assert found["first"]["result"] == 1
     assert "ended with exit code 1" in found["second"]["failed"]
     assert found["third"]["left_out"] == found["second"]["failed"]
+
+
+@pytest.mark.slow
+@WITHOUT_GPU
+def test_a_section_runs_in_a_process_of_its_own():
+    entries = dict(firstlight._from_child(PLAIN, True, time.monotonic() + 300))
+    assert list(entries) == ["steps", "plan"]
+    assert len(entries["steps"]["result"]["losses"]) == firstlight.WARM_UP + 1
+
+
+@WITHOUT_GPU
+def test_the_machine_is_told(monkeypatch):
+    monkeypatch.setenv(backend.VARIABLE, "reference")
+    monkeypatch.setattr(firstlight, "_first_line", lambda *command: f"{command[0]} said it")
+    found = firstlight.machine()
+    assert found["driver"] == "nvidia-smi said it" and found[backend.VARIABLE] == "reference"
+    assert found["device"].startswith("cpu, ")
+
+
+def test_a_program_that_is_not_there_or_fails_says_nothing():
+    assert firstlight._first_line("no-such-program") == firstlight._first_line("false") == ""
+    assert firstlight._first_line("echo", "1.0") == "1.0"
