@@ -232,7 +232,7 @@ class Kernels:
         )
         states["beta_powers"] = {each: library.put(np.ones([1], "float32")) for each in ("beta1", "beta2")}
         states["count"] = {each: library.zeros([1], "int64") for each in ("steps", "skipped")}
-        codecs = tuple(SimpleNamespace(fmt=fmt, expand=expand) for _ in range(2))
+        codecs = tuple(library.codec(fmt, expand, positive) for positive in (False, True))
         lr = library.put(np.full([groups, 1], 1e-4, "float32")) if rows else 1e-4
         hyper = SimpleNamespace(lr=lr, weight_decay=0.01, beta1=beta1, beta2=0.999, epsilon=1e-8)
         param, stored = (zeros if dtype == "float32" else library.zeros([groups, GROUP], dtype)), None

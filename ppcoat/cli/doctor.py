@@ -69,9 +69,14 @@ def run_command(arguments: argparse.Namespace) -> None:
 
 def examine() -> list[Finding]:
     """All findings, in the order in which they are printed."""
+    return [*examine_machine(), *fast_paths()]
+
+
+def examine_machine() -> list[Finding]:
+    """Those that are not of one op."""
     return [
         *versions(), device(), *built_with(), memory(),
-        fp8_cast(), fp8_matmul(), attention_row(), tiny_flux(), kernel_build(), *fast_paths(),
+        fp8_cast(), fp8_matmul(), attention_row(), tiny_flux(), kernel_build(),
     ]  # fmt: skip
 
 
