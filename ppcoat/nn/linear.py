@@ -15,6 +15,9 @@ one FP8 copy of x as COAT section 5 stores it.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +26,7 @@ from paddle import nn
 from paddle.autograd import PyLayer
 
 from ppcoat.errors import ConfigError
+from ppcoat.fp8.flat import FlatLayout
 from ppcoat.fp8.formats import E4M3
 from ppcoat.fp8.pointwise import dropout
 
@@ -195,8 +199,8 @@ class LinearUse:
         layer = self.layer
         if self.scale is None:
             return times(x, layer.weight, layer.bias), None
-        xa = paddle.matmul(self.drop(x), layer.lora_A.astype(x.dtype))
-        update = xa.scale(self.scale), layer.lora_B.astype(x.dtype)
+        xa = paddle.matmul(self.drop(x), _in_dtype(layer.lora_A, x.dtype))
+        update = xa.scale(self.scale), _in_dtype(layer.lora_B, x.dtype)
         return times(x, layer.weight, layer.bias, update), xa
 
     def gradients(
@@ -209,8 +213,8 @@ class LinearUse:
         layer, da, db = self.layer, None, None
         if self.scale is None:
             return times_transposed(dy, layer.weight) if needs_dx else None, None, None
-        lora_a = layer.lora_A.astype(dy.dtype)
-        dyb = paddle.matmul(dy, layer.lora_B.astype(dy.dtype), transpose_y=True).scale_(self.scale)
+        lora_a, lora_b = (_in_dtype(factor, dy.dtype) for factor in (layer.lora_A, layer.lora_B))
+        dyb = paddle.matmul(dy, lora_b, transpose_y=True).scale_(self.scale)
         dropped = self.drop(x) if x is not None else None
         if not layer.lora_A.stop_gradient:
             da = paddle.matmul(_rows(dropped), _rows(dyb), transpose_x=True).astype(layer.lora_A.dtype)
@@ -228,6 +232,60 @@ class LinearUse:
     def drop(self, x: paddle.Tensor) -> paddle.Tensor:
         """Inverted dropout on the LoRA's input x [..., in]; x itself without dropout."""
         return x if self.seed is None else dropout(x, self.layer.dropout, self.seed)
+
+
+class FactorCopies:
+    """The factors of all LoRAs in the dtype in which the model computes, made by one cast for a whole step.
+
+        copies = FactorCopies(layout)               # where the factors lie: an optimizer's flat buffer, or any
+        with copies.in_use():                       # forward and backward of a step
+            ...
+
+    The cast is made when the first LoRALinear inside asks, into the same memory each time (2 bytes for each
+    number of a factor). Inside nobody may change the factors; outside, and for a factor that is not in the
+    layout, each call casts for itself. So nothing is ever served that an optimizer, a file or a running mean
+    has replaced. float32 models need no copies.
+    """
+
+    def __init__(self, layout: FlatLayout) -> None:
+        self._layout = layout
+        self._index = {id(param): i for i, param in enumerate(layout.params)}
+        self._made: dict[paddle.dtype, tuple[paddle.Tensor, list[paddle.Tensor]]] = {}
+        self._fresh: set[paddle.dtype] = set()
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Context manager: LoRALinears take the copies. They are made anew in each."""
+        self._fresh.clear()
+        token = _copies.set(self)
+        try:
+            yield
+        finally:
+            _copies.reset(token)
+
+    @paddle.no_grad()
+    def of(self, factor: paddle.Tensor, dtype: paddle.dtype) -> paddle.Tensor:
+        """lora_A [in, rank] or lora_B [rank, out] in `dtype`."""
+        if id(factor) not in self._index:
+            return factor.astype(dtype)
+        if dtype not in self._fresh:
+            cast = self._layout.current().astype(dtype)
+            if dtype not in self._made:
+                self._made[dtype] = cast, self._layout.views(cast)
+            else:
+                paddle.assign(cast, output=self._made[dtype][0])
+            self._fresh.add(dtype)
+        return self._made[dtype][1][self._index[id(factor)]]
+
+
+_copies: ContextVar[FactorCopies | None] = ContextVar("ppcoat_factor_copies", default=None)
+
+
+def _in_dtype(factor: paddle.Tensor, dtype: paddle.dtype) -> paddle.Tensor:
+    if factor.dtype == dtype:
+        return factor
+    copies = _copies.get()
+    return factor.astype(dtype) if copies is None else copies.of(factor, dtype)
 
 
 def _rows(x: paddle.Tensor) -> paddle.Tensor:
