@@ -195,20 +195,19 @@ class LinearUse:
         )
 
     def forward(self, x: paddle.Tensor) -> tuple[paddle.Tensor, paddle.Tensor | None]:
-        """x [..., in] -> y [..., out], and drop(x) A [..., rank] or None without LoRA. Builds no graph."""
+        """x [..., in] -> y [..., out], and s drop(x) A [..., rank] or None without LoRA. Builds no graph."""
         layer = self.layer
         if self.scale is None:
             return times(x, layer.weight, layer.bias), None
-        xa = paddle.matmul(self.drop(x), _in_dtype(layer.lora_A, x.dtype))
-        update = xa.scale(self.scale), _in_dtype(layer.lora_B, x.dtype)
-        return times(x, layer.weight, layer.bias, update), xa
+        xa = paddle.matmul(self.drop(x), _in_dtype(layer.lora_A, x.dtype)).scale_(self.scale)
+        return times(x, layer.weight, layer.bias, (xa, _in_dtype(layer.lora_B, x.dtype))), xa
 
     def gradients(
         self, x: paddle.Tensor | None, dy: paddle.Tensor, needs_dx: bool, xa: paddle.Tensor | None
     ) -> tuple[paddle.Tensor | None, ...]:
         """dy [..., out] -> dx, dA, dB; None for what needs no gradient.
 
-        x [..., in] is wanted where `needs_x`, and so is xa: drop(x) A as `forward` gave it.
+        x [..., in] is wanted where `needs_x`, and so is xa: s drop(x) A as `forward` gave it.
         """
         layer, da, db = self.layer, None, None
         if self.scale is None:
@@ -219,8 +218,7 @@ class LinearUse:
         if not layer.lora_A.stop_gradient:
             da = paddle.matmul(_rows(dropped), _rows(dyb), transpose_x=True).astype(layer.lora_A.dtype)
         if not layer.lora_B.stop_gradient:
-            db = self.scale * paddle.matmul(_rows(xa), _rows(dy), transpose_x=True)
-            db = db.astype(layer.lora_B.dtype)
+            db = paddle.matmul(_rows(xa), _rows(dy), transpose_x=True).astype(layer.lora_B.dtype)
         if not needs_dx:
             return None, da, db
         if self.seed is None:
