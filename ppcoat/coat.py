@@ -208,9 +208,7 @@ def trained_parameters(modules: dict[str, paddle.nn.Layer]) -> dict[str, paddle.
     }
 
 
-def factor_copies(
-    model: paddle.nn.Layer, optimizers: Sequence[paddle.optimizer.Optimizer]
-) -> FactorCopies:
+def factor_copies(model: paddle.nn.Layer, optimizers: Sequence[paddle.optimizer.Optimizer]) -> FactorCopies:
     """For a step that trains LoRAs in `model`: their factors are cast from the flat buffer of the FP8AdamW that
     has them all, or else gathered first."""
     factors = lora_parameters(model)
