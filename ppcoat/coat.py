@@ -209,8 +209,8 @@ def trained_parameters(modules: dict[str, paddle.nn.Layer]) -> dict[str, paddle.
 
 
 def factor_copies(model: paddle.nn.Layer, optimizers: Sequence[paddle.optimizer.Optimizer]) -> FactorCopies:
-    """For a step that trains LoRAs in `model`: their factors are cast from the flat buffer of the FP8AdamW that
-    has them all, or else gathered first."""
+    """For steps that train LoRAs in `model`: their factors are cast from the flat buffer of the FP8AdamW that
+    updates them all, or gathered first where none does."""
     factors = lora_parameters(model)
     wanted = set(map(id, factors))
     for optimizer in optimizers:

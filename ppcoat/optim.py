@@ -77,8 +77,8 @@ class FP8AdamW(paddle.optimizer.Optimizer):
     each); the updated value is rounded up or down at random to bfloat16, with the exact value as its mean.
 
     A gradient with NaN or inf skips the whole step: parameters and state do not change, and `skipped_steps`
-    counts it. space: the flat buffer. Raises ConfigError for wrong settings, and at `step()` if some parameters have a gradient and
-    others have none.
+    counts it. space: the flat buffer. Raises ConfigError for wrong settings, and at `step()` if some
+    parameters have a gradient and others have none.
     """
 
     def __init__(

@@ -14,8 +14,8 @@ LOW_PRECISION = (paddle.bfloat16, paddle.float16)
 
 
 class FlatLayout:
-    """Where each of many tensors lies in a flat buffer [G, block_size], and the ways in and out of it. No group
-    holds numbers of two tensors.
+    """Where each of many tensors of any shape lies in a flat buffer [G, block_size], and the ways in and out.
+    No group holds numbers of two tensors.
     """
 
     def __init__(self, params: Sequence[paddle.Tensor], block_size: int) -> None:
@@ -45,7 +45,7 @@ class FlatLayout:
         return paddle.where(inside, flat, paddle.zeros([1], dtype="float32"))
 
     def views(self, flat: paddle.Tensor) -> list[paddle.Tensor]:
-        """A buffer [G, block_size] of any dtype -> the parts of it that are the tensors, in their shapes. They
+        """A buffer [G, block_size] of any dtype -> its parts that are the tensors, in their shapes. They
         share its memory."""
         elements = flat.reshape([-1])
         return [
@@ -65,8 +65,8 @@ class FlatLayout:
 class FlatSpace(FlatLayout):
     """A flat buffer that parameters live in: they are views of it.
 
-    The buffer has the parameters' dtype. float32 parameters are updated there. bfloat16 and float16 parameters
-    have a float32 master copy beside it, which is updated and then rounded; without a master
+    The buffer has the parameters' dtype. float32 parameters are updated there. bfloat16 and float16
+    parameters have a float32 master copy beside it, which is updated and then rounded; without a master
     (`keep_master=False`, bfloat16 only) the update is rounded stochastically, so that changes smaller than
     half a step of bfloat16 are not lost on average.
     """

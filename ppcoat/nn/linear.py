@@ -235,14 +235,15 @@ class LinearUse:
 class FactorCopies:
     """The factors of all LoRAs in the dtype in which the model computes, made by one cast for a whole step.
 
-        copies = FactorCopies(layout)               # where the factors lie: an optimizer's flat buffer, or any
-        with copies.in_use():                       # forward and backward of a step
+        copies = FactorCopies(layout)
+        with copies.in_use():  # forward and backward of a step
             ...
 
-    The cast is made when the first LoRALinear inside asks, into the same memory each time (2 bytes for each
-    number of a factor). Inside nobody may change the factors; outside, and for a factor that is not in the
-    layout, each call casts for itself. So nothing is ever served that an optimizer, a file or a running mean
-    has replaced. float32 models need no copies.
+    layout: of the factors, perhaps an optimizer's flat buffer, which is cast as it is. That happens when the
+    first LoRALinear inside asks, into the same memory each time (2 bytes for each number of a factor). Inside
+    nobody may change the factors; outside, and for a factor that is not in the layout, each call casts for
+    itself. So nothing is ever served that an optimizer, a file or a running mean has replaced. float32 models
+    need no copies.
     """
 
     def __init__(self, layout: FlatLayout) -> None:

@@ -4,9 +4,14 @@ import numpy as np
 import paddle
 import pytest
 
+from ppcoat.fp8 import backend
 from ppcoat.fp8.constants import HASH_SEED
 from ppcoat.fp8.pointwise import dropout, random_bits
 from ppcoat.fp8.truth import hashed
+
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+tl, kernels = (pytest.importorskip(name) for name in ("triton.language", "ppcoat.fp8.formats_triton"))
+in_kernel = kernels.random_bits
 
 COUNT = 1 << 18
 SEEDS = (0, 1, 12345, 2**32, 2**62 - 1)
@@ -23,6 +28,12 @@ def agreement(first: np.ndarray, second: np.ndarray, rate: float = 0.5) -> float
     first, second = (part >= rate * 2**32 for part in (first, second))
     chance = rate**2 + (1 - rate) ** 2
     return ((first == second).mean() - chance) / np.sqrt(chance * (1 - chance) / first.size)
+
+
+@triton.jit
+def hash_kernel(p_place, p_bits, seed):
+    each = tl.arange(0, 64)
+    tl.store(p_bits + each, in_kernel(tl.load(p_place + each), seed.to(tl.int64)))
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -49,7 +60,7 @@ def test_seeds_are_independent(other):
 
 
 def test_seeds_are_no_shifted_copies():
-    """By its lower half a seed moves along the same row of inputs; the upper half makes them other numbers."""
+    """By its lower half a seed moves along the same row of numbers; the upper half makes it another row."""
     moved = 5 * pow(HASH_SEED, -1, 2**32) % 2**32  # five places further
     found = bits(7 << 32)
     assert (bits((7 << 32) + moved)[:-5] == found[5:]).all()  # this is what the upper half is for
@@ -74,20 +85,10 @@ def test_the_same_call_is_its_own_transpose_and_says_what_is_not_finite(run):
 
 
 def test_places_beyond_32_bits_in_reference_and_kernel(on_triton):
-    triton = pytest.importorskip("triton", reason="Triton is not installed")
-    tl = pytest.importorskip("triton.language")
-    from ppcoat.fp8 import formats_triton
-
-    @triton.jit
-    def kernel(p_place, p_bits, seed):
-        each = tl.arange(0, 64)
-        tl.store(p_bits + each, hash_of(tl.load(p_place + each), seed.to(tl.int64)))
-
-    kernel.fn.__globals__.update(tl=tl, hash_of=formats_triton.random_bits)
     places = np.concatenate([np.arange(32), 2**31 + np.arange(8) - 4, 2**32 * np.arange(1, 25) + 5])
 
     def launch(place, found):
-        kernel[(1,)](place, found, 2**61 + 2**33 + 9)
+        hash_kernel[(1,)](place, found, 2**61 + 2**33 + 9)
         return found
 
     want = hashed(places, 2**61 + 2**33 + 9)
@@ -100,8 +101,6 @@ def test_places_beyond_32_bits_in_reference_and_kernel(on_triton):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_reference_and_kernel_agree_bit_for_bit(dtype, on_triton):
-    from ppcoat.fp8 import backend
-
     kernel = on_triton(backend.OPS["dropout"].version("triton"))
     x = paddle.to_tensor(np.random.default_rng(1).standard_normal([7, 513]).astype("float32")).astype(dtype)
     for seed in SEEDS:

@@ -244,7 +244,7 @@ def test_x_that_was_changed_is_quantised_anew(quantised):
 
 @pytest.mark.parametrize("grad", [True, False])
 def test_blocks_quantise_each_input_of_their_linears_once(build_flux, quantised, flux, grad):
-    """A double block has 8 inputs and a single one 2: norms' results are read by three and by four Linears."""
+    """A double block has 8 inputs and a single one 2: results of norms have three and four readers."""
     transformer = build_flux(1, 1, 2, 64, channels=16, text=24, pooled=12, guidance=True)
     quantize_linears(transformer)
     multiply_in_fp8(transformer)
