@@ -74,6 +74,12 @@ class Kernels:
                    (lambda: eager["quantize"](x)) if known else None)  # fmt: skip
             yield (f"dequantize{name}", (codes, scale, fmt, group, half), (1, 1),
                    partial(eager["dequantize"], codes, scale) if known else None)  # fmt: skip
+        coded = 1 / (1 + 4 / GROUP)  # a byte of codes for which no scale of a group is read
+        state = run["quantize_with_residual"](x, E4M3, GROUP)
+        yield "quantize_with_residual", (x, E4M3, GROUP), (1, 1 + 0.5 * coded), None
+        yield "dequantize_with_residual", (*state, E4M3, GROUP, half), (1, 1 + 0.5 * coded), None
+        weight = truth.random_weight(self.library, self.rng, tokens, width)
+        yield "dequantize_blocks", (weight.codes, weight.scale, E4M3, GROUP, half), (1, coded), None
         rows = self._random([tokens * width // GROUP, GROUP], "float32")
         for name, values in (("log", rows * rows), ("signed_log", rows)):
             state = run[f"{name}_encode"](values, E4M3)
@@ -94,6 +100,7 @@ class Kernels:
         back = gradient(lambda h: rms(h, weight, row), x, dy)
         yield "rms_norm_grad", (*arguments, dy, NORM_EPSILON, groups), (2, 1), back
         yield "gated_residual", (x, row, dy), (3, 0), lambda: eager["gated_residual"](x, row, dy)
+        yield "dropout", (x, 0.1, 1), (2, 0), None
 
         head, dhead = (self._random([1, tokens, heads, width // heads], half) for _ in range(2))
         angles, gain = self._angles(tokens, width // heads), self._random([width // heads], half)

@@ -199,7 +199,7 @@ class LinearUse:
         layer = self.layer
         if self.scale is None:
             return times(x, layer.weight, layer.bias), None
-        xa = paddle.matmul(self.drop(x), _in_dtype(layer.lora_A, x.dtype)).scale_(self.scale)
+        xa = self._scaled_(paddle.matmul(self.drop(x), _in_dtype(layer.lora_A, x.dtype)))
         return times(x, layer.weight, layer.bias, (xa, _in_dtype(layer.lora_B, x.dtype))), xa
 
     def gradients(
@@ -213,7 +213,7 @@ class LinearUse:
         if self.scale is None:
             return times_transposed(dy, layer.weight) if needs_dx else None, None, None
         lora_a, lora_b = (_in_dtype(factor, dy.dtype) for factor in (layer.lora_A, layer.lora_B))
-        dyb = paddle.matmul(dy, lora_b, transpose_y=True).scale_(self.scale)
+        dyb = self._scaled_(paddle.matmul(dy, lora_b, transpose_y=True))
         dropped = self.drop(x) if x is not None else None
         if not layer.lora_A.stop_gradient:
             da = paddle.matmul(_rows(dropped), _rows(dyb), transpose_x=True).astype(layer.lora_A.dtype)
@@ -230,6 +230,10 @@ class LinearUse:
     def drop(self, x: paddle.Tensor) -> paddle.Tensor:
         """Inverted dropout on the LoRA's input x [..., in]; x itself without dropout."""
         return x if self.seed is None else dropout(x, self.layer.dropout, self.seed)
+
+    def _scaled_(self, x: paddle.Tensor) -> paddle.Tensor:
+        """x times the scale, in place; where alpha is the rank that is 1, and nothing is launched."""
+        return x if self.scale == 1.0 else x.scale_(self.scale)
 
 
 class FactorCopies:

@@ -103,6 +103,52 @@ def test_gradient_checkpointing_with_coat_keeps_fp8_block_inputs_only(make_confi
     assert again.optimizer_bytes == kept.optimizer_bytes > 0
 
 
+SYNCS = ("numpy", "item", "tolist", "__float__", "__int__", "__bool__", "__array__", "__index__")
+COPIES = 7  # to the device, of a forward pass
+
+
+def test_a_step_reads_from_the_device_once_dropout_included(make_config, monkeypatch):
+    """Losses, gradient norms and whether all is finite come together. What is copied to the device is the
+    batch, its noise and what says where tokens are."""
+    asked, inside = [], []
+
+    def counted(owner, name):
+        real = getattr(owner, name)
+
+        def call(*args, **kwargs):
+            if inside == ["step"]:
+                asked[-1].append(name)
+            inside.append(name)
+            try:
+                return real(*args, **kwargs)
+            finally:
+                inside.pop()
+
+        monkeypatch.setattr(owner, name, call)
+
+    def step(trainer, _step=Trainer.train_step):
+        asked.append([])
+        inside.append("step")
+        try:
+            return _step(trainer)
+        finally:
+            inside.pop()
+
+    monkeypatch.setattr(Trainer, "train_step", step)
+    for name in SYNCS:
+        counted(paddle.Tensor, name)
+    counted(paddle, "to_tensor")
+    train_lora(
+        make_config(
+            "network.dropout=0.1", "train.gradient_checkpointing=true", "train.gradient_accumulation=2",
+            "coat.activation.policy=coat+recompute+attention", "train.ema.use_ema=true", "train.steps=2",
+        )
+    )  # fmt: skip
+    _, calls = asked  # the first step looks at the weights of head norms, too
+    assert [name for name in calls if name != "to_tensor"] == ["numpy"]
+    assert len(calls) - 1 <= 2 * COPIES
+
+
 def test_memory_lines_come_only_when_asked_for(make_config, capsys):
     train_lora(make_config("name=quiet", "train.steps=1"))
     assert "before_forward" not in capsys.readouterr().out
