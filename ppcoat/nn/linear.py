@@ -2,7 +2,7 @@
 
 Paddle's Linear saves its input even when its weight is frozen. Here a frozen Linear saves nothing (dx = dy
 W^T needs only the weight), and a LoRA on it saves one copy of x (FP8 under the policy "coat") for dA and
-the small x A for dB.
+the small s x A for dB.
 
     y  = x W + b + s * drop(x) A B          s = alpha / rank * scale_multiplier
     dx = dy W^T + s * drop'(dy B^T A^T),  dA = s * drop(x)^T (dy B^T),  dB = s * (drop(x) A)^T dy
@@ -266,19 +266,23 @@ class FactorCopies:
         finally:
             _copies.reset(token)
 
-    @paddle.no_grad()
     def of(self, factor: paddle.Tensor, dtype: paddle.dtype) -> paddle.Tensor:
         """lora_A [in, rank] or lora_B [rank, out] in `dtype`."""
-        if id(factor) not in self._index:
+        index = self._index.get(id(factor))
+        if index is None:
             return factor.astype(dtype)
         if dtype not in self._fresh:
-            cast = self._layout.current().astype(dtype)
-            if dtype not in self._made:
-                self._made[dtype] = cast, self._layout.views(cast)
-            else:
-                paddle.assign(cast, output=self._made[dtype][0])
-            self._fresh.add(dtype)
-        return self._made[dtype][1][self._index[id(factor)]]
+            self._cast(dtype)
+        return self._made[dtype][1][index]
+
+    @paddle.no_grad()
+    def _cast(self, dtype: paddle.dtype) -> None:
+        cast = self._layout.current().astype(dtype)
+        if dtype not in self._made:
+            self._made[dtype] = cast, self._layout.views(cast)
+        else:
+            paddle.assign(cast, output=self._made[dtype][0])
+        self._fresh.add(dtype)
 
 
 _copies: ContextVar[FactorCopies | None] = ContextVar("ppcoat_factor_copies", default=None)

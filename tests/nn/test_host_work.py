@@ -16,13 +16,13 @@ import pytest
 HERE = Path(__file__).parent
 LINEARS = 22
 BOUNDS = {  # case -> Paddle calls, those of them in the blocks' forward, launches of our kernels
-    "none": (800, 345, 3),
-    "coat": (555, 160, 78),
-    "coat dropout": (555, 160, 138),
-    "coat+recompute": (580, 170, 70),
-    "coat+recompute dropout checkpoints": (710, 315, 164),
-    "coat+recompute+attention fp8": (580, 170, 139),
-    "coat+recompute products": (620, 190, 147),
+    "none": (750, 325, 3),
+    "coat": (505, 135, 78),
+    "coat dropout": (505, 135, 138),
+    "coat+recompute": (530, 145, 70),
+    "coat+recompute dropout checkpoints": (635, 265, 164),
+    "coat+recompute+attention fp8": (530, 145, 139),
+    "coat+recompute products": (570, 165, 147),
 }
 COLUMNS = ("calls", "calls in blocks, forward", "launches", "call cast", "syncs", "copies")
 
@@ -51,7 +51,8 @@ def counts():
 def test_calls_and_launches_stay_below_what_was_reached(case, counts):
     found = counts[case]
     reached = tuple(found.get(column, 0) for column in COLUMNS[:3])
-    assert all(0.9 * most <= got <= most for got, most in zip(reached, BOUNDS[case], strict=True)), reached
+    assert all(got <= most for got, most in zip(reached, BOUNDS[case], strict=True)), reached
+    assert found["calls"] > 20 * LINEARS and found["launches"]  # it is counted at all
 
 
 @pytest.mark.parametrize("case", BOUNDS)
