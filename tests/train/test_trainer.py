@@ -10,6 +10,7 @@ import paddle
 import pytest
 from safetensors.numpy import load_file
 
+from ppcoat.nn.linear import FactorCopies
 from ppcoat.train import flux as flux_lora
 from ppcoat.train import run as lora_run
 from ppcoat.train.checkpoint import load_latest
@@ -110,7 +111,8 @@ COPIES = 7  # to the device, of a forward pass
 def test_a_step_reads_from_the_device_once_dropout_included(make_config, monkeypatch):
     """Losses, gradient norms and whether all is finite come together. What is copied to the device is the
     batch, its noise and what says where tokens are."""
-    asked, inside = [], []
+    asked, inside, casting = [], [], []
+    in_use = FactorCopies.in_use
 
     def counted(owner, name):
         real = getattr(owner, name)
@@ -135,6 +137,7 @@ def test_a_step_reads_from_the_device_once_dropout_included(make_config, monkeyp
             inside.pop()
 
     monkeypatch.setattr(Trainer, "train_step", step)
+    monkeypatch.setattr(FactorCopies, "in_use", lambda copies: casting.append(copies) or in_use(copies))
     for name in SYNCS:
         counted(paddle.Tensor, name)
     counted(paddle, "to_tensor")
@@ -147,6 +150,7 @@ def test_a_step_reads_from_the_device_once_dropout_included(make_config, monkeyp
     _, calls = asked  # the first step looks at the weights of head norms, too
     assert [name for name in calls if name != "to_tensor"] == ["numpy"]
     assert len(calls) - 1 <= 2 * COPIES
+    assert len(casting) == 2 and casting[0] is casting[1]  # one cast of the factors for both passes of a step
 
 
 def test_memory_lines_come_only_when_asked_for(make_config, capsys):
