@@ -20,7 +20,6 @@ from pydantic import Field
 
 from ppcoat.config.schema import CoatConfig, ModelConfig, NetworkConfig
 from ppcoat.errors import ConfigError
-from ppcoat.fp8.flat import FlatLayout
 from ppcoat.lora import LoKrSettings, inject_lokr, inject_lora
 from ppcoat.lora.layer import lora_parameters, target_paths
 from ppcoat.models.blocks import BlockModel
@@ -215,8 +214,8 @@ def factor_copies(model: paddle.nn.Layer, optimizers: Sequence[paddle.optimizer.
     wanted = set(map(id, factors))
     for optimizer in optimizers:
         if isinstance(optimizer, FP8AdamW) and wanted <= set(map(id, optimizer.space.params)):
-            return FactorCopies(optimizer.space)
-    return FactorCopies(FlatLayout(factors, FP8QuantizationConfig.block_size))
+            return FactorCopies(factors, optimizer.space)
+    return FactorCopies(factors)
 
 
 def chosen_modules(network: NetworkConfig, transformer: paddle.nn.Layer) -> list[str]:

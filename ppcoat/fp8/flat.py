@@ -63,9 +63,9 @@ class FlatLayout:
 
 
 class FlatSpace(FlatLayout):
-    """A flat buffer that parameters live in: they are views of it.
+    """A flat buffer [G, block_size] that parameters live in: they are views of it.
 
-    The buffer has the parameters' dtype. float32 parameters are updated there. bfloat16 and float16
+    It has the parameters' dtype. float32 parameters are updated there. bfloat16 and float16
     parameters have a float32 master copy beside it, which is updated and then rounded; without a master
     (`keep_master=False`, bfloat16 only) the update is rounded stochastically, so that changes smaller than
     half a step of bfloat16 are not lost on average.
@@ -79,7 +79,7 @@ class FlatSpace(FlatLayout):
         self._adopt()
 
     def current(self) -> paddle.Tensor:
-        """As of any layout, without copying float32 parameters: not to be changed."""
+        """float32 [G, block_size]: what the parameters hold now. Not to be changed: it may be no copy."""
         self.adopt_moved()
         return self.values()
 

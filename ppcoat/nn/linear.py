@@ -15,7 +15,7 @@ one FP8 copy of x as COAT section 5 stores it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -33,6 +33,8 @@ from ppcoat.fp8.pointwise import dropout
 from .base_weight import Weight, times, times_transposed
 from .policy import check_policy
 from .saved_tensors import saver
+
+GATHERED = 128  # a factor starts at a multiple of so many numbers: 256 bytes in 16 bits
 
 
 class FrozenLinear(nn.Layer):
@@ -239,20 +241,20 @@ class LinearUse:
 class FactorCopies:
     """The factors of all LoRAs in the dtype in which the model computes, made by one cast for a whole step.
 
-        copies = FactorCopies(layout)
+        copies = FactorCopies(factors)
         with copies.in_use():  # forward and backward of a step
             ...
 
-    layout: of the factors, perhaps an optimizer's flat buffer, which is cast as it is. That happens when the
-    first LoRALinear inside asks, into the same memory each time (2 bytes for each number of a factor). Inside
-    nobody may change the factors; outside, and for a factor that is not in the layout, each call casts for
-    itself. So nothing is ever served that an optimizer, a file or a running mean has replaced. float32 models
-    need no copies.
+    factors: each lora_A [in, rank] and lora_B [rank, out], float32; layout: the optimizer's flat buffer that
+    holds them, if one does, which spares gathering them. The cast is made when the first LoRALinear inside
+    asks, into the same memory each time (2 bytes for each number of a factor). Inside nobody may change the
+    factors; outside, and for any other factor, each call casts for itself. So nothing is ever served that an
+    optimizer, a file or a running mean has replaced. float32 models need no copies.
     """
 
-    def __init__(self, layout: FlatLayout) -> None:
-        self._layout = layout
-        self._index = {id(param): i for i, param in enumerate(layout.params)}
+    def __init__(self, factors: Sequence[paddle.Tensor], layout: FlatLayout | None = None) -> None:
+        self._layout = FlatLayout(factors, GATHERED) if layout is None else layout
+        self._index = {id(param): i for i, param in enumerate(self._layout.params)}
         self._made: dict[paddle.dtype, tuple[paddle.Tensor, list[paddle.Tensor]]] = {}
         self._fresh: set[paddle.dtype] = set()
 
