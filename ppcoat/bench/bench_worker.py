@@ -24,7 +24,7 @@ from multiprocessing.connection import Connection
 import numpy as np
 import paddle
 
-from ppcoat.coat import COATConfig, COATTrainer, prepare
+from ppcoat.coat import COATConfig, COATTrainer, factor_copies, prepare
 from ppcoat.config.flags import flag
 from ppcoat.config.schema import CoatActivationConfig, CoatOptimizerConfig, NetworkConfig
 from ppcoat.device import (
@@ -150,6 +150,7 @@ class MeasuredTraining:
         self.loaded_bytes = self.meter.memory()
         rate = LEARNING_RATE["full" if case.full_training else "lora"]
         self.optimizer = self.coat.create_optimizer(self.parameters, lr=rate)
+        self.factors = factor_copies(self.model, [self.optimizer])
         self.objective = FlowMatching()
         self.steps_done = 0
         self.bytes = dict.fromkeys(BYTES, 0)
@@ -162,9 +163,10 @@ class MeasuredTraining:
         wanted = self.coat.policy != "none" or self.steps_done == 0
         started_at = time.monotonic()
         self.meter.start()
-        with self.coat.saved_tensors() if wanted else nullcontext() as saved:
-            loss = self.objective.loss(self.model, batch, rng)
-        loss.backward()
+        with self.factors.in_use():
+            with self.coat.saved_tensors() if wanted else nullcontext() as saved:
+                loss = self.objective.loss(self.model, batch, rng)
+            loss.backward()
         self.optimizer.step()
         self.optimizer.clear_grad()
         milliseconds = self.meter.stop()

@@ -143,13 +143,12 @@ class Kernels:
                    (lambda: eager["quantize"](x)) if known else None)  # fmt: skip
             yield (f"dequantize{name}", (codes, scale, fmt, group, half), (1, 1),
                    partial(eager["dequantize"], codes, scale) if known else None)  # fmt: skip
-        half_byte = 0.5 / itemsize
-        packed = run["quantize_with_residual"](x, E4M3, GROUP)
-        yield "quantize_with_residual", (x, E4M3, GROUP), (1 + half_byte, 1), None
-        yield "dequantize_with_residual", (*packed, E4M3, GROUP, half), (1 + half_byte, 1), None
-        matrix = truth.random_weight(self.library, self.rng, tokens, width)
-        blocks = (matrix.codes, matrix.scale, E4M3, GROUP, half)
-        yield "dequantize_blocks", blocks, (1 + (1 + 4 / GROUP**2) / itemsize, 0), None
+        coded = 1 / (1 + 4 / GROUP)  # a byte of codes for which no scale of a group is read
+        state = run["quantize_with_residual"](x, E4M3, GROUP)
+        yield "quantize_with_residual", (x, E4M3, GROUP), (1, 1 + 0.5 * coded), None
+        yield "dequantize_with_residual", (*state, E4M3, GROUP, half), (1, 1 + 0.5 * coded), None
+        weight = truth.random_weight(self.library, self.rng, tokens, width)
+        yield "dequantize_blocks", (weight.codes, weight.scale, E4M3, GROUP, half), (1, coded), None
         rows = self._random([tokens * width // GROUP, GROUP], "float32")
         for name, values in (("log", rows * rows), ("signed_log", rows)):
             state = run[f"{name}_encode"](values, E4M3)

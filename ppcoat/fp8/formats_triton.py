@@ -106,7 +106,8 @@ def narrowed(x, DTYPE: tl.constexpr):
 def random_bits(position, seed):
     """int32 for each position, int64: `random_bits` in pointwise.py says how. seed: int64, not negative."""
     mixed = (position + (position >> 32) * _HASH_HIGH + seed * _HASH_SEED).to(tl.uint32)
-    mixed = ((mixed ^ (mixed >> 16)) * _HASH_FIRST) ^ (seed >> 32).to(tl.uint32)
+    mixed ^= ((seed >> 32) * _HASH_FIRST).to(tl.uint32)
+    mixed = (mixed ^ (mixed >> 16)) * _HASH_FIRST
     mixed = (mixed ^ (mixed >> 15)) * _HASH_SECOND
     return (mixed ^ (mixed >> 16)).to(tl.int32, bitcast=True)
 

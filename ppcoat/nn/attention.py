@@ -149,10 +149,11 @@ class AttentionCall(OpCall):
         do = paddle.concat(grads, axis=1) if len(grads) > 1 else grads[0]
         gradients = graph.gradients(split_heads(do, self.head_dim))
         found = list(zip(*(self._parts(d) for d in gradients), strict=True))
-        inputs = list(zip(*(self._parts(x.detach()) for x in graph.inputs), strict=True))
-        for maker, x in zip(self.makers, _flat(inputs), strict=True):
-            if maker is not None:
-                maker.output = x
+        for i, x in enumerate(graph.inputs):  # q, k, v
+            makers = self.makers[i::3]
+            for maker, part in zip(makers, self._parts(x.detach()) if any(makers) else makers, strict=True):
+                if maker is not None:
+                    maker.output = part
         return _flat(found)
 
     def _part_again(self, index: int) -> paddle.Tensor:
