@@ -5,7 +5,8 @@
 Every case that `benchmark kernels` times is compiled at FLUX.1-dev's shapes for sm_80, 89, 90 and 120, and
 its machine code is counted (sass.py). From instructions and bytes follows how long the schedulers of a card
 issue and how long its memory moves what the kernel must move; the share of copy speed is the second over the
-first, 1 at most. Latency, occupancy and the last wave are left out: a card may be slower, not faster.
+first, 1 at most; for FP8 products see product_static.py. Latency, occupancy and the last wave are left out: a
+card may be slower, not faster.
 
 Each architecture is compiled in a process of its own, because Triton decides when a kernel is defined whether
 it interprets it. Nothing is launched; the tensors have shapes and no memory.
@@ -30,6 +31,7 @@ import numpy as np
 from ppcoat.atomic import write_text
 from ppcoat.bench import sass
 from ppcoat.bench.kernel_cases import ADAMW, Kernels
+from ppcoat.bench.product_static import product_share
 from ppcoat.errors import ConfigError
 from ppcoat.fp8.backend import INSTALL_TRITON
 from ppcoat.fp8.formats_triton import dtype_name
@@ -52,7 +54,8 @@ print_rows({arch}, {wanted!r})
 @dataclass(frozen=True)
 class Card:
     """A card as its data sheet has it. bandwidth: bytes a second; clock: of the multiprocessors in Hz, as
-    they boost; flops: of its fastest dense products that sum in float32, a clock and multiprocessor."""
+    they boost; flops: of its fastest dense products that sum in float32, a clock and multiprocessor; cache:
+    bytes a clock that its second-level cache delivers to a multiprocessor, None where no source is known."""
 
     name: str
     arch: int
@@ -61,11 +64,17 @@ class Card:
     multiprocessors: int
     flops: int
     product: str = "FP8"
+    cache: float | None = None
+
+    @property
+    def lanes(self) -> int:
+        """Instructions of threads that a multiprocessor issues in a clock."""
+        return SCHEDULERS * sass.LANES
 
     @property
     def issue(self) -> float:
         """Instructions of threads a second."""
-        return self.multiprocessors * SCHEDULERS * sass.LANES * self.clock
+        return self.multiprocessors * self.lanes * self.clock
 
     @property
     def copy(self) -> float:
@@ -73,12 +82,15 @@ class Card:
         return COPIES * self.bandwidth
 
 
+# Bytes a second, measured on an H100 (XLA's cost model of products); bytes a clock, from the A100 whitepaper.
+_HOPPERS_CACHE, _AMPERES_CACHE = 6.65e12 / 132 / 1.755e9, 5120 / 108
+
 # The first of an architecture is the one whose memory is fastest for its multiprocessors: shares are of it.
 CARDS = (
-    Card("A100 80GB SXM", 80, 2.039e12, 1.410e9, 108, 2048, "FP16"),
+    Card("A100 80GB SXM", 80, 2.039e12, 1.410e9, 108, 2048, "FP16", _AMPERES_CACHE),
     Card("RTX 4090", 89, 1.008e12, 2.520e9, 128, 1024),
-    Card("H200", 90, 4.8e12, 1.755e9, 132, 8192),
-    Card("H100 SXM", 90, 3.35e12, 1.755e9, 132, 8192),
+    Card("H200", 90, 4.8e12, 1.755e9, 132, 8192, cache=_HOPPERS_CACHE),
+    Card("H100 SXM", 90, 3.35e12, 1.755e9, 132, 8192, cache=_HOPPERS_CACHE),
     Card("RTX 5090", 120, 1.792e12, 2.407e9, 170, 1024),
 )
 ARCHITECTURES = tuple(dict.fromkeys(card.arch for card in CARDS))
@@ -297,17 +309,16 @@ def static_row(case: StaticCase, launches: list[Launch], arch: int) -> StaticRow
         for name, count in code.executed(launch.trips()).items():
             executed[name] += count * threads
     issue = max(sum(executed.values()), sass.special(executed) * SPECIAL_CLOCKS) / card.issue
-    if case.flops:
-        bound = case.flops / (card.flops * card.multiprocessors * card.clock)
-    else:
-        bound = case.nbytes / card.copy
+    share = (
+        product_share(card, case.flops, launches) if case.flops else min(1.0, case.nbytes / card.copy / issue)
+    )
     degrees = [sass.bank_conflict_degree(launch.kernel.asm["ptx"]) for launch in launches]
     return StaticRow(
         case.name, case.shape, f"sm_{arch}", max(code.registers for code in codes),
         sum(code.spill_bytes for code in codes), max(launch.kernel.metadata.shared for launch in launches),
         round(sum(executed.values()) / case.elements, 2), round(case.nbytes / case.elements, 3),
         max((degree for degree in degrees if degree), default=None), sass.tensor_core_instruction(executed),
-        round(min(1.0, bound / issue), 3),
+        round(share, 3),
         f"{card.product} peak of an {card.name}" if case.flops else f"copy speed of an {card.name}",
     )  # fmt: skip
 

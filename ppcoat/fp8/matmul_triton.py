@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import triton
 import triton.language as tl
+from triton.runtime.jit import TensorWrapper
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .formats_triton import DTYPES, NATIVE_ARCH, Unsuited, capability, dtype_name, empty, narrowed, require
@@ -91,8 +92,14 @@ def turned(codes: Any) -> Any:
 def _described(codes: Any, rows: int) -> TensorDescriptor:
     """Codes [R, C] as FP8 tiles [rows, BLOCK], zeros over the edge. FP8 from the start: a tile recast after
     it was fetched would go through registers."""
-    fp8 = triton.reinterpret(codes, tl.float8e4nv)
-    return TensorDescriptor(fp8, list(codes.shape), [codes.shape[1], 1], [rows, BLOCK])
+    return TensorDescriptor(_FP8View(codes), list(codes.shape), [codes.shape[1], 1], [rows, BLOCK])
+
+
+class _FP8View(TensorWrapper):
+    """Codes as a descriptor wants its base: Triton's `reinterpret`, without what only torch tensors have."""
+
+    def __init__(self, codes: Any) -> None:
+        self.base, self.dtype, self.shape = codes, tl.float8e4nv, codes.shape
 
 
 def _added(
