@@ -276,9 +276,11 @@ def static_rows(arch: int, wanted: str = "") -> list[StaticRow]:
     return rows
 
 
-def compiled(arch: int, wanted: str = "") -> Iterator[tuple[StaticCase, list[Launch]]]:
-    """Each case whose name starts with `wanted` with its launches, compiled for sm_`arch`. Once a process,
-    without TRITON_INTERPRET."""
+def compiled(
+    arch: int, wanted: str = "", cases: Iterator[StaticCase] | None = None
+) -> Iterator[tuple[StaticCase, list[Launch]]]:
+    """Each case (of all unless others are given) whose name starts with `wanted` with its launches, compiled
+    for sm_`arch`. Once a process, without TRITON_INTERPRET."""
     import triton
     from triton.runtime.jit import JITFunction
 
@@ -292,7 +294,7 @@ def compiled(arch: int, wanted: str = "") -> Iterator[tuple[StaticCase, list[Lau
 
     JITFunction.run = stop_short
     triton.runtime.driver.set_active(PretendedDriver(arch))
-    for case in ShapedKernels(ShapedLibrary()).cases():
+    for case in cases or ShapedKernels(ShapedLibrary()).cases():
         if case.name.startswith(wanted):
             launches.clear()  # of what prepared the case
             case.call()
