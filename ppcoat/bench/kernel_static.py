@@ -24,6 +24,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -42,13 +43,12 @@ COPIES = 0.9  # share of a data sheet's bandwidth that a copy is assumed to reac
 TOKENS, WIDTH, HEADS, GROUPS = 4608, 3072, 24, 7813  # of FLUX.1-dev at 1024 pixels; of AdamW's parameters
 PRODUCTS = ((3072, 3072), (3072, 12288), (15360, 3072))
 # The package without its __init__, which takes seconds to import.
-COMPILE = """
+ENTER = """
 import importlib.util, sys
 spec = importlib.util.spec_from_file_location("ppcoat", {package!r})
 sys.modules["ppcoat"] = importlib.util.module_from_spec(spec)
-from ppcoat.bench.kernel_static import print_rows
-print_rows({arch}, {wanted!r})
 """
+COMPILE = "from ppcoat.bench.kernel_static import print_rows; print_rows({arch}, {wanted!r})"
 
 
 @dataclass(frozen=True)
@@ -217,22 +217,15 @@ class ShapedKernels(Kernels):
                 yield StaticCase(name, [TOKENS, k, n], product, TOKENS * wide, nbytes, 2.0 * TOKENS * k * n)
 
 
-class PretendedDriver:
-    """What Triton asks a driver before it launches."""
+def pretended_driver(arch: int) -> Any:
+    """What Triton asks before it launches, of a card that is not there."""
+    from triton.backends.compiler import GPUTarget
 
-    def __init__(self, arch: int) -> None:
-        self.arch = arch
-
-    def get_current_target(self) -> Any:
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", self.arch, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
+    return SimpleNamespace(
+        get_current_target=lambda: GPUTarget("cuda", arch, 32),
+        get_current_device=lambda: 0,
+        get_current_stream=lambda device: 0,
+    )
 
 
 def run_static(output: str | None) -> None:
@@ -254,7 +247,8 @@ def static_rows(arch: int, wanted: str = "") -> list[StaticRow]:
     from tqdm import tqdm
 
     package = str(Path(__file__).parents[1] / "__init__.py")
-    command = [sys.executable, "-c", COMPILE.format(package=package, arch=arch, wanted=wanted)]
+    script = ENTER.format(package=package) + COMPILE.format(arch=arch, wanted=wanted)
+    command = [sys.executable, "-c", script]
     path = os.pathsep.join([str(Path(package).parents[1]), *(each for each in sys.path if each)])
     environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": path}
     rows = []
@@ -293,7 +287,7 @@ def compiled(
         launches.append(Launch(self.fn.__name__, kernel, math.prod(grid), arguments))
 
     JITFunction.run = stop_short
-    triton.runtime.driver.set_active(PretendedDriver(arch))
+    triton.runtime.driver.set_active(pretended_driver(arch))
     for case in cases or ShapedKernels(ShapedLibrary()).cases():
         if case.name.startswith(wanted):
             launches.clear()  # of what prepared the case
