@@ -58,7 +58,7 @@ def step_clocks(card: Card, launch: Launch) -> StepClocks:
     """Of a compiled `scaled_matmul_kernel`."""
     arguments, warps = launch.arguments, launch.kernel.metadata.num_warps
     tall, wide = arguments["TALL"], arguments["SIDE"] * (2 if arguments["PAIR"] else 1)
-    loop = sass.MachineCode.of(launch.kernel.asm["cubin"]).main_loop()
+    loop = one_turn(launch)
     moved = DEEP * (tall + wide)
     return StepClocks(
         tensor=2 * tall * wide * DEEP / card.flops,
@@ -66,6 +66,13 @@ def step_clocks(card: Card, launch: Launch) -> StepClocks:
         shared=(moved + _read(loop, warps)) / SHARED_BYTES,
         cache=moved / card.cache if card.cache else None,
     )
+
+
+def one_turn(launch: Launch) -> Counter[str]:
+    """Name of an instruction -> how often a thread executes it in one turn of the longest loop: that over the
+    depth, unless a LoRA in float32 makes its own loop longer."""
+    code = sass.MachineCode.of(launch.kernel.asm["cubin"])
+    return code.executed(2) - code.executed(1)
 
 
 def product_share(card: Card, flops: float, launches: list[Launch]) -> float:

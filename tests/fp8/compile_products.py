@@ -12,9 +12,8 @@ import sys
 from dataclasses import asdict
 from functools import partial
 
-from ppcoat.bench import sass
 from ppcoat.bench.kernel_static import CARDS, Shaped, StaticCase, compiled, static_row
-from ppcoat.bench.product_static import step_clocks
+from ppcoat.bench.product_static import one_turn, step_clocks
 from ppcoat.fp8.formats import BlockMatrix, Epilogue
 from ppcoat.fp8.matmul_triton import scaled_matmul
 
@@ -43,7 +42,7 @@ def case(name, m, transpose, added=None, k=WIDTH):
 
 
 def facts(launch):
-    ptx, loop = launch.kernel.asm["ptx"], sass.MachineCode.of(launch.kernel.asm["cubin"]).main_loop()
+    ptx, loop = launch.kernel.asm["ptx"], one_turn(launch)
     buffers = re.findall(r"local_alloc.*memdesc<(\d+)x\d+x\d+x(?:f8E4M3FN|i8)", launch.kernel.asm["ttgir"])
     return {
         "name": launch.name,
