@@ -138,12 +138,36 @@ def on_gpu() -> bool:
     return paddle.get_device().startswith("gpu")
 
 
+def gpu_place(name: str) -> paddle.CUDAPlace | None:
+    """The place of the GPU that `set_device(name)` would choose; None where Paddle sees no such GPU."""
+    number = int(name.partition(":")[2] or 0)
+    return paddle.CUDAPlace(number) if uses_gpu(name) and number < _gpu_count() else None
+
+
+def use_deterministic_kernels() -> str:
+    """Let Paddle's kernels give the same bits each time. Returns a line that says what it costs. Call after
+    set_device and before the first step.
+
+    Without this flag the backward of flash attention adds up in the order in which its blocks of threads
+    happen to run; with it one block does a whole head (`get_num_split` in Paddle's flash_attn_grad_kernel.cu
+    is 1 then). The convolutions of the VAE follow the same flag.
+    """
+    if not on_gpu():
+        return "deterministic: nothing to do, on a CPU every step gives the same bits"
+    paddle.set_flags({"FLAGS_cudnn_deterministic": True})
+    return (
+        "deterministic: flash attention's backward has one block of threads for a head of a picture (24 for "
+        "FLUX at batch 1), fewer than a large card has multiprocessors: slower, how much was not measured"
+    )
+
+
 def _gpu_count() -> int:
     return paddle.device.cuda.device_count() if paddle.device.is_compiled_with_cuda() else 0
 
 
 def compute_dtype(name: str) -> str | None:
-    """The name of a dtype for `from_pretrained`; None for "auto". Call after set_device.
+    """The name of a dtype for `from_pretrained`; None for "auto". Call after set_device. float32 on a GPU
+    means products of TF32 (10 bits of mantissa) unless the process starts with NVIDIA_TF32_OVERRIDE=0.
 
     Raises ConfigError for half precision on a CPU, where Paddle can neither add nor multiply it.
     """
@@ -234,6 +258,10 @@ class HostMeter:
         """Bytes of memory of the machine."""
         return _proc_bytes("/proc/meminfo", "MemTotal")
 
+    def free_memory(self) -> int | None:
+        """Bytes that a process could still take, by the kernel's estimate."""
+        return _proc_bytes("/proc/meminfo", "MemAvailable")
+
     def name(self) -> str:
         """Name of the processor."""
         return _proc_value("/proc/cpuinfo", "model name") or platform.processor()
@@ -270,6 +298,15 @@ class GpuMeter:
     def total_memory(self) -> int:
         """Bytes of memory of the GPU."""
         return paddle.device.cuda.get_device_properties().total_memory
+
+    def free_memory(self) -> int:
+        """Bytes that this process can still take: what the driver says is free, other programs counted, and
+        what Paddle has reserved but not allocated. A Paddle that does not ask the driver knows of this
+        process only."""
+        cuda = paddle.device.cuda
+        ask = getattr(getattr(paddle, "cuda", None), "mem_get_info", None)
+        free = ask()[0] if ask else self.total_memory() - cuda.memory_reserved()
+        return free + cuda.memory_reserved() - cuda.memory_allocated()
 
     def name(self) -> str:
         """Name of the GPU."""

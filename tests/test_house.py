@@ -21,6 +21,10 @@ MOST_FILES, MOST_LINES, MOST_LINES_OF_A_SCRIPT = 156, 400, 40
 FOR_USERS = {
     "extra_repr": "Paddle calls it for the repr of a Layer",
     "scale_noise": "diffusers' image-to-image pipelines call it",
+    **dict.fromkeys(
+        ("get_active_torch_device", "get_device_interface", "get_empty_cache_for_benchmark", "is_active"),
+        "Triton calls it on its driver",
+    ),
 }
 # An op has one name: its reference in fp8/, its kernel, its truth, and the op that models call.
 SAME_OP = ("_triton.py", "fp8/truth", "nn/ops.py")

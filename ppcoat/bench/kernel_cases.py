@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +26,7 @@ LAUNCHERS = {
     for name, module in backend.MODULES["triton"].items()
 }
 GROUP = 128
+MARGIN = 2  # emptying the caches lasts at least this many times as long as starting what is timed
 FROM_16_BITS = ", from 16 bits"
 # AdamW steps: format of the moments (None: float32), logarithmic, beta1, dtype of the parameters, of a copy
 # that is written beside them, whether each group has its own learning rate.
@@ -59,6 +61,50 @@ class Kernels:
         self.library = library
         self.run = {name: connect(launcher) for name, launcher in LAUNCHERS.items()}
         self.rng = np.random.default_rng(0)
+
+    def timed(self, call: Callable[[], Any], runs: int) -> tuple[float, float]:
+        """Median ms of a call on the device, and of starting it on the host; the first call, which builds
+        kernels, is left out.
+
+        Before each the caches are emptied, by as many writes as last longer than starting the call: so the
+        device waits for nothing between its launches.
+        """
+        library = self.library
+        call()
+        host_ms = float(np.median([self._starting_ms(call) for _ in range(min(3, runs))]))
+        writes = 1 + int(MARGIN * host_ms / max(self._elapsed_ms(library.flush), 0.01))
+        times = [self._elapsed_ms(call, lambda: library.flush(writes)) for _ in range(runs)]
+        return float(np.median(times)), host_ms
+
+    def in_a_row_ms(self, call: Callable[[], Any], runs: int) -> float:
+        """Median ms of a call among calls one after another, as in training: the device's time, or the host's
+        where that is longer. The first is left out."""
+        call()
+        events = [self.library.event() for _ in range(runs + 1)]
+        events[0].record()
+        for event in events[1:]:
+            call()
+            event.record()
+        events[-1].synchronize()
+        pairs = zip(events[:-1], events[1:], strict=True)
+        return float(np.median([began.elapsed_time(ended) for began, ended in pairs]))
+
+    def _starting_ms(self, call: Callable[[], Any]) -> float:
+        event = self.library.event()
+        event.record()
+        event.synchronize()
+        began = time.perf_counter()
+        call()
+        return 1e3 * (time.perf_counter() - began)
+
+    def _elapsed_ms(self, call: Callable[[], Any], before: Callable[[], Any] = lambda: None) -> float:
+        began, ended = self.library.event(), self.library.event()
+        before()
+        began.record()
+        call()
+        ended.record()
+        ended.synchronize()
+        return began.elapsed_time(ended)
 
     def errors(self) -> dict[str, float]:
         """Largest error of each kernel on small inputs, in units of what the formats allow (1.0 passes)."""
@@ -97,6 +143,13 @@ class Kernels:
                    (lambda: eager["quantize"](x)) if known else None)  # fmt: skip
             yield (f"dequantize{name}", (codes, scale, fmt, group, half), (1, 1),
                    partial(eager["dequantize"], codes, scale) if known else None)  # fmt: skip
+        half_byte = 0.5 / itemsize
+        packed = run["quantize_with_residual"](x, E4M3, GROUP)
+        yield "quantize_with_residual", (x, E4M3, GROUP), (1 + half_byte, 1), None
+        yield "dequantize_with_residual", (*packed, E4M3, GROUP, half), (1 + half_byte, 1), None
+        matrix = truth.random_weight(self.library, self.rng, tokens, width)
+        blocks = (matrix.codes, matrix.scale, E4M3, GROUP, half)
+        yield "dequantize_blocks", blocks, (1 + (1 + 4 / GROUP**2) / itemsize, 0), None
         rows = self._random([tokens * width // GROUP, GROUP], "float32")
         for name, values in (("log", rows * rows), ("signed_log", rows)):
             state = run[f"{name}_encode"](values, E4M3)
@@ -119,6 +172,7 @@ class Kernels:
             yield f"rms_norm_grad{way}", (h, weight, row, dy, NORM_EPSILON, *how), back, rms_back
         yield "gated_residual", (x, row, dy), (3, 0), lambda: eager["gated_residual"](x, row, dy)
         yield "gated_residual, product alone", (x, row), (2, 0), None
+        yield "dropout", (x, 0.1, 2**61 + 1), (2, 0), None
 
         head, dhead = (self._random([1, tokens, heads, width // heads], half) for _ in range(2))
         angles, gain = self._angles(tokens, width // heads), self._random([width // heads], half)

@@ -19,8 +19,10 @@ from paddle import nn
 from paddle.distributed.fleet.utils import recompute
 
 from ppcoat.device import on_gpu, uses_gpu
+from ppcoat.errors import ConfigError
 from ppcoat.fp8 import backend
 from ppcoat.fp8.constants import NORM_EPSILON
+from ppcoat.fp8.formats import fp8_support
 from ppcoat.fp8.truth import PaddleTensors
 from ppcoat.lora import inject_lora
 from ppcoat.lora.layer import FLUX_TARGETS
@@ -28,7 +30,7 @@ from ppcoat.models.flux.transformer import DoubleBlock
 from ppcoat.nn.convert import multiply_in_fp8, quantize_linears
 from ppcoat.nn.saved_tensors import fp8_saved_tensors
 
-FLUSHED = 2**28  # bytes written before each timed call, more than any cache holds
+FLUSHED = 2**30  # bytes written to empty the caches; they hold less, but this lasts longer than some launches
 GROUP_SIZE = 128  # values that share a scale
 BLOCK_OPS = ("quantize", "dequantize", "modulated_norm", "modulated_norm_grad", "rms_norm_rotated",
              "rms_norm_rotated_grad", "gelu", "gelu_grad", "gated_residual", "scaled_matmul")  # fmt: skip
@@ -36,12 +38,15 @@ LORA_DEVIATION = 0.02  # of a LoRA's B, so that its A has a gradient
 
 
 class PaddleLibrary(PaddleTensors):
-    """Paddle on its current device. On a CPU, where only tests run it, time is the process's."""
+    """Paddle on its current device. On a CPU, where only tests run it, time is the process's. Raises
+    ConfigError on a GPU where Triton can build no kernel."""
 
     name = "paddle"
 
     def __init__(self) -> None:
         self.on_gpu = on_gpu()
+        if self.on_gpu and (trouble := backend.unavailable("triton")):
+            raise ConfigError(f"nothing was measured: {trouble}")
         self.half = "bfloat16" if self.on_gpu else "float32"
 
     @staticmethod
@@ -57,21 +62,14 @@ class PaddleLibrary(PaddleTensors):
     def zeros(self, shape: list[int], dtype: str) -> Any:
         return paddle.zeros(shape, dtype)
 
-    def median_ms(self, call: Callable[[], Any], runs: int) -> float:
-        """Median of `runs` calls by device events, caches emptied before each; the first call left out."""
-        call()
-        if not self.on_gpu:
-            return _host_ms(call, runs)
-        event, times = paddle.device.cuda.Event, []
-        for _ in range(runs):
+    def event(self) -> Any:
+        """A point in the device's time, once it is recorded; on a CPU in the process's."""
+        return paddle.device.cuda.Event(enable_timing=True) if self.on_gpu else ProcessEvent()
+
+    def flush(self, times: int = 1) -> None:
+        """Write FLUSHED bytes so often; nothing on a CPU."""
+        for _ in range(times if self.on_gpu else 0):
             paddle.zeros([FLUSHED], "uint8")
-            start, stop = event(enable_timing=True), event(enable_timing=True)
-            start.record()
-            call()
-            stop.record()
-            stop.synchronize()
-            times.append(start.elapsed_time(stop))
-        return float(np.median(times))
 
     def peak_bytes(self, call: Callable[[], Any]) -> int | None:
         """The most that a call allocates on the device at one time; None on a CPU."""
@@ -95,7 +93,7 @@ class PaddleLibrary(PaddleTensors):
 
     def scaled_fp8_matmul(self, m: int, k: int, n: int) -> Callable[[], Any] | None:
         """Paddle's own FP8 product with a scale per tensor, None where the device has none."""
-        if not self.on_gpu:
+        if not fp8_support().matmul:
             return None
         x, w = (paddle.ones(s).astype("float8_e4m3fn") for s in ([m, k], [n, k]))
         multiply = paddle.linalg.fp8_fp8_half_gemm_fused
@@ -186,13 +184,18 @@ class PaddleLibrary(PaddleTensors):
         return [f"without kernels: {', '.join(ops)}: {reason}" for reason, ops in names.items() if reason]
 
 
-def _host_ms(call: Callable[[], Any], runs: int) -> float:
-    times = []
-    for _ in range(runs):
-        start = time.process_time()
-        call()
-        times.append(1e3 * (time.process_time() - start))
-    return float(np.median(times))
+class ProcessEvent:
+    """A device event's methods on a CPU: a point in the process's time."""
+
+    def record(self) -> None:
+        self._at = time.process_time()
+
+    def synchronize(self) -> None:
+        """On a CPU the work is done when Paddle's call returns."""
+
+    def elapsed_time(self, later: ProcessEvent) -> float:
+        """Milliseconds from this event to `later`."""
+        return 1e3 * (later._at - self._at)
 
 
 # The double block: all that is read of ppcoat/nn and of the model stands here and in `double_block`.

@@ -5,7 +5,8 @@
     python tests/fp8/kernels_with_torch.py --output kernels.json     # where there is torch and no Paddle
 
 Each kernel is compared with float64 on small inputs; then come medians by device events at FLUX's shapes,
-beside what they replace, in the same run; last a whole double block with LoRA, forward and backward. Exit
+beside what they replace, in the same run, and beside them how long the host takes to start them; last a whole
+double block with LoRA, forward and backward. Exit
 status 2 where a kernel is wrong (after the file is written), and without an NVIDIA GPU, where nothing is
 measured and nothing claimed.
 """
@@ -61,13 +62,15 @@ class Sizes:
 
 @dataclass
 class Row:
-    """One timed kernel. ms: its median; others: medians of what it is compared with; targets: name of a
-    ratio -> its value and the least it should be; why: name of a ratio -> what is known to hold it down;
-    peak_mib: of it and the others, above what they start with; remarks: what was not measured, and why."""
+    """One timed kernel. ms: its median on the device; host_ms: that of starting it, None where it is in `ms`;
+    others: medians of what it is compared with; targets: name of a ratio -> its value and the least it should
+    be; why: name of a ratio -> what is known to hold it down; peak_mib: of it and the others, above what they
+    start with; remarks: what was not measured, and why."""
 
     kernel: str
     shape: list[int]
     ms: float
+    host_ms: float | None = None
     others: dict[str, float] = field(default_factory=dict)
     targets: dict[str, tuple[float, float]] = field(default_factory=dict)
     why: dict[str, str] = field(default_factory=dict)
@@ -160,7 +163,7 @@ def measure(kernels: Kernels, sizes: Sizes) -> dict[str, Any]:
     """The report: device, errors in units of what the formats allow, one entry for each timed kernel."""
     errors = kernels.errors() | dict(_block_errors(kernels.library, sizes))
     rows = [*_streaming(kernels, sizes), *_matmul(kernels, sizes), *_adamw(kernels, sizes)]
-    rows += _double_block(kernels.library, sizes)
+    rows += _double_block(kernels, sizes)
     return {"device": kernels.library.device(), "errors": errors, "rows": [row.entry() for row in rows]}
 
 
@@ -171,7 +174,7 @@ def kernel_table(report: dict[str, Any]) -> str:
     lines = [report["device"], "", "largest error, in units of what the formats allow:"]
     for name, error in report["errors"].items():
         lines.append(f"  {name:40s}{error:8.3f}{' WRONG' if name in wrong else ''}")
-    lines += ["", f"{'kernel':26s}{'shape':24s}{'ms':>9s}  compared with, ms; ratios"]
+    lines += ["", f"{'kernel':26s}{'shape':24s}{'ms':>9s}{'to start':>9s}  compared with, ms; ratios"]
     for row in report["rows"]:
         others = ", ".join(f"{name} {ms:.4f}" for name, ms in row["others"].items())
         ratios = ", ".join(
@@ -179,7 +182,8 @@ def kernel_table(report: dict[str, Any]) -> str:
             for name, (value, least) in row["targets"].items()
         )
         shape = "x".join(map(str, row["shape"]))
-        lines.append(f"{row['kernel']:26s}{shape:24s}{row['ms']:9.4f}  {others}; {ratios}")
+        start = "" if row["host_ms"] is None else f"{row['host_ms']:.4f}"
+        lines.append(f"{row['kernel']:26s}{shape:24s}{row['ms']:9.4f}{start:>9s}  {others}; {ratios}")
         if row["peak_mib"]:
             peaks = ", ".join(f"{name} {mib:.0f}" for name, mib in row["peak_mib"].items())
             lines.append(f"{'':26s}peak memory, MiB: {peaks}")
@@ -194,17 +198,17 @@ def kernel_table(report: dict[str, Any]) -> str:
 def _streaming(kernels: Kernels, sizes: Sizes) -> Iterator[Row]:
     """Kernels that are as fast as memory: against a copy of the same bytes, and eager ops in 16 bits."""
     library = kernels.library
-    launch = library.median_ms(library.copy(256), sizes.runs)
+    launch, _ = kernels.timed(library.copy(256), sizes.runs)
     for tokens in sizes.tokens:
         for case in kernels.streaming(tokens, sizes.width, sizes.heads):
-            row = Row(case.name, [tokens, sizes.width], library.median_ms(case.call, sizes.runs))
-            copied = library.median_ms(library.copy(case.nbytes), sizes.runs)
+            row = Row(case.name, [tokens, sizes.width], *kernels.timed(case.call, sizes.runs))
+            copied, _ = kernels.timed(library.copy(case.nbytes), sizes.runs)
             row.others = {"copy of its bytes": copied, "copy of 256 bytes": launch}
             row.targets["share of copy bandwidth"] = (copied / row.ms, 0.8)
             if launch > copied / 2:
                 row.why["share of copy bandwidth"] = LAUNCHING
             if case.eager is not None:
-                row.others["eager"] = library.median_ms(case.eager, sizes.runs)
+                row.others["eager"], _ = kernels.timed(case.eager, sizes.runs)
                 row.targets["times as fast as eager"] = (row.others["eager"] / row.ms, 1.0)
             yield row
 
@@ -213,15 +217,15 @@ def _matmul(kernels: Kernels, sizes: Sizes) -> Iterator[Row]:
     """FP8 products in both directions, quantising included, against 16-bit and the library's own FP8 ones."""
     library, side = kernels.library, sizes.peak
     own = library.scaled_fp8_matmul(side, side, side)
-    peak = 2e-9 * side**3 / library.median_ms(own, sizes.runs) if own else None
+    peak = 2e-9 * side**3 / kernels.timed(own, sizes.runs)[0] if own else None
     for tokens in sizes.tokens:
         for k, n in sizes.linears:
-            dense = library.median_ms(kernels.dense_matmul(tokens, k, n), sizes.runs)
+            dense, _ = kernels.timed(kernels.dense_matmul(tokens, k, n), sizes.runs)
             own = library.scaled_fp8_matmul(tokens, k, n)
-            own_ms = library.median_ms(own, sizes.runs) if own else None
+            own_ms = kernels.timed(own, sizes.runs)[0] if own else None
             for name, quantised, whole in kernels.products(tokens, k, n):
-                row = Row(name, [tokens, k, n], library.median_ms(whole, sizes.runs))
-                alone = library.median_ms(quantised, sizes.runs)
+                row = Row(name, [tokens, k, n], *kernels.timed(whole, sizes.runs))
+                alone, _ = kernels.timed(quantised, sizes.runs)
                 row.others = {"product alone": alone, "16-bit matmul": dense}
                 row.targets[WITH_QUANTISING] = (dense / row.ms, 1.3)
                 row.why = dict.fromkeys((WITH_QUANTISING, OF_PEAK), _why_slow(name, tokens, k, n))
@@ -248,21 +252,22 @@ def _adamw(kernels: Kernels, sizes: Sizes) -> Iterator[Row]:
     library = kernels.library
     for name in ("adamw_step", "adamw_step, v only"):
         case = kernels.adamw(name, sizes.parameters)
-        row = Row(name, [case.elements], library.median_ms(case.call, sizes.runs))
-        copied = library.median_ms(library.copy(case.nbytes), sizes.runs)
-        fused = library.median_ms(library.fused_adamw(case.elements), sizes.runs)
+        row = Row(name, [case.elements], *kernels.timed(case.call, sizes.runs))
+        copied, _ = kernels.timed(library.copy(case.nbytes), sizes.runs)
+        fused, _ = kernels.timed(library.fused_adamw(case.elements), sizes.runs)
         row.others = {"copy of its bytes": copied, "fused float32 AdamW": fused}
         row.targets["share of copy bandwidth"] = (copied / row.ms, 0.85)
         row.targets["times as fast as fused float32 AdamW"] = (fused / row.ms, 1.5)
         yield row
 
 
-def _double_block(library: Any, sizes: Sizes) -> Iterator[Row]:
+def _double_block(kernels: Kernels, sizes: Sizes) -> Iterator[Row]:
     """Forward and backward of a double block with LoRA: in FP8 what is saved, without and with FP8 products,
-    against autograd in 16 bits."""
+    against autograd in 16 bits. Its hundreds of launches are timed as in training, one call after another."""
+    library = kernels.library
     for tokens in sizes.tokens:
         calls = _ways(library, tokens, sizes)
-        ms = {way: library.median_ms(call, sizes.runs) for way, call in calls.items()}
+        ms = {way: kernels.in_a_row_ms(call, sizes.runs) for way, call in calls.items()}
         peaks = {way: library.peak_bytes(call) for way, call in calls.items()}
         plain = {way: ms[way] for way in (PLAIN, CHECKPOINTED)}
         for name, way in (("double block", COAT), ("double block, FP8 products", FP8_PRODUCTS)):

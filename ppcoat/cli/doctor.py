@@ -29,13 +29,17 @@ from ppcoat.fp8.formats import E4M3, Groups, fp8_support
 from ppcoat.fp8.matmul import quantize_blocks
 from ppcoat.fp8.quantize import dequantize, quantize
 from ppcoat.models.flux.pipeline import FluxPipeline
-from ppcoat.nn.attention import uses_flash_attention
+from ppcoat.nn.attention import EFFICIENT, FLASH, MATH, kernel_of_paddle
 
 PACKAGES = ("paddlepaddle", "paddlepaddle-gpu", "ppdiffusers", "paddlenlp", "safetensors", "numpy", "triton")
 OPTIONAL = ("paddlepaddle-gpu", "triton")
 TIMED = 5  # runs of which the median counts
 ROWS_GPU, ROWS_CPU, WIDTH, HEAD_DIM = 4608, 64, 3072, 128  # tokens of 1024 px; FLUX's width
 TITLES = {"triton": "Triton kernels", "paddle": "Paddle's FP8 ops"}
+CAPABILITY_WITHOUT_CARD = (9, 0)
+HEAD_SIZES = {"FLUX": HEAD_DIM, "NewBie": 96}
+KERNELS = {FLASH: "flash attention", EFFICIENT: "memory-efficient attention", MATH: "written out in matmuls"}
+FLASH_WANTS = "Flash attention takes an NVIDIA card from sm_80 on, bfloat16, and a GPU wheel of Paddle"
 LAYER_MODULES = ("norm_triton", "pointwise_triton", "matmul_triton")
 
 
@@ -67,7 +71,7 @@ def examine() -> list[Finding]:
     """All findings, in the order in which they are printed."""
     return [
         *versions(), device(), *built_with(), memory(),
-        fp8_cast(), fp8_matmul(), attention_row(), tiny_flux(), *fast_paths(),
+        fp8_cast(), fp8_matmul(), attention_row(), tiny_flux(), kernel_build(), *fast_paths(),
     ]  # fmt: skip
 
 
@@ -136,11 +140,8 @@ def built_with() -> list[Finding]:
 
 def memory() -> Finding:
     """What is free where the model would go."""
-    if on_gpu():
-        meter = GpuMeter()
-        free, total = meter.total_memory() - paddle.device.cuda.memory_reserved(), meter.total_memory()
-    else:
-        free, total = _host_free(), HostMeter().total_memory()
+    meter = GpuMeter() if on_gpu() else HostMeter()
+    free, total = meter.free_memory(), meter.total_memory()
     if free is None or total is None:
         return Finding("miss", "memory", "unknown", "`plan` cannot tell what fits: give it vram_gb")
     return Finding("ok", "memory", f"{free / 1e9:.1f} of {total / 1e9:.1f} GB free")
@@ -170,12 +171,23 @@ def fp8_matmul() -> Finding:
 
 
 def attention_row() -> Finding:
-    """The attention that a FLUX block would run in its compute dtype."""
-    q = paddle.zeros([1, 16, 2, 64], dtype="bfloat16" if on_gpu() else "float32")
-    if uses_flash_attention(q):
-        return Finding("ok", "attention", "flash attention through Paddle")
-    advice = "memory for all pairs of tokens and time: flash attention takes an NVIDIA card and bfloat16"
-    return Finding("miss", "attention", "written out in matmuls", f"lost: {advice}")
+    """The kernel that attention takes for each model, and what it costs where that is not flash attention."""
+    q = paddle.zeros([1, 1, 1, 1], dtype="bfloat16" if on_gpu() else "float32")
+    kernels = {name: kernel_of_paddle(q.place, size, q.dtype) for name, size in HEAD_SIZES.items()}
+    what = ", ".join(f"{KERNELS[kernel]} for {name}" for name, kernel in kernels.items())
+    if len({*kernels.values()}) == 1:
+        what = f"{KERNELS[kernels['FLUX']]} for {' and '.join(kernels)}"
+    if {*kernels.values()} == {FLASH}:
+        return Finding("ok", "attention", f"{what}, as Paddle chooses")
+    if MATH not in kernels.values():
+        lost = "time, not measured; memory is that of flash attention"
+    else:
+        scores = 24 * ROWS_GPU**2 * q.element_size() / 1e9  # both models have 24 heads
+        lost = (
+            f"at {ROWS_GPU} tokens {scores:.2f} GB (calculated) for each block whose scores are kept, three "
+            "times that while a block goes backward under a COAT policy, and time, not measured"
+        )
+    return Finding("miss", "attention", what, f"lost: {lost}. {FLASH_WANTS}")
 
 
 def tiny_flux() -> Finding:
@@ -186,6 +198,17 @@ def tiny_flux() -> Finding:
         return Finding("fail", "tiny FLUX", f"{folder.name} is missing", advice)
     config = FluxPipeline.load_config(str(folder))
     return Finding("ok", "tiny FLUX", f"{config['_class_name']} in {folder.parent.name}/{folder.name}")
+
+
+def kernel_build() -> Finding:
+    """Whether Triton can build kernels here, found by building a small one, with or without a card."""
+    capability = paddle.device.cuda.get_device_capability() if on_gpu() else CAPABILITY_WITHOUT_CARD
+    name = "sm_{}{}".format(*capability)
+    if trouble := backend.build_trouble(10 * capability[0] + capability[1]):
+        advice = "no Triton kernel will run, the slower references do: install what is named there"
+        return Finding("miss", "kernel build", trouble, advice)
+    what = "its launcher by the C compiler" + ("" if on_gpu() else "; no card is here to load it")
+    return Finding("ok", "kernel build", f"a small kernel was built for {name}, {what}")
 
 
 def fast_paths() -> list[Finding]:
@@ -274,10 +297,3 @@ def _layer_arguments(name: str, x: paddle.Tensor) -> tuple:
         "silu_grad": (codes, x, groups),
         "gated_residual": (x, row, x),
     }[name]
-
-
-def _host_free() -> int | None:
-    """Bytes that a process could take, None where /proc does not say."""
-    file = Path("/proc/meminfo")
-    lines = file.read_text().splitlines() if file.is_file() else []
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)

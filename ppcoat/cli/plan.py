@@ -85,8 +85,8 @@ def plan_table(planned: Plan) -> str:
 
 
 def phase_table(phases: Sequence[Phase]) -> list[str]:
-    """GB by component and phase, a total for each phase, and the peak."""
-    rows = [["GB", *(phase.name for phase in phases)]]
+    """GB by component and phase, a total for each phase, and the peak: all of it planned."""
+    rows = [["GB, planned", *(phase.name for phase in phases)]]
     for name, title in NAMES.items():
         if any(name in phase.parts for phase in phases):
             rows.append([title, *(_gb(phase.parts.get(name)) for phase in phases)])
@@ -96,7 +96,7 @@ def phase_table(phases: Sequence[Phase]) -> list[str]:
         + "".join(f"{cell:>{len(head) + 3}s}" for cell, head in zip(rest, rows[0][1:], strict=True))
         for first, *rest in rows
     ]
-    return [*lines, f"peak: {_gb(max(phase.total for phase in phases))} GB"]
+    return [*lines, f"planned peak: {_gb(max(phase.total for phase in phases))} GB"]
 
 
 def lightning_plans(resolution: int, vram_gb: float | None = None) -> str:

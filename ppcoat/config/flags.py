@@ -96,10 +96,24 @@ def from_flags(fields_of: type[Fields], arguments: argparse.Namespace, **others:
     return fields_of(**given | others)
 
 
+# Flags that switch a field of the config on: flag -> (field, help).
+SWITCHES = {
+    "strict": (
+        "save.strict_resume",
+        "stop where the latest checkpoint is damaged, instead of going on from the one before it",
+    ),
+    "deterministic": (
+        "train.deterministic",
+        "on a GPU: kernels that give the same bits each time, so that a resumed run equals an uninterrupted "
+        "one; slower",
+    ),
+}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunFlags:
-    """What every command that trains from a config file is told, --strict apart, which becomes one of the
-    overrides. config: the file."""
+    """What every command that trains from a config file is told, apart from the flags of SWITCHES. config:
+    the file."""
 
     config: str
     overrides: list[str] = set_flag()
@@ -109,16 +123,16 @@ class RunFlags:
 
 
 def add_run_flags(parser: argparse.ArgumentParser, fields_of: type[RunFlags]) -> None:
-    """The flags of `fields_of`, and --strict."""
+    """The flags of `fields_of`, and those of SWITCHES."""
     add_flags(parser, fields_of, "config", "overrides")
-    parser.add_argument(
-        "--strict",
-        dest="set",
-        action="append_const",
-        const="save.strict_resume=true",
-        help="stop where the latest checkpoint is damaged, instead of going on from the one before it; "
-        "the same as --set save.strict_resume=true",
-    )
+    for name, (key, what) in SWITCHES.items():
+        parser.add_argument(
+            f"--{name}",
+            dest="set",
+            action="append_const",
+            const=f"{key}=true",
+            help=f"{what}; the same as --set {key}=true",
+        )
     add_flags(parser, fields_of, "dry_run")
 
 

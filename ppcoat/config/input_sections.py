@@ -30,7 +30,9 @@ class ModelConfig(Section):
         None, description="what NewBie's Gemma reads before a caption; none: as its base model was trained"
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="compute dtype; auto is float32 on CPU and bfloat16 on GPU"
+        "auto",
+        description="compute dtype; auto is float32 on CPU and bfloat16 on GPU; products of float32 are TF32 "
+        "on a GPU unless the process starts with NVIDIA_TF32_OVERRIDE=0",
     )
     quantize: bool = Field(
         False, description="store the frozen Linears in FP8: half of bfloat16's memory, 2.6 % rounding"

@@ -65,7 +65,9 @@ class LightningConfig(BaseModel):
         "lora_flux_lightning", description="name of the run: of its folder, LoRA file and VisualDL curves"
     )
     mixed_precision: Literal["no", "bf16", "fp16"] = Field(
-        "bf16", description="no: float32; bf16: on a GPU; a CPU computes in float32 anyway; fp16 is refused"
+        "bf16",
+        description="no: float32, whose products are TF32 on a GPU unless the process starts with "
+        "NVIDIA_TF32_OVERRIDE=0; bf16: on a GPU; a CPU computes in float32 anyway; fp16 is refused",
     )
     fp16_opt_level: Literal["O1", "O2"] = Field(
         "O2", description="O2: frozen weights are in the mixed precision too; O1: all stays in float32"
@@ -132,6 +134,11 @@ class LightningConfig(BaseModel):
         1.0, ge=0, description="clip the norm of the LoRA's and of the heads' gradient"
     )
     bucket_rule: BucketRule = Field("square", description="size of pictures that are not square")
+    deterministic: bool = Field(
+        False,
+        description="on a GPU: kernels that give the same bits each time, so that a resumed run equals an "
+        "uninterrupted one; slower, by how much was not measured. A CPU always does",
+    )
     max_sequence_length: int | None = Field(
         None, ge=1, le=512, description="T5 tokens; none: what the tokenizer allows, at most 512"
     )
@@ -288,6 +295,7 @@ class LightningConfig(BaseModel):
             "max_grad_norm": self.max_grad_norm,
             "cfg_scale": self.guidance_scale,
             "gradient_checkpointing": self.gradient_checkpointing,
+            "deterministic": self.deterministic,
             "max_sequence_length": self.max_sequence_length,
         }
 

@@ -69,7 +69,9 @@ class RunConfig(Section):
         description="auto: policy, checkpointed and swapped blocks, base and batch are chosen to fit vram_gb",
     )
     vram_gb: float | None = Field(
-        None, gt=0, description="GB (1e9 bytes) for memory: auto and plan; none: all that the device has"
+        None,
+        gt=0,
+        description="GB (1e9 bytes) for memory: auto; none: what is free on the device at the start",
     )
     model: ModelConfig = Field(description="the frozen base model")
     network: NetworkConfig = Field(NetworkConfig(), description="the LoRA")

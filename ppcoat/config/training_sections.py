@@ -89,6 +89,11 @@ class TrainConfig(Section):
     gradient_checkpointing: bool = Field(
         False, description="recompute blocks in backward: less memory, slower"
     )
+    deterministic: bool = Field(
+        False,
+        description="on a GPU: kernels that give the same bits each time, so that a resumed run equals an "
+        "uninterrupted one; slower, by how much was not measured. A CPU always does",
+    )
     max_sequence_length: int | None = Field(
         None,
         ge=1,

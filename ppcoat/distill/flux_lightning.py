@@ -17,7 +17,14 @@ from ppcoat.data.batches import ResumableBatches
 from ppcoat.data.cache import TrainingCache, WindowedCache
 from ppcoat.data.examples import Example, all_examples, data_report, scan_datasets
 from ppcoat.data.laion import LaionSource, unpack_laion
-from ppcoat.device import compute_dtype, on_gpu, set_device, tune_host
+from ppcoat.device import (
+    GpuMeter,
+    compute_dtype,
+    on_gpu,
+    set_device,
+    tune_host,
+    use_deterministic_kernels,
+)
 from ppcoat.distill.discriminator import Discriminator
 from ppcoat.distill.encoding import OneByOne, encode_pictures
 from ppcoat.distill.objective import DiscriminatorObjective, Distillation, Rules, Terms
@@ -78,6 +85,10 @@ def train_flux_lightning(config: LightningConfig) -> TrainingResult:
         settings = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
         start_run_folder(run.run_dir, settings)
         _say_dtype(config)
+    if config.deterministic:
+        cost = use_deterministic_kernels()
+        if ranks.is_first:
+            print(cost)
     pre_allocate(config.pre_alloc_memory)
     pipeline = spec.load_encoders(run, dtype)
     examples = all_examples(datasets)
@@ -182,17 +193,19 @@ def _distillation(config: LightningConfig, heads: Discriminator | None, schedule
 def pre_allocate(gigabytes: int) -> None:
     """Take so many GB of the GPU's memory and give them to Paddle's pool, so that it lies in one piece.
 
-    Raises ConfigError for more than the GPU has. On a CPU one line says that there is nothing to do.
+    Raises ConfigError for more than is free. On a CPU one line says that there is nothing to do.
     """
     if not gigabytes:
         return
     if not on_gpu():
         print("pre_alloc_memory: nothing to do, this run is on a CPU")
         return
-    there = paddle.device.cuda.get_device_properties().total_memory
-    if gigabytes * GIGABYTE >= there:
+    meter = GpuMeter()
+    free, total = (count / GIGABYTE for count in (meter.free_memory(), meter.total_memory()))
+    if gigabytes >= free:
         raise ConfigError(
-            f"pre_alloc_memory: came {gigabytes} GB, wanted less than this GPU's {there / GIGABYTE:.0f}"
+            f"pre_alloc_memory: came {gigabytes} GB, wanted less than the {free:.1f} GB that are free of "
+            f"this GPU's {total:.1f}"
         )
     paddle.empty([gigabytes * GIGABYTE], dtype="uint8")  # freed at once; Paddle keeps it for what comes
 
@@ -238,6 +251,7 @@ def _compatible(config: LightningConfig, modules: list[str]) -> dict:
     return {
         "model": Path(config.pretrained_teacher_model).name,
         **{name: getattr(config, name) for name in alike},
+        **({"deterministic": True} if config.deterministic else {}),
         "turns": turns,
         "modules": modules,
     }

@@ -25,6 +25,7 @@ from .formats_triton import (
     narrowed,
     native_fp8,
     quantize_rows,
+    random_bits,
     require,
 )
 from .log_codes_triton import (
@@ -250,16 +251,6 @@ def write_param(
         tl.store(p_param + offset, param, mask=writable)
     if STORED is not None:
         tl.store(p_stored + offset, narrowed(param, STORED), mask=writable)
-
-
-@triton.jit
-def random_bits(offset, steps):
-    """int32 for each element and step: Wellons' mixer of 32 bits (two multiplications; its bias is 0.17 of a
-    perfect mixer's noise), whose input is element and step by their golden sections."""
-    mixed = (offset + (offset >> 32) * 0x632BE5AB + steps * 0x9E3779B9).to(tl.uint32)
-    mixed = (mixed ^ (mixed >> 16)) * 0x7FEB352D
-    mixed = (mixed ^ (mixed >> 15)) * 0x846CA68B
-    return (mixed ^ (mixed >> 16)).to(tl.int32, bitcast=True)
 
 
 @triton.jit

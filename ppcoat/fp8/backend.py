@@ -5,7 +5,9 @@
 
 The faster versions of an op are functions of the same signature in the modules that MODULES names. On a GPU
 the first version of ORDER that passes its check is taken; tensors elsewhere go to the reference. A check runs
-on first use, on the small inputs of truth.py; the reason for every fallback is logged once.
+on first use, on the small inputs of truth.py; the reason for every fallback is logged once. A kernel is
+built anew for another dtype or another kind of shape, so building can fail later, too: from then on the op
+runs in its next version. CUDA's own errors are raised: after them nothing more may work on the card.
 PPCOAT_BACKEND=reference|triton|paddle and `use(name)` force one; an op that was never written in it runs its
 reference.
 
@@ -19,6 +21,8 @@ import importlib
 import importlib.util
 import logging
 import os
+import subprocess
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -36,6 +40,9 @@ MODULES = {  # version -> op -> module in this package; a function of another na
     "triton": {
         "quantize": "quantize_triton",
         "dequantize": "quantize_triton",
+        "quantize_with_residual": "quantize_triton",
+        "dequantize_with_residual": "quantize_triton",
+        "dequantize_blocks": "quantize_triton",
         "log_encode": "log_codes_triton",
         "log_decode": "log_codes_triton",
         "signed_log_encode": "log_codes_triton",
@@ -52,6 +59,7 @@ MODULES = {  # version -> op -> module in this package; a function of another na
         "silu": "pointwise_triton",
         "silu_grad": "pointwise_triton",
         "gated_residual": "pointwise_triton",
+        "dropout": "pointwise_triton",
         "scaled_matmul": "matmul_triton",
     },
     "paddle": {
@@ -93,6 +101,7 @@ class Op:
         functools.update_wrapper(self, reference)
         self.name, self.reference = reference.__name__, reference
         self._verdicts: dict[str, Verdict] = {}
+        self._functions: dict[str, Callable] = {}  # those of `version`, looked up once
         self._said: set[str] = set()  # reasons already logged
 
     def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
@@ -108,20 +117,25 @@ class Op:
                 if wanted:
                     raise
                 self._say(version, Verdict(None, str(error)))
+            except _failures() as failure:
+                if not _while_building(failure):
+                    raise
+                self._verdicts[version] = Verdict(None, _told(failure))
+                self._may_use(version, wanted)
         return self.reference(x, *args, **kwargs)
 
     def version(self, name: str) -> Callable | None:
         """The function behind a name of ORDER, unchecked; None if there is none. Raises ImportError where
-        Triton is not installed."""
+        Triton is not installed, and on a GPU where it cannot build."""
         if name == REFERENCE:
             return self.reference
-        module = MODULES[name].get(self.name)
-        if module is None:
-            return None
-        if name == "triton":
-            _connect_triton()
-        module, _, function = module.partition(".")
-        return getattr(importlib.import_module(f".{module}", __package__), function or self.name)
+        if name not in self._functions and self.name in MODULES[name]:
+            if name == "triton" and _gpu_is_current() and (trouble := _triton_trouble()):
+                raise ImportError(trouble)
+            module, _, function = MODULES[name][self.name].partition(".")
+            module = importlib.import_module(f".{module}", __package__)
+            self._functions[name] = getattr(module, function or self.name)
+        return self._functions.get(name)
 
     def verdict(self, name: str) -> Verdict:
         """Whether a version may run on Paddle's current device; checked on first use."""
@@ -142,7 +156,7 @@ class Op:
             with use(REFERENCE):
                 error = self.check(candidate)
         except _failures() as failure:
-            return Verdict(None, f"it failed with {type(failure).__name__}: {_last_line(failure)}")
+            return Verdict(None, _told(failure))
         if not error <= 1.0:  # true for NaN
             return Verdict(error, f"its results are wrong: error {error:.3g}, allowed 1")
         return Verdict(error, "")
@@ -164,9 +178,13 @@ class Op:
         return False
 
     def _say(self, version: str, verdict: Verdict) -> None:
-        """Log a reason once."""
-        if verdict.reason not in self._said:
-            self._said.add(verdict.reason)
+        """Log a reason once; one for which no op at all runs in this version once for all ops."""
+        if verdict.reason in self._said:
+            return
+        self._said.add(verdict.reason)
+        if verdict.reason == unavailable(version):
+            _say_of_all(version, verdict.reason)
+        else:
             level = logging.DEBUG if verdict.absent else logging.WARNING
             _log.log(level, "%s does not run in %s: %s", self.name, version, verdict.reason)
 
@@ -213,24 +231,68 @@ def _on_gpu(x: Any) -> bool:
 
 
 def unavailable(name: str) -> str:
-    """Why no op at all can run in this version on the present machine; empty if it can."""
-    import paddle
-
-    device = paddle.get_device()
+    """Why no op at all can run in this version on the present machine; empty if it can. On a GPU Triton is
+    made ready for its first kernel."""
     if name == REFERENCE:
         return ""
-    if not device.startswith("gpu"):
-        return f"this is {device}, and it needs an NVIDIA GPU"
-    if name == "triton" and importlib.util.find_spec("triton") is None:
-        return f"Triton is not installed ({INSTALL_TRITON})"
-    return ""
+    if not _gpu_is_current():
+        return f"this is {_current_device()}, and it needs an NVIDIA GPU"
+    return _triton_trouble() if name == "triton" else ""
 
 
 def remedy(name: str) -> str:
     """What a user can do where a version is not used."""
-    if name == "triton" and importlib.util.find_spec("triton") is None:
+    if name == "triton" and not _has_triton():
         return f"on an NVIDIA GPU: {INSTALL_TRITON}"
     return "it takes an NVIDIA GPU of sm_80 (Triton) or sm_89 (Paddle's FP8 ops) or later"
+
+
+def build_trouble(capability: int) -> str:
+    """Why no kernel can be built here for a card of this capability (90 for sm_90), found by building a small
+    one; empty if it can. Needs no card."""
+    if not _has_triton():
+        return f"Triton is not installed ({INSTALL_TRITON})"
+    try:
+        _driver().trial_build(capability)
+    except _failures() as failure:
+        return _told(failure)
+    return ""
+
+
+@functools.cache
+def _triton_trouble() -> str:
+    """Why Triton can run no kernel on the current card, empty if it can. Gives it its driver, once a
+    process."""
+    if not _has_triton():
+        return f"Triton is not installed ({INSTALL_TRITON})"
+    try:
+        _driver().connect()
+    except _failures() as failure:
+        return _told(failure)
+    return ""
+
+
+@functools.cache
+def _say_of_all(version: str, reason: str) -> None:
+    _log.warning("no op runs in %s: %s", version, reason)
+
+
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _driver() -> Any:
+    return importlib.import_module(".driver_triton", __package__)
+
+
+def _current_device() -> str:
+    import paddle
+
+    return paddle.get_device()
+
+
+def _gpu_is_current() -> bool:
+    return _current_device().startswith("gpu")
 
 
 def _known(name: str, source: str) -> str:
@@ -239,22 +301,34 @@ def _known(name: str, source: str) -> str:
     return name
 
 
-def _connect_triton() -> None:
-    """Let Triton ask Paddle for device, stream and tensors, where it would ask torch."""
-    import paddle
+def _told(failure: Exception) -> str:
+    """One line for a user of why a version does not work here: a lacking compiler with what to install, else
+    the end of the message, where compilers say what is wrong; below it ptxas's has how it was called."""
+    compiling = isinstance(failure, subprocess.CalledProcessError | FileNotFoundError | PermissionError)
+    compiling = compiling or "C compiler" in str(failure)
+    if compiling and _has_triton() and (missing := _driver().what_is_missing()):
+        return f"Triton builds a launcher for each kernel in C, but {missing}"
+    if isinstance(failure, subprocess.CalledProcessError):
+        # its message is a line of some hundred characters, and the program itself has written why
+        return (
+            f"building it failed: {failure.cmd[0]} ended with status {failure.returncode}, see what it wrote"
+        )
+    lines = [line.strip() for line in str(failure).splitlines() if line.strip()]
+    lines = [line for line in lines if not line.startswith(("Repro command", "`ptxas` stderr"))]
+    return f"it failed with {type(failure).__name__}: {lines[-1] if lines else 'no message'}"
 
-    if paddle.is_compiled_with_cuda():
-        paddle.compat.paddle_triton_fun()
 
-
-def _last_line(error: Exception) -> str:
-    """The end of a message, where compilers say what is wrong."""
-    return (str(error).strip() or "no message").splitlines()[-1]
+def _while_building(failure: Exception) -> bool:
+    """Whether Triton raised it before a launch, so that another version can take the call (a version that
+    writes into its arguments launches once). Triton names CUDA's own errors, after which nothing more may
+    work on the card; errors of Paddle and mistakes of ours do not come from Triton."""
+    frames = traceback.walk_tb(failure.__traceback__)
+    in_triton = any(f.f_globals.get("__name__", "").partition(".")[0] == "triton" for f, _ in frames)
+    return in_triton and not str(failure).startswith("Triton Error [CUDA]")
 
 
 def _failures() -> tuple[type[Exception], ...]:
     """What a version may raise that does not work here: in compiling, in loading, in launching."""
     kinds = (ImportError, AttributeError, TypeError, ValueError, RuntimeError, OSError, AssertionError)
-    if importlib.util.find_spec("triton") is None:
-        return kinds
-    return (*kinds, importlib.import_module("triton.errors").TritonError)
+    kinds += (subprocess.SubprocessError,)
+    return (*kinds, importlib.import_module("triton.errors").TritonError) if _has_triton() else kinds

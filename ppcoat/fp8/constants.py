@@ -17,5 +17,10 @@ NEAR_ZERO = 1e-3  # of amax: magnitudes below this count as this when the shift 
 # golden section, and a fraction that keeps neighbouring columns apart.
 DITHER_STEP, DITHER_COLUMN, DITHER_PERIOD = 40503, 25717, 65536
 
+RESIDUAL_STEPS = 120.0  # steps of a 4-bit residual per unit of relative distance: 7.5 / (1/16)
+# Of the hash that random numbers come from (`random_bits` in pointwise.py): what the upper half of a position
+# and a seed are multiplied by, and the two factors of the mixer.
+HASH_HIGH, HASH_SEED, HASH_FIRST, HASH_SECOND = 0x632BE5AB, 0x9E3779B9, 0x7FEB352D, 0x846CA68B
+
 NORM_EPSILON = 1e-6  # of all norms of FLUX
 GELU_LINEAR, GELU_CUBIC = 0.7978845608028654, 0.044715  # sqrt(2 / pi), and the factor of x^3

@@ -9,7 +9,6 @@ elsewhere, and under Triton's interpreter, the same conversion is written out in
 
 from __future__ import annotations
 
-import functools
 import math
 import os
 import sys
@@ -19,7 +18,7 @@ import triton
 import triton.language as tl
 
 from .backend import Unsuited
-from .constants import TINY
+from .constants import HASH_FIRST, HASH_HIGH, HASH_SECOND, HASH_SEED, TINY
 
 NATIVE_ARCH = 89  # compute capability from which Triton converts to E4M3
 LARGEST_GROUP = 8192  # elements of a group that one program holds in registers
@@ -33,6 +32,8 @@ def interpreted() -> bool:
 
 _INTERPRETED = tl.constexpr(interpreted())  # as Triton decides when it defines the kernels below
 _TINY = tl.constexpr(TINY)
+_HASH_HIGH, _HASH_SEED = tl.constexpr(HASH_HIGH), tl.constexpr(HASH_SEED)
+_HASH_FIRST, _HASH_SECOND = tl.constexpr(HASH_FIRST), tl.constexpr(HASH_SECOND)
 _INFINITY = tl.constexpr(math.inf)
 
 
@@ -162,15 +163,22 @@ def fast_sqrt(x):
     return y
 
 
+@triton.jit
+def random_bits(position, seed):
+    """int32 for each position, int64: `random_bits` in pointwise.py says how. seed: int64, not negative."""
+    mixed = (position + (position >> 32) * _HASH_HIGH + seed * _HASH_SEED).to(tl.uint32)
+    mixed = ((mixed ^ (mixed >> 16)) * _HASH_FIRST) ^ (seed >> 32).to(tl.uint32)
+    mixed = (mixed ^ (mixed >> 15)) * _HASH_SECOND
+    return (mixed ^ (mixed >> 16)).to(tl.int32, bitcast=True)
+
+
 def native_fp8() -> bool:
     """Whether the present device converts to FP8 itself."""
     return capability() >= NATIVE_ARCH
 
 
-@functools.cache
 def capability() -> int:
-    """Compute capability of the present device, 90 for sm_90, 0 under the interpreter; asked once per
-    process."""
+    """Compute capability of the present device, 90 for sm_90, 0 under the interpreter."""
     if interpreted():
         return 0
     target = triton.runtime.driver.active.get_current_target()

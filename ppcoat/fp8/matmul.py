@@ -7,7 +7,8 @@ codes. (A scale of amax / 448 would be no more exact, because E4M3 is itself a f
 
 `scaled_matmul` multiplies activations, with a scale for each 1 x 128 values, by such a weight: y = x W and
 dx = dy W^T come from the same stored weight. Products are summed in float32; a bias and the update of a LoRA
-are added before the only rounding. It has a Triton twin and one that calls cuBLASLt, see backend.py.
+are added before the only rounding. It and `dequantize_blocks` have Triton twins, and it has one that calls
+cuBLASLt, see backend.py.
 
 Source: DeepSeek-V3 (arXiv 2412.19437) section 3.3 for the scales and where sums are kept in float32.
 """
@@ -93,6 +94,7 @@ def quantize_blocks(
     return _matrix(codes, rows, columns), scale
 
 
+@backend.op
 def dequantize_blocks(
     codes: paddle.Tensor,
     scale: paddle.Tensor,

@@ -1,9 +1,11 @@
-"""What a transformer block does number by number: GELU (tanh form), SiLU, gated residual; and the gradients.
+"""What a transformer block does number by number: GELU (tanh form), SiLU and gated residual, with their
+gradients; and dropout, whose random numbers are a hash.
 
 All are ops with Triton twins, see backend.py, for blocks that go backward by hand (nn/ops.py). The input of
 an activation may be the FP8 codes that were saved for backward.
 
-Sources: GELU arXiv 1606.08415 (section 2, tanh form), SiLU the same; the derivatives are written out.
+Sources: GELU arXiv 1606.08415 (section 2, tanh form), SiLU the same; the derivatives are written out. The
+hash's mixer: C. Wellons, "Prospecting for Hash Functions" (nullprogram.com, 2018).
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import paddle
 import paddle.nn.functional as F
 
 from . import backend
-from .constants import GELU_CUBIC, GELU_LINEAR
+from .constants import GELU_CUBIC, GELU_LINEAR, HASH_FIRST, HASH_HIGH, HASH_SECOND, HASH_SEED
 from .formats import Groups
 from .quantize import expand_on_cpu, floats
 
@@ -69,3 +71,47 @@ def gated_residual(y: paddle.Tensor, gate: paddle.Tensor, x: paddle.Tensor | Non
     """
     gated = y * expand_on_cpu(gate, y)
     return gated if x is None else gated.add_(x)
+
+
+@backend.op
+def dropout(x: paddle.Tensor, rate: float, seed: int) -> paddle.Tensor:
+    """x [..., D], each number set to 0 with probability `rate` and divided by 1 - rate otherwise.
+
+    x is of any floating dtype, and so is the result; 0 <= rate < 1. Which numbers go follows from `seed`,
+    0 <= seed < 2^63, and their place in x alone, so that the same call on the gradient of the result gives
+    that of x. NaN and infinities stay visible where they are dropped (times 0 they are NaN).
+    """
+    bits = random_bits(paddle.arange(x.size, dtype="int32" if x.size <= 2**31 else "int64"), seed)
+    factor = (bits >= _constant(round(rate * 2**32) - 2**31, bits)).astype("float32")
+    factor = factor.scale_(1.0 / (1.0 - rate)).reshape(x.shape)
+    return factor.multiply_(x.astype("float32")).astype(x.dtype)
+
+
+def random_bits(position: paddle.Tensor, seed: int) -> paddle.Tensor:
+    """int32 of the same shape, evenly distributed: a hash of each position and the seed.
+
+    position: int64 or int32 of any shape, not negative; seed as in `dropout`. Wellons' mixer of 32 bits (two
+    multiplications; its bias is 0.17 of a perfect mixer's noise) of position and the seed's lower half, the
+    upper half put in between the multiplications: two seeds are then no shifted copies of each other.
+    """
+    if position.dtype == paddle.int64:
+        position = (position + (position >> 32) * HASH_HIGH).astype("int32")  # cut off, not clipped
+    bits = position.scale(1, bias=_wrapped(seed * HASH_SEED))
+    bits = _folded(bits, 16).scale_(_wrapped(HASH_FIRST))
+    bits = bits.bitwise_xor_(_constant(seed >> 32, bits))
+    return _folded(_folded(bits, 15).scale_(_wrapped(HASH_SECOND)), 16)
+
+
+def _folded(bits: paddle.Tensor, shift: int) -> paddle.Tensor:
+    """bits ^ (bits >> shift), as unsigned numbers, in place."""
+    return bits.bitwise_xor_(paddle.bitwise_right_shift(bits, _constant(shift, bits), is_arithmetic=False))
+
+
+def _constant(value: int, like: paddle.Tensor) -> paddle.Tensor:
+    """int32 that broadcasts to `like`, of any shape; see `expand_on_cpu`."""
+    return paddle.full(like.shape if like.place.is_cpu_place() else [1], _wrapped(value), "int32")
+
+
+def _wrapped(value: int) -> int:
+    """A whole number -> the int32 of its lower 32 bits."""
+    return (value + 2**31) % 2**32 - 2**31

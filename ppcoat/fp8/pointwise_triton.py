@@ -1,5 +1,6 @@
-"""Triton twins of GELU, SiLU and gated residual: same names, signatures and rules. One kernel serves both
-activations and their gradients, from floats or FP8 codes. Arithmetic is float32, each result is rounded once.
+"""Triton twins of GELU, SiLU, gated residual and dropout: same names, signatures and rules. One kernel serves
+both activations and their gradients, from floats or FP8 codes. Arithmetic is float32, each result is rounded
+once.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from .formats_triton import (
     group_tile,
     narrowed,
     native_fp8,
+    random_bits,
     require,
 )
 from .quantize_triton import FLOATS, even, group_offsets, load_values, readable
@@ -77,6 +79,18 @@ def gated_residual(y: Any, gate: Any, x: Any = None) -> Any:
             RESIDUAL=x is not None, DTYPE=DTYPES[dtype_name(y.dtype)], ROWS=rows, BLOCK=block,
         )  # fmt: skip
     return out
+
+
+def dropout(x: Any, rate: float, seed: int) -> Any:
+    """x [..., D] -> a new [..., D]. Raises Unsuited for a tensor with gaps."""
+    require(x, "x", FLOATS)
+    name, total = dtype_name(x.dtype), math.prod(x.shape)
+    y = empty(x, list(x.shape), name)
+    if total:
+        dropout_kernel[(-(-total // TILE),)](
+            x, y, total, seed, round(rate * 2**32) - 2**31, 1.0 / (1.0 - rate), DTYPE=DTYPES[name], BLOCK=TILE
+        )
+    return y
 
 
 def _activate(x: Any, dy: Any, groups: Groups | None, kind: int) -> Any:
@@ -143,3 +157,12 @@ def gated_residual_kernel(
     if RESIDUAL:
         out += tl.load(p_x + offset, mask=inside, other=0.0).to(tl.float32)
     tl.store(p_out + offset, narrowed(out, DTYPE), mask=inside)
+
+
+@triton.jit(do_not_specialize=["seed"])
+def dropout_kernel(p_x, p_y, total, seed, dropped_below, factor, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
+    """BLOCK numbers of x. dropped_below: random bits from which on a number stays, times `factor`."""
+    offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
+    x = tl.load(p_x + offset, mask=offset < total, other=0.0).to(tl.float32)
+    y = x * tl.where(random_bits(offset, seed.to(tl.int64)) >= dropped_below, factor, 0.0)
+    tl.store(p_y + offset, narrowed(y, DTYPE), mask=offset < total)

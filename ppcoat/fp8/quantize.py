@@ -1,7 +1,8 @@
 """FP8 quantisation in plain Paddle: the reference of every faster version.
 
 Two kinds of codec. Activations: `quantize` / `dequantize`, linear, values = codes * scale, one scale per
-group of the last axis or per tensor; codes are the bits of FP8 numbers. Optimizer states: `log_encode` /
+group of the last axis or per tensor; codes are the bits of FP8 numbers; the same with 4 bits more for each
+value for what an exponential follows. Optimizer states: `log_encode` /
 `log_decode` (no sign) and `signed_log_encode` / `signed_log_decode`, on rows of a flat buffer; COAT's dynamic
 range expansion with codes that are evenly spaced in the logarithm. Codes are uint8, because that is the dtype
 that every Paddle op and file format moves.
@@ -21,7 +22,19 @@ import paddle
 
 from . import backend
 from .backend import Unsuited
-from .constants import K_MAX, K_MIN, K_STEP, LARGE, LEVELS, NEAR, NEAR_ZERO, SIGNED_LEVELS, SPREAD, TINY
+from .constants import (
+    K_MAX,
+    K_MIN,
+    K_STEP,
+    LARGE,
+    LEVELS,
+    NEAR,
+    NEAR_ZERO,
+    RESIDUAL_STEPS,
+    SIGNED_LEVELS,
+    SPREAD,
+    TINY,
+)
 from .formats import FP8Format, Groups
 
 PADDLE_GROUP, HALF_DTYPES = 128, (paddle.bfloat16, paddle.float16)  # of Paddle's own FP8 kernels
@@ -84,6 +97,44 @@ def dequantize(
     grouped = _split_groups(values, group_size)
     grouped = grouped * expand_on_cpu(scale.unsqueeze(-1), grouped)
     return _join_groups(grouped, codes.shape[-1]).astype(dtype)
+
+
+@backend.op
+def quantize_with_residual(
+    x: paddle.Tensor, fmt: FP8Format, group_size: int | None = None
+) -> tuple[paddle.Tensor, paddle.Tensor, paddle.Tensor]:
+    """x [..., D] float, D even -> codes and scale as `quantize`, and residual uint8 [..., D / 2]: 4 bits for
+    each value, that of an even place in the lower half of a byte.
+
+    The residual says where between the codes a value lies: round(120 * (x / decoded - 1)) + 8. For E4M3
+    |x / decoded - 1| is at most 1/16, so that it lies in 0.5..15.5; where it is more (codes below the normal
+    numbers) it is cut to 1..15, and codes of 0 have 8.
+    """
+    codes, scale = quantize(x, fmt, group_size)
+    coarse = dequantize(codes, scale, fmt, group_size)
+    usable = (coarse != 0) & (coarse == coarse)
+    relative = (x.astype("float32") - coarse) / paddle.where(usable, coarse, paddle.ones_like(coarse))
+    steps = paddle.floor(relative * RESIDUAL_STEPS + 8.5).clip_(1.0, 15.0)
+    steps = paddle.where(usable, steps, paddle.full_like(steps, 8.0)).reshape([*x.shape[:-1], -1, 2])
+    low, high = steps.unbind(-1)
+    return codes, scale, (low + 16 * high).astype("uint8")
+
+
+@backend.op
+def dequantize_with_residual(
+    codes: paddle.Tensor,
+    scale: paddle.Tensor,
+    residual: paddle.Tensor,
+    fmt: FP8Format,
+    group_size: int | None = None,
+    dtype: str | paddle.dtype = "float32",
+) -> paddle.Tensor:
+    """Inverse of `quantize_with_residual`: codes uint8 [..., D], scale float32, residual uint8 [..., D / 2]
+    -> values [..., D] in `dtype`. Error 0.25 % RMS, a tenth of E4M3 alone."""
+    coarse, packed = dequantize(codes, scale, fmt, group_size), residual.astype("float32")
+    high = paddle.floor(packed / 16)
+    steps = paddle.stack([packed - 16 * high, high], axis=-1).reshape(coarse.shape)
+    return coarse.multiply_((steps - 8) / RESIDUAL_STEPS + 1).astype(dtype)
 
 
 @backend.op

@@ -1,4 +1,5 @@
-"""Triton twins of `quantize` and `dequantize`: same names, signatures and rule.
+"""Triton twins of `quantize` and `dequantize`, with and without a residual, and of `dequantize_blocks`: same
+names, signatures and rules.
 
 A program takes some groups of the last axis as a tile [groups, width]. Per tensor, a first kernel reduces to
 at most PARTS maxima, and each program of the second reads them all again: two launches, nothing on the host.
@@ -13,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import triton
 import triton.language as tl
 
+from .constants import RESIDUAL_STEPS
+from .formats import E4M3
 from .formats_triton import (
     DTYPES,
     TILE,
@@ -37,6 +40,8 @@ if TYPE_CHECKING:
 PARTS = 1024  # maxima of the first stage
 FLOATS = tuple(DTYPES)
 
+_RESIDUAL_STEPS = tl.constexpr(RESIDUAL_STEPS)
+
 
 def quantize(x: Any, fmt: FP8Format, group_size: int | None = None) -> tuple[Any, Any]:
     """x [..., D] -> codes uint8 [..., D], scale float32 [..., ceil(D / group_size)] or [1].
@@ -45,21 +50,14 @@ def quantize(x: Any, fmt: FP8Format, group_size: int | None = None) -> tuple[Any
     """
     require(x, "x", FLOATS)
     *lead, width = x.shape
-    total = math.prod(x.shape)
     codes = empty(x, list(x.shape), "uint8")
     if group_size is not None:
         per_row = -(-width // group_size)
         scale = empty(x, [*lead, per_row], "float32")
         _quantize_groups(x, codes, scale, scale, (width, group_size, 0), fmt)
         return codes, scale
-    scale = empty(x, [1], "float32")
-    if total == 0:
-        raise Unsuited("an empty tensor has no largest value")
-    tiles = -(-total // TILE)
-    parts = min(PARTS, tiles)
-    maxima = empty(x, [parts], "float32")
-    amax_kernel[(parts,)](x, maxima, total, tiles, -(-tiles // parts), TILE=TILE)
-    _quantize_groups(x, codes, scale, maxima, (total, TILE, parts), fmt)
+    scale, (parts, maxima) = empty(x, [1], "float32"), _maxima(x)
+    _quantize_groups(x, codes, scale, maxima, (math.prod(x.shape), TILE, parts), fmt)
     return codes, scale
 
 
@@ -85,6 +83,98 @@ def dequantize(
             DTYPE=DTYPES[name], EVEN=even(width, group, block), ROWS=rows, BLOCK=block,
         )  # fmt: skip
     return values
+
+
+def quantize_with_residual(x: Any, fmt: FP8Format, group_size: int | None = None) -> tuple[Any, Any, Any]:
+    """x [..., D] -> codes uint8 [..., D], scale as `quantize`, residual uint8 [..., D / 2].
+
+    Raises Unsuited as `quantize` does, and for groups or rows of an odd number of elements.
+    """
+    require(x, "x", FLOATS)
+    *lead, width = x.shape
+    rows, block, layout = _pairs(x, width, group_size)
+    codes, residual = empty(x, list(x.shape), "uint8"), empty(x, [*lead, width // 2], "uint8")
+    parts, maxima = 0, codes
+    if group_size is None:
+        scale = empty(x, [1], "float32")
+        parts, maxima = _maxima(x)
+    else:
+        scale = empty(x, [*lead, layout[-1]], "float32")
+    if layout[0]:
+        quantize_with_residual_kernel[(-(-layout[0] // rows),)](
+            x, codes, scale, residual, maxima, parts, *layout,
+            PARTS=triton.next_power_of_2(parts) if parts else 0, MANTISSA=fmt.mantissa_bits,
+            NATIVE=native_fp8(), ROWS=rows, BLOCK=block,
+        )  # fmt: skip
+    return codes, scale, residual
+
+
+def dequantize_with_residual(
+    codes: Any, scale: Any, residual: Any, fmt: FP8Format, group_size: int | None = None,
+    dtype: Any = "float32",
+) -> Any:  # fmt: skip
+    """Inverse of `quantize_with_residual` -> values [..., D] in `dtype`. Raises Unsuited as it does."""
+    for name, tensor, kind in (("codes", codes, "uint8"), ("scale", scale, "float32"),
+                               ("residual", residual, "uint8")):  # fmt: skip
+        require(tensor, name, (kind,))
+    name = dtype_name(dtype)
+    if name not in DTYPES:
+        raise Unsuited(f"dequantize to {name}; wanted {', '.join(DTYPES)}")
+    rows, block, layout = _pairs(codes, codes.shape[-1], group_size)
+    values = empty(codes, list(codes.shape), name)
+    if layout[0]:
+        dequantize_with_residual_kernel[(-(-layout[0] // rows),)](
+            codes, scale, residual, values, *layout, PER_TENSOR=group_size is None,
+            MANTISSA=fmt.mantissa_bits, NATIVE=native_fp8(), DTYPE=DTYPES[name], ROWS=rows, BLOCK=block,
+        )  # fmt: skip
+    return values
+
+
+def dequantize_blocks(
+    codes: Any, scale: Any, fmt: FP8Format = E4M3, block: int = 128, dtype: Any = "float32"
+) -> Any:
+    """codes uint8 [R, C], scale float32 [ceil(R / block), ceil(C / block)] -> values [R, C] in `dtype`.
+    Raises Unsuited for tensors with gaps and for scales of another shape."""
+    require(codes, "codes", ("uint8",))
+    require(scale, "scale", ("float32",))
+    name, (height, width) = dtype_name(dtype), codes.shape
+    across = -(-width // block)
+    if name not in DTYPES or list(scale.shape) != [-(-height // block), across]:
+        raise Unsuited(
+            f"codes {list(codes.shape)} with scales {list(scale.shape)}, blocks of {block}, to {name}"
+        )
+    values = empty(codes, [height, width], name)
+    rows, columns = group_tile(block)
+    if height and width:
+        dequantize_blocks_kernel[(-(-height // rows) * across,)](
+            codes, scale, values, height, width, block, across, MANTISSA=fmt.mantissa_bits,
+            NATIVE=native_fp8(), DTYPE=DTYPES[name], ROWS=rows, COLUMNS=columns,
+        )  # fmt: skip
+    return values
+
+
+def _pairs(x: Any, width: int, group_size: int | None) -> tuple[int, int, tuple[int, int, int, int]]:
+    """How kernels see groups of pairs of neighbours -> groups of a program, width of its tile; and number of
+    groups, elements of a row, of a group, groups of a row."""
+    total = math.prod(x.shape)
+    width, group = (total, TILE) if group_size is None else (width, group_size)
+    if width % 2 or group % 2:
+        raise Unsuited(f"rows of {width} in groups of {group}: pairs of neighbours want even numbers")
+    rows, block = group_tile(min(group, max(2, width)))
+    per_row = -(-width // group)
+    return rows, block, (total // max(1, width) * per_row, width, group, per_row)
+
+
+def _maxima(x: Any) -> tuple[int, Any]:
+    """First stage of a scale per tensor -> number of maxima, the maxima."""
+    total = math.prod(x.shape)
+    if total == 0:
+        raise Unsuited("an empty tensor has no largest value")
+    tiles = -(-total // TILE)
+    parts = min(PARTS, tiles)
+    maxima = empty(x, [parts], "float32")
+    amax_kernel[(parts,)](x, maxima, total, tiles, -(-tiles // parts), TILE=TILE)
+    return parts, maxima
 
 
 def readable(x: Any, name: str, groups: Groups | None) -> tuple[Any, int, str]:
@@ -151,6 +241,71 @@ def dequantize_kernel(
         p_codes, p_scale, i_group, i_group < groups, offset, inside, MANTISSA, PER_TENSOR, NATIVE
     )
     tl.store(p_values + offset, narrowed(values, DTYPE), mask=inside)
+
+
+@triton.jit
+def quantize_with_residual_kernel(
+    p_x, p_codes, p_scale, p_residual, p_maxima, parts, groups, width, group, per_row,
+    PARTS: tl.constexpr, MANTISSA: tl.constexpr, NATIVE: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """ROWS groups of x; PARTS as in `quantize_kernel`. A byte of the residual is of a pair of neighbours."""
+    i_group, place, present = group_offsets(groups, width, group, per_row, ROWS, BLOCK)
+    _, offset, inside = group_offsets(groups, width // 2, group // 2, per_row, ROWS, BLOCK // 2)
+    x = tl.load(p_x + place, mask=present, other=0.0).to(tl.float32)
+    if PARTS:
+        part = tl.arange(0, PARTS)
+        scale = scale_of(tl.max(tl.load(p_maxima + part.to(tl.int64), mask=part < parts, other=0.0), axis=0),
+                         MANTISSA)  # fmt: skip
+        codes = to_codes(x * tl.div_rn(1.0, scale), MANTISSA, NATIVE)
+        tl.store(p_scale, scale, mask=tl.program_id(0) == 0)
+    else:
+        codes, scale = quantize_rows(x, MANTISSA, NATIVE)
+        store_rows(p_scale, scale, i_group, i_group < groups)
+    tl.store(p_codes + place, codes, mask=present)
+    coarse = from_codes(codes, MANTISSA, NATIVE) * scale
+    usable = (coarse != 0.0) & (coarse == coarse)
+    steps = tl.floor((x - coarse) / tl.where(usable, coarse, 1.0) * _RESIDUAL_STEPS + 8.5)
+    steps = tl.where(usable, tl.minimum(tl.maximum(steps, 1.0), 15.0), 8.0)
+    low, high = tl.split(tl.reshape(steps, [ROWS, BLOCK // 2, 2]))
+    tl.store(p_residual + offset, (low + 16.0 * high).to(tl.uint8), mask=inside)
+
+
+@triton.jit
+def dequantize_with_residual_kernel(
+    p_codes, p_scale, p_residual, p_values, groups, width, group, per_row,
+    PER_TENSOR: tl.constexpr, MANTISSA: tl.constexpr, NATIVE: tl.constexpr, DTYPE: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    i_group, place, present = group_offsets(groups, width, group, per_row, ROWS, BLOCK)
+    _, offset, inside = group_offsets(groups, width // 2, group // 2, per_row, ROWS, BLOCK // 2)
+    coarse = load_values(
+        p_codes, p_scale, i_group, i_group < groups, place, present, MANTISSA, PER_TENSOR, NATIVE
+    )
+    packed = tl.load(p_residual + offset, mask=inside, other=0).to(tl.int32)
+    steps = tl.reshape(tl.join(packed & 15, packed >> 4), [ROWS, BLOCK]).to(tl.float32)
+    values = coarse * ((steps - 8.0) * (1.0 / _RESIDUAL_STEPS) + 1.0)
+    tl.store(p_values + place, narrowed(values, DTYPE), mask=present)
+
+
+@triton.jit
+def dequantize_blocks_kernel(
+    p_codes, p_scale, p_values, height, width, block, across,
+    MANTISSA: tl.constexpr, NATIVE: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """ROWS rows of one column of blocks."""
+    i = tl.program_id(0).to(tl.int64)
+    i_down = i // across
+    i_across = i - i_down * across
+    row = i_down * ROWS + tl.arange(0, ROWS).to(tl.int64)
+    inner = tl.arange(0, COLUMNS).to(tl.int64)
+    column = i_across * block + inner
+    inside = (row < height)[:, None] & ((inner < block) & (column < width))[None, :]
+    offset = (row * width)[:, None] + column[None, :]
+    codes = tl.load(p_codes + offset, mask=inside, other=0)
+    scale = load_rows(p_scale, row // block * across + i_across, row < height, 0.0)
+    tl.store(p_values + offset, narrowed(from_codes(codes, MANTISSA, NATIVE) * scale, DTYPE), mask=inside)
 
 
 @triton.jit

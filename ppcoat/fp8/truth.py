@@ -22,9 +22,18 @@ import numpy as np
 
 from . import truth_codecs as codecs
 from .backend import Unsuited
-from .constants import GELU_CUBIC, GELU_LINEAR, NORM_EPSILON, TINY
+from .constants import (
+    GELU_CUBIC,
+    GELU_LINEAR,
+    HASH_FIRST,
+    HASH_HIGH,
+    HASH_SECOND,
+    HASH_SEED,
+    NORM_EPSILON,
+    TINY,
+)
 from .formats import E4M3, E5M2, BlockMatrix, Epilogue, Groups
-from .truth_codecs import GROUP, HALF, largest
+from .truth_codecs import FLOAT_STEPS, GROUP, HALF, largest
 
 ROUNDINGS = 2.0**-17  # 128 of float32: a row is summed up, and 1 - tanh(z)^2 loses digits
 # A tensor core keeps 14 bits of a sum of FP8 products (DeepSeek-V3, arXiv 2412.19437, section 3.5.2).
@@ -212,6 +221,20 @@ def gated_residual(inputs: Inputs) -> Iterator[Case]:
             yield f"gated_residual, {form.name}", (y, gate), inputs.near(product)
 
 
+def dropout(inputs: Inputs) -> Iterator[Case]:
+    """Two rates, a short seed and one of 62 bits."""
+    for form in inputs.forms():
+        for rate, seed in ((0.1, 7), (0.5, 2**61 + 3 * 2**40 + 11)):
+            if not form.groups:
+                bits = hashed(np.arange(form.values.size).reshape(form.values.shape), seed)
+                want = form.values * np.where(bits >= rate * 2.0**32, 1 / (1 - rate), 0.0)
+                yield (
+                    f"dropout, {form.name}",
+                    (form.x, rate, seed),
+                    inputs.near(want, FLOAT_STEPS * np.abs(want)),
+                )
+
+
 def scaled_matmul(inputs: Inputs) -> Iterator[Case]:
     """Both directions from one stored weight; alone, and with bias and LoRA. Few rows, more, and so many that
     a program makes two tiles; sides that end within a tile, and sides that cuBLASLt takes."""
@@ -249,6 +272,9 @@ _BOTH_WAYS = {
 CASES: dict[str, Callable[[Inputs], Iterator[Case]]] = {
     "quantize": partial(codecs.quantize, inverse=False),
     "dequantize": partial(codecs.quantize, inverse=True),
+    "quantize_with_residual": partial(codecs.residual, inverse=False),
+    "dequantize_with_residual": partial(codecs.residual, inverse=True),
+    "dequantize_blocks": codecs.dequantize_blocks,
     "log_encode": partial(codecs.log_encode, signed=False),
     "log_decode": partial(codecs.log_decode, signed=False),
     "signed_log_encode": partial(codecs.log_encode, signed=True),
@@ -257,6 +283,7 @@ CASES: dict[str, Callable[[Inputs], Iterator[Case]]] = {
     **{name: partial(cases, gradient=False) for name, cases in _BOTH_WAYS.items()},
     **{f"{name}_grad": partial(cases, gradient=True) for name, cases in _BOTH_WAYS.items()},
     "gated_residual": gated_residual,
+    "dropout": dropout,
     "scaled_matmul": scaled_matmul,
 }
 
@@ -283,6 +310,16 @@ def rotated(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
     """x [B, tokens, heads, dim], angles [tokens, dim / 2]: each pair of neighbours."""
     pairs = (x[..., 0::2] + 1j * x[..., 1::2]) * (cos + 1j * sin)[:, None]
     return np.stack([pairs.real, pairs.imag], -1).reshape(x.shape)
+
+
+def hashed(position: np.ndarray, seed: int) -> np.ndarray:
+    """`random_bits` of pointwise.py, with the order that int32 have: int64 from 0 to 2^32 - 1."""
+    position = position.astype(np.uint64)
+    mixed = (position + (position >> np.uint64(32)) * np.uint64(HASH_HIGH)).astype(np.uint32)
+    mixed = mixed + np.uint32(seed * HASH_SEED % 2**32)
+    mixed = (mixed ^ (mixed >> np.uint32(16))) * np.uint32(HASH_FIRST) ^ np.uint32(seed >> 32)
+    mixed = (mixed ^ (mixed >> np.uint32(15))) * np.uint32(HASH_SECOND)
+    return ((mixed ^ (mixed >> np.uint32(16))) ^ np.uint32(2**31)).astype(np.int64)
 
 
 def _pair(*parts: Callable[[Any], float]) -> Callable[[Any], float]:

@@ -59,6 +59,60 @@ def quantize(inputs: Inputs, inverse: bool) -> Iterator[Case]:
                 yield f"quantize, {name}", (x, fmt, group), error_of
 
 
+def residual(inputs: Inputs, inverse: bool) -> Iterator[Case]:
+    """Residuals are the nearest step to the place of x, cut to 1..15; the inverse is rounded once."""
+    for name, fmt, group, dtype in LINEAR:
+        rows = edge_rows(256)[: None if group else -2]
+        codes, scale = encode(rows, fmt, group)
+        coarse = fmt.numbers(codes) * per_value(scale, 256, group)
+        packed = inputs.rng.integers(0, 256, [len(rows), 128], dtype=np.uint8)
+        if inverse:
+            want = coarse * (1 + (_unpacked(packed) - 8) / constants.RESIDUAL_STEPS)
+            arguments = *map(inputs.put, (codes, scale, packed)), fmt, group, dtype
+            yield (
+                f"dequantize_with_residual, {name}",
+                arguments,
+                inputs.near(want, FLOAT_STEPS * np.abs(want)),
+            )
+        else:
+            x = inputs.put(rows, dtype)
+            error_of = inputs.measured(_residual_error, inputs.get(x), fmt, group)
+            yield f"quantize_with_residual, {name}", (x, fmt, group), error_of
+
+
+def _unpacked(packed: np.ndarray) -> np.ndarray:
+    """uint8 [..., D / 2] -> the 4-bit numbers [..., D], float64."""
+    packed = packed.astype(np.uint8)
+    return np.stack([packed & 15, packed >> 4], -1).reshape([*packed.shape[:-1], -1]).astype(np.float64)
+
+
+def _residual_error(got: tuple, x: np.ndarray, fmt: FP8Format, group: int | None) -> float:
+    """Of codes and scale as `linear_error`, and of the residual in half steps from where x lies; NaN where a
+    code of 0 has another residual than 8."""
+    codes, scale, packed = got
+    coarse, steps = fmt.numbers(codes) * per_value(scale, x.shape[-1], group), _unpacked(packed)
+    if steps.shape != x.shape or (steps[np.isfinite(coarse) & (codes % 128 == 0)] != 8).any():
+        return math.nan
+    read = np.abs(coarse) > TINY * 2.0**16  # of smaller ones float32 and devices lose the difference
+    place = (x[read] / coarse[read] - 1) * constants.RESIDUAL_STEPS + 8
+    # x / coarse is rounded to float32, and 1 is taken off again
+    error = np.abs(steps[read] - np.clip(place, 1, 15)) / (0.5 + 2 * constants.RESIDUAL_STEPS * FLOAT_STEPS)
+    return largest(error, linear_error((codes, scale), x, fmt, group))
+
+
+def dequantize_blocks(inputs: Inputs) -> Iterator[Case]:
+    """Whole blocks and ragged ones, a block of zeros and one that is not finite; scales are powers of two."""
+    for shape, dtype in (([300, 130], "float32"), ([256, 384], "bfloat16"), ([5, 136], "bfloat16")):
+        codes = inputs.rng.integers(0, 126, shape, dtype=np.uint8)
+        codes += 128 * inputs.rng.integers(0, 2, shape, dtype=np.uint8)
+        scale = np.exp2(inputs.rng.integers(-12, 9, [-(-side // GROUP) for side in shape])).astype(np.float32)
+        scale[0, 1], scale[-1, 0] = 0.0, np.nan if shape[0] > GROUP else 1.0
+        factors = np.repeat(np.repeat(scale, GROUP, axis=0)[: shape[0]], GROUP, axis=1)[:, : shape[1]]
+        want = E4M3.numbers(codes) * factors.astype(np.float64)
+        arguments = inputs.put(codes), inputs.put(scale), E4M3, GROUP, dtype
+        yield f"dequantize_blocks, {dtype}", arguments, inputs.near(want, 0.0)
+
+
 def log_encode(inputs: Inputs, signed: bool) -> Iterator[Case]:
     """Rows of many spreads, with zeros, one very small value, NaN and infinity; two kinds of dither."""
     for shape, spread in (([24, 128], 4.0), ([9, 100], 1.5)):

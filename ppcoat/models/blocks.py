@@ -40,17 +40,18 @@ class BlockModel:
         look_at_weights_again(self)
         return super().set_state_dict(state_dict, *args, **kwargs)
 
-    def run_block(self, index: int, block: nn.Layer, *args: paddle.Tensor | None):
-        """block(*args), the model's block number `index`; checkpointed while training if it is covered."""
+    def run_block(self, index: int, block: nn.Layer, *args: paddle.Tensor | None, **settings: object):
+        """block(*args, **settings), the model's block number `index`; checkpointed while training if it is
+        covered. settings: its arguments that are no tensors."""
         covered = self.checkpoint_blocks is None or index < self.checkpoint_blocks
         if not (covered and self.gradient_checkpointing and self.training and paddle.is_grad_enabled()):
-            return block(*args)
+            return block(*args, **settings)
 
         state = adapters(block)  # as it is now: the backward runs after `forward` has put it back
 
         def run_with_adapters(*args):
             with adapters_set(state):
-                return block(*args)
+                return block(*args, **settings)
 
         trained = [parameter for parameter in block.parameters() if not parameter.stop_gradient]
         return checkpointed(run_with_adapters, *args, trained=trained)

@@ -1,49 +1,107 @@
 """Attention, its formula and its op, and rotary position embedding: what mixes or marks token positions.
 
-All take and return [batch, tokens, heads, head_dim], the layout in which the Linears leave their output. A
-mask is added to the scores as a bias, 0 or a number so low that its weight is exactly 0; it stays finite, for
-a row without any key must not become NaN.
+All take and return [batch, tokens, heads, head_dim], the layout in which the Linears leave their output.
+Which kernel computes attention is Paddle's choice (`attention_kernel`). A mask is added to the scores as a
+bias, 0 or a number so low that its weight is exactly 0; it stays finite, for a row without any key must not
+become NaN. Padding needs no bias of all pairs of tokens: the fused kernels see each sample without it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import numpy as np
 import paddle
 import paddle.nn.functional as F
 
-from ppcoat.device import on_gpu
 from ppcoat.fp8.norm import apply_rope
 
 from .op import OpCall, Tensors
 from .recompute import LocalGraph
 
 MASKED_SCORE = -1e9
+# Paddle's names of what computes attention. The first two save q, k, v, the output and a float32 per row and
+# head for backward; the last saves the scores of all pairs of tokens.
+FLASH, EFFICIENT, MATH = "flash_attn", "mem_efficient", "math"
 
 
 def attention(
-    q: paddle.Tensor, k: paddle.Tensor, v: paddle.Tensor, bias: paddle.Tensor | None = None
+    q: paddle.Tensor,
+    k: paddle.Tensor,
+    v: paddle.Tensor,
+    bias: paddle.Tensor | None = None,
+    padding: Padding | None = None,
 ) -> paddle.Tensor:
     """softmax(q k^T / sqrt(head_dim) + bias) v; query head h reads key head h // (heads / key heads).
 
-    q [B, T, heads, head_dim]; k and v [B, S, key heads, head_dim]; bias as `attention_bias` gives it. Returns
-    q's shape and dtype. Half precision on a GPU goes to flash attention; everything else is written out in
-    matmuls, which on CPU takes a third of the time of Paddle's own composed form.
+    q [B, T, heads, head_dim]; k and v [B, S, key heads, head_dim]; bias as `attention_bias` gives it, or
+    padding (S = T): keys behind a sample's end have no weight, and rows there hold anything finite. Returns
+    q's shape and dtype. Where Paddle takes no fused kernel, the formula is written out in matmuls, which on a
+    CPU takes a third of the time of Paddle's own composed form.
     """
     groups = q.shape[2] // k.shape[2]
     if groups > 1:
         k, v = (_repeat_heads(x, groups) for x in (k, v))
-    if uses_flash_attention(q):
-        if bias is not None:
-            bias = bias.astype(q.dtype).expand([q.shape[0], 1, q.shape[1], k.shape[1]])
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    if attention_kernel(q, bias) == MATH:
+        return _written_out(q, k, v, bias if padding is None else padding.bias)
+    if padding is not None:
+        return _sample_by_sample(q, k, v, padding.lengths)
+    if bias is not None:
+        bias = bias.astype(q.dtype).expand([q.shape[0], 1, q.shape[1], k.shape[1]])
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+
+def attention_kernel(q: paddle.Tensor, bias: paddle.Tensor | None = None) -> str:
+    """FLASH, EFFICIENT or MATH: what `attention` of q [B, T, heads, head_dim] of any dtype with this bias
+    runs. Memory-efficient attention wants a bias of every head and pair of tokens, so it runs without one.
+    """
+    # While a static graph is traced, tensors have no place yet: it will be the current device.
+    place = q.place if paddle.in_dynamic_mode() else paddle.framework._current_expected_place_()
+    kernel = kernel_of_paddle(place, q.shape[-1], q.dtype)
+    return MATH if bias is not None and kernel == EFFICIENT else kernel
+
+
+def kernel_of_paddle(place: paddle.base.core.Place, head_dim: int, dtype: paddle.dtype) -> str:
+    """FLASH, EFFICIENT or MATH: what Paddle's selector takes at a place for heads of this size and dtype,
+    by what it was built with, the card's capability and the user's `sdpa_kernel` context."""
+    if not place.is_gpu_place():
+        return MATH
+    sdpa = getattr(F, "sdpa", None)
+    if sdpa is None:  # an older Paddle looks at the size of heads only, and has half precision in mind
+        half = dtype in (paddle.bfloat16, paddle.float16)
+        return F.flash_attention._select_sdp(head_dim) if half else MATH
+    if not sdpa._config:
+        sdpa.init_config()
+    shape, threefold = [1, 1, 1, head_dim], (dtype,) * 3
+    asked = sdpa.SDPParams(shape, shape, shape, None, 0.0, False, None, False, threefold, (place,) * 3)
+    return sdpa.select_sdp_for_sdpa(asked)
+
+
+def _written_out(
+    q: paddle.Tensor, k: paddle.Tensor, v: paddle.Tensor, bias: paddle.Tensor | None
+) -> paddle.Tensor:
     q, k, v = (_swap_tokens_and_heads(x) for x in (q * q.shape[-1] ** -0.5, k, v))
     scores = paddle.matmul(q, k, transpose_y=True)
     weights = F.softmax(scores if bias is None else scores + bias.astype(scores.dtype), axis=-1)
     return _swap_tokens_and_heads(paddle.matmul(weights, v))
+
+
+def _sample_by_sample(
+    q: paddle.Tensor, k: paddle.Tensor, v: paddle.Tensor, lengths: Sequence[int]
+) -> paddle.Tensor:
+    """Each sample's own tokens without a mask, then zeros.
+
+    A bias [B, 1, 1, T] would not do: flash attention accepts it, but then reads a row of it for every query,
+    so from beyond its end (row stride `seqlen_k` in flash_fwd_kernel.h of Paddle's flash-attention).
+    """
+    rows = []
+    for i, length in enumerate(lengths):
+        row = F.scaled_dot_product_attention(*(x[i : i + 1, :length] for x in (q, k, v)))
+        rest = [1, q.shape[1] - length, *q.shape[2:]]
+        rows.append(row if not rest[1] else paddle.concat([row, paddle.zeros(rest, row.dtype)], axis=1))
+    return paddle.concat(rows)
 
 
 def _repeat_heads(x: paddle.Tensor, times: int) -> paddle.Tensor:
@@ -57,13 +115,13 @@ def _repeat_heads(x: paddle.Tensor, times: int) -> paddle.Tensor:
 class AttentionCall(OpCall):
     """q, k, v of one or two streams. Saves them all in one; under "+attention" values in FP8, queries and
     keys with a residual, because scores go through an exponential: 2.5 % of rounding in q or k would be 8 %
-    behind it. Its result is never saved by whoever reads it, but computed again or saved by flash attention.
+    behind it. Its result is never saved by whoever reads it, but computed again or saved by a fused kernel.
     """
 
     @staticmethod
-    def compute(*qkv, bias=None):
+    def compute(*qkv, padding=None):
         q, k, v = _joined(qkv)
-        o = attention(q, k, v, bias).flatten(2)
+        o = attention(q, k, v, padding=padding).flatten(2)
         return tuple(_split_tokens(o, [x.shape[1] for x in qkv[::3]]))
 
     def forward(self, *qkv):
@@ -71,7 +129,7 @@ class AttentionCall(OpCall):
         self.makers = [self.saver.maker_of(x) for x in qkv]
         self.tokens, self.head_dim = [x.shape[1] for x in qkv[::3]], qkv[0].shape[-1]
         self._graph, (q, k, v) = None, _joined(qkv)
-        if not policy.recompute and uses_flash_attention(q):
+        if not policy.recompute and attention_kernel(q) != MATH:
             # Its graph is what "coat" saves: q, k, v, the output and a statistic per row.
             self._graph = self._new_graph(q, k, v)
             return self._parts(self._graph.output.flatten(2))
@@ -79,7 +137,7 @@ class AttentionCall(OpCall):
         v_save = self.saver.save if policy.attention_in_fp8 else self.saver.save_plain
         self.qkv = [q_save(q.flatten(2)), q_save(k.flatten(2)), v_save(v.flatten(2))]
         if not policy.recompute:
-            self.saver.count(_FlashRemainder(q.shape, k.shape[2]))
+            self.saver.count(_FusedRemainder(q.shape, k.shape[2]))
         return self._parts(attention(q, k, v, **self.settings).flatten(2))
 
     def tell(self, result):
@@ -114,9 +172,8 @@ class AttentionCall(OpCall):
 
 
 @dataclass(frozen=True)
-class _FlashRemainder:
-    """What flash attention would save beside q [B, tokens, heads, head_dim], k and v: the output in bfloat16,
-    a float32 per token and head, and keys and values for heads that share them. Without flash attention it is
+class _FusedRemainder:
+    """What a fused kernel would save beside q [B, tokens, heads, head_dim], k and v. Without one attention is
     computed again, so nothing is saved.
     """
 
@@ -128,8 +185,13 @@ class _FlashRemainder:
     @property
     def nbytes_bf16(self) -> int:
         batch, tokens, heads, head_dim = self.shape
-        shared = 2 * (heads - self.key_heads)
-        return batch * tokens * (heads * (2 * head_dim + 4) + shared * 2 * head_dim)
+        return batch * tokens * fused_remainder(heads, self.key_heads, head_dim, 2)
+
+
+def fused_remainder(heads: int, key_heads: int, head_dim: int, itemsize: int) -> int:
+    """Bytes per token that flash and memory-efficient attention save beside q, k and v: the output, a float32
+    per head, and keys and values for heads that share them."""
+    return heads * (itemsize * head_dim + 4) + 2 * (heads - key_heads) * itemsize * head_dim
 
 
 def attention_bias(keep: np.ndarray) -> paddle.Tensor | None:
@@ -142,17 +204,22 @@ def attention_bias(keep: np.ndarray) -> paddle.Tensor | None:
     return paddle.to_tensor(np.where(keep, 0.0, MASKED_SCORE).astype("float32")).unsqueeze(1)
 
 
-def padding_bias(lengths: list[int], tokens: int) -> paddle.Tensor | None:
-    """The bias, float32 [B, 1, 1, tokens], that lets sample i attend to its first lengths[i] tokens."""
-    return attention_bias((np.arange(tokens) < np.array(lengths)[:, None])[:, None])
+@dataclass(frozen=True)
+class Padding:
+    """Sample i of a batch has lengths[i] tokens; what follows, up to `tokens`, is none of it."""
+
+    lengths: tuple[int, ...]
+    tokens: int
+
+    @cached_property
+    def bias(self) -> paddle.Tensor:
+        """float32 [B, 1, 1, tokens], made once."""
+        return attention_bias((np.arange(self.tokens) < np.array(self.lengths)[:, None])[:, None])
 
 
-def uses_flash_attention(q: paddle.Tensor) -> bool:
-    """Whether `attention` of q [B, T, heads, head_dim] saves q, k, v, the output and a statistic per row for
-    backward, and no score matrix: on a GPU, if q is bfloat16 or float16."""
-    # While a static graph is traced, tensors have no place yet: it will be the current device.
-    there = q.place.is_gpu_place() if paddle.in_dynamic_mode() else on_gpu()
-    return there and q.dtype in (paddle.bfloat16, paddle.float16)
+def padding_of(lengths: Sequence[int], tokens: int) -> Padding | None:
+    """None where every sample fills its row: then no kernel needs a mask."""
+    return None if min(lengths) == tokens else Padding(tuple(lengths), tokens)
 
 
 def _swap_tokens_and_heads(x: paddle.Tensor) -> paddle.Tensor:

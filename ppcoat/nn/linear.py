@@ -24,6 +24,7 @@ from paddle.autograd import PyLayer
 
 from ppcoat.errors import ConfigError
 from ppcoat.fp8.formats import E4M3
+from ppcoat.fp8.pointwise import dropout
 
 from .base_weight import Weight, times, times_transposed
 from .policy import check_policy
@@ -174,11 +175,13 @@ class LinearUse:
 
     @classmethod
     def of(cls, layer: nn.Layer) -> LinearUse:
-        """`layer`: a Linear, FrozenLinear or LoRALinear. With dropout this draws from Paddle's generator."""
+        """`layer`: a Linear, FrozenLinear or LoRALinear. With dropout this draws a number from the host's
+        generator (`paddle.seed` seeds it), so that nobody waits for the device."""
         if not isinstance(layer, LoRALinear) or not layer.enabled:
             return cls(layer)
         drops = layer.training and layer.dropout > 0
-        return cls(layer, layer.scale, int(paddle.randint(1, 2**31 - 1, [1])) if drops else None)
+        seed = paddle.framework.core.default_cpu_generator().random() >> 2 if drops else None
+        return cls(layer, layer.scale, seed)
 
     @property
     def needs_x(self) -> bool:
@@ -224,11 +227,7 @@ class LinearUse:
 
     def drop(self, x: paddle.Tensor) -> paddle.Tensor:
         """Inverted dropout on the LoRA's input x [..., in]; x itself without dropout."""
-        if self.seed is None:
-            return x
-        rate = self.layer.dropout
-        mask = paddle.uniform(x.shape, dtype="float32", min=0.0, max=1.0, seed=self.seed) >= rate
-        return x * (mask.astype(x.dtype) / (1.0 - rate))
+        return x if self.seed is None else dropout(x, self.layer.dropout, self.seed)
 
 
 def _rows(x: paddle.Tensor) -> paddle.Tensor:

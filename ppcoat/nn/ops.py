@@ -79,11 +79,11 @@ def rms_norm_rotated(
 
 
 def attention(
-    q: paddle.Tensor, k: paddle.Tensor, v: paddle.Tensor, bias: paddle.Tensor | None = None
+    q: paddle.Tensor, k: paddle.Tensor, v: paddle.Tensor, padding: plain.Padding | None = None
 ) -> paddle.Tensor:
-    """softmax(q k^T / sqrt(head_dim) + bias) v. q [B, tokens, heads, head_dim], k and v [B, tokens, key
-    heads, head_dim], bias as `attention_bias` gives it -> [B, tokens, heads * head_dim]."""
-    (o,) = run_op(plain.AttentionCall, q, k, v, bias=bias)
+    """softmax(q k^T / sqrt(head_dim)) v over each sample's tokens. q [B, tokens, heads, head_dim], k and v
+    [B, tokens, key heads, head_dim], padding as `padding_of` gives it -> [B, tokens, heads * head_dim]."""
+    (o,) = run_op(plain.AttentionCall, q, k, v, padding=padding)
     return o
 
 

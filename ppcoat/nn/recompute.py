@@ -82,14 +82,14 @@ class _CheckpointedCall:
     generators."""
 
     def __init__(self, function: Callable[..., Outputs], inputs: Sequence[paddle.Tensor | None]) -> None:
-        self.function, self._random = function, paddle.get_rng_state()
+        self.function, self._random = function, _random_states()
         self.saved, self._policy = [_save(x) for x in inputs], policy_of_recomputation()
         self._wanted = [carries_gradient(x) for x in inputs]
 
     def gradients(self, *grads: paddle.Tensor) -> list[paddle.Tensor | None]:
         """Gradients of the results -> those of the inputs that are tensors."""
         inputs = [None if saved is None else saved.unpack() for saved in self.saved]
-        with _random_state(self._random):
+        with _random_numbers_from(self._random):
             graph = LocalGraph(self.function, *inputs, wanted=self._wanted, policy=self._policy)
         return [d for d, x in zip(graph.gradients(*grads), inputs, strict=True) if x is not None]
 
@@ -118,12 +118,22 @@ def _save(x: paddle.Tensor | None) -> SavedTensor | None:
     return PlainSaved(x.detach()) if x.stop_gradient else saver().save_plain(x)
 
 
+def _random_states() -> dict[str | None, list]:
+    """State of the generators of the current device (None), and of the host's, which seeds dropout."""
+    return {device: paddle.get_rng_state(device) for device in (None, "cpu")}
+
+
+def _set_random_states(states: dict[str | None, list]) -> None:
+    for device, state in states.items():
+        paddle.set_rng_state(state, device)
+
+
 @contextmanager
-def _random_state(state: list) -> Iterator[None]:
-    """Context manager: the generators draw from `state` on; afterwards they go on where they were."""
-    before = paddle.get_rng_state()
-    paddle.set_rng_state(state)
+def _random_numbers_from(states: dict[str | None, list]) -> Iterator[None]:
+    """Context manager: the generators draw from `states` on; afterwards they go on where they were."""
+    before = _random_states()
+    _set_random_states(states)
     try:
         yield
     finally:
-        paddle.set_rng_state(before)
+        _set_random_states(before)

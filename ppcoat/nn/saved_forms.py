@@ -10,9 +10,12 @@ from dataclasses import dataclass
 import paddle
 
 from ppcoat.fp8.formats import E4M3, FP8Format, Groups
-from ppcoat.fp8.quantize import dequantize, quantize
-
-RESIDUAL_STEPS = 120.0  # steps of the residual per unit of relative distance: 7.5 / (1/16)
+from ppcoat.fp8.quantize import (
+    dequantize,
+    dequantize_with_residual,
+    quantize,
+    quantize_with_residual,
+)
 
 
 @dataclass(eq=False)
@@ -99,10 +102,8 @@ class ResidualSaved:
 
     def unpack(self) -> paddle.Tensor:
         """The values again, in the dtype they came in."""
-        coarse, residual = self.coarse.unpack(), self.residual.astype("float32")
-        high = paddle.floor(residual / 16)
-        steps = paddle.stack([residual - 16 * high, high], axis=-1).reshape(coarse.shape)
-        return (coarse.astype("float32") * (1 + (steps - 8) / RESIDUAL_STEPS)).astype(coarse.dtype)
+        c = self.coarse
+        return dequantize_with_residual(c.codes, c.scale, self.residual, c.fmt, c.group_size, c.dtype)
 
 
 @dataclass(eq=False)
@@ -148,16 +149,10 @@ def save_fp8(x: paddle.Tensor, fmt: FP8Format, group_size: int | None) -> FP8Sav
 
 
 def save_residual(x: paddle.Tensor, group_size: int | None) -> ResidualSaved:
-    """x [..., D] float, D even -> ResidualSaved. The residual is round(120 * (x / coarse - 1)) + 8: for
-    E4M3 |x / coarse - 1| is at most 1/16, so that it lies in 0.5..15.5.
-    """
+    """x [..., D] float, D even -> ResidualSaved."""
     with paddle.no_grad():
-        coarse = save_fp8(x, E4M3, group_size)
-        base = coarse.unpack().astype("float32")
-        safe = paddle.where(base.abs() > 0, base, paddle.ones_like(base))
-        steps = paddle.round((x.astype("float32") - base) / safe * RESIDUAL_STEPS).clip_(-7, 7) + 8.0
-        low, high = steps.reshape([*x.shape[:-1], -1, 2]).unbind(-1)
-        return ResidualSaved(coarse, (low + 16 * high).astype("uint8"))
+        codes, scale, residual = quantize_with_residual(x.detach(), E4M3, group_size)
+        return ResidualSaved(FP8Saved(codes, scale, E4M3, group_size, x.dtype), residual)
 
 
 def codes_or_floats(saved: SavedTensor) -> tuple[paddle.Tensor, Groups | None]:

@@ -210,6 +210,20 @@ class TracedNextDiT(TracedModel):
         """Channels of a head."""
         return self.setting("dim") // self.heads
 
+    @property
+    def key_heads(self) -> int:
+        """Of the keys and values."""
+        return self.setting("n_kv_heads")
+
+    @property
+    def norm_inputs(self) -> int:
+        """Values per token of a layer that autograd saves in float32 before a norm: four inputs, q and k."""
+        return (5 * self.heads + self.key_heads) * self.head_dim
+
+    def counts_remainder(self, checkpointed: bool) -> bool:
+        """Also in a checkpointed layer, whose ops save by hand while it is computed again."""
+        return checkpointed or super().counts_remainder(checkpointed)
+
     def small_heads(self) -> tuple[int, ...]:
         """Multiples of the query heads that share a key head."""
         shared = self.heads // self.setting("n_kv_heads")
@@ -264,18 +278,8 @@ class TracedNextDiT(TracedModel):
         return self._of_parts(*(self.scores_bytes(heads, n) for n in (image, text, image + text)))
 
     def true_attention(self, image: int, text: int, checkpointed: bool) -> np.ndarray:
-        """What attention saves of these numbers at the true size; on a GPU q, k, v, the output and a float32
-        per row (flash attention), and what RMSNorms save in float32 where a CPU counts bfloat16."""
-        if self.attention_is_counted(checkpointed):
-            return np.zeros(4)
-
-        def of_block(tokens: int) -> float:
-            if not self.half:
-                return self.large_scores_bytes(tokens)
-            width, keys = self.setting("dim"), self.setting("n_kv_heads") * self.head_dim
-            return tokens * (self.heads * (4 * 2 * self.head_dim + 4) + 2 * (4 * width + width + keys))
-
-        return self._of_parts(of_block(image), of_block(text), of_block(image + text))
+        """What attention saves of these numbers at the true size, or what the counters are off by."""
+        return self._of_parts(*(self.attention_bytes(n, checkpointed) for n in (image, text, image + text)))
 
     def _of_parts(self, image: float, text: float, both: float) -> np.ndarray:
         refiners = self.setting("n_refiner_layers")

@@ -12,9 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import paddle
+
 from ppcoat.config.schema import RunConfig
 from ppcoat.data.cache import ENCODED_AT_ONCE, ENCODED_PIXELS
-from ppcoat.device import LARGEST_KEPT
+from ppcoat.device import LARGEST_KEPT, gpu_place
+from ppcoat.nn.attention import EFFICIENT, FLASH, MATH, kernel_of_paddle
 from ppcoat.nn.policy import POLICIES
 from ppcoat.nn.swap import check_count
 from ppcoat.plan.model import (
@@ -88,6 +91,7 @@ class MemoryModel:
         self.half = on_gpu and config.model.dtype != "float32"
         self.itemsize = BFLOAT16 if self.half else FLOAT32
         self.model: BaseModel = self.read_model(transformer)
+        self.kernel, self.kernel_is_assumed = self._attention_kernel()
         self.image_tokens, self.text_tokens = image_tokens(config), self.model.text_tokens
         self.tokens = self.image_tokens + self.text_tokens
         self.vae_itemsize = self.itemsize
@@ -198,6 +202,7 @@ class MemoryModel:
             "rank": self.config.network.linear,
             "coat": coat.model_copy(update={"activation": activation}),
             "half": self.half,
+            "kernel": self.kernel,
         }
 
     def saved_by_all_blocks(self, settings: Settings) -> int:
@@ -250,15 +255,37 @@ class MemoryModel:
             f"{adapter} rank {config.network.linear} on {len(model.lora_paths)} Linears",
         )
         if self.on_gpu:
-            return facts
+            return *facts, self._attention_fact
         return *facts, (
             "on a CPU a process can hold up to twice the rows kept and working: freed blocks below "
             f"{LARGEST_KEPT >> 20} MiB stay with it"
         )
 
+    def _attention_kernel(self) -> tuple[str, bool]:
+        """What computes attention, and whether that is assumed: Paddle says it of a card that is at hand; of
+        another one it takes flash attention in bfloat16, and memory-efficient attention in float32."""
+        if not self.on_gpu:
+            return MATH, False
+        place = gpu_place(self.config.device)
+        if place is None:
+            return FLASH if self.half else EFFICIENT, True
+        dtype = paddle.bfloat16 if self.half else paddle.float32
+        return kernel_of_paddle(place, self.model.width // self.model.heads, dtype), False
+
+    @property
+    def _attention_fact(self) -> str:
+        if self.kernel == MATH:
+            scores = self.itemsize * self.model.heads * self.tokens**2 / 1e9
+            what = f"attention written out in matmuls ({scores:.2f} GB of scores for a picture and block)"
+        else:
+            what = {FLASH: "flash attention", EFFICIENT: "memory-efficient attention"}[self.kernel]
+        return what + (
+            ", assumed: no card is at hand" if self.kernel_is_assumed else ", Paddle's choice here"
+        )
+
     def _working(self, lines: tuple[tuple[float, float], ...], batch: int, tokens: int | None = None) -> int:
         tokens = self.tokens if tokens is None else tokens
-        scores = 0 if self.half else self.model.heads * tokens**2
+        scores = self.model.heads * tokens**2 if self.kernel == MATH else 0
         values = max(a * tokens * self.model.width + b * scores for a, b in lines)
         return int(batch * self.itemsize * values)
 

@@ -24,9 +24,10 @@ from ppcoat.coat import COATTrainer, prepare
 from ppcoat.config.schema import CoatConfig, NetworkConfig
 from ppcoat.device import set_device
 from ppcoat.models.flux.transformer import FluxTransformer2DModel
-from ppcoat.nn.attention import attention
+from ppcoat.nn.attention import MATH, attention, fused_remainder
 from ppcoat.nn.saved_tensors import SavedTensors, count_saved_tensors
 from ppcoat.objective import FlowMatching, Objective
+from ppcoat.plan.model import BFLOAT16, FLOAT32
 
 SIDE = 8  # rows of image tokens of the small model: enough that no tensor is too small for FP8
 TEXT = 64  # its text tokens
@@ -36,8 +37,8 @@ SCORES_AT = 128  # tokens, and twice as many, from which the scores of any numbe
 @dataclass(frozen=True)
 class TracedModel:
     """What the trace wants to know. settings: of FluxTransformer2DModel, hashable; lora_paths: inside the
-    blocks of a model of one block of each kind, from `small_lora_paths`. half: it computes in bfloat16 on a
-    GPU, with flash attention.
+    blocks of a model of one block of each kind, from `small_lora_paths`. half: it computes in bfloat16, on a
+    GPU. kernel: of attention, by its name in nn/attention.py.
     """
 
     settings: tuple[tuple[str, object], ...]
@@ -45,6 +46,7 @@ class TracedModel:
     rank: int
     coat: CoatConfig
     half: bool
+    kernel: str
     own_sizes: ClassVar[tuple[str, ...]] = ("num_layers", "num_single_layers", "num_attention_heads")
 
     def setting(self, name: str) -> int:
@@ -61,6 +63,11 @@ class TracedModel:
         """Channels of a head."""
         return self.setting("attention_head_dim")
 
+    @property
+    def key_heads(self) -> int:
+        """Of the large model."""
+        return self.heads
+
     def attention_is_counted(self, checkpointed: bool) -> bool:
         """Whether attention is an op that saves by hand, whose bytes are those of a large model: always but
         where blocks save what autograd saves."""
@@ -73,8 +80,10 @@ class TracedModel:
         return (few, 2 * few) if self.heads > 2 * few else (self.heads,)
 
     def without_own_sizes(self) -> TracedModel:
-        """The settings without those that `small_model` sets by itself: what one trace serves."""
-        return replace(self, settings=tuple(pair for pair in self.settings if pair[0] not in self.own_sizes))
+        """What one trace serves: without the settings that `small_model` sets by itself, and without the
+        kernel, which is not traced."""
+        shared = tuple(pair for pair in self.settings if pair[0] not in self.own_sizes)
+        return replace(self, settings=shared, kernel=MATH)
 
     def small_model(self, heads: int, checkpointed: bool) -> paddle.nn.Layer:
         """Two double blocks and a single one, made ready as for training."""
@@ -125,17 +134,35 @@ class TracedModel:
         return np.array([0, *[self.scores_bytes(heads, image + text)] * 3])
 
     def true_attention(self, image: int, text: int, checkpointed: bool) -> np.ndarray:
-        """What attention saves at the true size, as these numbers. On a GPU: q, k, v, the output and a
-        float32 per row (flash attention), and q and k in float32 before their norm, where a CPU counts
-        bfloat16.
+        """What attention saves at the true size, or what the counters are off by, as these numbers."""
+        return np.array([0, *[self.attention_bytes(image + text, checkpointed)] * 3])
+
+    def attention_bytes(self, tokens: int, checkpointed: bool) -> float:
+        """Of one block over so many tokens. A fused kernel saves q, k, v, the output and a float32 per row
+        and head, the written-out form its scores; on top comes what norms save in float32 where a CPU counts
+        bfloat16. Where attention is an op, counters in bfloat16 count what a fused kernel saves beside q, k
+        and v, those in float32 do not.
         """
+        itemsize = BFLOAT16 if self.half else FLOAT32
+        remainder = fused_remainder(self.heads, self.key_heads, self.head_dim, itemsize)
         if self.attention_is_counted(checkpointed):
-            return np.zeros(4)
-        if self.half:
-            of_block = (image + text) * self.heads * (4 * 2 * self.head_dim + 4 + 2 * 2 * self.head_dim)
-        else:
-            of_block = self.large_scores_bytes(image + text)
-        return np.array([0, *[of_block] * 3])
+            counted = remainder if self.half else 0
+            true = 0 if self.kernel == MATH else remainder
+            return tokens * (true - counted) if self.counts_remainder(checkpointed) else 0
+        norms = tokens * (FLOAT32 - BFLOAT16) * self.norm_inputs if self.half else 0
+        if self.kernel == MATH:
+            return self.large_scores_bytes(tokens) + norms
+        qkv = (self.heads + 2 * self.key_heads) * itemsize * self.head_dim
+        return tokens * (qkv + remainder) + norms
+
+    def counts_remainder(self, checkpointed: bool) -> bool:
+        """Whether the pass counts what a fused kernel saves beside q, k and v."""
+        return not checkpointed and COATTrainer(self.coat).policy == "coat"
+
+    @property
+    def norm_inputs(self) -> int:
+        """Values per token of a block that autograd saves in float32 before a norm: q and k."""
+        return 2 * self.heads * self.head_dim
 
     def large_scores_bytes(self, tokens: int) -> float:
         """`scores_bytes` of all heads for any number of tokens: a multiple of them, for copies of q, k, v,
@@ -241,9 +268,9 @@ def _count(
     batch = model.batch(small.config, columns, words)
     run_block, of_blocks = small.run_block, []
 
-    def counted(*args: object) -> object:
+    def counted(*args: object, **settings: object) -> object:
         before = model.bytes(saved)
-        result = run_block(*args)
+        result = run_block(*args, **settings)
         of_blocks.append(model.bytes(saved) - before)
         return result
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import paddle
 
 from ppcoat.config.schema import RunConfig
-from ppcoat.device import GpuMeter, HostMeter
+from ppcoat.device import on_gpu
 from ppcoat.errors import ConfigError
 from ppcoat.plan.phases import MemoryModel, Phase, Settings
 
@@ -115,20 +115,27 @@ def with_settings(config: RunConfig, settings: Settings) -> RunConfig:
     )
 
 
-def with_memory_plan(config: RunConfig, memory_model: type[MemoryModel]) -> RunConfig:
-    """What `memory: auto` asks for: the config with the settings that fit vram_gb, or else the whole device.
-    A config with `memory: as_given` comes back as it is. Raises ConfigError if nothing fits, or if the device
-    does not say how much memory it has.
+def with_memory_plan(
+    config: RunConfig, memory_model: type[MemoryModel], free: int | None = None
+) -> RunConfig:
+    """What `memory: auto` asks for: the config with the settings that fit vram_gb, or else the free bytes of
+    the current device. A config with `memory: as_given` comes back as it is. Raises ConfigError if nothing
+    fits, or if there is neither of the two.
     """
     if config.memory == "as_given":
         return config
-    vram_gb = config.vram_gb
-    if vram_gb is None:
-        total = (GpuMeter() if planned_for_gpu(config, None) else HostMeter()).total_memory()
-        if total is None:
-            raise ConfigError("memory: auto cannot see how much memory there is: give vram_gb")
-        vram_gb = total / GB
-    return with_settings(config, plan(config, memory_model, vram_gb).settings)
+    if config.vram_gb is not None:
+        return with_settings(config, plan(config, memory_model, config.vram_gb).settings)
+    if free is None:
+        raise ConfigError("memory: auto cannot see how much memory there is: give vram_gb")
+    here = config.model_copy(update={"device": "gpu" if on_gpu() else "cpu"})
+    return with_settings(config, plan(here, memory_model, free / GB).settings)
+
+
+def with_earlier_plan(config: RunConfig, earlier: RunConfig) -> RunConfig:
+    """The config with the memory settings of an earlier run of it."""
+    blocks = earlier.coat.memory.checkpoint_blocks or 0  # a plan says how many, or none
+    return with_settings(config, as_given(earlier, blocks))
 
 
 def _plan(memory: MemoryModel, settings: Settings) -> Plan:

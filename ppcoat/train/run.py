@@ -30,11 +30,19 @@ from ppcoat.data.batches import ResumableBatches
 from ppcoat.data.cache import TrainingCache, build_cache
 from ppcoat.data.embedding_store import EmbeddingStore
 from ppcoat.data.examples import Dataset, Example, all_examples, data_report, scan_datasets
-from ppcoat.device import compute_dtype, set_device, tune_host
+from ppcoat.device import (
+    GpuMeter,
+    HostMeter,
+    compute_dtype,
+    on_gpu,
+    set_device,
+    tune_host,
+    use_deterministic_kernels,
+)
 from ppcoat.errors import ConfigError
 from ppcoat.fp8 import backend
 from ppcoat.optim import ScheduleShape, lr_scheduler
-from ppcoat.plan.settings import with_memory_plan
+from ppcoat.plan.settings import with_earlier_plan, with_memory_plan
 from ppcoat.train.flux import FluxSpec
 from ppcoat.train.model_spec import ModelSpec
 from ppcoat.train.newbie import NewbieSpec
@@ -124,9 +132,9 @@ def train_lora(config: RunConfig) -> TrainingResult:
     """The whole run, on all ranks that paddle.distributed.launch started. Raises ConfigError for wrong inputs
     before any model is loaded or any file is written."""
     spec = MODEL_SPECS[config.model.family]
-    config = with_memory_plan(config, spec.memory_model)
     inputs = check_inputs(spec, config)
-    config, ranks = with_steps_of_epochs(config, inputs), inputs.ranks
+    ranks = inputs.ranks
+    config = with_steps_of_epochs(with_fitting_settings(spec, config, ranks), inputs)
     if ranks.is_first:
         start_run_folder(config.run_dir, dump_config(config))
     pipeline = spec.load_encoders(config, inputs.dtype)
@@ -145,9 +153,8 @@ def dry_run(config: RunConfig) -> Iterator[tuple[StepResult, float]]:
     Only the pictures of these steps are encoded. Raises ConfigError as train_lora does.
     """
     spec = MODEL_SPECS[config.model.family]
-    config = with_memory_plan(config, spec.memory_model)
     inputs = check_inputs(spec, config)
-    config = with_steps_of_epochs(config, inputs)
+    config = with_steps_of_epochs(with_fitting_settings(spec, config, inputs.ranks), inputs)
     train, examples, ranks = config.train, inputs.examples, inputs.ranks
     batches = ResumableBatches(examples, train.batch_size * ranks.size, config.seed)
     needed = sorted({i for _ in range(DRY_STEPS * train.gradient_accumulation) for i in next(batches)})
@@ -178,9 +185,35 @@ def check_inputs(spec: ModelSpec, config: RunConfig) -> RunInputs:
     backend.check_forced()
     dtype = compute_dtype(config.model.dtype)
     ranks = Ranks.current(config.device)
+    cost = use_deterministic_kernels() if config.train.deterministic else None
     if ranks.is_first:
-        print(data_report(datasets))
+        print(*filter(None, (data_report(datasets), cost)), sep="\n")
     return RunInputs(datasets, validation, dtype, ranks)
+
+
+def with_fitting_settings(spec: ModelSpec, config: RunConfig, ranks: Ranks) -> RunConfig:
+    """What `memory: auto` asks for, the same on all ranks. Without vram_gb a run is planned for the memory
+    that is free when it starts, the least of all ranks; a run that goes on keeps what was planned then.
+    Raises ConfigError as `with_memory_plan` does.
+    """
+    if config.memory == "as_given" or config.vram_gb is not None:
+        return with_memory_plan(config, spec.memory_model)
+    settings, note = config.run_dir / "config.yaml", "the settings with which this run began"
+    earlier = None
+    if settings.is_file() and (config.run_dir / "checkpoints" / "latest").exists():
+        earlier = load_run_config(str(settings))
+    if earlier is not None and earlier.memory == "auto" and earlier.vram_gb is None:
+        planned = with_earlier_plan(config, earlier)
+    else:
+        meter = GpuMeter() if on_gpu() else HostMeter()
+        free, total = meter.free_memory(), meter.total_memory()
+        if free is not None:
+            free = int(ranks.gather([free]).min())
+            note = f"the {free / 1e9:.1f} GB that are free of {total / 1e9:.1f}"
+        planned = with_memory_plan(config, spec.memory_model, free)
+    if ranks.is_first:
+        print(f"memory: auto takes {note}")
+    return planned
 
 
 def with_steps_of_epochs(config: RunConfig, inputs: RunInputs) -> RunConfig:
@@ -345,5 +378,6 @@ def _compatible(config: RunConfig, modules: list[str]) -> dict:
         "network": adapter,
         "optimizer": optimizer,
         **ema,
+        **({"deterministic": True} if config.train.deterministic else {}),
         "resolution": config.data.resolution,
     }

@@ -122,6 +122,56 @@ def test_every_kernel_is_checked_and_timed():
     assert sum("not measured: share of FP8 peak (target 0.6)" in line for line in shown) == 1
 
 
+class SlowToStart:
+    """A library whose device is faster than its host: a launch takes the host 0.05 ms and the device 0.01, a
+    write of FLUSHED bytes the device 0.25."""
+
+    def __init__(self):
+        self.host = self.device = 0.0  # ms since the start, of the device: when it will be idle
+
+    def launch(self, ms):
+        self.host += 0.05
+        self.device = max(self.device, self.host) + ms
+
+    def flush(self, times=1):
+        for _ in range(times):
+            self.launch(0.25)
+
+    def event(self):
+        library = self
+
+        class Event:
+            def record(self):
+                self.at = max(library.device, library.host)
+
+            def synchronize(self):
+                library.host = max(library.host, library.device)
+
+            def elapsed_time(self, later):
+                return later.at - self.at
+
+        return Event()
+
+
+@pytest.mark.parametrize("launches", [1, 2, 100])
+def test_launches_are_no_part_of_a_kernels_time(launches, monkeypatch):
+    """They are behind writes that last longer; calls in a row are as slow as the host that starts them."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from ppcoat.bench import kernel_cases
+
+    library = SlowToStart()
+    monkeypatch.setattr(kernel_cases.time, "perf_counter", lambda: library.host / 1e3)
+    made = kernel_cases.Kernels(library)
+
+    def call():
+        for _ in range(launches):
+            library.launch(0.01)
+
+    ms, host_ms = made.timed(call, 5)
+    assert (ms, host_ms) == (pytest.approx(0.01 * launches), pytest.approx(0.05 * launches))
+    assert made.in_a_row_ms(call, 5) == pytest.approx(0.05 * launches)
+
+
 @pytest.mark.parametrize("error", [2.0, float("nan")])
 def test_a_wrong_kernel_is_marked_and_ends_the_command(error, tmp_path, monkeypatch, capsys):
     """The file is written all the same."""
@@ -203,8 +253,11 @@ def test_four_ways_through_a_double_block(monkeypatch):
 
 @WITHOUT_GPU
 def test_what_was_not_measured_is_said(monkeypatch):
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from ppcoat.bench.kernel_cases import Kernels
+
     library = PaddleLibrary()
-    row, other = kernels._double_block(library, replace(TINY, tokens=(6,), text=2, width=128))
+    row, other = kernels._double_block(Kernels(library), replace(TINY, tokens=(6,), text=2, width=128))
     for each in (row, other):
         assert each.ms > 0 and not each.peak_mib and len(each.remarks) == 2
         assert set(each.others) == {kernels.PLAIN, kernels.CHECKPOINTED}

@@ -34,7 +34,7 @@ def test_every_subject_has_a_line(findings):
         "attention",
     }
     wanted |= {"tiny FLUX", *(f"built with {part}" for part in ("CUDA", "CINN", "NCCL", "distributed"))}
-    wanted |= {"Triton kernels", "Paddle's FP8 ops"}
+    wanted |= {"kernel build", "Triton kernels", "Paddle's FP8 ops"}
     assert wanted <= set(findings)
 
 
@@ -54,6 +54,20 @@ def test_without_a_gpu_no_fast_path_is_claimed(findings):
             f" in {version}" in name for name in findings
         )
         assert "it takes an NVIDIA GPU" in findings[title].advice or "pip install" in findings[title].advice
+
+
+def test_a_small_kernel_is_built_and_what_lacks_for_it_is_named(findings, monkeypatch, tmp_path):
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from ppcoat.fp8 import driver_triton
+
+    assert findings["kernel build"].mark == "ok"
+    assert findings["kernel build"].what.startswith("a small kernel was built for sm_")
+    driver_triton.trial_build.cache_clear()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    found = doctor.kernel_build()
+    assert found.mark == "miss" and found.what.endswith("install gcc (apt install gcc)")
+    assert "the slower references do" in found.advice
 
 
 def test_an_advice_names_everything_it_is_for():

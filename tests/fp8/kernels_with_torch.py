@@ -17,11 +17,7 @@ from typing import Any
 import numpy as np
 
 PACKAGE = Path(__file__).resolve().parents[2] / "ppcoat"
-FLUSHED, BLOCK, NORM_EPSILON = (
-    2**28,
-    128,
-    1e-6,
-)  # as in kernel_library.py, fp8/constants.py
+FLUSHED, BLOCK, NORM_EPSILON = 2**30, 128, 1e-6  # as in kernel_library.py, fp8/constants.py
 
 
 class TorchLibrary:
@@ -60,18 +56,12 @@ class TorchLibrary:
     def zeros(self, shape: list[int], dtype: str) -> Any:
         return self.torch.zeros(shape, dtype=getattr(self.torch, dtype), device=self.device_name)
 
-    def median_ms(self, call: Callable[[], Any], runs: int) -> float:
-        call()
-        event, times = self.torch.cuda.Event, []
-        for _ in range(runs):
+    def event(self) -> Any:
+        return self.torch.cuda.Event(enable_timing=True)
+
+    def flush(self, times: int = 1) -> None:
+        for _ in range(times):
             self.zeros([FLUSHED], "uint8")
-            start, stop = event(enable_timing=True), event(enable_timing=True)
-            start.record()
-            call()
-            stop.record()
-            stop.synchronize()
-            times.append(start.elapsed_time(stop))
-        return float(np.median(times))
 
     def peak_bytes(self, call: Callable[[], Any]) -> int | None:
         cuda = self.torch.cuda

@@ -13,6 +13,9 @@ HERE = Path(__file__).parent
 KERNELS = {
     "quantize_kernel",
     "dequantize_kernel",
+    "quantize_with_residual_kernel",
+    "dequantize_with_residual_kernel",
+    "dequantize_blocks_kernel",
     "amax_kernel",
     "encode_kernel",
     "decode_kernel",
@@ -22,10 +25,12 @@ KERNELS = {
     "rms_norm_rotated_grad_kernel",
     "activation_kernel",
     "gated_residual_kernel",
+    "dropout_kernel",
     "scaled_matmul_kernel",
 }
 CONVERTING = {
     *("quantize_kernel", "dequantize_kernel", "adamw_kernel"),
+    *("quantize_with_residual_kernel", "dequantize_with_residual_kernel", "dequantize_blocks_kernel"),
     *("norm_kernel", "activation_kernel"),
 }
 # Bytes of shared memory that a block may have (CUDA programming guide, table of compute capabilities), and

@@ -142,12 +142,12 @@ def test_a_graph_kept_by_flash_attention_gives_the_same_gradients(flux, model, m
     batch, kept = flux.arguments(model), []
     _, wanted = flux.gradients(model, batch)
 
-    def attention(q, k, v, bias=None):
+    def attention(q, k, v, padding=None):
         kept.append(paddle.is_grad_enabled())
         scores = paddle.einsum("bthd,bshd->bhts", q * q.shape[-1] ** -0.5, k)
         return paddle.einsum("bhts,bshd->bthd", nn.functional.softmax(scores, axis=-1), v)
 
-    monkeypatch.setattr(plain_attention, "uses_flash_attention", lambda q: True)
+    monkeypatch.setattr(plain_attention, "attention_kernel", lambda q: plain_attention.FLASH)
     monkeypatch.setattr(plain_attention, "attention", attention)
     assert_equal_gradients(flux, flux.gradients(model, batch, policy)[1], wanted)
     assert kept == [True] * 4  # once in each block, with a graph, and not again in backward

@@ -57,6 +57,11 @@ def attention(q, k, v, bias=None):
     return paddle.einsum("bhts,bshd->bthd", weights, v).flatten(2)
 
 
+def padded_attention(q, k, v, bias):
+    del bias  # for the formula
+    return ops.attention(q, k, v, PADDING)
+
+
 def joint_attention(first, second):
     o = attention(*(paddle.concat(pair, axis=1) for pair in zip(first, second, strict=True)))
     return o[:, : first[0].shape[1]], o[:, first[0].shape[1] :]
@@ -69,9 +74,9 @@ def gelu(u):
 def heads(norm, attend):
     """-> function of raw queries, keys and values."""
 
-    def run(q, k, v, weight_q, weight_k, cos, sin, bias=None):
+    def run(q, k, v, weight_q, weight_k, cos, sin, *bias):
         q, k = norm(q, weight_q, cos, sin), norm(k, weight_k, cos, sin)
-        return attend(q, k, v.reshape([*v.shape[:2], -1, HEAD_DIM]), bias)
+        return attend(q, k, v.reshape([*v.shape[:2], -1, HEAD_DIM]), *bias)
 
     return run
 
@@ -110,6 +115,7 @@ TOKEN, NARROW, VECTOR, WEIGHT, HEAD = (
 )  # fmt: skip
 QKV, GROUPED = (TOKEN, TOKEN, TOKEN, HEAD, HEAD), (TOKEN, NARROW, NARROW, HEAD, HEAD)
 ANGLES, OF_SAMPLES = ((rows, HEAD_DIM // 2) for rows in (TOKENS, ROWS))
+PADDING = plain.padding_of([TOKENS, TOKENS - 9], TOKENS)
 PLAIN_QKV = 3 * 4 * VALUES + 2 * RSTD
 PACKED_QKV = 2 * FINE + PACKED + 2 * RSTD
 PLAIN_GROUPED = 2 * 4 * VALUES + RSTD * 3 // 2
@@ -125,7 +131,7 @@ CASES = {
         (PLAIN_QKV, PLAIN_QKV, PACKED_QKV), (ANGLES, ANGLES), trained=(0, 1, 2), packs=False,
     ),
     "attention_masked": Case(
-        heads(ops.rms_norm_rotated, ops.attention), heads(rms_norm_rotated, attention), GROUPED,
+        heads(ops.rms_norm_rotated, padded_attention), heads(rms_norm_rotated, attention), GROUPED,
         (PLAIN_GROUPED, PLAIN_GROUPED, PACKED_GROUPED), (OF_SAMPLES, OF_SAMPLES, None), trained=(0, 1, 2),
         packs=False,
     ),
@@ -165,7 +171,7 @@ def inputs_of(case, trained=None):
             x.set_value(x * tensor(20, [BATCH, TOKENS, 1]).exp())
         x.stop_gradient = not (trained is None or number in trained)
     turns = [tensor(30, shape, trained=False) for shape in case.constants[:2]]
-    mask = [plain.padding_bias([TOKENS, TOKENS - 9], TOKENS)] * len(case.constants[2:])
+    mask = [PADDING.bias] * len(case.constants[2:])
     return inputs, [*(turns and [turns[0].cos(), turns[1].sin()]), *mask]
 
 

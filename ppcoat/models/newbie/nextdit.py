@@ -25,7 +25,7 @@ from ppcoat.errors import ConfigError
 from ppcoat.models.blocks import BlockModel
 from ppcoat.models.flux.transformer import SINUSOID_CHANNELS, sinusoid
 from ppcoat.models.newbie.nextdit_blocks import HEAD_NORM_EPSILON, Block, FinalLayer, RMSNorm, TimeEmbedding
-from ppcoat.nn.attention import padding_bias, rotary_angles
+from ppcoat.nn.attention import padding_of, rotary_angles
 
 MAX_ADALN_DIM = 1024
 
@@ -102,24 +102,24 @@ class NextDiT_CLIP(BlockModel, ModelMixin, ConfigMixin):
         totals = [length + count for length, count in zip(lengths, counts, strict=True)]
 
         adaln = self._adaln(t, clip_text_pooled, patches.dtype)
-        # Padding beyond the longest caption takes no part: without it a single sample needs no mask at all.
+        # Padding beyond the longest caption takes no part: samples of equal length need no mask at all.
         cap = self.cap_embedder(cap_feats[:, : max(lengths)])
         cos, sin = self._angles(cap_positions)
-        bias = padding_bias(lengths, cap.shape[1])
+        padding = padding_of(lengths, cap.shape[1])
         for block in self.context_refiner:
-            cap = block(cap, cos, sin, bias)
+            cap = block(cap, cos, sin, padding=padding)
 
         img = self.x_embedder(patches)
         cos, sin = self._angles(img_positions)
-        bias = padding_bias(counts, img.shape[1])
+        padding = padding_of(counts, img.shape[1])
         for block in self.noise_refiner:
-            img = block(img, cos, sin, bias, adaln)
+            img = block(img, cos, sin, adaln, padding)
 
         joint = _join(cap, img, lengths, counts)
         cos, sin = self._angles(joint_positions)
-        bias = padding_bias(totals, joint.shape[1])
+        padding = padding_of(totals, joint.shape[1])
         for index, block in enumerate(self.layers):
-            joint = self.run_block(index, block, joint, cos, sin, bias, adaln)
+            joint = self.run_block(index, block, joint, cos, sin, adaln, padding=padding)
         out = self.final_layer(joint, adaln)
         images = [
             self._unpatchify(out[i, length : length + count], grid)

@@ -31,11 +31,11 @@ class Block(nn.Layer):
         if self.modulated:
             self.adaLN_modulation = nn.Sequential(nn.Silu(), nn.Linear(adaln_dim, 4 * dim))
 
-    def forward(self, x, cos, sin, bias, adaln=None):
+    def forward(self, x, cos, sin, adaln=None, padding=None):
         scale_a = gate_a = scale_m = gate_m = None
         if self.modulated:
             scale_a, gate_a, scale_m, gate_m = self.adaLN_modulation(adaln).unsqueeze(1).chunk(4, axis=-1)
-        attended = self.attention(self.attention_norm1(x, scale_a), cos, sin, bias)
+        attended = self.attention(self.attention_norm1(x, scale_a), cos, sin, padding)
         x = _residual(self.attention_norm2(attended), gate_a, x)
         fed = self.feed_forward(self.ffn_norm1(x, scale_m))
         return _residual(self.ffn_norm2(fed), gate_m, x)
@@ -53,12 +53,12 @@ class Attention(nn.Layer):
         self.q_norm, self.k_norm = (RMSNorm(head_dim, HEAD_NORM_EPSILON) for _ in range(2))
         self.head_dim = head_dim
 
-    def forward(self, x, cos, sin, bias):
+    def forward(self, x, cos, sin, padding):
         heads = self.qkv(x).reshape([0, 0, sum(self.heads_of_parts), self.head_dim])
         q, k, v = paddle.split(heads, self.heads_of_parts, axis=2)
         q = ops.rms_norm_rotated(q, self.q_norm.weight, cos, sin, self.q_norm.epsilon)
         k = ops.rms_norm_rotated(k, self.k_norm.weight, cos, sin, self.k_norm.epsilon)
-        return self.out(ops.attention(q, k, v, bias))
+        return self.out(ops.attention(q, k, v, padding))
 
 
 class SwiGLU(nn.Layer):

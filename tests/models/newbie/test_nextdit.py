@@ -10,6 +10,7 @@ from ppcoat.lora import inject_lora
 from ppcoat.lora.layer import target_paths
 from ppcoat.models.newbie.files import load_nextdit
 from ppcoat.models.newbie.nextdit import NextDiT_CLIP, caption_lengths, token_positions
+from ppcoat.nn import attention
 from ppcoat.nn.convert import replace_linear_with_fp8
 
 FOLDER = Path(__file__).parents[2] / "fixtures" / "tiny_newbie"
@@ -121,6 +122,31 @@ def test_every_step_on_the_way(model, refs):
             ours, theirs = (x[i][: rows.get(name)] for x in (tensor.numpy(), refs[f"dit_b2_{name}"]))
             np.testing.assert_allclose(ours, theirs, rtol=0, atol=TOLERANCE, err_msg=name)
     assert len(seen) == 10
+
+
+def test_a_fused_kernel_sees_each_sample_without_a_mask(model, refs, monkeypatch):
+    """As on a card, where attention is not written out: the reference's output, and the gradients of the form
+    with a bias of the keys."""
+    seen, attend = [], paddle.nn.functional.scaled_dot_product_attention
+
+    def fused(q, k, v, attn_mask=None):
+        assert attn_mask is None and q.shape == k.shape == v.shape
+        seen.append(q.shape[:2])
+        return attend(q, k, v)
+
+    _, *wanted = gradients(model, refs)
+    monkeypatch.setattr(paddle.nn.functional, "scaled_dot_product_attention", fused)
+    monkeypatch.setattr(attention, "attention_kernel", lambda q, bias=None: attention.FLASH)
+    close(model(*inputs(refs)), refs["dit_b2_out"])
+    lengths, picture = refs["gemma_mask"][:2].sum(axis=1), 24
+    per_block = len(seen) - 2 * len(model.context_refiner) - len(model.noise_refiner)
+    assert per_block == 2 * len(model.layers)  # pictures are of one size: they go together
+    assert seen[: len(lengths)] == [[1, n] for n in lengths]
+    assert seen[-len(lengths) :] == [[1, n + picture] for n in lengths]
+    _, *found = gradients(model, refs)
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert theirs.abs().max() > 1e-5
+        close(ours, theirs.numpy(), 1e-7)
 
 
 def test_positions_start_the_image_right_after_its_own_caption(refs):

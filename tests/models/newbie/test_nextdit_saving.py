@@ -135,7 +135,7 @@ class Flash(PyLayer):
         return grad, grad, grad
 
 
-def flash(q, k, v, bias=None):
+def flash(q, k, v, padding=None):
     k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], axis=2) for x in (k, v))
     return Flash.apply(q, k, v) if paddle.is_grad_enabled() else ATTENTION(q, k, v)
 
@@ -154,7 +154,7 @@ def units_of_a_block(policy, checkpointed, monkeypatch):
     runner = NextDiT_CLIP.__new__(NextDiT_CLIP)
     runner.gradient_checkpointing, runner.training = checkpointed, True
     with fp8_saved_tensors(policy, fp8_checkpoints=policy != "none") as saved:
-        NextDiT_CLIP.run_block(runner, 0, block, x, cos, sin, None, adaln)
+        NextDiT_CLIP.run_block(runner, 0, block, x, cos, sin, adaln)
     return saved.bytes_kept_bf16 / (tokens * dim * 2)
 
 
