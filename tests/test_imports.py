@@ -177,7 +177,8 @@ def test_a_circle_is_found():
 @pytest.mark.parametrize("file", FILES, ids=name_of)
 def test_triton_and_visualdl_stay_where_they_belong(file):
     modules = {name.split(".")[0] for name, _ in imports_of(file)}
-    if not (file.stem.endswith("_triton") or name_of(file) == "fp8/backend.py"):
+    asks = ("fp8/backend.py", "bench/kernel_static.py")  # the second asks Triton's compiler
+    if not (file.stem.endswith("_triton") or name_of(file) in asks):
         assert "triton" not in modules
     if name_of(file) != "train/report.py":
         assert "visualdl" not in modules

@@ -5,7 +5,8 @@
 Every case that `benchmark kernels` times is compiled at FLUX.1-dev's shapes for sm_80, 89, 90 and 120, and
 its machine code is counted (sass.py). From instructions and bytes follows how long the schedulers of a card
 issue and how long its memory moves what the kernel must move; the share of copy speed is the second over the
-first, 1 at most. Latency, occupancy and the last wave are left out: a card may be slower, not faster.
+first, 1 at most; for FP8 products see product_static.py. Latency, occupancy and the last wave are left out: a
+card may be slower, not faster.
 
 Each architecture is compiled in a process of its own, because Triton decides when a kernel is defined whether
 it interprets it. Nothing is launched; the tensors have shapes and no memory.
@@ -23,6 +24,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -30,6 +32,7 @@ import numpy as np
 from ppcoat.atomic import write_text
 from ppcoat.bench import sass
 from ppcoat.bench.kernel_cases import ADAMW, Kernels
+from ppcoat.bench.product_static import product_share
 from ppcoat.errors import ConfigError
 from ppcoat.fp8.backend import INSTALL_TRITON
 from ppcoat.fp8.formats_triton import dtype_name
@@ -40,19 +43,19 @@ COPIES = 0.9  # share of a data sheet's bandwidth that a copy is assumed to reac
 TOKENS, WIDTH, HEADS, GROUPS = 4608, 3072, 24, 7813  # of FLUX.1-dev at 1024 pixels; of AdamW's parameters
 PRODUCTS = ((3072, 3072), (3072, 12288), (15360, 3072))
 # The package without its __init__, which takes seconds to import.
-COMPILE = """
+ENTER = """
 import importlib.util, sys
 spec = importlib.util.spec_from_file_location("ppcoat", {package!r})
 sys.modules["ppcoat"] = importlib.util.module_from_spec(spec)
-from ppcoat.bench.kernel_static import print_rows
-print_rows({arch}, {wanted!r})
 """
+COMPILE = "from ppcoat.bench.kernel_static import print_rows; print_rows({arch}, {wanted!r})"
 
 
 @dataclass(frozen=True)
 class Card:
     """A card as its data sheet has it. bandwidth: bytes a second; clock: of the multiprocessors in Hz, as
-    they boost; flops: of its fastest dense products that sum in float32, a clock and multiprocessor."""
+    they boost; flops: of its fastest dense products that sum in float32, a clock and multiprocessor; cache:
+    bytes a clock that its second-level cache delivers to a multiprocessor, None where no source is known."""
 
     name: str
     arch: int
@@ -61,11 +64,17 @@ class Card:
     multiprocessors: int
     flops: int
     product: str = "FP8"
+    cache: float | None = None
+
+    @property
+    def lanes(self) -> int:
+        """Instructions of threads that a multiprocessor issues in a clock."""
+        return SCHEDULERS * sass.LANES
 
     @property
     def issue(self) -> float:
         """Instructions of threads a second."""
-        return self.multiprocessors * SCHEDULERS * sass.LANES * self.clock
+        return self.multiprocessors * self.lanes * self.clock
 
     @property
     def copy(self) -> float:
@@ -73,12 +82,15 @@ class Card:
         return COPIES * self.bandwidth
 
 
+# Bytes a second, measured on an H100 (XLA's cost model of products); bytes a clock, from the A100 whitepaper.
+_HOPPERS_CACHE, _AMPERES_CACHE = 6.65e12 / 132 / 1.755e9, 5120 / 108
+
 # The first of an architecture is the one whose memory is fastest for its multiprocessors: shares are of it.
 CARDS = (
-    Card("A100 80GB SXM", 80, 2.039e12, 1.410e9, 108, 2048, "FP16"),
+    Card("A100 80GB SXM", 80, 2.039e12, 1.410e9, 108, 2048, "FP16", _AMPERES_CACHE),
     Card("RTX 4090", 89, 1.008e12, 2.520e9, 128, 1024),
-    Card("H200", 90, 4.8e12, 1.755e9, 132, 8192),
-    Card("H100 SXM", 90, 3.35e12, 1.755e9, 132, 8192),
+    Card("H200", 90, 4.8e12, 1.755e9, 132, 8192, cache=_HOPPERS_CACHE),
+    Card("H100 SXM", 90, 3.35e12, 1.755e9, 132, 8192, cache=_HOPPERS_CACHE),
     Card("RTX 5090", 120, 1.792e12, 2.407e9, 170, 1024),
 )
 ARCHITECTURES = tuple(dict.fromkeys(card.arch for card in CARDS))
@@ -205,22 +217,15 @@ class ShapedKernels(Kernels):
                 yield StaticCase(name, [TOKENS, k, n], product, TOKENS * wide, nbytes, 2.0 * TOKENS * k * n)
 
 
-class PretendedDriver:
-    """What Triton asks a driver before it launches."""
+def pretended_driver(arch: int) -> Any:
+    """What Triton asks before it launches, of a card that is not there."""
+    from triton.backends.compiler import GPUTarget
 
-    def __init__(self, arch: int) -> None:
-        self.arch = arch
-
-    def get_current_target(self) -> Any:
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", self.arch, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
+    return SimpleNamespace(
+        get_current_target=lambda: GPUTarget("cuda", arch, 32),
+        get_current_device=lambda: 0,
+        get_current_stream=lambda device: 0,
+    )
 
 
 def run_static(output: str | None) -> None:
@@ -242,7 +247,8 @@ def static_rows(arch: int, wanted: str = "") -> list[StaticRow]:
     from tqdm import tqdm
 
     package = str(Path(__file__).parents[1] / "__init__.py")
-    command = [sys.executable, "-c", COMPILE.format(package=package, arch=arch, wanted=wanted)]
+    script = ENTER.format(package=package) + COMPILE.format(arch=arch, wanted=wanted)
+    command = [sys.executable, "-c", script]
     path = os.pathsep.join([str(Path(package).parents[1]), *(each for each in sys.path if each)])
     environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": path}
     rows = []
@@ -264,9 +270,11 @@ def static_rows(arch: int, wanted: str = "") -> list[StaticRow]:
     return rows
 
 
-def compiled(arch: int, wanted: str = "") -> Iterator[tuple[StaticCase, list[Launch]]]:
-    """Each case whose name starts with `wanted` with its launches, compiled for sm_`arch`. Once a process,
-    without TRITON_INTERPRET."""
+def compiled(
+    arch: int, wanted: str = "", cases: Iterator[StaticCase] | None = None
+) -> Iterator[tuple[StaticCase, list[Launch]]]:
+    """Each case (of all unless others are given) whose name starts with `wanted` with its launches, compiled
+    for sm_`arch`. Once a process, without TRITON_INTERPRET."""
     import triton
     from triton.runtime.jit import JITFunction
 
@@ -279,8 +287,8 @@ def compiled(arch: int, wanted: str = "") -> Iterator[tuple[StaticCase, list[Lau
         launches.append(Launch(self.fn.__name__, kernel, math.prod(grid), arguments))
 
     JITFunction.run = stop_short
-    triton.runtime.driver.set_active(PretendedDriver(arch))
-    for case in ShapedKernels(ShapedLibrary()).cases():
+    triton.runtime.driver.set_active(pretended_driver(arch))
+    for case in cases or ShapedKernels(ShapedLibrary()).cases():
         if case.name.startswith(wanted):
             launches.clear()  # of what prepared the case
             case.call()
@@ -297,17 +305,16 @@ def static_row(case: StaticCase, launches: list[Launch], arch: int) -> StaticRow
         for name, count in code.executed(launch.trips()).items():
             executed[name] += count * threads
     issue = max(sum(executed.values()), sass.special(executed) * SPECIAL_CLOCKS) / card.issue
-    if case.flops:
-        bound = case.flops / (card.flops * card.multiprocessors * card.clock)
-    else:
-        bound = case.nbytes / card.copy
+    share = (
+        product_share(card, case.flops, launches) if case.flops else min(1.0, case.nbytes / card.copy / issue)
+    )
     degrees = [sass.bank_conflict_degree(launch.kernel.asm["ptx"]) for launch in launches]
     return StaticRow(
         case.name, case.shape, f"sm_{arch}", max(code.registers for code in codes),
         sum(code.spill_bytes for code in codes), max(launch.kernel.metadata.shared for launch in launches),
         round(sum(executed.values()) / case.elements, 2), round(case.nbytes / case.elements, 3),
         max((degree for degree in degrees if degree), default=None), sass.tensor_core_instruction(executed),
-        round(min(1.0, bound / issue), 3),
+        round(share, 3),
         f"{card.product} peak of an {card.name}" if case.flops else f"copy speed of an {card.name}",
     )  # fmt: skip
 

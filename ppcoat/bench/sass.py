@@ -7,6 +7,7 @@ as it runs. NVIDIA's cuobjdump, which comes with Triton, prints the machine code
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import subprocess
 import tempfile
@@ -55,9 +56,8 @@ class MachineCode:
     @classmethod
     def of(cls, cubin: bytes) -> MachineCode:
         """Of a kernel as Triton compiled it. Raises RuntimeError where cuobjdump fails."""
-        import triton
-
-        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        found = importlib.util.find_spec("triton")
+        tool = Path(found.origin).parent / "backends/nvidia/bin/cuobjdump"
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder, "kernel.cubin")
             file.write_bytes(cubin)
@@ -78,7 +78,7 @@ class MachineCode:
 
     def executed(self, trips: int = 1) -> Counter[str]:
         """Name of an instruction -> how often a thread executes it on the main path. trips: of the main loop,
-        the longest one; other loops count once."""
+        the longest one; other loops count once. One turn of it is executed(2) - executed(1)."""
         path = self._main_path()
         main = max(self._loops(path), key=lambda loop: loop[1] - loop[0], default=None)
         found: Counter[str] = Counter()
@@ -86,12 +86,6 @@ class MachineCode:
             inside = main is not None and main[0] <= each.address <= main[1]
             found[each.name] += trips if inside else 1
         return found
-
-    def main_loop(self) -> Counter[str]:
-        """As `executed`, one turn of the main loop; empty without one."""
-        path = self._main_path()
-        first, last = max(self._loops(path), key=lambda loop: loop[1] - loop[0], default=(1, 0))
-        return Counter(each.name for each in path if first <= each.address <= last)
 
     def _main_path(self) -> list[Instruction]:
         """Block after block, the slow paths left out: those that call what stands behind the exit."""

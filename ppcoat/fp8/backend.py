@@ -62,7 +62,11 @@ MODULES = {  # version -> op -> module in this package; a function of another na
         "dropout": "pointwise_triton",
         "scaled_matmul": "matmul_triton",
     },
-    "paddle": {"quantize": "quantize.quantize_by_paddle", "dequantize": "quantize.dequantize_by_paddle"},
+    "paddle": {
+        "quantize": "quantize.quantize_by_paddle",
+        "dequantize": "quantize.dequantize_by_paddle",
+        "scaled_matmul": "matmul.scaled_matmul_by_paddle",
+    },
 }
 INSTALL_TRITON = "pip install triton==3.5.0"
 OPS: dict[str, Op] = {}  # every op by name, filled by the decorator `op`

@@ -25,6 +25,12 @@ LARGEST_GROUP = 8192  # elements of a group that one program holds in registers
 TILE = 2048  # elements that one program works on
 DTYPES = {"float32": tl.float32, "bfloat16": tl.bfloat16, "float16": tl.float16}
 
+def interpreted() -> bool:
+    """Whether the kernels of this process run in Triton's interpreter, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+_INTERPRETED = tl.constexpr(interpreted())  # as Triton decides when it defines the kernels below
 _TINY = tl.constexpr(TINY)
 _HASH_HIGH, _HASH_SEED = tl.constexpr(HASH_HIGH), tl.constexpr(HASH_SEED)
 _HASH_FIRST, _HASH_SECOND = tl.constexpr(HASH_FIRST), tl.constexpr(HASH_SECOND)
@@ -44,9 +50,19 @@ def quantize_rows(x, MANTISSA: tl.constexpr, NATIVE: tl.constexpr):
 @triton.jit
 def row_amax(x):
     """[R, B] -> largest magnitude of each row [R, 1]; infinite where a value is NaN or infinite (a maximum
-    forgets NaN, so it goes as infinity)."""
-    magnitude = tl.where(x == x, tl.abs(x), _INFINITY)
-    return tl.max(magnitude, axis=1, keep_dims=True)
+    without `larger` forgets NaN, so it goes as infinity)."""
+    if _INTERPRETED:  # where a reduction by a function of ours is a loop over elements
+        amax = tl.max(tl.where(x == x, tl.abs(x), _INFINITY), axis=1, keep_dims=True)
+    else:
+        amax = tl.reduce(tl.abs(x), 1, larger, keep_dims=True)
+        amax = tl.where(amax == amax, amax, _INFINITY)
+    return amax
+
+
+@triton.jit
+def larger(x, y):
+    """The larger of two, NaN where one is NaN: one instruction, where a choice for each value takes three."""
+    return tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -95,11 +111,56 @@ def from_codes(codes, MANTISSA: tl.constexpr, NATIVE: tl.constexpr):
 @triton.jit
 def narrowed(x, DTYPE: tl.constexpr):
     """float32 -> DTYPE, to nearest, ties to even."""
-    if tl.bfloat16 == DTYPE:  # a plain cast would do on a GPU, but Triton's interpreter cuts the bits off
+    if _INTERPRETED and tl.bfloat16 == DTYPE:  # the interpreter's cast cuts the bits off
         bits = x.to(tl.int32, bitcast=True)
         even = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
         return tl.where(x == x, even.to(tl.float32, bitcast=True), x).to(tl.bfloat16)
     return x.to(DTYPE)
+
+
+# The special function units' approximations, each of one instruction, where the exact functions take 6 to 30.
+# Subnormal numbers are 0. The relative errors are those of the PTX instruction set's description; a test runs
+# every kernel that uses them with such errors against its float64 truth.
+
+
+@triton.jit
+def fast_exp2(x):
+    """2^x, float32; relative error 2^-22."""
+    if _INTERPRETED:
+        y = tl.exp2(x)
+    else:
+        y = tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+    return y
+
+
+@triton.jit
+def fast_log2(x):
+    """Logarithm of x > 0 to the base 2, float32; error 2^-22, relative where x is outside 0.5 to 2."""
+    if _INTERPRETED:
+        y = tl.log2(x)
+    else:
+        y = tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+    return y
+
+
+@triton.jit
+def fast_inverse(x):
+    """1 / x, float32; relative error 2^-23."""
+    if _INTERPRETED:
+        y = 1.0 / x
+    else:
+        y = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+    return y
+
+
+@triton.jit
+def fast_sqrt(x):
+    """Root of x, float32; relative error 2^-23."""
+    if _INTERPRETED:
+        y = tl.sqrt(x)
+    else:
+        y = tl.inline_asm_elementwise("sqrt.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+    return y
 
 
 @triton.jit
@@ -123,11 +184,6 @@ def capability() -> int:
         return 0
     target = triton.runtime.driver.active.get_current_target()
     return target.arch if target.backend == "cuda" else 0
-
-
-def interpreted() -> bool:
-    """Whether the kernels of this process run in Triton's interpreter, on the CPU."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def require(x: Any, name: str, dtypes: tuple[str, ...]) -> None:

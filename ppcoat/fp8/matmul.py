@@ -7,7 +7,8 @@ codes. (A scale of amax / 448 would be no more exact, because E4M3 is itself a f
 
 `scaled_matmul` multiplies activations, with a scale for each 1 x 128 values, by such a weight: y = x W and
 dx = dy W^T come from the same stored weight. Products are summed in float32; a bias and the update of a LoRA
-are added before the only rounding. It and `dequantize_blocks` have Triton twins, see backend.py.
+are added before the only rounding. It and `dequantize_blocks` have Triton twins, and it has one that calls
+cuBLASLt, see backend.py.
 
 Source: DeepSeek-V3 (arXiv 2412.19437) section 3.3 for the scales and where sums are kept in float32.
 """
@@ -17,6 +18,7 @@ from __future__ import annotations
 import paddle
 
 from . import backend
+from .backend import Unsuited
 from .formats import E4M3, BlockMatrix, Epilogue, FP8Format
 from .quantize import dequantize
 
@@ -42,12 +44,38 @@ def scaled_matmul(
     """
     x = dequantize(codes, scale, E4M3, BLOCK)
     y = paddle.matmul(x, dequantize_blocks(weight.codes, weight.scale), transpose_y=transpose)
-    if epilogue.bias is not None:
-        y = y + epilogue.bias.astype("float32")
-    if epilogue.down is not None:
-        down, up = epilogue.down.astype("float32"), epilogue.up.astype("float32")
-        y = y + paddle.matmul(down, up, transpose_y=transpose)
-    return y.astype(dtype)
+    return _finished(y, transpose, epilogue, dtype)
+
+
+def scaled_matmul_by_paddle(
+    codes: paddle.Tensor,
+    scale: paddle.Tensor,
+    weight: BlockMatrix,
+    transpose: bool = False,
+    epilogue: Epilogue = Epilogue(),  # noqa: B008 (frozen, and holds nothing)
+    dtype: str = "float32",
+) -> paddle.Tensor:
+    """`scaled_matmul` by Paddle's `fp8_gemm_blockwise`, which is cuBLASLt's x W^T for float32 or bfloat16
+    results, so W is turned first where `transpose` is False.
+
+    Raises Unsuited where Paddle has no such function, and for sides that cuBLASLt's layouts of scales do not
+    fit: M must be a multiple of 4, N of 128 and K of 512.
+    """
+    multiply = getattr(paddle.incubate.nn.functional, "fp8_gemm_blockwise", None)
+    w, w_scale = weight.codes, weight.scale
+    if not transpose:
+        w, w_scale = (each.transpose([1, 0]).contiguous() for each in (w, w_scale))
+    (m, k), (n, deep) = codes.shape, w.shape
+    if multiply is None:
+        raise Unsuited("this Paddle has no fp8_gemm_blockwise")
+    if not m or m % 4 or n % BLOCK or k % (4 * BLOCK) or deep != k:
+        raise Unsuited(f"a product of {[m, k]} and {[k, n]} by cuBLASLt")
+    alone = epilogue.bias is None and epilogue.down is None and dtype == "bfloat16"
+    y = multiply(
+        codes.view(E4M3.dtype), scale.transpose([1, 0]).contiguous(), w.view(E4M3.dtype), w_scale,
+        paddle.bfloat16 if alone else paddle.float32, is_a_1d_scaled=True, is_b_1d_scaled=False,
+    )  # fmt: skip
+    return _finished(y, transpose, epilogue, dtype)
 
 
 def quantize_blocks(
@@ -81,6 +109,16 @@ def dequantize_blocks(
         tall = scale.repeat_interleave(block, axis=0)[:rows]
         return values.multiply_(tall.repeat_interleave(block, axis=1)[:, :columns].astype(dtype))
     return _matrix(_tiles(values, block).multiply_(_over_tiles(scale).astype(dtype)), rows, columns)
+
+
+def _finished(y: paddle.Tensor, transpose: bool, epilogue: Epilogue, dtype: str) -> paddle.Tensor:
+    """A product with the epilogue, rounded."""
+    if epilogue.bias is not None:
+        y = y + epilogue.bias.astype("float32")
+    if epilogue.down is not None:
+        down, up = epilogue.down.astype("float32"), epilogue.up.astype("float32")
+        y = y + paddle.matmul(down, up, transpose_y=transpose)
+    return y.astype(dtype)
 
 
 def _power_of_two_from(x: paddle.Tensor) -> paddle.Tensor:

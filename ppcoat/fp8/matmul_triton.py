@@ -19,9 +19,20 @@ from typing import TYPE_CHECKING, Any
 
 import triton
 import triton.language as tl
+from triton.runtime.jit import TensorWrapper
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .formats_triton import DTYPES, NATIVE_ARCH, Unsuited, capability, dtype_name, empty, narrowed, require
+from .formats_triton import (
+    DTYPES,
+    NATIVE_ARCH,
+    Unsuited,
+    capability,
+    dtype_name,
+    empty,
+    interpreted,
+    narrowed,
+    require,
+)
 from .quantize_triton import FLOATS
 
 if TYPE_CHECKING:
@@ -29,7 +40,7 @@ if TYPE_CHECKING:
 
 BLOCK = 128  # values that share a scale, along both sides of a weight; width and depth of a tile
 NEIGHBOURS = 8  # tiles of one column that run next to each other and read the same weights
-DEEPEST_RANK = {"tf32": 64, "ieee": 16}  # of a LoRA, at a time; float32 takes registers
+DEEPEST_RANK = {"16 bits": 64, "tf32": 64, "ieee": 16}  # of a LoRA, at a time; float32 takes registers
 STAGES = 4  # tiles of x and W on their way or in use: 96 KiB of shared memory, 192 KiB in pairs
 PAIRS_FROM = 512  # more rows than this make two tiles in each program, where descriptors fetch them
 DESCRIPTORS = range(90, 120)  # capabilities; on sm_120 they would cost 80 instructions a step and spills
@@ -66,7 +77,7 @@ def scaled_matmul(
     w = weight.codes if transpose else turned(weight.codes)
     tall = BLOCK if m > BLOCK // 2 else BLOCK // 2
     native, described = capability() >= NATIVE_ARCH, capability() in DESCRIPTORS and k > 0
-    pair = described and m > PAIRS_FROM and n > BLOCK and precision == "tf32"  # else registers run out
+    pair = described and m > PAIRS_FROM and n > BLOCK and precision != "ieee"  # else registers run out
     grid = -(-m // tall) * -(-n // (BLOCK << pair))
     scaled_matmul_kernel[(grid,)](
         _described(codes, tall) if described else codes, scale, _described(w, BLOCK) if described else w,
@@ -91,15 +102,22 @@ def turned(codes: Any) -> Any:
 def _described(codes: Any, rows: int) -> TensorDescriptor:
     """Codes [R, C] as FP8 tiles [rows, BLOCK], zeros over the edge. FP8 from the start: a tile recast after
     it was fetched would go through registers."""
-    fp8 = triton.reinterpret(codes, tl.float8e4nv)
-    return TensorDescriptor(fp8, list(codes.shape), [codes.shape[1], 1], [rows, BLOCK])
+    return TensorDescriptor(_FP8View(codes), list(codes.shape), [codes.shape[1], 1], [rows, BLOCK])
+
+
+class _FP8View(TensorWrapper):
+    """Codes as a descriptor wants its base: Triton's `reinterpret`, without what only torch tensors have."""
+
+    def __init__(self, codes: Any) -> None:
+        self.base, self.dtype, self.shape = codes, tl.float8e4nv, codes.shape
 
 
 def _added(
     epilogue: Epilogue | None, shape: tuple[int, int], transpose: bool, unused: Any
 ) -> tuple[Any, Any, Any, int, str]:
     """-> bias, down, up (`unused` for each that is absent), rank (0 without LoRA), precision of its product:
-    the tensor cores' 10 bits of mantissa hold what 16-bit floats have, and float32 goes without them."""
+    factors of the same 16-bit dtype go to the tensor cores as they are, of different ones as tf32, which
+    holds both; float32 goes without them. The interpreter has no arithmetic in bfloat16."""
     (m, n), bias, down, up, rank = shape, unused, unused, unused, 0
     precision = "tf32"
     if epilogue is not None and epilogue.bias is not None:
@@ -119,6 +137,8 @@ def _added(
                 raise Unsuited(f"{name} is {list(tensor.shape)}, wanted {wanted}")
         if "float32" in (dtype_name(down.dtype), dtype_name(up.dtype)):
             precision = "ieee"
+        elif down.dtype == up.dtype and not interpreted():
+            precision = "16 bits"
     return bias, down, up, rank, precision
 
 
@@ -246,7 +266,10 @@ def low_rank(
             up = tl.load(p_up + column[None, :] * rank + r[:, None], mask=inside, other=0.0)
         else:
             up = tl.load(p_up + r[:, None] * n + column[None, :], mask=inside, other=0.0)
-        total += tl.dot(down.to(tl.float32), up.to(tl.float32), input_precision=PRECISION)
+        if PRECISION == "16 bits":
+            total += tl.dot(down, up)
+        else:
+            total += tl.dot(down.to(tl.float32), up.to(tl.float32), input_precision=PRECISION)
     return total
 
 

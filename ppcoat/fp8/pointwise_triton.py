@@ -18,13 +18,15 @@ from .formats_triton import (
     Unsuited,
     dtype_name,
     empty,
+    fast_exp2,
+    fast_inverse,
     group_tile,
     narrowed,
     native_fp8,
     random_bits,
     require,
 )
-from .quantize_triton import FLOATS, group_offsets, load_values, readable
+from .quantize_triton import FLOATS, even, group_offsets, load_values, readable
 
 if TYPE_CHECKING:
     from .formats import Groups
@@ -32,8 +34,10 @@ if TYPE_CHECKING:
 GELU, SILU = 0, 1  # which activation
 
 _GELU = tl.constexpr(GELU)
-_GELU_LINEAR, _GELU_CUBIC = tl.constexpr(GELU_LINEAR), tl.constexpr(GELU_CUBIC)
-_FAR = tl.constexpr(32.0)  # beyond it gelu is 0 or x, exactly; x^3 must stay finite
+_LOG2_E = tl.constexpr(math.log2(math.e))
+_GELU_LINEAR, _GELU_CUBIC = tl.constexpr(2.0 * GELU_LINEAR), tl.constexpr(2.0 * GELU_LINEAR * GELU_CUBIC)
+# Beyond these the gradients are 0 and dy, to 1e-35; up to them neither p nor 1 - p below is subnormal.
+_GELU_FAR, _SILU_FAR = tl.constexpr(10.0), tl.constexpr(87.0)
 
 
 def gelu(x: Any, groups: Groups | None = None) -> Any:
@@ -104,7 +108,7 @@ def _activate(x: Any, dy: Any, groups: Groups | None, kind: int) -> Any:
         activation_kernel[(-(-count // rows),)](
             x, scale, x if dy is None else dy, out, count, width, group, per_row,
             KIND=kind, GRADIENT=dy is not None, MANTISSA=mantissa, PER_TENSOR=per_tensor,
-            NATIVE=native_fp8(), DTYPE=DTYPES[dtype], ROWS=rows, BLOCK=block,
+            NATIVE=native_fp8(), DTYPE=DTYPES[dtype], EVEN=even(width, group, block), ROWS=rows, BLOCK=block,
         )  # fmt: skip
     return out
 
@@ -113,25 +117,26 @@ def _activate(x: Any, dy: Any, groups: Groups | None, kind: int) -> Any:
 def activation_kernel(
     p_x, p_scale, p_dy, p_y, groups, width, group, per_row,
     KIND: tl.constexpr, GRADIENT: tl.constexpr, MANTISSA: tl.constexpr, PER_TENSOR: tl.constexpr,
-    NATIVE: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    NATIVE: tl.constexpr, DTYPE: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """ROWS groups of x -> y, or with GRADIENT dx."""
-    i_group, offset, inside = group_offsets(groups, width, group, per_row, ROWS, BLOCK)
+    i_group, offset, inside = group_offsets(groups, width, group, per_row, ROWS, BLOCK, EVEN)
     x = load_values(p_x, p_scale, i_group, i_group < groups, offset, inside, MANTISSA, PER_TENSOR, NATIVE)
     # gelu and silu are both x p, p the logistic function of z
+    near = x
+    if GRADIENT:
+        FAR: tl.constexpr = _GELU_FAR if KIND == _GELU else _SILU_FAR
+        near = tl.clamp(x, -FAR, FAR, propagate_nan=tl.PropagateNan.ALL)
     if KIND == _GELU:
-        near = tl.where(tl.abs(x) > _FAR, tl.where(x > 0, _FAR, -_FAR), x)
-        z = near * (2.0 * _GELU_LINEAR) * (1.0 + _GELU_CUBIC * near * near)
-        slope = (2.0 * _GELU_LINEAR) * (1.0 + 3.0 * _GELU_CUBIC * near * near)
+        square = near * near
+        z, slope = near * (_GELU_LINEAR + _GELU_CUBIC * square), _GELU_LINEAR + 3.0 * _GELU_CUBIC * square
     else:
-        near, z, slope = x, x, 1.0
-    # of p and 1 - p neither is a difference, so that both keep their digits
-    small = tl.exp(-tl.abs(z))
-    larger = 1.0 / (1.0 + small)
-    p, rest = tl.where(z < 0, small * larger, larger), tl.where(z < 0, larger, small * larger)
+        z, slope = near, 1.0
+    small = fast_exp2(z * -_LOG2_E)
+    p = fast_inverse(1.0 + small)
     if GRADIENT:
         dy = tl.load(p_dy + offset, mask=inside, other=0.0).to(tl.float32)
-        y = dy * p * (1.0 + near * rest * slope)
+        y = dy * p * (1.0 + near * (small * p) * slope)  # small p is 1 - p, and keeps its digits
     else:
         y = x * p
     tl.store(p_y + offset, narrowed(y, DTYPE), mask=inside)

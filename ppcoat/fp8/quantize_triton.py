@@ -24,6 +24,7 @@ from .formats_triton import (
     empty,
     from_codes,
     group_tile,
+    larger,
     narrowed,
     native_fp8,
     quantize_rows,
@@ -79,7 +80,7 @@ def dequantize(
         dequantize_kernel[(-(-groups // rows),)](
             codes, scale, values, groups, width, group, -(-width // group),
             PER_TENSOR=group_size is None, MANTISSA=fmt.mantissa_bits, NATIVE=native_fp8(),
-            DTYPE=DTYPES[name], ROWS=rows, BLOCK=block,
+            DTYPE=DTYPES[name], EVEN=even(width, group, block), ROWS=rows, BLOCK=block,
         )  # fmt: skip
     return values
 
@@ -187,6 +188,11 @@ def readable(x: Any, name: str, groups: Groups | None) -> tuple[Any, int, str]:
     return groups.scale, groups.fmt.mantissa_bits, dtype_name(groups.dtype)
 
 
+def even(width: int, group: int, block: int) -> bool:
+    """Whether groups fill rows of `width` elements and tiles of `block` columns."""
+    return group == block and width % group == 0
+
+
 def _quantize_groups(
     x: Any, codes: Any, scale: Any, maxima: Any, layout: tuple[int, int, int], fmt: FP8Format
 ) -> None:
@@ -199,18 +205,18 @@ def _quantize_groups(
         quantize_kernel[(-(-groups // rows),)](
             x, codes, scale, maxima, parts, groups, width, group, per_row,
             PARTS=triton.next_power_of_2(parts) if parts else 0, MANTISSA=fmt.mantissa_bits,
-            NATIVE=native_fp8(), ROWS=rows, BLOCK=block,
+            NATIVE=native_fp8(), EVEN=even(width, group, block), ROWS=rows, BLOCK=block,
         )  # fmt: skip
 
 
 @triton.jit
 def quantize_kernel(
     p_x, p_codes, p_scale, p_maxima, parts, groups, width, group, per_row,
-    PARTS: tl.constexpr, MANTISSA: tl.constexpr, NATIVE: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    PARTS: tl.constexpr, MANTISSA: tl.constexpr, NATIVE: tl.constexpr, EVEN: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """ROWS groups of x. PARTS 0: a scale for each group, else one for all from `parts` maxima."""
-    i_group, offset, inside = group_offsets(groups, width, group, per_row, ROWS, BLOCK)
+    i_group, offset, inside = group_offsets(groups, width, group, per_row, ROWS, BLOCK, EVEN)
     x = tl.load(p_x + offset, mask=inside, other=0.0).to(tl.float32)
     if PARTS:
         part = tl.arange(0, PARTS)
@@ -228,15 +234,12 @@ def quantize_kernel(
 def dequantize_kernel(
     p_codes, p_scale, p_values, groups, width, group, per_row,
     PER_TENSOR: tl.constexpr, MANTISSA: tl.constexpr, NATIVE: tl.constexpr, DTYPE: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    EVEN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    i_group, offset, inside = group_offsets(groups, width, group, per_row, ROWS, BLOCK)
-    codes = tl.load(p_codes + offset, mask=inside, other=0)
-    if PER_TENSOR:  # noqa: SIM108 (a choice at compile time)
-        scale = tl.load(p_scale)
-    else:
-        scale = load_rows(p_scale, i_group, i_group < groups, 0.0)
-    values = from_codes(codes, MANTISSA, NATIVE) * scale
+    i_group, offset, inside = group_offsets(groups, width, group, per_row, ROWS, BLOCK, EVEN)
+    values = load_values(
+        p_codes, p_scale, i_group, i_group < groups, offset, inside, MANTISSA, PER_TENSOR, NATIVE
+    )
     tl.store(p_values + offset, narrowed(values, DTYPE), mask=inside)
 
 
@@ -309,24 +312,32 @@ def dequantize_blocks_kernel(
 def amax_kernel(p_x, p_maxima, total, tiles, tiles_each, TILE: tl.constexpr):
     """First stage: the largest magnitude in `tiles_each` neighbouring tiles; infinite as in `row_amax`."""
     i_part = tl.program_id(0).to(tl.int64)
-    largest = tl.zeros([1, 1], dtype=tl.float32)
+    largest = tl.zeros([1, TILE], dtype=tl.float32)
     for i in range(0, tiles_each):
         offset = (i_part * tiles_each + i) * TILE + tl.arange(0, TILE).to(tl.int64)[None, :]
         x = tl.load(p_x + offset, mask=offset < total, other=0.0).to(tl.float32)
-        largest = tl.maximum(largest, row_amax(x))
-    tl.store(p_maxima + i_part, tl.max(tl.max(largest, axis=1), axis=0))
+        largest = larger(largest, tl.abs(x))
+    tl.store(p_maxima + i_part + tl.zeros([1, 1], tl.int64), row_amax(largest))
 
 
 @triton.jit
-def group_offsets(groups, width, group, per_row, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def group_offsets(
+    groups, width, group, per_row, ROWS: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr = False
+):
     """This program's groups int64 [ROWS], and of their elements [ROWS, BLOCK] the int64 offset and whether
-    there is one. A row of `width` elements has `per_row` groups, the last one perhaps shorter."""
+    there is one. A row of `width` elements has `per_row` groups, the last one perhaps shorter. EVEN: none is
+    shorter and all are BLOCK wide (`even`), so that neither division nor a look at columns is needed."""
     i_group = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS).to(tl.int64)
     column = tl.arange(0, BLOCK)[None, :].to(tl.int64)
-    i_row = i_group // per_row
-    start = (i_group - i_row * per_row) * group
-    inside = (i_group < groups)[:, None] & (column < group) & (start[:, None] + column < width)
-    return i_group, (i_row * width + start)[:, None] + column, inside
+    inside = (i_group < groups)[:, None]
+    if EVEN:
+        offset = i_group[:, None] * BLOCK + column
+    else:
+        i_row = i_group // per_row
+        start = (i_group - i_row * per_row) * group
+        inside = inside & (column < group) & (start[:, None] + column < width)
+        offset = (i_row * width + start)[:, None] + column
+    return i_group, offset, inside
 
 
 @triton.jit

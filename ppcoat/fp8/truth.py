@@ -236,24 +236,30 @@ def dropout(inputs: Inputs) -> Iterator[Case]:
 
 
 def scaled_matmul(inputs: Inputs) -> Iterator[Case]:
-    """Both directions from one stored weight; alone, and with bias and LoRA in float32 and bfloat16."""
-    weight = random_weight(inputs.library, inputs.rng, 200, 140)
-    tall = np.repeat(inputs.get(weight.scale), GROUP, axis=0)[:200]
-    stored = E4M3.numbers(inputs.get(weight.codes)) * np.repeat(tall, GROUP, axis=1)[:, :140]
-    for name, transpose in (("y = x W", False), ("dx = dy W^T", True)):
-        w = stored.T if transpose else stored
-        deep, wide = w.shape
-        codes, scale = codecs.encode(inputs.rng.standard_normal([70, deep]), E4M3, GROUP)
-        terms = [(E4M3.numbers(codes) * codecs.per_value(scale, deep, GROUP), w)]
-        product = inputs.put(codes), inputs.put(scale), weight, transpose
-        yield name, product, _sum_of_products(inputs, terms)
-        for dtype in ("float32", "bfloat16"):
-            bias, down, up = (inputs.normal(shape, dtype) for shape in
-                              ([wide], [70, 20], [wide, 20] if transpose else [20, wide]))  # fmt: skip
-            lora = inputs.get(down), inputs.get(up).T if transpose else inputs.get(up)
-            every = [*terms, lora, (np.ones([70, 1]), inputs.get(bias)[None])]
-            arguments = *product, Epilogue(bias, down, up), dtype
-            yield f"{name}, bias and LoRA in {dtype}", arguments, _sum_of_products(inputs, every)
+    """Both directions from one stored weight; alone, and with bias and LoRA. Few rows, more, and so many that
+    a program makes two tiles; sides that end within a tile, and sides that cuBLASLt takes."""
+    for m, sides, added in (
+        (50, (208, 144), (None, "float32")), (70, (208, 144), (None,)), (528, (512, 512), ("bfloat16",))
+    ):  # fmt: skip
+        weight = random_weight(inputs.library, inputs.rng, *sides)
+        tall = np.repeat(inputs.get(weight.scale), GROUP, axis=0)[: sides[0]]
+        stored = E4M3.numbers(inputs.get(weight.codes)) * np.repeat(tall, GROUP, axis=1)[:, : sides[1]]
+        for name, transpose in (("y = x W", False), ("dx = dy W^T", True)):
+            w = stored.T if transpose else stored
+            deep, wide = w.shape
+            codes, scale = codecs.encode(inputs.rng.standard_normal([m, deep]), E4M3, GROUP)
+            terms = [(E4M3.numbers(codes) * codecs.per_value(scale, deep, GROUP), w)]
+            product = inputs.put(codes), inputs.put(scale), weight, transpose
+            for dtype in added:
+                if dtype is None:
+                    yield name, product, _sum_of_products(inputs, terms)
+                    continue
+                bias, down, up = (inputs.normal(shape, dtype) for shape in
+                                  ([wide], [m, 20], [wide, 20] if transpose else [20, wide]))  # fmt: skip
+                lora = inputs.get(down), inputs.get(up).T if transpose else inputs.get(up)
+                every = [*terms, lora, (np.ones([m, 1]), inputs.get(bias)[None])]
+                arguments = *product, Epilogue(bias, down, up), dtype
+                yield f"{name}, bias and LoRA in {dtype}", arguments, _sum_of_products(inputs, every)
 
 
 _BOTH_WAYS = {

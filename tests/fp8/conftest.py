@@ -36,6 +36,12 @@ class Adapter:
     def new_empty(self, shape, dtype=None, device=None):
         return Adapter(paddle.empty([shape] if isinstance(shape, int) else shape, dtype or self.dtype))
 
+    @property
+    def data(self):  # as `device`, for a descriptor's view
+        return self
+
+    device = "cpu"
+
     def untyped_storage(self):
         return self
 
