@@ -8,7 +8,9 @@ float32, and each result is rounded once.
 
 from __future__ import annotations
 
+import functools
 import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import triton
@@ -21,10 +23,13 @@ from .formats_triton import (
     Unsuited,
     dtype_name,
     empty,
+    fast_inverse,
+    fast_sqrt,
     group_tile,
     narrowed,
     native_fp8,
     require,
+    widened,
 )
 from .quantize_triton import FLOATS, load_rows, load_values, readable, store_rows
 
@@ -33,7 +38,8 @@ if TYPE_CHECKING:
     from .norm import Angles
 
 GROUP = 128  # of a tile where nothing else says
-WIDE = 2048  # from so many elements on a program gets 8 warps
+VECTOR = 8  # elements that a thread reads at once
+MOST_PARTS = 9  # tiles of a row
 
 
 def modulated_norm(x: Any, shift: Any, scale: Any, groups: Groups | None = None) -> Any:
@@ -97,23 +103,48 @@ def _norm(
         sets = _sets(x, "scale", scale)
     if shift is not None and _sets(x, "shift", shift) != sets:
         raise Unsuited(f"shift {list(shift.shape)} beside scale {list(scale.shape)}")
-    group = min((groups and groups.group_size) or GROUP, width)
-    per_row = -(-width // group)
-    tile = triton.next_power_of_2(per_row), triton.next_power_of_2(group)
-    if math.prod(tile) > LARGEST_GROUP:
-        raise Unsuited(f"a norm over {width} channels; a program holds {LARGEST_GROUP}")
-    result = empty(x, list(x.shape), dtype)
+    result, tile = empty(x, list(x.shape), dtype), _tile(width, groups)
     if rows:
         norm_kernel[(rows,)](
             x, x_scale, *(x if part is None else part for part in (weight, scale, shift, dy)), result,
-            epsilon, max(1, rows // sets), width, group, per_row,
+            epsilon, 1.0 / width, max(1, rows // sets), width, *tile.sizes,
             CENTRED=weight is None, SCALE=scale is not None, SHIFT=shift is not None,
             GRADIENT=dy is not None, MANTISSA=mantissa,
             PER_TENSOR=groups is not None and groups.group_size is None, NATIVE=native_fp8(),
-            DTYPE=DTYPES[dtype], GROUPS=tile[0], BLOCK=tile[1],
-            num_warps=8 if math.prod(tile) > WIDE else 4,
+            DTYPE=DTYPES[dtype], **tile.constants,
         )  # fmt: skip
     return result
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a program holds a row. sizes: elements of a group, groups of a row; constants: the kernel's."""
+
+    sizes: tuple[int, int]
+    constants: dict[str, Any]
+
+
+@functools.cache
+def _whole(width: int, group: int) -> tuple[int, int] | None:
+    """(groups of a part, parts) where whole groups fill a row of a few parts and a part is a power of two, as
+    tiles must be: FLUX's 24 groups are three parts of 8. None elsewhere."""
+    per_row = width // group
+    part = per_row & -per_row
+    fits = width % group == 0 and group & (group - 1) == 0 and per_row // part <= MOST_PARTS
+    return (part, per_row // part) if fits else None
+
+
+def _tile(width: int, groups: Groups | None) -> Tile:
+    """Raises Unsuited for a row that does not fit."""
+    group = min((groups and groups.group_size) or GROUP, width)
+    per_row, whole = -(-width // group), _whole(width, group)
+    part, parts = whole or (triton.next_power_of_2(per_row), 1)
+    block = triton.next_power_of_2(group)
+    if part * parts * block > LARGEST_GROUP:
+        raise Unsuited(f"a norm over {width} channels; a program holds {LARGEST_GROUP}")
+    warps = min(8, max(1, part * block // (32 * VECTOR)))
+    constants = {"PARTS": parts, "EVEN": whole is not None, "GROUPS": part, "BLOCK": block, "num_warps": warps}
+    return Tile((group, per_row), constants)
 
 
 def _sets(x: Any, name: str, modulation: Any) -> int:
@@ -142,62 +173,79 @@ def _heads(x: Any, name: str, weight: Any, angles: Angles) -> tuple[int, tuple[i
 
 @triton.jit
 def norm_kernel(
-    p_x, p_x_scale, p_weight, p_scale, p_shift, p_dy, p_result, epsilon, tokens, width, group, per_row,
+    p_x, p_x_scale, p_weight, p_scale, p_shift, p_dy, p_result, epsilon, each, tokens, width, group, per_row,
     CENTRED: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr, GRADIENT: tl.constexpr,
     MANTISSA: tl.constexpr, PER_TENSOR: tl.constexpr, NATIVE: tl.constexpr, DTYPE: tl.constexpr,
-    GROUPS: tl.constexpr, BLOCK: tl.constexpr,
+    PARTS: tl.constexpr, EVEN: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One row of x -> one of the norm, or with GRADIENT of dx. CENTRED: LayerNorm, without a weight; else
-    RMSNorm, with one. `tokens` rows of x share a row of scale and shift."""
-    i_row, i_group, present, column, inside = row_tile(width, group, per_row, GROUPS, BLOCK)
-    offset = i_row * width + column
-    x = load_values(
-        p_x, p_x_scale, i_row * per_row + i_group, present, offset, inside, MANTISSA, PER_TENSOR, NATIVE
-    )
-    if CENTRED:
-        x = tl.where(inside, x - tile_mean(x, width), 0.0)
-    rstd = tl.div_rn(1.0, tl.sqrt_rn(tile_mean(x * x, width) + epsilon))
-    xhat = x * rstd
+    RMSNorm, with one. `tokens` rows of x share a row of scale and shift; `each`: 1 / width."""
+    i_group, present, column, inside = row_tile(width, group, per_row, EVEN, GROUPS, BLOCK)
+    # Parts are added to the pointers last and as constants: so a thread computes one address for a tensor.
+    STEP: tl.constexpr = GROUPS * BLOCK
+    i_row = tl.program_id(0).to(tl.int64)
+    row, chosen = i_row * width, i_row // tokens * width
+    p_x, p_dy, p_result = p_x + row + column, p_dy + row + column, p_result + row + column
+    p_weight, p_scale, p_shift = p_weight + column, p_scale + chosen + column, p_shift + chosen + column
+    if MANTISSA and not PER_TENSOR:
+        p_x_scale += i_row * per_row + i_group
+    xs, total = (), 0.0
+    for part in tl.static_range(PARTS):
+        x = load_values(
+            p_x, p_x_scale, part * GROUPS, present, part * STEP, inside, MANTISSA, PER_TENSOR, NATIVE
+        )
+        xs, total = xs + (x,), x if part == 0 else total + x
+    mean = tile_sum(total) * each if CENTRED else 0.0
 
-    chosen = i_row // tokens * width + column
-    factor = tl.where(inside, 1.0, 0.0)
-    if not CENTRED:
-        factor *= tl.load(p_weight + column, mask=inside, other=0.0).to(tl.float32)
-    if SCALE:
-        factor *= 1.0 + tl.load(p_scale + chosen, mask=inside, other=0.0).to(tl.float32)
-    if GRADIENT:
-        g = tl.load(p_dy + offset, mask=inside, other=0.0).to(tl.float32) * factor
-        result = g - xhat * tile_mean(g * xhat, width)
-        if CENTRED:
-            result -= tile_mean(g, width)
-        result *= rstd
-    else:
-        result = xhat * factor
-        if SHIFT:
-            result += tl.load(p_shift + chosen, mask=inside, other=0.0).to(tl.float32)
-    tl.store(p_result + offset, narrowed(result, DTYPE), mask=inside)
+    centred, squares = (), 0.0
+    for part in tl.static_range(PARTS):
+        x = tl.where(inside, xs[part] - mean, 0.0) if CENTRED else xs[part]
+        centred, squares = centred + (x,), x * x if part == 0 else squares + x * x
+    rstd = fast_inverse(fast_sqrt(tile_sum(squares) * each + epsilon))
+
+    gs, along, g_total = (), 0.0, 0.0
+    for part in tl.static_range(PARTS):
+        factor = tl.full([GROUPS, BLOCK], 1.0, tl.float32)
+        if not CENTRED:
+            factor = widened(tl.load(p_weight + part * STEP, mask=inside, other=0.0))
+        if SCALE:
+            factor *= 1.0 + widened(tl.load(p_scale + part * STEP, mask=inside, other=0.0))
+        if GRADIENT:
+            g = widened(tl.load(p_dy + part * STEP, mask=inside, other=0.0)) * factor
+            gs, turned = gs + (g,), g * centred[part]
+            along, g_total = (turned, g) if part == 0 else (along + turned, g_total + g)
+        else:
+            result = centred[part] * rstd * factor
+            if SHIFT:
+                result += widened(tl.load(p_shift + part * STEP, mask=inside, other=0.0))
+            tl.store(p_result + part * STEP, narrowed(result, DTYPE), mask=inside)
+    if GRADIENT:  # (g - xhat mean(g xhat) - mean(g)) rstd, with xhat = centred rstd
+        turn = tile_sum(along) * each * rstd * rstd * rstd
+        shift = tile_sum(g_total) * each * rstd if CENTRED else 0.0
+        for part in tl.static_range(PARTS):
+            result = gs[part] * rstd - (centred[part] * turn + shift)
+            tl.store(p_result + part * STEP, narrowed(result, DTYPE), mask=inside)
 
 
 @triton.jit
-def row_tile(width, group, per_row, GROUPS: tl.constexpr, BLOCK: tl.constexpr):
-    """This program's row int64; its groups int64 [GROUPS] and whether there is one; of their elements
-    [GROUPS, BLOCK] the column int64 and whether there is one."""
+def row_tile(width, group, per_row, EVEN: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr):
+    """Of the first part of a row: its groups int64 [GROUPS] and whether there is one; of their elements
+    [GROUPS, BLOCK] the column int64 and whether there is one. EVEN: there always is, and groups are BLOCK
+    wide; else there is one part."""
     i_group = tl.arange(0, GROUPS).to(tl.int64)
     within = tl.arange(0, BLOCK).to(tl.int64)[None, :]
-    column = i_group[:, None] * group + within
-    return (
-        tl.program_id(0).to(tl.int64),
-        i_group,
-        i_group < per_row,
-        column,
-        (within < group) & (column < width),
-    )
+    if EVEN:
+        column = i_group[:, None] * BLOCK + within
+        present, inside = tl.full([GROUPS], 1, tl.int1), tl.full([GROUPS, BLOCK], 1, tl.int1)
+    else:
+        column = i_group[:, None] * group + within
+        present, inside = i_group < per_row, (within < group) & (column < width)
+    return i_group, present, column, inside
 
 
 @triton.jit
-def tile_mean(x, width):
-    """Sum of the tile, zeros outside, over `width`."""
-    return tl.sum(tl.sum(x, axis=1), axis=0) / width.to(tl.float32)
+def tile_sum(x):
+    return tl.sum(tl.sum(x, axis=1), axis=0)
 
 
 @triton.jit
@@ -207,8 +255,8 @@ def rms_norm_rotated_kernel(
 ):  # fmt: skip
     """ROWS heads of x."""
     i_row, present, column, offset, inside = head_tile(rows, dim, ROWS, BLOCK)
-    x = tl.load(p_x + offset, mask=inside, other=0.0).to(tl.float32)
-    weight = tl.load(p_weight + column, mask=column < dim, other=0.0).to(tl.float32)
+    x = widened(tl.load(p_x + offset, mask=inside, other=0.0))
+    weight = widened(tl.load(p_weight + column, mask=column < dim, other=0.0))
     mean = tl.sum(x * x, axis=1, keep_dims=True) / dim.to(tl.float32)
     rstd = tl.div_rn(1.0, tl.sqrt_rn(mean + epsilon))
     cos, sin = load_angles(p_cos, p_sin, i_row, present, tokens, heads, dim, BLOCK)
@@ -224,10 +272,10 @@ def rms_norm_rotated_grad_kernel(
 ):  # fmt: skip
     i_row, present, column, offset, inside = head_tile(rows, dim, ROWS, BLOCK)
     cos, sin = load_angles(p_cos, p_sin, i_row, present, tokens, heads, dim, BLOCK)
-    weight = tl.load(p_weight + column, mask=column < dim, other=1.0).to(tl.float32)
+    weight = widened(tl.load(p_weight + column, mask=column < dim, other=1.0))
     rstd = load_rows(p_rstd, i_row, present, 0.0)
-    y = tl.load(p_y + offset, mask=inside, other=0.0).to(tl.float32)
-    dy = tl.load(p_dy + offset, mask=inside, other=0.0).to(tl.float32)
+    y = widened(tl.load(p_y + offset, mask=inside, other=0.0))
+    dy = widened(tl.load(p_dy + offset, mask=inside, other=0.0))
     xhat = tl.div_rn(apply_rope(y, cos, -sin), tl.broadcast_to(weight, y.shape))
     g = apply_rope(dy, cos, -sin) * weight
     along = tl.sum(g * xhat, axis=1, keep_dims=True) / dim.to(tl.float32)

@@ -23,6 +23,7 @@ from .formats_triton import (
     narrowed,
     native_fp8,
     require,
+    widened,
 )
 from .quantize_triton import FLOATS, even, group_offsets, load_values, readable
 
@@ -121,7 +122,7 @@ def activation_kernel(
     small = fast_exp2(z * -_LOG2_E)
     p = fast_inverse(1.0 + small)
     if GRADIENT:
-        dy = tl.load(p_dy + offset, mask=inside, other=0.0).to(tl.float32)
+        dy = widened(tl.load(p_dy + offset, mask=inside, other=0.0))
         y = dy * p * (1.0 + near * (small * p) * slope)  # small p is 1 - p, and keeps its digits
     else:
         y = x * p
@@ -138,8 +139,8 @@ def gated_residual_kernel(
     i_row = i_group // per_row
     column = ((i_group - i_row * per_row) * BLOCK)[:, None] + tl.arange(0, BLOCK).to(tl.int64)[None, :]
     chosen = (i_row // tokens * width)[:, None] + column
-    gate = tl.load(p_gate + chosen, mask=inside, other=0.0).to(tl.float32)
-    out = tl.load(p_y + offset, mask=inside, other=0.0).to(tl.float32) * gate
+    gate = widened(tl.load(p_gate + chosen, mask=inside, other=0.0))
+    out = widened(tl.load(p_y + offset, mask=inside, other=0.0)) * gate
     if RESIDUAL:
-        out += tl.load(p_x + offset, mask=inside, other=0.0).to(tl.float32)
+        out += widened(tl.load(p_x + offset, mask=inside, other=0.0))
     tl.store(p_out + offset, narrowed(out, DTYPE), mask=inside)
