@@ -26,6 +26,7 @@ LARGEST_GROUP = 8192  # elements of a group that one program holds in registers
 TILE = 2048  # elements that one program works on
 DTYPES = {"float32": tl.float32, "bfloat16": tl.bfloat16, "float16": tl.float16}
 
+
 def interpreted() -> bool:
     """Whether the kernels of this process run in Triton's interpreter, on the CPU."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -179,6 +180,42 @@ def fast_sqrt(x):
     else:
         y = tl.inline_asm_elementwise("sqrt.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
     return y
+
+
+@triton.jit
+def fast_rsqrt(x):
+    """1 / root of x, float32; relative error 2^-22.9."""
+    if _INTERPRETED:
+        y = 1.0 / tl.sqrt(x)
+    else:
+        y = tl.inline_asm_elementwise("rsqrt.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+    return y
+
+
+@triton.jit
+def floor_byte(x):
+    """Floor of x, of magnitude below 2^22, -> its lowest 8 bits as uint8: added to 1.5 * 2^23 and rounded
+    down a float32 holds the whole number in its last bits, which takes one instruction and no conversion."""
+    if _INTERPRETED:
+        y = tl.floor(x).to(tl.int32)
+    else:
+        y = tl.inline_asm_elementwise("add.rm.f32 $0, $1, 0f4B400000;", "=r,f", [x], tl.int32, True, 1)
+    return y.to(tl.uint8)
+
+
+@triton.jit
+def byte_number(codes, SIGNED: tl.constexpr):
+    """uint8, with SIGNED bits of int8, -> the number, float32: the byte is put behind 2^23, which is taken off
+    again, because conversions of bytes run at a quarter of the rate of an addition."""
+    bits = ((codes ^ 0x80) if SIGNED else codes).to(tl.int32) | 0x4B000000
+    return bits.to(tl.float32, bitcast=True) - (8388608.0 + 128.0 if SIGNED else 8388608.0)
+
+
+@triton.jit
+def with_sign(magnitude, x):
+    """magnitude, not negative, with the sign of x; float32."""
+    bits = magnitude.to(tl.int32, bitcast=True) | (x.to(tl.int32, bitcast=True) & -0x80000000)
+    return bits.to(tl.float32, bitcast=True)
 
 
 def native_fp8() -> bool:

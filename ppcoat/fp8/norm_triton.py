@@ -24,7 +24,7 @@ from .formats_triton import (
     dtype_name,
     empty,
     fast_inverse,
-    fast_sqrt,
+    fast_rsqrt,
     narrowed,
     native_fp8,
     require,
@@ -201,7 +201,7 @@ def norm_kernel(
     for part in tl.static_range(PARTS):
         x = tl.where(inside, xs[part] - mean, 0.0) if CENTRED else xs[part]
         centred, squares = centred + (x,), x * x if part == 0 else squares + x * x
-    rstd = fast_inverse(fast_sqrt(tile_sum(squares) * each + epsilon))
+    rstd = fast_rsqrt(tile_sum(squares) * each + epsilon)
 
     gs, along, g_total = (), 0.0, 0.0
     for part in tl.static_range(PARTS):
@@ -263,7 +263,7 @@ def rms_norm_rotated_kernel(
     for part in tl.static_range(PARTS):
         x = widened(tl.load(p_x + part * step, mask=inside, other=0.0))
         mean = tl.sum(x * x, axis=1, keep_dims=True) * each
-        rstd = fast_inverse(fast_sqrt(mean + epsilon))
+        rstd = fast_rsqrt(mean + epsilon)
         tl.store(p_y + part * step, narrowed(apply_rope(x * rstd * weight, cos, sin), DTYPE), mask=inside)
         store_rows(p_rstd, rstd, i_head + part * GROUPS, present)
 
