@@ -17,7 +17,7 @@ from ppcoat.data.batches import ResumableBatches
 from ppcoat.data.cache import TrainingCache, WindowedCache
 from ppcoat.data.examples import Example, all_examples, data_report, scan_datasets
 from ppcoat.data.laion import LaionSource, unpack_laion
-from ppcoat.device import compute_dtype, on_gpu, set_device, tune_host
+from ppcoat.device import compute_dtype, computes_in_half, on_gpu, set_device, tune_host
 from ppcoat.distill.discriminator import Discriminator
 from ppcoat.distill.encoding import OneByOne, encode_pictures
 from ppcoat.distill.objective import DiscriminatorObjective, Distillation, Rules, Terms
@@ -226,7 +226,7 @@ def _unpacked(config: LightningConfig, run: RunConfig, ranks: Ranks) -> Path:
 
 
 def _say_dtype(config: LightningConfig) -> None:
-    if config.mixed_precision == "bf16" and paddle.get_device() == "cpu":
+    if config.mixed_precision == "bf16" and not computes_in_half():
         print("mixed_precision bf16: Paddle computes in float32 on a CPU")
 
 
