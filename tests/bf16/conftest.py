@@ -7,14 +7,13 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import paddle
 import pytest
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))  # the tests here import the two modules by name
 
-from pretended_gpu import PretendedGpu, bfloat16_noise  # noqa: E402
+from pretended_gpu import PretendedGpu, bfloat16_noise, four_deviations  # noqa: E402
 
 from ppcoat.config.load import load_config  # noqa: E402
 from ppcoat.config.schema import RunConfig  # noqa: E402
@@ -75,7 +74,7 @@ def train(tmp_path_factory):
         with pytest.MonkeyPatch.context() as patch, on or nullcontext():
             watch_steps(patch, done)
             if sensitivity:
-                feel_noise(patch, done.explained)
+                feel_noise(patch, FlowMatching, done.explained)
             done.losses = train_lora(done.config).losses
         return done
 
@@ -93,9 +92,10 @@ def watch_steps(patch: pytest.MonkeyPatch, done: Trained) -> None:
     patch.setattr(trainer.Trainer, "train_step", watched)
 
 
-def feel_noise(patch: pytest.MonkeyPatch, explained: list[float]) -> None:
-    """Each loss of a float32 run is computed again under noise, one seed after the other."""
-    losses_at = FlowMatching.losses_at
+def feel_noise(patch: pytest.MonkeyPatch, objective: type, explained: list[float]) -> None:
+    """Each loss of a float32 run is computed again under noise, one seed after the other; `explained` gets
+    the relative changes."""
+    losses_at = objective.losses_at
 
     def felt(self, transformer, *drawn):
         found = losses_at(self, transformer, *drawn)
@@ -106,13 +106,18 @@ def feel_noise(patch: pytest.MonkeyPatch, explained: list[float]) -> None:
                 explained.append(float(noisy / found.mean.detach()) - 1)
         return found
 
-    patch.setattr(FlowMatching, "losses_at", felt)
+    patch.setattr(objective, "losses_at", felt)
+
+
+@pytest.fixture(scope="session")
+def noise_felt():
+    return feel_noise
 
 
 @pytest.fixture(scope="module")
 def explained(train) -> float:
     """The largest relative difference of a loss that bfloat16 explains: four standard deviations of the
     float32 run's loss under noise of the size of bfloat16's rounding."""
-    moved = np.array(train("coat.enabled=false", sensitivity=True).explained)
-    assert len(moved) == 2 * len(SEEDS) and np.isfinite(moved).all()
-    return 4 * float(np.sqrt(np.mean(moved**2)))
+    moved = train("coat.enabled=false", sensitivity=True).explained
+    assert len(moved) == 2 * len(SEEDS)
+    return four_deviations(moved)

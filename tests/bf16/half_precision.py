@@ -10,10 +10,11 @@ rounded once, which is what a GPU does. Autograd goes through, and saved-tensor 
 the operator would have saved on a GPU, not its float32 copy.
 
 What a GPU refuses is refused here, with operator and place: tensors of several floating dtypes where Paddle
-does not promote them, and an in-place operator whose other operand has another dtype, which would silently
-change the dtype of its target. Operators that add up in half precision on a CPU run in float32, too.
+does not promote them, and operators that have no half precision there either. So is an in-place operator
+whose other operand has another dtype, which would silently change the dtype of its target. Operators that
+add up in half precision on a CPU run in float32, too.
 
-`noise`: see RoundingNoise, which does to float32 what rounding to bfloat16 does.
+RoundingNoise does to float32 what rounding to bfloat16 does.
 """
 
 import sys
@@ -33,6 +34,13 @@ FLOATS = (*HALVES, paddle.float32, paddle.float64)
 # Operators that move, cast or make values, and so take tensors of any dtypes side by side.
 ANY_DTYPES = {"cast", "cast_", "copy_", "assign_out_", "full_like", "share_data_", "view_dtype"}
 TAKES_NUMBERS = {"clip", "pow", "scale"}  # beside one tensor: Paddle reads them out of tensors, too
+# Not registered for these on a GPU: PD_REGISTER_KERNEL in paddle/phi/kernels of Paddle 3.
+NOT_ON_A_GPU = {
+    "channel_shuffle": HALVES,
+    "repeat_interleave": (paddle.float16,),
+    "as_complex": HALVES,
+    "as_real": HALVES,
+}
 MAKES_VALUES = {"arange", "full", "linspace"}
 # On a CPU these add up in the dtype of their input, on a GPU in float32.
 ADDS_UP_IN_HALF = {"sum", "mean", "softmax", "layer_norm", "matmul", "conv2d", "group_norm", "p_norm"}
@@ -50,6 +58,10 @@ KERNELS = core._get_all_register_op_kernels("phi")
 class MixedDtypes(TypeError):
     """Tensors of several floating dtypes met in an operator that a GPU refuses, or that changes a dtype in
     place."""
+
+
+class MissingOnGpu(NotImplementedError):
+    """An operator that a GPU does not have in half precision."""
 
 
 class HalfPrecision:
@@ -85,6 +97,8 @@ class HalfPrecision:
         dtypes = {t.dtype for t in tensors if t.dtype in FLOATS}
         if self._call is not None or dtypes.isdisjoint(HALVES):
             return function(*args, **kwargs)
+        if missing := dtypes.intersection(NOT_ON_A_GPU.get(name, ())):
+            raise MissingOnGpu(f"{name} at {place()}: a GPU has no {_names(missing)} of it")
         changes = name.endswith("_")
         if len(dtypes) > 1 and name not in ANY_DTYPES:
             return self._mixed(name, function, args, kwargs, dtypes, changes)
@@ -100,7 +114,7 @@ class HalfPrecision:
         return result
 
     def _mixed(self, name, function, args, kwargs, dtypes, changes):
-        found = " and ".join(sorted(str(dtype).rpartition(".")[-1] for dtype in dtypes))
+        found = _names(dtypes)
         if changes:
             raise MixedDtypes(f"{name} at {place()}: {found}; in place, the dtype of the result would change")
         try:
@@ -325,6 +339,10 @@ def mapped(value, function):
     if isinstance(value, dict):
         return {name: mapped(each, function) for name, each in value.items()}
     return value
+
+
+def _names(dtypes) -> str:
+    return " and ".join(sorted(str(dtype).rpartition(".")[-1] for dtype in dtypes))
 
 
 def place() -> str:

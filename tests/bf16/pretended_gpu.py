@@ -29,7 +29,10 @@ from paddle.autograd import PyLayer
 from ppcoat import device
 from ppcoat.fp8 import backend, formats_triton
 from ppcoat.models.flux import transformer
+from ppcoat.models.flux.pipeline import FluxPipeline
 from ppcoat.models.newbie import nextdit
+from ppcoat.models.newbie.pipeline import NewbiePipeline
+from ppcoat.models.pictures import LatentPictures
 from ppcoat.nn import attention
 
 CAPABILITY = 90
@@ -40,6 +43,12 @@ OPTIONS = {"num_warps", "num_stages", "num_ctas", "maxnreg"}  # of a launch, not
 def relative(values: Sequence[float], wanted: Sequence[float]) -> float:
     """Largest relative difference."""
     return float(np.max(np.abs(np.array(values) / np.array(wanted) - 1)))
+
+
+def four_deviations(changes: Sequence[float]) -> float:
+    """Four standard deviations of these changes around no change."""
+    assert np.isfinite(changes).all() and len(changes) > 1
+    return 4 * float(np.sqrt(np.mean(np.square(changes))))
 
 
 class PretendedGpu:
@@ -128,9 +137,11 @@ class FarMemory:
 
 
 def bfloat16_noise(seed: int) -> RoundingNoise:
-    """For a float32 run of ppcoat: noise wherever a bfloat16 run on a GPU rounds."""
+    """For a float32 run of ppcoat: noise wherever the transformer of a bfloat16 run on a GPU rounds. Encoders
+    are left alone: T5 computes the numbers of its position buckets in float32."""
     exact = [(transformer, "sinusoid"), (nextdit, "sinusoid"), (transformer, "rotary_angles")]
-    exact += [(nextdit, "rotary_angles")]
+    exact += [(nextdit, "rotary_angles"), (FluxPipeline, "encode_prompt"), (LatentPictures, "encode_image")]
+    exact += [(NewbiePipeline, "encode_prompt"), (LatentPictures, "decode_latents")]
     return RoundingNoise(seed, tuple(exact), ((backend.Op, "__call__"), (attention, "attention")))
 
 

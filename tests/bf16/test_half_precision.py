@@ -4,7 +4,7 @@ import numpy as np
 import paddle
 import paddle.nn.functional as F
 import pytest
-from half_precision import HalfPrecision, MixedDtypes, RoundingNoise
+from half_precision import HalfPrecision, MissingOnGpu, MixedDtypes, RoundingNoise
 from pretended_gpu import PretendedGpu
 from triton.runtime.jit import KernelInterface
 
@@ -60,6 +60,14 @@ def test_what_a_gpu_refuses_or_silently_widens_is_an_error_with_its_place():
         assert (half * wide).dtype == paddle.float32 and sum(context.promoted.values()) == 1
         assert half.add_(half).dtype == paddle.bfloat16
     assert half.clone().add_(wide).dtype == paddle.float32  # Paddle by itself
+
+
+def test_what_a_gpu_does_not_have_is_an_error():
+    with HalfPrecision():
+        with pytest.raises(MissingOnGpu, match="^channel_shuffle at .*: a GPU has no bfloat16 of it"):
+            F.channel_shuffle(random(1, 4, 2, 2), 2)
+        with pytest.raises(MissingOnGpu, match="^repeat_interleave at .*: a GPU has no float16 of it"):
+            paddle._C_ops.repeat_interleave(random(2, 4, dtype="float16"), 2, 0, -1)
 
 
 def test_hooks_see_the_half_tensors_that_a_gpu_would_save():

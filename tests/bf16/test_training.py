@@ -19,9 +19,9 @@ RUNS = {
     "coat": [POLICY + "coat"],
     "coat+recompute": [POLICY + "coat+recompute"],
     "coat+recompute+attention": [POLICY + "coat+recompute+attention"],
-    "checkpoints in FP8, dropout, accumulation, EMA": [
+    "checkpoints in FP8, dropout, accumulation, EMA, previews": [
         POLICY + "coat", "train.gradient_checkpointing=true", "network.dropout=0.1",
-        "train.gradient_accumulation=2", "train.ema.use_ema=true",
+        "train.gradient_accumulation=2", "train.ema.use_ema=true", "sample.sample_every=2",
     ],
     "FP8 base and products, swapped": [
         POLICY + "coat+recompute", "model.quantize=true", "model.quantize_matmul=true",
