@@ -93,9 +93,11 @@ class HalfPrecision:
         self._undo.close()
 
     def _operator(self, name: str, function, args: tuple, kwargs: dict):
-        tensors = list(tensors_in(args[:1]) if name in TAKES_NUMBERS else tensors_in(args, kwargs))
+        if self._call is not None:
+            return function(*args, **kwargs)
+        tensors = tensors_in(args[:1]) if name in TAKES_NUMBERS else tensors_in(args, kwargs)
         dtypes = {t.dtype for t in tensors if t.dtype in FLOATS}
-        if self._call is not None or dtypes.isdisjoint(HALVES):
+        if dtypes.isdisjoint(HALVES):
             return function(*args, **kwargs)
         if missing := dtypes.intersection(NOT_ON_A_GPU.get(name, ())):
             raise MissingOnGpu(f"{name} at {place()}: a GPU has no {_names(missing)} of it")
@@ -319,15 +321,17 @@ def _replace(stack: ExitStack, owner, attribute: str, name: str, function, run) 
     stack.enter_context(mock.patch.object(owner, attribute, operator))
 
 
-def tensors_in(*values):
+def tensors_in(*values) -> list[paddle.Tensor]:
     """Every tensor inside tuples, lists and dicts."""
+    found = []
     for value in values:
         if isinstance(value, paddle.Tensor):
-            yield value
+            found.append(value)
         elif isinstance(value, list | tuple):
-            yield from tensors_in(*value)
-        elif isinstance(value, dict):
-            yield from tensors_in(*value.values())
+            found += tensors_in(*value)
+        elif isinstance(value, dict) and value:
+            found += tensors_in(*value.values())
+    return found
 
 
 def mapped(value, function):

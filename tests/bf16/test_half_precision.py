@@ -99,6 +99,17 @@ def test_attention_is_flash_attentions_with_its_gradients():
         np.testing.assert_allclose(found.astype("float32").numpy(), exact.numpy(), rtol=0.02, atol=0.02)
 
 
+def test_attention_without_flash_attention_takes_what_a_gpu_has(monkeypatch):
+    q, k, v = (random(1, 5, 2, 8, seed=seed) for seed in range(3))
+    wanted = attention.attention(*(x.astype("float32") for x in (q, k, v)))
+    monkeypatch.setattr(attention, "_lies_on_gpu", lambda x: True)
+    monkeypatch.setattr(attention, "uses_flash_attention", lambda q: False)
+    with HalfPrecision():
+        found = attention.attention(q, k, v)
+    assert found.dtype == paddle.bfloat16
+    np.testing.assert_allclose(found.astype("float32").numpy(), wanted.numpy(), rtol=0.03, atol=0.03)
+
+
 def test_a_launcher_is_called_and_what_it_refuses_or_returns_differently_is_counted(monkeypatch):
     with PretendedGpu() as gpu:
         quantize(random(4, 256), E4M3, 128)
