@@ -134,7 +134,7 @@ def pretend_a_gpu():
             module.capability = lambda: 90
         if name.startswith("ppcoat.fp8.") and hasattr(module, "empty"):
             module.empty = filled
-    attention.uses_flash_attention = lambda q: q.dtype in HALVES
+    attention.attention_kernel = lambda q, bias=None: attention.FLASH if q.dtype in HALVES else attention.MATH
     paddle.nn.functional.scaled_dot_product_attention = counted(
         lambda q, k, v, attn_mask=None: q + k + v, "scaled_dot_product_attention"
     )
