@@ -127,17 +127,14 @@ class HalfPrecision:
         return result
 
     def _is_there(self, name: str, tensors: list[paddle.Tensor], changes: bool) -> bool:
-        """Whether Paddle's CPU has the operator, and where it will be wanted its gradient."""
+        """Whether it is worth trying the operator as it is: its sums are float32, and its gradient, where it
+        will be wanted, needs no kernel of its own."""
         if name in ADDS_UP_IN_HALF:
             return False
-        wanted = {t.dtype for t in tensors if t.dtype in HALVES and not t.stop_gradient}
+        wanted = any(t.dtype in HALVES and not t.stop_gradient for t in tensors)
         if changes or not wanted or not paddle.is_grad_enabled():
             return True
-        kernels = KERNELS.get(f"{name}_grad")
-        if kernels is None:
-            return name in MOVES_VALUES
-        (dtype,) = wanted
-        return any("CPU" in each and str(dtype).rpartition(".")[-1] in each for each in kernels)
+        return name in MOVES_VALUES and f"{name}_grad" not in KERNELS
 
     def _in_float32(self, name, function, args, kwargs, changes):
         self.emulated[name] += 1
