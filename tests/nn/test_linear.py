@@ -102,9 +102,7 @@ def test_gradients_equal_plain_autograd():
 
 @pytest.mark.parametrize("policy", ["none", "coat"])
 def test_dropout_forward_and_backward_agree_with_the_mask(policy):
-    """With W = 0 and dA, dB linear in drop(x): E[y] is unchanged, and dx is zero exactly where x was
-    dropped.
-    """
+    """With W = 0: dx is zero exactly where x was dropped, and y, dx, dA and dB are those of that mask."""
     layer = make(dropout=0.5, policy=policy, bias=False)
     layer.weight.set_value(np.zeros([IN, OUT], "float32"))
     paddle.seed(0)
@@ -118,6 +116,10 @@ def test_dropout_forward_and_backward_agree_with_the_mask(policy):
     np.testing.assert_allclose(y.numpy(), want, atol=1e-4)
     dx = 2 * ALPHA / RANK * (layer.lora_A.numpy() @ layer.lora_B.numpy()).sum(-1)
     np.testing.assert_allclose(x.grad.numpy(), np.where(dropped, 0, dx), atol=1e-5)
+    da = ALPHA / RANK * kept_x.T @ (np.ones([64, OUT]) @ layer.lora_B.numpy().astype(np.float64).T)
+    assert rms(layer.lora_A.grad.numpy(), da) < (1e-6 if policy == "none" else 0.04)
+    db = ALPHA / RANK * (kept_x @ layer.lora_A.numpy()).T @ np.ones([64, OUT])
+    assert rms(layer.lora_B.grad.numpy(), db) < 1e-6
     layer.eval()
     np.testing.assert_array_equal(layer(x).numpy(), layer(x).numpy())
 
