@@ -14,12 +14,15 @@ from dataclasses import asdict
 
 from ppcoat.bench.kernel_static import compiled, static_row
 
+# Constants apart, which stay within a row.
+OFFSETS = r"tt\.addptr [^,]*, (?!%c)[^:]*:.*, ([^,]*i\d+)>?(?: loc.*)?$"
+
 
 def facts(launch):
     text, ptx = launch.kernel.asm["ttir"], launch.kernel.asm["ptx"]
     return {
         "name": launch.name,
-        "offsets": re.findall(r"tt\.addptr .*, ([^,]*i\d+)>?(?: loc.*)?$", text, re.MULTILINE),
+        "offsets": re.findall(OFFSETS, text, re.MULTILINE),
         "narrow_products": re.findall(r"arith\.muli .* : i32", text),
         "native_fp8": "tt.fp_to_fp" in text,
         "tensor_cores": sorted(set(re.findall(r"(?:wgmma\.|mma\.)[a-z0-9_.]+", ptx))),
