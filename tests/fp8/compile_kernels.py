@@ -14,7 +14,7 @@ from dataclasses import asdict
 
 from ppcoat.bench.kernel_static import compiled, static_row
 
-OFFSET = re.compile(r"tt\.addptr %\S+, (%[^\s:]+) .*, ([^,]*i\d+)>?(?: loc.*)?$", re.MULTILINE)
+OFFSET = re.compile(r"tt\.addptr %\S+, (%[^\s:]+) .*, ([^,\n]*i\d+)>?(?: loc.*)?$", re.MULTILINE)
 
 
 def facts(launch):
