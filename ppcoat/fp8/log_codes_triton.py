@@ -77,7 +77,7 @@ def signed_log_encode_rows(x, dither, MANTISSA: tl.constexpr):
     inverse_mean = tl.maximum(inverses, 1.0) * fast_inverse(count)  # of the shift
     k = stored_k(_SIGNED_LEVELS / PER_OCTAVE * fast_inverse(fast_log2(1.0 + inverse_mean)))
     per_octave = k * PER_OCTAVE
-    inverse_shift = fast_exp2(_SIGNED_LEVELS * fast_inverse(per_octave)) - 1.0
+    inverse_shift = fast_exp2(fast_inverse(per_octave) * _SIGNED_LEVELS) - 1.0
     codes = fast_log2(ratio * inverse_shift + 1.0) * per_octave
     codes = floor_byte(tl.minimum(codes + dither, _SIGNED_LEVELS) * nonzero)
     return tl.where(x < 0, -codes, codes), amax, k
@@ -89,7 +89,7 @@ def signed_log_decode_rows(codes, amax, k, MANTISSA: tl.constexpr):
     PER_OCTAVE: tl.constexpr = 2**MANTISSA / _K_STEP
     numbers = byte_number(codes, True)
     rate = fast_inverse(k * PER_OCTAVE)
-    size = amax * fast_inverse(fast_exp2(_SIGNED_LEVELS * rate) - 1.0)
+    size = amax * fast_inverse(fast_exp2(rate * _SIGNED_LEVELS) - 1.0)
     return with_sign((fast_exp2(tl.abs(numbers) * rate) - 1.0) * size, numbers)
 
 

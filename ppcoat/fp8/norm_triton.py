@@ -1,9 +1,9 @@
 """Triton twins of the norms: same names, signatures and rules.
 
-LayerNorm and RMSNorm, with and without modulation, and their gradients, share one kernel: a
-program takes one row, as a tile [groups, width of a group], so that FP8 input has one scale for each row of
-the tile. RMSNorm with rotation: a program takes some heads, as a tile [heads, head_dim]. All sums are
-float32, and each result is rounded once.
+LayerNorm and RMSNorm, with and without modulation, and their gradients, share one kernel: a program takes one
+row, RMSNorm with rotation all heads of one token. Both hold it as tiles [groups, width of a group], so that
+FP8 input has one scale for each row of a tile, and in as many parts as it takes for none to be padded. All
+sums are float32, and each result is rounded once.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def rms_norm_grad(
 
 def rms_norm_rotated(x: Any, weight: Any, angles: Angles, epsilon: float = NORM_EPSILON) -> tuple[Any, Any]:
     """x [B, tokens, heads, head_dim] -> y, 1 / rms float32 [B, tokens, heads, 1]. Raises Unsuited for tensors
-    with gaps and an odd head_dim."""
+    with gaps, an odd head_dim and more than 8192 channels."""
     programs, rest, tile = _heads(x, "x", weight, angles)
     y, rstd = empty(x, list(x.shape), dtype_name(x.dtype)), empty(x, [*x.shape[:-1], 1], "float32")
     if programs:

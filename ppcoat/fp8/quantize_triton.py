@@ -3,7 +3,8 @@ names, signatures and rules.
 
 A program takes some groups of the last axis as a tile [groups, width]. Per tensor, a first kernel reduces to
 at most PARTS maxima, and each program of the second reads them all again: two launches, nothing on the host.
-Offsets are int64.
+Offsets are int64. Where groups fill rows and tiles (FLUX's do) they follow each other without gaps, and
+nothing is divided to find them.
 """
 
 from __future__ import annotations

@@ -14,12 +14,15 @@ from dataclasses import asdict
 
 from ppcoat.bench.kernel_static import compiled, static_row
 
+OFFSET = re.compile(r"tt\.addptr %\S+, (%[^\s:]+) .*, ([^,\n]*i\d+)>?(?: loc.*)?$", re.MULTILINE)
+
 
 def facts(launch):
     text, ptx = launch.kernel.asm["ttir"], launch.kernel.asm["ptx"]
+    constants = set(re.findall(r"(%\S+) = arith\.constant", text))  # which stay within a row
     return {
         "name": launch.name,
-        "offsets": re.findall(r"tt\.addptr .*, ([^,]*i\d+)>?(?: loc.*)?$", text, re.MULTILINE),
+        "offsets": [kind for name, kind in OFFSET.findall(text) if name not in constants],
         "narrow_products": re.findall(r"arith\.muli .* : i32", text),
         "native_fp8": "tt.fp_to_fp" in text,
         "tensor_cores": sorted(set(re.findall(r"(?:wgmma\.|mma\.)[a-z0-9_.]+", ptx))),

@@ -70,4 +70,21 @@ def test_kernels_compile_with_wide_offsets_and_reads(capability, tmp_path):
     assert max(row["shared_bytes"] for row, _ in cases) <= SHARED[capability]
     products = [kernel for kernel in found if kernel["name"] == "scaled_matmul_kernel"]
     assert all(any(PRODUCTS[capability] in each for each in kernel["tensor_cores"]) for kernel in products)
-    assert [row["kernel"] for row, _ in cases if row["spill_bytes"] and row["of"].startswith("copy")] == []
+    for row, _ in cases:
+        if row["of"].startswith("copy"):
+            check_bounds(row, capability)
+
+
+def check_bounds(row, capability):
+    """Of a kernel that memory limits."""
+    # one value of 8 bytes goes to memory and back in AdamW with linear codes where FP8 is decoded by hand
+    assert row["spill_bytes"] <= (8 if capability < 89 else 0), row
+    assert row["registers"] <= 128 and row["bank_conflict_degree"] in (None, 1), row
+    if row["kernel"].startswith("adamw_step"):
+        assert row["instructions_per_element"] <= 120, row
+        assert row["reachable_share"] >= 0.95, row
+    else:
+        # below sm_89 FP8 is converted by hand, on a card that affords 10.6 instructions a byte
+        most = 5.5 if capability >= 89 else 10
+        assert row["instructions_per_element"] <= most * row["bytes_per_element"], row
+        assert row["reachable_share"] == 1, row
