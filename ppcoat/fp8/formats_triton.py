@@ -25,6 +25,7 @@ LARGEST_GROUP = 8192  # elements of a group that one program holds in registers
 TILE = 2048  # elements that one program works on
 DTYPES = {"float32": tl.float32, "bfloat16": tl.bfloat16, "float16": tl.float16}
 
+
 def interpreted() -> bool:
     """Whether the kernels of this process run in Triton's interpreter, on the CPU."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"

@@ -76,7 +76,8 @@ def scaled_matmul(
         return y
     w = weight.codes if transpose else turned(weight.codes)
     tall = BLOCK if m > BLOCK // 2 else BLOCK // 2
-    native, described = capability() >= NATIVE_ARCH, capability() in DESCRIPTORS and k > 0
+    arch = capability()
+    native, described = arch >= NATIVE_ARCH, arch in DESCRIPTORS and k > 0
     pair = described and m > PAIRS_FROM and n > BLOCK and precision != "ieee"  # else registers run out
     grid = -(-m // tall) * -(-n // (BLOCK << pair))
     scaled_matmul_kernel[(grid,)](
