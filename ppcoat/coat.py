@@ -21,9 +21,10 @@ from pydantic import Field
 from ppcoat.config.schema import CoatConfig, ModelConfig, NetworkConfig
 from ppcoat.errors import ConfigError
 from ppcoat.lora import LoKrSettings, inject_lokr, inject_lora
-from ppcoat.lora.layer import target_paths
+from ppcoat.lora.layer import lora_parameters, target_paths
 from ppcoat.models.blocks import BlockModel
 from ppcoat.nn.convert import multiply_in_fp8, replace_linear_with_fp8
+from ppcoat.nn.linear import FactorCopies
 from ppcoat.nn.ops import look_at_weights_again
 from ppcoat.nn.policy import granularity_groups
 from ppcoat.nn.saved_tensors import SavedTensors, fp8_saved_tensors
@@ -204,6 +205,17 @@ def trained_parameters(modules: dict[str, paddle.nn.Layer]) -> dict[str, paddle.
         for name, parameter in layer.named_parameters()
         if not parameter.stop_gradient
     }
+
+
+def factor_copies(model: paddle.nn.Layer, optimizers: Sequence[paddle.optimizer.Optimizer]) -> FactorCopies:
+    """For steps that train LoRAs in `model`: their factors are cast from the flat buffer of the FP8AdamW that
+    updates them all, or gathered first where none does."""
+    factors = lora_parameters(model)
+    wanted = set(map(id, factors))
+    for optimizer in optimizers:
+        if isinstance(optimizer, FP8AdamW) and wanted <= set(map(id, optimizer.space.params)):
+            return FactorCopies(factors, optimizer.space)
+    return FactorCopies(factors)
 
 
 def chosen_modules(network: NetworkConfig, transformer: paddle.nn.Layer) -> list[str]:

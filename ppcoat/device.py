@@ -1,6 +1,6 @@
 """The process and the device that a command runs on: CPU settings that change speed but never results;
-set_device and compute_dtype; meters of time and memory, with the same methods for CPU and GPU; and
-ChildProcess, which runs a function in a process of its own.
+set_device, and the dtype in which models compute; meters of time and memory, with the same methods for CPU
+and GPU; and ChildProcess, which runs a function in a process of its own.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from ppcoat.errors import ConfigError
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # <malloc.h>
 LARGEST_KEPT = 32 << 20  # HEAP_MAX_SIZE / 2 of glibc on 64 bits
+COMPUTE_DTYPES = ("auto", "float32", "bfloat16", "float16")
 GRACE = 30  # seconds between SIGTERM and SIGKILL
 
 
@@ -165,14 +166,31 @@ def _gpu_count() -> int:
     return paddle.device.cuda.device_count() if paddle.device.is_compiled_with_cuda() else 0
 
 
-def compute_dtype(name: str) -> str | None:
-    """The name of a dtype for `from_pretrained`; None for "auto". Call after set_device. float32 on a GPU
-    means products of TF32 (10 bits of mantissa) unless the process starts with NVIDIA_TF32_OVERRIDE=0.
+def computes_in_half() -> bool:
+    """Whether Paddle computes in bfloat16 and float16 on its current device: on a GPU it does, on a CPU most
+    operators lack them. The functions below ask nothing else. Call after set_device."""
+    return on_gpu()
 
-    Raises ConfigError for half precision on a CPU, where Paddle can neither add nor multiply it.
+
+def default_dtype() -> str:
+    """The dtype of a model where nobody names one: bfloat16 on a GPU, float32 on a CPU."""
+    return "bfloat16" if computes_in_half() else "float32"
+
+
+def compute_dtype(name: str | paddle.dtype | None) -> str | None:
+    """What a user asks a model to compute in ("float32", paddle.bfloat16, "auto", ...) as the name of a
+    dtype; None, which is `default_dtype`, for None and "auto". float32 on a GPU means products of TF32 (10
+    bits of mantissa) unless the process starts with NVIDIA_TF32_OVERRIDE=0.
+
+    Raises ConfigError for another name, and for half precision where the device does not compute in it.
     """
-    if name not in ("auto", "float32") and paddle.get_device() == "cpu":
-        raise ConfigError(f"dtype {name}: Paddle computes in float32 only on a CPU; use auto or float32")
+    name = "auto" if name is None else str(name).rpartition(".")[-1]
+    if name not in COMPUTE_DTYPES:
+        raise ConfigError(f"dtype: came {name!r}, wanted one of {', '.join(COMPUTE_DTYPES)}")
+    if name not in ("auto", "float32") and not computes_in_half():
+        raise ConfigError(
+            f"dtype {name}: Paddle computes in float32 only on a CPU; use float32 or auto, or leave it out"
+        )
     return None if name == "auto" else name
 
 

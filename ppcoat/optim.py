@@ -77,8 +77,8 @@ class FP8AdamW(paddle.optimizer.Optimizer):
     each); the updated value is rounded up or down at random to bfloat16, with the exact value as its mean.
 
     A gradient with NaN or inf skips the whole step: parameters and state do not change, and `skipped_steps`
-    counts it. Raises ConfigError for wrong settings, and at `step()` if some parameters have a gradient and
-    others have none.
+    counts it. space: the flat buffer. Raises ConfigError for wrong settings, and at `step()` if some
+    parameters have a gradient and others have none.
     """
 
     def __init__(
@@ -110,11 +110,11 @@ class FP8AdamW(paddle.optimizer.Optimizer):
         self._betas = (float(np.float32(beta1)), float(np.float32(beta2)))
         self._epsilon = float(epsilon)
         self._stochastic_rounding = stochastic_rounding
-        self._space = FlatSpace(params, self.fp8_config.block_size, keep_master=not stochastic_rounding)
-        self._lr_scale = self._space.per_group([g["learning_rate"] for g in groups for _ in g["params"]])
-        self._weight_decay = self._space.per_group([g["weight_decay"] for g in groups for _ in g["params"]])
+        self.space = FlatSpace(params, self.fp8_config.block_size, keep_master=not stochastic_rounding)
+        self._lr_scale = self.space.per_group([g["learning_rate"] for g in groups for _ in g["params"]])
+        self._weight_decay = self.space.per_group([g["weight_decay"] for g in groups for _ in g["params"]])
         self._codecs = self.fp8_config.codecs()
-        zeros = paddle.zeros(self._space.shape, dtype="float32")
+        zeros = paddle.zeros(self.space.shape, dtype="float32")
         self._state = encode_moments(zeros if beta1 > 0 else None, zeros.clone(), self._codecs)
         self._state["beta_powers"] = {name: paddle.ones([1], dtype="float32") for name in ("beta1", "beta2")}
         self._state["count"] = {name: paddle.zeros([1], dtype="int64") for name in ("steps", "skipped")}
@@ -133,24 +133,24 @@ class FP8AdamW(paddle.optimizer.Optimizer):
     def step(self) -> None:
         """One update from the parameters' gradients. Does nothing if no parameter has one; raises ConfigError
         if only some have one."""
-        grads = [param.grad for param in self._space.params]
+        grads = [param.grad for param in self.space.params]
         if all(grad is None for grad in grads):
             return
-        for param, grad in zip(self._space.params, grads, strict=True):
+        for param, grad in zip(self.space.params, grads, strict=True):
             if grad is None:
                 raise ConfigError(
                     f"parameter {param.name} {list(param.shape)} has no gradient: "
                     "leave it out of `parameters`"
                 )
-        self._space.adopt_moved()
-        grad = self._space.gather(grads)
+        self.space.adopt_moved()
+        grad = self.space.gather(grads)
         # The sum of squares is inf or NaN when a value is, and also when the second moment would overflow.
         squares = paddle.square(grad).sum(-1, keepdim=True)
         finite = paddle.isfinite(squares).all().reshape([1])
         if self._grad_clip is not None:
-            grad = CLIPS[type(self._grad_clip)](self._grad_clip, grad, squares, self._space)
+            grad = CLIPS[type(self._grad_clip)](self._grad_clip, grad, squares, self.space)
         hyper = AdamWHyper(self.get_lr() * self._lr_scale, self._weight_decay, *self._betas, self._epsilon)
-        param, stored = self._space.updated()
+        param, stored = self.space.updated()
         adamw_step(param, grad, self._state, self._codecs, hyper, finite, stored)
 
     def minimize(self, loss, startup_program=None, parameters=None, no_grad_set=None):
@@ -160,7 +160,7 @@ class FP8AdamW(paddle.optimizer.Optimizer):
                 "FP8AdamW.minimize takes only the loss: the parameters are given when it is built"
             )
         self.step()
-        return None, [(param, param.grad) for param in self._space.params]
+        return None, [(param, param.grad) for param in self.space.params]
 
     def state_dict(self) -> dict[str, paddle.Tensor]:
         """Float32, int64 and uint8 tensors, which safetensors stores exactly.
@@ -172,8 +172,8 @@ class FP8AdamW(paddle.optimizer.Optimizer):
             f"{part}.{name}": t.clone() for part, group in self._state.items() for name, t in group.items()
         }
         state["layout"] = _json_tensor(self._layout())
-        if self._space.master is not None:
-            state["master"] = self._space.master.clone()
+        if self.space.master is not None:
+            state["master"] = self.space.master.clone()
         if isinstance(self._learning_rate, paddle.optimizer.lr.LRScheduler):
             state["LR_Scheduler"] = _json_tensor(self._learning_rate.state_dict())
         return state
@@ -189,8 +189,8 @@ class FP8AdamW(paddle.optimizer.Optimizer):
             if saved.get(field) != value:
                 raise ConfigError(_layout_difference(field, saved.get(field), value))
         own_state = {f"{part}.{name}": t for part, group in self._state.items() for name, t in group.items()}
-        if self._space.master is not None:
-            own_state["master"] = self._space.master
+        if self.space.master is not None:
+            own_state["master"] = self.space.master
         for name, tensor in own_state.items():
             loaded = state_dict.get(name)
             if loaded is None or loaded.shape != tensor.shape or loaded.dtype != tensor.dtype:
@@ -202,17 +202,17 @@ class FP8AdamW(paddle.optimizer.Optimizer):
             paddle.assign(state_dict[name], output=tensor)
         if isinstance(self._learning_rate, paddle.optimizer.lr.LRScheduler) and "LR_Scheduler" in state_dict:
             self._learning_rate.set_state_dict(_json_value(state_dict["LR_Scheduler"]))
-        if self._space.master is not None:
-            self._space.store(self._space.master)
+        if self.space.master is not None:
+            self.space.store(self.space.master)
 
     def _layout(self) -> dict:
         return {
             "block_size": self.fp8_config.block_size,
             "m1_format": self._codecs[0].name if "m1" in self._state else "none (beta1 = 0)",
             "m2_format": self._codecs[1].name,
-            "dtype": str(self._space.params[0].dtype).removeprefix("paddle."),
+            "dtype": str(self.space.params[0].dtype).removeprefix("paddle."),
             "stochastic_rounding": self._stochastic_rounding,
-            "shapes": [list(param.shape) for param in self._space.params],
+            "shapes": [list(param.shape) for param in self.space.params],
         }
 
 

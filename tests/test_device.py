@@ -14,12 +14,14 @@ import pytest
 from ppcoat import device
 from ppcoat.device import (
     core_count,
+    gpu_place,
     keep_freed_memory,
     memory_in_use,
     set_device,
     tune_host,
     use_all_cores,
     use_avx2_on_amd,
+    use_deterministic_kernels,
     uses_gpu,
 )
 from ppcoat.errors import ConfigError
@@ -179,6 +181,25 @@ def test_gpus_are_counted_from_0(monkeypatch):
     assert chosen == ["gpu", "gpu", "gpu:1", "cpu"]
     with pytest.raises(ConfigError, match="came gpu:2, but Paddle sees 2 GPUs"):
         set_device("gpu:2")
+
+
+def test_the_place_of_a_gpu_is_that_which_set_device_would_choose(monkeypatch):
+    monkeypatch.setattr(paddle, "CUDAPlace", lambda number: ("gpu", number))
+    monkeypatch.setattr(paddle.device, "is_compiled_with_cuda", lambda: True)
+    monkeypatch.setattr(paddle.device.cuda, "device_count", lambda: 2)
+    places = [gpu_place(name) for name in ("auto", "gpu", "gpu:1", "gpu:2", "cpu")]
+    assert places == [("gpu", 0), ("gpu", 0), ("gpu", 1), None, None]
+    monkeypatch.setattr(paddle.device.cuda, "device_count", lambda: 0)
+    assert gpu_place("auto") is gpu_place("gpu") is None
+
+
+def test_deterministic_kernels_are_a_flag_of_paddles_on_a_gpu_and_nothing_on_a_cpu(cpu, monkeypatch):
+    flags = []
+    monkeypatch.setattr(paddle, "set_flags", flags.append)
+    assert "nothing to do" in use_deterministic_kernels() and flags == []
+    monkeypatch.setattr(device, "on_gpu", lambda: True)
+    assert "not measured" in use_deterministic_kernels()
+    assert flags == [{"FLAGS_cudnn_deterministic": True}]
 
 
 def test_memory_in_use_grows_by_the_bytes_of_a_tensor(cpu):

@@ -220,13 +220,13 @@ def test_faulty_groups_stay_finite_and_close_to_float32_moments(fault, fmt, dtyp
     def movement(config) -> np.ndarray:
         params = parameters(9, [[grad.size]], dtype)
         optimizer = FP8AdamW(1e-3, params, weight_decay=0.0, fp8_config=config)
-        before = optimizer._space.values().numpy().reshape(-1)
+        before = optimizer.space.values().numpy().reshape(-1)
         for _ in range(10):
             params[0].grad = paddle.to_tensor(grad).astype(dtype)
             optimizer.step()
         assert optimizer.skipped_steps == 0
         # float32 values: what low-precision parameters are rounded from
-        return (optimizer._space.values().numpy().reshape(-1) - before)[: grad.size]
+        return (optimizer.space.values().numpy().reshape(-1) - before)[: grad.size]
 
     want, got = movement(FLOAT32), movement(FP8QuantizationConfig(m1_format=fmt, m2_format=fmt))
     assert np.isfinite(got).all()
@@ -256,7 +256,7 @@ def test_stochastic_rounding_keeps_no_master_and_is_right_on_average():
     # the mean of 8192 draws, each a multiple of 1 / 128: standard error 0.00005
     assert values.mean() == pytest.approx(1 + 40e-4, abs=0.0003)
     assert len(np.unique(values)) > 1
-    assert "master" not in optimizer.state_dict() and optimizer._space.master is None
+    assert "master" not in optimizer.state_dict() and optimizer.space.master is None
     with_master, _ = train(1)
     assert with_master.state_dict()["master"].dtype == paddle.float32
     with pytest.raises(ConfigError, match="stochastic_rounding"):

@@ -24,7 +24,7 @@ from multiprocessing.connection import Connection
 import numpy as np
 import paddle
 
-from ppcoat.coat import COATConfig, COATTrainer, prepare
+from ppcoat.coat import COATConfig, COATTrainer, factor_copies, prepare
 from ppcoat.config.flags import flag
 from ppcoat.config.schema import CoatActivationConfig, CoatOptimizerConfig, NetworkConfig
 from ppcoat.device import (
@@ -56,8 +56,8 @@ GROWTH = 4  # the next batch to try is at most this many times the largest that 
 class BenchmarkCase:
     """One variant to measure. Sizes of the model and of a batch, what is trained, and how.
 
-    hidden_size: 64 per head. num_layers: a third double blocks, the rest single blocks. tokens: image tokens,
-    one for 16 x 16 pixels. fp8_states: FP8AdamW instead of AdamW. policy: what is saved for backward.
+    hidden_size: head_dim per head. num_layers: a third double blocks, the rest single blocks. tokens: image
+    tokens, one for 16 x 16 pixels. fp8_states: FP8AdamW instead of AdamW. policy: what is saved for backward.
     full_training: all parameters are trained instead of a LoRA of `rank`. Raises ConfigError for a wrong
     value.
     """
@@ -70,6 +70,8 @@ class BenchmarkCase:
     rank: int = flag("rank of the LoRA", 16)
     fp8_states: bool = False
     policy: str = "none"
+    gradient_checkpointing: bool = False
+    head_dim: int = HEAD_DIM
     full_training: bool = flag("train all parameters, not a LoRA", False)
     seed: int = flag("seed of weights and data", 0)
     device: str = flag("auto, cpu, gpu or gpu:N", "auto")
@@ -78,11 +80,11 @@ class BenchmarkCase:
         for name in ("hidden_size", "num_layers", "batch_size", "tokens", "text_tokens", "rank"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.hidden_size % HEAD_DIM:
-            nearest = HEAD_DIM * max(1, round(self.hidden_size / HEAD_DIM))
+        if self.hidden_size % self.head_dim:
+            nearest = self.head_dim * max(1, round(self.hidden_size / self.head_dim))
             raise ConfigError(
-                f"hidden_size must be a multiple of {HEAD_DIM} (channels per head), got {self.hidden_size}; "
-                f"the nearest is {nearest}"
+                f"hidden_size must be a multiple of {self.head_dim} (channels per head), got "
+                f"{self.hidden_size}; the nearest is {nearest}"
             )
         if self.seed < 0:
             raise ConfigError(f"seed must be 0 or more, got {self.seed}")
@@ -96,6 +98,20 @@ class BenchmarkCase:
         """Double and single blocks; FLUX.1 has 19 and 38."""
         double = round(self.num_layers / 3)
         return double, self.num_layers - double
+
+    @property
+    def settings(self) -> dict:
+        """Of the FluxTransformer2DModel."""
+        double, single = self.blocks
+        return {
+            "num_layers": double,
+            "num_single_layers": single,
+            "attention_head_dim": self.head_dim,
+            "num_attention_heads": self.hidden_size // self.head_dim,
+            "joint_attention_dim": TEXT_WIDTH,
+            "pooled_projection_dim": POOLED_WIDTH,
+            "axes_dims_rope": (self.head_dim // 8, *(7 * self.head_dim // 16,) * 2),  # as FLUX.1 divides 128
+        }
 
     @property
     def token_grid(self) -> tuple[int, int]:
@@ -134,6 +150,7 @@ class MeasuredTraining:
         self.loaded_bytes = self.meter.memory()
         rate = LEARNING_RATE["full" if case.full_training else "lora"]
         self.optimizer = self.coat.create_optimizer(self.parameters, lr=rate)
+        self.factors = factor_copies(self.model, [self.optimizer])
         self.objective = FlowMatching()
         self.steps_done = 0
         self.bytes = dict.fromkeys(BYTES, 0)
@@ -146,9 +163,10 @@ class MeasuredTraining:
         wanted = self.coat.policy != "none" or self.steps_done == 0
         started_at = time.monotonic()
         self.meter.start()
-        with self.coat.saved_tensors() if wanted else nullcontext() as saved:
-            loss = self.objective.loss(self.model, batch, rng)
-        loss.backward()
+        with self.factors.in_use():
+            with self.coat.saved_tensors() if wanted else nullcontext() as saved:
+                loss = self.objective.loss(self.model, batch, rng)
+            loss.backward()
         self.optimizer.step()
         self.optimizer.clear_grad()
         milliseconds = self.meter.stop()
@@ -166,7 +184,7 @@ class MeasuredTraining:
                 "trained_parameters": sum(p.size for p in self.parameters),
                 "double_blocks": double,
                 "single_blocks": single,
-                "heads": self.case.hidden_size // HEAD_DIM,
+                "heads": self.case.hidden_size // self.case.head_dim,
                 "picture_pixels": list(self.case.picture_size),
                 "dtype": self.dtype,
             },
@@ -226,7 +244,8 @@ def coat_of(case: BenchmarkCase) -> COATTrainer:
             enabled=case.fp8_states or case.policy != "none",
             optimizer=CoatOptimizerConfig(use_fp8=case.fp8_states),
             activation=CoatActivationConfig(policy=case.policy),
-        )
+        ),
+        case.gradient_checkpointing,
     )
 
 
@@ -236,16 +255,7 @@ def build_model(
     """A random model in `dtype` with COAT put in, and its trained parameters, of any shape, float32 if a
     LoRA."""
     paddle.seed(case.seed)
-    double, single = case.blocks
-    model = FluxTransformer2DModel(
-        num_layers=double,
-        num_single_layers=single,
-        attention_head_dim=HEAD_DIM,
-        num_attention_heads=case.hidden_size // HEAD_DIM,
-        joint_attention_dim=TEXT_WIDTH,
-        pooled_projection_dim=POOLED_WIDTH,
-        axes_dims_rope=(8, 28, 28),
-    )
+    model = FluxTransformer2DModel(**case.settings)
     if dtype != "float32":
         model.to(dtype=dtype)
     lora = None

@@ -143,13 +143,12 @@ class Kernels:
                    (lambda: eager["quantize"](x)) if known else None)  # fmt: skip
             yield (f"dequantize{name}", (codes, scale, fmt, group, half), (1, 1),
                    partial(eager["dequantize"], codes, scale) if known else None)  # fmt: skip
-        half_byte = 0.5 / itemsize
-        packed = run["quantize_with_residual"](x, E4M3, GROUP)
-        yield "quantize_with_residual", (x, E4M3, GROUP), (1 + half_byte, 1), None
-        yield "dequantize_with_residual", (*packed, E4M3, GROUP, half), (1 + half_byte, 1), None
-        matrix = truth.random_weight(self.library, self.rng, tokens, width)
-        blocks = (matrix.codes, matrix.scale, E4M3, GROUP, half)
-        yield "dequantize_blocks", blocks, (1 + (1 + 4 / GROUP**2) / itemsize, 0), None
+        coded = 1 / (1 + 4 / GROUP)  # a byte of codes for which no scale of a group is read
+        state = run["quantize_with_residual"](x, E4M3, GROUP)
+        yield "quantize_with_residual", (x, E4M3, GROUP), (1, 1 + 0.5 * coded), None
+        yield "dequantize_with_residual", (*state, E4M3, GROUP, half), (1, 1 + 0.5 * coded), None
+        weight = truth.random_weight(self.library, self.rng, tokens, width)
+        yield "dequantize_blocks", (weight.codes, weight.scale, E4M3, GROUP, half), (1, coded), None
         rows = self._random([tokens * width // GROUP, GROUP], "float32")
         for name, values in (("log", rows * rows), ("signed_log", rows)):
             state = run[f"{name}_encode"](values, E4M3)
@@ -232,7 +231,7 @@ class Kernels:
         )
         states["beta_powers"] = {each: library.put(np.ones([1], "float32")) for each in ("beta1", "beta2")}
         states["count"] = {each: library.zeros([1], "int64") for each in ("steps", "skipped")}
-        codecs = tuple(SimpleNamespace(fmt=fmt, expand=expand) for _ in range(2))
+        codecs = tuple(library.codec(fmt, expand, positive) for positive in (False, True))
         lr = library.put(np.full([groups, 1], 1e-4, "float32")) if rows else 1e-4
         hyper = SimpleNamespace(lr=lr, weight_decay=0.01, beta1=beta1, beta2=0.999, epsilon=1e-8)
         param, stored = (zeros if dtype == "float32" else library.zeros([groups, GROUP], dtype)), None

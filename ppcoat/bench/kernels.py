@@ -135,7 +135,7 @@ def run_with(library: type, flags: KernelFlags) -> None:
     from ppcoat.bench.kernel_cases import Kernels
 
     report = measure(Kernels(library()), Sizes(runs=flags.runs))
-    write_text(output, json.dumps(_without_nan(report), indent=1) + "\n")
+    write_text(output, json.dumps(without_nan(report), indent=1) + "\n")
     print(kernel_table(report))
     print(f"\nall numbers: {output}")
     if wrong := wrong_kernels(report):
@@ -150,21 +150,20 @@ def wrong_kernels(report: dict[str, Any]) -> list[str]:
     return [name for name, error in report["errors"].items() if not error <= 1]  # true for NaN
 
 
-def _without_nan(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
     """None for NaN and infinities, which JSON does not have."""
     if isinstance(value, dict):
-        return {name: _without_nan(each) for name, each in value.items()}
+        return {name: without_nan(each) for name, each in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_nan(each) for each in value]
+        return [without_nan(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def measure(kernels: Kernels, sizes: Sizes) -> dict[str, Any]:
     """The report: device, errors in units of what the formats allow, one entry for each timed kernel."""
-    errors = kernels.errors() | dict(_block_errors(kernels.library, sizes))
-    rows = [*_streaming(kernels, sizes), *_matmul(kernels, sizes), *_adamw(kernels, sizes)]
-    rows += _double_block(kernels, sizes)
-    return {"device": kernels.library.device(), "errors": errors, "rows": [row.entry() for row in rows]}
+    parts = {name: part(kernels, sizes) for name, part in PARTS.items()}
+    rows = [row for name in PARTS if name != "errors" for row in parts[name]]
+    return {"device": kernels.library.device(), "errors": parts["errors"], "rows": rows}
 
 
 def kernel_table(report: dict[str, Any]) -> str:
@@ -305,3 +304,21 @@ def _block_errors(library: Any, sizes: Sizes) -> Iterator[tuple[str, float]]:
         squares = [((x - y) ** 2).mean() / (y**2).mean() for x, y in zip(ours, plain, strict=True)]
         error = math.nan if any(map(math.isnan, squares)) else math.sqrt(max(squares))
         yield name, error / HALF_STEP / math.sqrt(roundings)
+
+
+def _all_errors(kernels: Kernels, sizes: Sizes) -> dict[str, float]:
+    return kernels.errors() | dict(_block_errors(kernels.library, sizes))
+
+
+def _entries(rows: Callable[[Kernels, Sizes], Iterator[Row]]) -> Callable[[Kernels, Sizes], list[dict]]:
+    return lambda kernels, sizes: [row.entry() for row in rows(kernels, sizes)]
+
+
+# Name of a part of the measurement -> function of kernels and sizes that gives its entries in the report.
+PARTS: dict[str, Callable[[Kernels, Sizes], Any]] = {
+    "errors": _all_errors,
+    "memory bound": _entries(_streaming),
+    "products": _entries(_matmul),
+    "AdamW": _entries(_adamw),
+    "double block": _entries(_double_block),
+}

@@ -69,9 +69,14 @@ def run_command(arguments: argparse.Namespace) -> None:
 
 def examine() -> list[Finding]:
     """All findings, in the order in which they are printed."""
+    return [*examine_machine(), *fast_paths()]
+
+
+def examine_machine() -> list[Finding]:
+    """Those that are not of one op."""
     return [
         *versions(), device(), *built_with(), memory(),
-        fp8_cast(), fp8_matmul(), attention_row(), tiny_flux(), kernel_build(), *fast_paths(),
+        fp8_cast(), fp8_matmul(), attention_row(), tiny_flux(), kernel_build(),
     ]  # fmt: skip
 
 
@@ -252,9 +257,12 @@ def _arguments(name: str) -> tuple:
     x = paddle.randn([ROWS_GPU if on_gpu() else ROWS_CPU, WIDTH])
     rows = x.abs().reshape([-1, 128])
     with backend.use(backend.REFERENCE):
-        if name in ("quantize", "dequantize"):
-            x = x.astype("bfloat16")
-            return (x, E4M3, 128) if name == "quantize" else (*quantize(x, E4M3, 128), E4M3, 128, "bfloat16")
+        if name == "dequantize_blocks":
+            return *quantize_blocks(x), E4M3, 128, "bfloat16"
+        if name.startswith(("quantize", "dequantize")):
+            coder = backend.OPS[name.removeprefix("de")]
+            given = x.astype("bfloat16"), E4M3, 128
+            return given if coder.name == name else (*coder(*given), E4M3, 128, "bfloat16")
         if name == "adamw_step":
             codecs = MomentCodec(E4M3, True, positive=False), MomentCodec(E4M3, True, positive=True)
             states = encode_moments(rows * 0.0, rows * 0.0, codecs)
@@ -296,4 +304,5 @@ def _layer_arguments(name: str, x: paddle.Tensor) -> tuple:
         "gelu_grad": (codes, x, groups),
         "silu_grad": (codes, x, groups),
         "gated_residual": (x, row, x),
+        "dropout": (x, 0.1, 1),
     }[name]

@@ -69,6 +69,9 @@ COMMANDS = {
     "doctor": Command(
         "tell what works on this machine, and what is lost where it does not", "ppcoat.cli.doctor"
     ),
+    "firstlight": Command(
+        "check, time and train on a card for ten minutes: one table to report", "ppcoat.bench.firstlight"
+    ),
     "plan": Command("tell the memory a run will need, choose settings that fit a card", "ppcoat.cli.plan"),
     "benchmark": Command("measure standard and COAT training side by side", "ppcoat.bench.benchmark"),
     "parity": Command("train quickstart's LoRA under every saving policy and compare", "ppcoat.bench.parity"),

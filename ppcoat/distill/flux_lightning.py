@@ -20,6 +20,7 @@ from ppcoat.data.laion import LaionSource, unpack_laion
 from ppcoat.device import (
     GpuMeter,
     compute_dtype,
+    computes_in_half,
     on_gpu,
     set_device,
     tune_host,
@@ -239,7 +240,7 @@ def _unpacked(config: LightningConfig, run: RunConfig, ranks: Ranks) -> Path:
 
 
 def _say_dtype(config: LightningConfig) -> None:
-    if config.mixed_precision == "bf16" and paddle.get_device() == "cpu":
+    if config.mixed_precision == "bf16" and not computes_in_half():
         print("mixed_precision bf16: Paddle computes in float32 on a CPU")
 
 

@@ -20,6 +20,9 @@ from .constants import DITHER_COLUMN, DITHER_PERIOD, DITHER_STEP, TINY
 from .formats_triton import (
     DTYPES,
     dtype_name,
+    fast_inverse,
+    fast_rsqrt,
+    fast_sqrt,
     from_codes,
     group_tile,
     narrowed,
@@ -34,7 +37,7 @@ from .log_codes_triton import (
     signed_log_decode_rows,
     signed_log_encode_rows,
 )
-from .quantize_triton import group_offsets, load_rows, store_rows
+from .quantize_triton import even, group_offsets, load_rows, store_rows
 
 if TYPE_CHECKING:
     from .adamw import AdamWHyper, Codecs, MomentCodec, State
@@ -84,7 +87,7 @@ def adamw_step(
         M1_KIND=m1_kind, M1_MANTISSA=_mantissa(codecs[0]), M2_KIND=m2_kind, M2_MANTISSA=_mantissa(codecs[1]),
         LR_ROWS=lr_rows, DECAY_ROWS=decay_rows, STOCHASTIC=dtype_name(param.dtype) == "bfloat16",
         STORED=None if stored is None else DTYPES[dtype_name(stored.dtype)], NATIVE=native_fp8(),
-        ROWS=rows, BLOCK=block,
+        EVEN=even(size, size, block), ROWS=rows, BLOCK=block,
     )  # fmt: skip
 
 
@@ -120,14 +123,14 @@ def adamw_kernel(
     lr, decay, beta1, beta2, epsilon, groups, size,
     M1_KIND: tl.constexpr, M1_MANTISSA: tl.constexpr, M2_KIND: tl.constexpr, M2_MANTISSA: tl.constexpr,
     LR_ROWS: tl.constexpr, DECAY_ROWS: tl.constexpr, STOCHASTIC: tl.constexpr, STORED: tl.constexpr,
-    NATIVE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    NATIVE: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """ROWS groups, in the order of the reference and with its names.
 
-    32 arguments, because a launch takes only pointers and numbers: each moment alone is three tensors, a kind
+    33 arguments, because a launch takes only pointers and numbers: each moment alone is three tensors, a kind
     and a format, and the step's counters stay on the device.
     """
-    i_group, offset, inside = group_offsets(groups, size, size, 1, ROWS, BLOCK)
+    i_group, offset, inside = group_offsets(groups, size, size, 1, ROWS, BLOCK, EVEN)
     present = i_group < groups
     finite = tl.load(p_finite).to(tl.int1)
     steps = tl.load(p_steps) & _STEPS
@@ -148,17 +151,20 @@ def adamw_kernel(
             p_m1, p_m1_size, p_m1_k, i_group, offset, inside, present, True, M1_KIND, M1_MANTISSA, NATIVE
         )
         if M1_KIND > _LINEAR:  # expanded: stored divided by the root of m2
-            m1 *= root(m2)
+            m1 *= fast_sqrt(tl.maximum(m2, _TINY))  # away from zero: where m2 has underflown, m1 is as small
         m1 = m1 * beta1 + grad * (1.0 - beta1)
     m2 = m2 * beta2 + grad * grad * (1.0 - beta2)
 
     root2 = tl.sqrt_rn(1.0 - power2)
     rate = lr * root2 / (1.0 - power1)
-    param = param * (1.0 - lr * decay) - tl.div_rn(rate * m1, tl.sqrt_rn(m2) + epsilon * root2)
+    param = param * (1.0 - lr * decay) - rate * m1 * fast_inverse(fast_sqrt(m2) + epsilon * root2)
     write_param(p_param, p_stored, param, offset, inside & finite, steps, STOCHASTIC, STORED)
 
-    column = tl.arange(0, BLOCK)[None, :].to(tl.int64)
-    dither = ((column * _DITHER_COLUMN + steps * _DITHER_STEP) & (_DITHER_PERIOD - 1)).to(tl.float32)
+    # a column has 13 bits, its step 15: the product fits 32
+    place = tl.arange(0, BLOCK)[None, :] * _DITHER_COLUMN + (steps * _DITHER_STEP % _DITHER_PERIOD).to(
+        tl.int32
+    )
+    dither = (place & (_DITHER_PERIOD - 1)).to(tl.float32)
     dither = dither * (1.0 / _DITHER_PERIOD)
     writable, writable_rows = inside & finite, present & finite
     stored_m2 = encode_and_store(
@@ -167,7 +173,7 @@ def adamw_kernel(
     )  # fmt: skip
     if M1_KIND != _NONE:
         if M1_KIND > _LINEAR:
-            m1 = tl.where(inside, tl.div_rn(m1, root(stored_m2)), 0.0)
+            m1 = tl.where(inside, m1 * fast_rsqrt(tl.maximum(stored_m2, _TINY)), 0.0)
         encode_and_store(
             p_m1, p_m1_size, p_m1_k, m1, dither, i_group, offset, writable, writable_rows, True, M1_KIND,
             M1_MANTISSA, NATIVE,
@@ -251,9 +257,3 @@ def write_param(
         tl.store(p_param + offset, param, mask=writable)
     if STORED is not None:
         tl.store(p_stored + offset, narrowed(param, STORED), mask=writable)
-
-
-@triton.jit
-def root(m2):
-    """sqrt(m2), away from zero: where m2 has underflown, m1 is as small."""
-    return tl.sqrt_rn(tl.maximum(m2, _TINY))

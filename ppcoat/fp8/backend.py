@@ -117,7 +117,7 @@ class Op:
                 if wanted:
                     raise
                 self._say(version, Verdict(None, str(error)))
-            except _failures() as failure:
+            except failures() as failure:
                 if not _while_building(failure):
                     raise
                 self._verdicts[version] = Verdict(None, _told(failure))
@@ -155,7 +155,7 @@ class Op:
             candidate = self.version(name)
             with use(REFERENCE):
                 error = self.check(candidate)
-        except _failures() as failure:
+        except failures() as failure:
             return Verdict(None, _told(failure))
         if not error <= 1.0:  # true for NaN
             return Verdict(error, f"its results are wrong: error {error:.3g}, allowed 1")
@@ -254,7 +254,7 @@ def build_trouble(capability: int) -> str:
         return f"Triton is not installed ({INSTALL_TRITON})"
     try:
         _driver().trial_build(capability)
-    except _failures() as failure:
+    except failures() as failure:
         return _told(failure)
     return ""
 
@@ -267,7 +267,7 @@ def _triton_trouble() -> str:
         return f"Triton is not installed ({INSTALL_TRITON})"
     try:
         _driver().connect()
-    except _failures() as failure:
+    except failures() as failure:
         return _told(failure)
     return ""
 
@@ -327,7 +327,7 @@ def _while_building(failure: Exception) -> bool:
     return in_triton and not str(failure).startswith("Triton Error [CUDA]")
 
 
-def _failures() -> tuple[type[Exception], ...]:
+def failures() -> tuple[type[Exception], ...]:
     """What a version may raise that does not work here: in compiling, in loading, in launching."""
     kinds = (ImportError, AttributeError, TypeError, ValueError, RuntimeError, OSError, AssertionError)
     kinds += (subprocess.SubprocessError,)

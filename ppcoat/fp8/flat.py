@@ -4,6 +4,8 @@ small ones.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import paddle
 from paddle.nn import ClipGradByGlobalNorm, ClipGradByNorm, ClipGradByValue
@@ -11,27 +13,75 @@ from paddle.nn import ClipGradByGlobalNorm, ClipGradByNorm, ClipGradByValue
 LOW_PRECISION = (paddle.bfloat16, paddle.float16)
 
 
-class FlatSpace:
-    """Where each parameter lies in the flat buffer [G, block_size], and the ways in and out of it.
-
-    The parameters are views of one flat buffer of their own dtype. float32 parameters are updated there.
-    bfloat16 and float16 parameters have a float32 master copy beside it, which is updated and then rounded;
-    without a master (`keep_master=False`, bfloat16 only) the update is rounded stochastically, so that
-    changes smaller than half a step of bfloat16 are not lost on average.
+class FlatLayout:
+    """Where each of many tensors of any shape lies in a flat buffer [G, block_size], and the ways in and out.
+    No group holds numbers of two tensors.
     """
 
-    def __init__(self, params: list[paddle.Tensor], block_size: int, keep_master: bool = True) -> None:
-        self.params = params
+    def __init__(self, params: Sequence[paddle.Tensor], block_size: int) -> None:
+        self.params = list(params)
         self.block_size = block_size
         sizes = np.array([param.size for param in params], dtype=np.int64)
         self.groups = -(-sizes // block_size)  # groups of each parameter, the last one perhaps partly empty
         self.shape = [int(self.groups.sum()), block_size]
         self._offsets = np.concatenate([[0], np.cumsum(self.groups)]) * block_size  # in elements
         self._used = self._used_per_group(sizes)
+
+    def current(self) -> paddle.Tensor:
+        """float32 [G, block_size]: what the tensors hold now."""
+        return self.gather(self.params)
+
+    def gather(self, tensors: list[paddle.Tensor]) -> paddle.Tensor:
+        """Tensors in the order of the parameters -> float32 [G, block_size]; unused places are zero."""
+        if tensors[0].dtype != paddle.float32:  # Paddle's CPU kernel fuses float32 only
+            tensors = [tensor.astype("float32") for tensor in tensors]
+        _, fused = paddle._C_ops.coalesce_tensor(
+            tensors, paddle.float32, True, False, False, 0.0, True, 4 * self.block_size, 4, [], []
+        )
+        flat = fused.reshape(self.shape)
+        if self._used is None:
+            return flat
+        inside = paddle.arange(self.block_size, dtype="int32").unsqueeze(0) < self._used
+        return paddle.where(inside, flat, paddle.zeros([1], dtype="float32"))
+
+    def views(self, flat: paddle.Tensor) -> list[paddle.Tensor]:
+        """A buffer [G, block_size] of any dtype -> its parts that are the tensors, in their shapes. They
+        share its memory."""
+        elements = flat.reshape([-1])
+        return [
+            elements[int(start) : int(start) + param.size].reshape(param.shape)
+            for param, start in zip(self.params, self._offsets[:-1], strict=True)
+        ]
+
+    def _used_per_group(self, sizes: np.ndarray) -> paddle.Tensor | None:
+        """int32 [G, 1]: elements in use, None where every group is full (as in LoRAs of ordinary widths)."""
+        if not (sizes % self.block_size).any():
+            return None
+        used = np.full(self.shape[0], self.block_size, dtype=np.int32)
+        used[np.cumsum(self.groups) - 1] = sizes - (self.groups - 1) * self.block_size
+        return paddle.to_tensor(used[:, None])
+
+
+class FlatSpace(FlatLayout):
+    """A flat buffer [G, block_size] that parameters live in: they are views of it.
+
+    It has the parameters' dtype. float32 parameters are updated there. bfloat16 and float16
+    parameters have a float32 master copy beside it, which is updated and then rounded; without a master
+    (`keep_master=False`, bfloat16 only) the update is rounded stochastically, so that changes smaller than
+    half a step of bfloat16 are not lost on average.
+    """
+
+    def __init__(self, params: list[paddle.Tensor], block_size: int, keep_master: bool = True) -> None:
+        super().__init__(params, block_size)
         self._stored = paddle.zeros(self.shape, dtype=params[0].dtype)
         with_master = keep_master and params[0].dtype in LOW_PRECISION
         self.master = paddle.zeros(self.shape, dtype="float32") if with_master else None
         self._adopt()
+
+    def current(self) -> paddle.Tensor:
+        """float32 [G, block_size]: what the parameters hold now. Not to be changed: it may be no copy."""
+        self.adopt_moved()
+        return self.values()
 
     def values(self) -> paddle.Tensor:
         """float32 [G, block_size] to update in place and hand to `store`: the master copy, the parameters
@@ -51,19 +101,6 @@ class FlatSpace:
         [G, block_size].
         """
         return (self._stored, None) if self.master is None else (self.master, self._stored)
-
-    def gather(self, tensors: list[paddle.Tensor]) -> paddle.Tensor:
-        """Tensors in the order of the parameters -> float32 [G, block_size]; unused places are zero."""
-        if tensors[0].dtype != paddle.float32:  # Paddle's CPU kernel fuses float32 only
-            tensors = [tensor.astype("float32") for tensor in tensors]
-        _, fused = paddle._C_ops.coalesce_tensor(
-            tensors, paddle.float32, True, False, False, 0.0, True, 4 * self.block_size, 4, [], []
-        )
-        flat = fused.reshape(self.shape)
-        if self._used is None:
-            return flat
-        inside = paddle.arange(self.block_size, dtype="int32").unsqueeze(0) < self._used
-        return paddle.where(inside, flat, paddle.zeros([1], dtype="float32"))
 
     def adopt_moved(self) -> None:
         """Take in a parameter that was given other memory since (a cast, a new tensor). Its own value counts,
@@ -97,19 +134,9 @@ class FlatSpace:
 
     def _share(self) -> None:
         """Let every parameter look into the flat buffer."""
-        elements = self._stored.reshape([-1])
-        for param, start in zip(self.params, self._offsets[:-1], strict=True):
-            view = elements[int(start) : int(start) + param.size].reshape(param.shape)
+        for param, view in zip(self.params, self.views(self._stored), strict=True):
             view._share_buffer_to(param)
         self._places = [param.data_ptr() for param in self.params]
-
-    def _used_per_group(self, sizes: np.ndarray) -> paddle.Tensor | None:
-        """int32 [G, 1]: elements in use, None where every group is full (as in LoRAs of ordinary widths)."""
-        if not (sizes % self.block_size).any():
-            return None
-        used = np.full(self.shape[0], self.block_size, dtype=np.int32)
-        used[np.cumsum(self.groups) - 1] = sizes - (self.groups - 1) * self.block_size
-        return paddle.to_tensor(used[:, None])
 
 
 def round_into(stored: paddle.Tensor, values: paddle.Tensor, stochastic: bool) -> None:

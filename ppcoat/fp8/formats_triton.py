@@ -110,6 +110,25 @@ def from_codes(codes, MANTISSA: tl.constexpr, NATIVE: tl.constexpr):
 
 
 @triton.jit
+def widened(x):
+    """Floats of 32 or 16 bits -> float32."""
+    if not _INTERPRETED and x.dtype == tl.bfloat16:  # two at a time, where Triton takes three instructions
+        y = tl.inline_asm_elementwise(
+            """{
+            .reg .b32 half;
+            shl.b32 half, $2, 16;
+            mov.b32 $0, half;
+            and.b32 half, $2, 0xffff0000;
+            mov.b32 $1, half;
+            }""",
+            "=f,=f,r", [x], tl.float32, True, 2,
+        )  # fmt: skip
+    else:
+        y = x.to(tl.float32)
+    return y
+
+
+@triton.jit
 def narrowed(x, DTYPE: tl.constexpr):
     """float32 -> DTYPE, to nearest, ties to even."""
     if _INTERPRETED and tl.bfloat16 == DTYPE:  # the interpreter's cast cuts the bits off
@@ -168,9 +187,46 @@ def fast_sqrt(x):
 def random_bits(position, seed):
     """int32 for each position, int64: `random_bits` in pointwise.py says how. seed: int64, not negative."""
     mixed = (position + (position >> 32) * _HASH_HIGH + seed * _HASH_SEED).to(tl.uint32)
-    mixed = ((mixed ^ (mixed >> 16)) * _HASH_FIRST) ^ (seed >> 32).to(tl.uint32)
+    mixed ^= ((seed >> 32) * _HASH_FIRST).to(tl.uint32)
+    mixed = (mixed ^ (mixed >> 16)) * _HASH_FIRST
     mixed = (mixed ^ (mixed >> 15)) * _HASH_SECOND
     return (mixed ^ (mixed >> 16)).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def fast_rsqrt(x):
+    """1 / root of x, float32; relative error 2^-22.9."""
+    if _INTERPRETED:
+        y = 1.0 / tl.sqrt(x)
+    else:
+        y = tl.inline_asm_elementwise("rsqrt.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+    return y
+
+
+@triton.jit
+def floor_byte(x):
+    """Floor of x, of magnitude below 2^22, -> its lowest 8 bits as uint8: added to 1.5 * 2^23 and rounded
+    down a float32 holds the whole number in its last bits, which takes one instruction and no conversion."""
+    if _INTERPRETED:
+        y = tl.floor(x).to(tl.int32)
+    else:
+        y = tl.inline_asm_elementwise("add.rm.f32 $0, $1, 0f4B400000;", "=r,f", [x], tl.int32, True, 1)
+    return y.to(tl.uint8)
+
+
+@triton.jit
+def byte_number(codes, SIGNED: tl.constexpr):
+    """uint8, with SIGNED bits of int8, -> the number, float32: the byte is put behind 2^23, which is taken off
+    again, because conversions of bytes run at a quarter of the rate of an addition."""
+    bits = ((codes ^ 0x80) if SIGNED else codes).to(tl.int32) | 0x4B000000
+    return bits.to(tl.float32, bitcast=True) - (8388608.0 + 128.0 if SIGNED else 8388608.0)
+
+
+@triton.jit
+def with_sign(magnitude, x):
+    """magnitude, not negative, with the sign of x; float32."""
+    bits = magnitude.to(tl.int32, bitcast=True) | (x.to(tl.int32, bitcast=True) & -0x80000000)
+    return bits.to(tl.float32, bitcast=True)
 
 
 def native_fp8() -> bool:

@@ -13,8 +13,20 @@ import triton
 import triton.language as tl
 
 from .constants import K_MAX, K_MIN, K_STEP, LARGE, LEVELS, NEAR, NEAR_ZERO, SIGNED_LEVELS, SPREAD, TINY
-from .formats_triton import empty, group_tile, require, row_amax
-from .quantize_triton import group_offsets, load_rows, store_rows
+from .formats_triton import (
+    byte_number,
+    empty,
+    fast_exp2,
+    fast_inverse,
+    fast_log2,
+    fast_sqrt,
+    floor_byte,
+    group_tile,
+    require,
+    row_amax,
+    with_sign,
+)
+from .quantize_triton import even, group_offsets, load_rows, store_rows
 
 if TYPE_CHECKING:
     from .formats import FP8Format
@@ -32,22 +44,23 @@ def log_encode_rows(x, dither, MANTISSA: tl.constexpr):
     PER_OCTAVE: tl.constexpr = 2**MANTISSA / _K_STEP
     amax = visible_amax(x)
     nonzero = tl.minimum(x * _LARGE, 1.0)
-    octaves = tl.log2(tl.maximum(x * inverse(amax), _TINY))
+    octaves = fast_log2(tl.maximum(x * inverse(amax), _TINY))
     k = stored_k(
-        (_LEVELS - 1) / PER_OCTAVE / tl.maximum(-lowest(octaves, nonzero), 1.4427e-6)  # 1e-6 in nats
-    )
+        (_LEVELS - 1) / PER_OCTAVE * fast_inverse(tl.maximum(-lowest(octaves, nonzero), 1.4427e-6))
+    )  # 1e-6 in nats
     codes = octaves * (k * PER_OCTAVE) + (_LEVELS + dither)
     codes = tl.minimum(tl.maximum(codes, 1.0), _LEVELS) * nonzero
-    return codes.to(tl.int32).to(tl.uint8), amax, k
+    return floor_byte(codes), amax, k
 
 
 @triton.jit
 def log_decode_rows(codes, amax, k, MANTISSA: tl.constexpr):
     """Inverse of `log_encode_rows` -> float32 [R, B]."""
     PER_OCTAVE: tl.constexpr = 2**MANTISSA / _K_STEP
-    numbers = codes.to(tl.float32)
-    ratio = tl.exp2((numbers - _LEVELS) * tl.div_rn(1.0, k * PER_OCTAVE))
-    return ratio * amax * tl.minimum(numbers, 1.0)
+    numbers = byte_number(codes, False)
+    # the root of the ratio, because the ratio may be subnormal where its product with amax is not
+    root = fast_exp2((numbers - _LEVELS) * (0.5 * fast_inverse(k * PER_OCTAVE)))
+    return root * (root * amax) * tl.minimum(numbers, 1.0)
 
 
 @triton.jit
@@ -60,25 +73,24 @@ def signed_log_encode_rows(x, dither, MANTISSA: tl.constexpr):
     ratio = magnitude * inverse(amax)
     nonzero = tl.minimum(magnitude * _LARGE, 1.0)
     count = tl.maximum(tl.sum(nonzero, axis=1, keep_dims=True), 1.0)
-    inverses = tl.sum(tl.div_rn(nonzero, ratio + _NEAR_ZERO), axis=1, keep_dims=True)
-    shift = tl.div_rn(count, tl.maximum(inverses, 1.0))
-    k = stored_k(_SIGNED_LEVELS / PER_OCTAVE / tl.log2(1.0 + tl.div_rn(1.0, shift)))
-    inverse_shift = tl.exp2(_SIGNED_LEVELS * tl.div_rn(1.0, k * PER_OCTAVE)) - 1.0
-    codes = tl.log2(ratio * inverse_shift + 1.0) * (k * PER_OCTAVE)
-    codes = tl.floor(tl.minimum(codes + dither, _SIGNED_LEVELS))
-    codes = tl.where(x < 0, -codes, tl.where(x > 0, codes, 0.0))
-    return codes.to(tl.int32).to(tl.int8).to(tl.uint8, bitcast=True), amax, k
+    inverses = tl.sum(nonzero * fast_inverse(ratio + _NEAR_ZERO), axis=1, keep_dims=True)
+    inverse_mean = tl.maximum(inverses, 1.0) * fast_inverse(count)  # of the shift
+    k = stored_k(_SIGNED_LEVELS / PER_OCTAVE * fast_inverse(fast_log2(1.0 + inverse_mean)))
+    per_octave = k * PER_OCTAVE
+    inverse_shift = fast_exp2(_SIGNED_LEVELS * fast_inverse(per_octave)) - 1.0
+    codes = fast_log2(ratio * inverse_shift + 1.0) * per_octave
+    codes = floor_byte(tl.minimum(codes + dither, _SIGNED_LEVELS) * nonzero)
+    return tl.where(x < 0, -codes, codes), amax, k
 
 
 @triton.jit
 def signed_log_decode_rows(codes, amax, k, MANTISSA: tl.constexpr):
     """Inverse of `signed_log_encode_rows` -> float32 [R, B]."""
     PER_OCTAVE: tl.constexpr = 2**MANTISSA / _K_STEP
-    numbers = codes.to(tl.int8, bitcast=True).to(tl.float32)
-    rate = tl.div_rn(1.0, k * PER_OCTAVE)
-    size = tl.div_rn(amax, tl.exp2(_SIGNED_LEVELS * rate) - 1.0)
-    magnitude = (tl.exp2(tl.abs(numbers) * rate) - 1.0) * size
-    return magnitude * tl.minimum(tl.maximum(numbers, -1.0), 1.0)
+    numbers = byte_number(codes, True)
+    rate = fast_inverse(k * PER_OCTAVE)
+    size = amax * fast_inverse(fast_exp2(_SIGNED_LEVELS * rate) - 1.0)
+    return with_sign((fast_exp2(tl.abs(numbers) * rate) - 1.0) * size, numbers)
 
 
 @triton.jit
@@ -86,10 +98,11 @@ def lowest(octaves, nonzero):
     """[R, 1]: the lower end of the range to cover, as `_lowest` in quantize.py, in octaves below amax."""
     count = tl.maximum(tl.sum(nonzero, axis=1, keep_dims=True), 1.0)
     logs = octaves * nonzero
-    mean = tl.sum(logs, axis=1, keep_dims=True) / count
+    each = fast_inverse(count)
+    mean = tl.sum(logs, axis=1, keep_dims=True) * each
     low = tl.min(logs, axis=1, keep_dims=True)
-    variance = tl.sum(logs * logs, axis=1, keep_dims=True) / count - mean * mean
-    robust = mean - _SPREAD * tl.sqrt(tl.maximum(variance, 0.0))
+    variance = tl.sum(logs * logs, axis=1, keep_dims=True) * each - mean * mean
+    robust = mean - _SPREAD * fast_sqrt(tl.maximum(variance, 0.0))
     return tl.maximum(low, tl.minimum(robust, -_NEAR))
 
 
@@ -145,7 +158,8 @@ def _encode(x: Any, fmt: FP8Format, dither: Any, signed: bool) -> tuple[Any, Any
     if groups:
         encode_kernel[(-(-groups // rows),)](
             x, dither if columns else x, 0.0 if columns else float(dither), codes, amax, k, groups, size,
-            COLUMNS=columns, SIGNED=signed, MANTISSA=fmt.mantissa_bits, ROWS=rows, BLOCK=block,
+            COLUMNS=columns, SIGNED=signed, MANTISSA=fmt.mantissa_bits, EVEN=even(size, size, block),
+            ROWS=rows, BLOCK=block,
         )  # fmt: skip
     return codes, amax, k
 
@@ -159,7 +173,7 @@ def _decode(codes: Any, amax: Any, k: Any, fmt: FP8Format, signed: bool) -> Any:
     if groups:
         decode_kernel[(-(-groups // rows),)](
             codes, amax, k, values, groups, size, SIGNED=signed, MANTISSA=fmt.mantissa_bits,
-            ROWS=rows, BLOCK=block,
+            EVEN=even(size, size, block), ROWS=rows, BLOCK=block,
         )  # fmt: skip
     return values
 
@@ -167,10 +181,10 @@ def _decode(codes: Any, amax: Any, k: Any, fmt: FP8Format, signed: bool) -> Any:
 @triton.jit
 def encode_kernel(
     p_x, p_dither, dither, p_codes, p_amax, p_k, groups, size,
-    COLUMNS: tl.constexpr, SIGNED: tl.constexpr, MANTISSA: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr, SIGNED: tl.constexpr, MANTISSA: tl.constexpr, EVEN: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    i_group, offset, inside = group_offsets(groups, size, size, 1, ROWS, BLOCK)
+    i_group, offset, inside = group_offsets(groups, size, size, 1, ROWS, BLOCK, EVEN)
     x = tl.load(p_x + offset, mask=inside, other=0.0)
     added = tl.full([1, BLOCK], 0.0, tl.float32) + dither
     if COLUMNS:
@@ -188,9 +202,10 @@ def encode_kernel(
 @triton.jit
 def decode_kernel(
     p_codes, p_amax, p_k, p_values, groups, size,
-    SIGNED: tl.constexpr, MANTISSA: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    SIGNED: tl.constexpr, MANTISSA: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    i_group, offset, inside = group_offsets(groups, size, size, 1, ROWS, BLOCK)
+    i_group, offset, inside = group_offsets(groups, size, size, 1, ROWS, BLOCK, EVEN)
     codes = tl.load(p_codes + offset, mask=inside, other=0)
     amax = load_rows(p_amax, i_group, i_group < groups, 0.0)
     k = load_rows(p_k, i_group, i_group < groups, 1).to(tl.float32)

@@ -8,7 +8,9 @@ float32, and each result is rounded once.
 
 from __future__ import annotations
 
+import functools
 import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import triton
@@ -21,10 +23,12 @@ from .formats_triton import (
     Unsuited,
     dtype_name,
     empty,
-    group_tile,
+    fast_inverse,
+    fast_rsqrt,
     narrowed,
     native_fp8,
     require,
+    widened,
 )
 from .quantize_triton import FLOATS, load_rows, load_values, readable, store_rows
 
@@ -33,7 +37,8 @@ if TYPE_CHECKING:
     from .norm import Angles
 
 GROUP = 128  # of a tile where nothing else says
-WIDE = 2048  # from so many elements on a program gets 8 warps
+VECTOR = 8  # elements that a thread reads at once
+MOST_PARTS = 9  # tiles of a row
 
 
 def modulated_norm(x: Any, shift: Any, scale: Any, groups: Groups | None = None) -> Any:
@@ -66,7 +71,8 @@ def rms_norm_rotated(x: Any, weight: Any, angles: Angles, epsilon: float = NORM_
     with gaps and an odd head_dim."""
     programs, rest, tile = _heads(x, "x", weight, angles)
     y, rstd = empty(x, list(x.shape), dtype_name(x.dtype)), empty(x, [*x.shape[:-1], 1], "float32")
-    rms_norm_rotated_kernel[(programs,)](x, weight, *angles, y, rstd, epsilon, *rest, **tile)
+    if programs:
+        rms_norm_rotated_kernel[(programs,)](x, weight, *angles, y, rstd, epsilon, *rest, **tile)
     return y, rstd
 
 
@@ -76,7 +82,8 @@ def rms_norm_rotated_grad(dy: Any, y: Any, rstd: Any, weight: Any, angles: Angle
     require(y, "y", FLOATS)
     require(rstd, "rstd", ("float32",))
     dx = empty(dy, list(dy.shape), dtype_name(dy.dtype))
-    rms_norm_rotated_grad_kernel[(programs,)](dy, y, rstd, weight, *angles, dx, *rest, **tile)
+    if programs:
+        rms_norm_rotated_grad_kernel[(programs,)](dy, y, rstd, weight, *angles, dx, *rest, **tile)
     return dx
 
 
@@ -97,23 +104,48 @@ def _norm(
         sets = _sets(x, "scale", scale)
     if shift is not None and _sets(x, "shift", shift) != sets:
         raise Unsuited(f"shift {list(shift.shape)} beside scale {list(scale.shape)}")
-    group = min((groups and groups.group_size) or GROUP, width)
-    per_row = -(-width // group)
-    tile = triton.next_power_of_2(per_row), triton.next_power_of_2(group)
-    if math.prod(tile) > LARGEST_GROUP:
-        raise Unsuited(f"a norm over {width} channels; a program holds {LARGEST_GROUP}")
-    result = empty(x, list(x.shape), dtype)
+    result, group = empty(x, list(x.shape), dtype), (groups and groups.group_size) or GROUP
+    tile = _tile(width, min(group, width))
     if rows:
         norm_kernel[(rows,)](
             x, x_scale, *(x if part is None else part for part in (weight, scale, shift, dy)), result,
-            epsilon, max(1, rows // sets), width, group, per_row,
+            epsilon, 1.0 / width, max(1, rows // sets), width, *tile.sizes,
             CENTRED=weight is None, SCALE=scale is not None, SHIFT=shift is not None,
             GRADIENT=dy is not None, MANTISSA=mantissa,
             PER_TENSOR=groups is not None and groups.group_size is None, NATIVE=native_fp8(),
-            DTYPE=DTYPES[dtype], GROUPS=tile[0], BLOCK=tile[1],
-            num_warps=8 if math.prod(tile) > WIDE else 4,
+            DTYPE=DTYPES[dtype], **tile.constants,
         )  # fmt: skip
     return result
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a program holds a row, or the heads of a token. sizes: elements of a group, groups of a row;
+    constants: the kernel's."""
+
+    sizes: tuple[int, int]
+    constants: dict[str, Any]
+
+
+@functools.cache
+def _tile(width: int, group: int) -> Tile:
+    """Where whole groups fill a row, it is taken in a few parts whose groups are a power of two, as those of
+    a tile must be: FLUX's 24 groups are three parts of 8. Raises Unsuited for a row that does not fit."""
+    per_row, block = -(-width // group), triton.next_power_of_2(group)
+    part = per_row & -per_row
+    if width % group or per_row > part * MOST_PARTS:
+        part = triton.next_power_of_2(per_row)
+    parts = -(-per_row // part)
+    if part * parts * block > LARGEST_GROUP:
+        raise Unsuited(f"a norm over {width} channels; a program holds {LARGEST_GROUP}")
+    constants = {
+        "PARTS": parts,
+        "EVEN": group == block and per_row == part * parts and width % group == 0,
+        "GROUPS": part,
+        "BLOCK": block,
+        "num_warps": min(8, max(1, part * block // (32 * VECTOR))),
+    }
+    return Tile((group, per_row), constants)
 
 
 def _sets(x: Any, name: str, modulation: Any) -> int:
@@ -125,7 +157,7 @@ def _sets(x: Any, name: str, modulation: Any) -> int:
     return sets
 
 
-def _heads(x: Any, name: str, weight: Any, angles: Angles) -> tuple[int, tuple[int, ...], dict[str, Any]]:
+def _heads(x: Any, name: str, weight: Any, angles: Angles) -> tuple[int, tuple[float, ...], dict[str, Any]]:
     """Programs, the kernel's sizes and its constants, for x [B, tokens, heads, head_dim]."""
     require(x, name, FLOATS)
     require(weight, "weight", FLOATS)
@@ -134,123 +166,139 @@ def _heads(x: Any, name: str, weight: Any, angles: Angles) -> tuple[int, tuple[i
     _, tokens, heads, dim = x.shape
     if dim % 2 or list(angles[0].shape) != [tokens, dim // 2]:
         raise Unsuited(f"angles {list(angles[0].shape)} for {list(x.shape)}; wanted {[tokens, dim / 2]}")
-    rows, block = group_tile(dim)
-    count = math.prod(x.shape[:-1])
-    constants = {"DTYPE": DTYPES[dtype_name(x.dtype)], "ROWS": rows, "BLOCK": block}
-    return -(-count // rows), (count, tokens, heads, dim), constants
+    tile = _tile(heads * dim, dim)
+    constants = {"DTYPE": DTYPES[dtype_name(x.dtype)], **tile.constants}
+    return math.prod(x.shape[:2]), (1.0 / dim, tokens, heads * dim, *tile.sizes), constants
 
 
 @triton.jit
 def norm_kernel(
-    p_x, p_x_scale, p_weight, p_scale, p_shift, p_dy, p_result, epsilon, tokens, width, group, per_row,
+    p_x, p_x_scale, p_weight, p_scale, p_shift, p_dy, p_result, epsilon, each, tokens, width, group, per_row,
     CENTRED: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr, GRADIENT: tl.constexpr,
     MANTISSA: tl.constexpr, PER_TENSOR: tl.constexpr, NATIVE: tl.constexpr, DTYPE: tl.constexpr,
-    GROUPS: tl.constexpr, BLOCK: tl.constexpr,
+    PARTS: tl.constexpr, EVEN: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One row of x -> one of the norm, or with GRADIENT of dx. CENTRED: LayerNorm, without a weight; else
-    RMSNorm, with one. `tokens` rows of x share a row of scale and shift."""
-    i_row, i_group, present, column, inside = row_tile(width, group, per_row, GROUPS, BLOCK)
-    offset = i_row * width + column
-    x = load_values(
-        p_x, p_x_scale, i_row * per_row + i_group, present, offset, inside, MANTISSA, PER_TENSOR, NATIVE
-    )
-    if CENTRED:
-        x = tl.where(inside, x - tile_mean(x, width), 0.0)
-    rstd = tl.div_rn(1.0, tl.sqrt_rn(tile_mean(x * x, width) + epsilon))
-    xhat = x * rstd
+    RMSNorm, with one. `tokens` rows of x share a row of scale and shift; `each`: 1 / width."""
+    i_group, present, column, inside = row_tile(width, group, per_row, EVEN, GROUPS, BLOCK)
+    # Parts are added to the pointers last and as constants: so a thread computes one address for a tensor.
+    step = GROUPS * (BLOCK if EVEN else group)
+    i_row = tl.program_id(0).to(tl.int64)
+    row, chosen = i_row * width, i_row // tokens * width
+    p_x, p_dy, p_result = p_x + row + column, p_dy + row + column, p_result + row + column
+    p_weight, p_scale, p_shift = p_weight + column, p_scale + chosen + column, p_shift + chosen + column
+    if MANTISSA and not PER_TENSOR:
+        p_x_scale += i_row * per_row + i_group
+    xs, total = (), 0.0
+    for part in tl.static_range(PARTS):
+        x = load_values(
+            p_x, p_x_scale, part * GROUPS, present, part * step, inside, MANTISSA, PER_TENSOR, NATIVE
+        )
+        xs, total = xs + (x,), x if part == 0 else total + x
+    mean = tile_sum(total) * each if CENTRED else 0.0
 
-    chosen = i_row // tokens * width + column
-    factor = tl.where(inside, 1.0, 0.0)
-    if not CENTRED:
-        factor *= tl.load(p_weight + column, mask=inside, other=0.0).to(tl.float32)
-    if SCALE:
-        factor *= 1.0 + tl.load(p_scale + chosen, mask=inside, other=0.0).to(tl.float32)
-    if GRADIENT:
-        g = tl.load(p_dy + offset, mask=inside, other=0.0).to(tl.float32) * factor
-        result = g - xhat * tile_mean(g * xhat, width)
-        if CENTRED:
-            result -= tile_mean(g, width)
-        result *= rstd
-    else:
-        result = xhat * factor
-        if SHIFT:
-            result += tl.load(p_shift + chosen, mask=inside, other=0.0).to(tl.float32)
-    tl.store(p_result + offset, narrowed(result, DTYPE), mask=inside)
+    centred, squares = (), 0.0
+    for part in tl.static_range(PARTS):
+        x = tl.where(inside, xs[part] - mean, 0.0) if CENTRED else xs[part]
+        centred, squares = centred + (x,), x * x if part == 0 else squares + x * x
+    rstd = fast_rsqrt(tile_sum(squares) * each + epsilon)
+
+    gs, along, g_total = (), 0.0, 0.0
+    for part in tl.static_range(PARTS):
+        factor = tl.full([GROUPS, BLOCK], 1.0, tl.float32)
+        if not CENTRED:
+            factor = widened(tl.load(p_weight + part * step, mask=inside, other=0.0))
+        if SCALE:
+            factor *= 1.0 + widened(tl.load(p_scale + part * step, mask=inside, other=0.0))
+        if GRADIENT:
+            g = widened(tl.load(p_dy + part * step, mask=inside, other=0.0)) * factor
+            gs, turned = gs + (g,), g * centred[part]
+            along, g_total = (turned, g) if part == 0 else (along + turned, g_total + g)
+        else:
+            result = centred[part] * rstd * factor
+            if SHIFT:
+                result += widened(tl.load(p_shift + part * step, mask=inside, other=0.0))
+            tl.store(p_result + part * step, narrowed(result, DTYPE), mask=inside)
+    if GRADIENT:  # (g - xhat mean(g xhat) - mean(g)) rstd, with xhat = centred rstd
+        turn = tile_sum(along) * each * rstd * rstd * rstd
+        shift = tile_sum(g_total) * each * rstd if CENTRED else 0.0
+        for part in tl.static_range(PARTS):
+            result = gs[part] * rstd - (centred[part] * turn + shift)
+            tl.store(p_result + part * step, narrowed(result, DTYPE), mask=inside)
 
 
 @triton.jit
-def row_tile(width, group, per_row, GROUPS: tl.constexpr, BLOCK: tl.constexpr):
-    """This program's row int64; its groups int64 [GROUPS] and whether there is one; of their elements
-    [GROUPS, BLOCK] the column int64 and whether there is one."""
+def row_tile(width, group, per_row, EVEN: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr):
+    """Of the first part of a row: its groups int64 [GROUPS] and whether there is one; of their elements
+    [GROUPS, BLOCK] the column int64 and whether there is one. EVEN: there always is, and groups are BLOCK
+    wide; else it is as in the other parts, or there are none."""
     i_group = tl.arange(0, GROUPS).to(tl.int64)
     within = tl.arange(0, BLOCK).to(tl.int64)[None, :]
-    column = i_group[:, None] * group + within
-    return (
-        tl.program_id(0).to(tl.int64),
-        i_group,
-        i_group < per_row,
-        column,
-        (within < group) & (column < width),
-    )
+    if EVEN:
+        column = i_group[:, None] * BLOCK + within
+        present, inside = tl.full([GROUPS], 1, tl.int1), tl.full([GROUPS, BLOCK], 1, tl.int1)
+    else:
+        column = i_group[:, None] * group + within
+        present, inside = i_group < per_row, (within < group) & (column < width)
+    return i_group, present, column, inside
 
 
 @triton.jit
-def tile_mean(x, width):
-    """Sum of the tile, zeros outside, over `width`."""
-    return tl.sum(tl.sum(x, axis=1), axis=0) / width.to(tl.float32)
+def tile_sum(x):
+    return tl.sum(tl.sum(x, axis=1), axis=0)
 
 
 @triton.jit
 def rms_norm_rotated_kernel(
-    p_x, p_weight, p_cos, p_sin, p_y, p_rstd, epsilon, rows, tokens, heads, dim,
-    DTYPE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    p_x, p_weight, p_cos, p_sin, p_y, p_rstd, epsilon, each, tokens, width, dim, heads,
+    DTYPE: tl.constexpr, PARTS: tl.constexpr, EVEN: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """ROWS heads of x."""
-    i_row, present, column, offset, inside = head_tile(rows, dim, ROWS, BLOCK)
-    x = tl.load(p_x + offset, mask=inside, other=0.0).to(tl.float32)
-    weight = tl.load(p_weight + column, mask=column < dim, other=0.0).to(tl.float32)
-    mean = tl.sum(x * x, axis=1, keep_dims=True) / dim.to(tl.float32)
-    rstd = tl.div_rn(1.0, tl.sqrt_rn(mean + epsilon))
-    cos, sin = load_angles(p_cos, p_sin, i_row, present, tokens, heads, dim, BLOCK)
-    y = apply_rope(x * rstd * weight, cos, sin)
-    tl.store(p_y + offset, narrowed(y, DTYPE), mask=inside)
-    store_rows(p_rstd, rstd, i_row, present)
+    """All heads of a token; `each`: 1 / dim."""
+    i_head, present, column, inside = row_tile(width, dim, heads, EVEN, GROUPS, BLOCK)
+    step = GROUPS * (BLOCK if EVEN else dim)
+    i_row = tl.program_id(0).to(tl.int64)
+    first = i_row * width + column
+    p_x, p_y, p_rstd = p_x + first, p_y + first, p_rstd + i_row * heads
+    weight, cos, sin = load_turn(p_weight, p_cos, p_sin, i_row % tokens, dim, 0.0, BLOCK)
+    for part in tl.static_range(PARTS):
+        x = widened(tl.load(p_x + part * step, mask=inside, other=0.0))
+        mean = tl.sum(x * x, axis=1, keep_dims=True) * each
+        rstd = fast_rsqrt(mean + epsilon)
+        tl.store(p_y + part * step, narrowed(apply_rope(x * rstd * weight, cos, sin), DTYPE), mask=inside)
+        store_rows(p_rstd, rstd, i_head + part * GROUPS, present)
 
 
 @triton.jit
 def rms_norm_rotated_grad_kernel(
-    p_dy, p_y, p_rstd, p_weight, p_cos, p_sin, p_dx, rows, tokens, heads, dim,
-    DTYPE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    p_dy, p_y, p_rstd, p_weight, p_cos, p_sin, p_dx, each, tokens, width, dim, heads,
+    DTYPE: tl.constexpr, PARTS: tl.constexpr, EVEN: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    i_row, present, column, offset, inside = head_tile(rows, dim, ROWS, BLOCK)
-    cos, sin = load_angles(p_cos, p_sin, i_row, present, tokens, heads, dim, BLOCK)
-    weight = tl.load(p_weight + column, mask=column < dim, other=1.0).to(tl.float32)
-    rstd = load_rows(p_rstd, i_row, present, 0.0)
-    y = tl.load(p_y + offset, mask=inside, other=0.0).to(tl.float32)
-    dy = tl.load(p_dy + offset, mask=inside, other=0.0).to(tl.float32)
-    xhat = tl.div_rn(apply_rope(y, cos, -sin), tl.broadcast_to(weight, y.shape))
-    g = apply_rope(dy, cos, -sin) * weight
-    along = tl.sum(g * xhat, axis=1, keep_dims=True) / dim.to(tl.float32)
-    tl.store(p_dx + offset, narrowed((g - xhat * along) * rstd, DTYPE), mask=inside)
+    """As `rms_norm_rotated_kernel`."""
+    i_head, present, column, inside = row_tile(width, dim, heads, EVEN, GROUPS, BLOCK)
+    step = GROUPS * (BLOCK if EVEN else dim)
+    i_row = tl.program_id(0).to(tl.int64)
+    first = i_row * width + column
+    p_y, p_dy, p_dx, p_rstd = p_y + first, p_dy + first, p_dx + first, p_rstd + i_row * heads
+    weight, cos, sin = load_turn(p_weight, p_cos, p_sin, i_row % tokens, dim, 1.0, BLOCK)
+    unweighted = fast_inverse(weight)
+    for part in tl.static_range(PARTS):
+        rstd = load_rows(p_rstd, i_head + part * GROUPS, present, 0.0)
+        y = widened(tl.load(p_y + part * step, mask=inside, other=0.0))
+        dy = widened(tl.load(p_dy + part * step, mask=inside, other=0.0))
+        xhat = apply_rope(y, cos, -sin) * unweighted
+        g = apply_rope(dy, cos, -sin) * weight
+        along = tl.sum(g * xhat, axis=1, keep_dims=True) * each
+        tl.store(p_dx + part * step, narrowed((g - xhat * along) * rstd, DTYPE), mask=inside)
 
 
 @triton.jit
-def head_tile(rows, dim, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """This program's rows int64 [ROWS] and whether there is one; columns int64 [1, BLOCK]; of the elements
-    [ROWS, BLOCK] the offset int64 and whether there is one."""
-    i_row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS).to(tl.int64)
-    column = tl.arange(0, BLOCK).to(tl.int64)[None, :]
-    present = i_row < rows
-    return i_row, present, column, i_row[:, None] * dim + column, present[:, None] & (column < dim)
-
-
-@triton.jit
-def load_angles(p_cos, p_sin, i_row, present, tokens, heads, dim, BLOCK: tl.constexpr):
-    """cos, sin of the rows' tokens, each [ROWS, BLOCK / 2]."""
-    half = tl.arange(0, BLOCK // 2).to(tl.int64)[None, :]
-    offset = (i_row // heads % tokens * (dim // 2))[:, None] + half
-    inside = present[:, None] & (half < dim // 2)
-    return tl.load(p_cos + offset, mask=inside, other=0.0), tl.load(p_sin + offset, mask=inside, other=0.0)
+def load_turn(p_weight, p_cos, p_sin, token, dim, other, BLOCK: tl.constexpr):
+    """weight [1, BLOCK], `other` where there is none; cos, sin of a token [1, BLOCK / 2]; float32."""
+    column, half = tl.arange(0, BLOCK).to(tl.int64)[None, :], tl.arange(0, BLOCK // 2).to(tl.int64)[None, :]
+    weight = widened(tl.load(p_weight + column, mask=column < dim, other=other))
+    p_cos, p_sin, inside = p_cos + token * (dim // 2), p_sin + token * (dim // 2), half < dim // 2
+    cos, sin = tl.load(p_cos + half, mask=inside, other=0.0), tl.load(p_sin + half, mask=inside, other=0.0)
+    return weight, cos, sin
 
 
 @triton.jit

@@ -91,14 +91,14 @@ def random_bits(position: paddle.Tensor, seed: int) -> paddle.Tensor:
     """int32 of the same shape, evenly distributed: a hash of each position and the seed.
 
     position: int64 or int32 of any shape, not negative; seed as in `dropout`. Wellons' mixer of 32 bits (two
-    multiplications; its bias is 0.17 of a perfect mixer's noise) of position and the seed's lower half, the
-    upper half put in between the multiplications: two seeds are then no shifted copies of each other.
+    multiplications; its bias is 0.17 of a perfect mixer's noise) of the position, to which the seed's lower
+    half is added and whose bits the upper half changes: so no two seeds give shifted copies of each other.
     """
     if position.dtype == paddle.int64:
         position = (position + (position >> 32) * HASH_HIGH).astype("int32")  # cut off, not clipped
     bits = position.scale(1, bias=_wrapped(seed * HASH_SEED))
+    bits = bits.bitwise_xor_(_constant((seed >> 32) * HASH_FIRST, bits))
     bits = _folded(bits, 16).scale_(_wrapped(HASH_FIRST))
-    bits = bits.bitwise_xor_(_constant(seed >> 32, bits))
     return _folded(_folded(bits, 15).scale_(_wrapped(HASH_SECOND)), 16)
 
 

@@ -25,6 +25,7 @@ from .formats_triton import (
     native_fp8,
     random_bits,
     require,
+    widened,
 )
 from .quantize_triton import FLOATS, even, group_offsets, load_values, readable
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from .formats import Groups
 
 GELU, SILU = 0, 1  # which activation
+SHORTEST = 128  # channels of a gated residual that a program takes, where not all
 
 _GELU = tl.constexpr(GELU)
 _LOG2_E = tl.constexpr(math.log2(math.e))
@@ -70,13 +72,16 @@ def gated_residual(y: Any, gate: Any, x: Any = None) -> Any:
     if math.prod(gate.shape) != lead[0] * width:
         raise Unsuited(f"gate {list(gate.shape)} for {list(y.shape)}; wanted [{lead[0]}, 1, {width}]")
     out = empty(y, list(y.shape), dtype_name(y.dtype))
-    rows, block = group_tile(min(TILE, max(1, width)))
+    piece = width & -width  # the largest power of two that divides a row, so that no tile is padded
+    if piece < SHORTEST:
+        piece = width
+    rows, block = group_tile(min(TILE, max(1, piece)))
     per_row = -(-width // block)
-    groups = math.prod(lead) * per_row
-    if groups:
-        gated_residual_kernel[(-(-groups // rows),)](
-            y, gate, y if x is None else x, out, groups, tokens, width, per_row,
-            RESIDUAL=x is not None, DTYPE=DTYPES[dtype_name(y.dtype)], ROWS=rows, BLOCK=block,
+    if out.shape[0] * tokens * width:
+        gated_residual_kernel[(-(-tokens // rows), per_row, lead[0])](
+            y, gate, y if x is None else x, out, tokens, width,
+            RESIDUAL=x is not None, DTYPE=DTYPES[dtype_name(y.dtype)], EVEN=width % block == 0, ROWS=rows,
+            BLOCK=block,
         )  # fmt: skip
     return out
 
@@ -122,20 +127,20 @@ def activation_kernel(
     """ROWS groups of x -> y, or with GRADIENT dx."""
     i_group, offset, inside = group_offsets(groups, width, group, per_row, ROWS, BLOCK, EVEN)
     x = load_values(p_x, p_scale, i_group, i_group < groups, offset, inside, MANTISSA, PER_TENSOR, NATIVE)
-    # gelu and silu are both x p, p the logistic function of z
+    # gelu and silu are both x p, p the logistic function of z; slope: of z; small: e^-z
     near = x
     if GRADIENT:
         FAR: tl.constexpr = _GELU_FAR if KIND == _GELU else _SILU_FAR
         near = tl.clamp(x, -FAR, FAR, propagate_nan=tl.PropagateNan.ALL)
     if KIND == _GELU:
         square = near * near
-        z, slope = near * (_GELU_LINEAR + _GELU_CUBIC * square), _GELU_LINEAR + 3.0 * _GELU_CUBIC * square
+        slope = _GELU_LINEAR + 3.0 * _GELU_CUBIC * square
+        small = fast_exp2(near * (-_LOG2_E * _GELU_LINEAR - _LOG2_E * _GELU_CUBIC * square))
     else:
-        z, slope = near, 1.0
-    small = fast_exp2(z * -_LOG2_E)
+        slope, small = 1.0, fast_exp2(near * -_LOG2_E)
     p = fast_inverse(1.0 + small)
     if GRADIENT:
-        dy = tl.load(p_dy + offset, mask=inside, other=0.0).to(tl.float32)
+        dy = widened(tl.load(p_dy + offset, mask=inside, other=0.0))
         y = dy * p * (1.0 + near * (small * p) * slope)  # small p is 1 - p, and keeps its digits
     else:
         y = x * p
@@ -144,18 +149,19 @@ def activation_kernel(
 
 @triton.jit
 def gated_residual_kernel(
-    p_y, p_gate, p_x, p_out, groups, tokens, width, per_row,
-    RESIDUAL: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    p_y, p_gate, p_x, p_out, tokens, width,
+    RESIDUAL: tl.constexpr, DTYPE: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """ROWS pieces of BLOCK channels."""
-    i_group, offset, inside = group_offsets(groups, width, BLOCK, per_row, ROWS, BLOCK)
-    i_row = i_group // per_row
-    column = ((i_group - i_row * per_row) * BLOCK)[:, None] + tl.arange(0, BLOCK).to(tl.int64)[None, :]
-    chosen = (i_row // tokens * width)[:, None] + column
-    gate = tl.load(p_gate + chosen, mask=inside, other=0.0).to(tl.float32)
-    out = tl.load(p_y + offset, mask=inside, other=0.0).to(tl.float32) * gate
+    """BLOCK channels of ROWS tokens of one sample. EVEN: no block reaches over the end of a token."""
+    column = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK).to(tl.int64)[None, :]
+    token = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS).to(tl.int64)[:, None]
+    sample = tl.program_id(2).to(tl.int64)
+    within = tl.full([1, BLOCK], 1, tl.int1) if EVEN else column < width
+    offset, inside = (sample * tokens + token) * width + column, (token < tokens) & within
+    gate = widened(tl.load(p_gate + sample * width + column, mask=within, other=0.0))
+    out = widened(tl.load(p_y + offset, mask=inside, other=0.0)) * gate
     if RESIDUAL:
-        out += tl.load(p_x + offset, mask=inside, other=0.0).to(tl.float32)
+        out += widened(tl.load(p_x + offset, mask=inside, other=0.0))
     tl.store(p_out + offset, narrowed(out, DTYPE), mask=inside)
 
 

@@ -32,6 +32,7 @@ from .formats_triton import (
     row_amax,
     scale_of,
     to_codes,
+    widened,
 )
 
 if TYPE_CHECKING:
@@ -217,7 +218,7 @@ def quantize_kernel(
 ):  # fmt: skip
     """ROWS groups of x. PARTS 0: a scale for each group, else one for all from `parts` maxima."""
     i_group, offset, inside = group_offsets(groups, width, group, per_row, ROWS, BLOCK, EVEN)
-    x = tl.load(p_x + offset, mask=inside, other=0.0).to(tl.float32)
+    x = widened(tl.load(p_x + offset, mask=inside, other=0.0))
     if PARTS:
         part = tl.arange(0, PARTS)
         maxima = tl.load(p_maxima + part.to(tl.int64), mask=part < parts, other=0.0)
@@ -315,7 +316,7 @@ def amax_kernel(p_x, p_maxima, total, tiles, tiles_each, TILE: tl.constexpr):
     largest = tl.zeros([1, TILE], dtype=tl.float32)
     for i in range(0, tiles_each):
         offset = (i_part * tiles_each + i) * TILE + tl.arange(0, TILE).to(tl.int64)[None, :]
-        x = tl.load(p_x + offset, mask=offset < total, other=0.0).to(tl.float32)
+        x = widened(tl.load(p_x + offset, mask=offset < total, other=0.0))
         largest = larger(largest, tl.abs(x))
     tl.store(p_maxima + i_part + tl.zeros([1, 1], tl.int64), row_amax(largest))
 
@@ -348,7 +349,7 @@ def load_values(
     """What `readable` describes -> float32, zeros where there is nothing. The scale of a row of the tile is
     that of group i_group, or one for all."""
     if MANTISSA == 0:
-        values = tl.load(p_x + offset, mask=inside, other=0.0).to(tl.float32)
+        values = widened(tl.load(p_x + offset, mask=inside, other=0.0))
     else:
         values = from_codes(tl.load(p_x + offset, mask=inside, other=0), MANTISSA, NATIVE)
         if PER_TENSOR:

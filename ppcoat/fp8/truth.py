@@ -317,7 +317,8 @@ def hashed(position: np.ndarray, seed: int) -> np.ndarray:
     position = position.astype(np.uint64)
     mixed = (position + (position >> np.uint64(32)) * np.uint64(HASH_HIGH)).astype(np.uint32)
     mixed = mixed + np.uint32(seed * HASH_SEED % 2**32)
-    mixed = (mixed ^ (mixed >> np.uint32(16))) * np.uint32(HASH_FIRST) ^ np.uint32(seed >> 32)
+    mixed = mixed ^ np.uint32((seed >> 32) * HASH_FIRST % 2**32)
+    mixed = (mixed ^ (mixed >> np.uint32(16))) * np.uint32(HASH_FIRST)
     mixed = (mixed ^ (mixed >> np.uint32(15))) * np.uint32(HASH_SECOND)
     return ((mixed ^ (mixed >> np.uint32(16))) ^ np.uint32(2**31)).astype(np.int64)
 

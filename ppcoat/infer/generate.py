@@ -46,7 +46,9 @@ class Drawing:
     negative_prompt: str = flag("what to draw away from; for FLUX with --true_cfg_scale", "")
     true_cfg_scale: float = flag("classifier-free guidance of FLUX, twice the time above 1", 1.0)
     device: str = flag("auto, cpu, gpu or gpu:N", "auto")
-    dtype: Literal["auto", "float32", "bfloat16"] = flag("", "auto")
+    dtype: Literal["auto", "float32", "bfloat16"] = flag(
+        "float32 on a GPU: products of TF32 unless the process starts with NVIDIA_TF32_OVERRIDE=0", "auto"
+    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -14,6 +14,7 @@ from paddle import nn
 from ppcoat.errors import ConfigError
 from ppcoat.nn.ops import look_at_weights_again
 from ppcoat.nn.recompute import checkpointed
+from ppcoat.nn.saved_tensors import saved_as_they_are
 
 
 class BlockModel:
@@ -43,6 +44,9 @@ class BlockModel:
     def run_block(self, index: int, block: nn.Layer, *args: paddle.Tensor | None, **settings: object):
         """block(*args, **settings), the model's block number `index`; checkpointed while training if it is
         covered. settings: its arguments that are no tensors."""
+        if not paddle.is_grad_enabled():
+            with saved_as_they_are():  # nothing is, but Linears share what FP8 products make of their input
+                return block(*args, **settings)
         covered = self.checkpoint_blocks is None or index < self.checkpoint_blocks
         if not (covered and self.gradient_checkpointing and self.training and paddle.is_grad_enabled()):
             return block(*args, **settings)

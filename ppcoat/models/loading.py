@@ -15,6 +15,7 @@ import paddle
 import paddle.nn as nn
 from ppdiffusers import AutoencoderKL
 
+from ppcoat.device import default_dtype
 from ppcoat.errors import ConfigError
 from ppcoat.models.flux.scheduler import FlowMatchEulerDiscreteScheduler
 from ppcoat.models.flux.transformer import FluxTransformer2DModel
@@ -136,11 +137,6 @@ def load_t5_tokenizer(folder: str | Path) -> Any:
 def load_scheduler(folder: str | Path) -> FlowMatchEulerDiscreteScheduler:
     """The scheduler of a component folder with scheduler_config.json."""
     return FlowMatchEulerDiscreteScheduler.from_config(_scheduler_config(folder))
-
-
-def default_dtype() -> str:
-    """float32 on CPU (Paddle cannot add or multiply half precision there), bfloat16 on a GPU."""
-    return "float32" if paddle.get_device() == "cpu" else "bfloat16"
 
 
 def opened(build: Callable[[Path], nn.Layer], folder: str | Path, dtype: str | None) -> nn.Layer:

@@ -13,7 +13,8 @@ from paddle import nn
 from ppcoat.errors import ConfigError
 from ppcoat.fp8.formats import E4M3, BlockMatrix, Epilogue
 from ppcoat.fp8.matmul import BLOCK, dequantize_blocks, quantize_blocks, scaled_matmul
-from ppcoat.fp8.quantize import quantize
+
+from .saved_tensors import saver
 
 
 def fp8_bytes(rows: int, columns: int) -> int:
@@ -95,10 +96,11 @@ def times_transposed(dy: paddle.Tensor, weight: Weight, update: LowRank | None =
 def _in_fp8(
     x: paddle.Tensor, weight: FP8Weight, transpose: bool, bias: paddle.Tensor | None, update: LowRank | None
 ) -> paddle.Tensor:
-    codes, scale = quantize(x.reshape([-1, x.shape[-1]]).contiguous(), E4M3, BLOCK)
+    x, width = x if x.is_contiguous() else x.contiguous(), x.shape[-1]
+    rows = saver().fp8_form(x, E4M3, BLOCK).reshaped([x.size // width, width])  # one for all that read x
     down, up = (None, None) if update is None else (update[0].reshape([-1, update[0].shape[-1]]), update[1])
     dtype = str(x.dtype).rpartition(".")[2]
-    y = scaled_matmul(codes, scale, BlockMatrix(weight.codes, weight.scale), transpose,
+    y = scaled_matmul(rows.codes, rows.scale, BlockMatrix(weight.codes, weight.scale), transpose,
                       Epilogue(bias, down, up), dtype)  # fmt: skip
     return y.reshape([*x.shape[:-1], y.shape[-1]])
 

@@ -2,7 +2,7 @@
 
 Paddle's Linear saves its input even when its weight is frozen. Here a frozen Linear saves nothing (dx = dy
 W^T needs only the weight), and a LoRA on it saves one copy of x (FP8 under the policy "coat") for dA and
-the small x A for dB.
+the small s x A for dB.
 
     y  = x W + b + s * drop(x) A B          s = alpha / rank * scale_multiplier
     dx = dy W^T + s * drop'(dy B^T A^T),  dA = s * drop(x)^T (dy B^T),  dB = s * (drop(x) A)^T dy
@@ -15,6 +15,9 @@ one FP8 copy of x as COAT section 5 stores it.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,12 +26,15 @@ from paddle import nn
 from paddle.autograd import PyLayer
 
 from ppcoat.errors import ConfigError
+from ppcoat.fp8.flat import FlatLayout
 from ppcoat.fp8.formats import E4M3
 from ppcoat.fp8.pointwise import dropout
 
 from .base_weight import Weight, times, times_transposed
 from .policy import check_policy
 from .saved_tensors import saver
+
+GATHERED = 128  # a factor starts at a multiple of so many numbers: 256 bytes in 16 bits
 
 
 class FrozenLinear(nn.Layer):
@@ -191,32 +197,30 @@ class LinearUse:
         )
 
     def forward(self, x: paddle.Tensor) -> tuple[paddle.Tensor, paddle.Tensor | None]:
-        """x [..., in] -> y [..., out], and drop(x) A [..., rank] or None without LoRA. Builds no graph."""
+        """x [..., in] -> y [..., out], and s drop(x) A [..., rank] or None without LoRA. Builds no graph."""
         layer = self.layer
         if self.scale is None:
             return times(x, layer.weight, layer.bias), None
-        xa = paddle.matmul(self.drop(x), layer.lora_A.astype(x.dtype))
-        update = xa.scale(self.scale), layer.lora_B.astype(x.dtype)
-        return times(x, layer.weight, layer.bias, update), xa
+        xa = self._scaled_(paddle.matmul(self.drop(x), _in_dtype(layer.lora_A, x.dtype)))
+        return times(x, layer.weight, layer.bias, (xa, _in_dtype(layer.lora_B, x.dtype))), xa
 
     def gradients(
         self, x: paddle.Tensor | None, dy: paddle.Tensor, needs_dx: bool, xa: paddle.Tensor | None
     ) -> tuple[paddle.Tensor | None, ...]:
         """dy [..., out] -> dx, dA, dB; None for what needs no gradient.
 
-        x [..., in] is wanted where `needs_x`, and so is xa: drop(x) A as `forward` gave it.
+        x [..., in] is wanted where `needs_x`, and so is xa: s drop(x) A as `forward` gave it.
         """
         layer, da, db = self.layer, None, None
         if self.scale is None:
             return times_transposed(dy, layer.weight) if needs_dx else None, None, None
-        lora_a = layer.lora_A.astype(dy.dtype)
-        dyb = paddle.matmul(dy, layer.lora_B.astype(dy.dtype), transpose_y=True).scale_(self.scale)
+        lora_a, lora_b = (_in_dtype(factor, dy.dtype) for factor in (layer.lora_A, layer.lora_B))
+        dyb = self._scaled_(paddle.matmul(dy, lora_b, transpose_y=True))
         dropped = self.drop(x) if x is not None else None
         if not layer.lora_A.stop_gradient:
             da = paddle.matmul(_rows(dropped), _rows(dyb), transpose_x=True).astype(layer.lora_A.dtype)
         if not layer.lora_B.stop_gradient:
-            db = self.scale * paddle.matmul(_rows(xa), _rows(dy), transpose_x=True)
-            db = db.astype(layer.lora_B.dtype)
+            db = paddle.matmul(_rows(xa), _rows(dy), transpose_x=True).astype(layer.lora_B.dtype)
         if not needs_dx:
             return None, da, db
         if self.seed is None:
@@ -228,6 +232,69 @@ class LinearUse:
     def drop(self, x: paddle.Tensor) -> paddle.Tensor:
         """Inverted dropout on the LoRA's input x [..., in]; x itself without dropout."""
         return x if self.seed is None else dropout(x, self.layer.dropout, self.seed)
+
+    def _scaled_(self, x: paddle.Tensor) -> paddle.Tensor:
+        """x times the scale, in place; where alpha is the rank that is 1, and nothing is launched."""
+        return x if self.scale == 1.0 else x.scale_(self.scale)
+
+
+class FactorCopies:
+    """The factors of all LoRAs in the dtype in which the model computes, made by one cast for a whole step.
+
+        copies = FactorCopies(factors)
+        with copies.in_use():  # forward and backward of a step
+            ...
+
+    factors: each lora_A [in, rank] and lora_B [rank, out], float32; layout: the optimizer's flat buffer that
+    holds them, if one does, which spares gathering them. The cast is made when the first LoRALinear inside
+    asks, into the same memory each time (2 bytes for each number of a factor). Inside nobody may change the
+    factors; outside, and for any other factor, each call casts for itself. So nothing is ever served that an
+    optimizer, a file or a running mean has replaced. float32 models need no copies.
+    """
+
+    def __init__(self, factors: Sequence[paddle.Tensor], layout: FlatLayout | None = None) -> None:
+        self._layout = FlatLayout(factors, GATHERED) if layout is None else layout
+        self._index = {id(param): i for i, param in enumerate(self._layout.params)}
+        self._made: dict[paddle.dtype, tuple[paddle.Tensor, list[paddle.Tensor]]] = {}
+        self._fresh: set[paddle.dtype] = set()
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Context manager: LoRALinears take the copies. They are made anew in each."""
+        self._fresh.clear()
+        token = _copies.set(self)
+        try:
+            yield
+        finally:
+            _copies.reset(token)
+
+    def of(self, factor: paddle.Tensor, dtype: paddle.dtype) -> paddle.Tensor:
+        """lora_A [in, rank] or lora_B [rank, out] in `dtype`."""
+        index = self._index.get(id(factor))
+        if index is None:
+            return factor.astype(dtype)
+        if dtype not in self._fresh:
+            self._cast(dtype)
+        return self._made[dtype][1][index]
+
+    @paddle.no_grad()
+    def _cast(self, dtype: paddle.dtype) -> None:
+        cast = self._layout.current().astype(dtype)
+        if dtype not in self._made:
+            self._made[dtype] = cast, self._layout.views(cast)
+        else:
+            paddle.assign(cast, output=self._made[dtype][0])
+        self._fresh.add(dtype)
+
+
+_copies: ContextVar[FactorCopies | None] = ContextVar("ppcoat_factor_copies", default=None)
+
+
+def _in_dtype(factor: paddle.Tensor, dtype: paddle.dtype) -> paddle.Tensor:
+    if factor.dtype == dtype:
+        return factor
+    copies = _copies.get()
+    return factor.astype(dtype) if copies is None else copies.of(factor, dtype)
 
 
 def _rows(x: paddle.Tensor) -> paddle.Tensor:

@@ -298,7 +298,7 @@ class _Concat(OpCall):
 
 def _small(active: Saver, *parts: paddle.Tensor) -> list[paddle.Tensor]:
     """Shifts, scales and gates [B, 1, dim], saved as they are."""
-    return [active.save_plain(part.contiguous()).tensor for part in parts]
+    return [active.save_plain(part).tensor for part in parts]
 
 
 def look_at_weights_again(model: paddle.nn.Layer) -> None:

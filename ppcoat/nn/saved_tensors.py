@@ -32,7 +32,7 @@ from ppcoat.errors import ConfigError
 from ppcoat.fp8.formats import E4M3, FP8Format, get_format
 
 from .policy import AS_IT_IS, NONE, SavingPolicy, get_policy, granularity_groups
-from .saved_forms import PlainSaved, Recomputed, SavedTensor, SharedSaved, save_fp8, save_residual
+from .saved_forms import FP8Saved, PlainSaved, Recomputed, SavedTensor, SharedSaved, save_fp8, save_residual
 
 FLOATS = (paddle.float32, paddle.bfloat16, paddle.float16)
 # Originals that the hooks hold for a moment, so that the next operators that save them find their FP8 copy.
@@ -73,13 +73,14 @@ class TakesOutput(Protocol):
 
 @dataclass(eq=False)
 class _TensorFacts:
-    """What is known of a tensor that is alive: how it is computed again, the FP8 forms that exist of it, what
-    its readers share, the op that wants it back in backward."""
+    """What is known of a tensor that is alive: how it is computed again, the FP8 forms that exist of it and
+    which of them are counted as saved, what its readers share, the op that wants it back in backward."""
 
     tensor: weakref.ref
     recomputed: Recomputed | None = None
     shape: list[int] | None = None  # of what is computed again
-    forms: dict[tuple, SavedTensor] = field(default_factory=dict)
+    forms: dict[tuple, FP8Saved] = field(default_factory=dict)
+    counted: set[tuple] = field(default_factory=set)
     inputs: dict[int, SharedSaved] = field(default_factory=dict)
     maker: TakesOutput | None = None
 
@@ -187,13 +188,23 @@ class Saver:
         """The forward pass is over: nothing that comes is a tensor that was known."""
         self._known.clear()
 
-    def _fp8(self, x: paddle.Tensor, fmt: FP8Format, group_size: int | None) -> SavedTensor:
+    def fp8_form(self, x: paddle.Tensor, fmt: FP8Format, group_size: int | None) -> FP8Saved:
+        """x [..., D] in FP8 for whoever computes with it now: made once while x is alive, also for those that
+        save it. Counted when it is saved."""
         forms, key = self._known_of(x).forms, (fmt.name, group_size, *x.shape)
         if key not in forms:
             views = (form for other, form in forms.items() if other[:2] == key[:2] and other[-1] == key[-1])
             view = next(views, None)  # the same rows, reshaped
-            forms[key] = self.count(save_fp8(x, fmt, group_size)) if view is None else view.reshaped(x.shape)
+            forms[key] = save_fp8(x, fmt, group_size) if view is None else view.reshaped(x.shape)
         return forms[key]
+
+    def _fp8(self, x: paddle.Tensor, fmt: FP8Format, group_size: int | None) -> SavedTensor:
+        form, kind = self.fp8_form(x, fmt, group_size), (fmt.name, group_size, x.shape[-1])
+        counted = self._known_of(x).counted
+        if kind not in counted:
+            counted.add(kind)
+            self.count(form)
+        return form
 
     def _known_of(self, x: paddle.Tensor) -> _TensorFacts:
         """While x is alive its memory is its own, so that the address tells other handles of it, too."""

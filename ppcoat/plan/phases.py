@@ -125,6 +125,8 @@ class MemoryModel:
         held = {"base": base[settings.blocks_to_swap], "LoRA": self.lora_bytes, "optimizer": self.optimizer}
         if self.config.train.ema.use_ema:
             held["EMA"] = self.lora_bytes
+        if self.half and self.config.network.type == "lora":
+            held["LoRA"] += self.lora_bytes // 2  # FactorCopies of nn/linear.py
         learning = held | {"gradients": self.lora_bytes}
         saved, working = self.activations(settings)
         phases = [

@@ -193,27 +193,36 @@ def check_inputs(spec: ModelSpec, config: RunConfig) -> RunInputs:
 
 def with_fitting_settings(spec: ModelSpec, config: RunConfig, ranks: Ranks) -> RunConfig:
     """What `memory: auto` asks for, the same on all ranks. Without vram_gb a run is planned for the memory
-    that is free when it starts, the least of all ranks; a run that goes on keeps what was planned then.
-    Raises ConfigError as `with_memory_plan` does.
+    that is free when it starts, the least of all ranks; a run that goes on keeps what was planned then, where
+    all ranks see its folder. Raises ConfigError as `with_memory_plan` does.
     """
     if config.memory == "as_given" or config.vram_gb is not None:
         return with_memory_plan(config, spec.memory_model)
-    settings, note = config.run_dir / "config.yaml", "the settings with which this run began"
-    earlier = None
-    if settings.is_file() and (config.run_dir / "checkpoints" / "latest").exists():
-        earlier = load_run_config(str(settings))
-    if earlier is not None and earlier.memory == "auto" and earlier.vram_gb is None:
-        planned = with_earlier_plan(config, earlier)
+    # CUDA's context, which asking makes, is counted here and in the plan: that is on the safe side.
+    meter = GpuMeter() if on_gpu() else HostMeter()
+    free, total = meter.free_memory(), meter.total_memory()
+    if free is None:
+        return with_memory_plan(config, spec.memory_model)
+    earlier = _planned_before(config)
+    table = ranks.gather([free, earlier is not None])
+    if table[:, 1].all():
+        planned, note = with_earlier_plan(config, earlier), "the settings with which this run began"
     else:
-        meter = GpuMeter() if on_gpu() else HostMeter()
-        free, total = meter.free_memory(), meter.total_memory()
-        if free is not None:
-            free = int(ranks.gather([free]).min())
-            note = f"the {free / 1e9:.1f} GB that are free of {total / 1e9:.1f}"
+        free = int(table[:, 0].min())
         planned = with_memory_plan(config, spec.memory_model, free)
+        note = f"the {free / 1e9:.1f} GB that are free of {total / 1e9:.1f}"
     if ranks.is_first:
         print(f"memory: auto takes {note}")
     return planned
+
+
+def _planned_before(config: RunConfig) -> RunConfig | None:
+    """The config of a run that this one goes on from, if that was planned for free memory, too."""
+    settings = config.run_dir / "config.yaml"
+    if not (settings.is_file() and (config.run_dir / "checkpoints" / "latest").exists()):
+        return None
+    earlier = load_run_config(str(settings))
+    return earlier if earlier.memory == "auto" and earlier.vram_gb is None else None
 
 
 def with_steps_of_epochs(config: RunConfig, inputs: RunInputs) -> RunConfig:

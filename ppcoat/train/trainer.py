@@ -18,12 +18,13 @@ import numpy as np
 import paddle
 from PIL import Image
 
-from ppcoat.coat import COATTrainer
+from ppcoat.coat import COATTrainer, factor_copies
 from ppcoat.config.schema import RunConfig
 from ppcoat.data.cache import TrainingCache
 from ppcoat.device import memory_in_use
 from ppcoat.errors import ConfigError
 from ppcoat.lora import LoRASummary
+from ppcoat.nn.linear import FactorCopies
 from ppcoat.nn.saved_tensors import SavedTensors
 from ppcoat.objective import Objective
 from ppcoat.train.checkpoint import resume_run, save_run
@@ -80,7 +81,8 @@ class Trainer:
     sides: what is trained, by name; a LoRA run has one. state: what goes into checkpoints; previews,
     validation and files are made of its running mean, if there is one, and its batches give the global batch
     of all `ranks`. save_weights(step, final) writes the result files and says what is in them.
-    draw_previews() -> (pictures, prompts). words: how a user goes on after a stop.
+    draw_previews() -> (pictures, prompts). words: how a user goes on after a stop. factors: the LoRAs in the
+    dtype of the model, for a step.
     """
 
     config: RunConfig
@@ -93,6 +95,10 @@ class Trainer:
     validation: Validation | None = None
     words: ResumeWords = ResumeWords()
     ranks: Ranks = field(default_factory=Ranks)
+    factors: FactorCopies = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.factors = factor_copies(self.model, [side.optimizer for side in self.sides.values()])
 
     @property
     def step(self) -> int:
@@ -166,22 +172,23 @@ class Trainer:
         """
         side = self.side
         rng = np.random.default_rng([self.config.seed, self.step])  # the same on all ranks
-        # LoRA dropout draws on the device, for the pictures of this rank
+        # seeds of dropout come from the host's generator: one for the pictures of this rank
         paddle.seed(int(rng.integers(2**31)) + self.ranks.rank)
         passes, drawn, levels, losses, of_pictures = self.config.train.gradient_accumulation, [], [], [], []
-        for _ in range(passes):
-            sigma, mine = self._draw(rng)
-            levels.append(sigma)
-            drawn.append(mine)
-            self._note_memory("before_forward")
-            with side.coat.saved_tensors() as saved:
-                found = side.objective.losses_at(self.model, *mine)
-                loss = found.mean / passes
-            self._note_memory("after_forward")
-            loss.backward()
-            self._note_memory("after_backward")
-            losses.append(loss.detach())
-            of_pictures.append(found.of_pictures)
+        with self.factors.in_use():
+            for _ in range(passes):
+                sigma, mine = self._draw(rng)
+                levels.append(sigma)
+                drawn.append(mine)
+                self._note_memory("before_forward")
+                with side.coat.saved_tensors() as saved:
+                    found = side.objective.losses_at(self.model, *mine)
+                    loss = found.mean / passes
+                self._note_memory("after_forward")
+                loss.backward()
+                self._note_memory("after_backward")
+                losses.append(loss.detach())
+                of_pictures.append(found.of_pictures)
         self.ranks.average_gradients(side.parameters.values())
         losses, of_pictures, squares = self._read(losses, of_pictures)
         mean, norm = float(losses.mean(0).sum()), float(np.sqrt(squares.sum()))

@@ -8,6 +8,7 @@ from ppcoat.cli import doctor
 from ppcoat.cli.main import main
 from ppcoat.device import on_gpu
 from ppcoat.fp8 import backend
+from ppcoat.nn.attention import EFFICIENT, FLASH, MATH
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +69,23 @@ def test_a_small_kernel_is_built_and_what_lacks_for_it_is_named(findings, monkey
     found = doctor.kernel_build()
     assert found.mark == "miss" and found.what.endswith("install gcc (apt install gcc)")
     assert "the slower references do" in found.advice
+
+
+@pytest.mark.parametrize(
+    ("flux", "newbie", "what", "lost"),
+    [
+        (FLASH, FLASH, "flash attention for FLUX and NewBie, as Paddle chooses", None),
+        (EFFICIENT, EFFICIENT, "memory-efficient attention for FLUX and NewBie", "memory is that of flash"),
+        # 24 heads, 4608 x 4608 tokens, float32 on this CPU
+        (FLASH, MATH, "flash attention for FLUX, written out in matmuls for NewBie", "2.04 GB (calculated)"),
+    ],
+)
+def test_attention_is_what_paddle_takes_for_each_model(monkeypatch, flux, newbie, what, lost):
+    kernels = {128: flux, 96: newbie}
+    monkeypatch.setattr(doctor, "kernel_of_paddle", lambda place, head_dim, dtype: kernels[head_dim])
+    found = doctor.attention_row()
+    assert found.what == what and found.mark == ("ok" if lost is None else "miss")
+    assert lost is None or (lost in found.advice and "not measured" in found.advice)
 
 
 def test_an_advice_names_everything_it_is_for():

@@ -145,6 +145,7 @@ def test_strict_sets_its_key_and_later_flags_win(add_arguments, config):
     given = ["--set", "seed=7", "--strict", "--set", "save.strict_resume=false"]
     assert parser.parse_args(config).set == []
     assert parser.parse_args([*config, "--strict"]).set == ["save.strict_resume=true"]
+    assert parser.parse_args([*config, "--deterministic"]).set == ["train.deterministic=true"]
     assert parser.parse_args([*config, *given]).set == [
         "seed=7", "save.strict_resume=true", "save.strict_resume=false"]  # fmt: skip
 

@@ -69,6 +69,8 @@ def test_the_run_in_the_lora_trainers_terms():
     assert run.model.dtype == "auto" and run.uses_fp8_optimizer
     strict = parse("--data_path x --resume_from_checkpoint latest --strict_resume").run_config("pictures")
     assert strict.save.strict_resume and not run.save.strict_resume
+    exact = parse("--data_path x --deterministic").run_config("pictures")
+    assert exact.train.deterministic and not run.train.deterministic
     exact = parse("--data_path x --mixed_precision no --lora_alpha 8").run_config("pictures")
     assert exact.model.dtype == "float32" and exact.network.linear_alpha == 8
 

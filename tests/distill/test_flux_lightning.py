@@ -7,8 +7,10 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import paddle
 import pytest
 from safetensors import safe_open
 
@@ -16,6 +18,7 @@ import ppcoat.distill.encoding as encoding
 import ppcoat.train.trainer as trainer_module
 from ppcoat.config.lightning import lightning_config
 from ppcoat.data import garments
+from ppcoat.distill import flux_lightning
 from ppcoat.distill.flux_lightning import pre_allocate, train_flux_lightning
 from ppcoat.distill.trainer import LightningTrainer
 from ppcoat.errors import ConfigError
@@ -276,3 +279,15 @@ def test_pre_allocation_says_one_line_on_a_cpu(capsys):
     pre_allocate(0)
     pre_allocate(76)
     assert capsys.readouterr().out == "pre_alloc_memory: nothing to do, this run is on a CPU\n"
+
+
+def test_pre_allocation_takes_no_more_than_is_free(monkeypatch):
+    meter = SimpleNamespace(free_memory=lambda: 30 * 10**9, total_memory=lambda: 48 * 10**9)
+    taken = []
+    monkeypatch.setattr(flux_lightning, "on_gpu", lambda: True)
+    monkeypatch.setattr(flux_lightning, "GpuMeter", lambda: meter)
+    monkeypatch.setattr(paddle, "empty", lambda shape, dtype: taken.append((shape, dtype)))
+    pre_allocate(29)
+    assert taken == [([29 * 10**9], "uint8")]
+    with pytest.raises(ConfigError, match=r"came 30 GB, wanted less than the 30.0 GB .* free of .* 48.0"):
+        pre_allocate(30)

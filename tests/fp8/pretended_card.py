@@ -58,6 +58,19 @@ class NoTorch(types.ModuleType):
         raise AssertionError(f"torch.{name} was asked for")
 
 
+class Event:
+    """One millisecond from each to the next."""
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        pass
+
+    def elapsed_time(self, later):
+        return 1.0
+
+
 def build_libcuda():
     source = folder / "libcuda.c"
     source.write_text(LIBCUDA)
@@ -83,7 +96,8 @@ def pretend_cuda():
     cuda, yes = paddle.device.cuda, lambda *_: True
     paddle.is_compiled_with_cuda = paddle.device.is_compiled_with_cuda = yes
     paddle.get_device = paddle.device.get_device = lambda *_: f"gpu:{current}"
-    paddle.CUDAPinnedPlace = paddle.CPUPlace
+    paddle.CUDAPinnedPlace, paddle.CUDAPlace = paddle.CPUPlace, lambda index: f"place {index}"
+    cuda.Event, cuda.synchronize = Event, lambda *_: None
     cuda.device_count = lambda: len(CAPABILITIES)
     cuda.get_device_capability = lambda device=None: CAPABILITIES[current if device is None else device]
     cuda.get_device_name = lambda *_: "pretended"
@@ -116,11 +130,14 @@ def starts():
     import triton
 
     driver = triton.runtime.driver.active
+    sys.modules["ppcoat.fp8.driver_triton"].FLUSHED = 1024
     return found | {
         "driver": type(driver).__module__,
         "finders": sys.meta_path == finders,
         "stream": libcuda.last_stream(),
-        "interface": driver.get_device_interface() is paddle.device.cuda and driver.is_active(),
+        "active": driver.is_active(),
+        "place": driver.get_active_torch_device(),
+        "benchmarked": driver.get_benchmarker()(called, warmup=1, rep=1),
     }
 
 
@@ -248,6 +265,7 @@ def benchmark():
     """`benchmark kernels` up to its first launch, which fails."""
     from ppcoat.cli.main import main
 
+    not_connected()
     libcuda.fail_launches(999)
     before = libcuda.launch_count()
     argv = ["benchmark", "kernels", "--output", str(folder / "kernels.json")]

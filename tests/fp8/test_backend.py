@@ -101,6 +101,21 @@ def test_a_mistake_of_ours_is_not_a_reason_to_fall_back(gpu):
         gpu(triton=buggy)(X)
 
 
+def test_nor_is_one_in_a_later_call(gpu):
+    """What Triton raises while it builds is one: test_driver.py."""
+
+    def fails_on_three(x, times=2):
+        if x.shape[0] > 2:
+            raise RuntimeError("no matter of building")
+        return near(x, times)
+
+    op = gpu(triton=fails_on_three)
+    assert op(X).tolist() == [2.25, 4.25]
+    with pytest.raises(RuntimeError, match="no matter of building"):
+        op(paddle.ones([3]))
+    assert op.verdict("triton").usable
+
+
 def test_an_input_that_a_version_does_not_take_goes_to_the_next(gpu, caplog):
     op, three = gpu(triton=unsuited), paddle.ones([3])
     assert op(X).tolist() == [2.25, 4.25]

@@ -38,7 +38,8 @@ def test_a_kernel_starts_whatever_was_imported_first(scenarios, when):
     """`import ppcoat` imports Triton, by way of paddlenlp. torch stands by and is asked for nothing."""
     found = scenarios[f"starts_{when}_the_package"]
     assert found["launches"] == 1 and found["words"] == [], found
-    assert found["driver"] == "ppcoat.fp8.driver_triton" and found["interface"]
+    assert found["driver"] == "ppcoat.fp8.driver_triton" and found["active"]
+    assert found["place"] == "place 0" and found["benchmarked"] == 1.0
     assert found["finders"], "sys.meta_path has changed"
     assert found["stream"] == 1000
     assert scenarios["goes_on"]["launches"] == 1, scenarios["goes_on"]

@@ -7,8 +7,11 @@ import numpy as np
 import paddle
 import pytest
 
+from ppcoat.fp8 import backend
+from ppcoat.fp8 import quantize as references
 from ppcoat.fp8.backend import Unsuited
 from ppcoat.fp8.formats import E4M3, E5M2
+from ppcoat.fp8.matmul import dequantize_blocks
 
 kernels = pytest.importorskip("ppcoat.fp8.quantize_triton", reason="Triton is not installed")
 
@@ -140,9 +143,45 @@ def test_what_a_kernel_does_not_take_is_refused_in_one_line(quantize, dequantize
 
 
 def test_signatures_are_the_references():
-    from ppcoat.fp8.quantize import dequantize, quantize
-
-    for op in (quantize, dequantize):
+    names = [name for name, module in backend.MODULES["triton"].items() if module == "quantize_triton"]
+    assert len(names) == 5
+    for op in (backend.OPS[name] for name in names):
         twin = inspect.signature(getattr(kernels, op.name)).parameters.values()
         reference = inspect.signature(op.reference).parameters.values()
         assert [(p.name, p.default) for p in twin] == [(p.name, p.default) for p in reference]
+
+
+@pytest.mark.parametrize(
+    ("shape", "group"), [([3, 300], 128), ([2, 5, 200], 100), ([5, 1000], None), ([4, 2], 2)]
+)
+def test_residuals_in_all_layouts_are_the_references(shape, group, on_triton):
+    """Ragged and odd-sized groups, several tiles per tensor: bit for bit but where rounding is a tie."""
+    x = paddle.to_tensor(np.random.default_rng(3).standard_normal(shape).astype(np.float32))
+    want = references.quantize_with_residual.reference(x, E4M3, group)
+    got = on_triton(kernels.quantize_with_residual)(x, E4M3, group)
+    for part, wanted in zip(got, want, strict=True):
+        assert part.shape == wanted.shape and part.dtype == wanted.dtype
+    np.testing.assert_array_equal(got[0].numpy(), want[0].numpy())
+    assert (got[2].numpy() != want[2].numpy()).mean() < 1e-3
+    back = references.dequantize_with_residual.reference(*want, E4M3, group)
+    found = on_triton(kernels.dequantize_with_residual)(*want, E4M3, group)
+    np.testing.assert_allclose(found.numpy(), back.numpy(), rtol=2.0**-22)
+    assert np.sqrt(np.mean((back.numpy() - x.numpy()) ** 2) / np.mean(x.numpy() ** 2)) < 0.003
+
+
+@pytest.mark.parametrize(("shape", "block"), [([300, 130], 128), ([7, 9], 4), ([100, 100], 48)])
+def test_blocks_in_all_layouts_are_the_references(shape, block, on_triton):
+    rng = np.random.default_rng(4)
+    codes = paddle.to_tensor(rng.integers(0, 126, shape, dtype=np.uint8))
+    scale = np.exp2(rng.integers(-9, 9, [-(-side // block) for side in shape])).astype(np.float32)
+    arguments = codes, paddle.to_tensor(scale), E4M3, block, "bfloat16"
+    got = on_triton(kernels.dequantize_blocks)(*arguments).astype("float32").numpy()
+    np.testing.assert_array_equal(got, dequantize_blocks.reference(*arguments).astype("float32").numpy())
+
+
+def test_what_residuals_and_blocks_do_not_take_is_refused_in_one_line(on_triton):
+    for shape, group in (([2, 3], 128), ([2, 6], 3)):
+        with pytest.raises(Unsuited, match="pairs of neighbours want even numbers"):
+            on_triton(kernels.quantize_with_residual)(paddle.ones(shape), E4M3, group)
+    with pytest.raises(Unsuited, match=r"codes \[4, 4\] with scales \[1, 1\], blocks of 2, to float32"):
+        on_triton(kernels.dequantize_blocks)(paddle.zeros([4, 4], "uint8"), paddle.ones([1, 1]), E4M3, 2)

@@ -16,6 +16,7 @@ for op in (adamw.adamw_step, norm.modulated_norm, pointwise.gelu, matmul.scaled_
 ENCODERS, DECODERS = ("log_encode", "signed_log_encode"), ("log_decode", "signed_log_decode")
 NORMS = ("modulated_norm", "modulated_norm_grad", "rms_norm", "rms_norm_grad")
 POINTWISE = ("gelu", "gelu_grad", "silu", "silu_grad", "gated_residual")
+DEQUANTISED = ("dropout", "dequantize_blocks", "dequantize_with_residual")
 LAYERS = (*NORMS, *POINTWISE, "rms_norm_rotated", "rms_norm_rotated_grad")
 
 
@@ -127,14 +128,31 @@ def test_faults_of_a_step_fail(fault):
     assert not truth.largest_error("adamw_step", faulty) <= 1.0
 
 
-@pytest.mark.parametrize("name", [*NORMS, *POINTWISE, "rms_norm_rotated_grad", "scaled_matmul"])
+@pytest.mark.parametrize("name", [*NORMS, *POINTWISE, *DEQUANTISED, "rms_norm_rotated_grad", "scaled_matmul"])
 def test_values_a_little_off_fail(name):
     assert not passed(name, lambda x: x * 1.02)
 
 
-@pytest.mark.parametrize("name", [*NORMS, *POINTWISE, "rms_norm_rotated_grad"])
+@pytest.mark.parametrize("name", [*NORMS, *POINTWISE, *DEQUANTISED, "rms_norm_rotated_grad"])
 def test_a_nan_that_vanishes_fails(name):
     assert not passed(name, without_nan)
+
+
+@pytest.mark.parametrize("by", [1, 16])
+def test_a_residual_one_step_off_fails(by):
+    def change(parts):
+        codes, scale, residual = parts
+        return codes, scale, (residual.astype("int32") + by).clip(max=255).astype("uint8")
+
+    assert not passed("quantize_with_residual", change)
+    assert not passed("quantize_with_residual", lambda parts: (more(parts[0], -1), *parts[1:]))
+
+
+def test_dropout_of_other_places_fails():
+    def moved(x, rate, seed):
+        return backend.OPS["dropout"].reference(x, rate, seed + 1)
+
+    assert not truth.largest_error("dropout", moved) <= 1.0
 
 
 @pytest.mark.parametrize("part", [0, 1])

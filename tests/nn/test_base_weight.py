@@ -1,5 +1,7 @@
 """FP8 frozen weights under Linears and LoRAs, against float64 with the dequantised weight."""
 
+from contextlib import nullcontext
+
 import ml_dtypes
 import numpy as np
 import paddle
@@ -8,10 +10,11 @@ from paddle import nn
 
 from ppcoat.errors import ConfigError
 from ppcoat.lora import inject_lora, remove_lora
+from ppcoat.nn import saved_forms
 from ppcoat.nn.base_weight import FP8Weight, times, times_transposed
 from ppcoat.nn.convert import multiply_in_fp8, quantize_linears, replace_linear_with_fp8
 from ppcoat.nn.linear import FrozenLinear, LoRALinear
-from ppcoat.nn.saved_tensors import count_saved_tensors
+from ppcoat.nn.saved_tensors import count_saved_tensors, saved_as_they_are
 
 IN, OUT = 200, 136
 
@@ -175,3 +178,77 @@ def test_lora_gradients_with_products_in_fp8(flux, build_flux):
     print(loss, fp8_loss, flux.errors(got, wanted)[1])
     assert 0 < abs(fp8_loss - loss) < 0.01 * loss
     assert flux.errors(got, wanted)[1] < 0.08
+
+
+@pytest.fixture
+def quantised(monkeypatch):
+    """Shapes of what was quantised."""
+    shapes = []
+    real = saved_forms.quantize
+    monkeypatch.setattr(
+        saved_forms, "quantize", lambda x, *settings: shapes.append(list(x.shape)) or real(x, *settings)
+    )
+    return shapes
+
+
+def three_linears() -> tuple[list[nn.Layer], int]:
+    """Three LoRAs on FP8 weights that multiply in FP8, and how many bytes the FP8 form of their x takes."""
+    layers = [model(), model(), model()]
+    for layer in layers:
+        quantize_linears(layer)
+        inject_lora(layer, 4, 8.0, targets=["0"], policy="coat", group_size=128)
+        layer[0].weight.in_fp8 = True
+    return layers, 2 * 6 * IN + 4 * 2 * 6 * 2
+
+
+def test_x_is_quantised_once_for_all_that_read_it_and_save_it(quantised):
+    layers, size = three_linears()
+    x = rows()
+    with count_saved_tensors() as saved:
+        outputs = [layer(x) for layer in layers]
+    assert quantised == [[2, 6, IN]]
+    assert saved.bytes_kept == size + 3 * 2 * 6 * 4 * 4  # x once, and x A of each
+    sum(y.sum() for y in outputs).backward()
+    assert len(quantised) == 1 + 3  # and each output's gradient
+    for layer in layers:
+        layer[0].group_size = None  # another form is saved: one scale for all
+    quantised.clear()
+    with count_saved_tensors():
+        for layer in layers:
+            layer(x)
+    assert quantised == [[2, 6, IN], [2, 6, IN]]
+
+
+def test_what_is_only_multiplied_is_not_counted_as_saved(quantised):
+    layers, _ = three_linears()
+    x = rows()
+    with count_saved_tensors() as saved:
+        for layer in layers:
+            layer[0].enabled = False
+            layer(x)
+    assert quantised == [[2, 6, IN]] and saved.bytes_kept == 0
+
+
+def test_x_that_was_changed_is_quantised_anew(quantised):
+    (layer, *_), _ = three_linears()
+    x = rows().detach()
+    with count_saved_tensors(), paddle.no_grad():
+        before = layer(x)
+        x.add_(paddle.ones_like(x))
+        after = layer(x)
+    assert len(quantised) == 2
+    w = values(layer[0].weight)
+    moved = after.numpy() - before.numpy()
+    np.testing.assert_allclose(moved, np.broadcast_to(w.sum(0), moved.shape), atol=0.3)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_blocks_quantise_each_input_of_their_linears_once(build_flux, quantised, flux, grad):
+    """A double block has 8 inputs and a single one 2: results of norms have three and four readers."""
+    transformer = build_flux(1, 1, 2, 64, channels=16, text=24, pooled=12, guidance=True)
+    quantize_linears(transformer)
+    multiply_in_fp8(transformer)
+    batch = flux.arguments(transformer)
+    with paddle.set_grad_enabled(grad), saved_as_they_are() if grad else nullcontext():
+        transformer(**batch)
+    assert len(quantised) == 10

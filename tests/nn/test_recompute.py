@@ -82,6 +82,28 @@ def test_random_numbers_repeat_and_those_behind_are_not_disturbed():
         np.testing.assert_array_equal(plain, again)
 
 
+def test_dropout_repeats_where_the_devices_generator_is_not_the_hosts(monkeypatch):
+    """As on a GPU: its generator is another than the one that seeds dropout."""
+    get, put = paddle.get_rng_state, paddle.set_rng_state
+    monkeypatch.setattr(paddle, "get_rng_state", lambda device=None: get(device) if device else "a GPU's")
+    monkeypatch.setattr(paddle, "set_rng_state", lambda state, device=None: device and put(state, device))
+    layers = nn.Sequential(nn.Linear(16, 16))
+    lora = inject_lora(layers, 4, 8.0, dropout=0.5, targets=["0"])["0"]
+    lora.lora_B.set_value(np.random.default_rng(3).standard_normal([4, 16]).astype("float32"))
+    layers.train()
+    x, found = normal(2, 5, 16), []
+    for call in (layers, lambda x: checkpointed(layers, x, trained=[lora.lora_A, lora.lora_B])):
+        paddle.seed(4)
+        first = call(x)
+        following = paddle.framework.core.default_cpu_generator().random()
+        (first**2).sum().backward()
+        found.append([t.grad.numpy() for t in (lora.lora_A, lora.lora_B, x)] + [np.array(following)])
+        for each in (lora.lora_A, lora.lora_B, x):
+            each.clear_gradient(False)
+    for plain, again in zip(*found, strict=True):
+        np.testing.assert_array_equal(plain, again)
+
+
 def test_without_gradients_it_is_a_plain_call():
     x = normal(1, 2, 4, trained=False)
     assert checkpointed(F.silu, x).stop_gradient

@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import paddle
 import pytest
@@ -16,9 +17,12 @@ from ppcoat.coat import COATTrainer
 from ppcoat.config.schema import RunConfig
 from ppcoat.data.cache import build_cache, pictures_at_once
 from ppcoat.errors import ConfigError
+from ppcoat.nn.attention import EFFICIENT, FLASH, MATH
+from ppcoat.plan import phases
+from ppcoat.plan import settings as settings_module
 from ppcoat.plan.phases import ENCODED_AT_ONCE, MemoryModel, Settings
 from ppcoat.plan.saved_bytes import small_lora_paths
-from ppcoat.plan.settings import Plan, as_given, plan, with_memory_plan, with_settings
+from ppcoat.plan.settings import Plan, as_given, plan, with_earlier_plan, with_memory_plan, with_settings
 
 MB = 1e6
 SMALL = BenchmarkCase(
@@ -124,6 +128,52 @@ def test_a_gpu_keeps_no_scores_of_attention():
     assert planned.saved(under("coat")).single / unit == pytest.approx(9.65, abs=0.1)
     assert planned.saved(under("none")).single / unit < 24
     assert planned.saved(under("none"), True).double / unit == pytest.approx(0.5 + 0.5 * 4 / 128, abs=0.001)
+
+
+@pytest.fixture
+def with_kernel(monkeypatch):
+    """with_kernel(kernel, dtype): the plan on a card of whose attention Paddle says this."""
+
+    def make(kernel: str, dtype: str = "auto") -> MemoryModel:
+        monkeypatch.setattr(phases, "gpu_place", lambda device: "card")
+        monkeypatch.setattr(phases, "kernel_of_paddle", lambda *asked: seen.append(asked) or kernel)
+        return MemoryModel(dev_config(model={"dtype": dtype}), on_gpu=True)
+
+    seen = []
+    yield make
+    assert {asked[:2] for asked in seen} == {("card", 128)}
+
+
+def test_a_card_that_is_not_at_hand_is_planned_with_what_paddle_takes_elsewhere(with_kernel):
+    planned = MemoryModel(dev_config(), on_gpu=True)
+    assert planned.kernel == FLASH and planned.facts[2] == "flash attention, assumed: no card is at hand"
+    planned = MemoryModel(dev_config(model={"dtype": "float32"}), on_gpu=True)
+    assert planned.kernel == EFFICIENT and "memory-efficient attention, assumed" in planned.facts[2]
+    assert with_kernel(FLASH).facts[2] == "flash attention, Paddle's choice here"
+
+
+def test_where_attention_is_written_out_the_plan_has_its_scores(with_kernel):
+    """bfloat16: under "none" each block saves the scores behind the softmax instead of the output and a
+    float32 per row, and all policies hold scores while a block goes backward."""
+    written, flash = with_kernel(MATH), with_kernel(FLASH)
+    scores = 2 * 24 * written.tokens**2
+    assert f"({scores / 1e9:.2f} GB of scores" in written.facts[2]
+    more = [model.saved(under("none")).single for model in (written, flash)]
+    assert more[0] - more[1] == pytest.approx(scores, rel=0.1)
+    for lines in (*phases.WORKING.values(), phases.FORWARD_WORKING):
+        with_scores, without = (model._working(lines, batch=1) for model in (written, flash))
+        assert with_scores - without > 0.3 * scores
+    remainder = 24 * (2 * 128 + 4) * written.tokens  # computed again
+    more = [model.saved(under("coat")).double for model in (written, flash)]
+    assert more[1] - more[0] == pytest.approx(remainder)
+
+
+def test_memory_efficient_attention_saves_no_scores_in_float32(with_kernel):
+    efficient, written = with_kernel(EFFICIENT, "float32"), with_kernel(MATH, "float32")
+    scores = 4 * 24 * written.tokens**2
+    less = [model.saved(under("none")).single for model in (written, efficient)]
+    assert less[0] - less[1] == pytest.approx(scores, rel=0.1)
+    assert written.activations(under("none"))[1] > efficient.activations(under("none"))[1]
 
 
 def test_flux_dev_by_its_shapes():
@@ -263,6 +313,24 @@ def test_auto_applies_the_plan_and_as_given_does_nothing():
     applied = with_memory_plan(config, MemoryModel)
     assert as_given(applied, 57) == plan(config, MemoryModel, 24).settings
     assert with_memory_plan(dev_config(), MemoryModel) == dev_config()
+
+
+@pytest.mark.parametrize("device", ["gpu", "cpu"])
+def test_auto_plans_with_what_is_free_on_the_device_at_hand(device, monkeypatch):
+    asked = []
+
+    def planning(config, memory_model, vram_gb):
+        asked.append((config.device, vram_gb))
+        return SimpleNamespace(settings=under("coat"))
+
+    monkeypatch.setattr(settings_module, "plan", planning)
+    monkeypatch.setattr(settings_module, "on_gpu", lambda: device == "gpu")
+    config = dev_config(memory="auto", device="auto")
+    applied = with_memory_plan(config, MemoryModel, free=22 * 10**9)
+    assert asked == [(device, 22.0)] and applied == with_settings(config, under("coat"))
+    assert with_earlier_plan(config, applied) == applied
+    with pytest.raises(ConfigError, match="give vram_gb"):
+        with_memory_plan(config, MemoryModel)
 
 
 def test_the_encoders_are_called_as_the_cache_calls_them():

@@ -1,6 +1,8 @@
-"""What several ranks encode: the first rank all, the others nothing."""
+"""What several ranks encode: the first rank all, the others nothing. What `memory: auto` plans with."""
 
 import errno
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import paddle
@@ -10,8 +12,11 @@ from ppcoat.data.cache import Encoders
 from ppcoat.data.embedding_store import EmbeddingStore
 from ppcoat.data.examples import all_examples, scan_datasets
 from ppcoat.errors import ConfigError
+from ppcoat.plan.settings import as_given, with_settings
+from ppcoat.train import run
+from ppcoat.train.checkpoint import check_compatible
 from ppcoat.train.ranks import Ranks
-from ppcoat.train.run import encode_for_all
+from ppcoat.train.run import encode_for_all, with_fitting_settings
 
 PICTURES = 6
 ON_DISK = "datasets.0.cache_to_disk=true"
@@ -104,3 +109,54 @@ def test_a_full_disk_is_the_users_to_solve_and_a_device_error_is_not(make_config
         fail(OSError(errno.ENOSPC, "No space left on device"))
     with pytest.raises(OSError, match="External"):
         fail(OSError("(External) CUDA error(2)"))
+
+
+@pytest.fixture
+def planned(make_config, monkeypatch):
+    """planned(free of each rank) -> the config of rank 0, and the bytes that all so far were planned with."""
+    asked, chosen = [], {8: "coat", 5: "coat+recompute"}
+
+    def planning(config, memory_model, free=None):
+        asked.append(free)
+        wanted = as_given(config, 0)
+        return with_settings(config, replace(wanted, policy=chosen[free // 10**9], blocks_to_swap=1))
+
+    def run_with(*free):
+        meter = SimpleNamespace(free_memory=lambda: free[0], total_memory=lambda: 12 * 10**9)
+        monkeypatch.setattr(run, "HostMeter", lambda: meter)
+        others = [[count, False] for count in free[1:]]
+        ranks = SimpleNamespace(is_first=True, gather=lambda values: np.array([values, *others]))
+        config = make_config("memory=auto", "coat.enabled=true", "vram_gb=null")
+        return with_fitting_settings(SimpleNamespace(memory_model=None), config, ranks), asked
+
+    monkeypatch.setattr(run, "with_memory_plan", planning)
+    return run_with
+
+
+def test_auto_takes_the_memory_that_is_free_on_the_fullest_rank(planned, capsys):
+    for free in ((8, 5), (5, 8)):
+        config, asked = planned(*(gigabytes * 10**9 for gigabytes in free))
+        assert asked.pop() == 5 * 10**9 and config.coat.activation.policy == "coat+recompute"
+        assert capsys.readouterr().out == "memory: auto takes the 5.0 GB that are free of 12.0\n"
+
+
+def test_a_run_that_goes_on_keeps_its_settings_whatever_is_free_now(planned, capsys):
+    config, asked = planned(8 * 10**9)
+    run.start_run_folder(config.run_dir, run.dump_config(config))
+    assert planned(5 * 10**9)[0] != config  # nothing to go on from
+    (config.run_dir / "checkpoints").mkdir()
+    (config.run_dir / "checkpoints" / "latest").write_text("x")
+    again, _ = planned(5 * 10**9)
+    assert again == config and len(asked) == 2
+    planned(8 * 10**9, 5 * 10**9)  # the other rank does not see the folder: both plan anew
+    assert asked[2:] == [5 * 10**9]
+    assert "the settings with which this run began" in capsys.readouterr().out
+
+
+def test_a_checkpoint_of_deterministic_kernels_wants_them_again(make_config):
+    with_flag, without = (
+        run._compatible(make_config(*flags), []) for flags in (["train.deterministic=true"], [])
+    )
+    with pytest.raises(ConfigError, match="deterministic was True in the checkpoint and is not set now"):
+        check_compatible(with_flag, without)
+    check_compatible(with_flag, with_flag)

@@ -10,6 +10,7 @@ import paddle
 import pytest
 from safetensors.numpy import load_file
 
+from ppcoat.nn.linear import FactorCopies
 from ppcoat.train import flux as flux_lora
 from ppcoat.train import run as lora_run
 from ppcoat.train.checkpoint import load_latest
@@ -101,6 +102,55 @@ def test_gradient_checkpointing_with_coat_keeps_fp8_block_inputs_only(make_confi
     assert 0 < again.bytes_kept < kept.bytes_kept
     np.testing.assert_allclose(again.losses, kept.losses, rtol=0.02)  # blocks run again from FP8 inputs
     assert again.optimizer_bytes == kept.optimizer_bytes > 0
+
+
+SYNCS = ("numpy", "item", "tolist", "__float__", "__int__", "__bool__", "__array__", "__index__")
+COPIES = 7  # to the device, of a forward pass
+
+
+def test_a_step_reads_from_the_device_once_dropout_included(make_config, monkeypatch):
+    """Losses, gradient norms and whether all is finite come together. What is copied to the device is the
+    batch, its noise and what says where tokens are."""
+    asked, inside, casting = [], [], []
+    in_use = FactorCopies.in_use
+
+    def counted(owner, name):
+        real = getattr(owner, name)
+
+        def call(*args, **kwargs):
+            if inside == ["step"]:
+                asked[-1].append(name)
+            inside.append(name)
+            try:
+                return real(*args, **kwargs)
+            finally:
+                inside.pop()
+
+        monkeypatch.setattr(owner, name, call)
+
+    def step(trainer, _step=Trainer.train_step):
+        asked.append([])
+        inside.append("step")
+        try:
+            return _step(trainer)
+        finally:
+            inside.pop()
+
+    monkeypatch.setattr(Trainer, "train_step", step)
+    monkeypatch.setattr(FactorCopies, "in_use", lambda copies: casting.append(copies) or in_use(copies))
+    for name in SYNCS:
+        counted(paddle.Tensor, name)
+    counted(paddle, "to_tensor")
+    train_lora(
+        make_config(
+            "network.dropout=0.1", "train.gradient_checkpointing=true", "train.gradient_accumulation=2",
+            "coat.activation.policy=coat+recompute+attention", "train.ema.use_ema=true", "train.steps=2",
+        )
+    )  # fmt: skip
+    _, calls = asked  # the first step looks at the weights of head norms, too
+    assert [name for name in calls if name != "to_tensor"] == ["numpy"]
+    assert len(calls) - 1 <= 2 * COPIES
+    assert len(casting) == 2 and casting[0] is casting[1]  # one cast of the factors for both passes of a step
 
 
 def test_memory_lines_come_only_when_asked_for(make_config, capsys):

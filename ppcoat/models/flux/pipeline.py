@@ -21,6 +21,7 @@ from ppdiffusers import AutoencoderKL, DiffusionPipeline
 from ppdiffusers.utils import BaseOutput
 
 from ppcoat.atomic import whole_folder
+from ppcoat.device import compute_dtype
 from ppcoat.errors import ConfigError
 from ppcoat.models import loading, writing
 from ppcoat.models.flux.scheduler import FlowMatchEulerDiscreteScheduler, calculate_shift
@@ -99,12 +100,11 @@ class FluxPipeline(LatentPictures, DiffusionPipeline):
         its folder; one named in `without` (the transformer, or a text part) is not loaded and stays None.
 
         paddle_dtype: dtype of all weights; by default float32 on CPU and bfloat16 on a GPU.
-        Raises ConfigError for an incomplete or inconsistent folder, before any weight is read
-        (loading.check_folder).
+        Raises ConfigError for a dtype that the device does not compute in (compute_dtype), and for an
+        incomplete or inconsistent folder (loading.check_folder), before any weight is read.
         """
-        folder = Path(folder)
+        folder, dtype = Path(folder), compute_dtype(paddle_dtype)
         loading.check_folder(folder)
-        dtype = None if paddle_dtype is None else str(paddle_dtype).rsplit(".", 1)[-1]
 
         def part(given: Any, load: Callable, name: str, *args: Any) -> Any:
             wanted = given is None and name not in without

@@ -111,7 +111,7 @@ def open_nextdit(folder: str | Path, dtype: str | None = None) -> tuple[NextDiT_
 
 
 def load_nextdit(folder: str | Path, dtype: str | None = None) -> NextDiT_CLIP:
-    """The transformer of a component folder, in `dtype` (None: see loading.default_dtype), in eval mode."""
+    """The transformer of a component folder, in `dtype` (None: see device.default_dtype), in eval mode."""
     return _loaded(_nextdit, _nextdit_source, folder, dtype)
 
 

@@ -23,6 +23,7 @@ import PIL.Image
 from ppdiffusers import AutoencoderKL, DiffusionPipeline
 from ppdiffusers.utils import BaseOutput
 
+from ppcoat.device import compute_dtype
 from ppcoat.errors import ConfigError
 from ppcoat.models.newbie.files import (
     LATENT_CHANNELS,
@@ -97,12 +98,11 @@ class NewbiePipeline(LatentPictures, DiffusionPipeline):
         "transformer" leaves that part None.
 
         paddle_dtype: dtype of all weights but the VAE's, which stay float32; by default float32 on CPU and
-        bfloat16 on a GPU. Raises ConfigError for an incomplete or inconsistent folder, before any weight is
-        read (check_newbie_folder).
+        bfloat16 on a GPU. Raises ConfigError for a dtype that the device does not compute in (compute_dtype),
+        and for an incomplete or inconsistent folder (check_newbie_folder), before any weight is read.
         """
-        folder = Path(folder)
+        folder, dtype = Path(folder), compute_dtype(paddle_dtype)
         check_newbie_folder(folder)
-        dtype = None if paddle_dtype is None else str(paddle_dtype).rsplit(".", 1)[-1]
         if transformer is None and "transformer" not in without:
             transformer = load_nextdit(folder / "transformer", dtype)
         return cls(

@@ -289,3 +289,19 @@ def test_frozen_layers_of_training_are_saved_like_linears(fp32_folder, tmp_path)
     original, _ = tensors_of(fp32_folder / "transformer" / WEIGHT_FILES["transformer"])
     for key, tensor in original.items():
         np.testing.assert_array_equal(saved[key], tensor, err_msg=key)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", paddle.float16])
+def test_half_precision_on_a_cpu_is_refused_before_anything_is_read(dtype):
+    with pytest.raises(
+        ConfigError, match="float32 only on a CPU; use float32 or auto, or leave it out"
+    ) as said:
+        FluxPipeline.from_pretrained("nowhere", dtype)
+    assert "\n" not in str(said.value)
+
+
+def test_an_unknown_dtype_is_named(fp32_folder):
+    with pytest.raises(
+        ConfigError, match="^dtype: came 'bf16', wanted one of auto, float32, bfloat16, float16$"
+    ):
+        FluxPipeline.from_pretrained(fp32_folder, "bf16")

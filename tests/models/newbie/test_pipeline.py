@@ -123,3 +123,8 @@ def test_cut_captions_are_counted_in_a_warning(pipeline, texts, caplog):
 def test_mistakes_are_named(pipeline, options, message):
     with pytest.raises(ConfigError, match=message):
         small(pipeline, **options)
+
+
+def test_half_precision_on_a_cpu_is_refused_before_anything_is_read():
+    with pytest.raises(ConfigError, match="dtype bfloat16: Paddle computes in float32 only on a CPU"):
+        NewbiePipeline.from_pretrained("nowhere", "bfloat16")
