@@ -19,7 +19,7 @@ import numpy as np
 
 # Instructions of the special function units, which give 16 results a clock and multiprocessor (CUDA
 # programming guide, table of arithmetic throughput), so that each keeps a scheduler's unit for 8 clocks:
-# approximations, and, to be on the safe side, conversions between integers and floats that have no short form.
+# approximations, and, to be on the safe side, conversions of integers and floats without a short form.
 SPECIAL = re.compile(r"MUFU|I2F\.|F2I\.|F2F\.|FRND")
 TENSOR = re.compile(r"[HQI]G?MMA\.|UTC[A-Z]*MMA")
 BANKS, WORD, LANES = 32, 4, 32

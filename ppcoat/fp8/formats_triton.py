@@ -216,7 +216,7 @@ def floor_byte(x):
 
 @triton.jit
 def byte_number(codes, SIGNED: tl.constexpr):
-    """uint8, with SIGNED bits of int8, -> the number, float32: the byte is put behind 2^23, which is taken off
+    """uint8, with SIGNED bits of int8, -> the number, float32: the byte is put behind 2^23, which goes off
     again, because conversions of bytes run at a quarter of the rate of an addition."""
     bits = ((codes ^ 0x80) if SIGNED else codes).to(tl.int32) | 0x4B000000
     return bits.to(tl.float32, bitcast=True) - (8388608.0 + 128.0 if SIGNED else 8388608.0)

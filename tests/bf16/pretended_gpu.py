@@ -26,7 +26,7 @@ from half_precision import HALVES, HalfPrecision, RoundingNoise, place, tensors_
 from paddle.autograd import PyLayer
 
 from ppcoat import device
-from ppcoat.fp8 import backend, formats_triton
+from ppcoat.fp8 import backend
 from ppcoat.models.flux import transformer
 from ppcoat.models.flux.pipeline import FluxPipeline
 from ppcoat.models.newbie import nextdit
@@ -89,8 +89,6 @@ class PretendedGpu:
         for kind in (JITFunction, InterpretedFunction):
             launch = lambda kernel, grid: partial(self._stop_short, kernel, grid)  # noqa: E731
             stack.enter_context(mock.patch.object(kind, "__getitem__", launch))
-        stack.callback(formats_triton.capability.cache_clear)
-        formats_triton.capability.cache_clear()
         driver = SimpleNamespace(active=_Driver(), set_active=lambda driver: None)
         stack.enter_context(mock.patch.object(triton.runtime, "driver", driver))
 
