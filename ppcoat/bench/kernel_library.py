@@ -99,6 +99,18 @@ class PaddleLibrary(PaddleTensors):
         multiply = paddle.linalg.fp8_fp8_half_gemm_fused
         return lambda: multiply(x, w, transpose_x=False, transpose_y=True, output_dtype="bfloat16")
 
+    def blockwise_fp8_matmul(self, m: int, k: int, n: int) -> Callable[[], Any] | None:
+        """Paddle's FP8 product x W^T with the scales of `scaled_matmul`: None where its check fails and for
+        sides that it does not take."""
+        if m % 4 or k % 512 or n % 128 or not backend.OPS["scaled_matmul"].verdict("paddle").usable:
+            return None
+        x, w = (paddle.ones(s).astype("float8_e4m3fn") for s in ([m, k], [n, k]))
+        scales = paddle.ones([k // GROUP_SIZE, m]), paddle.ones([n // GROUP_SIZE, k // GROUP_SIZE])
+        multiply = paddle.incubate.nn.functional.fp8_gemm_blockwise
+        return lambda: multiply(
+            x, scales[0], w, scales[1], paddle.bfloat16, is_a_1d_scaled=True, is_b_1d_scaled=False
+        )
+
     def fused_adamw(self, count: int) -> Callable[[], Any]:
         """A step of Paddle's AdamW on one float32 parameter."""
         weight = paddle.create_parameter([count], "float32")

@@ -190,6 +190,9 @@ class ShapedLibrary:
     def zeros(self, shape: list[int], dtype: str) -> Shaped:
         return Shaped(shape, dtype)
 
+    def codec(self, fmt: Any, expand: bool, positive: bool) -> Any:
+        return SimpleNamespace(fmt=fmt, expand=expand, positive=positive)
+
     def eager(self) -> dict[str, Callable]:
         return defaultdict(lambda: lambda *_: None)
 

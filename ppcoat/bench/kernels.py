@@ -35,7 +35,7 @@ WITH_QUANTISING, OF_PEAK = "times as fast as 16-bit, with quantising", "share of
 HALF_STEP = 2.0**-4  # of E4M3, relative: no single rounding is more
 UNEXPLAINED = "not known"
 LAUNCHING = "a call that copies 256 bytes takes more than half as long as the copy: most of it is launching"
-TURNED = "W is stored [in, out], which Hopper's FP8 instructions do not read: tiles are turned in registers"
+TURNED = "W is stored [in, out], which FP8 instructions do not read: W^T is written into scratch each time"
 SMALL = "the product has fewer than 132 tiles of 128 x 128, one for each multiprocessor of an H200"
 SAME_WORK = "attention and the 16-bit products, most of the time, are the same both ways"
 
@@ -222,6 +222,7 @@ def _matmul(kernels: Kernels, sizes: Sizes) -> Iterator[Row]:
             dense, _ = kernels.timed(kernels.dense_matmul(tokens, k, n), sizes.runs)
             own = library.scaled_fp8_matmul(tokens, k, n)
             own_ms = kernels.timed(own, sizes.runs)[0] if own else None
+            blockwise = library.blockwise_fp8_matmul(tokens, k, n)
             for name, quantised, whole in kernels.products(tokens, k, n):
                 row = Row(name, [tokens, k, n], *kernels.timed(whole, sizes.runs))
                 alone, _ = kernels.timed(quantised, sizes.runs)
@@ -230,6 +231,8 @@ def _matmul(kernels: Kernels, sizes: Sizes) -> Iterator[Row]:
                 row.why = dict.fromkeys((WITH_QUANTISING, OF_PEAK), _why_slow(name, tokens, k, n))
                 if own_ms:
                     row.others["the library's FP8 matmul"] = own_ms
+                    if blockwise:
+                        row.others["the same, block-wise scales"] = kernels.timed(blockwise, sizes.runs)[0]
                     row.targets[OF_PEAK] = (2e-9 * tokens * k * n / alone / peak, 0.6)
                 else:
                     row.remarks.append(

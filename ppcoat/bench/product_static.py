@@ -7,8 +7,7 @@ shared memory is written and read, and the second-level cache delivers the tiles
 bounds the product. Before y = x W the weight's codes are turned, which takes as long as memory needs for it.
 
 Left out are latency, the first and last steps of a program, its epilogue and the last wave of programs: a
-card may be slower, not faster. Where nothing overlapped, tensor cores and schedulers would take turns:
-`StepClocks.in_turn`.
+card may be slower, not faster. Where nothing overlapped, tensor cores and schedulers would take turns.
 """
 
 from __future__ import annotations
@@ -47,11 +46,6 @@ class StepClocks:
     def share(self) -> float:
         """Of the time in which tensor cores multiply, where all overlaps."""
         return self.tensor / max(self.tensor, self.issue, self.shared, self.cache or 0.0)
-
-    @property
-    def in_turn(self) -> float:
-        """The same where nothing is issued while tensor cores multiply."""
-        return self.tensor / (self.tensor + self.issue)
 
 
 def step_clocks(card: Card, launch: Launch) -> StepClocks:

@@ -55,8 +55,11 @@ def scaled_matmul_by_paddle(
     epilogue: Epilogue = Epilogue(),  # noqa: B008 (frozen, and holds nothing)
     dtype: str = "float32",
 ) -> paddle.Tensor:
-    """`scaled_matmul` by Paddle's `fp8_gemm_blockwise`, which is cuBLASLt's x W^T for float32 or bfloat16
-    results, so W is turned first where `transpose` is False.
+    """`scaled_matmul` by Paddle's `fp8_gemm_blockwise`, which is cuBLASLt's x W^T.
+
+    codes uint8 [M, K], scale float32 [M, K / 128], weight [K, N], with `transpose` [N, K] -> [M, N] in
+    `dtype`. A weight [K, N] is turned first. With an epilogue, and for other dtypes than bfloat16, the
+    product is made in float32.
 
     Raises Unsuited where Paddle has no such function, and for sides that cuBLASLt's layouts of scales do not
     fit: M must be a multiple of 4, N of 128 and K of 512.

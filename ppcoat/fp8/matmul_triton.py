@@ -7,7 +7,7 @@ which keep fewer bits, is longer than 128.
 Tensor cores read FP8 along the axis that is summed over. dx = dy W^T finds a weight [in, out] that way. For
 y = x W a quick kernel (`turn_kernel`) writes the codes of W^T into scratch before each product: 2 bytes moved
 for each weight, and scratch of one weight. Keeping both forms would spare that and take the codes of all
-Linears a second time, 11.9 GB for FLUX.1-dev, which a card of 24 GB does not have.
+Linears a second time, 11.8 GB for FLUX.1-dev, which a card of 24 GB does not have.
 
 On Hopper tiles are fetched by tensor descriptors (TMA) where rows are multiples of 16 bytes, elsewhere by
 pointers. Where the device has no FP8 (before sm_89) the tiles are multiplied as float16, exactly.
@@ -76,7 +76,8 @@ def scaled_matmul(
         return y
     w = weight.codes if transpose else turned(weight.codes)
     tall = BLOCK if m > BLOCK // 2 else BLOCK // 2
-    native, described = capability() >= NATIVE_ARCH, capability() in DESCRIPTORS and k > 0
+    arch = capability()
+    native, described = arch >= NATIVE_ARCH, arch in DESCRIPTORS and k > 0
     pair = described and m > PAIRS_FROM and n > BLOCK and precision != "ieee"  # else registers run out
     grid = -(-m // tall) * -(-n // (BLOCK << pair))
     scaled_matmul_kernel[(grid,)](

@@ -20,7 +20,7 @@ from ppcoat.models.flux.transformer import DoubleBlock
 ROOT = Path(__file__).parents[2]
 WITHOUT_GPU = pytest.mark.skipif(PaddleLibrary.has_gpu(), reason="there is a GPU")
 TINY = kernels.Sizes(
-    tokens=(3,), text=1, width=256, heads=2, linears=((64, 130), (128, 128)), parameters=1000, peak=8, runs=1
+    tokens=(3,), text=1, width=256, heads=2, linears=((64, 144), (128, 128)), parameters=1000, peak=8, runs=1
 )
 
 HIDDEN = """

@@ -62,4 +62,4 @@ if __name__ == "__main__":
     for each, launches in compiled(arch, wanted, cases()):
         clocks = step_clocks(card, launches[-1])
         found = asdict(static_row(each, launches, arch)), asdict(clocks), [facts(x) for x in launches]
-        print(json.dumps([*found, clocks.share, clocks.in_turn]), flush=True)
+        print(json.dumps([*found, clocks.share]), flush=True)

@@ -27,6 +27,7 @@ KERNELS = {
     "gated_residual_kernel",
     "dropout_kernel",
     "scaled_matmul_kernel",
+    "turn_kernel",
 }
 CONVERTING = {
     *("quantize_kernel", "dequantize_kernel", "adamw_kernel"),

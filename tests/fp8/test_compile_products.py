@@ -29,7 +29,7 @@ runpy.run_path(sys.argv.pop(1), run_name="__main__")
 
 
 def compiled(arch, wanted, cache):
-    """Lines of compile_products.py as (row, clocks, launches, share, in turn)."""
+    """Lines of compile_products.py as (row, clocks, launches, share)."""
     pytest.importorskip("triton", reason="Triton is not installed")
     package = HERE.parents[1] / "ppcoat/__init__.py"
     path = os.pathsep.join([str(HERE.parents[1]), *(entry for entry in sys.path if entry)])
@@ -64,17 +64,18 @@ def check(arch, row, launches):
 
 def test_the_product_on_hopper(tmp_path):
     """Pairs of tiles by descriptors. dx and LoRA are in the slow test."""
-    ((row, clocks, launches, share, in_turn),) = compiled(90, "y = x W, one picture", tmp_path)
+    ((row, clocks, launches, share),) = compiled(90, "y = x W, one picture", tmp_path)
     check(90, row, launches)
     assert launches[-1]["programs"] == 36 * 12 and launches[-1]["tile_buffers"] == 4
     assert clocks["tensor"] == 1024 and 256 < clocks["issue"] < 700  # 256: the sums in float32
+    in_turn = clocks["tensor"] / (clocks["tensor"] + clocks["issue"])  # as if nothing overlapped
     assert share >= 0.59 and in_turn >= 0.6 and row["reachable_share"] >= 0.56
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", SHARED)
 def test_products_of_every_kind(arch, tmp_path):
-    found = {row["kernel"]: (row, launches) for row, _, launches, *_ in compiled(arch, "", tmp_path)}
+    found = {row["kernel"]: (row, launches) for row, _, launches, _ in compiled(arch, "", tmp_path)}
     assert len(found) == 11
     for row, launches in found.values():
         check(arch, row, launches)
@@ -110,7 +111,7 @@ def test_the_clocks_of_a_step(loops):
     written, read = 384 * 128, 2 * 8 * (64 + 128) * 32  # two groups of warps
     assert clocks.shared == (written + read) / 128 == 1152
     assert clocks.cache == written / 32 == 1536
-    assert clocks.share == 1024 / 1536 and clocks.in_turn == 1024 / 1424
+    assert clocks.share == 1024 / 1536
     ada = launch(["LDSM.16.M88.4"] * 24 + ["FFMA"] * 1000, False)
     clocks = product_static.step_clocks(SimpleNamespace(**{**vars(CARD), "flops": 1024, "cache": None}), ada)
     assert (clocks.tensor, clocks.cache) == (4096, None)
