@@ -21,6 +21,9 @@ MOST_FILES, MOST_LINES, MOST_LINES_OF_A_SCRIPT = 156, 400, 40
 FOR_USERS = {
     "extra_repr": "Paddle calls it for the repr of a Layer",
     "scale_noise": "diffusers' image-to-image pipelines call it",
+    "get_active_adapters": "diffusers' users call it",
+    "get_list_adapters": "diffusers' users call it",
+    "delete_adapters": "diffusers' users call it",
 }
 # An op has one name: its reference in fp8/, its kernel, its truth, and the op that models call.
 SAME_OP = ("_triton.py", "fp8/truth", "nn/ops.py")

@@ -198,14 +198,14 @@ def test_newbie_draws_what_its_pipeline_draws_with_guidance_5_and_shift_6(newbie
     assert (pixels(away[0]) != pixels(file)).any()
 
 
-@pytest.mark.parametrize("kind", ["lora", "lokr_full"])
-def test_newbie_takes_adapter_directories_at_any_strength(newbie_drawing, tmp_path, capsys, kind):
+@pytest.mark.parametrize(("kind", "name"), [("lora", "LoRA"), ("lokr_full", "LoKr")])
+def test_newbie_takes_adapter_directories_at_any_strength(newbie_drawing, tmp_path, capsys, kind, name):
     def draw(name, **changes):
         folder = str(tmp_path / name)
         return pixels(generate(dataclasses.replace(newbie_drawing, output_dir=folder, **changes))[0])
 
     plain, lora = draw("plain"), draw("lora", path_to_lora=str(NEWBIE / kind))
-    assert "LoRA on 20 layers" in capsys.readouterr().out
+    assert f"{name} on 20 layers" in capsys.readouterr().out
     assert (plain != lora).any()
     assert (draw("off", path_to_lora=str(NEWBIE / kind), lora_scale=0.0) == plain).all()
 
