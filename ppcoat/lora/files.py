@@ -118,8 +118,8 @@ def read_tensors_and_header(file: Path) -> tuple[dict[str, paddle.Tensor], dict[
 
 def tensors_and_header(file: Path) -> tuple[dict[str, paddle.Tensor], dict[str, str]]:
     """What a safetensors file holds, whatever its name: each tensor in the dtype that it has there, any
-    shape; and the header. Raises SafetensorError for a damaged one, ConfigError for a whole model, for tensors
-    without numbers and for dtypes that no LoRA has."""
+    shape; and the header. Raises SafetensorError for a damaged one, ConfigError for a whole model, for
+    tensors without numbers and for dtypes that no LoRA has."""
     with safe_open(str(file), framework="paddle") as content:
         keys = list(content.keys())
         whole = foreign_model(keys, (), {}, {})

@@ -85,8 +85,8 @@ _T5_LINEAR = re.compile(
 _SD = r"(?:lora_)?unet[._](?:down|up|input|output|mid|middle)_blocks?|(?:lora_)?unet[._]mid_block"
 # Whose keys these are -> the model. The first that is found counts.
 _MODELS = [
-    (r"lora_te2_text_model_|text_encoder_2\.text_model\.|(?:down_blocks_2|input_blocks_[78]_1|middle_block_1)"
-     r".*transformer_blocks_[1-9]", "a LoRA of SDXL"),
+    (r"lora_te2_text_model_|text_encoder_2\.text_model\.|(?:down_blocks[._]2|input_blocks_[78]_1|middle_block_1)"
+     r".*transformer_blocks[._][1-9]", "a LoRA of SDXL"),
     (_SD, "a LoRA of Stable Diffusion 1 or 2, or of SDXL"),
     (r"double_stream_modulation|single_stream_modulation|to_qkv_mlp_proj|ff(?:_context)?[._]linear_(?:in|out)",
      "a LoRA of FLUX.2"),

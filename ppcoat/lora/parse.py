@@ -160,7 +160,9 @@ def _refuse_halves(halves: Mapping[str, str], unknown: list[str]) -> None:
     name, has = next(iter(halves.items()))
     listed = ", ".join(repr(key) for key in unknown[:5])  # repr: a file may hold control characters
     missed = f"; {len(unknown)} unknown keys: {listed}{', ...' * (len(unknown) > 5)}" if unknown else ""
-    raise ConfigError(f"LoRA of {name} is incomplete: it has {has}, wanted A and B{missed}")
+    raise ConfigError(
+        f"LoRA of {name} is incomplete: it has {has}, wanted A and B or all factors of its kind{missed}"
+    )
 
 
 def clean(text: str, longest: int = 300) -> str:
@@ -239,7 +241,8 @@ class _Reading:
                 found.append(self._change(module, "bias", make(tensors[role]), {role}))
                 used = used | {role}
         left = tensors.keys() - used - {"alpha", "shape"}
-        if weight is None and not used and not left - {"A", "B"}:
+        of_factors = [role for role in left if role in "AB" or role.startswith(("lokr_", "hada_"))]
+        if weight is None and not used and (of_factors or not left):
             self.halves[name] = ", ".join(sorted(tensors))
             return []
         self.unused += [module.keys[role] for role in tensors if role in left]
