@@ -372,6 +372,7 @@ SELDOM = (
     "lokr_w2_factored",
     "loha",
     "dora_out",
+    "full",
 )
 
 
