@@ -20,7 +20,7 @@ from pathlib import Path
 
 from ppcoat.config.flags import add_flags, flag, from_flags
 from ppcoat.errors import ConfigError
-from ppcoat.lora import LoRAFile, read_lora_file, summarize, write_lora_file
+from ppcoat.lora import LoRAFile, LoRAModule, read_lora_file, summarize, write_lora_file
 from ppcoat.lora.files import adapter_file, check_known
 from ppcoat.lora.header import OF_TENSORS
 from ppcoat.lora.parse import clean, described
@@ -58,26 +58,18 @@ def run_inspect(arguments: argparse.Namespace) -> None:
 
 
 def describe(file: Path, lora: LoRAFile) -> str:
-    """The table that is printed. Modules, ranks and alphas are those of diffusers' names, after fused modules
-    were split."""
-    modules, summary = lora.modules, summarize(lora.modules)
+    """The table that is printed. Modules, ranks and alphas are those of the transformer's plain LoRAs, in
+    diffusers' names, after fused modules were split; left out where all is of other kinds."""
     rows = [
         ("file", f"{file} ({adapter_file(file).stat().st_size / 1e6:.1f} MB)"),
         ("format", lora.foreign or lora.format or "none that is known"),
         ("kinds", described(lora.changes)),
         ("dtype", ", ".join(lora.dtypes) or "-"),
-        ("modules", str(len(modules))),
-        ("rank", counts(module.rank for module in modules.values())),
-        ("alpha", counts(module.alpha for module in modules.values())),
-        ("scale", counts(module.scale for module in modules.values())),
-        ("delta-W", f"norm {summary.norm:.6g}" + (f"; {extremes(summary.norms)}" if modules else "")),
-        ("zero", f"{len(summary.zero)} modules" + (f": {some(summary.zero)}" if summary.zero else "")),
-        (
-            "unknown",
-            f"{len(lora.unknown)} keys"
-            + (f": {', '.join(map(clean, lora.unknown))}" if lora.unknown else ""),
-        ),
     ]
+    if lora.modules or not lora.changes:
+        rows += plain_rows(lora.modules)
+    listed = f": {', '.join(map(clean, lora.unknown))}" if lora.unknown else ""
+    rows.append(("unknown", f"{len(lora.unknown)} keys{listed}"))
     if lora.incomplete:
         halves = [f"{clean(name)} has {roles}" for name, roles in lora.incomplete.items()]
         rows.append(("incomplete", f"{len(halves)} modules, wanted A and B: {some(halves)}"))
@@ -86,6 +78,19 @@ def describe(file: Path, lora: LoRAFile) -> str:
     rows += [(f"  {clean(key)}", clean(text)) for key, text in sorted(lora.header.items())]
     width = max(12, *(len(name) for name, _ in rows)) + 2
     return "\n".join(f"{name:{width}s}{text}" for name, text in rows)
+
+
+def plain_rows(modules: Mapping[str, LoRAModule]) -> list[tuple[str, str]]:
+    """The rows on the transformer's plain LoRAs."""
+    summary = summarize(modules)
+    return [
+        ("modules", str(len(modules))),
+        ("rank", counts(module.rank for module in modules.values())),
+        ("alpha", counts(module.alpha for module in modules.values())),
+        ("scale", counts(module.scale for module in modules.values())),
+        ("delta-W", f"norm {summary.norm:.6g}" + (f"; {extremes(summary.norms)}" if modules else "")),
+        ("zero", f"{len(summary.zero)} modules" + (f": {some(summary.zero)}" if summary.zero else "")),
+    ]
 
 
 def counts(values: Iterable[float]) -> str:
@@ -126,9 +131,10 @@ def run_convert(arguments: argparse.Namespace) -> None:
             file=sys.stderr,
         )
     print(f"{source} ({lora.format}) -> {target} ({flags.format}, {dtype})")
-    print(summarize(lora.modules).line())
+    if lora.modules:
+        print(summarize(lora.modules).line())
     if lora.others:
-        print(f"and {described(lora.others)}")
+        print(f"beside it, as it was: {described(lora.others)}")
     for note in (*lora.notes, *([f"left out: {len(lora.unknown)} keys"] if lora.unknown else [])):
         print(f"note: {note}")
     print(f"read back: every delta-W is that of the input within a relative error of {error:.1g}")
