@@ -199,6 +199,8 @@ def test_a_model_computes_with_what_the_file_adds_and_merging_adds_it(truths, we
     layers = adapter_layers(model)
     assert {key.rpartition(".")[0] for key in want} == set(layers)
     for layer in layers.values():
+        with paddle.no_grad():  # what was made for another strength is not kept
+            layer(paddle.zeros([1, layer.weight.shape[0]]))
         layer.scale_multiplier = 0.5
     with paddle.no_grad():
         for path, layer in layers.items():
@@ -353,6 +355,20 @@ def test_a_fused_module_of_any_kind_is_cut_to_the_parts(weights, tmp_path, name)
         want = np.concatenate([rows_of_loha(own) if name == "loha" else own["diff"]] * 3)
     got = np.concatenate([fused[f"{path}.weight"] for path in paths])
     np.testing.assert_allclose(got, want, atol=1e-6)
+
+
+def test_bfls_last_modulation_has_shift_before_scale_for_every_kind(weights, tmp_path):
+    """IA3 there multiplies rows of the base weight: rows and factors must be of one order."""
+    weight = weights[TRANSFORMER]["norm_out.linear.weight"]
+    factors = np.linspace(-1, 1, len(weight), dtype="float32")
+    stem = "lora_unet_final_layer_adaLN_modulation_1"
+    save_file(
+        {f"{stem}.weight": factors, f"{stem}.on_input": np.zeros([], "float32")},
+        tmp_path / "last.safetensors",
+    )
+    got = added(read_lora_file(tmp_path / "last.safetensors"), weights, 0.5)["norm_out.linear.weight"]
+    shift, scale = np.split(factors, 2)
+    np.testing.assert_allclose(got, 0.5 * np.concatenate([scale, shift])[:, None] * weight, atol=1e-7)
 
 
 def rows_of_loha(own):
