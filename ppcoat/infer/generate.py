@@ -120,7 +120,8 @@ def read_loras(drawing: Drawing, *parts: str) -> Loras:
 def _flux_drawer(drawing: Drawing, dtype: str | None, loras: Loras) -> Draw:
     pipeline = FluxPipeline.from_pretrained(drawing.model, dtype)
     for i, (file, scale) in enumerate(loras):
-        tell(pipeline.load_lora_weights(file, f"lora_{i}", scale=scale))
+        # read_loras has refused what does not fit, or left it out as asked
+        tell(pipeline.load_lora_weights(file, f"lora_{i}", scale=scale, ignore_unknown=True))
     if len(loras) > 1:
         pipeline.set_adapters([f"lora_{i}" for i in range(len(loras))], [scale for _, scale in loras])
     cfg = {"negative_prompt": drawing.negative_prompt, "true_cfg_scale": drawing.true_cfg_scale}

@@ -103,7 +103,8 @@ def draw_lightning(drawing: LightningDrawing) -> Path:
     set_device(drawing.device)
     pipeline = FluxPipeline.from_pretrained(drawing.model)
     for file, scale in loras:
-        tell(pipeline.load_lora_weights(file, scale=scale), f" at scale {scale:g}")
+        info = pipeline.load_lora_weights(file, scale=scale, ignore_unknown=True)  # read_loras was asked
+        tell(info, f" at scale {scale:g}")
     if drawing.inference_optimize:
         merge_lora(pipeline.transformer)
         compile_transformer(pipeline.transformer)
