@@ -35,8 +35,7 @@ class Change:
 
     part: of the pipeline (keys.py). paths: of the modules whose rows, from the top, are this one's: several
     for a fused one. parameter: "weight" or "bias". name: of the module in the file. swapped: the file has
-    shift before scale, BFL's order, the model scale before shift. tensors: {role in keys.py: array} of this
-    parameter and alpha, as the file has them.
+    shift before scale, BFL's order, the model scale before shift.
     """
 
     part: str
@@ -45,7 +44,6 @@ class Change:
     kind: Kind
     name: str
     swapped: bool = False
-    tensors: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def deltas(self, weights: Sequence[np.ndarray], by: float) -> list[np.ndarray]:
         """W' - W of each path at strength `by`; weights: of the paths, [out, in] or [n], float."""
@@ -233,12 +231,12 @@ class _Reading:
         """What the tensors of one module do to its weight and to its bias."""
         tensors, name = module.tensors, module.shown
         weight, used = self._weight(module)
-        found = [] if weight is None else [self._change(module, "weight", weight, used)]
+        found = [] if weight is None else [self._change(module, "weight", weight)]
         biases = {"B.bias": lambda values: Difference(values * self._scale(module)), "diff_b": Difference,
                   "=bias": Absolute}  # fmt: skip
         for role, make in biases.items():
             if role in tensors and (role != "B.bias" or "B" in used):
-                found.append(self._change(module, "bias", make(tensors[role]), {role}))
+                found.append(self._change(module, "bias", make(tensors[role])))
                 used = used | {role}
         left = tensors.keys() - used - {"alpha", "shape"}
         of_factors = [role for role in left if role in "AB" or role.startswith(("lokr_", "hada_"))]
@@ -250,18 +248,15 @@ class _Reading:
             check_shapes(change.kind, name)
         if weight is not None and isinstance(weight, LoRAModule):
             parts = flux_names.split_fused(module.target, weight)
-            found[:1] = [self._change(module, "weight", kind, used, (path,)) for path, kind in parts.items()]
+            found[:1] = [self._change(module, "weight", kind, (path,)) for path, kind in parts.items()]
         return found
 
-    def _change(self, module: _Module, parameter: str, kind: Kind, roles: Set[str],
-                paths: tuple[str, ...] | None = None) -> Change:  # fmt: skip
-        swapped = (
-            paths is None and module.target.of_bfl and module.target.paths == (flux_names.HALVES_SWAPPED,)
-        )
-        tensors = {role: module.tensors[role] for role in (*sorted(roles), "alpha") if role in module.tensors}
-        return Change(
-            module.part, paths or module.target.paths, parameter, kind, module.name, swapped, tensors
-        )
+    @staticmethod
+    def _change(module: _Module, parameter: str, kind: Kind, paths: tuple[str, ...] = ()) -> Change:
+        """paths: of a plain LoRA after flux_names split it and put its halves in order."""
+        target = module.target
+        swapped = not paths and target.of_bfl and target.paths == (flux_names.HALVES_SWAPPED,)
+        return Change(module.part, paths or target.paths, parameter, kind, module.name, swapped)
 
     def _weight(self, module: _Module) -> tuple[Kind | None, set[str]]:
         """The kind that the tensors of a weight make, and their roles."""
