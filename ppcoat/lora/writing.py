@@ -199,9 +199,11 @@ def _adapter_text(ranks: Mapping[str, int], rank: int, beside: Collection[str]) 
         "target_modules": sorted(ranks),
         "lora_dropout": 0.0,
         "bias": "none",
-        "use_dora": any(key.endswith(".lora_magnitude_vector") for key in beside),
-        "lora_bias": any(key.endswith(".lora_B.bias") for key in beside),
     }
+    # older PEFTs do not know these: said only where they are true
+    for field, suffix in (("use_dora", ".lora_magnitude_vector"), ("lora_bias", ".lora_B.bias")):
+        if any(key.endswith(suffix) for key in beside):
+            adapter[field] = True
     return json.dumps({f"transformer.{key}": value for key, value in adapter.items()}, indent=2)
 
 

@@ -296,6 +296,8 @@ def test_what_a_format_holds_comes_back_the_same(weights, tmp_path, name, file_f
     out = tmp_path / "out.safetensors"
     assert write_lora_file(out, file.modules, {}, file_format, others=file.others) < 1e-6
     again = read_lora_file(out)
+    said = again.header.get("lora_adapter_metadata", "")
+    assert ("use_dora" in said, "lora_bias" in said) == (name == "dora", name in ("lora_bias", "control_bfl"))
     base = {part: dict(each) for part, each in weights.items()}
     if name == "control_bfl":
         base[TRANSFORMER]["x_embedder.weight"] = np.pad(
