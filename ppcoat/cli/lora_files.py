@@ -3,15 +3,15 @@
     python -m ppcoat inspect lora.safetensors
     python -m ppcoat convert lora.safetensors lora_kohya.safetensors --format kohya
 
-`inspect` shows what a file holds, so that one sees why it draws as it does: format, ranks, alpha, norms,
-header. `convert` writes it in the format of another program, with the same delta-W. What can be read is in
-ppcoat/lora/files.py; the format of the input is found by its keys.
+`inspect` shows what a file or folder holds, so that one sees why it draws as it does: format, kinds, ranks,
+alpha, norms, header. `convert` writes it in the format of another program, with the same delta-W, and refuses
+by name what that format cannot hold. What can be read is in ppcoat/lora/parse.py; the format of the input is
+found by its keys.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -20,13 +20,13 @@ from pathlib import Path
 
 from ppcoat.config.flags import add_flags, flag, from_flags
 from ppcoat.errors import ConfigError
-from ppcoat.lora import LoRAFile, read_lora_file, summarize, write_lora_file
-from ppcoat.lora.files import OF_TENSORS
+from ppcoat.lora import LoRAFile, LoRAModule, read_lora_file, summarize, write_lora_file
+from ppcoat.lora.files import adapter_file, check_known
+from ppcoat.lora.header import OF_TENSORS
+from ppcoat.lora.parse import clean, described
 from ppcoat.lora.writing import FORMATS, LORA_DTYPES
 
 SHOWN_PATHS = 10
-LONGEST_VALUE = 300  # characters of a header field
-SHOWN_KEYS = 10
 NOTABLE_ERROR = 0.01
 
 
@@ -34,14 +34,14 @@ NOTABLE_ERROR = 0.01
 class InspectFlags:
     """Settings of `inspect`."""
 
-    file: Path = flag("LoRA file, .safetensors", positional=True)
+    file: Path = flag("LoRA file, .safetensors, or folder", positional=True)
 
 
 @dataclass(frozen=True)
 class ConvertFlags:
     """Settings of `convert`."""
 
-    input: Path = flag("LoRA file, .safetensors", positional=True, metavar="IN")
+    input: Path = flag("LoRA file, .safetensors, or folder", positional=True, metavar="IN")
     output: Path = flag("file to write, .safetensors", positional=True, metavar="OUT")
     format: str = flag("what to write", choices=FORMATS)
     dtype: str | None = flag("of the tensors (default: as in IN)", None, choices=LORA_DTYPES)
@@ -58,32 +58,39 @@ def run_inspect(arguments: argparse.Namespace) -> None:
 
 
 def describe(file: Path, lora: LoRAFile) -> str:
-    """The table that is printed. Modules, ranks and alphas are those of diffusers' names, after fused modules
-    were split."""
-    modules, summary = lora.modules, summarize(lora.modules)
+    """The table that is printed. Modules, ranks and alphas are those of the transformer's plain LoRAs, in
+    diffusers' names, after fused modules were split; left out where all is of other kinds."""
     rows = [
-        ("file", f"{file} ({file.stat().st_size / 1e6:.1f} MB)"),
-        ("format", lora.format or "none that is known"),
+        ("file", f"{file} ({adapter_file(file).stat().st_size / 1e6:.1f} MB)"),
+        ("format", lora.foreign or lora.format or "none that is known"),
+        ("kinds", described(lora.changes)),
         ("dtype", ", ".join(lora.dtypes) or "-"),
+    ]
+    if lora.modules or not lora.changes:
+        rows += plain_rows(lora.modules)
+    listed = f": {', '.join(map(clean, lora.unknown))}" if lora.unknown else ""
+    rows.append(("unknown", f"{len(lora.unknown)} keys{listed}"))
+    if lora.incomplete:
+        halves = [f"{clean(name)} has {roles}" for name, roles in lora.incomplete.items()]
+        rows.append(("incomplete", f"{len(halves)} modules, wanted A and B: {some(halves)}"))
+    rows += [("note", note) for note in lora.notes]
+    rows.append(("header", f"{len(lora.header)} fields"))
+    rows += [(f"  {clean(key)}", clean(text)) for key, text in sorted(lora.header.items())]
+    width = max(12, *(len(name) for name, _ in rows)) + 2
+    return "\n".join(f"{name:{width}s}{text}" for name, text in rows)
+
+
+def plain_rows(modules: Mapping[str, LoRAModule]) -> list[tuple[str, str]]:
+    """The rows on the transformer's plain LoRAs."""
+    summary = summarize(modules)
+    return [
         ("modules", str(len(modules))),
         ("rank", counts(module.rank for module in modules.values())),
         ("alpha", counts(module.alpha for module in modules.values())),
         ("scale", counts(module.scale for module in modules.values())),
         ("delta-W", f"norm {summary.norm:.6g}" + (f"; {extremes(summary.norms)}" if modules else "")),
         ("zero", f"{len(summary.zero)} modules" + (f": {some(summary.zero)}" if summary.zero else "")),
-        (
-            "unknown",
-            f"{len(lora.unknown)} keys"
-            + (f": {', '.join(map(clean, lora.unknown))}" if lora.unknown else ""),
-        ),
     ]
-    if lora.incomplete:
-        halves = [f"{clean(name)} has {roles}" for name, roles in lora.incomplete.items()]
-        rows.append(("incomplete", f"{len(halves)} modules, wanted A and B: {some(halves)}"))
-    rows.append(("header", f"{len(lora.header)} fields"))
-    rows += [(f"  {clean(key)}", clean(text)) for key, text in sorted(lora.header.items())]
-    width = max(12, *(len(name) for name, _ in rows)) + 2
-    return "\n".join(f"{name:{width}s}{text}" for name, text in rows)
 
 
 def counts(values: Iterable[float]) -> str:
@@ -105,13 +112,6 @@ def some(paths: list[str]) -> str:
     return ", ".join(paths[:SHOWN_PATHS]) + more
 
 
-def clean(text: str) -> str:
-    """One line without control characters: a header comes from anywhere, and goes to a terminal."""
-    text = json.dumps(text, ensure_ascii=False)[1:-1].replace('\\"', '"')
-    text = "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text)
-    return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}... ({len(text)} characters)"
-
-
 def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
     add_flags(parser, ConvertFlags)
 
@@ -121,36 +121,28 @@ def run_convert(arguments: argparse.Namespace) -> None:
     source, target = flags.input, flags.output
     if target.exists():
         raise ConfigError(f"{target} exists: remove it, or choose another name")
-    lora = read_known(source, flags.ignore_unknown)
+    lora = read_lora_file(source)
+    check_known(lora, str(source), flags.ignore_unknown)
     dtype = flags.dtype or stored_dtype(lora)
-    error = write_lora_file(target, lora.modules, carried_fields(lora), flags.format, dtype)
+    error = write_lora_file(target, lora.modules, carried_fields(lora), flags.format, dtype, lora.others)
     if not error <= NOTABLE_ERROR:
         print(
             f"warning: {dtype} keeps delta-W within {error:.1%} only, --dtype float32 does better",
             file=sys.stderr,
         )
     print(f"{source} ({lora.format}) -> {target} ({flags.format}, {dtype})")
-    print(summarize(lora.modules).line())
+    if lora.modules:
+        print(summarize(lora.modules).line())
+    if lora.others:
+        print(f"beside it, as it was: {described(lora.others)}")
+    for note in (*lora.notes, *([f"left out: {len(lora.unknown)} keys"] if lora.unknown else [])):
+        print(f"note: {note}")
     print(f"read back: every delta-W is that of the input within a relative error of {error:.1g}")
-
-
-def read_known(file: Path, ignore_unknown: bool = False) -> LoRAFile:
-    """Read a LoRA file. Raises ConfigError if there is no module in it, or a key that names none."""
-    lora = read_lora_file(file)
-    listed = ", ".join(clean(key) for key in lora.unknown[:SHOWN_KEYS])
-    listed += f" and {len(lora.unknown) - SHOWN_KEYS} more" if len(lora.unknown) > SHOWN_KEYS else ""
-    if not lora.modules:
-        raise ConfigError(f"{file} is no LoRA of FLUX: it has {listed or 'no tensors'}")
-    if lora.unknown and not ignore_unknown:
-        known = "name no FLUX module, --ignore_unknown leaves them out"
-        raise ConfigError(f"{len(lora.unknown)} keys of {file} {known}: {listed}")
-    return lora
 
 
 def stored_dtype(lora: LoRAFile) -> str:
     """The dtype of a file that has one which can be written, else float32."""
-    (dtype, *others) = lora.dtypes
-    return dtype if dtype in LORA_DTYPES and not others else "float32"
+    return lora.dtypes[0] if len(lora.dtypes) == 1 and lora.dtypes[0] in LORA_DTYPES else "float32"
 
 
 def carried_fields(lora: LoRAFile) -> Mapping[str, str]:

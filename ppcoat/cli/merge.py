@@ -1,9 +1,12 @@
-"""A FLUX folder with a LoRA added to the weights of its transformer, for programs that know no LoRA.
+"""A FLUX folder with LoRAs (and other adapters) added to its weights, for programs that know none.
 
     python -m ppcoat merge --model models/FLUX.1-dev --lora lora.safetensors --output_dir models/merged
+    python -m ppcoat merge --model models/FLUX.1-dev --lora hat.safetensors style.safetensors --scale 1 0.5 \
+        --output_dir models/merged
 
-The weights keep their dtype. bfloat16 rounds parts of a small delta-W away; how much is measured and printed.
-The other components are copied.
+The transformer is changed, and the text encoders where a file has parts for them. The weights keep their
+dtype. bfloat16 rounds parts of a small delta-W away; how much is measured and printed. The other components
+are copied.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import argparse
 import math
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,14 +29,22 @@ from ppcoat.atomic import whole_folder
 from ppcoat.config.flags import add_flags, flag, from_flags
 from ppcoat.device import tune_host
 from ppcoat.errors import ConfigError
-from ppcoat.lora import LoRAFile, load_lora, merge_lora
-from ppcoat.models.loading import check_folder, linear_weights, load_transformer, read_tensors
+from ppcoat.lora import LoRAFile, merge_lora, put_adapters, read_fitting
+from ppcoat.lora.loading import added
+from ppcoat.models.loading import (
+    check_folder,
+    linear_weights,
+    load_clip,
+    load_t5,
+    load_transformer,
+    parameter_shapes,
+    read_tensors,
+)
 from ppcoat.models.tensor_files import tensor_infos
-from ppcoat.models.writing import save_diffusers_model
-
-from .lora_files import read_known
+from ppcoat.models.writing import save_diffusers_model, save_text_encoder
 
 Checked = TypeVar("Checked")
+Loras = list[tuple[LoRAFile, float]]  # with their strengths
 NOTABLE_LOSS = 0.05  # of the norm of delta-W
 ROUNDING = {"F32": ("float32", 2.0**-24), "BF16": ("bfloat16", 2.0**-8), "F16": ("float16", 2.0**-11)}
 
@@ -43,10 +54,13 @@ class MergeFlags:
     """Settings of the command."""
 
     model: str = flag("folder of a FLUX pipeline")
-    lora: str = flag("LoRA file, .safetensors")
+    lora: list[str] = flag("LoRA files, .safetensors, or folders; several are added up")
     output_dir: str = flag("folder to write; it may not exist")
-    scale: float = flag("strength of the LoRA", 1.0)
-    ignore_unknown: bool = flag("leave keys out that name no FLUX module", False)
+    scale: list[float] = flag("strength of the LoRA, one or one each", [1.0], shows_default=False)
+    ignore_unknown: bool = flag("leave out what a LoRA has for layers that the model lacks", False)
+
+
+COMPONENTS = ("transformer", "text_encoder", "text_encoder_2")  # those that an adapter can change
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,18 +74,27 @@ def run_command(arguments: argparse.Namespace) -> None:
     paddle.set_device("cpu")
     folder, output = Path(flags.model), Path(flags.output_dir)
     check_output(folder, output, "--output_dir")
-    check_scale(flags.scale)
-    lora = read_known(Path(flags.lora), flags.ignore_unknown)
+    scales = strengths(flags.lora, flags.scale)
     check_folder(folder, "--model")
-    check_fits(lora, folder / "transformer")
-    dtype, unit = base_dtype(folder / "transformer")
-    model = load_transformer(folder / "transformer", dtype)
-    load_lora(model, flags.lora, flags.scale)
-    merge_lora(model)
-    linears, added = linear_weights(model), Added(lora, flags.scale, unit)
-    lost = write_merged(folder, output, model, lambda merged: check_merged(folder, merged, linears, added))
-    print(f"{folder} + {flags.scale:g} x {flags.lora} -> {output}")
-    print(f"{len(lora.modules)} modules; rounding to {dtype} changed delta-W by {lost:.2%} of its norm")
+    shapes = parameter_shapes(folder, *COMPONENTS)
+    loras = [
+        (read_fitting(path, shapes, None, flags.ignore_unknown), scale)
+        for path, scale in zip(flags.lora, scales, strict=True)
+    ]
+    parts = {part: base_dtype(folder / part) for part in COMPONENTS
+             if any(change.part == part for file, _ in loras for change in file.changes)}  # fmt: skip
+    models = {part: load_component(folder / part, dtype) for part, (dtype, _) in parts.items()}
+    put_adapters(models, loras)
+    for model in models.values():
+        merge_lora(model)
+    merged = [Merged(part, model, loras, parts[part][1]) for part, model in models.items()]
+    lost = write_merged(folder, output, models, lambda draft: check_merged(folder, draft, merged))
+    for (file, scale), path in zip(loras, flags.lora, strict=True):
+        print(f"{folder} + {scale:g} x {path} -> {output}: {file.what}")
+        for note in file.notes:
+            print(f"note: {note}")
+    dtype = ", ".join(sorted({dtype for dtype, _ in parts.values()}))
+    print(f"{changed_modules(loras)} modules; rounding to {dtype} changed delta-W by {lost:.2%} of its norm")
     if lost > NOTABLE_LOSS:
         print(
             f"warning: {dtype} does not hold all of this LoRA; draw with the LoRA file itself (generate "
@@ -80,13 +103,41 @@ def run_command(arguments: argparse.Namespace) -> None:
         )
 
 
-@dataclass(frozen=True)
-class Added:
-    """What was added to weights whose unit roundoff is `unit`: scale * delta-W of the LoRA."""
+def strengths(paths: list[str], scales: list[float], flag: str = "--scale") -> list[float]:
+    """One strength for each path. Raises ConfigError for as many as do not fit, and for NaN or infinity."""
+    scales = scales * len(paths) if len(scales) == 1 else scales
+    if len(scales) != len(paths):
+        raise ConfigError(f"{flag}: came {len(scales)} strengths for {len(paths)} LoRAs, wanted one each")
+    if not all(math.isfinite(scale) for scale in scales):
+        raise ConfigError(f"{flag} must be a finite number, got {', '.join(map(str, scales))}")
+    return scales
 
-    lora: LoRAFile
-    scale: float
+
+def changed_modules(loras: Loras) -> int:
+    """How many modules of the model the files change together."""
+    return len({(change.part, path) for file, _ in loras for change in file.changes for path in change.paths})
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A component and what was added to its weights, whose unit roundoff is `unit`."""
+
+    part: str
+    model: paddle.nn.Layer
+    loras: Loras
     unit: float
+
+
+def load_component(folder: Path, dtype: str) -> paddle.nn.Layer:
+    """One of COMPONENTS, which the folder is named after."""
+    if folder.name == "transformer":
+        return load_transformer(folder, dtype)
+    return load_clip(folder, dtype) if folder.name == "text_encoder" else load_t5(folder, dtype)
+
+
+def save_component(model: paddle.nn.Layer, folder: Path) -> None:
+    """Write what `load_component` read."""
+    (save_text_encoder if folder.name.startswith("text_encoder") else save_diffusers_model)(model, folder)
 
 
 def check_output(folder: Path, output: Path, flag: str) -> None:
@@ -99,40 +150,20 @@ def check_output(folder: Path, output: Path, flag: str) -> None:
         raise ConfigError(f"{flag} {output} exists: remove it, or choose another name")
 
 
-def check_scale(scale: float) -> None:
-    """Raises ConfigError for a --scale that is NaN or infinite."""
-    if not math.isfinite(scale):
-        raise ConfigError(f"--scale must be a finite number, got {scale}")
-
-
 def write_merged(
-    folder: Path, output: Path, model: paddle.nn.Layer, check: Callable[[Path], Checked]
+    folder: Path, output: Path, models: Mapping[str, paddle.nn.Layer], check: Callable[[Path], Checked]
 ) -> Checked:
-    """The pipeline in `folder` as `output`, with `model` for its transformer: there whole or not at all.
+    """The pipeline in `folder` as `output`, with `models` for these of its components: there whole or not at
+    all.
 
     check: looks at the new folder before it takes its name; what it returns is returned, and what it raises
     leaves nothing behind.
     """
     with whole_folder(output) as draft:
-        shutil.copytree(folder, draft, ignore=partial(left_out, folder), dirs_exist_ok=True)
-        save_diffusers_model(model, draft / "transformer")
+        shutil.copytree(folder, draft, ignore=partial(left_out, folder, models), dirs_exist_ok=True)
+        for part, model in models.items():
+            save_component(model, draft / part)
         return check(draft)
-
-
-def check_fits(lora: LoRAFile, folder: Path) -> None:
-    """Raises ConfigError if the transformer in `folder` lacks a Linear of the LoRA or has another size."""
-    infos = tensor_infos(folder)
-    absent = [path for path in lora.modules if f"{path}.weight" not in infos]
-    if absent:
-        listed = ", ".join(absent[:10])
-        raise ConfigError(f"{folder} lacks {len(absent)} of the LoRA's {len(lora.modules)} modules: {listed}")
-    for path, module in lora.modules.items():
-        info, wanted = infos[f"{path}.weight"], [module.b.shape[0], module.a.shape[1]]
-        shape = info.shape if info.torch_layout else info.shape[::-1]
-        if shape != wanted:
-            raise ConfigError(
-                f"{path} is {shape} [out, in] in {folder}, in the LoRA {wanted}: they are not of one model"
-            )
 
 
 def base_dtype(folder: Path) -> tuple[str, float]:
@@ -150,33 +181,39 @@ def base_dtype(folder: Path) -> tuple[str, float]:
     return ROUNDING[found.pop()]
 
 
-def left_out(folder: Path, path: str, names: list[str]) -> list[str]:
-    """Names not to copy: the transformer, also as the one file that FLUX repositories hold at their top."""
+def left_out(folder: Path, parts: Collection[str], path: str, names: list[str]) -> list[str]:
+    """Names not to copy: the changed parts, also as the one file that FLUX repositories hold at their top."""
     if Path(path) != folder:
         return []
-    return [
-        name for name in names if name == "transformer" or name.endswith(".safetensors") or name[0] == "."
-    ]
+    return [name for name in names if name in parts or name.endswith(".safetensors") or name[0] == "."]
 
 
-def check_merged(folder: Path, merged: Path, linears: set[str], added: Added) -> float:
-    """Compare both folders' transformers, tensor by tensor: they must differ by delta-W, rounded once.
+def check_merged(folder: Path, merged: Path, components: Sequence[Merged]) -> float:
+    """Compare both folders' components, tensor by tensor: they must differ by what was added, rounded once.
 
     Returns ||difference - delta-W|| / ||delta-W||, all weights together. Raises OSError for a file that does
     not hold that.
     """
-    before = tensor_infos(folder / "transformer")
     missed = total = 0.0
-    for name, tensor in read_tensors(tensor_infos(merged / "transformer"), linears):
-        written = tensor.astype("float32").numpy()
-        (_, base), *_ = read_tensors({name: before[name]}, linears)
-        off = written - base.astype("float32").numpy()
-        module, size, allowed = added.lora.modules.get(name.removesuffix(".weight")), 0.0, 0.0
-        if module is not None and name in linears:
-            delta = module.a.T @ (module.b.T * np.float32(module.scale * added.scale))
-            off, size = off - delta, float(np.linalg.norm(delta))
-            allowed = 2 * added.unit * float(np.linalg.norm(written)) + 1e-6 * size
-        if not np.linalg.norm(off) <= allowed:
-            raise OSError(f"{name} in {merged} is not what was to be written; nothing was saved")
-        missed, total = math.hypot(missed, float(np.linalg.norm(off))), math.hypot(total, size)
+    for each in components:
+        linears = linear_weights(each.model)
+        before = tensor_infos(folder / each.part)
+
+        def base(name: str, before=before, linears=linears) -> np.ndarray:
+            (_, tensor), *_ = read_tensors({name: before[name]}, linears)
+            values = tensor.astype("float32").numpy()
+            return values.T if name in linears else values
+
+        changes = added(each.loras, each.part, base)
+        for name, tensor in read_tensors(tensor_infos(merged / each.part), linears):
+            written = tensor.astype("float32").numpy()
+            written = written.T if name in linears else written
+            off, size, allowed = written - base(name), 0.0, 0.0
+            if name in changes:
+                delta = changes[name]()
+                off, size = off - delta, float(np.linalg.norm(delta))
+                allowed = 2 * each.unit * float(np.linalg.norm(written)) + 1e-6 * size
+            if not np.linalg.norm(off) <= allowed:
+                raise OSError(f"{name} in {merged} is not what was to be written; nothing was saved")
+            missed, total = math.hypot(missed, float(np.linalg.norm(off))), math.hypot(total, size)
     return missed / total if total else 0.0

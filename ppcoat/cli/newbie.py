@@ -22,12 +22,13 @@ import paddle
 from ppcoat.config.flags import add_flags, flag, from_flags
 from ppcoat.device import tune_host
 from ppcoat.errors import ConfigError
-from ppcoat.lora import load_adapter, merge_lora
+from ppcoat.lora import merge_lora, put_adapters, read_fitting
+from ppcoat.models.loading import parameter_shapes
 from ppcoat.models.newbie.convert import WEIGHT_DTYPES, checkpoint_infos, write_newbie_folder
 from ppcoat.models.newbie.files import check_newbie_folder, load_nextdit
 from ppcoat.models.tensor_files import read_json
 
-from .merge import base_dtype, check_output, check_scale, write_merged
+from .merge import base_dtype, changed_modules, check_output, strengths, write_merged
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,10 @@ class MergeNewbieFlags:
     """Settings of the command that merges."""
 
     base_model_path: str = flag("folder of a NewBie-image pipeline")
-    lora_path: str = flag("adapter directory, or a .safetensors file")
+    lora_path: list[str] = flag("adapter directories, or .safetensors files; several are added up")
     output_path: str = flag("folder to write; it may not exist")
-    scale: float = flag("strength", 1.0)
+    scale: list[float] = flag("strength, one or one each", [1.0], shows_default=False)
+    ignore_unknown: bool = flag("leave out what an adapter has for layers that the model lacks", False)
 
 
 def add_convert_newbie_arguments(parser: argparse.ArgumentParser) -> None:
@@ -95,12 +97,16 @@ def run_merge_newbie(arguments: argparse.Namespace) -> None:
     paddle.set_device("cpu")
     folder, output = Path(flags.base_model_path), Path(flags.output_path)
     check_output(folder, output, "--output_path")
-    check_scale(flags.scale)
+    scales = strengths(flags.lora_path, flags.scale)
     check_newbie_folder(folder, "--base_model_path")
     dtype, _ = base_dtype(folder / "transformer")
-    model = load_nextdit(folder / "transformer", dtype)
-    modules = load_adapter(model, flags.lora_path, flags.scale).ranks
-    merge_lora(model)
-    write_merged(folder, output, model, check_newbie_folder)
-    print(f"{folder} + {flags.scale:g} x {flags.lora_path} -> {output}")
-    print(f"{len(modules)} modules, {dtype}")
+    shapes = parameter_shapes(folder, "transformer")
+    loras = [(read_fitting(path, shapes, None, flags.ignore_unknown), scale)
+             for path, scale in zip(flags.lora_path, scales, strict=True)]  # fmt: skip
+    models = {"transformer": load_nextdit(folder / "transformer", dtype)}
+    put_adapters(models, loras)
+    merge_lora(models["transformer"])
+    write_merged(folder, output, models, check_newbie_folder)
+    for (file, scale), path in zip(loras, flags.lora_path, strict=True):
+        print(f"{folder} + {scale:g} x {path} -> {output}: {file.what}")
+    print(f"{changed_modules(loras)} modules, {dtype}")

@@ -17,14 +17,15 @@ from ppcoat.atomic import whole_file
 from ppcoat.config.flags import add_flags, flag, from_flags
 from ppcoat.device import compute_dtype, set_device, tune_host
 from ppcoat.errors import ConfigError
-from ppcoat.lora import LoRAInfo, load_adapter, read_adapter, read_lora_file
+from ppcoat.lora import LoRAFile, LoRAInfo, info_of, put_adapters, read_fitting
 from ppcoat.models.flux.pipeline import FluxPipeline
-from ppcoat.models.loading import check_folder
+from ppcoat.models.loading import check_folder, parameter_shapes
 from ppcoat.models.newbie.files import check_newbie_folder
 from ppcoat.models.newbie.pipeline import NewbiePipeline
 from ppcoat.models.tensor_files import check_there, read_json
 
 Draw = Callable[[str], list[Image.Image]]
+Loras = list[tuple[LoRAFile, float]]  # with their strengths
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,9 @@ class Drawing:
     model: str = flag("folder of a FLUX or NewBie pipeline in the diffusers layout")
     prompt: list[str] = flag("what to draw; several prompts give several pictures")
     output_dir: str = flag("folder for the PNG files", "output/pictures")
-    path_to_lora: str | None = flag("LoRA file (.safetensors); for NewBie also its directory", None)
-    lora_scale: float = flag("strength of the LoRA", 1.0)
+    path_to_lora: list[str] | None = flag("LoRA files (.safetensors) or folders, drawn with together", None)
+    lora_scale: list[float] = flag("strength of the LoRA, one or one each", 1.0)
+    ignore_unknown: bool = flag("leave out what a LoRA has for layers that the model lacks", False)
     seed: int = flag("seed of the first picture", 42)
     steps: int = flag("denoising steps", 28)
     guidance_scale: float | None = flag("guidance (default: FLUX 3.5, NewBie 5)", None)
@@ -49,6 +51,18 @@ class Drawing:
     dtype: Literal["auto", "float32", "bfloat16"] = flag(
         "float32 on a GPU: products of TF32 unless the process starts with NVIDIA_TF32_OVERRIDE=0", "auto"
     )
+
+    @property
+    def loras(self) -> list[tuple[str, float]]:
+        """Each LoRA's path and strength. Raises ConfigError for as many of one as do not fit the other."""
+        paths = [self.path_to_lora] if isinstance(self.path_to_lora, str) else list(self.path_to_lora or ())
+        scales = list(self.lora_scale) if isinstance(self.lora_scale, list | tuple) else [self.lora_scale]
+        scales = scales * len(paths) if len(scales) == 1 else scales
+        if len(scales) != len(paths):
+            raise ConfigError(
+                f"lora_scale: came {len(scales)} strengths for {len(paths)} LoRAs, wanted one each"
+            )
+        return list(zip(paths, scales, strict=True))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,10 +83,11 @@ def generate(drawing: Drawing) -> list[Path]:
     index = read_json(Path(drawing.model) / "model_index.json", "the folder of a pipeline has one")
     kind = _KINDS.get(index.get("_class_name"), _KINDS["FluxPipeline"])
     kind.check(drawing)
+    loras = read_loras(drawing, *kind.parts)
     set_device(drawing.device)
     dtype = compute_dtype(drawing.dtype)
     folder = output_folder(drawing)
-    draw = kind.drawer(drawing, dtype)
+    draw = kind.drawer(drawing, dtype, loras)
     folder.mkdir(parents=True, exist_ok=True)
     files = []
     for number, prompt in enumerate(drawing.prompt):
@@ -85,46 +100,57 @@ def _check_flux(drawing: Drawing) -> None:
     if drawing.negative_prompt and not drawing.true_cfg_scale > 1:
         raise ConfigError("negative_prompt: FLUX sees it only with a true_cfg_scale above 1; give e.g. 3")
     check_folder(drawing.model)
-    if drawing.path_to_lora is not None:
-        read_lora_file(drawing.path_to_lora)
 
 
 def _check_newbie(drawing: Drawing) -> None:
     if drawing.true_cfg_scale != 1:
         raise ConfigError("true_cfg_scale is for FLUX; NewBie's classifier-free guidance is guidance_scale")
     check_newbie_folder(drawing.model)
-    if drawing.path_to_lora is not None:
-        read_adapter(drawing.path_to_lora)
 
 
-def _flux_drawer(drawing: Drawing, dtype: str | None) -> Draw:
+def read_loras(drawing: Drawing, *parts: str) -> Loras:
+    """The LoRAs of a drawing with their strengths, held to these parts of the model's folder, before any is
+    loaded. Raises ConfigError for what cannot be applied."""
+    if not drawing.loras:
+        return []
+    shapes = parameter_shapes(drawing.model, *parts)
+    return [
+        (read_fitting(path, shapes, None, drawing.ignore_unknown), scale) for path, scale in drawing.loras
+    ]
+
+
+def _flux_drawer(drawing: Drawing, dtype: str | None, loras: Loras) -> Draw:
     pipeline = FluxPipeline.from_pretrained(drawing.model, dtype)
-    if drawing.path_to_lora is not None:
-        _tell(pipeline.load_lora_weights(drawing.path_to_lora))
-    lora = {"joint_attention_kwargs": {"scale": drawing.lora_scale}} if drawing.path_to_lora else {}
+    for i, (file, scale) in enumerate(loras):
+        # read_loras has refused what does not fit, or left it out as asked
+        tell(pipeline.load_lora_weights(file, f"lora_{i}", scale=scale, ignore_unknown=True))
+    if len(loras) > 1:
+        pipeline.set_adapters([f"lora_{i}" for i in range(len(loras))], [scale for _, scale in loras])
     cfg = {"negative_prompt": drawing.negative_prompt, "true_cfg_scale": drawing.true_cfg_scale}
-    return lambda prompt: pipeline(prompt, **_options(drawing, 3.5), **cfg, **lora).images
+    return lambda prompt: pipeline(prompt, **_options(drawing, 3.5), **cfg).images
 
 
-def _newbie_drawer(drawing: Drawing, dtype: str | None) -> Draw:
+def _newbie_drawer(drawing: Drawing, dtype: str | None, loras: Loras) -> Draw:
     """Euler steps on a time grid with shift 6."""
     pipeline = NewbiePipeline.from_pretrained(drawing.model, dtype)
-    if drawing.path_to_lora is not None:
-        _tell(load_adapter(pipeline.transformer, drawing.path_to_lora, drawing.lora_scale))
+    put_adapters({"transformer": pipeline.transformer}, loras)
+    for file, scale in loras:
+        tell(info_of(file, scale))
     return lambda prompt: pipeline(prompt, drawing.negative_prompt, **_options(drawing, 5.0)).images
 
 
 class _Kind(NamedTuple):
-    """What differs between the models that can draw. check(drawing) raises ConfigError; drawer(drawing,
-    dtype) loads the model."""
+    """What differs between the models that can draw. check(drawing) raises ConfigError; parts: folders that a
+    LoRA can change; drawer(drawing, dtype, loras) loads the model."""
 
     check: Callable[[Drawing], None]
-    drawer: Callable[[Drawing, str | None], Draw]
+    parts: tuple[str, ...]
+    drawer: Callable[[Drawing, str | None, Loras], Draw]
 
 
 _KINDS = {  # class in model_index.json -> kind
-    "FluxPipeline": _Kind(_check_flux, _flux_drawer),
-    "NewbiePipeline": _Kind(_check_newbie, _newbie_drawer),
+    "FluxPipeline": _Kind(_check_flux, ("transformer", "text_encoder", "text_encoder_2"), _flux_drawer),
+    "NewbiePipeline": _Kind(_check_newbie, ("transformer",), _newbie_drawer),
 }
 
 
@@ -141,9 +167,11 @@ def _options(drawing: Drawing, guidance_scale: float) -> dict:
     }
 
 
-def _tell(info: LoRAInfo) -> None:
-    trigger = f", trigger word {info.trigger_word}" if info.trigger_word else ""
-    print(f"LoRA on {len(info.ranks)} layers{trigger}")
+def tell(info: LoRAInfo, more: str = "") -> None:
+    """Print what a LoRA does and `more`, and what its user should know."""
+    print(info.line() + more)
+    for note in info.notes:
+        print(f"note: {note}")
 
 
 def save_picture(picture: Image.Image, folder: Path, number: int, prompt: str, seed: int) -> Path:
@@ -167,8 +195,10 @@ def check_numbers(drawing: Drawing) -> None:
         if side is not None and (side < 16 or side % 16):
             raise ConfigError(f"{name}: came {side}, wanted a multiple of 16")
     for name in ("lora_scale", "guidance_scale", "true_cfg_scale"):
-        if getattr(drawing, name) is not None and not math.isfinite(getattr(drawing, name)):
-            raise ConfigError(f"{name}: came {getattr(drawing, name)}, wanted a finite number")
+        given = getattr(drawing, name)
+        for value in given if isinstance(given, list) else [given]:
+            if value is not None and not math.isfinite(value):
+                raise ConfigError(f"{name}: came {value}, wanted a finite number")
 
 
 def output_folder(drawing: Drawing) -> Path:

@@ -15,15 +15,13 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from safetensors import safe_open
 
 from ppcoat.config.flags import add_flags, flag, from_flags
 from ppcoat.device import set_device, tune_host
 from ppcoat.errors import ConfigError
 from ppcoat.infer.cinn import compile_transformer, wait_for_device
-from ppcoat.infer.generate import Drawing, check_numbers, output_folder, save_picture
+from ppcoat.infer.generate import Drawing, check_numbers, output_folder, read_loras, save_picture, tell
 from ppcoat.lora import merge_lora, read_lora_file
-from ppcoat.lora.files import ADAPTER_METADATA
 from ppcoat.models.flux.pipeline import FluxPipeline
 from ppcoat.models.loading import check_folder
 
@@ -59,7 +57,7 @@ class LightningFlags:
     """The flags that are read another way than Drawing's: one prompt, a LoRA that must be given, and whose
     scale its file decides if it is not."""
 
-    path_to_lora: str = flag("LoRA file (.safetensors)")
+    path_to_lora: str = flag("LoRA file (.safetensors) or folder")
     prompt: str = flag("what to draw")
     model: str = flag("folder of a FLUX pipeline in the diffusers layout", "black-forest-labs/FLUX.1-dev")
     lora_scale: float | None = flag(
@@ -72,14 +70,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_flags(parser, LightningFlags, "model", "path_to_lora", "prompt")
     add_flags(parser, LightningDrawing, "output_dir", "guidance_scale", "height", "width")
     add_flags(parser, LightningFlags, "lora_scale")
-    rest = ("steps", "seed", "max_sequence_length", "device", "inference_optimize", "repeat")
+    rest = (
+        "steps",
+        "seed",
+        "max_sequence_length",
+        "device",
+        "ignore_unknown",
+        "inference_optimize",
+        "repeat",
+    )
     add_flags(parser, LightningDrawing, *rest)
 
 
 def run_command(arguments: argparse.Namespace) -> None:
     flags = from_flags(LightningFlags, arguments)
     tune_host()
-    read_lora_file(flags.path_to_lora)
     scale = default_scale(flags.path_to_lora) if flags.lora_scale is None else flags.lora_scale
     draw_lightning(from_flags(LightningDrawing, arguments, prompt=[flags.prompt], lora_scale=scale))
 
@@ -93,11 +98,13 @@ def draw_lightning(drawing: LightningDrawing) -> Path:
     if drawing.repeat < 0:
         raise ConfigError(f"repeat: came {drawing.repeat}, wanted 0 (draw once) or how many runs to average")
     check_folder(drawing.model, "--model")
+    loras = read_loras(drawing, "transformer", "text_encoder", "text_encoder_2")
     folder = output_folder(drawing)
     set_device(drawing.device)
     pipeline = FluxPipeline.from_pretrained(drawing.model)
-    info = pipeline.load_lora_weights(drawing.path_to_lora, drawing.lora_scale)
-    print(f"LoRA on {len(info.ranks)} layers at scale {drawing.lora_scale:g}")
+    for file, scale in loras:
+        info = pipeline.load_lora_weights(file, scale=scale, ignore_unknown=True)  # read_loras was asked
+        tell(info, f" at scale {scale:g}")
     if drawing.inference_optimize:
         merge_lora(pipeline.transformer)
         compile_transformer(pipeline.transformer)
@@ -124,21 +131,14 @@ def draw_once(
 
 
 def default_scale(path: str | Path) -> float:
-    """1.0, with a word of warning for a file that does not say its alpha."""
-    if not states_alpha(path):
+    """1.0, with a word of warning for a file that does not say its alpha. Raises ConfigError for one that
+    cannot be read."""
+    if not read_lora_file(path).states_alpha:
         print(
             f"{path} does not say its alpha, so alpha = rank is assumed (scale 1.0). The FLUX-Lightning file "
             "that PaddleMIX published was trained with alpha 8 at rank 32: give --lora_scale 0.25 for it"
         )
     return 1.0
-
-
-def states_alpha(path: str | Path) -> bool:
-    """Whether a LoRA file says its alpha: in tensors, in the header, or in diffusers' adapter metadata."""
-    with safe_open(str(path), framework="np") as file:
-        header = file.metadata() or {}
-        in_tensors = any(key.endswith(".alpha") for key in file.keys())  # noqa: SIM118
-    return in_tensors or "alpha" in header or "lora_alpha" in header.get(ADAPTER_METADATA, "")
 
 
 def _timed(draw: Callable[[], Image.Image], repeat: int) -> Image.Image:

@@ -1,7 +1,16 @@
-"""LoRA and LoKr for frozen models: put in, take out, save, load, merge; files of other programs."""
+"""Adapters (LoRA, DoRA, LoKr, LoHa, OFT, ...) for frozen models: put in, take out, save, load, merge; files
+of all programs.
 
+The way of a file: a file or folder (files.py) -> tensors, header, PEFT's config beside it -> what each key
+means and which program wrote it (keys.py), how strong it is meant (header.py) -> `LoRAFile`, a list of
+`Change`s, one for each Linear's weight or bias and each norm, in diffusers' names (parse.py), whose kind
+(delta.py for plain LoRA, kinds.py for the others) says W' - W at a strength -> put into a model for drawing
+or merging (loading.py, layer.py), or written for another program (writing.py, peft.py).
+"""
+
+from .adapters import Adapters
 from .delta import LoRAModule, LoRASummary, relative_difference, summarize
-from .files import LoRAFile, read_lora_file
+from .files import read_lora_file
 from .layer import (
     adapter_layers,
     inject_lokr,
@@ -12,12 +21,14 @@ from .layer import (
     merge_lora,
     remove_lora,
 )
-from .loading import LoRAInfo, load_adapter, load_lora, read_adapter
+from .loading import LoRAInfo, info_of, load_lora, put_adapters, read_fitting
 from .lokr import LoKrLinear, LoKrSettings
+from .parse import LoRAFile
 from .peft import save_comfyui, save_peft
 from .writing import lora_modules, save_lora, write_lora_file
 
 __all__ = [
+    "Adapters",
     "LoKrLinear",
     "LoKrSettings",
     "LoRAFile",
@@ -25,16 +36,17 @@ __all__ = [
     "LoRAModule",
     "LoRASummary",
     "adapter_layers",
+    "info_of",
     "inject_lokr",
     "inject_lora",
-    "load_adapter",
     "load_lora",
     "lora_disabled",
     "lora_layers",
     "lora_modules",
     "lora_parameters",
     "merge_lora",
-    "read_adapter",
+    "put_adapters",
+    "read_fitting",
     "read_lora_file",
     "relative_difference",
     "remove_lora",

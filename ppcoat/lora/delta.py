@@ -18,6 +18,12 @@ class LoRAModule:
     a: np.ndarray
     b: np.ndarray
     alpha: float
+    name = "LoRA"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[out, in] of the weight that it fits."""
+        return self.b.shape[0], self.a.shape[1]
 
     @property
     def rank(self) -> int:
@@ -30,6 +36,10 @@ class LoRAModule:
     def folded(self) -> LoRAModule:
         """The same delta-W with alpha = rank: the scale goes into b."""
         return self if self.scale == 1.0 else LoRAModule(self.a, self.b * np.float32(self.scale), self.rank)
+
+    def delta(self, weight: np.ndarray, strength: float) -> np.ndarray:
+        """What it adds at a strength to a weight [out, in], in the weight's float dtype."""
+        return (self.b.astype(weight.dtype) * (self.scale * strength)) @ self.a.astype(weight.dtype)
 
     def norm(self) -> float:
         """Frobenius norm of delta-W."""

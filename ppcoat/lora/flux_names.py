@@ -40,12 +40,23 @@ OUTSIDE = {
     "final_layer.adaLN_modulation.1": ("norm_out.linear",),
     "final_layer.linear": ("proj_out",),
 }
-XLABS = {  # names that XLabs' trainer gives to LoRAs of double blocks: 1 is the picture, 2 the text
+# Names that XLabs' trainer gives: 1 is the picture, 2 the text. In single blocks it leaves linear1's MLP
+# rows out.
+XLABS = {
     "processor.qkv_lora1": DOUBLE["img_attn.qkv"],
     "processor.qkv_lora2": DOUBLE["txt_attn.qkv"],
     "processor.proj_lora1": DOUBLE["img_attn.proj"],
     "processor.proj_lora2": DOUBLE["txt_attn.proj"],
 }
+XLABS_SINGLE = {"processor.qkv_lora": SINGLE["linear1"][:3], "processor.proj_lora": SINGLE["linear2"]}
+# Norms that have weights: of queries and keys, head by head.
+DOUBLE_NORMS = {
+    "img_attn.norm.query_norm": ("attn.norm_q",),
+    "img_attn.norm.key_norm": ("attn.norm_k",),
+    "txt_attn.norm.query_norm": ("attn.norm_added_q",),
+    "txt_attn.norm.key_norm": ("attn.norm_added_k",),
+}
+SINGLE_NORMS = {"norm.query_norm": ("attn.norm_q",), "norm.key_norm": ("attn.norm_k",)}
 BLOCKS = {  # BFL's block list -> diffusers', and what is inside
     "double_blocks": ("transformer_blocks", DOUBLE),
     "single_blocks": ("single_transformer_blocks", SINGLE),
@@ -103,6 +114,11 @@ def split_fused(name: FluxName, module: LoRAModule) -> dict[str, LoRAModule]:
         for path, b, own in zip(name.paths, rows, columns, strict=True)
         if len(own)
     }
+
+
+def is_norm(path: str) -> bool:
+    """Whether a path of diffusers is that of a norm's weight, which has no columns."""
+    return path.rpartition(".")[2].startswith(("norm_q", "norm_k", "norm_added_"))
 
 
 def fuse(modules: Mapping[str, LoRAModule]) -> dict[str, LoRAModule]:
@@ -190,16 +206,23 @@ def _halves_swapped(module: LoRAModule) -> LoRAModule:
 
 def _names(table: Mapping[str, tuple[str, ...]]) -> dict[str, FluxName]:
     """Names with underscores, BFL's and diffusers', of one table."""
-    bfl = {name.replace(".", "_"): FluxName(parts, True) for name, parts in table.items()}
+    return _bfl_names(table) | _diffusers_names(table)
+
+
+def _bfl_names(table: Mapping[str, tuple[str, ...]]) -> dict[str, FluxName]:
+    return {name.replace(".", "_"): FluxName(parts, True) for name, parts in table.items()}
+
+
+def _diffusers_names(table: Mapping[str, tuple[str, ...]]) -> dict[str, FluxName]:
     parts = [part for row in table.values() for part in row]
-    return bfl | {part.replace(".", "_"): FluxName((part,), False) for part in parts}
+    return {part.replace(".", "_"): FluxName((part,), False) for part in parts}
 
 
 _INSIDE = {
     "": _names(OUTSIDE),
-    "double_blocks": {name: found for name, found in _names(DOUBLE | XLABS).items() if found.of_bfl},
-    "single_blocks": {name: found for name, found in _names(SINGLE).items() if found.of_bfl},
-    "transformer_blocks": {name: found for name, found in _names(DOUBLE).items() if not found.of_bfl},
-    "single_transformer_blocks": {name: found for name, found in _names(SINGLE).items() if not found.of_bfl},
+    "double_blocks": _bfl_names(DOUBLE | DOUBLE_NORMS | XLABS),
+    "single_blocks": _bfl_names(SINGLE | SINGLE_NORMS | XLABS_SINGLE),
+    "transformer_blocks": _diffusers_names(DOUBLE | DOUBLE_NORMS),
+    "single_transformer_blocks": _diffusers_names(SINGLE | SINGLE_NORMS),
 }
 _BLOCK = re.compile(rf"({'|'.join(name for name in _INSIDE if name)})[._](0|[1-9][0-9]*)[._](.+)")

@@ -1,5 +1,6 @@
 """LoRA and LoKr put into a model from outside: choose Linears by name, replace them by LoRALinears or
-LoKrLinears, take them out again, or merge them into the weights under them.
+LoKrLinears (other kinds of a file: by ChangedLayers), take them out again, or merge them into the weights
+under them.
 
 The default targets are the attention and feed-forward Linears of both FLUX block kinds; norms, modulation and
 embedders are left alone. The model needs to know nothing: its sublayers carry diffusers' names.
@@ -7,11 +8,13 @@ embedders are left alone. The model needs to know nothing: its sublayers carry d
 
 from __future__ import annotations
 
+import copy
 import difflib
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+import numpy as np
 import paddle
 from paddle import nn
 
@@ -19,15 +22,83 @@ from ppcoat.errors import ConfigError
 from ppcoat.models.flux import ATTENTION_AND_MLP
 from ppcoat.nn.base_weight import FP8Weight
 from ppcoat.nn.convert import set_sublayer
-from ppcoat.nn.linear import FrozenLinear, LoRALinear
+from ppcoat.nn.linear import FrozenLinear, LinearParameters, LoRALinear
 
 from .lokr import LoKrLinear, LoKrSettings, new_factors
 
-Adapter = LoRALinear | LoKrLinear
+_LINEARS = (nn.Linear, FrozenLinear)
+Deltas = Callable[[float], Mapping[str, np.ndarray]]
 FLUX_TARGETS = {  # block list -> names of the Linears of attention and feed-forward inside a block
     blocks: tuple(part for parts in linears.values() for part in parts)
     for blocks, linears in ATTENTION_AND_MLP.items()
 }
+
+
+class ChangedLayer(nn.Layer):
+    """A frozen Linear or norm that computes with a weight or bias of its own, made from the base's: for
+    drawing with kinds of adapters that no LoRALinear can be.
+
+    deltas(strength) -> {"weight", "bias": difference, float32 in torch's order, [out, in] or [n]}. Parameters
+    keep their names and stay the base's. The changed ones are made where they are first used and when
+    `scale_multiplier`, which multiplies the strength, is another; `enabled` as in LoRALinear. An FP8 weight
+    becomes one of the compute dtype, which takes its room for as long as the adapter is there.
+    """
+
+    def __init__(self, base: nn.Layer, deltas: Deltas) -> None:
+        super().__init__()
+        self.__dict__["base"] = base  # not a sublayer: its parameters are registered here
+        for name, parameter in [*base._parameters.items(), *base._sub_layers.items()]:
+            setattr(self, name, parameter)
+        self.__dict__["_deltas"], self.__dict__["_made"] = deltas, None
+        self.enabled, self.scale_multiplier = True, 1.0
+
+    def forward(self, *args: paddle.Tensor) -> paddle.Tensor:
+        return self.changed()(*args) if self.enabled else self.base(*args)
+
+    @paddle.no_grad()
+    def changed(self) -> nn.Layer:
+        """The base with the changed parameters."""
+        if self._made is None or self._made[0] != self.scale_multiplier:
+            self.__dict__["_made"] = (self.scale_multiplier, self._make(self._deltas(self.scale_multiplier)))
+        return self._made[1]
+
+    def _make(self, deltas: Mapping[str, np.ndarray]) -> nn.Layer:
+        is_linear = isinstance(self.base, _LINEARS)
+        new = {name: changed_parameter(self.base, name, delta) for name, delta in deltas.items()}
+        if is_linear:
+            weight, bias = (new.get(name, getattr(self.base, name)) for name in ("weight", "bias"))
+            return FrozenLinear(LinearParameters(weight, bias))
+        layer = copy.copy(self.base)
+        layer.__dict__["_parameters"] = type(self.base._parameters)(self.base._parameters | new)
+        return layer
+
+
+def values_of(layer: nn.Layer, name: str) -> np.ndarray:
+    """A parameter of a Linear or norm as float32 in torch's order, [out, in] or [n]."""
+    parameter = getattr(layer, name)
+    if isinstance(parameter, FP8Weight):
+        return parameter.dequantized("float32").numpy().T
+    values = parameter.astype("float32").numpy()
+    return values.T if values.ndim == 2 else values
+
+
+def changed_parameter(layer: nn.Layer, name: str, delta: np.ndarray) -> paddle.Tensor:
+    """The parameter plus delta [out, in] or [n], float32 in torch's order, as a new frozen one in Paddle's
+    order: rounded once to the parameter's dtype, to the bias's where the weight is FP8."""
+    old = getattr(layer, name)
+    values = values_of(layer, name) + delta
+    like = getattr(layer, "bias", None) if isinstance(old, FP8Weight) else old
+    dtype = paddle.get_default_dtype() if like is None else like.dtype
+    values = np.ascontiguousarray(values.T if values.ndim == 2 else values)
+    new = paddle.create_parameter(
+        list(values.shape), "float32", default_initializer=nn.initializer.Assign(values)
+    )
+    new = new if dtype == new.dtype else new.astype(dtype)
+    new.stop_gradient = True
+    return new
+
+
+AdapterLayer = LoRALinear | LoKrLinear | ChangedLayer
 
 
 def inject_lora(
@@ -73,8 +144,8 @@ def inject_lokr(
 
 
 def _inject(
-    model: nn.Layer, targets: Sequence[str] | None, make: Callable[[str, nn.Layer], Adapter]
-) -> dict[str, Adapter]:
+    model: nn.Layer, targets: Sequence[str] | None, make: Callable[[str, nn.Layer], AdapterLayer]
+) -> dict[str, AdapterLayer]:
     """Freeze `model` and put make(path, Linear) in the place of each target."""
     if adapter_layers(model):
         raise ConfigError("the model already has a LoRA; call remove_lora first")
@@ -128,9 +199,9 @@ def lora_layers(model: nn.Layer) -> dict[str, LoRALinear]:
     return {path: layer for path, layer in model.named_sublayers() if isinstance(layer, LoRALinear)}
 
 
-def adapter_layers(model: nn.Layer) -> dict[str, Adapter]:
-    """{path: LoRALinear or LoKrLinear} in model order."""
-    return {path: layer for path, layer in model.named_sublayers() if isinstance(layer, Adapter)}
+def adapter_layers(model: nn.Layer) -> dict[str, AdapterLayer]:
+    """{path: LoRALinear, LoKrLinear or ChangedLayer} in model order."""
+    return {path: layer for path, layer in model.named_sublayers() if isinstance(layer, AdapterLayer)}
 
 
 def lora_parameters(model: nn.Layer) -> list[paddle.Tensor]:
@@ -155,8 +226,22 @@ def lora_disabled(model: nn.Layer) -> Iterator[None]:
 
 def linear_paths(model: nn.Layer) -> list[str]:
     """Dotted paths of everything that a LoRA can stand on, or already stands on."""
-    kinds = (nn.Linear, FrozenLinear, LoRALinear, LoKrLinear)
-    return [path for path, layer in model.named_sublayers() if isinstance(layer, kinds)]
+    return [path for path, layer in model.named_sublayers() if isinstance(base_of(layer), _LINEARS)]
+
+
+def norm_paths(model: nn.Layer) -> list[str]:
+    """Dotted paths of the norms that have weights: layers with one vector `weight` and nothing inside."""
+    return [
+        path
+        for path, layer in model.named_sublayers()
+        for weight in [base_of(layer)._parameters.get("weight")]
+        if weight is not None and weight.ndim == 1 and not layer._sub_layers
+    ]
+
+
+def base_of(layer: nn.Layer) -> nn.Layer:
+    """The layer that an adapter stands on, or `layer` itself."""
+    return layer.base if isinstance(layer, AdapterLayer) else layer
 
 
 def _is_flux_target(path: str) -> bool:
@@ -181,9 +266,9 @@ def _some(paths: list[str]) -> str:
 
 
 @paddle.no_grad()
-def merge_lora(model: nn.Layer) -> None:
-    """W [in, out] += alpha / rank * scale_multiplier * A B for every LoRA, which then leaves `model`; LoKrs
-    likewise.
+def merge_lora(model: nn.Layer) -> dict[str, list[str]]:
+    """W [in, out] += alpha / rank * scale_multiplier * A B for every LoRA, which then leaves `model`; other
+    adapters likewise, with what they do to biases and norms. Returns {path: names of its changed parameters}.
 
     The sum is taken in float32 and rounded once to the weight's own dtype. LoRAs that are switched off
     (`enabled`) are merged too. Raises ConfigError, and merges nothing, if a weight is stored in FP8: most of
@@ -191,12 +276,22 @@ def merge_lora(model: nn.Layer) -> None:
     """
     layers = adapter_layers(model)
     for path, layer in layers.items():
-        if isinstance(layer.weight, FP8Weight):
+        if isinstance(getattr(layer, "weight", None), FP8Weight):
             raise ConfigError(f"{path}.weight is stored in FP8: load the model unquantised to merge a LoRA")
-    for layer in layers.values():
+    merged = {}
+    for path, layer in layers.items():
+        if isinstance(layer, ChangedLayer):
+            changed, names = layer.changed(), list(layer.base._parameters)
+            new = {name: getattr(changed, name) for name in names}
+            merged[path] = [name for name in names if new[name] is not getattr(layer.base, name)]
+            for name in merged[path]:
+                getattr(layer.base, name).set_value(new[name])
+            continue
         if isinstance(layer, LoKrLinear):
             delta = layer.delta()
         else:
             delta = paddle.matmul(layer.lora_A, layer.lora_B) * layer.scale
         layer.weight.set_value((layer.weight.astype("float32") + delta).astype(layer.weight.dtype))
+        merged[path] = ["weight"]
     remove_lora(model)
+    return merged

@@ -1,18 +1,17 @@
-"""The LoRA or LoKr of a file put into a model. writing.py and peft.py are the way back.
+"""Adapters of files put into models, for drawing and for merging. writing.py and peft.py are the way back.
 
-Read are LoRA files of every format of files.py, which says what a delta-W is under each; the adapter
-directory of NewBie's trainer; and LoKr files. Names may have any prefix that files.py knows. The scale of a
-LoKr is decided module by module: 1 where both matrices are full, whatever the file says of alpha and rank,
-else its own alpha / rank.
+A LoRA becomes a LoRALinear, several on one Linear become one with their factors side by side, a LoKr becomes
+a LoKrLinear; all three work on FP8 weights as they are. What is left (DoRA, LoHa, OFT, biases, norms, ...)
+becomes a ChangedLayer, whose weight is made from the base's. Several adapters at once: each difference is
+taken from the base weight, and they are added.
 """
 
 from __future__ import annotations
 
-import json
-import math
-import warnings
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,203 +19,300 @@ import paddle
 from paddle import nn
 
 from ppcoat.errors import ConfigError
+from ppcoat.nn.base_weight import FP8Weight
 from ppcoat.nn.convert import set_sublayer
 from ppcoat.nn.linear import LoRALinear
 
 from .delta import LoRAModule
-from .files import (
-    ADAPTER_METADATA,
-    CONFIG,
-    WEIGHTS,
-    parse_lora,
-    read_lora_file,
-    read_tensors_and_header,
-    step_from_header,
-    without_prefixes,
+from .files import check_known, read_lora_file
+from .header import step_from_header
+from .keys import PART_NAMES, TRANSFORMER
+from .kinds import LoKr
+from .layer import (
+    ChangedLayer,
+    base_of,
+    linear_paths,
+    lora_parameters,
+    norm_paths,
+    remove_lora,
+    values_of,
 )
-from .layer import linear_paths, lora_parameters, remove_lora
-from .lokr import FACTORS, LoKrLinear, LoKrSettings
+from .lokr import LoKrLinear, LoKrSettings
+from .parse import Change, LoRAFile, clean, described, is_plain, parse_lora
 
-_LOKR_NAMES = (*FACTORS, *(part for parts in FACTORS.values() for part in parts))
+_log = logging.getLogger(__name__)
+
+Source = str | Path | Mapping[str, paddle.Tensor] | LoRAFile
+Shapes = Mapping[str, Mapping[str, Sequence[int]]]
+Active = Sequence[tuple[LoRAFile, float]]  # files and their strengths
+SHAPE_OF_INPUTS = "x_embedder"  # the Linear that tells a control or Fill LoRA
 
 
 @dataclass(frozen=True)
 class LoRAInfo:
-    """What `load_lora` found: the paths with their ranks and scales, keys that fit nothing, and the header's
-    facts.
+    """What `load_lora` found: kinds and counts in words; the transformer's LoRAs and LoKrs with their ranks
+    and scales; keys that fit nothing; notes for the user; and the header's facts.
     """
 
+    what: str
     ranks: dict[str, int]
     scales: dict[str, float]
     unmatched: list[str]
+    notes: tuple[str, ...] = ()
     trigger_word: str = ""
     step: int | None = None
     metadata: dict[str, str] = field(default_factory=dict)
 
+    def line(self) -> str:
+        """One line for a user."""
+        left = (
+            f", {len(self.unmatched)} keys left out, e.g. {clean(self.unmatched[0])}"
+            if self.unmatched
+            else ""
+        )
+        trigger = f", trigger word {self.trigger_word}" if self.trigger_word else ""
+        return f"{self.what}{trigger}{left}"
+
 
 def load_lora(
     model: nn.Layer,
-    source: str | Path | Mapping[str, paddle.Tensor],
+    source: Source,
     scale: float = 1.0,
     metadata: Mapping[str, str] | None = None,
+    ignore_unknown: bool = False,
 ) -> LoRAInfo:
-    """Put the LoRA of a file (or of a dict of its tensors, with its header as `metadata`) into `model`.
+    """Put the adapter of a file or folder (or of a dict of its tensors, with its header as `metadata`) into
+    `model`, a transformer.
 
-    The file may have any format that files.py reads. Linears become LoRALinears without gradient, their scale
-    times `scale`; ranks may differ from one to the next. A LoRA that was loaded before is replaced. Tensors:
-    A [rank, in] and B [out, rank] in most formats, any floating dtype. Keys that fit no Linear are listed in
-    a warning and in the result. Raises ConfigError, and changes nothing, for a pickle, a damaged file, a
-    wrong shape, a file that fits no Linear at all, or a model whose LoRA is in training.
+    The file may have any format and kind that parse.py reads. Linears become LoRALinears without gradient,
+    their scale times `scale`; ranks may differ from one to the next. What was loaded before is replaced.
+    Tensors: A [rank, in] and B [out, rank] in most formats, any floating dtype. Raises ConfigError, and
+    changes nothing, for a pickle, a damaged file, a wrong shape, keys that name nothing in the model (unless
+    ignore_unknown: the rest is applied, and the result lists them), a file of another model, or a model whose
+    LoRA is in training.
     """
-    if any(not param.stop_gradient for param in lora_parameters(model)):
+    check_not_training(model)
+    file = read_fitting(source, {TRANSFORMER: shapes_of(model)}, metadata, ignore_unknown)
+    put_adapters({TRANSFORMER: model}, [(file, scale)])
+    return info_of(file, scale)
+
+
+def check_not_training(model: nn.Layer) -> None:
+    """Raises ConfigError for a model whose LoRA is in training."""
+    if any(not parameter.stop_gradient for parameter in lora_parameters(model)):
         raise ConfigError("the model has a LoRA in training: save it, then call remove_lora before load_lora")
-    paths = linear_paths(model)
-    if isinstance(source, Mapping):
-        file = parse_lora(source, metadata or {}, set(paths))
+
+
+def read_fitting(
+    source: Source,
+    shapes: Shapes,
+    metadata: Mapping[str, str] | None = None,
+    ignore_unknown: bool = False,
+    weight_name: str | None = None,
+) -> LoRAFile:
+    """Read an adapter and hold it to the models that `shapes` describes: {part: {parameter of a Linear or
+    norm: its shape in torch's order}}. One that was read already is held to them only. With ignore_unknown,
+    what they lack is left out and listed in `unknown`. Raises ConfigError as `load_lora` does."""
+    name = str(source) if isinstance(source, str | Path) else "this LoRA"
+    if isinstance(source, LoRAFile):
+        file = source
     else:
-        file = read_lora_file(source, set(paths))
-    if not file.modules:
+        paths = {parameter.rpartition(".")[0] for parameter in shapes[TRANSFORMER]}
+        if isinstance(source, Mapping):
+            file = parse_lora(source, metadata or {}, paths)
+        else:
+            file = read_lora_file(source, paths, weight_name=weight_name)
+    check_known(file, name, ignore_unknown)
+    return _fitted(file, shapes, name, ignore_unknown)
+
+
+def shapes_of(model: nn.Layer) -> dict[str, list[int]]:
+    """{name of a parameter of a Linear or norm: its shape in torch's order}."""
+    layers = dict(model.named_sublayers())
+    found = {}
+    for path in (*linear_paths(model), *norm_paths(model)):
+        layer = base_of(layers[path])
+        for name in ("weight", "bias"):
+            parameter = getattr(layer, name, None)
+            if parameter is not None:
+                found[f"{path}.{name}"] = list(parameter.shape)[::-1]
+    return found
+
+
+def _fitted(file: LoRAFile, shapes: Shapes, name: str, ignore_unknown: bool) -> LoRAFile:
+    """`file`, or with ignore_unknown without what is not in the models. Raises ConfigError for a part or
+    parameter that is missing, and for another shape."""
+
+    def is_there(each: Change) -> bool:
+        """Of a text encoder of another size, too, it is not."""
+        own = shapes.get(each.part, {})
+        if not all(f"{path}.{each.parameter}" in own for path in each.paths):
+            return False
+        if each.part == TRANSFORMER or not ignore_unknown:
+            return True
+        return _came_and_wanted(each, own)[0] == _came_and_wanted(each, own)[1]
+
+    absent = [each for each in file.changes if not is_there(each)]
+    if absent and not ignore_unknown:
+        first = absent[0]
         raise ConfigError(
-            f"this LoRA fits no layer of the model: its keys are like {', '.join(file.unknown[:3])}, "
-            f"the model's Linears like {', '.join(paths[:3])}"
+            f"{name} has {described(absent)}, e.g. {first.paths[0]}.{first.parameter} of "
+            f"{PART_NAMES[first.part]}, which the model lacks; --ignore_unknown (ignore_unknown=True) "
+            "leaves that out"
         )
-    linears = dict(model.named_sublayers())
-    modules = {path: file.modules[path] for path in paths if path in file.modules}
-    for path, module in modules.items():
-        _check_fits(path, module, linears[path])
-    if file.unknown:
-        warnings.warn(
-            f"{len(file.unknown)} LoRA keys fit no layer and are left out: {', '.join(file.unknown[:5])}",
-            stacklevel=2,
+    kept = [each for each in file.changes if is_there(each)]
+    if not kept:
+        raise ConfigError(f"{name} fits no layer of the model: it has {described(absent)}")
+    for change in kept:
+        _check_shape(change, shapes[change.part], name)
+    if not absent:
+        return file
+    left = [f"{each.paths[0]}.{each.parameter}" for each in absent]
+    return LoRAFile(**{**file.__dict__, "changes": kept, "unknown": [*file.unknown, *left]})
+
+
+def _came_and_wanted(change: Change, shapes: Mapping[str, Sequence[int]]) -> tuple[list[int], list[int]]:
+    """The shape that a change is for, and that of the model's parameter."""
+    whole = [shapes[f"{path}.{change.parameter}"] for path in change.paths]
+    wanted = [sum(shape[0] for shape in whole), *whole[0][1:]]
+    came = list(change.kind.shape)
+    if len(came) == len(wanted):
+        came = [had if size is None else size for size, had in zip(came, wanted, strict=True)]
+    return came, wanted
+
+
+def _check_shape(change: Change, shapes: Mapping[str, Sequence[int]], name: str) -> None:
+    came, wanted = _came_and_wanted(change, shapes)
+    if came == wanted:
+        return
+    path = ", ".join(change.paths)
+    if path == SHAPE_OF_INPUTS and len(came) == 2 and came[0] == wanted[0] and came[1] > wanted[1]:
+        kind = {2: "a control LoRA (Canny, Depth)", 6: "a Fill LoRA"}.get(
+            came[1] / wanted[1], "of another FLUX"
         )
-    remove_lora(model)
-    for path, module in modules.items():
-        base = getattr(linears[path], "base", linears[path])  # of an adapter that was loaded before
-        set_sublayer(model, path, _make_layer(base, module, scale))
-    ranks = {path: module.rank for path, module in modules.items()}
-    scales = {path: module.scale * scale for path, module in modules.items()}
+        raise ConfigError(
+            f"{name} is {kind}: its {path} takes {came[1]} inputs, that of this model {wanted[1]}; it is for "
+            "a model that takes more than a picture"
+        )
+    factors = ""
+    if is_plain(change):
+        factors = f": A {list(change.kind.a.shape)} and B {list(change.kind.b.shape)} do not fit a Linear " \
+                  f"{wanted[1]} -> {wanted[0]}"  # fmt: skip
+    raise ConfigError(
+        f"{change.kind.name} of {path} in {name} is for {change.parameter} {came} [out, in], the model "
+        f"has {wanted}: "
+        f"they are not of one model{factors}"
+    )
+
+
+def info_of(file: LoRAFile, scale: float) -> LoRAInfo:
+    """What to tell of a file that is put into models with strength `scale`."""
+    plain, lokr = (
+        file.modules,
+        {each.paths[0]: each.kind for each in file.changes if isinstance(each.kind, LoKr)},
+    )
+    ranks = {path: module.rank for path, module in plain.items()}
+    ranks |= {path: kind.rank for path, kind in lokr.items()}
+    scales = {path: kind.scale * scale for path, kind in (plain | lokr).items()}
     trigger_word, step = file.header.get("trigger_word", ""), step_from_header(file.header)
-    return LoRAInfo(ranks, scales, file.unknown, trigger_word, step, file.header)
+    return LoRAInfo(file.what, ranks, scales, file.unknown, file.notes, trigger_word, step, file.header)
 
 
-def _check_fits(path: str, module: LoRAModule, linear: nn.Layer) -> None:
-    width_in, width_out = linear.weight.shape
-    if module.a.shape[1] != width_in or module.b.shape[0] != width_out:
-        raise ConfigError(
-            f"LoRA of {path}: A {list(module.a.shape)} and B {list(module.b.shape)} do not fit a Linear "
-            f"{width_in} -> {width_out}, which wants A [rank, {width_in}] and B [{width_out}, rank]"
+def put_adapters(models: Mapping[str, nn.Layer], active: Active) -> None:
+    """Put adapters, each with its strength, into the models by part, in the place of all that is there."""
+    for model in models.values():
+        remove_lora(model)
+    for part, model in models.items():
+        layers = dict(model.named_sublayers())
+        by_path: dict[str, list[tuple[Change, float]]] = {}
+        for file, by in active:
+            for change in file.changes:
+                for path in change.paths if change.part == part else ():
+                    by_path.setdefault(path, []).append((change, by))
+        dense = []
+        for path in (path for path in layers if path in by_path):
+            new = _layer(layers, path, by_path[path])
+            new.training = layers[path].training
+            set_sublayer(model, path, new)
+            if isinstance(new, ChangedLayer) and isinstance(getattr(new, "weight", None), FP8Weight):
+                dense.append(path)
+        if dense:
+            _log.warning(
+                "%d FP8 weights, e.g. %s, are held unquantised beside their FP8 copy while this adapter is "
+                "on: it is no LoRA",
+                *(len(dense), dense[0]),
+            )
+
+
+def added(
+    active: Active, part: str, base: Callable[[str], np.ndarray]
+) -> dict[str, Callable[[], np.ndarray]]:
+    """{parameter: function that gives what the adapters add to it}, float32 in torch's order, [out, in] or
+    [n].
+
+    base(name): the parameter without them, likewise. For checking what was merged, one parameter at a time.
+    """
+    found: dict[str, list[tuple[Change, float, str]]] = {}
+    for file, by in active:
+        for change in file.changes:
+            for path in change.paths if change.part == part else ():
+                found.setdefault(f"{path}.{change.parameter}", []).append((change, by, path))
+
+    def total(changes: list[tuple[Change, float, str]]) -> np.ndarray:
+        return sum(
+            change.deltas([base(f"{each}.{change.parameter}") for each in change.paths], by)[
+                change.paths.index(path)
+            ]
+            for change, by, path in changes
         )
 
+    return {name: partial(total, changes) for name, changes in found.items()}
 
-def _make_layer(base: nn.Layer, module: LoRAModule, scale: float) -> LoRALinear:
-    """A LoRALinear on `base` with the file's tensors, for inference."""
-    layer = LoRALinear(base, module.rank, alpha=module.alpha * scale)
-    layer.training = base.training
+
+def _layer(layers: Mapping[str, nn.Layer], path: str, changes: list[tuple[Change, float]]) -> nn.Layer:
+    """What stands in the place of the layer at `path`."""
+    base = layers[path]
+    weights = [(each.kind, by) for each, by in changes if each.parameter == "weight"]
+    if len(weights) == len(changes) and all(isinstance(kind, LoRAModule) for kind, _ in weights):
+        return _lora_linear(base, weights)
+    if len(changes) == 1 and isinstance(weights[0][0], LoKr) and len(changes[0][0].paths) == 1:
+        return _lokr_linear(base, *weights[0])
+    return ChangedLayer(base, partial(_deltas, layers, path, changes))
+
+
+def _deltas(
+    layers: Mapping[str, nn.Layer], path: str, changes: list[tuple[Change, float]], factor: float
+) -> dict[str, np.ndarray]:
+    """{"weight" or "bias": sum of the differences at `factor` times their strengths} of one layer."""
+    found: dict[str, np.ndarray] = {}
+    for change, by in changes:
+        whole = [values_of(layers[each], change.parameter) for each in change.paths]
+        delta = change.deltas(whole, by * factor)[change.paths.index(path)]
+        found[change.parameter] = found.get(change.parameter, 0.0) + delta
+    return found
+
+
+def _lora_linear(base: nn.Layer, modules: list[tuple[LoRAModule, float]]) -> LoRALinear:
+    """A LoRALinear on `base` with the files' tensors, side by side if there are several, for drawing."""
+    (module, by), *more = modules
+    if more:
+        b = np.concatenate([each.b * np.float32(each.scale * by) for each, by in modules], axis=1)
+        module, by = LoRAModule(np.concatenate([each.a for each, _ in modules]), b, b.shape[1]), 1.0
+    layer = LoRALinear(base, module.rank, alpha=module.alpha * by)
     layer.lora_A.set_value(_paddle_order(module.a))
     layer.lora_B.set_value(_paddle_order(module.b))
     layer.lora_A.stop_gradient = layer.lora_B.stop_gradient = True
     return layer
 
 
-def _paddle_order(matrix: np.ndarray) -> np.ndarray:
-    """Torch's [out, in] -> Paddle's [in, out]."""
-    return np.ascontiguousarray(matrix.T)
-
-
-def load_adapter(model: nn.Layer, path: str | Path, scale: float = 1.0) -> LoRAInfo:
-    """Put a LoRA or LoKr into `model` for inference: a directory with WEIGHTS and CONFIG, or a file.
-
-    Its strength is multiplied by `scale`; an adapter that was loaded before is replaced. Raises ConfigError,
-    and changes nothing, for a missing, damaged or pickled file and for tensors that fit no Linear.
-    """
-    tensors, header = read_adapter(path)
-    if not any(name.rpartition(".")[2] in _LOKR_NAMES for name in tensors):
-        return load_lora(model, tensors, scale, header)
-    named = _lokr_modules(tensors, linear_paths(model))
-    linears = dict(model.named_sublayers())
-    bases = {path: getattr(linears[path], "base", linears[path]) for path in named}
-    layers = {path: _lokr_layer(path, bases[path], named[path], header, scale) for path in named}
-    remove_lora(model)
-    for each, layer in layers.items():
-        layer.training = bases[each].training
-        set_sublayer(model, each, layer)
-    scales = {each: layer.scale for each, layer in layers.items()}
-    return LoRAInfo({each: layer.rank for each, layer in layers.items()}, scales, [], metadata=header)
-
-
-def read_adapter(path: str | Path) -> tuple[dict[str, paddle.Tensor], dict[str, str]]:
-    """Tensors (any shape, in the dtype they have there) and header of an adapter directory or file; of a
-    directory, the header also has what CONFIG says. Raises ConfigError for what is missing, damaged or a
-    pickle."""
-    path = Path(path)
-    tensors, header = read_tensors_and_header(path / WEIGHTS if path.is_dir() else path)
-    if path.is_dir():
-        config = _read_config(path / CONFIG)
-        header |= {"lora_rank": str(config["r"]), "lora_alpha": str(config["lora_alpha"])}
-        header[ADAPTER_METADATA] = json.dumps(config)
-    return tensors, header
-
-
-def _read_config(file: Path) -> dict:
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{file} cannot be read ({error}): it belongs beside {WEIGHTS}") from None
-    if not isinstance(config, dict) or not {"r", "lora_alpha"} <= config.keys():
-        raise ConfigError(f"{file} lacks r and lora_alpha, without which the strength is unknown")
-    if config.get("use_dora"):
-        raise ConfigError(f"{file}: use_dora is true, but DoRA is not known here; train without it")
-    return config
-
-
-def _lokr_modules(
-    tensors: Mapping[str, paddle.Tensor], paths: list[str]
-) -> dict[str, dict[str, paddle.Tensor]]:
-    """File tensors -> {path: {factor or "alpha": tensor}}. Raises ConfigError for keys that fit nothing."""
-    by_name = {path.replace(".", "_"): path for path in paths} | {path: path for path in paths}
-    modules: dict[str, dict[str, paddle.Tensor]] = {}
-    unknown = []
-    for key, tensor in tensors.items():
-        name, _, role = key.rpartition(".")
-        path = next((by_name[bare] for bare, _ in without_prefixes(name) if bare in by_name), None)
-        if path is not None and role in (*_LOKR_NAMES, "alpha"):
-            modules.setdefault(path, {})[role] = tensor
-        else:
-            unknown.append(key)
-    if unknown:
-        raise ConfigError(
-            f"{len(unknown)} LoKr keys fit no layer of the model, e.g. {', '.join(unknown[:3])}; its Linears "
-            f"are like {', '.join(paths[:3])}"
-        )
-    return modules
-
-
-def _lokr_layer(
-    path: str, base: nn.Layer, parts: Mapping[str, paddle.Tensor], header: Mapping[str, str], scale: float
-) -> LoKrLinear:
-    factors = {name: part.astype("float32").numpy() for name, part in parts.items() if name != "alpha"}
-    low = next((factors[right] for _, right in FACTORS.values() if right in factors), None)
-    try:
-        alpha = _finite(parts["alpha"].astype("float32").item()) if "alpha" in parts else None
-        if low is None:  # LyCORIS then writes alpha = rank
-            rank, alpha = max(1, round(alpha or 1)), _finite(header.get("lora_alpha", 1))
-        else:
-            rank = len(low)
-            alpha = _finite(header.get("lora_alpha", rank)) if alpha is None else alpha
-        layer = LoKrLinear(base, factors, LoKrSettings(rank, alpha))
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
-    layer.scale_multiplier = scale
+def _lokr_linear(base: nn.Layer, kind: LoKr, by: float) -> LoKrLinear:
+    layer = LoKrLinear(base, kind.factors, LoKrSettings(kind.rank, kind.alpha))
+    layer.scale_multiplier = by * kind.scale / layer.own_scale
     for name in layer.factors:
         getattr(layer, name).stop_gradient = True
     return layer
 
 
-def _finite(value: object) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise ConfigError(f"alpha is {value!r}, wanted a finite number")
-    return number
+def _paddle_order(matrix: np.ndarray) -> np.ndarray:
+    """Torch's [out, in] -> Paddle's [in, out]."""
+    return np.ascontiguousarray(matrix.T)

@@ -1,4 +1,4 @@
-"""The adapter directory of NewBie's trainer, and a file for ComfyUI, written. loading.py reads them.
+"""The adapter directory of NewBie's trainer, and a file for ComfyUI, written. files.py reads them.
 
     adapter_model.safetensors   LoRA: base_model.model.<path>.lora_A.weight [rank, in], .lora_B.weight
                                 LoKr: lycoris_<path with _>.lokr_w1, .lokr_w2 (or _a, _b), .alpha

@@ -1,5 +1,6 @@
 """The LoRA of a model written to a file, in three formats (see files.py), and read back before the file takes
-its name.
+its name. What is no plain LoRA of the transformer is written where the format has a place for it, see
+`_place`, and refused by name where it has none.
 
 alpha / rank is folded into B, so that every loader comes to a scale of 1. The header has our own fields,
 diffusers' `lora_adapter_metadata` (a PEFT config as JSON, keys prefixed `transformer.`) or kohya's
@@ -10,8 +11,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence, Sized
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,12 +27,17 @@ from ppcoat.errors import ConfigError
 
 from . import flux_names
 from .delta import LoRAModule, LoRASummary, relative_difference, summarize, worst
-from .files import ADAPTER_METADATA, LoRAFile, parse_lora, tensors_and_header
+from .files import tensors_and_header
+from .header import ADAPTER_METADATA
+from .keys import CLIP, TRANSFORMER
+from .kinds import Absolute, Difference, DoRA, lycoris_tensors
 from .layer import lora_layers
+from .parse import Change, LoRAFile, described, parse_lora
 
 FORMATS = ("diffusers", "kohya", "paddle")
 LORA_DTYPES = ("float32", "bfloat16", "float16")
 READ_BACK_ERROR = 1e-6  # of delta-W, relative
+ROUNDED_READ_BACK_ERROR = 0.05  # of kinds that are no LoRA, in a 16-bit dtype
 IN_OUT = "lora_A [in, rank], lora_B [rank, out]"  # the field `layout` of a file in Paddle's layout
 
 
@@ -76,27 +83,39 @@ def write_lora_file(
     fields: Mapping[str, str],
     file_format: str = "diffusers",
     dtype: str = "float32",
+    others: Sequence[Change] = (),
 ) -> float:
-    """Write `modules` {diffusers path: LoRAModule} whole or not at all; `fields` goes into the header.
+    """Write `modules` {diffusers path: LoRAModule} whole or not at all; `fields` goes into the header,
+    `others` are written beside them.
 
     The file is read again before it takes its name, and every delta-W compared: one that differs by more than
     1e-6 from what was to be written raises OSError. Returns the largest relative error of a delta-W, which is
-    that of the rounding to `dtype`. Raises ConfigError for a wrong path, format or dtype, if there is no
-    module, and for numbers that `dtype` cannot hold.
+    that of the rounding to `dtype`. Raises ConfigError for a wrong path, format or dtype, if there is
+    nothing to write, for what the format has no place for, and for numbers that `dtype` cannot hold.
     """
     path = Path(path)
-    _check_target(path, modules, file_format, dtype)
+    _check_target(path, [*modules, *others], file_format, dtype)
+    for each, module in modules.items():
+        _check_numbers(each, module, dtype)
     named = _named(modules, file_format)
-    header = {**fields, **_header_of_tensors(named, file_format)}
+    beside = _placed(others, modules, file_format)
+    header = {**fields, **_header_of_tensors(named, file_format, beside)}
+    tensors = _to_tensors(named, file_format, dtype)
+    tensors |= {
+        key: _tensor(values, "float32" if key.endswith(".alpha") else dtype) for key, values in beside.items()
+    }
     with whole_file(path) as draft:
-        draft.write_bytes(save(_to_tensors(named, file_format, dtype), header))
+        draft.write_bytes(save(tensors, header))
         # kohya's fused modules have names beside those in `modules`, but only FLUX's have them
         paths = None if file_format == "kohya" else modules.keys()
-        found = parse_lora(*tensors_and_header(draft), paths)
-        return _compare(found, modules, path.name, dtype)
+        found = parse_lora(*tensors_and_header(draft), None if others else paths)
+        return max(
+            _compare(found, modules, path.name, dtype),
+            _compare_others(found, others, modules, path.name, dtype),
+        )
 
 
-def _check_target(path: Path, modules: Mapping[str, LoRAModule], file_format: str, dtype: str) -> None:
+def _check_target(path: Path, modules: Sized, file_format: str, dtype: str) -> None:
     if path.suffix != ".safetensors":
         raise ConfigError(f"a LoRA is saved as .safetensors, got {path.name}")
     if file_format not in FORMATS:
@@ -107,6 +126,14 @@ def _check_target(path: Path, modules: Mapping[str, LoRAModule], file_format: st
         raise ConfigError("there is no LoRA to save")
 
 
+def _check_numbers(path: str, module: LoRAModule, dtype: str) -> None:
+    """Raises ConfigError for a LoRA that is not finite, or would not be in `dtype`."""
+    if not math.isfinite(module.norm()):
+        raise ConfigError(f"delta-W of {path} holds NaN or infinity: nothing was saved")
+    if not all(np.isfinite(part).all() for part in (_rounded(module, dtype).a, _rounded(module, dtype).b)):
+        raise ConfigError(f"delta-W of {path} does not fit into {dtype}: save as bfloat16 or float32")
+
+
 def _named(modules: Mapping[str, LoRAModule], file_format: str) -> dict[str, LoRAModule]:
     """Names in the file, without suffix -> modules with alpha = rank."""
     if file_format == "kohya":
@@ -115,12 +142,17 @@ def _named(modules: Mapping[str, LoRAModule], file_format: str) -> dict[str, LoR
     return {path: module.folded() for path, module in modules.items()}
 
 
-def _header_of_tensors(modules: Mapping[str, LoRAModule], file_format: str) -> dict[str, str]:
+def _header_of_tensors(
+    modules: Mapping[str, LoRAModule], file_format: str, beside: Mapping[str, np.ndarray] | None = None
+) -> dict[str, str]:
     """The fields that speak of the tensors. `modules`: as they are written, names and all, alpha = rank
-    because the weights are folded.
+    because the weights are folded. beside: what else is written, by key.
     """
+    beside = beside or {}
     ranks = {name: module.rank for name, module in modules.items()}
-    rank = Counter(ranks.values()).most_common(1)[0][0]
+    of_dora = re.compile(r"transformer\.(.*)\.lora_A\.weight")
+    ranks |= {found[1]: len(values) for key, values in beside.items() if (found := of_dora.fullmatch(key))}
+    rank = Counter(ranks.values()).most_common(1)[0][0] if ranks else 1
     header = {
         "format": "pt",
         "rank": str(rank),
@@ -136,7 +168,7 @@ def _header_of_tensors(modules: Mapping[str, LoRAModule], file_format: str) -> d
             "ss_network_alpha": str(rank),
         }
     else:
-        header[ADAPTER_METADATA] = _adapter_text(ranks, rank)
+        header[ADAPTER_METADATA] = _adapter_text(ranks, rank, beside)
     return header
 
 
@@ -155,7 +187,7 @@ def _header_of_training(
     return header
 
 
-def _adapter_text(ranks: Mapping[str, int], rank: int) -> str:
+def _adapter_text(ranks: Mapping[str, int], rank: int, beside: Collection[str]) -> str:
     """diffusers' adapter metadata for ranks per path, `rank` being the usual one."""
     # "^": the whole path; PEFT would take "proj_out" for the proj_out of every block too
     anchored = {f"^{path}": own for path, own in ranks.items() if own != rank}
@@ -168,6 +200,10 @@ def _adapter_text(ranks: Mapping[str, int], rank: int) -> str:
         "lora_dropout": 0.0,
         "bias": "none",
     }
+    # older PEFTs do not know these: said only where they are true
+    for field, suffix in (("use_dora", ".lora_magnitude_vector"), ("lora_bias", ".lora_B.bias")):
+        if any(key.endswith(suffix) for key in beside):
+            adapter[field] = True
     return json.dumps({f"transformer.{key}": value for key, value in adapter.items()}, indent=2)
 
 
@@ -187,6 +223,112 @@ def _to_tensors(named: Mapping[str, LoRAModule], file_format: str, dtype: str) -
     return tensors
 
 
+def _placed(
+    others: Sequence[Change], modules: Mapping[str, LoRAModule], file_format: str
+) -> dict[str, np.ndarray]:
+    """{key: array} of what is no plain LoRA of the transformer. Raises ConfigError for what has no place."""
+    placed = [(change, _place(change, modules, file_format)) for change in others]
+    refused = [change for change, tensors in placed if tensors is None]
+    if refused:
+        first = refused[0]
+        raise ConfigError(
+            f"the format of {file_format} has no place for {described(refused)}, e.g. "
+            f"{first.paths[0]}.{first.parameter}: draw with the file as it is, or choose another --format"
+        )
+    tensors = {key: values for _, each in placed for key, values in each.items()}
+    if any(key.endswith(".lora_magnitude_vector") for key in tensors) and modules:
+        raise ConfigError("diffusers' format has no place for LoRA and DoRA in one file")
+    if any(key.endswith(".lora_B.bias") for key in tensors):  # PEFT wants one for each LoRA, or none
+        zeros = {
+            f"transformer.{path}.lora_B.bias": np.zeros(len(each.b), "float32")
+            for path, each in modules.items()
+        }
+        tensors = zeros | tensors
+    return tensors
+
+
+def _place(
+    change: Change, modules: Mapping[str, LoRAModule], file_format: str
+) -> dict[str, np.ndarray] | None:
+    """The tensors of one change in a format, None if it has no place there. All formats hold LoRAs of the
+    text encoders; diffusers' PEFT's DoRA, biases, and norms that are given whole; kohya's what LyCORIS
+    knows, on BFL's modules."""
+    kind, path, part = change.kind, change.paths[0], change.part
+    if isinstance(kind, LoRAModule):
+        module = kind.folded()
+        if file_format == "diffusers":
+            return {f"{part}.{path}.lora_A.weight": module.a, f"{part}.{path}.lora_B.weight": module.b}
+        if file_format == "paddle":
+            return {f"{part}.{path}.lora_A": module.a.T, f"{part}.{path}.lora_B": module.b.T}
+        stem = f"lora_te{1 if part == CLIP else 3}_{path.replace('.', '_')}"
+        return {f"{stem}.{role}": values for role, values in lycoris_tensors(module, "weight").items()}
+    if part != TRANSFORMER or file_format == "paddle":
+        return None
+    if file_format == "diffusers":
+        return _place_in_diffusers(change, modules)
+    try:
+        name, paths = flux_names.bfl_name(path)
+    except ConfigError:
+        return None
+    whole = paths == change.paths and change.swapped == (paths == (flux_names.HALVES_SWAPPED,))
+    tensors = lycoris_tensors(kind, change.parameter) if whole else None
+    stem = f"lora_unet_{name.replace('.', '_')}"
+    return tensors and {f"{stem}.{role}": values for role, values in tensors.items()}
+
+
+def _place_in_diffusers(change: Change, modules: Mapping[str, LoRAModule]) -> dict[str, np.ndarray] | None:
+    kind, (path, *more) = change.kind, change.paths
+    if isinstance(kind, DoRA) and kind.rule == "PEFT" and isinstance(kind.update, LoRAModule) and not more:
+        module, stem = kind.update.folded(), f"transformer.{path}"
+        return {f"{stem}.lora_A.weight": module.a, f"{stem}.lora_B.weight": module.b,
+                f"{stem}.lora_magnitude_vector": kind.magnitude.reshape([-1])}  # fmt: skip
+    if change.parameter == "weight":
+        is_norm = isinstance(kind, Absolute) and flux_names.is_norm(path)
+        return {f"transformer.{path}.weight": kind.values} if is_norm else None
+    if any(each not in modules for each in change.paths) or not isinstance(kind, Absolute | Difference):
+        return None
+    rows = [len(modules[each].b) for each in change.paths]
+    values = np.concatenate(np.split(kind.values, 2)[::-1]) if change.swapped else kind.values
+    role = "lora_B.bias" if isinstance(kind, Difference) else "base_layer.bias"
+    parts = np.split(values, np.cumsum(rows)[:-1])
+    return {f"transformer.{each}.{role}": part for each, part in zip(change.paths, parts, strict=True)}
+
+
+def _compare_others(
+    found: LoRAFile, others: Sequence[Change], modules: Mapping[str, LoRAModule], name: str, dtype: str
+) -> float:
+    """As `_compare`, for what is no plain LoRA of the transformer: what it does to a weight of random
+    numbers."""
+
+    def done(changes: Iterable[Change]) -> dict[tuple[str, str, str], np.ndarray]:
+        deltas = {}
+        for change in changes:
+            rows, *columns = (size or 8 for size in change.kind.shape)
+            first = [len(modules[path].b) if path in modules else rows // len(change.paths)
+                     for path in change.paths[:-1]]  # fmt: skip
+            rows = [*first, rows - sum(first)]
+            rng = np.random.default_rng(0)
+            whole = [rng.standard_normal([count, *columns]).astype("float32") for count in rows]
+            values = change.deltas(whole, 1.0)
+            for path, delta in zip(change.paths, values, strict=True):
+                deltas[(change.part, path, change.parameter)] = delta
+        return deltas
+
+    errors = [0.0]
+    want, got = done(others), done(found.others)
+    for key, delta in want.items():
+        if key not in got or got[key].shape != delta.shape:
+            raise OSError(
+                f"{name}: {key[1]}.{key[2]} is not in the file as it was written; nothing was saved"
+            )
+        size = float(np.linalg.norm(delta))
+        errors.append(float(np.linalg.norm(got[key] - delta)) / size if size else 0.0)
+    limit = READ_BACK_ERROR if dtype == "float32" else ROUNDED_READ_BACK_ERROR
+    if not max(errors) <= limit:
+        raise OSError(f"{name}: what is no LoRA reads back within {max(errors):.1g} only; nothing was saved")
+    return max(errors)
+
+
 def _compare(found: LoRAFile, modules: Mapping[str, LoRAModule], name: str, dtype: str) -> float:
     """Compare what lies on the disk with `modules`. Returns the largest relative error of a delta-W."""
     errors = []
@@ -197,8 +339,6 @@ def _compare(found: LoRAFile, modules: Mapping[str, LoRAModule], name: str, dtyp
                 f"{name}: delta-W of {path} is not in the file as it was written; nothing was saved"
             )
         errors.append(relative_difference(written, module))
-        if not math.isfinite(errors[-1]) and math.isfinite(module.norm()):
-            raise ConfigError(f"delta-W of {path} does not fit into {dtype}: save as bfloat16 or float32")
     # Only all-zero filler modules, which stand for absent parts of a fused module, may be extra.
     extra = [path for path in found.modules if path not in modules and found.modules[path].norm() != 0]
     if extra or found.unknown:

@@ -80,6 +80,17 @@ def check_folder(folder: str | Path, setting: str = "the model") -> None:
         unfilled(model_class, folder / name)
 
 
+def parameter_shapes(folder: str | Path, *parts: str) -> dict[str, dict[str, list[int]]]:
+    """{part: {parameter: its shape in torch's order}} of these component folders, from the headers of their
+    files. Raises ConfigError as `tensor_infos` does."""
+    found = {part: tensor_infos(Path(folder) / part) for part in parts}
+    return {
+        part: {name: info.shape if info.torch_layout or len(info.shape) != 2 else info.shape[::-1]
+               for name, info in infos.items()}
+        for part, infos in found.items()
+    }  # fmt: skip
+
+
 def load_transformer(folder: str | Path, dtype: str | None = None) -> FluxTransformer2DModel:
     """The FLUX transformer of a component folder, in `dtype` (None: see `default_dtype`), in eval mode."""
     return load_weights(opened(_from_config(FluxTransformer2DModel), folder, dtype), folder)

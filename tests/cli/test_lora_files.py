@@ -112,7 +112,7 @@ def test_unknown_keys_are_listed_in_one_line_and_can_be_left_out(rng, tmp_path, 
     ):
         assert main(command) == 2
         message = one_line(capsys)
-        assert "13 keys" in message and "lora_te1_layers_1.alpha" in message and "3 more" in message
+        assert "13 keys" in message and "lora_te1_layers_1.alpha" in message and "8 more" in message
         assert "\x1b" not in message and not out.exists()
     assert main(["convert", str(file), str(out), "--format", "kohya", "--ignore_unknown"]) == 0
     assert len(load_file(out)) == 6
@@ -125,7 +125,7 @@ def test_unknown_keys_are_listed_in_one_line_and_can_be_left_out(rng, tmp_path, 
         ("lora.bin", "out.safetensors", "pickle"),
         ("lora.safetensors", "lora.safetensors", "exists"),
         ("lora.safetensors", "out.bin", "saved as .safetensors"),
-        ("strange.safetensors", "out.safetensors", "no LoRA of FLUX: it has x"),
+        ("strange.safetensors", "out.safetensors", "fits no layer of the model: its keys are like x"),
     ],
 )
 def test_convert_answers_mistakes_in_one_line(rng, tmp_path, capsys, given, target, said):
@@ -174,6 +174,47 @@ def test_a_half_under_an_unknown_key_is_shown_by_inspect_and_named_where_it_stop
     message = one_line(capsys)
     assert f"LoRA of {K} is incomplete" in message and f"1 unknown keys: 'foo\\x1b.{lost}'" in message
     assert "\x1b" not in message
+
+
+def test_inspect_names_kinds_parts_and_rules(capsys):
+    adapters = FIXTURES / "adapters"
+    assert main(["inspect", str(adapters / "dora.safetensors")]) == 0
+    shown = capsys.readouterr().out
+    assert "DoRA by the rule of PEFT on 4 layers" in shown and "note" in shown and "delta-W  " not in shown
+    assert main(["inspect", str(adapters / "split_peft")]) == 0
+    assert "0.5" in capsys.readouterr().out  # alpha 2 of rank 4, from adapter_config.json
+    assert main(["inspect", str(adapters / "dense_kohya.safetensors")]) == 0
+    assert "CLIP: LoRA on 18 layers, T5: LoRA on 21, LoRA on 20" in capsys.readouterr().out
+
+
+def test_merge_adds_several_loras_and_parts_of_the_text_encoders(tmp_path, capsys):
+    """Against W + 0.5 x one + 1 x the other, in float64; the other components are copied."""
+    folder, out = FIXTURES / "tiny_flux_fp32", tmp_path / "out"
+    files = [
+        str(FIXTURES / "adapters" / f"{name}.safetensors")
+        for name in ("dense_kohya", "clip_diffusers", "dora")
+    ]
+    flags = ["--lora", *files, "--scale", "0.5", "1", "1", "--output_dir", str(out)]
+    assert main(["merge", "--model", str(folder), *flags]) == 0
+    said = capsys.readouterr().out
+    assert "0.5 x " in said and "T5: LoRA on 21" in said and "note: DoRA by the rule of PEFT" in said
+    key = "text_model.encoder.layers.0.self_attn.k_proj.weight"
+    before, after = (raw(each / "text_encoder")[key][1].astype("float64") for each in (folder, out))
+    with np.load(FIXTURES / "adapters" / "truth.npz") as truth:
+        want = 1.5 * truth[f"dense/text_encoder.{key}"]  # both files hold it
+        np.testing.assert_allclose((after - before)[::2], want, atol=1e-6)
+        q = "transformer_blocks.0.attn.to_q.weight"
+        before, after = (raw(each / "transformer")[q][1].astype("float64") for each in (folder, out))
+        want = truth[f"dora/1.0/{q}"] + 0.5 * truth.get(f"dense/{q}", 0.0)
+        np.testing.assert_allclose((after - before)[::2], want, atol=1e-6)
+    names = ("text_encoder", "text_encoder_2", "transformer", "vae")
+    changed = [raw(out / each).keys() == raw(folder / each).keys() for each in names]
+    assert all(changed) and (out / "tokenizer" / "vocab.json").is_file()
+    assert (
+        main(["merge", "--model", str(folder), "--lora", *files, "--scale", "1", "2", "--output_dir", "x"])
+        == 2
+    )
+    assert "came 2 strengths for 3 LoRAs, wanted one each" in one_line(capsys)
 
 
 def test_inspect_answers_for_a_file_without_a_module(tmp_path, capsys):
@@ -235,7 +276,7 @@ def test_merge_refuses_what_the_model_lacks_before_it_is_loaded(rng, tmp_path, c
     there = {key.replace("blocks.1.", "blocks.7."): tensor for key, tensor in tensors.items()}
     narrow = {k: v[:, :-1].copy() if "lora_A" in k else v for k, v in tensors.items()}
     for tensors, said in (
-        (there, "lacks 1 of the LoRA's 2 modules: transformer_blocks.7"),
+        (there, "has LoRA on 1 layer, e.g. transformer_blocks.7.attn.to_k.weight"),
         (narrow, "[out, in]"),
     ):
         save_file(tensors, tmp_path / "lora.safetensors")

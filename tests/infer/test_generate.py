@@ -171,6 +171,28 @@ def test_a_lora_of_another_model_is_refused_by_its_keys(drawing, tmp_path):
     assert not Path(drawing.output_dir).exists()
 
 
+def test_what_does_not_fit_is_refused_or_left_out_and_told(drawing, tmp_path, capsys):
+    """A key of no module, and CLIP's part of a model with another CLIP; several LoRAs at once."""
+    stem = "lora_te1_text_model_encoder_layers_0_mlp_fc1"
+    tensors = {f"{stem}.lora_down.weight": paddle.ones([2, 3]), f"{stem}.lora_up.weight": paddle.ones([3, 2])}
+    tensors |= {"strange": paddle.ones([2])}
+    tensors |= load_file(str(FIXTURE.parent / "adapters" / "split_kohya.safetensors"))
+    save_file(tensors, str(tmp_path / "mixed.safetensors"))
+    mixed, other = (str(tmp_path / "mixed.safetensors"), str(FIXTURE.parent / "adapters" / "split_peft"))
+    with pytest.raises(ConfigError, match="1 keys of .*mixed.safetensors name nothing .*: strange"):
+        generate(dataclasses.replace(drawing, path_to_lora=[mixed]))
+    both = dataclasses.replace(
+        drawing, path_to_lora=[mixed, other], lora_scale=[0.5, 0.5], ignore_unknown=True
+    )
+    (file,) = generate(both)
+    said = capsys.readouterr().out
+    assert "LoRA on 14 layers, 2 keys left out, e.g. strange" in said
+    once = dataclasses.replace(drawing, path_to_lora=[other], output_dir=str(tmp_path / "once"))
+    assert np.abs(pixels(file) - pixels(generate(once)[0])).max() <= 1  # two halves of one LoRA
+    with pytest.raises(ConfigError, match="came 2 strengths for 1 LoRAs"):
+        generate(dataclasses.replace(drawing, path_to_lora=[other], lora_scale=[1.0, 2.0]))
+
+
 def test_a_size_that_is_no_multiple_of_16_is_refused(drawing):
     with pytest.raises(ConfigError, match="width: came 40, wanted a multiple of 16"):
         generate(dataclasses.replace(drawing, width=40))
@@ -198,14 +220,14 @@ def test_newbie_draws_what_its_pipeline_draws_with_guidance_5_and_shift_6(newbie
     assert (pixels(away[0]) != pixels(file)).any()
 
 
-@pytest.mark.parametrize("kind", ["lora", "lokr_full"])
-def test_newbie_takes_adapter_directories_at_any_strength(newbie_drawing, tmp_path, capsys, kind):
+@pytest.mark.parametrize(("kind", "name"), [("lora", "LoRA"), ("lokr_full", "LoKr")])
+def test_newbie_takes_adapter_directories_at_any_strength(newbie_drawing, tmp_path, capsys, kind, name):
     def draw(name, **changes):
         folder = str(tmp_path / name)
         return pixels(generate(dataclasses.replace(newbie_drawing, output_dir=folder, **changes))[0])
 
     plain, lora = draw("plain"), draw("lora", path_to_lora=str(NEWBIE / kind))
-    assert "LoRA on 20 layers" in capsys.readouterr().out
+    assert f"{name} on 20 layers" in capsys.readouterr().out
     assert (plain != lora).any()
     assert (draw("off", path_to_lora=str(NEWBIE / kind), lora_scale=0.0) == plain).all()
 

@@ -17,8 +17,8 @@ from safetensors.paddle import load_file, save_file
 import ppcoat.infer.lightning as lightning
 from ppcoat.cli.main import run
 from ppcoat.infer.cinn import compile_transformer
-from ppcoat.infer.lightning import LightningDrawing, draw_lightning, draw_once, states_alpha
-from ppcoat.lora import inject_lora, merge_lora, save_lora
+from ppcoat.infer.lightning import LightningDrawing, draw_lightning, draw_once
+from ppcoat.lora import inject_lora, merge_lora, read_lora_file, save_lora
 from ppcoat.models.flux.pipeline import FluxPipeline
 from ppcoat.models.loading import load_transformer
 
@@ -137,7 +137,7 @@ def test_where_alpha_may_be_said(tmp_path):
 
     def stated(tensors, header):
         save_file(tensors, str(tmp_path / "lora.safetensors"), metadata={"format": "pt", **header})
-        return states_alpha(tmp_path / "lora.safetensors")
+        return read_lora_file(tmp_path / "lora.safetensors").states_alpha
 
     assert not stated(pair, {})
     assert not stated(pair, {"lora_adapter_metadata": '{"transformer.r": 4}'})

@@ -9,7 +9,7 @@ from paddle import nn
 from safetensors.numpy import load_file
 
 from ppcoat.errors import ConfigError
-from ppcoat.lora import LoKrSettings, adapter_layers, inject_lokr, load_adapter, merge_lora, remove_lora
+from ppcoat.lora import LoKrSettings, adapter_layers, inject_lokr, load_lora, merge_lora, remove_lora
 from ppcoat.lora.lokr import LoKrLinear, kronecker_sides, new_factors
 from ppcoat.models.newbie.files import load_nextdit
 
@@ -44,7 +44,7 @@ def inputs(refs):
 @pytest.mark.parametrize("kind", KINDS)
 def test_outputs_gradients_and_merge_are_those_of_lycoris(model, refs, kind):
     """The full file says alpha 1 of rank 100000, and still has scale 1."""
-    load_adapter(model, FOLDER / kind)
+    load_lora(model, FOLDER / kind)
     layers = adapter_layers(model)
     for layer in layers.values():
         for name in layer.factors:
@@ -61,7 +61,7 @@ def test_outputs_gradients_and_merge_are_those_of_lycoris(model, refs, kind):
         checked += 1
     assert checked >= 6
     merged = load_nextdit(FOLDER / "transformer", "float32")
-    load_adapter(merged, FOLDER / kind)
+    load_lora(merged, FOLDER / kind)
     merge_lora(merged)
     assert not adapter_layers(merged)
     np.testing.assert_allclose(merged(*inputs(refs)).numpy(), refs[f"{kind}_b2_out"], rtol=0, atol=TOLERANCE)

@@ -31,7 +31,7 @@ from ppcoat.config.newbie import load_newbie_config
 from ppcoat.config.schema import CoatConfig
 from ppcoat.data import garments
 from ppcoat.errors import ConfigError
-from ppcoat.lora import adapter_layers, load_adapter
+from ppcoat.lora import adapter_layers, load_lora
 from ppcoat.models.newbie.files import load_nextdit
 from ppcoat.models.newbie.pipeline import NewbiePipeline
 from ppcoat.objective import NewbieFlowMatching
@@ -116,7 +116,7 @@ def built(config):
 
 def test_three_steps_have_the_losses_gradients_and_weights_of_the_original_trainer(refs):
     model = load_nextdit(FOLDER / "transformer", "float32")
-    load_adapter(model, FOLDER / "lora")
+    load_lora(model, FOLDER / "lora")
     model.train()
     layers = adapter_layers(model)
     parameters = {f"base_model.model.{path}.{name}.weight": getattr(layers[path], name)
@@ -160,7 +160,7 @@ def test_a_run_lowers_the_loss_and_its_merged_model_is_the_one_with_the_adapter(
     assert adapter["r"] == 4 and adapter["peft_type"] == {"lora": "LORA", "lokr": "LYCORIS"}[kind]
     model = load_nextdit(FOLDER / "transformer", "float32")
     before = outputs(model, refs)
-    load_adapter(model, config.run_dir)
+    load_lora(model, config.run_dir)
     on = outputs(model, refs)
     assert np.abs(on - before).max() > 0.01
     monkeypatch.setattr(merge_command, "tune_host", lambda: None)

@@ -24,6 +24,7 @@ from ppcoat.atomic import whole_folder
 from ppcoat.device import compute_dtype
 from ppcoat.errors import ConfigError
 from ppcoat.models import loading, writing
+from ppcoat.models.flux.lora_methods import LoRAMethods
 from ppcoat.models.flux.scheduler import FlowMatchEulerDiscreteScheduler, calculate_shift
 from ppcoat.models.flux.transformer import FluxTransformer2DModel
 from ppcoat.models.pictures import (
@@ -46,7 +47,7 @@ class FluxPipelineOutput(BaseOutput):
     images: list[PIL.Image.Image] | np.ndarray | paddle.Tensor
 
 
-class FluxPipeline(LatentPictures, DiffusionPipeline):
+class FluxPipeline(LoRAMethods, LatentPictures, DiffusionPipeline):
     """The seven parts of FLUX.1 and the loop over them.
 
     A scheduler that cannot shift dynamically (ppdiffusers' own, in some versions) is replaced by ours with
@@ -141,18 +142,6 @@ class FluxPipeline(LatentPictures, DiffusionPipeline):
             writing.save_scheduler(self.scheduler, target / "scheduler")
             writing.write_json(target / "model_index.json", writing.MODEL_INDEX)
 
-    def load_lora_weights(self, path_or_dict: str | os.PathLike | dict, scale: float = 1.0) -> Any:
-        """Puts a LoRA on the transformer (see ppcoat.lora.load_lora, whose report it returns)."""
-        from ppcoat.lora import load_lora
-
-        return load_lora(self.transformer, path_or_dict, scale=scale)
-
-    def unload_lora_weights(self) -> None:
-        """Takes the LoRA off again: the transformer is what it was before `load_lora_weights`."""
-        from ppcoat.lora import remove_lora
-
-        remove_lora(self.transformer)
-
     @paddle.no_grad()
     def __call__(
         self,
@@ -195,9 +184,15 @@ class FluxPipeline(LatentPictures, DiffusionPipeline):
         height, width = height or size, width or size
         check_drawing(height, width, 2 * self.vae_scale_factor, output_type)
         self._check_callback(callback_on_step_end_tensor_inputs)
-        prompt_embeds, pooled, txt_ids = self.encode_prompt(
-            prompt, prompt_2, num_images_per_prompt, prompt_embeds, pooled_prompt_embeds, max_sequence_length
-        )
+        with self._lora_scaled(joint_attention_kwargs):
+            prompt_embeds, pooled, txt_ids = self.encode_prompt(
+                prompt,
+                prompt_2,
+                num_images_per_prompt,
+                prompt_embeds,
+                pooled_prompt_embeds,
+                max_sequence_length,
+            )
         batch = len(prompt_embeds)
         rows, columns = grid = tuple(side // (2 * self.vae_scale_factor) for side in (height, width))
         if latents is None:
@@ -209,7 +204,8 @@ class FluxPipeline(LatentPictures, DiffusionPipeline):
         conditions["joint_attention_kwargs"] = joint_attention_kwargs
         away = None
         if true_cfg_scale > 1:
-            embeds = self._negative(negative_prompt, batch, length=prompt_embeds.shape[1])
+            with self._lora_scaled(joint_attention_kwargs):
+                embeds = self._negative(negative_prompt, batch, length=prompt_embeds.shape[1])
             away = _Away(true_cfg_scale, *embeds)
         latents = self._denoise(
             latents.astype(prompt_embeds.dtype),
