@@ -180,7 +180,9 @@ class Report:
         except OSError as error:
             if what not in self._failed:
                 self._failed.add(what)
-                self.message(f"warning: {what} cannot be written: {error.strerror or error}; training goes on")
+                self.message(
+                    f"warning: {what} cannot be written: {error.strerror or error}; training goes on"
+                )
 
     def _smooth(self, loss: float) -> None:
         """Running mean without the pull to zero at the start (bias correction as in Adam)."""
