@@ -15,7 +15,7 @@ from pydantic import (
     model_validator,
 )
 
-from ppcoat.config.base import Pixels, Section, Strings, checked_trigger_word
+from ppcoat.config.base import PathText, Pixels, Section, Strings, checked_trigger_word
 
 BlockRange = Annotated[tuple[int, ...], Strict(False)]
 BucketRule = Literal["aspect", "ai-toolkit", "square"]
@@ -24,7 +24,7 @@ BucketRule = Literal["aspect", "ai-toolkit", "square"]
 class ModelConfig(Section):
     """The frozen base model."""
 
-    name_or_path: str = Field(min_length=1, description="folder of a pipeline in the diffusers layout")
+    name_or_path: PathText = Field(description="folder of a pipeline in the diffusers layout")
     family: Literal["flux", "newbie"] = Field("flux", description="which model it is: FLUX.1 or NewBie-image")
     prompt_prefix: str | None = Field(
         None, description="what NewBie's Gemma reads before a caption; none: as its base model was trained"
@@ -105,8 +105,7 @@ def _each(value: object, check: ValidatorFunctionWrapHandler) -> int | tuple[int
 class DatasetConfig(Section):
     """One folder of pictures with captions in text files of the same stem."""
 
-    folder_path: str = Field(
-        min_length=1,
+    folder_path: PathText = Field(
         description="folder of pictures; those in a subfolder named N_name, say 10_dress, count N times",
     )
     resolution: Annotated[Pixels, WrapValidator(_each)] = Field(

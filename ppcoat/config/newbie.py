@@ -18,7 +18,14 @@ from typing import Any
 from pydantic import ValidationError
 
 from ppcoat.config.explain import Location, Origins, explain, printable
-from ppcoat.config.load import apply_override, load_config, read_config_text
+from ppcoat.config.load import (
+    BACKSLASH,
+    JSON_ENDINGS,
+    YAML_ENDINGS,
+    apply_override,
+    load_config,
+    read_config_text,
+)
 from ppcoat.config.schema import RunConfig
 from ppcoat.errors import ConfigError
 
@@ -74,12 +81,12 @@ _log = logging.getLogger(__name__)
 
 
 def load_run_config(path: str | Path, overrides: Sequence[str] = (), family: str = "flux") -> RunConfig:
-    """The settings of a run from a file of either form: ours and ai-toolkit's (.yaml, .yml), or this (.toml).
+    """The settings of a run from a file of either form: ours and ai-toolkit's (YAML, JSON), or this (TOML).
 
     family: the command's, newbie or flux; it says which form a file with another ending was meant to have.
     Raises ConfigError as load_config and load_newbie_config do.
     """
-    forms = {".yaml": load_config, ".yml": load_config, ".toml": load_newbie_config}
+    forms = dict.fromkeys((*YAML_ENDINGS, *JSON_ENDINGS), load_config) | {".toml": load_newbie_config}
     other = load_newbie_config if family == "newbie" else load_config
     return forms.get(Path(path).suffix, other)(path, overrides)
 
@@ -96,7 +103,8 @@ def load_newbie_config(path: str | Path, overrides: Sequence[str] = ()) -> RunCo
     try:
         content = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path}: this is not TOML: {error}") from None
+        advice = f"; {BACKSLASH}" if "\\" in str(error) or "hex" in str(error) else ""
+        raise ConfigError(f"{path}: this is not TOML: {error}{advice}") from None
     origins = _TomlOrigins(str(path), None, text=text)
     given, own = _split(content, origins)
     data = _translate(given, origins)

@@ -9,7 +9,7 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import Field, Strict, field_validator, model_validator
 
-from ppcoat.config.base import Pixels, Section, Seed, Strings
+from ppcoat.config.base import PathText, Pixels, Section, Seed, Strings
 from ppcoat.errors import unknown_name
 
 NoiseLevel = Annotated[float, Field(ge=0, le=1)]
@@ -29,15 +29,15 @@ class EMAConfig(Section):
 class ValidationItem(Section):
     """One picture of a validation set that is given picture by picture."""
 
-    image_path: str = Field(min_length=1, description="a picture")
+    image_path: PathText = Field(description="a picture")
     prompt: str = Field("", description="its caption; [trigger] is replaced")
 
 
 class ValidationConfig(Section):
     """A loss that can be compared from step to step: fixed pictures, noise and noise levels."""
 
-    folder_path: str | None = Field(
-        None, min_length=1, description="folder of pictures with captions; none, and no items: no validation"
+    folder_path: PathText | None = Field(
+        None, description="folder of pictures with captions; none, and no items: no validation"
     )
     items: Annotated[tuple[ValidationItem, ...], Strict(False)] = Field(
         (), description="pictures and captions one by one, instead of or beside a folder"

@@ -180,7 +180,7 @@ def test_other_files_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="the key '.*' is missing"):
         load_newbie_config(tmp_path / "b.toml")
     (tmp_path / "c.toml").write_bytes(b"\xff\xfe")
-    with pytest.raises(ConfigError, match="not UTF-8"):
+    with pytest.raises(ConfigError, match="it is UTF-16"):
         load_newbie_config(tmp_path / "c.toml")
 
 
