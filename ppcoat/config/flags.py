@@ -20,6 +20,7 @@ class TakesArguments(Protocol):
     """An ArgumentParser, or a group of one."""
 
     add_argument: Callable[..., argparse.Action]
+    add_mutually_exclusive_group: Callable[..., argparse._MutuallyExclusiveGroup]
 
 
 def flag(
@@ -29,6 +30,7 @@ def flag(
     *,
     shows_default: bool = True,
     positional: bool = False,
+    named_too: bool = False,
     repeated: bool = False,
     metavar: str | None = None,
     choices: Collection[str] | None = None,
@@ -36,15 +38,16 @@ def flag(
     """A dataclass field with what its flag's help says; without default the flag is required.
 
     The help shows a default that is not None, False or "", unless shows_default is off. name: of the flag, if
-    not the field's own. positional: told by its place, without a name. repeated: each use adds one item to
-    the list, which otherwise takes several texts at once. metavar: what the help calls the value. choices:
-    the texts allowed.
+    not the field's own. positional: told by its place, without a name; named_too: or by its name.
+    repeated: each use adds one item to the list, which otherwise takes several texts at once. metavar: what
+    the help calls the value. choices: the texts allowed.
     """
     metadata = {
         "what": what,
         "name": name,
         "shows_default": shows_default,
         "positional": positional,
+        "named_too": named_too,
         "repeated": repeated,
         "told": {"metavar": metavar, "choices": choices},
     }
@@ -75,7 +78,14 @@ def add_flags(parser: TakesArguments, fields_of: type, *names: str) -> None:
             settings["default"] = default
         elif default is dataclasses.MISSING and not told["positional"]:
             settings["required"] = True
-        _add(parser, _name_of(field), told["positional"], told["what"], None if hidden else default, settings)
+        name, shown = _name_of(field), None if hidden else default
+        if told["named_too"]:
+            either = parser.add_mutually_exclusive_group(required=True)
+            settings["default"] = argparse.SUPPRESS
+            _add(either, name, False, "the same, by name", shown, settings)
+            _add(either, name, True, told["what"], shown, settings | {"nargs": "?"})
+            continue
+        _add(parser, name, told["positional"], told["what"], shown, settings)
 
 
 def add_section_flags(parser: TakesArguments, section: type[BaseModel]) -> None:
@@ -98,7 +108,7 @@ def from_flags(fields_of: type[Fields], arguments: argparse.Namespace, **others:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunFlags:
-    """What every command that trains from a config file is told, --strict apart, which becomes one of the
+    """What every command that trains from a config file is told; --strict and --restart_data become
     overrides. config: the file."""
 
     config: str
@@ -109,16 +119,21 @@ class RunFlags:
 
 
 def add_run_flags(parser: argparse.ArgumentParser, fields_of: type[RunFlags]) -> None:
-    """The flags of `fields_of`, and --strict."""
+    """The flags of `fields_of`, and those that stand for an override."""
     add_flags(parser, fields_of, "config", "overrides")
-    parser.add_argument(
-        "--strict",
-        dest="set",
-        action="append_const",
-        const="save.strict_resume=true",
-        help="stop where the latest checkpoint is damaged, instead of going on from the one before it; "
-        "the same as --set save.strict_resume=true",
-    )
+    for name, override, what in (
+        ("strict", "save.strict_resume=true",
+         "stop where the latest checkpoint is damaged, instead of going on from the one before it"),
+        ("restart_data", "save.restart_data=true",
+         "go on where pictures, their sizes or the batch changed, with a new order of the pictures"),
+    ):  # fmt: skip
+        parser.add_argument(
+            f"--{name}",
+            dest="set",
+            action="append_const",
+            const=override,
+            help=f"{what}; the same as --set {override}",
+        )
     add_flags(parser, fields_of, "dry_run")
 
 

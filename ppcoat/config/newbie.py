@@ -74,6 +74,7 @@ _OPTIMIZERS = {"AdamW": "adamw", "AdamW8bit": "coat_fp8_adamw"}
 _PRECISIONS = {"no": "float32", "bf16": "auto", "fp16": "auto"}
 _NO_EFFECT = ("trust_remote_code", "dataloader_num_workers", "use_flash_attention_2")
 _PARTS = ("gemma_model_path", "clip_model_path", "transformer_path", "vae_path")
+_WEIGHT_ENDINGS = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")
 _OWN_TABLES = tuple(RunConfig.model_fields)
 _SAVE_EVERY = 1000  # steps, beside the epochs
 
@@ -174,6 +175,13 @@ def _translate(given: dict[str, Any], origins: _TomlOrigins) -> dict[str, Any]:
                 f"{origins.where((part,))}: {part}: give base_model_path, a folder that "
                 "train_scripts/convert_newbie_to_diffusers.py has written from the four parts"
             )
+    base = given.get("base_model_path")
+    if isinstance(base, str) and Path(base).suffix.lower() in _WEIGHT_ENDINGS:
+        raise ConfigError(
+            f"{origins.where(('base_model_path',))}: base_model_path: came {base!r}, a file of released "
+            "weights, wanted a folder: write one first with python -m ppcoat convert-newbie --checkpoint "
+            f"{base} ... (--help tells the rest)"
+        )
     values = _DEFAULTS | given
     data: dict[str, Any] = {
         "model": {"family": "newbie", "dtype": _one_of("mixed_precision", values, _PRECISIONS, origins)},

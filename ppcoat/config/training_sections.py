@@ -210,6 +210,10 @@ class SaveConfig(Section):
         False,
         description="stop where the latest checkpoint is damaged, instead of going on from the one before it",
     )
+    restart_data: bool = Field(
+        False,
+        description="where pictures, their sizes or the batch changed, go on with a new order of pictures",
+    )
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="dtype in the LoRA file")
     format: Annotated[tuple[LoRAFormat, ...], Strict(False)] = Field(
         ("diffusers",), min_length=1, description="key names of the LoRA file; one file for each listed"

@@ -121,7 +121,7 @@ class Trainer:
         written cost a warning.
         """
         steps, losses, saved, started = self.config.train.steps, [], None, time.perf_counter()
-        resume_run(self.state, self.config, self.ranks, self.words.strict_flag)
+        resume_run(self.state, self.config, self.ranks, self.words)
         with self._report() as report, FinishStepOnSignal(second_acts=self.ranks.size == 1) as stop:
             if report is not None and self.step < steps and self._previews_come_first():
                 self._preview(report)

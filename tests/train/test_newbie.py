@@ -207,9 +207,9 @@ def test_stopped_and_resumed_run_is_bit_equal_to_an_uninterrupted_one(make_confi
     ("override", "refusal"),
     [
         ("network.linear=3", "network.linear was 2 .* is 3 now"),
-        ("network.targets=[attention.qkv]", "network.modules was .* is .* now"),
+        ("network.targets=[attention.qkv]", "network.targets and what else .* was .* is .* now"),
         ("network.type=lokr", "network.type was not recorded .* is 'lokr, factor -1' now"),
-        ("datasets.0.resolution=32", "resolution was 64 .* is 32 now"),
+        ("datasets.0.resolution=32", "sizes_and_repeats was .* is .* now"),
     ],
 )
 def test_resuming_with_another_adapter_is_refused_by_name(finished, override, refusal):
