@@ -12,13 +12,12 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from ppcoat.config.base import PathText
+from ppcoat.config.base import TINY_FLUX, PathText
 from ppcoat.config.explain import came_and_wanted
 from ppcoat.config.schema import BucketRule, PolicyName, RunConfig
 from ppcoat.config.training_sections import LoRAFormat
 from ppcoat.errors import ConfigError
 
-TINY_FLUX = str(Path(__file__).parents[1] / "assets" / "tiny_flux")
 STUDENT_STEPS = 4  # in which a student draws
 WINDOW = 1024  # pictures that a rank encodes ahead where there are too many to hold them all
 Rule = Literal["fixed", "published"]
