@@ -169,8 +169,8 @@ def check_numbers(drawing: Drawing) -> None:
 
 
 def output_folder(drawing: Drawing) -> Path:
-    """Where the pictures go, made and writable. Raises ConfigError if a file has that name, OSError if it
-    cannot be written."""
+    """Where the pictures go, not made yet but writable. Raises ConfigError if a file has that name, OSError
+    if it cannot be written."""
     folder = Path(drawing.output_dir)
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"output_dir {folder} is a file, wanted a folder")
