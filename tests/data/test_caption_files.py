@@ -17,6 +17,7 @@ TEXTS = {
         "été à la mer",
         "naïve señorita",
         "schöne Kleider für Mädchen",
+        "KÖÖK",
         "red\xa0dress",
     ],
     "cp932": ["赤いドレス、白い水玉", "青い服を着た少女、白い背景", "黒髪, 制服, 笑顔"],

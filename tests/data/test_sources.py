@@ -136,12 +136,13 @@ def _other_format(folder):
 
 
 def _bad_checksum(folder):
-    path = noise(folder / "x.png")
-    content = bytearray(path.read_bytes())
-    content[content.index(b"IDAT") + 4000] ^= 1  # Pillow's load() alone does not mind
-    path.write_bytes(content)
+    """One pixel changed in a PNG whose data is stored as it is: Pillow's load() alone does not mind."""
+    Image.new("RGB", (32, 32), (7, 7, 7)).save(folder / "x.png", compress_level=0)
+    content = bytearray((folder / "x.png").read_bytes())
+    content[content.index(b"IDAT") + 1000] ^= 1
+    (folder / "x.png").write_bytes(content)
     (folder / "x.txt").write_text("a")
-    return "x.png: the picture cannot be decoded ("
+    return "x.png: the picture cannot be decoded (broken PNG file"
 
 
 def _format_not_read(folder):
