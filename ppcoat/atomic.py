@@ -103,6 +103,9 @@ def check_writable(folder: str | Path) -> None:
     try:
         with _draft(_goal(folder / "writable")) as draft:
             draft.touch()
+    except OSError as error:
+        error.filename = str(folder)  # nobody knows the draft
+        raise
     finally:
         for each in new:
             with suppress(OSError):  # never made, or somebody uses it already
