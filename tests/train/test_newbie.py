@@ -452,7 +452,7 @@ def test_bad_inputs_stop_before_a_model_is_loaded(make_config, tmp_path, monkeyp
     picture = tmp_path / "data/2_dress/0001.png"
     for overrides, part in (
         ([f"model.name_or_path={model}"], "4 latent channels, wanted 16"),
-        (["model.name_or_path=a/hub"], "no model folder a/hub: .*or set model.name_or_path"),
+        (["model.name_or_path=a/hub"], "no model folder a/hub: .*or set base_model_path .model.name_or_path."),
         ([f"model.name_or_path={bare}"], "model_index.json is missing"),
         (["network.targets=[attention.qvk]"], "matches no Linear; the nearest are attention.qkv"),
         (["model.blocks_to_swap=3"], "this model has 2 blocks"),
