@@ -9,7 +9,13 @@ import warnings
 
 with warnings.catch_warnings():  # notes of Paddle's own imports that mean nothing to a user
     warnings.filterwarnings("ignore", message="No ccache|Setuptools is replacing|pkg_resources is deprecated")
-    import ppdiffusers  # noqa: F401
+    try:
+        import ppdiffusers  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"{error.msg}: ppcoat needs paddlepaddle or paddlepaddle-gpu 3.3 and what requirements.txt names "
+            "(README.md, Install)", name=error.name,
+        ) from None  # fmt: skip
 
 from ppcoat.coat import COATConfig, COATTrainer
 from ppcoat.errors import ConfigError

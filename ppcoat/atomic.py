@@ -96,9 +96,20 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def check_writable(folder: str | Path) -> None:
-    """Make `folder` and a draft in it. Raises OSError where one of them cannot be made."""
-    with _draft(_goal(Path(folder) / "writable")) as draft:
-        draft.touch()
+    """Make `folder` and a draft in it, and remove what was not there before. Raises OSError where one of them
+    cannot be made."""
+    folder = Path(folder)
+    new = [each for each in (folder, *folder.parents) if not each.exists()]
+    try:
+        with _draft(_goal(folder / "writable")) as draft:
+            draft.touch()
+    except OSError as error:
+        error.filename = str(folder)  # nobody knows the draft
+        raise
+    finally:
+        for each in new:
+            with suppress(OSError):  # never made, or somebody uses it already
+                each.rmdir()
 
 
 def remove_dead_drafts(folder: str | Path, goal: str | None = None) -> list[Path]:

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import paddle
@@ -72,9 +73,12 @@ class FP8AdamW(paddle.optimizer.Optimizer):
 
     parameters: a list of trainable tensors, or of dicts {"params": [...], "learning_rate": scale of the base
     rate, "weight_decay": float}; all of one dtype: float32, bfloat16 or float16. learning_rate: a float or an
-    LRScheduler. grad_clip: ClipGradByGlobalNorm, ClipGradByNorm or ClipGradByValue. beta1 = 0 stores no first
-    moment. stochastic_rounding: for bfloat16 parameters, which then have no float32 master copy (4 bytes
-    each); the updated value is rounded up or down at random to bfloat16, with the exact value as its mean.
+    LRScheduler, for which `lr` is another name. The parameters may also come first, as in PyTorch:
+    FP8AdamW(model.parameters(), lr=1e-4, fp8_config=config).
+
+    grad_clip: ClipGradByGlobalNorm, ClipGradByNorm or ClipGradByValue. beta1 = 0 stores no first moment.
+    stochastic_rounding: for bfloat16 parameters, which then have no float32 master copy (4 bytes each); the
+    updated value is rounded up or down at random to bfloat16, with the exact value as its mean.
 
     A gradient with NaN or inf skips the whole step: parameters and state do not change, and `skipped_steps`
     counts it. space: the flat buffer. Raises ConfigError for wrong settings, and at `step()` if some
@@ -83,8 +87,8 @@ class FP8AdamW(paddle.optimizer.Optimizer):
 
     def __init__(
         self,
-        learning_rate: float | paddle.optimizer.lr.LRScheduler = 1e-4,
-        parameters: Sequence | None = None,
+        learning_rate: float | paddle.optimizer.lr.LRScheduler | Iterable = 1e-4,
+        parameters: Iterable | float | paddle.optimizer.lr.LRScheduler | None = None,
         beta1: float = 0.9,
         beta2: float = 0.999,
         epsilon: float = 1e-8,
@@ -92,7 +96,9 @@ class FP8AdamW(paddle.optimizer.Optimizer):
         grad_clip: ClipGradByGlobalNorm | ClipGradByNorm | ClipGradByValue | None = None,
         fp8_config: FP8QuantizationConfig | None = None,
         stochastic_rounding: bool = False,
+        lr: float | paddle.optimizer.lr.LRScheduler | None = None,
     ) -> None:
+        learning_rate, parameters = _rate_and_parameters(learning_rate, parameters, lr)
         _check_numbers(learning_rate, beta1, beta2, epsilon, weight_decay)
         if grad_clip is not None and type(grad_clip) not in CLIPS:
             names = ", ".join(clip.__name__ for clip in CLIPS)
@@ -281,6 +287,15 @@ def _half_wave(progress: float) -> float:
     return 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
+def _rate_and_parameters(learning_rate: Any, parameters: Any, lr: Any) -> tuple[Any, Any]:
+    """The two in Paddle's order, however they were given."""
+    if isinstance(learning_rate, Iterable) and not isinstance(learning_rate, str | paddle.Tensor):
+        if isinstance(parameters, Iterable):
+            raise ConfigError("FP8AdamW takes one list of parameters, got two: learning_rate is a number")
+        learning_rate, parameters = 1e-4 if parameters is None else parameters, learning_rate
+    return learning_rate if lr is None else lr, parameters
+
+
 def _check_numbers(
     learning_rate: float | paddle.optimizer.lr.LRScheduler,
     beta1: float,
@@ -300,10 +315,11 @@ def _check_number(name: str, value: float, below: float = math.inf) -> None:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not 0 <= value < below:  # false for NaN too
         wanted = "0 or more" if below == math.inf else f"in [0, {below:g})"
-        raise ConfigError(f"{name} must be a number {wanted}, got {value!r}")
+        came = repr(value) if isinstance(value, int | float | str) else type(value).__name__
+        raise ConfigError(f"{name} must be a number {wanted}, got {came}")
 
 
-def _parameter_groups(parameters: Sequence | None, weight_decay: float) -> list[dict]:
+def _parameter_groups(parameters: Iterable | None, weight_decay: float) -> list[dict]:
     """`parameters` as given -> groups with all of GROUP_KEYS."""
     items = [] if parameters is None else list(parameters)
     if not items:

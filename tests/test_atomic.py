@@ -439,3 +439,12 @@ def test_only_this_module_renames_syncs_or_makes_temporary_files():
 def test_the_guard_sees_what_breaks_the_rule(source):
     assert written_otherwise(ast.parse(source))
     assert not written_otherwise(ast.parse("text.replace('a', 'b')\nreplace(config, x=1)\nimport os"))
+
+
+def test_trying_to_write_leaves_nothing_and_names_the_folder(tmp_path):
+    check_writable(tmp_path / "a" / "b")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError) as caught:
+        check_writable(tmp_path / "file" / "b")
+    assert caught.value.filename == str(tmp_path / "file" / "b")

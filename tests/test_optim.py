@@ -422,3 +422,33 @@ def test_schedules_with_a_shape_against_their_formulas(warmup):
             factor = step / warmup if step < warmup else wanted[name]
             assert schedule.get_lr() == pytest.approx(2.0 * factor, abs=1e-12), (name, step)
             schedule.step()
+
+
+def test_parameters_may_come_first_and_lr_is_the_learning_rate():
+    def model():
+        paddle.seed(0)
+        return paddle.nn.Linear(16, 16)
+
+    config, after = FP8QuantizationConfig(block_size=16), []
+    for make in (
+        lambda params: FP8AdamW(learning_rate=3e-3, parameters=params, fp8_config=config),
+        lambda params: FP8AdamW(params, lr=3e-3, fp8_config=config),
+        lambda params: FP8AdamW(iter(params), 3e-3, fp8_config=config),
+        lambda params: FP8AdamW([{"params": params}], lr=3e-3, fp8_config=config),
+    ):
+        layer = model()
+        optimizer = make(layer.parameters())
+        layer(paddle.ones([2, 16])).sum().backward()
+        optimizer.step()
+        after.append((optimizer.get_lr(), layer.weight.numpy().tobytes()))
+    assert after[0][0] == 3e-3 and set(after) == {after[0]}
+    assert FP8AdamW(model().parameters()).get_lr() == 1e-4
+
+
+def test_a_wrong_learning_rate_is_one_short_line():
+    params = paddle.nn.Linear(64, 64).parameters()
+    for arguments, said in (((params, params), "one list of parameters"), ((params, None, "x"), "beta1"),
+                            ((params[0], params), "learning_rate must be a number")):  # fmt: skip
+        with pytest.raises(ConfigError, match=said) as caught:
+            FP8AdamW(*arguments)
+        assert len(str(caught.value)) < 120

@@ -33,7 +33,10 @@ from ppcoat.train.run import train_lora
 from ppcoat.train.trainer import TrainingResult
 
 MOTIF = garments.MOTIFS[0]
-CONFIG = Path(__file__).parent.parent.parent / "configs" / "quickstart.yaml"
+_PACKAGE = Path(__file__).parents[1]
+# An installed ppcoat has the folder inside, a clone beside it.
+CONFIGS = next(each for each in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if each.is_dir())
+CONFIG = CONFIGS / "quickstart.yaml"
 PICTURES, DATA_SEED = 96, 7
 GRID_COLUMNS = 8
 DRAWN = ".drawn_by_quickstart"  # file in the data folder that marks it as made here

@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from safetensors import SafetensorError
+
 from ppcoat.device import ignore_warnings_of_libraries
 from ppcoat.errors import ConfigError
+
+_FLAG = re.compile(r"(?<=^--)[a-z0-9]+(-[a-z0-9]+)+(?=$|=)")
 
 
 @dataclass(frozen=True)
@@ -100,10 +105,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(name: str, argv: Sequence[str] | None = None, prog: str | None = None) -> int:
-    """Run one command with the flags `argv` (default: the process's own); ConfigError (exit status 2),
-    FloatingPointError and ChildProcessError (1) become one line on stderr."""
+    """Run one command with the flags `argv` (default: the process's own), which may have - for _.
+
+    ConfigError and a file that cannot be read or written (exit status 2), FloatingPointError and
+    ChildProcessError (1) become one line on stderr.
+    """
     command = COMMANDS[name]
+    argv = [_FLAG.sub(lambda flag: flag.group().replace("-", "_"), each, count=1) for each in
+            (sys.argv[1:] if argv is None else argv)]  # fmt: skip
     ignore_warnings_of_libraries()
+    for stream in (sys.stdout, sys.stderr):  # a redirected stream may know no Chinese, and no emoji
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         module = importlib.import_module(command.module)
         parser = argparse.ArgumentParser(prog=prog, description=command.what, allow_abbrev=False)
@@ -111,6 +124,12 @@ def run(name: str, argv: Sequence[str] | None = None, prog: str | None = None) -
         getattr(module, command.run)(parser.parse_args(argv))
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, OSError) and (error.errno is None or error.filename is None):
+            raise  # one of Paddle's, who gives device errors this type, or of the network
+        reason = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else error
+        print(f"error: {reason}; check the path, its permissions and the room on the disk", file=sys.stderr)
         return 2
     except (FloatingPointError, ChildProcessError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -25,7 +25,7 @@ import numpy as np
 import paddle
 from safetensors import safe_open
 
-from ppcoat.atomic import whole_folder
+from ppcoat.atomic import check_writable, whole_folder
 from ppcoat.config.flags import add_flags, flag, from_flags
 from ppcoat.device import tune_host
 from ppcoat.errors import ConfigError
@@ -142,12 +142,13 @@ def save_component(model: paddle.nn.Layer, folder: Path) -> None:
 
 def check_output(folder: Path, output: Path, flag: str) -> None:
     """Raises ConfigError, which names `flag`, for an output that is there already or lies in the model's
-    folder."""
+    folder, OSError for one that cannot be written."""
     inside = output.resolve()
     if folder.resolve() in (inside, *inside.parents):
         raise ConfigError(f"{flag} {output} is inside the model {folder}: choose a folder elsewhere")
     if output.exists():
         raise ConfigError(f"{flag} {output} exists: remove it, or choose another name")
+    check_writable(output.parent)
 
 
 def write_merged(

@@ -12,6 +12,7 @@ only the defaults differ: where a nested file says nothing, ai-toolkit's own def
 
 from __future__ import annotations
 
+import difflib
 import logging
 import re
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from typing import Any
 
 from ppcoat.config.ai_toolkit_keys import DEFAULTS, KEYS, Honour, Read, Refuse, Warn
 from ppcoat.config.ai_toolkit_values import Document, Reading
-from ppcoat.config.explain import Location, Origins, dotted, nearest_key, printable
+from ppcoat.config.explain import Location, Origins, dotted, nearest_key, printable, schema_keys
 from ppcoat.errors import ConfigError
 from ppcoat.models.flux import ATTENTION_AND_MLP, MODULATION
 
@@ -44,6 +45,7 @@ _BLOCK_LINEARS = dict.fromkeys(
     for part in parts
 )
 _OUTSIDE = "transformer.proj_out"
+_TYPED_WRONG = 0.85  # likeness of two keys, 0..1, from which one is taken for the other with a slip
 
 
 def is_nested(data: dict[str, Any]) -> bool:
@@ -147,6 +149,9 @@ def _treat(location: Location, value: Any, document: Document, origins: Origins)
     rule, where = KEYS.get(_key(location)), printable(origins.where(location))
     said = printable(f"{dotted(location)}: came {_short(value)}")
     if rule is None:
+        if _asks_for_nothing(location, value, document):
+            _log.warning("%s: %s, an unknown key that asks for nothing: left out", where, said)
+            return {}
         _check_section(location, value, origins)
         return {} if _key(location) in _FOREIGN_SECTIONS else {location: value}
     if isinstance(rule, Refuse) and not _is_one_of(value, rule.neutral):
@@ -154,7 +159,7 @@ def _treat(location: Location, value: Any, document: Document, origins: Origins)
     if isinstance(rule, Warn) and not _is_one_of(value, rule.silent):
         _log.warning("%s: %s, which has no effect here: %s", where, said, rule.why)
     if isinstance(rule, Honour):
-        return {} if rule.null and value is None else {_target(location): value}
+        return {} if rule.null and value in (None, []) else {_target(location): value}
     if not isinstance(rule, Read):
         return {}
     try:
@@ -166,11 +171,26 @@ def _treat(location: Location, value: Any, document: Document, origins: Origins)
     return {_location(name, location): setting for name, setting in reading.settings.items()}
 
 
+def _asks_for_nothing(location: Location, value: Any, document: Document) -> bool:
+    """Whether a key that nobody here knows can be left out: a newer version of ai-toolkit may have it, and
+    its value is none. A false that is like a known key may be a mistyped switch that is on by default."""
+    if not document.nested or _is_known(location):
+        return False
+    nearest = nearest_key(location).rpartition(".")[2]
+    like = difflib.SequenceMatcher(None, nearest, str(location[-1])).ratio()
+    return _is_one_of(value, (None, "", [], {})) or (value is False and like < _TYPED_WRONG)
+
+
+def _is_known(location: Location) -> bool:
+    """Whether our schema has this key, or ai-toolkit a section of this name."""
+    return _key(location) in _SECTIONS or _key(location).replace("[]", ".0") in schema_keys()
+
+
 def _check_section(location: Location, value: Any, origins: Origins) -> None:
-    """In sections that only ai-toolkit has, refuse unknown keys; in their place, refuse a plain value."""
+    """Refuse unknown keys, and a plain value in the place of a section that only ai-toolkit has."""
     if _key(location) in _FOREIGN_SECTIONS and value not in (None, {}):
         problem = f"{dotted(location)}: came {_short(value)}, wanted a section with keys"
-    elif _key(location[:-1]) in _FOREIGN_SECTIONS:
+    elif not _is_known(location):
         problem = f"unknown key '{dotted(location)}'; the nearest known key is '{nearest_key(location)}'"
     else:
         return

@@ -16,7 +16,8 @@ from ppcoat.config.ai_toolkit_values import Reader
 
 @dataclass(frozen=True)
 class Honour:
-    """Taken as it is, under the name `to` in our schema ("": its own). null: None stands for the default."""
+    """Taken as it is, under the name `to` in our schema ("": its own). null: None, and an empty list, stand
+    for the default."""
 
     to: str = ""
     null: bool = False
@@ -32,7 +33,8 @@ class Read:
 
 @dataclass(frozen=True)
 class Warn:
-    """Accepted with a warning that says why it makes no difference here; values in `silent` need none."""
+    """Accepted with a warning that says why it makes no difference here; values in `silent` need none: those
+    that ask for nothing, and what ai-toolkit's web interface always writes."""
 
     why: str
     silent: tuple[Any, ...] = (None, False)
@@ -57,6 +59,7 @@ Treatment = Honour | Read | Warn | Refuse | Idle
 
 _MEMORY = "it only saves memory; see train.gradient_checkpointing and the coat section for that"
 _CACHED = "every picture and caption is encoded once before training and kept in main memory"
+_ONCE = "every caption is encoded once in any case"
 _MASKS = "the loss has no masks; leave it out"
 _CROPS = "pictures are cropped in the centre at full size; leave it out"
 _SWITCH_OFF = "it is not built in; leave it out or set it to false"
@@ -65,6 +68,10 @@ _ONE_SET = "all pictures count the same; leave it out"
 _TORCH = "it chooses between PyTorch kernels; Paddle chooses its own"
 _SD_ERA = "it was made for noise-predicting models and FLUX is trained by flow matching; leave it out"
 _CURVES = "curves and pictures go to VisualDL, <run folder>/logs"
+_IMAGES = "only pictures are trained; leave it out"
+_ONLY_FLUX = "only FLUX.1 is trained here; leave it out or set it to false"
+_OLD_LOSSES = "the loss is that of flow matching; leave it out, or choose train.loss_type"
+_FILM = "previews are single pictures"
 _HUB = "nothing is uploaded; the LoRA file stays in the run folder"
 
 _PROCESS: dict[str, Treatment] = {
@@ -74,9 +81,9 @@ _PROCESS: dict[str, Treatment] = {
     "device": Read(values.read_device, "device"),
     "trigger_word": Honour(),
     "training_seed": Honour("seed", null=True),
-    "performance_log_every": Warn("times are on the progress bar", (None, 0)),
+    "performance_log_every": Warn("times are on the progress bar", (None, 0, 10)),
     "log_dir": Warn(_CURVES, (None,)),
-    "sqlite_db_path": Warn("there is no web interface", (None,)),
+    "sqlite_db_path": Warn("there is no web interface", (None, "./aitk_db.db")),
     "torch_profiler": Warn(_TORCH),
     "first_sample": Warn("it changes previews only", (None,)),
     "guidance": Refuse(_OTHER_TASK, (None,)),
@@ -87,28 +94,34 @@ _PROCESS: dict[str, Treatment] = {
     "precompute_text_embeddings": Warn(_CACHED, (None, True)),
     "precompute_image_embeddings": Warn(_CACHED, (None, True)),
     "save_cache_on_disk": Honour("datasets[].cache_to_disk", null=True),
-    "meta": Warn("the LoRA file's header has its own fields (rank, trigger word, step, base model)", (None,)),
-}
+    "quantize": Honour("model.quantize", null=True),
+    "adam8bit": Read(values.read_adam8bit),
+    "slider": Refuse(_OTHER_TASK, (None, {})),
+    "monitoring": Warn("there is no web interface", (None, {})),
+    "meta": Warn(
+        "the LoRA file's header has its own fields (rank, trigger word, step, base model)",
+        (None, {"name": "[name]", "version": "1.0"}),
+    ),
+}  # fmt: skip
 _NETWORK: dict[str, Treatment] = {
     "network.type": Honour(),
     "network.linear": Honour(),
     "network.rank": Honour("network.linear", null=True),
     "network.linear_alpha": Honour(),
     "network.alpha": Honour("network.linear_alpha", null=True),
-    "network.conv": Warn("FLUX has no convolutions", (None, 0)),
-    "network.conv_alpha": Warn("FLUX has no convolutions", (None, 0)),
+    "network.conv": Warn("FLUX has no convolutions", (None, 0, 16)),  # 16: what the web interface writes
+    "network.conv_alpha": Warn("FLUX has no convolutions", (None, 0, 16)),
+    "network.normalize": Refuse("the LoRA's weights are not scaled; leave it out"),
+    "network.lorm_config": Refuse(_OTHER_TASK, (None,)),
     "network.dropout": Honour(null=True),
     "network.network_kwargs.only_if_contains": Honour("network.only_if_contains", null=True),
     "network.network_kwargs.ignore_if_contains": Honour("network.ignore_if_contains", null=True),
     "network.transformer_only": Refuse("name Linears outside the blocks in network.targets", (True, None)),
     "network.pretrained_lora_path": Refuse("a run starts from a new LoRA; leave it out", (None,)),
-    "network.lokr_full_rank": Idle("network.type"),
-    "network.lokr_factor": Idle("network.type"),
-    "network.old_lokr_format": Idle("network.type"),
     "network.layer_offloading": Warn(_MEMORY),
     "network.split_multistage_loras": Warn("FLUX has one stage", (None, True, False)),
     "network.all_layers": Warn("network.targets chooses the Linears"),
-}
+}  # fmt: skip
 _SAVE: dict[str, Treatment] = {
     "save.dtype": Read(values.read_save_dtype, "save.dtype"),
     "save.save_every": Honour(),
@@ -116,8 +129,6 @@ _SAVE: dict[str, Treatment] = {
     "save.save_format": Warn("a LoRA is always a safetensors file; save.format chooses its key names",
                              (None, "safetensors", "diffusers")),
     "save.push_to_hub": Warn(_HUB),
-    "save.hf_repo_id": Idle("save.push_to_hub"),
-    "save.hf_private": Idle("save.push_to_hub"),
 }  # fmt: skip
 _DATASET: dict[str, Treatment] = {
     "datasets[].folder_path": Honour(),
@@ -142,7 +153,7 @@ _DATASET: dict[str, Treatment] = {
     "datasets[].replacements": Refuse("captions are not edited; change the caption files", (None, [])),
     "datasets[].cache_latents": Warn(_CACHED, (None, True)),
     "datasets[].cache_latents_to_disk": Honour("datasets[].cache_to_disk", null=True),
-    "datasets[].cache_text_embeddings": Warn("every caption is encoded once in any case", (None, True)),
+    "datasets[].cache_text_embeddings": Warn(_ONCE, (None, True, False)),
     "datasets[].is_reg": Honour(null=True),
     "datasets[].prior_reg": Refuse("the loss has one form for all pictures; leave it out, or set is_reg"),
     "datasets[].loss_multiplier": Refuse(_ONE_SET, (None, 1)),
@@ -151,18 +162,31 @@ _DATASET: dict[str, Treatment] = {
     "datasets[].flip_y": Honour(null=True),
     "datasets[].mask_path": Refuse(_MASKS, (None,)),
     "datasets[].alpha_mask": Refuse(_MASKS),
-    "datasets[].invert_mask": Idle("datasets[].mask_path"),
-    "datasets[].mask_min_value": Idle("datasets[].mask_path"),
     "datasets[].num_workers": Warn(_CACHED, (None,)),
     "datasets[].prefetch_factor": Warn(_CACHED, (None,)),
-    "datasets[].augments": Refuse("pictures are not augmented; leave it out", (None, [])),
-    "datasets[].augmentations": Refuse("pictures are not augmented; leave it out", (None, [])),
+    **dict.fromkeys(("datasets[].augments", "datasets[].augmentations"),
+                    Refuse("pictures are not augmented; leave it out", (None, []))),
     "datasets[].control_path": Refuse(_OTHER_TASK, (None,)),
     "datasets[].clip_image_path": Refuse(_OTHER_TASK, (None,)),
     "datasets[].num_frames": Refuse(_OTHER_TASK, (None, 1)),
     "datasets[].do_audio": Refuse(_OTHER_TASK),
     "datasets[].poi": Refuse(_CROPS, (None,)),
-}
+    "datasets[].type": Refuse("wanted image", (None, "image")),
+    **dict.fromkeys(("datasets[].controls", "datasets[].extra_values"), Refuse(_OTHER_TASK, (None, []))),
+    **dict.fromkeys(
+        ("datasets[].control_path_1", "datasets[].control_path_2", "datasets[].control_path_3",
+         "datasets[].inpaint_path", "datasets[].unconditional_path"),
+        Refuse(_OTHER_TASK, (None, "")),
+    ),
+    **dict.fromkeys(
+        ("datasets[].clip_image_from_same_folder", "datasets[].standardize_images"), Refuse(_OTHER_TASK)
+    ),
+    "datasets[].clip_image_augmentations": Refuse(_OTHER_TASK, (None, [])),
+    "datasets[].cache_clip_vision_to_disk": Warn(_CACHED),
+    "datasets[].use_short_captions": Refuse("the caption is trained; put the short one there"),
+    "datasets[].random_triggers": Refuse("there is one trigger word; leave it out", (None, [])),
+    "datasets[].fast_image_size": Warn("every picture is decoded once as a check"),
+}  # fmt: skip
 _TRAIN: dict[str, Treatment] = {
     "train.batch_size": Honour(),
     "train.steps": Honour(),
@@ -179,18 +203,14 @@ _TRAIN: dict[str, Treatment] = {
     "train.optimizer_params.betas": Read(values.read_betas),
     "train.lr": Honour(),
     "train.unet_lr": Honour("train.lr", null=True),
-    "train.text_encoder_lr": Idle("train.train_text_encoder"),
-    "train.refiner_lr": Idle("model.arch"),
-    "train.embedding_lr": Idle("embedding"),
-    "train.adapter_lr": Idle("adapter"),
     "train.lr_scheduler": Read(values.read_lr_scheduler, "train.lr_scheduler"),
     "train.lr_scheduler_params": Read(values.read_lr_scheduler_params),
     "train.dtype": Read(values.read_train_dtype, "model.dtype"),
     "train.max_grad_norm": Honour(),
     "train.gradient_clipping": Honour("train.max_grad_norm", null=True),
     "train.timestep_type": Honour(),
-    "train.linear_timesteps": Refuse("use train.timestep_type: linear, which weighs all noise levels alike"),
-    "train.linear_timesteps2": Refuse("use train.timestep_type: linear, which weighs all noise levels alike"),
+    **dict.fromkeys(("train.linear_timesteps", "train.linear_timesteps2"),
+                    Refuse("use train.timestep_type: linear, which weighs all noise levels alike")),
     "train.content_or_style": Refuse("noise levels are not shifted; use balanced", (None, "balanced")),
     "train.min_denoising_steps": Refuse("all noise levels are trained; leave it out", (None, 0)),
     "train.max_denoising_steps": Refuse("all noise levels are trained; leave it out", (None, 999, 1000)),
@@ -208,17 +228,13 @@ _TRAIN: dict[str, Treatment] = {
         "in ai-toolkit it replaces every caption by the trigger word; leave it out, text encoders are always "
         "released after the captions are encoded"
     ),
-    "train.cache_text_embeddings": Warn("every caption is encoded once in any case", (None, True)),
+    "train.cache_text_embeddings": Warn(_ONCE, (None, True, False)),
     "train.diff_output_preservation": Refuse(_SWITCH_OFF),
-    "train.diff_output_preservation_class": Idle("train.diff_output_preservation"),
-    "train.diff_output_preservation_multiplier": Idle("train.diff_output_preservation"),
     "train.blank_prompt_preservation": Refuse(_SWITCH_OFF),
-    "train.blank_prompt_preservation_multiplier": Idle("train.blank_prompt_preservation"),
     "train.validation_config": Read(values.read_validation_config, "train.validation"),
     "train.reg_weight": Honour("reg_weight", null=True),
     "train.start_step": Refuse("a run goes on from the checkpoint in its folder; leave it out", (None,)),
     "train.max_loss": Refuse("the loss is not clipped; leave it out", (None,)),
-    "train.max_loss_debug": Idle("train.max_loss"),
     "train.xformers": Warn(_TORCH),
     "train.sdp": Warn(_TORCH),
     "train.attention_backend": Warn(_TORCH, (None, "native")),
@@ -226,7 +242,33 @@ _TRAIN: dict[str, Treatment] = {
     "train.snr_gamma": Refuse(_SD_ERA, (None,)),
     "train.min_snr_gamma": Refuse(_SD_ERA, (None,)),
     "train.learnable_snr_gos": Refuse(_SD_ERA),
-}
+    **dict.fromkeys(
+        ("train.do_differential_guidance", "train.do_guidance_loss", "train.do_prior_divergence",
+         "train.do_cfg", "train.do_random_cfg", "train.correct_pred_norm", "train.free_u",
+         "train.merge_network_on_save", "train.short_and_long_captions", "train.single_item_batching",
+         "train.force_consistent_noise", "train.blended_blur_noise", "train.match_noise_norm"),
+        Refuse(_SWITCH_OFF),
+    ),
+    "train.do_paramiter_swapping": Refuse("all of the LoRA trains in every step; set it to false"),
+    "train.inverted_mask_prior": Refuse(_MASKS),
+    "train.adapter_assist_name_or_path": Refuse(_OTHER_TASK, (None,)),
+    "train.match_adapter_assist": Refuse(_OTHER_TASK),
+    "train.match_adapter_chance": Refuse(_OTHER_TASK, (None, 0)),
+    **dict.fromkeys(
+        ("train.noise_multiplier", "train.img_multiplier", "train.latent_multiplier",
+         "train.target_noise_multiplier", "train.optimal_noise_pairing_samples"),
+        Refuse(_SD_ERA, (None, 1)),
+    ),
+    **dict.fromkeys(
+        ("train.random_noise_multiplier", "train.random_noise_shift", "train.weight_jitter",
+         "train.prompt_saturation_chance"),
+        Refuse(_SD_ERA, (None, 0)),
+    ),
+    "train.loss_target": Refuse(_OLD_LOSSES, (None, "noise")),
+    "train.target_norm_std": Refuse(_OLD_LOSSES, (None,)),
+    "train.auto_scale_batch_size": Warn("the batch stays as it is; memory: auto chooses one that fits"),
+    "train.show_turbo_outputs": Warn("previews are drawn in sample.sample_steps steps"),
+}  # fmt: skip
 _MODEL: dict[str, Treatment] = {
     "model.name_or_path": Honour(),
     "model.is_flux": Refuse("only FLUX is trained here; set it to true", (None, True)),
@@ -238,8 +280,6 @@ _MODEL: dict[str, Treatment] = {
     "model.qtype_te": Read(values.read_qtype),
     "model.low_vram": Warn("weights are always read one by one; for smaller cards see model.blocks_to_swap"),
     "model.layer_offloading": Warn(_MEMORY),
-    "model.layer_offloading_transformer_percent": Idle("model.layer_offloading"),
-    "model.layer_offloading_text_encoder_percent": Idle("model.layer_offloading"),
     "model.assistant_lora_path": Refuse("no second LoRA is loaded; train on FLUX.1-dev without", (None,)),
     "model.attn_masking": Refuse("text padding is not masked; set it to false"),
     "model.compile": Warn(_TORCH),
@@ -247,35 +287,98 @@ _MODEL: dict[str, Treatment] = {
     "model.split_model_over_gpus": Refuse("the model stays on one device; set it to false"),
     "model.lora_path": Refuse("no other LoRA is loaded; merge it into the base folder first", (None,)),
     "model.inference_lora_path": Refuse("no other LoRA is loaded for previews; leave it out", (None,)),
-    "model.vae_path": Refuse("put the VAE into the folder model.name_or_path", (None,)),
-    "model.te_name_or_path": Refuse("put the text encoders into the folder model.name_or_path", (None,)),
-    "model.extras_name_or_path": Refuse("put the components into the folder model.name_or_path", (None,)),
-}
+    **dict.fromkeys(
+        ("model.vae_path", "model.te_name_or_path", "model.extras_name_or_path", "model.unet_path"),
+        Refuse("put it into the folder model.name_or_path", (None,)),
+    ),
+    "model.model_kwargs": Refuse("there is nothing to pass on; leave it out", (None, {})),
+    "model.quantize_kwargs": Refuse("all Linears of the blocks are stored in FP8; leave it out",
+                                    (None, {}, {"exclude": []})),
+    "model.accuracy_recovery_adapter": Refuse("no second LoRA is loaded; leave it out", (None, "")),
+    "model.auto_memory": Warn(_MEMORY),
+    "model.text_encoder_bits": Warn("text encoders stay in model.dtype and are released before training",
+                                    (None, 16)),
+    "model.use_flux_cfg": Refuse("train.cfg_scale sets the guidance that training sees; set it to false"),
+    **dict.fromkeys(
+        ("model.is_v2", "model.is_v3", "model.is_xl", "model.is_v_pred", "model.is_pixart", "model.is_ssd",
+         "model.is_auraflow", "model.is_lumina2", "model.is_vega", "model.is_pixart_sigma"),
+        Refuse(_ONLY_FLUX),
+    ),
+    **dict.fromkeys(("model.use_text_encoder_1", "model.use_text_encoder_2"),
+                    Refuse("both text encoders are used; leave it out", (None, True))),
+    "model.refiner_name_or_path": Refuse(_ONLY_FLUX, (None,)),
+    "model.latent_space_version": Refuse(_ONLY_FLUX, (None,)),
+}  # fmt: skip
 _SAMPLE: dict[str, Treatment] = {
-    "sample.sampler": Refuse("FLUX is drawn by flow matching: flowmatch", (None, "flowmatch")),
+    "sample.sampler": Warn("FLUX is drawn by flow matching: flowmatch", (None, "flowmatch")),
     "sample.sample_every": Honour(),
     "sample.sample_start_step": Warn("previews start with the first sample_every", (None, 0)),
-    "sample.width": Honour(),
-    "sample.height": Honour(),
+    "sample.width": Read(values.preview_setting("width"), "sample.width"),
+    "sample.height": Read(values.preview_setting("height"), "sample.height"),
     "sample.prompts": Read(values.read_prompts, "sample.prompts"),
     "sample.samples": Read(values.read_samples, "sample.samples"),
     "sample.neg": Warn("FLUX draws without a negative prompt", (None, False, "")),
-    "sample.seed": Honour(),
+    "sample.seed": Read(values.preview_setting("seed"), "sample.seed"),
     "sample.walk_seed": Honour(),
-    "sample.guidance_scale": Honour(),
-    "sample.sample_steps": Honour(),
-    "sample.format": Warn("previews are PNG files with the prompt inside", (None, "png")),
-}
+    "sample.guidance_scale": Read(values.preview_setting("guidance_scale"), "sample.guidance_scale"),
+    "sample.sample_steps": Read(values.preview_setting("sample_steps"), "sample.sample_steps"),
+    **dict.fromkeys(("sample.format", "sample.ext"),
+                    Warn("previews are PNG files with the prompt inside", (None, "png"))),
+    "sample.num_frames": Warn(_FILM, (None, 1)),
+    "sample.network_multiplier": Warn("previews show the LoRA at full strength", (None, 1, "1", "1.0")),
+    "sample.guidance_rescale": Warn("it is not built in", (None, 0)),
+    "sample.do_cfg_norm": Warn("it is not built in"),
+    "sample.extra_values": Warn("FLUX takes none", (None, [])),
+}  # fmt: skip
 _LOGGING: dict[str, Treatment] = {
     "logging.log_every": Honour(),
     "logging.verbose": Warn("there is one amount of output"),
     "logging.use_wandb": Warn(_CURVES),
-    "logging.project_name": Idle("logging.use_wandb"),
-    "logging.run_name": Idle("logging.use_wandb"),
-    "logging.use_ui_logger": Warn("there is no web interface"),
-}
+}  # fmt: skip
+
+# Switch -> keys that say something only where it is on.
+_IDLE = {
+    "network.type": "network.lokr_full_rank network.lokr_factor network.old_lokr_format",
+    "save.push_to_hub": "save.hf_repo_id save.hf_private",
+    "datasets[].mask_path": "datasets[].invert_mask datasets[].mask_min_value",
+    "datasets[].clip_image_augmentations": "datasets[].clip_image_shuffle_augmentations",
+    "datasets[].augmentations": "datasets[].shuffle_augmentations",
+    "datasets[].random_triggers": "datasets[].random_triggers_max",
+    "train.train_text_encoder": "train.text_encoder_lr",
+    "model.arch": "train.refiner_lr train.switch_boundary_every",
+    "embedding": "train.embedding_lr",
+    "adapter": "train.adapter_lr sample.adapter_conditioning_scale",
+    "train.diff_output_preservation":
+        "train.diff_output_preservation_class train.diff_output_preservation_multiplier",
+    "train.blank_prompt_preservation": "train.blank_prompt_preservation_multiplier",
+    "train.max_loss": "train.max_loss_debug",
+    "train.do_differential_guidance": "train.differential_guidance_scale",
+    "train.do_guidance_loss": "train.guidance_loss_target",
+    "train.correct_pred_norm": "train.correct_pred_norm_multiplier",
+    "train.short_and_long_captions": "train.short_and_long_captions_encoder_split",
+    "train.do_cfg": "train.unconditional_prompt train.negative_prompt",
+    "train.do_paramiter_swapping": "train.paramiter_swapping_factor",
+    "train.inverted_mask_prior": "train.inverted_mask_prior_multiplier",
+    "train.auto_scale_batch_size":
+        "train.min_batch_size train.max_batch_size train.batch_size_warmup_steps",
+    "model.layer_offloading":
+        "model.layer_offloading_transformer_percent model.layer_offloading_text_encoder_percent",
+    "model.compile": "model.compile_mode",
+    "model.is_xl": "model.experimental_xl",
+    "model.unet_path": "model.unet_sample_size",
+    "sample.num_frames": "sample.fps",
+    "model.refiner_name_or_path": "sample.refiner_start_at",
+    "logging.use_wandb": "logging.project_name logging.run_name",
+    "datasets[].num_frames":
+        "datasets[].shrink_video_to_frames datasets[].do_i2v datasets[].fps "
+        "datasets[].auto_frame_count",
+    "datasets[].do_audio": "datasets[].audio_normalize datasets[].audio_preserve_pitch",
+    "datasets[].control_path": "datasets[].full_size_control_images datasets[].control_transparent_color",
+    "sqlite_db_path": "logging.use_ui_logger",
+}  # fmt: skip
 
 KEYS: dict[str, Treatment] = _PROCESS | _NETWORK | _SAVE | _DATASET | _TRAIN | _MODEL | _SAMPLE | _LOGGING
+KEYS |= {key: Idle(switch) for switch, keys in _IDLE.items() for key in keys.split()}
 
 # What ai-toolkit takes where its YAML says nothing and our schema has another default. Not here: train.dtype
 # (fp32 there, which few cards can hold), the unseeded start, and linear_alpha, which is the rank for FLUX.

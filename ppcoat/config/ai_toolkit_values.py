@@ -11,6 +11,7 @@ same. Both become `sample.samples` of our schema; prompts without flags stay pro
 from __future__ import annotations
 
 import re
+import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +27,8 @@ _PREVIEW_KEYS = {
     **dict.fromkeys(("m", "network_multiplier"), "network_multiplier"),
     **dict.fromkeys(("n", "n2", "p2", "neg"), ""),
 }
+# of a film, or of a model that is given a picture: there is nothing to follow, and nothing is asked of FLUX
+_FILM_KEYS = ("fps", "num_frames", "ctrl_idx", "ctrl_img", "ctrl_img_1", "ctrl_img_2", "ctrl_img_3")
 # key of validation_config -> our setting and what ai-toolkit takes where it is absent
 _VALIDATION = {
     "validation_items": ("items", []),
@@ -253,26 +256,41 @@ def in_updates(count: Any, document: Document) -> Any:
 
 
 def read_prompts(value: Any, document: Document) -> Reading:
-    """Prompts; if any has a flag, all become samples with the settings of their flags."""
+    """Prompts; if any has a flag, all become samples with the settings of their flags, before `samples`."""
+    value = [value] if isinstance(value, str) else value
     if not isinstance(value, list) or not all(isinstance(prompt, str) for prompt in value):
         return Reading({"sample.prompts": value})
-    previews = [_split_flags(prompt) for prompt in value]
-    if all(len(preview) == 1 for preview in previews):
-        return Reading({"sample.prompts": value})
-    if document.get("sample", "samples"):
-        raise ValueError("sample.samples says it too; put these prompts there")
-    return _samples(previews)
+    notes: list[str] = []
+    previews = [_split_flags(prompt, notes) for prompt in value]
+    if all(preview.keys() == {"prompt"} for preview in previews):
+        return Reading({"sample.prompts": [preview["prompt"] for preview in previews]}, tuple(notes))
+    others = read_samples(document.get("sample", "samples"), document).settings.get("sample.samples", [])
+    return Reading({"sample.samples": previews + others}, tuple(notes))
 
 
 def read_samples(value: Any, document: Document) -> Reading:
     """`samples: [{prompt: ..., width: ...}]`; a prompt in it may have flags as well."""
     if value is None:
         return Reading()
-    if not isinstance(value, list) or not all(
-        isinstance(sample, dict) and isinstance(sample.get("prompt"), str) for sample in value
-    ):
+    if not isinstance(value, list):
         raise ValueError("wanted a list of sections with a prompt, for example [{prompt: a red dress}]")
-    return _samples([_split_flags(sample["prompt"]) | _settings(sample) for sample in value])
+    notes: list[str] = []
+    samples = [each for each in value if isinstance(each, dict) and isinstance(each.get("prompt"), str)]
+    if len(samples) < len(value):
+        notes.append("those without a prompt are left out")
+    previews = [_split_flags(sample["prompt"], notes) | _settings(sample, notes) for sample in samples]
+    return Reading({"sample.samples": previews}, tuple(notes))
+
+
+def preview_setting(name: str) -> Reader:
+    """The reader of sample.<name>, a setting of all previews; one that cannot be drawn with is left out."""
+
+    def read(value: Any, document: Document) -> Reading:
+        notes: list[str] = []
+        fitting = _fitting(name, value, notes)
+        return Reading({} if fitting is None else {f"sample.{name}": fitting}, tuple(notes))
+
+    return read
 
 
 def read_validation_config(value: Any, document: Document) -> Reading:
@@ -288,37 +306,61 @@ def read_validation_config(value: Any, document: Document) -> Reading:
     return Reading({"train.validation": ours | {"every": in_updates(ours["every"], document)}})
 
 
-def _split_flags(prompt: str) -> _Preview:
-    """ "a dress --w 64" -> {"prompt": "a dress", "width": 64}."""
+def _split_flags(prompt: str, notes: list[str]) -> _Preview:
+    """ "a dress --w 64" -> {"prompt": "a dress", "width": 64}. Without words before its flags, a prompt is
+    taken as text."""
     bare, *flags = _FLAG.split(prompt)
-    if not flags:
+    if flags and not bare.strip():
+        notes.append(f"its '--{flags[0]}' is taken as text")
+    if not flags or not bare.strip():
         return {"prompt": prompt}
-    given = {name: _number(text.strip()) for name, text in zip(flags[::2], flags[1::2], strict=True)}
-    return {"prompt": bare.strip()} | _settings(given)
+    given = dict(zip(flags[::2], (text.strip() for text in flags[1::2]), strict=True))
+    return {"prompt": bare.strip()} | _settings(given, notes)
 
 
-def _settings(given: dict[str, Any]) -> _Preview:
-    given = {key: value for key, value in given.items() if key != "prompt"}
-    for key in given:
-        if key not in _PREVIEW_KEYS:
-            raise ValueError(f"a preview cannot follow '{key}'; wanted {', '.join(_PREVIEW_KEYS)}")
-    return {_PREVIEW_KEYS[key]: value for key, value in given.items() if value is not None}
+def _settings(given: dict[str, Any], notes: list[str]) -> _Preview:
+    """What a preview can follow. notes: gets the rest; a preview must not stop a training."""
+    settings: _Preview = {}
+    for key, value in given.items():
+        name = _PREVIEW_KEYS.get(key)
+        if key in ("prompt", *_FILM_KEYS) or value is None or (name == "" and not value):
+            continue
+        if name is None:
+            notes.append(f"'{key}' is nothing that a preview can follow and is left out")
+        elif name == "":
+            notes.append("its negative prompts have no effect here: FLUX draws without one")
+        elif name == "network_multiplier":
+            if _number(value) != 1:
+                notes.append("previews show the LoRA at full strength")
+        elif (fitting := _fitting(name, value, notes)) is not None:
+            settings[name] = fitting
+    return settings
 
 
-def _number(text: str) -> int | float | str:
-    """The schema refuses what is no number."""
+def _fitting(name: str, value: Any, notes: list[str]) -> int | float | None:
+    """The value that a preview is drawn with: sides are rounded to 16, a seed below 0 is drawn, as there."""
+    number = _number(value)
+    usable = isinstance(number, int | float) and not isinstance(number, bool) and abs(number) < 2**32
+    if usable and name in ("width", "height"):
+        side = min(max(16, round(number / 16) * 16), 8192)
+        if side != number:
+            notes.append(f"{name} becomes {side}, a multiple of 16")
+        return side
+    if usable and name == "seed" and number < 0:
+        seed = secrets.randbelow(2**32)
+        notes.append(f"any seed is {seed}")
+        return seed
+    whole = usable and number == int(number)
+    least, most = {"seed": (0, 2**32 - 1), "sample_steps": (1, 1000)}.get(name, (0, 2**32))
+    if usable and least <= number <= most and (whole or name == "guidance_scale"):
+        return float(number) if name == "guidance_scale" else int(number)
+    notes.append(f"{name} {value!r} cannot be drawn with and is left out")
+    return None
+
+
+def _number(value: Any) -> Any:
+    """A number that was written as text; anything else as it is."""
+    text = value.strip() if isinstance(value, str) else ""
     if re.fullmatch(r"-?\d{1,18}", text):
         return int(text)
-    return float(text) if re.fullmatch(r"-?\d{1,18}\.\d+", text) else text
-
-
-def _samples(previews: list[_Preview]) -> Reading:
-    """Without what FLUX cannot follow. Raises ValueError for a LoRA at another strength."""
-    notes = []
-    if any(preview.get("") for preview in previews):
-        notes.append("its negative prompts have no effect here: FLUX draws without one")
-    if any(preview.get("network_multiplier", 1) != 1 for preview in previews):
-        raise ValueError("previews show the LoRA at full strength; leave the multiplier out")
-    left_out = ("", "network_multiplier")
-    samples = [{key: value for key, value in each.items() if key not in left_out} for each in previews]
-    return Reading({"sample.samples": samples}, tuple(notes))
+    return float(text) if re.fullmatch(r"-?\d{1,18}\.\d+", text) else value

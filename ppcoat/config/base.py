@@ -2,15 +2,36 @@
 
 from __future__ import annotations
 
+import os
+import unicodedata
+from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, Strict
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict
 
 # YAML gives lists and frozen models hold tuples: the one place where a value may change its type
 Strings = Annotated[tuple[str, ...], Strict(False)]
 # one latent token covers 16 x 16 pixels (8 by the VAE, 2 by patchify)
 Pixels = Annotated[int, Field(ge=16, le=8192, multiple_of=16)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
+TINY_FLUX = str(Path(__file__).parents[1] / "assets" / "tiny_flux")  # the model that comes with ppcoat
+_CONTROLS = {"\n": "a line end", "\t": "a tab", "\r": "a carriage return", "\b": "a backspace",
+             "\a": "a bell", "\f": "a form feed", "\v": "a vertical tab"}  # fmt: skip
+
+
+def _path(value: str) -> str:
+    """~ stands for the home folder. Raises ValueError for control characters, which no path of a user has."""
+    marks = dict.fromkeys(mark for mark in value if unicodedata.category(mark) in ("Cc", "Zl", "Zp"))
+    if marks:
+        found = " and ".join(_CONTROLS.get(mark, "a control character") for mark in marks)
+        raise ValueError(
+            f"came {value!r}, in which a backslash in double quotes has become {found}; write the path with "
+            "forward slashes or in single quotes"
+        )
+    return os.path.expanduser(value)
+
+
+PathText = Annotated[str, Field(min_length=1), AfterValidator(_path)]
 
 
 class Section(BaseModel):

@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -83,6 +84,12 @@ def nearest_key(location: Location) -> str:
         if close:
             return start + close[0] if choices is own else everywhere[close[0]]
     raise AssertionError("difflib finds something at cutoff 0")
+
+
+@cache
+def schema_keys() -> frozenset[str]:
+    """Dotted paths of all sections and keys of our schema, list entries as number 0."""
+    return frozenset(_all_keys(RunConfig, ""))
 
 
 def printable(text: str | Path) -> str:

@@ -20,6 +20,7 @@ class TakesArguments(Protocol):
     """An ArgumentParser, or a group of one."""
 
     add_argument: Callable[..., argparse.Action]
+    add_mutually_exclusive_group: Callable[..., argparse._MutuallyExclusiveGroup]
 
 
 def flag(
@@ -29,6 +30,7 @@ def flag(
     *,
     shows_default: bool = True,
     positional: bool = False,
+    named_too: bool = False,
     repeated: bool = False,
     metavar: str | None = None,
     choices: Collection[str] | None = None,
@@ -36,15 +38,16 @@ def flag(
     """A dataclass field with what its flag's help says; without default the flag is required.
 
     The help shows a default that is not None, False or "", unless shows_default is off. name: of the flag, if
-    not the field's own. positional: told by its place, without a name. repeated: each use adds one item to
-    the list, which otherwise takes several texts at once. metavar: what the help calls the value. choices:
-    the texts allowed.
+    not the field's own. positional: told by its place, without a name; named_too: or by its name.
+    repeated: each use adds one item to the list, which otherwise takes several texts at once. metavar: what
+    the help calls the value. choices: the texts allowed.
     """
     metadata = {
         "what": what,
         "name": name,
         "shows_default": shows_default,
         "positional": positional,
+        "named_too": named_too,
         "repeated": repeated,
         "told": {"metavar": metavar, "choices": choices},
     }
@@ -75,7 +78,14 @@ def add_flags(parser: TakesArguments, fields_of: type, *names: str) -> None:
             settings["default"] = default
         elif default is dataclasses.MISSING and not told["positional"]:
             settings["required"] = True
-        _add(parser, _name_of(field), told["positional"], told["what"], None if hidden else default, settings)
+        name, shown = _name_of(field), None if hidden else default
+        if told["named_too"]:
+            either = parser.add_mutually_exclusive_group(required=True)
+            settings["default"] = argparse.SUPPRESS
+            _add(either, name, False, "the same, by name", shown, settings)
+            _add(either, name, True, told["what"], shown, settings | {"nargs": "?"})
+            continue
+        _add(parser, name, told["positional"], told["what"], shown, settings)
 
 
 def add_section_flags(parser: TakesArguments, section: type[BaseModel]) -> None:
@@ -101,6 +111,10 @@ SWITCHES = {
     "strict": (
         "save.strict_resume",
         "stop where the latest checkpoint is damaged, instead of going on from the one before it",
+    ),
+    "restart_data": (
+        "save.restart_data",
+        "go on where pictures, their sizes or the batch changed, with a new order of the pictures",
     ),
     "deterministic": (
         "train.deterministic",

@@ -4,6 +4,7 @@ adapter that is trained on it), and those of `datasets` (folders of pictures wit
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import (
@@ -15,7 +16,7 @@ from pydantic import (
     model_validator,
 )
 
-from ppcoat.config.base import Pixels, Section, Strings, checked_trigger_word
+from ppcoat.config.base import TINY_FLUX, PathText, Pixels, Section, Strings, checked_trigger_word
 
 BlockRange = Annotated[tuple[int, ...], Strict(False)]
 BucketRule = Literal["aspect", "ai-toolkit", "square"]
@@ -24,7 +25,7 @@ BucketRule = Literal["aspect", "ai-toolkit", "square"]
 class ModelConfig(Section):
     """The frozen base model."""
 
-    name_or_path: str = Field(min_length=1, description="folder of a pipeline in the diffusers layout")
+    name_or_path: PathText = Field(description="folder of a pipeline in the diffusers layout, or tiny_flux")
     family: Literal["flux", "newbie"] = Field("flux", description="which model it is: FLUX.1 or NewBie-image")
     prompt_prefix: str | None = Field(
         None, description="what NewBie's Gemma reads before a caption; none: as its base model was trained"
@@ -46,6 +47,13 @@ class ModelConfig(Section):
     blocks_to_swap: int = Field(
         0, ge=0, description="last blocks whose frozen weights stay in host memory until they compute"
     )
+
+    @field_validator("name_or_path")
+    @classmethod
+    def _is_built_in(cls, value: str) -> str:
+        """The tiny FLUX of the package, by its name or its path in a clone, wherever ppcoat is installed."""
+        names = ("tiny_flux", "ppcoat/assets/tiny_flux")
+        return TINY_FLUX if value in names and not Path(value).exists() else value
 
     @model_validator(mode="after")
     def _multiplies_what_is_quantised(self) -> ModelConfig:
@@ -107,8 +115,7 @@ def _each(value: object, check: ValidatorFunctionWrapHandler) -> int | tuple[int
 class DatasetConfig(Section):
     """One folder of pictures with captions in text files of the same stem."""
 
-    folder_path: str = Field(
-        min_length=1,
+    folder_path: PathText = Field(
         description="folder of pictures; those in a subfolder named N_name, say 10_dress, count N times",
     )
     resolution: Annotated[Pixels, WrapValidator(_each)] = Field(

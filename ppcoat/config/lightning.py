@@ -12,12 +12,12 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from ppcoat.config.base import TINY_FLUX, PathText
 from ppcoat.config.explain import came_and_wanted
 from ppcoat.config.schema import BucketRule, PolicyName, RunConfig
 from ppcoat.config.training_sections import LoRAFormat
 from ppcoat.errors import ConfigError
 
-TINY_FLUX = str(Path(__file__).parents[1] / "assets" / "tiny_flux")
 STUDENT_STEPS = 4  # in which a student draws
 WINDOW = 1024  # pictures that a rank encodes ahead where there are too many to hold them all
 Rule = Literal["fixed", "published"]
@@ -52,13 +52,13 @@ class LightningConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    data_path: str = Field(min_length=1, description="folder of pictures with captions beside them as .txt; "
+    data_path: PathText = Field(description="folder of pictures with captions beside them as .txt; "
                            "with file_list_path, folder of LAION shards")  # fmt: skip
-    file_list_path: str | None = Field(None, description="text file that names the shards, one per line")
-    pretrained_teacher_model: str = Field(
+    file_list_path: PathText | None = Field(None, description="text file that names the shards, one per line")
+    pretrained_teacher_model: PathText = Field(
         TINY_FLUX, description="folder of a FLUX pipeline in the diffusers layout"
     )  # fmt: skip
-    output_dir: str = Field(
+    output_dir: PathText = Field(
         "outputs/lora_flux_lightning", min_length=1, description="folder of the run's folder"
     )
     tracker_project_name: str = Field(

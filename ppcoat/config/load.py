@@ -1,4 +1,4 @@
-"""YAML file + `a.b=c` overrides -> validated RunConfig, and back to YAML.
+"""YAML or JSON file + `a.b=c` overrides -> validated RunConfig, and back to YAML.
 
 A file has our own short form (sections at the left margin) or ai-toolkit's (job, config, process), see
 ai_toolkit.py.
@@ -11,6 +11,8 @@ says where, what came and what was wanted.
 
 from __future__ import annotations
 
+import codecs
+import json
 import os
 import re
 from pathlib import Path
@@ -25,21 +27,25 @@ from ppcoat.config.schema import RunConfig
 from ppcoat.errors import ConfigError
 
 MAX_CONFIG_BYTES = 1 << 20
+YAML_ENDINGS, JSON_ENDINGS = (".yaml", ".yml"), (".json", ".jsonc")
+BACKSLASH = "a path with backslashes wants single quotes, or forward slashes"
+# texts, comments and tabs of JSON
+_JSON_PARTS = re.compile(r'"(?:\\.|[^"\\])*"|//[^\n]*|/\*.*?\*/|\t', re.DOTALL)
 _VARIABLE = re.compile(r"\$\$\{|\$\{([^}]*)\}")
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
     """Read and check a run's settings.
 
-    path: a .yaml or .yml file. overrides: "section.key=value" texts, applied in order, the value read as
-    YAML; list entries by number ("datasets.0.folder_path=photos"). Relative paths stay relative to the
+    path: a YAML or JSON file. overrides: "section.key=value" texts, applied in order, the value read as YAML;
+    list entries by number ("datasets.0.folder_path=photos"). Relative paths stay relative to the
     current folder. In ai-toolkit's form an override may have or leave out the leading "config.process.0.".
     Logs one warning per key of ai-toolkit that makes no difference here. Raises ConfigError, one line, naming
     file and line (or the override), the key, what came and what was wanted; an unknown key is answered with
     the nearest known one.
     """
-    text = read_config_text(Path(path), (".yaml", ".yml"))
-    root = _parse(text, str(path))
+    text = read_config_text(Path(path), (*YAML_ENDINGS, *JSON_ENDINGS))
+    root = _parse(_as_yaml(text) if Path(path).suffix in JSON_ENDINGS else text, str(path))
     data = {} if root is None else _to_data(root, str(path))
     if not isinstance(data, dict):
         raise ConfigError(
@@ -87,8 +93,11 @@ def read_config_text(path: Path, endings: tuple[str, ...]) -> str:
     except OSError as error:
         raise ConfigError(f"cannot read the config file {path}: {error.strerror}; check the path") from None
     except UnicodeDecodeError as error:
+        utf16 = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in raw[:4]
+        line = raw[: error.start].count(b"\n") + 1
+        what = 'it is UTF-16 (Windows\' "Unicode")' if utf16 else f"line {line} is not UTF-8"
         raise ConfigError(
-            f"config file {path}: byte {error.start} is not UTF-8; save the file as UTF-8"
+            f'config file {path}: {what}; save it as UTF-8: in the editor\'s "Save as", encoding UTF-8'
         ) from None
 
 
@@ -160,11 +169,28 @@ def _parse(text: str, source: str) -> yaml.Node | None:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark else 1
-        raise ConfigError(f"{source}:{line}: this is not YAML: {error.problem}") from None
+        advice = f"; {BACKSLASH}" if "escape" in str(error.problem) else ""
+        raise ConfigError(f"{source}:{line}: this is not YAML: {error.problem}{advice}") from None
     except yaml.YAMLError as error:  # an unprintable character: no mark, several lines
         raise ConfigError(f"{source}: this is not YAML: {' '.join(str(error).split())}") from None
     except RecursionError:
         raise ConfigError(f"{source}: nested too deeply; wanted sections with keys") from None
+
+
+def _as_yaml(text: str) -> str:
+    """JSON as the YAML that it nearly is, line by line: without comments and tabs, and with texts whose
+    escapes mean the same in both."""
+
+    def part(match: re.Match) -> str:
+        found = match.group()
+        if not found.startswith('"'):
+            return "\n" * found.count("\n") or " "
+        try:
+            return json.dumps(json.loads(found), ensure_ascii=False)
+        except ValueError:
+            return found  # YAML says what is wrong
+
+    return _JSON_PARTS.sub(part, text)
 
 
 def _to_data(node: yaml.Node, source: str) -> Any:

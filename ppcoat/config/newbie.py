@@ -18,7 +18,14 @@ from typing import Any
 from pydantic import ValidationError
 
 from ppcoat.config.explain import Location, Origins, explain, printable
-from ppcoat.config.load import apply_override, load_config, read_config_text
+from ppcoat.config.load import (
+    BACKSLASH,
+    JSON_ENDINGS,
+    YAML_ENDINGS,
+    apply_override,
+    load_config,
+    read_config_text,
+)
 from ppcoat.config.schema import RunConfig
 from ppcoat.errors import ConfigError
 
@@ -67,6 +74,7 @@ _OPTIMIZERS = {"AdamW": "adamw", "AdamW8bit": "coat_fp8_adamw"}
 _PRECISIONS = {"no": "float32", "bf16": "auto", "fp16": "auto"}
 _NO_EFFECT = ("trust_remote_code", "dataloader_num_workers", "use_flash_attention_2")
 _PARTS = ("gemma_model_path", "clip_model_path", "transformer_path", "vae_path")
+_WEIGHT_ENDINGS = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")
 _OWN_TABLES = tuple(RunConfig.model_fields)
 _SAVE_EVERY = 1000  # steps, beside the epochs
 
@@ -74,12 +82,12 @@ _log = logging.getLogger(__name__)
 
 
 def load_run_config(path: str | Path, overrides: Sequence[str] = (), family: str = "flux") -> RunConfig:
-    """The settings of a run from a file of either form: ours and ai-toolkit's (.yaml, .yml), or this (.toml).
+    """The settings of a run from a file of either form: ours and ai-toolkit's (YAML, JSON), or this (TOML).
 
     family: the command's, newbie or flux; it says which form a file with another ending was meant to have.
     Raises ConfigError as load_config and load_newbie_config do.
     """
-    forms = {".yaml": load_config, ".yml": load_config, ".toml": load_newbie_config}
+    forms = dict.fromkeys((*YAML_ENDINGS, *JSON_ENDINGS), load_config) | {".toml": load_newbie_config}
     other = load_newbie_config if family == "newbie" else load_config
     return forms.get(Path(path).suffix, other)(path, overrides)
 
@@ -96,7 +104,8 @@ def load_newbie_config(path: str | Path, overrides: Sequence[str] = ()) -> RunCo
     try:
         content = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path}: this is not TOML: {error}") from None
+        advice = f"; {BACKSLASH}" if "\\" in str(error) or "hex" in str(error) else ""
+        raise ConfigError(f"{path}: this is not TOML: {error}{advice}") from None
     origins = _TomlOrigins(str(path), None, text=text)
     given, own = _split(content, origins)
     data = _translate(given, origins)
@@ -166,6 +175,13 @@ def _translate(given: dict[str, Any], origins: _TomlOrigins) -> dict[str, Any]:
                 f"{origins.where((part,))}: {part}: give base_model_path, a folder that "
                 "train_scripts/convert_newbie_to_diffusers.py has written from the four parts"
             )
+    base = given.get("base_model_path")
+    if isinstance(base, str) and Path(base).suffix.lower() in _WEIGHT_ENDINGS:
+        raise ConfigError(
+            f"{origins.where(('base_model_path',))}: base_model_path: came {base!r}, a file of released "
+            "weights, wanted a folder: write one first with python -m ppcoat convert-newbie --checkpoint "
+            f"{base} ... (--help tells the rest)"
+        )
     values = _DEFAULTS | given
     data: dict[str, Any] = {
         "model": {"family": "newbie", "dtype": _one_of("mixed_precision", values, _PRECISIONS, origins)},

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, Strict, field_validator, model_validator
 
-from ppcoat.config.base import Section, Seed, checked_trigger_word
+from ppcoat.config.base import PathText, Section, Seed, checked_trigger_word
 from ppcoat.config.input_sections import BucketRule, DatasetConfig, ModelConfig, NetworkConfig
 from ppcoat.config.training_sections import (
     CoatActivationConfig,
@@ -58,7 +58,7 @@ class RunConfig(Section):
     """A whole run. Its files go to <output_dir>/<name>."""
 
     name: str = Field(max_length=200, description="name of the run, its folder and its LoRA file")
-    output_dir: str = Field("output", min_length=1, description="folder that holds the folder of the run")
+    output_dir: PathText = Field("output", description="folder that holds the folder of the run")
     seed: Seed = Field(42, description="seed of initial weights, order, noise and dropout")
     device: str = Field("auto", pattern=r"^(auto|cpu|gpu|gpu:[0-9]+)$", description="auto, cpu, gpu or gpu:N")
     trigger_word: str | None = Field(
@@ -78,9 +78,7 @@ class RunConfig(Section):
     datasets: Annotated[tuple[DatasetConfig, ...], Strict(False)] = Field(
         min_length=1, description="the folders of pictures: a list with one entry or more"
     )
-    cache_dir: str | None = Field(
-        None, min_length=1, description="folder for cache_to_disk; none: <run folder>/cache"
-    )
+    cache_dir: PathText | None = Field(None, description="folder for cache_to_disk; none: <run folder>/cache")
     reg_weight: float = Field(1.0, ge=0, description="weight of the loss of regularisation pictures")
     train: TrainConfig = Field(TrainConfig(), description="how to train")
     coat: CoatConfig = Field(CoatConfig(), description="FP8 optimizer states and saved activations")

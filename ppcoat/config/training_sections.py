@@ -9,7 +9,7 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import Field, Strict, field_validator, model_validator
 
-from ppcoat.config.base import Pixels, Section, Seed, Strings
+from ppcoat.config.base import PathText, Pixels, Section, Seed, Strings
 from ppcoat.errors import unknown_name
 
 NoiseLevel = Annotated[float, Field(ge=0, le=1)]
@@ -29,15 +29,15 @@ class EMAConfig(Section):
 class ValidationItem(Section):
     """One picture of a validation set that is given picture by picture."""
 
-    image_path: str = Field(min_length=1, description="a picture")
+    image_path: PathText = Field(description="a picture")
     prompt: str = Field("", description="its caption; [trigger] is replaced")
 
 
 class ValidationConfig(Section):
     """A loss that can be compared from step to step: fixed pictures, noise and noise levels."""
 
-    folder_path: str | None = Field(
-        None, min_length=1, description="folder of pictures with captions; none, and no items: no validation"
+    folder_path: PathText | None = Field(
+        None, description="folder of pictures with captions; none, and no items: no validation"
     )
     items: Annotated[tuple[ValidationItem, ...], Strict(False)] = Field(
         (), description="pictures and captions one by one, instead of or beside a folder"
@@ -214,6 +214,10 @@ class SaveConfig(Section):
     strict_resume: bool = Field(
         False,
         description="stop where the latest checkpoint is damaged, instead of going on from the one before it",
+    )
+    restart_data: bool = Field(
+        False,
+        description="where pictures, their sizes or the batch changed, go on with a new order of pictures",
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="dtype in the LoRA file")
     format: Annotated[tuple[LoRAFormat, ...], Strict(False)] = Field(

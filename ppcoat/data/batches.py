@@ -68,15 +68,22 @@ class ResumableBatches:
         numbers."""
         return {"batches": self.batches, **self._facts}
 
+    def difference(self, state: dict[str, int]) -> str | None:
+        """What of the examples and the batch was different when `state` was made; None: nothing."""
+        for name, value in self._facts.items():
+            if state.get(name) != value:
+                return f"{name} was {state.get(name)} in the checkpoint and is {value} now"
+        return None
+
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue from the position in `state`. Raises ConfigError if the examples, their sizes or repeats,
         the batch size or the seed differ from those of the checkpoint."""
-        for name, value in self._facts.items():
-            if state.get(name) != value:
-                raise ConfigError(
-                    f"cannot resume the order of the data: {name} was {state.get(name)} in the checkpoint "
-                    f"and is {value} now; restore it, or start a new run under another name"
-                )
+        changed = self.difference(state)
+        if changed is not None:
+            raise ConfigError(
+                f"cannot resume the order of the data: {changed}; set it back, or start a new run under "
+                "another name"
+            )
         if state["batches"] < 0:
             raise ConfigError(
                 f"cannot resume the order of the data: batches {state['batches']} is below 0; the checkpoint "

@@ -3,11 +3,13 @@
 A bucket is (width, height), both multiples of the step. A picture is resized to cover its bucket and cropped
 to the centre (sources.load_image); crop_share is the part of the picture that is cut off.
 
-    "aspect"      of the sizes within 5 % of the target area, the one whose aspect is nearest
+    "aspect"      of the sizes within 5 % of the target area, the one whose aspect is nearest; a picture that
+                  is square but for half a step stays square
     "ai-toolkit"  of the four sizes around the scaled picture, the one whose area is nearest
     "square"      resolution x resolution for every picture
 
-The target area is resolution^2, or the picture's own area where that is smaller: only "square" enlarges.
+The target area is resolution^2, or the picture's own area where that is smaller: "aspect" enlarges a picture
+by at most 5 % of its area, and only "square" by more. No rule gives more than 5 % above resolution^2.
 """
 
 from __future__ import annotations
@@ -70,7 +72,10 @@ def _nearest_aspect(width: int, height: int, resolution: int, step: int) -> Size
     scale = math.sqrt(target / (width * height))
     ideal = width * scale / step, height * scale / step  # sides in steps
     units = target / step**2
-    most = min(units * (1 + AREA_TOLERANCE), width * height / step**2)  # never more than the picture has
+    most = units * (1 + AREA_TOLERANCE)
+    side = math.isqrt(math.floor(most))
+    if side and abs(ideal[0] - ideal[1]) < 0.5:
+        return side * step, side * step
     near = [
         (i, j)
         for i in range(max(1, math.floor(ideal[0] / 2)), math.ceil(ideal[0] * 2) + 1)
@@ -101,7 +106,8 @@ def _nearest_aspect(width: int, height: int, resolution: int, step: int) -> Size
 
 
 def _nearest_area(width: int, height: int, resolution: int, step: int) -> Size:
-    """ai-toolkit's rule (its toolkit/buckets.py): area first, so that 3:2 at 512 becomes 576 x 448."""
+    """ai-toolkit's rule (its toolkit/buckets.py): area first, so that 3:2 at 512 becomes 576 x 448. For a
+    picture that is less than a step wide its rule bounds no area; here the other side is bounded."""
     target = min(width * height, resolution**2)
     scale = math.sqrt(target / (width * height))
     i, j = width * scale / step, height * scale / step
@@ -112,7 +118,8 @@ def _nearest_area(width: int, height: int, resolution: int, step: int) -> Size:
         if a > 0 and b > 0 and a * b * step**2 <= resolution**2
     ]
     if not sizes:
-        return max(step, math.floor(i) * step), max(step, math.floor(j) * step)
+        longest = max(1, resolution**2 // step**2)
+        return tuple(min(max(1, math.floor(side)), longest) * step for side in (i, j))
     return min(sizes, key=lambda size: abs(size[0] * size[1] - target))
 
 

@@ -207,6 +207,7 @@ def _image_keys(examples: Sequence[Example], identity: str) -> list[str]:
             int(example.flip_x),
             int(example.flip_y),
             identity,
+            *example.item.notes,  # its colours may have been converted
         )
         for example in examples
     ]

@@ -38,6 +38,7 @@ class EmbeddingStore:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         try:
+            self.folder.mkdir(parents=True, exist_ok=True)
             check_writable(self.folder)
             for folder in (self.folder, *self.folder.glob("[0-9a-f][0-9a-f]")):
                 remove_dead_drafts(folder)

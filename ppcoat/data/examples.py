@@ -22,7 +22,8 @@ from ppcoat.data.captions import CaptionRules, caption_variants, holds_trigger
 from ppcoat.data.sources import ImageFolder, Item, scan_folder
 
 CROP_WARNING = 0.10  # of the picture
-_DATASET_ROWS, _BUCKET_ROWS, _CAPTIONS = 5, 8, 3
+ENLARGE_WARNING = 1.1  # times the sides of the picture
+_DATASET_ROWS, _BUCKET_ROWS, _CAPTIONS, _NOTES = 5, 8, 3, 4
 _CAPTION_MARKS = 90
 
 
@@ -104,13 +105,17 @@ def _examples_of(items: list[Item], data: DatasetConfig, trigger: str | None, se
 
 
 def data_report(datasets: Sequence[Dataset]) -> str:
-    """At most 25 lines: pictures per dataset, bucket table, crop warning, three final captions."""
+    """At most 30 lines: pictures per dataset, bucket table, warnings of crops and small pictures, notes on
+    the folders, three final captions."""
     examples = all_examples(datasets)
     per_epoch = sum(example.repeats for example in examples)
     lines = [f"data: {_count(len(examples), 'picture')} to encode, {per_epoch} per epoch"]
     lines += _shortened([_dataset_line(each) for each in datasets], _DATASET_ROWS, "dataset")
     lines += _bucket_table(examples)
     lines += _crop_warning(examples)
+    lines += _small_warning(examples)
+    notes = dict.fromkeys(note for each in datasets for note in each.images.notes)
+    lines += _shortened([f"  note: {printable(note)}" for note in notes], _NOTES, "note")
     lines += _captions(examples)
     return "\n".join(lines)
 
@@ -157,9 +162,23 @@ def _crop_warning(examples: list[Example]) -> list[str]:
     ]
 
 
+def _small_warning(examples: list[Example]) -> list[str]:
+    """Pictures that are enlarged by more than what the rule "aspect" allows itself."""
+    small = {each.item.image_path: each for each in examples if _enlarged(each) > ENLARGE_WARNING}
+    if not small:
+        return []
+    worst = max(small.values(), key=_enlarged)
+    item, (width, height) = worst.item, worst.size
+    return [
+        f"  warning: {_count(len(small), 'picture')} smaller than the size of training, most {_name(worst)} "
+        f"({item.width} x {item.height} for {width} x {height}): enlarged; remove it or lower the resolution"
+    ]
+
+
 def _captions(examples: list[Example]) -> list[str]:
-    """Three final captions, from the start, the middle and the end."""
-    places = dict.fromkeys([0, len(examples) // 2, len(examples) - 1])
+    """Three final captions: of those whose encoding was guessed, else from the start, the middle, the end."""
+    guessed = [place for place, each in enumerate(examples) if each.item.encoding != "utf-8"]
+    places = dict.fromkeys([*guessed[:_CAPTIONS], 0, len(examples) // 2, len(examples) - 1])
     lines = []
     for place in list(places)[:_CAPTIONS]:
         caption = printable(examples[place].captions[0])
@@ -170,6 +189,10 @@ def _captions(examples: list[Example]) -> list[str]:
 
 def _crop(example: Example) -> float:
     return crop_share(example.item.width, example.item.height, example.size)
+
+
+def _enlarged(example: Example) -> float:
+    return max(example.size[0] / example.item.width, example.size[1] / example.item.height)
 
 
 def _name(example: Example) -> str:

@@ -25,7 +25,8 @@ from pathlib import Path
 
 from ppcoat.atomic import whole_folder
 from ppcoat.config.explain import printable
-from ppcoat.data.sources import MAX_CAPTION_BYTES, NAMED_PROBLEMS, load_image
+from ppcoat.data.caption_files import MAX_CAPTION_BYTES
+from ppcoat.data.sources import load_image
 from ppcoat.errors import ConfigError
 
 CAPTION_KEYS = ("caption", "text", "TEXT", "prompt", "long_caption", "caption_en", "blip_caption")
@@ -34,6 +35,7 @@ STARTS = {"/9j/": ".jpg", "iVBORw0KGgo": ".png", "UklGR": ".webp"}
 MAX_ROW_BYTES = 64 << 20
 MAX_NESTING = 64  # brackets in a caption cell
 PROBED_ROWS = 20
+NAMED_ROWS = 5
 ENOUGH_ROWS = 200  # rows before their bad share may stop the run
 DONE = "unpacked.json"
 
@@ -45,8 +47,8 @@ class LaionSource:
     """Where the rows are and how to read them.
 
     image_column, caption_column: counted from 0; None: found in the first rows. limit: pictures wanted; None:
-    all. max_bad_share: the run stops when a larger share of the rows is unusable. stop_at_bad: it stops at
-    the first unusable row. workers: threads that unpack.
+    all. max_bad_share: the run stops when a larger share of the rows is unusable, and more than one of
+    them. stop_at_bad: it stops at the first unusable row. workers: threads that unpack.
     """
 
     data_path: str
@@ -148,7 +150,7 @@ def _unpack_all(
                 for (i, _), job in zip(some, jobs, strict=True):
                     _count(source, done, f"{shard.name} row {i + 1}", job.result())
     rows = done.pictures + done.bad
-    if not done.pictures or done.bad > source.max_bad_share * rows:
+    if not done.pictures or done.bad > max(1, source.max_bad_share * rows):
         raise _too_bad(source, done)
 
 
@@ -157,7 +159,7 @@ def _count(source: LaionSource, done: Unpacked, where: str, reason: str | None) 
         done.pictures += 1
         return
     done.bad += 1
-    if len(done.reasons) < NAMED_PROBLEMS:
+    if len(done.reasons) < NAMED_ROWS:
         done.reasons.append(printable(f"{where}: {reason}"))
     rows = done.pictures + done.bad
     if source.stop_at_bad or (rows >= ENOUGH_ROWS and done.bad > source.max_bad_share * rows):

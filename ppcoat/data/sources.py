@@ -1,31 +1,50 @@
-"""A folder of pictures with captions in text files of the same stem: find, check, read.
+"""A folder of pictures with captions: find, check, read.
 
 scan_folder decodes every picture and caption once, before any model is loaded, and reports all problems
 together. load_image gives training pixels. The folder is not trusted: only JPEG, PNG and WebP are decoded,
-Pillow's limit against decompression bombs stays on, captions have a size limit.
+Pillow's limit against decompression bombs stays on, captions have a size limit. How captions are written is
+in caption_files.py.
 """
 
 from __future__ import annotations
 
-import codecs
+import io
 import logging
 import os
 import re
 import struct
 import zlib
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageChops, ImageCms, ImageOps
 from tqdm import tqdm
 
 from ppcoat.config.explain import printable
+from ppcoat.data.caption_files import TEXT_SUFFIXES, BadCaption, Caption, FolderCaptions
 from ppcoat.errors import ConfigError
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-MAX_CAPTION_BYTES = 64 * 1024
-NAMED_PROBLEMS = 5
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp")
+# Pictures and films that are not read here: they are counted, so that nobody misses them unawares.
+OTHER_SUFFIXES = (".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif", ".jxl", ".jp2", ".psd", ".svg",
+                  ".ico", ".tga", ".dng", ".cr2", ".nef", ".arw", ".mp4", ".mov", ".webm")  # fmt: skip
+# Folders that machines and other trainers leave in data folders: thumbnails, waste bins, caches.
+STRAY_FOLDERS = ("@eaDir", "@tmp", "@Recycle", "@Recently-Snapshot", "#recycle", "__MACOSX", "$RECYCLE.BIN",
+                 "System Volume Information", "lost+found", "__pycache__", "_controls")  # fmt: skip
+# First bytes -> what a file is, whatever its name says.
+_KINDS = ((b"GIF8", "a GIF picture"), (b"BM", "a BMP picture"), (b"II*\0", "a TIFF picture"),
+          (b"MM\0*", "a TIFF picture"), (b"8BPS", "a Photoshop file"), (b"%PDF", "a PDF file"),
+          (b"PK\3\4", "a ZIP archive"), (b"\xff\x0a", "a JPEG XL picture"),
+          (b"\0\0\0\x0cJXL", "a JPEG XL picture"),
+          (b"version https://git-lfs", "a Git LFS pointer: run git lfs pull"))  # fmt: skip
+_BRANDS = {b"avif": "an AVIF picture", b"avis": "an AVIF picture", b"heic": "a HEIC picture",
+           b"heix": "a HEIC picture", b"mif1": "a HEIC picture", b"msf1": "a HEIC picture"}  # fmt: skip
+NAMED_PROBLEMS = 10
+_ROUNDING = 3  # of 255: between sRGB and its many nearly equal profiles
 MAX_FOLDER_REPEATS = 1000  # a larger number in a folder's name is a year or a date
 # what Pillow raises for damaged files, depending on format and place of the damage
 _DECODE_ERRORS = (
@@ -37,6 +56,7 @@ _DECODE_ERRORS = (
     struct.error,
     zlib.error,
     Image.DecompressionBombError,
+    ImageCms.PyCMSError,
 )
 
 _log = logging.getLogger(__name__)
@@ -47,6 +67,7 @@ class Item:
     """One picture with its caption as written; width and height in pixels, after the rotation of its EXIF.
 
     repeats: from the name of its subfolder, see folder_repeats. has_caption: False if the default is used.
+    encoding: of the caption file; any but "utf-8" is a guess. notes: what its reader did to the picture.
     """
 
     image_path: Path
@@ -55,6 +76,8 @@ class Item:
     height: int
     repeats: int = 1
     has_caption: bool = True
+    encoding: str = "utf-8"
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -67,11 +90,13 @@ class Problem:
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """The contents of a folder, in order of relative paths. `bad` is empty unless skip_bad was set."""
+    """The contents of a folder, in order of relative paths. `bad` is empty unless skip_bad was set. notes:
+    what was left out or looks odd, for the data report."""
 
     folder: Path
     items: list[Item]
     bad: list[Problem]
+    notes: tuple[str, ...] = ()
 
 
 def scan_folder(
@@ -79,40 +104,41 @@ def scan_folder(
 ) -> ImageFolder:
     """Find and check all pictures below a folder; hidden files and folders are ignored.
 
-    Pictures in a subfolder N_name count N times (see folder_repeats).
+    Pictures in a subfolder N_name count N times (see folder_repeats). Linked folders are followed. A caption
+    is what a file of the same stem holds, or a table such as metadata.jsonl (caption_files.py).
 
     A problem is: a picture that cannot be decoded to its end, a picture without caption or with an empty
     one (unless there is a default_caption), a caption without picture, a caption in no known encoding or
-    above 64 KiB. Raises one ConfigError for all problems, counting them and naming the first five; with
-    skip_bad they are logged and listed in `.bad` instead. Missing folders and folders without a usable
-    picture always raise.
+    above 64 KiB, JSON without a caption. Raises one ConfigError for all problems, counting them and naming
+    the first ten; with skip_bad they are logged and listed in `.bad` instead. Missing folders and folders
+    without a usable picture always raise.
     """
     folder = Path(folder)
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
         raise ConfigError(f"data folder {printable(folder)} {what}; give a folder of pictures and captions")
     suffix = "." + caption_ext.removeprefix(".").lower()
-    bad: list[Problem] = []
-    images, captions = _list_files(folder, suffix, bad)
-    if not images:
-        wanted = ", ".join(IMAGE_SUFFIXES)
-        raise ConfigError(f"no pictures in {printable(folder)}; wanted {wanted} files with {suffix} captions")
-    items = []
-    for path in tqdm(images, desc="checking pictures", unit="file", disable=None):
+    found = _walk(folder, suffix)
+    if not found.images:
+        others = f", only {_by_suffix(found.others)}" if found.others else ""
+        raise ConfigError(
+            f"no pictures in {printable(folder)}{others}; wanted {', '.join(IMAGE_SUFFIXES)} files with "
+            f"{suffix} captions"
+        )
+    captions = FolderCaptions(found.images, found.texts, suffix)
+    items, bad = [], found.bad
+    for path in tqdm(found.images, desc="checking pictures", unit="file", disable=None):
         try:
-            width, height = _open_rgb(path).size
-            own = _caption_of(path, captions.get(path.with_suffix("")), suffix, default_caption)
-        except _BadFile as error:
+            items.append(_checked(path, folder, captions, default_caption))
+        except (_BadFile, BadCaption) as error:
             bad.append(Problem(path, str(error)))
-        else:
-            caption = default_caption or "" if own is None else own
-            repeats = folder_repeats(path.relative_to(folder))
-            items.append(Item(path, caption, width, height, repeats, own is not None))
-    stems = {path.with_suffix("") for path in images}
-    bad += [Problem(path, "caption without picture") for stem, path in captions.items() if stem not in stems]
+    left_out = _unread(found.others, captions, bad)
+    bad += [Problem(path, "caption without picture") for path in captions.unused]
     bad.sort(key=lambda problem: str(problem.path))
-    _report(folder, items, bad, skip_bad)
-    return ImageFolder(folder, items, bad)
+    notes = [*found.notes, *left_out, *captions.notes, *_notes_of(items)]
+    _warn_of_guesses(items, suffix)
+    _report(folder, items, bad, skip_bad, captions.notes)
+    return ImageFolder(folder, items, bad, tuple(notes))
 
 
 def folder_repeats(path: Path) -> int:
@@ -133,7 +159,7 @@ def load_image(
 ) -> np.ndarray:
     """Decode a picture for training: float32 [3, height, width] in [-1, 1].
 
-    The picture is rotated by its EXIF, laid on white where it is transparent, and converted to RGB. The
+    The picture is rotated by its EXIF, laid on white where it is transparent, and converted to sRGB. The
     largest centred part with the wanted aspect is resized (Lanczos), then mirrored if flip_x (left-right) or
     flip_y (upside down). Of an animation the first frame is used. Raises ConfigError naming the file.
     """
@@ -153,94 +179,195 @@ class _BadFile(Exception):
     """One file cannot be used; the text is the reason."""
 
 
-def _list_files(folder: Path, suffix: str, bad: list[Problem]) -> tuple[list[Path], dict[Path, Path]]:
-    """Sorted picture paths, and captions by their path without suffix; unreadable folders go to bad."""
-    images: list[Path] = []
-    captions: dict[Path, Path] = {}
+@dataclass
+class _Files:
+    """What a data folder holds: pictures, files that may be captions, pictures of other kinds; sorted."""
+
+    images: list[Path] = field(default_factory=list)
+    texts: list[Path] = field(default_factory=list)
+    others: list[Path] = field(default_factory=list)
+    bad: list[Problem] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def _walk(folder: Path, suffix: str) -> _Files:
+    """All files below a folder by kind; unreadable folders go to `bad`, those left out to `notes`."""
+    found, followed, stray = _Files(), [folder.resolve()], set()
 
     def note_unreadable(error: OSError) -> None:
-        bad.append(Problem(Path(error.filename), f"folder cannot be read ({error.strerror})"))
+        found.bad.append(Problem(Path(error.filename), f"folder cannot be read ({error.strerror})"))
 
-    for parent, folders, names in os.walk(folder, onerror=note_unreadable):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+    def is_wanted(path: Path) -> bool:
+        if path.name in STRAY_FOLDERS:
+            stray.add(path.name)
+        if path.name in STRAY_FOLDERS or path.name.startswith("."):
+            return False
+        if path.is_symlink():
+            target = path.resolve()
+            if any(target.is_relative_to(each) or each.is_relative_to(target) for each in followed):
+                found.notes.append(
+                    f"the linked folder {path.relative_to(folder)} is left out: it is here already"
+                )
+                return False
+            followed.append(target)
+        return True
+
+    kinds = dict.fromkeys(OTHER_SUFFIXES, found.others) | dict.fromkeys((*TEXT_SUFFIXES, suffix), found.texts)
+    kinds |= dict.fromkeys(IMAGE_SUFFIXES, found.images)
+    for parent, folders, names in os.walk(folder, onerror=note_unreadable, followlinks=True):
+        folders[:] = [name for name in sorted(folders) if is_wanted(Path(parent, name))]
         for name in names:
             path = Path(parent, name)
-            if name.startswith("."):
-                continue
-            if path.suffix.lower() in IMAGE_SUFFIXES:
-                images.append(path)
-            elif path.suffix.lower() == suffix:
-                captions[path.with_suffix("")] = path
-    return sorted(images, key=lambda path: path.relative_to(folder).as_posix()), captions
+            if not name.startswith(".") and path.suffix.lower() in kinds:
+                kinds[path.suffix.lower()].append(path)
+    for files in (found.images, found.texts, found.others):
+        files.sort(key=lambda path: path.relative_to(folder).as_posix())
+    if stray:
+        found.notes.append(f"folders left out: {', '.join(sorted(stray))}")
+    return found
 
 
-def _open_rgb(path: Path) -> Image.Image:
-    """Decode a whole picture to RGB, upright, on white."""
+def _by_suffix(paths: Iterable[Path]) -> str:
+    """ "2 .gif, 1 .bmp" """
+    counted = Counter(path.suffix.lower() for path in paths)
+    return ", ".join(f"{count} {suffix}" for suffix, count in counted.most_common())
+
+
+def _unread(others: list[Path], captions: FolderCaptions, bad: list[Problem]) -> list[str]:
+    """Pictures of other formats: with a caption they were meant to be trained, so they go to `bad`; the rest
+    is noted."""
+    stems = {path.with_suffix(""): path for path in captions.unused}
+    rest = []
+    for path in others:
+        caption = stems.get(path.with_suffix(""))
+        if caption is None:
+            rest.append(path)
+        else:
+            captions.unused.discard(caption)
+            bad.append(
+                Problem(path, f"{path.suffix[1:].upper()} is not read here (convert it to PNG or JPEG)")
+            )
+    return [f"files of other formats left out: {_by_suffix(rest)}; wanted JPEG, PNG or WebP"] if rest else []
+
+
+def _checked(path: Path, folder: Path, captions: FolderCaptions, default_caption: str | None) -> Item:
+    """A picture that decodes to its end, with its caption. Raises _BadFile and BadCaption."""
+    notes: list[str] = []
+    width, height = _open_rgb(path, notes, verify=True).size
+    caption = captions.of(path)
+    if caption is None and default_caption is None:
+        advice = 'write one or set default_caption, e.g. "[trigger]"'
+        raise _BadFile(f"{captions.missing(path)} ({advice})")
+    caption = caption or Caption(default_caption, own=False)
+    repeats = folder_repeats(path.relative_to(folder))
+    return Item(path, caption.text, width, height, repeats, caption.own, caption.encoding, tuple(notes))
+
+
+def _notes_of(items: list[Item]) -> list[str]:
+    """What was done to pictures, each with their number and an example."""
+    counted: dict[str, list[Item]] = {}
+    for item in items:
+        for note in item.notes:
+            counted.setdefault(note, []).append(item)
+    return [f"{len(found)} of {len(items)} pictures: {note}, e.g. {found[0].image_path.name}"
+            for note, found in counted.items()]  # fmt: skip
+
+
+def _warn_of_guesses(items: list[Item], suffix: str) -> None:
+    """Captions that are not UTF-8 are shown as they were understood."""
+    guessed = [item for item in items if item.encoding != "utf-8"]
+    if not guessed:
+        return
+    shown = [
+        f"{item.image_path.stem}{suffix} as {item.encoding}: {printable(item.caption_raw)[:90]}"
+        for item in guessed[:NAMED_PROBLEMS]
+    ]
+    more = f"; ... and {len(guessed) - len(shown)} more" if len(guessed) > len(shown) else ""
+    _log.warning(
+        "in %s %d caption%s not UTF-8 and read by guess, please check: %s%s",
+        printable(guessed[0].image_path.parent), len(guessed), " is" if len(guessed) == 1 else "s are",
+        "; ".join(shown), more,
+    )  # fmt: skip
+
+
+def _open_rgb(path: Path, notes: list[str] | None = None, verify: bool = False) -> Image.Image:
+    """Decode a whole picture to RGB in sRGB, upright, on white. notes: gets what was done to it that a user
+    may not expect. verify: look at the checksums of a PNG, too, which costs reading it twice."""
+    notes = [] if notes is None else notes
     try:
         if path.stat().st_size == 0:
             raise _BadFile("the picture is an empty file")
         with Image.open(path, formats=("JPEG", "PNG", "WEBP")) as opened:
+            if verify and opened.format == "PNG":
+                with Image.open(path, formats=("PNG",)) as again:
+                    again.verify()
+            if opened.format != "JPEG" and getattr(opened, "n_frames", 1) > 1:
+                notes.append("animated, the first picture is trained")
             opened.load()
-            image = ImageOps.exif_transpose(opened)
-            if image.mode.startswith("I;16"):  # convert() would clip 16-bit grey to white
-                image = Image.fromarray((np.asarray(image).astype(np.float32) / 257).round().astype(np.uint8))
-            if image.has_transparency_data:
-                rgba = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-            return image.convert("RGB")
+            return _on_white(ImageOps.exif_transpose(opened), opened.info.get("icc_profile"), notes)
     except _DECODE_ERRORS as error:
         reason = " ".join(str(error).replace(repr(str(path)), "").split()) or type(error).__name__
+        kind = _real_kind(path)
+        reason = f"it is {kind}; wanted JPEG, PNG or WebP" if kind else reason
         raise _BadFile(f"the picture cannot be decoded ({reason})") from None
 
 
-def _caption_of(image: Path, path: Path | None, suffix: str, default_caption: str | None) -> str | None:
-    """The picture's own caption; None where it has none and there is a default."""
-    caption = "" if path is None else _read_caption(path)
-    if caption:
-        return caption
-    if default_caption is not None:
-        return None
-    missing = f"no caption {image.stem}{suffix}" if path is None else f"the caption {path.name} is empty"
-    raise _BadFile(f'{missing} (write one or set default_caption, e.g. "[trigger]")')
+def _on_white(image: Image.Image, profile: bytes | None, notes: list[str]) -> Image.Image:
+    """RGB of any mode; 16-bit grey scaled, which convert() would clip to white."""
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image).astype(np.float32) / 257).round().astype(np.uint8))
+    alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+    if alpha is not None and alpha.getextrema() == (0, 0):
+        notes.append("wholly transparent, trained as white")
+    if image.mode not in ("RGB", "L", "CMYK"):
+        image = image.convert("RGBA").convert("RGB")
+    image = _in_srgb(image, profile, notes) if profile else image.convert("RGB")
+    if alpha is None:
+        return image
+    white = Image.new("RGBA", image.size, "white")
+    image.putalpha(alpha)
+    return Image.alpha_composite(white, image).convert("RGB")
 
 
-def _read_caption(path: Path) -> str:
-    """Text of a caption file without outer white space. UTF-8 (BOM allowed); others with a warning."""
+def _in_srgb(image: Image.Image, profile: bytes, notes: list[str]) -> Image.Image:
+    """The colours that a viewer shows. A profile that is sRGB, under whatever name, changes no pixel; one
+    that cannot be used is noted and left out."""
+    plain = image.convert("RGB")
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        intent = ImageCms.Intent.RELATIVE_COLORIMETRIC
+        converted = ImageCms.profileToProfile(image, source, _srgb(), intent, outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError, ValueError):
+        notes.append("the colour profile cannot be used and is left out")
+        return plain
+    difference = ImageChops.difference(plain, converted).getextrema()
+    if max(most for _, most in difference) <= _ROUNDING:
+        return plain
+    notes.append("colours converted from their profile to sRGB")
+    return converted
+
+
+@cache
+def _srgb() -> ImageCms.ImageCmsProfile:
+    return ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
+
+
+def _real_kind(path: Path) -> str | None:
+    """What a file that is no picture of ours is, by its first bytes; None: unknown, or damaged."""
     try:
         with open(path, "rb") as file:
-            raw = file.read(MAX_CAPTION_BYTES + 1)
-    except OSError as error:
-        raise _BadFile(f"the caption {path.name} cannot be read ({error.strerror})") from None
-    if len(raw) > MAX_CAPTION_BYTES:
-        raise _BadFile(f"the caption {path.name} is longer than {MAX_CAPTION_BYTES} bytes")
-    for encoding in ("utf-8-sig", *_other_encodings(raw)):
-        try:
-            text = raw.decode(encoding)
-        except UnicodeDecodeError:
-            continue
-        if "\0" in text:  # binary, or UTF-16 without BOM
-            continue
-        if encoding != "utf-8-sig":
-            _log.warning("caption %s is not UTF-8; read as %s, please check it", printable(path), encoding)
-        return text.strip()
-    raise _BadFile(f"the caption {path.name} is in no known encoding (save it as UTF-8)")
+            start = file.read(512)
+    except OSError:
+        return None
+    if start[4:8] == b"ftyp":
+        return _BRANDS.get(start[8:12], "a film or a picture in MP4's container")
+    if re.match(rb"\s*(<!doctype html|<html)", start, re.IGNORECASE):
+        return "a web page"
+    return next((kind for first, kind in _KINDS if start.startswith(first)), None)
 
 
-def _other_encodings(raw: bytes) -> tuple[str, ...]:
-    """Encodings to try after UTF-8, likeliest first.
-
-    GB characters are nearly always pairs of bytes above 0x7F, accented Latin letters stand alone: so the
-    text is taken as gb18030 only where all runs of such bytes have even length.
-    """
-    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return ("utf-16",)
-    runs = re.findall(rb"[\x80-\xff]+", raw)
-    chinese_first = all(len(run) % 2 == 0 for run in runs)
-    return ("gb18030", "cp1252") if chinese_first else ("cp1252", "gb18030")
-
-
-def _report(folder: Path, items: list[Item], bad: list[Problem], skip_bad: bool) -> None:
-    """Raise for problems, or log them where they may be skipped."""
+def _report(folder: Path, items: list[Item], bad: list[Problem], skip_bad: bool, notes: list[str]) -> None:
+    """Raise for problems, or log them where they may be skipped. notes: of caption files, for the error."""
     if not bad:
         return
     named = [printable(f"{os.path.relpath(each.path, folder)}: {each.reason}") for each in bad]
@@ -250,4 +377,5 @@ def _report(folder: Path, items: list[Item], bad: list[Problem], skip_bad: bool)
         return
     more = f"; ... and {len(bad) - NAMED_PROBLEMS} more" if len(bad) > NAMED_PROBLEMS else ""
     advice = "no usable picture is left" if skip_bad else "fix these files or set skip_bad: true"
-    raise ConfigError(f"{count}: {'; '.join(named[:NAMED_PROBLEMS])}{more}; {advice}")
+    also = "".join(f"; {printable(note)}" for note in notes)
+    raise ConfigError(f"{count}: {'; '.join(named[:NAMED_PROBLEMS])}{more}{also}; {advice}")

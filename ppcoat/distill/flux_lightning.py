@@ -44,6 +44,7 @@ from ppcoat.models.flux.pipeline import FluxPipeline
 from ppcoat.models.flux.scheduler import calculate_shift
 from ppcoat.models.loading import check_folder
 from ppcoat.optim import lr_scheduler
+from ppcoat.train.base_model import base_identity
 from ppcoat.train.flux import LoRAFiles
 from ppcoat.train.model_spec import ModelSpec
 from ppcoat.train.previews import draw_previews
@@ -53,7 +54,7 @@ from ppcoat.train.run_state import ResumeWords
 from ppcoat.train.trainer import Side, TrainingResult
 
 GIGABYTE = 10**9
-WORDS = ResumeWords("give --resume_from_checkpoint latest", "--strict_resume")
+WORDS = ResumeWords("give --resume_from_checkpoint latest", "--strict_resume", restart_flag="")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -250,7 +251,7 @@ def _compatible(config: LightningConfig, modules: list[str]) -> dict:
              "head_blocks", "guidance_scale")  # fmt: skip
     turns = {"even": DISCRIMINATOR, "odd": GENERATOR} if config.adv_weight > 0 else {"all": GENERATOR}
     return {
-        "model": Path(config.pretrained_teacher_model).name,
+        "base": base_identity(config.pretrained_teacher_model),
         **{name: getattr(config, name) for name in alike},
         **({"deterministic": True} if config.deterministic else {}),
         "turns": turns,

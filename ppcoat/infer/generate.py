@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from ppcoat.atomic import whole_file
+from ppcoat.atomic import check_writable, whole_file
 from ppcoat.config.flags import add_flags, flag, from_flags
 from ppcoat.device import compute_dtype, set_device, tune_host
 from ppcoat.errors import ConfigError
@@ -88,7 +88,6 @@ def generate(drawing: Drawing) -> list[Path]:
     dtype = compute_dtype(drawing.dtype)
     folder = output_folder(drawing)
     draw = kind.drawer(drawing, dtype, loras)
-    folder.mkdir(parents=True, exist_ok=True)
     files = []
     for number, prompt in enumerate(drawing.prompt):
         for i, picture in enumerate(draw(prompt)):
@@ -202,10 +201,12 @@ def check_numbers(drawing: Drawing) -> None:
 
 
 def output_folder(drawing: Drawing) -> Path:
-    """Where the pictures go, not made yet. Raises ConfigError if a file has that name."""
+    """Where the pictures go, not made yet but writable. Raises ConfigError if a file has that name, OSError
+    if it cannot be written."""
     folder = Path(drawing.output_dir)
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"output_dir {folder} is a file, wanted a folder")
+    check_writable(folder)
     return folder
 
 

@@ -110,7 +110,6 @@ def draw_lightning(drawing: LightningDrawing) -> Path:
         compile_transformer(pipeline.transformer)
     pipeline.set_progress_bar_config(disable=drawing.repeat > 0)
     picture = _timed(lambda: draw_once(pipeline, drawing), drawing.repeat)
-    folder.mkdir(parents=True, exist_ok=True)
     return save_picture(picture, folder, 0, drawing.prompt[0], drawing.seed)
 
 

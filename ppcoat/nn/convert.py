@@ -4,6 +4,8 @@ file does not know about FP8.
 
 from __future__ import annotations
 
+import logging
+
 import paddle
 from paddle import nn
 
@@ -12,6 +14,8 @@ from ppcoat.errors import ConfigError
 from .base_weight import FP8Weight
 from .linear import FrozenLinear, LinearParameters, LoRALinear
 from .policy import granularity_groups
+
+_log = logging.getLogger(__name__)
 
 
 def replace_linear_with_fp8(
@@ -23,16 +27,27 @@ def replace_linear_with_fp8(
     LoRALinear whose policy is "none" saves its input in FP8 from now on, with one scale "per_tensor" or
     "per_group" of `group_size` features. Parameters are shared, not copied, and keep their names in the
     state_dict. Trainable Linears and subclasses of Linear stay as they are: what autograd saves of them is
-    turned into FP8 by `fp8_saved_tensors`. Raises ConfigError for wrong values.
+    turned into FP8 by `fp8_saved_tensors`; a warning says so where nothing is left to change. Raises
+    ConfigError for wrong values.
     """
     groups = granularity_groups(linear_granularity, group_size)
+    known = FrozenLinear | LoRALinear
+    if not any(isinstance(layer, known) or _is_frozen(layer) for layer in model.sublayers()):
+        _log.warning(
+            "replace_linear_with_fp8 changes nothing: the model has neither a frozen Linear nor a LoRA; run "
+            "its forward pass inside fp8_saved_tensors() to save activations in FP8"
+        )
     for path, layer in list(model.named_sublayers()):
         if isinstance(layer, LoRALinear):
             layer.policy = "coat" if layer.policy == "none" else layer.policy
             layer.group_size = groups
-        elif type(layer) is nn.Linear and all(param.stop_gradient for param in layer.parameters()):
+        elif _is_frozen(layer):
             set_sublayer(model, path, FrozenLinear(layer))
     return model
+
+
+def _is_frozen(layer: nn.Layer) -> bool:
+    return type(layer) is nn.Linear and all(param.stop_gradient for param in layer.parameters())
 
 
 def quantize_linears(model: nn.Layer) -> list[str]:

@@ -43,6 +43,12 @@ def fp8_copy_of(config: RunConfig) -> FP8Copy:
     return FP8Copy.beside_or_in(model, config.cache_folder, source, config.model.quantized_beside_model)
 
 
+def base_identity(model: str | Path) -> str:
+    """16 hex digits that stand for the weights of a pipeline folder's transformer, wherever the folder is;
+    pieces of its files are read."""
+    return folder_identity(Path(model) / "transformer")[:16]
+
+
 def drop_encoders(pipeline: Any, names: tuple[str, ...], keep_vae: bool) -> None:
     """Take these parts out of a pipeline (from here on, all text comes from the cache) and give their memory
     back. keep_vae: it waits in main memory instead of leaving too."""

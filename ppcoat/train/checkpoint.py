@@ -27,11 +27,20 @@ from ppcoat.atomic import remove_dead_drafts, whole_folder, write_text
 from ppcoat.config.schema import RunConfig
 from ppcoat.errors import ConfigError
 from ppcoat.train.ranks import Ranks
-from ppcoat.train.run_state import STRICT_FLAG, RunState
+from ppcoat.train.run_state import STRICT_FLAG, ResumeWords, RunState
 
 FORMAT = "ppcoat-checkpoint-1"
 _COMMITTED = re.compile(r"^[0-9]{9}$")
 _FILE_NAME = re.compile(r"^[A-Za-z0-9_]+\.(safetensors|json)$")
+
+_FP8_SWITCH = "optimizer.fp8"
+# Decisive field -> what a user calls it, where that is not its own name.
+_SETTINGS = {_FP8_SWITCH: "FP8 optimizer states (coat.enabled, coat.optimizer.use_fp8, train.optimizer)",
+             "network.modules": "network.targets and what else chooses the Linears"}  # fmt: skip
+# Sections whose settings say nothing of how the weights come about.
+_ASIDE = ("name", "output_dir", "device", "logging", "sample", "save", "cache_dir", "memory", "vram_gb")
+# Decisive fields of earlier versions: the name of the base's folder, and what may change today.
+_EARLIER = ("model", "resolution", "batch_size", "ema_decay")
 
 _log = logging.getLogger(__name__)
 
@@ -107,17 +116,30 @@ def load_latest(
 def check_compatible(saved: dict, current: dict) -> None:
     """Refuse to resume under other settings: the two (nested) dicts of decisive fields must be equal as JSON.
 
-    Raises ConfigError naming the first differing field with both values.
+    Raises ConfigError naming the first differing field with both values, the switch of FP8 states before what
+    follows from it.
     """
     before, now = _flatten(saved), _flatten(current)
-    for field in sorted(before.keys() | now.keys()):
-        if before.get(field) != now.get(field) or (field in before) != (field in now):
-            was = repr(before[field]) if field in before else "not recorded"
-            is_now = repr(now[field]) if field in now else "not set"
-            raise ConfigError(
-                f"cannot resume: {field} was {was} in the checkpoint and is {is_now} now; "
-                "set it back, or start a new run under another name"
-            )
+    for field in sorted(before.keys() | now.keys(), key=lambda field: (field != _FP8_SWITCH, field)):
+        if before.get(field) == now.get(field) and (field in before) == (field in now):
+            continue
+        was = _shown(before[field]) if field in before else "not recorded"
+        is_now = _shown(now[field]) if field in now else "not set"
+        what = f"{_SETTINGS.get(field, field)} was {was} in the checkpoint and is {is_now} now"
+        if field == "base":
+            what = "the weights of the base model are not those that the checkpoint was trained on"
+        raise ConfigError(f"cannot resume: {what}; set it back, or start a new run under another name")
+
+
+def settings_of_training(config: RunConfig) -> dict[str, object]:
+    """{"train.lr": 0.001, ...}: all settings that matter to the weights, as JSON gives them back."""
+    dump = config.model_dump(mode="json")
+    flat = _flatten(dump | {"datasets": dict(enumerate(dump["datasets"]))})
+    return {
+        key: value
+        for key, value in flat.items()
+        if key.partition(".")[0] not in _ASIDE and key != "model.name_or_path"
+    }
 
 
 class _Damaged(Exception):
@@ -213,6 +235,11 @@ def _prune(root: Path, step: int, keep: int) -> None:
         shutil.rmtree(path)
 
 
+def _shown(value: object) -> str:
+    """A value for a message; of a long list, its length."""
+    return f"{len(value)} entries" if isinstance(value, list) and len(str(value)) > 60 else repr(value)
+
+
 def _flatten(fields: dict, prefix: str = "") -> dict[str, object]:
     """Nested dict -> {"a.b": value as JSON would give it back}."""
     flat: dict[str, object] = {}
@@ -227,25 +254,25 @@ def _flatten(fields: dict, prefix: str = "") -> dict[str, object]:
 def save_run(state: RunState, config: RunConfig) -> None:
     """A checkpoint of this step. Raises OSError as save_checkpoint does."""
     keep = config.save.max_step_saves_to_keep
-    save_checkpoint(config.run_dir, state.step, state.tensors(), state.state_dict(), keep)
+    facts = state.state_dict() | {"settings": settings_of_training(config)}
+    save_checkpoint(config.run_dir, state.step, state.tensors(), facts, keep)
 
 
-def resume_run(state: RunState, config: RunConfig, ranks: Ranks, strict_flag: str = STRICT_FLAG) -> None:
+def resume_run(state: RunState, config: RunConfig, ranks: Ranks, words: ResumeWords | None = None) -> None:
     """Go on from the latest checkpoint, if there is one, and make all ranks start alike.
 
-    The number of ranks may differ from the checkpoint's where the global batch does not. strict_flag: see
-    load_latest. Raises ConfigError for a checkpoint of other settings, a damaged one with save.strict_resume,
-    and where the ranks do not see the same pictures and checkpoints.
+    The number of ranks may differ from the checkpoint's where the global batch does not. What changed and may
+    change is told in one line. words: of the command that runs. Raises ConfigError for a checkpoint of other
+    settings, a damaged one with save.strict_resume, other pictures without save.restart_data, and where the
+    ranks do not see the same pictures and checkpoints.
     """
+    words = words if words is not None else ResumeWords()
     with ranks.first_ahead():  # it also removes what a killed save left
-        checkpoint = load_latest(config.run_dir, config.save.strict_resume, strict_flag)
+        checkpoint = load_latest(config.run_dir, config.save.strict_resume, words.strict_flag)
     if checkpoint is not None:
-        check_compatible(checkpoint.state["compatible"], state.compatible)
-        state.load(checkpoint.step, checkpoint.tensors, checkpoint.state)
+        told = _go_on(state, config, checkpoint, words.restart_flag)
         if ranks.is_first:
-            steps, step = config.train.steps, state.step
-            left = f"{steps - step} of {steps} steps are" if step < steps else "nothing is"
-            print(f"resuming from {checkpoint.path}: {left} left")
+            print(told)
     facts = {"step": state.step, **state.batches.state_dict()}
     for name, values in zip(facts, ranks.gather(list(facts.values())).T, strict=True):
         if (values != values[0]).any():
@@ -254,3 +281,39 @@ def resume_run(state: RunState, config: RunConfig, ranks: Ranks, strict_flag: st
                 "all machines need the same pictures, and one output_dir that they share"
             )
     ranks.broadcast(state.parameters.values())
+
+
+def _go_on(state: RunState, config: RunConfig, checkpoint: Checkpoint, restart_flag: str) -> str:
+    """Bring the checkpoint into the run -> what is left to do, what changed, and what carries over. Raises
+    ConfigError for other decisive fields, and for other pictures without save.restart_data."""
+    facts, current = checkpoint.state, state.compatible
+    saved = {
+        name: value for name, value in facts["compatible"].items() if name in current or name not in _EARLIER
+    }
+    # a checkpoint of an earlier version knows its base by the name of its folder only
+    check_compatible({"base": current["base"]} | saved if "base" in current else saved, current)
+    moved = state.batches.difference(facts["batches"])
+    if moved is not None and not (config.save.restart_data and restart_flag):
+        advice = f", add {restart_flag} to go on with a new order of the pictures" if restart_flag else ""
+        raise ConfigError(
+            f"cannot resume the order of the data: {moved}; set it back{advice}, or start a new run under "
+            "another name"
+        )
+    state.load(checkpoint.step, checkpoint.tensors, facts, restart_data=moved is not None)
+    steps, step = config.train.steps, state.step
+    left = f"{steps - step} of {steps} steps are" if step < steps else "nothing is"
+    before, now = facts.get("settings", {}), settings_of_training(config)
+    changes = [f"{key} {_shown(before[key])} -> {_shown(now[key])}"
+               for key in now if before.get(key, now[key]) != now[key]]  # fmt: skip
+    lines = [f"resuming from {checkpoint.path}: {left} left"]
+    if moved is not None:
+        changes.append(moved)
+    if changes:
+        anew = ["the order of the pictures"] if moved is not None else []
+        anew += ["the running mean"] if state.ema is not None and "ema" not in checkpoint.tensors else []
+        lines.append(
+            f"changed since then: {', '.join(changes)}; weights, optimizer states and step carry over, the "
+            f"learning rate is now {state.schedule.last_lr:g}"
+            + (f"; anew: {' and '.join(anew)}" if anew else "")
+        )
+    return "\n".join(lines)

@@ -65,7 +65,7 @@ class NewbieSpec(ModelSpec):
             for key in keys:
                 if getattr(getattr(config, name), key) != section.model_fields[key].default:
                     raise ConfigError(f"{name}.{key} is FLUX's: leave it out for model.family newbie")
-        check_newbie_folder(config.model.name_or_path, "model.name_or_path")
+        check_newbie_folder(config.model.name_or_path, "base_model_path (model.name_or_path)")
         model = unfilled_nextdit(Path(config.model.name_or_path) / "transformer")
         chosen_modules(config.network, model)
         last_blocks(model, config.model.blocks_to_swap)

@@ -54,10 +54,12 @@ def draw_previews(
     pictures, wanted = [], previews(config)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.transformer.eval()
-    with vae_on_device(pipeline):
-        for preview in wanted:
-            pictures += draw(preview)
-    pipeline.transformer.train()
+    try:
+        with vae_on_device(pipeline):
+            for preview in wanted:
+                pictures += draw(preview)
+    finally:
+        pipeline.transformer.train()
     return pictures, [preview.prompt for preview in wanted]
 
 

@@ -11,8 +11,9 @@ import json
 import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
@@ -88,6 +89,7 @@ class Report:
         self.log_every = log_every
         self.smoothed_loss: float | None = None
         self._weight = 0.0
+        self._failed: set[str] = set()  # what could not be written, once told
         self._images, self._since = 0, time.perf_counter()
         self._closing = ExitStack()
         self.run_dir.mkdir(parents=True, exist_ok=True)
@@ -126,7 +128,7 @@ class Report:
         points = points or {}
         line = {"step": step} | {name: _json_number(value) for name, value in {**scalars, **points}.items()}
         self._images += images
-        self._log.write(json.dumps(line) + "\n")
+        self._try(lambda: self._log.write(json.dumps(line) + "\n"), "log.jsonl")
         if "loss" in scalars and math.isfinite(scalars["loss"]):
             self._smooth(float(scalars["loss"]))
         if self.is_point(step):
@@ -134,7 +136,8 @@ class Report:
             points = {**scalars, **points, **self._speed()}
         if self._curves is not None:
             for name, value in points.items():
-                self._curves.add_scalar(tag=f"train/{name}", value=float(value), step=step)
+                tag, number = f"train/{name}", float(value)
+                self._try(partial(self._curves.add_scalar, tag=tag, value=number, step=step), "curves")
         self._bar.update(1)
 
     def images(self, step: int, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[Path]:
@@ -149,7 +152,8 @@ class Report:
                 image.save(draft, pnginfo=note)
             if self._curves is not None:
                 pixels = np.asarray(image.convert("RGB"))
-                self._curves.add_image(tag=f"sample/{number:02d}", img=pixels, step=step)
+                tag = f"sample/{number:02d}"
+                self._try(partial(self._curves.add_image, tag=tag, img=pixels, step=step), "curves")
             paths.append(path)
         return paths
 
@@ -159,7 +163,7 @@ class Report:
 
     def close(self) -> None:
         """Close bar, curves and log, each even if another fails to. A second call does nothing."""
-        self._closing.close()
+        self._try(self._closing.close, "log.jsonl")
 
     def __enter__(self) -> Report:
         return self
@@ -168,6 +172,17 @@ class Report:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _try(self, write: Callable[[], object], what: str) -> None:
+        """What only tells of the run must not end it: where the disk takes no more, say so once per file."""
+        try:
+            write()
+        except OSError as error:
+            if what not in self._failed:
+                self._failed.add(what)
+                self.message(
+                    f"warning: {what} cannot be written: {error.strerror or error}; training goes on"
+                )
 
     def _smooth(self, loss: float) -> None:
         """Running mean without the pull to zero at the start (bias correction as in Adam)."""

@@ -43,6 +43,7 @@ from ppcoat.errors import ConfigError
 from ppcoat.fp8 import backend
 from ppcoat.optim import ScheduleShape, lr_scheduler
 from ppcoat.plan.settings import with_earlier_plan, with_memory_plan
+from ppcoat.train.base_model import base_identity
 from ppcoat.train.flux import FluxSpec
 from ppcoat.train.model_spec import ModelSpec
 from ppcoat.train.newbie import NewbieSpec
@@ -67,7 +68,7 @@ _log = logging.getLogger(__name__)
 class FluxRunFlags(RunFlags):
     """Settings of `train`."""
 
-    config: str = flag("YAML file, e.g. configs/quickstart.yaml", positional=True)
+    config: str = flag("YAML or JSON file, e.g. configs/quickstart.yaml", positional=True, named_too=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +102,7 @@ def run_command(arguments: argparse.Namespace) -> None:
     if config.model.family != family:
         script = MODEL_SPECS[config.model.family].script
         raise ConfigError(f"model.family is {config.model.family}: train it with {script}")
+    config = in_its_folder(config, Path(flags.config), flags.overrides)
     tune_host()
     if not flags.dry_run:
         train_lora(config)
@@ -111,6 +113,18 @@ def run_command(arguments: argparse.Namespace) -> None:
         note = " (not finite: nothing was updated)" if result.skipped else ""
         print(f"step {number}: loss {result.loss:.4f}{note}, activations kept {kept}, {seconds * 1e3:.0f} ms")
     print("dry run: two steps done, nothing written")
+
+
+def in_its_folder(config: RunConfig, file: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The config of a run whose folder was moved or renamed: where `file` is the config.yaml in a folder with
+    checkpoints, and output_dir and name lead to none, the run goes on in the folder of the file."""
+    folder = file.resolve().parent
+    is_own = file.name == "config.yaml" and (folder / "checkpoints").is_dir()
+    says_where = any(each.startswith(("output_dir=", "name=")) for each in overrides)
+    if not is_own or says_where or (config.run_dir / "checkpoints").is_dir():
+        return config
+    print(f"this run's folder was {config.run_dir}; it goes on in {folder}")
+    return config.model_copy(update={"output_dir": str(folder.parent), "name": folder.name})
 
 
 @dataclass(frozen=True)
@@ -326,7 +340,7 @@ def build_trainer(
         ResumableBatches(cache.examples, global_batch, config.seed),
         side.bins,
         RunningMean(parameters, train.ema.ema_decay) if train.ema.use_ema else None,
-        _compatible(config, list(modules)) | {"batch_size": global_batch},
+        _compatible(config, list(modules)),
     )
     return Trainer(
         config=config,
@@ -379,14 +393,11 @@ def _compatible(config: RunConfig, modules: list[str]) -> dict:
     if network.type == "lokr":
         adapter["type"] = f"lokr, factor {network.lokr_factor}"
     optimizer = {"fp8": config.uses_fp8_optimizer}
-    ema = {"ema_decay": config.train.ema.ema_decay} if config.train.ema.use_ema else {}
     if config.uses_fp8_optimizer:
         optimizer |= config.coat.optimizer.model_dump()
     return {
-        "model": Path(config.model.name_or_path).name,
+        "base": base_identity(config.model.name_or_path),
         "network": adapter,
         "optimizer": optimizer,
-        **ema,
         **({"deterministic": True} if config.train.deterministic else {}),
-        "resolution": config.data.resolution,
     }

@@ -18,19 +18,22 @@ import paddle
 from ppcoat.data.batches import ResumableBatches
 from ppcoat.train.report import SigmaBins
 
-# What a command with a config file needs to go on, and what it calls a strict resume.
+# What a command with a config file needs to go on, and what it calls a strict resume and one with other data.
 AGAIN, STRICT_FLAG = "run the same command again", "--strict (save.strict_resume)"
+RESTART_FLAG = "--restart_data (save.restart_data)"
 
 
 @dataclass(frozen=True)
 class ResumeWords:
     """What a user is told to do after a stop, in the flags of the command that runs.
 
-    again: the start of "... to go on from there"; strict_flag: what made a damaged checkpoint an error.
+    again: the start of "... to go on from there"; strict_flag: what made a damaged checkpoint an error;
+    restart_flag: what lets a run go on with other pictures, "" where nothing does.
     """
 
     again: str = AGAIN
     strict_flag: str = STRICT_FLAG
+    restart_flag: str = RESTART_FLAG
 
 
 class FinishStepOnSignal:
@@ -170,7 +173,7 @@ class RunningMean:
     def load(self, tensors: Mapping[str, paddle.Tensor]) -> None:
         """Take the mean from a checkpoint's tensors."""
         for path, mean in self.tensors.items():
-            paddle.assign(tensors[path], output=mean)
+            paddle.assign(tensors[path].astype(mean.dtype), output=mean)
 
     @paddle.no_grad()
     def _assign(self, values: Mapping[str, paddle.Tensor]) -> None:
@@ -215,15 +218,23 @@ class RunState:
             "bins": self.bins.state_dict(),
         }
 
-    def load(self, step: int, tensors: dict[str, dict[str, paddle.Tensor]], state: dict) -> None:
-        """Go on from what `tensors` and `state_dict` gave after `step` updates; any shape, as then."""
+    def load(
+        self, step: int, tensors: dict[str, dict[str, paddle.Tensor]], state: dict, restart_data: bool = False
+    ) -> None:
+        """Go on from what `tensors` and `state_dict` gave after `step` updates; any shape, as then.
+
+        Learning rate and schedule are this run's, at the place where the other stopped. A mean that the other
+        did not have starts from its weights. restart_data: the order of the pictures begins anew.
+        """
         for name, parameter in self.parameters.items():
             paddle.assign(tensors["lora"][name], output=parameter)
-        self.batches.load_state_dict(state["batches"])
+        if not restart_data:
+            self.batches.load_state_dict(state["batches"])
         set_optimizer_tensors(self.optimizer, tensors["optimizer"], self.parameters)
         self.schedule.set_state_dict(state["schedule"])
+        self.schedule.last_lr = self.schedule.get_lr()  # of this run's settings: the other's may differ
         if self.ema is not None:
-            self.ema.load(tensors["ema"])
+            self.ema.load(tensors.get("ema", tensors["lora"]))
         self.skipped, self.skipped_in_a_row = state["skipped"]["steps"], state["skipped"]["in_a_row"]
         self.bins.load_state_dict(state["bins"])
         self.step = step

@@ -9,14 +9,15 @@ and computes its part of it, so one rank with the same global batch does the sam
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import paddle
 from PIL import Image
+from safetensors import SafetensorError
 
 from ppcoat.coat import COATTrainer, factor_copies
 from ppcoat.config.schema import RunConfig
@@ -33,6 +34,10 @@ from ppcoat.train.ranks import Ranks
 from ppcoat.train.report import Report, SigmaBins
 from ppcoat.train.run_state import FinishStepOnSignal, ResumeWords, RunState, optimizer_state_bytes
 
+# A full disk is an OSError, but a SafetensorError where safetensors writes the file.
+_DISK_ERRORS = (OSError, SafetensorError)
+# What drawing and writing a picture may raise for a disk, a size or a device that does not play along.
+_PREVIEW_ERRORS = (OSError, MemoryError, RuntimeError, ValueError)
 # (step, whether it is the last) -> the files it wrote, each with what is in it
 SaveWeights = Callable[[int, bool], list[tuple[Path, LoRASummary]]]
 
@@ -117,10 +122,12 @@ class Trainer:
         Ctrl+C and SIGTERM, on any rank, finish the step, save a checkpoint and leave with 130 or 143; a
         second one leaves at once where there is one rank. Only the first rank reports, draws and saves.
         Raises FloatingPointError after train.max_skipped_in_a_row skipped steps, naming the first tensor that
-        is not finite, and ConfigError for a disk that is full; the checkpoints stay as they were.
+        is not finite, and ConfigError for a disk that is full: checkpoint and LoRA files of the step are
+        tried one by one before that, and what was saved earlier stays. Previews and logs that cannot be
+        written cost a warning.
         """
         steps, losses, saved, started = self.config.train.steps, [], None, time.perf_counter()
-        resume_run(self.state, self.config, self.ranks, self.words.strict_flag)
+        resume_run(self.state, self.config, self.ranks, self.words)
         with self._report() as report, FinishStepOnSignal(second_acts=self.ranks.size == 1) as stop:
             if report is not None and self.step < steps and self._previews_come_first():
                 self._preview(report)
@@ -135,7 +142,7 @@ class Trainer:
                 if signal:
                     self.ranks.close()
                     raise SystemExit(128 + signal)
-            file = None if report is None else self._write_weights(report, final=True)
+            file = None if report is None else self._save(report, checkpoint=False, final=True)
         self.ranks.close()
         return TrainingResult(
             file,
@@ -150,7 +157,15 @@ class Trainer:
         if not self.ranks.is_first:
             return nullcontext()
         config, logging = self.config, self.config.logging
-        return Report(config.run_dir, config.train.steps, logging.log_every, logging.visualdl, self.step)
+        try:
+            return Report(config.run_dir, config.train.steps, logging.log_every, logging.visualdl, self.step)
+        except OSError as error:
+            if error.errno is None:  # one of Paddle's, who gives device errors this type
+                raise
+            raise ConfigError(
+                f"the run folder cannot be written to: {error.filename}: {error.strerror}; make room on the "
+                "disk, or choose another output_dir"
+            ) from error
 
     def _after_step(self, report: Report, result: StepResult, learning_rate: float, stopping: bool) -> None:
         """Curves, checkpoint and previews that are due."""
@@ -158,7 +173,7 @@ class Trainer:
         self._report_step(report, result, learning_rate)
         last, every = self.step == config.train.steps, config.sample.sample_every
         if last or stopping or self.step % config.save.save_every == 0:
-            self._save(report, with_weights=not last)
+            self._save(report, checkpoint=True, final=last)
         if stopping:
             report.message(f"stopped at step {self.step}; {self.words.again} to go on from there")
         elif every and (last or self.step % every == 0):
@@ -295,12 +310,19 @@ class Trainer:
         return wanted and (self.step == 0 or sample.force_first_sample)
 
     def _preview(self, report: Report) -> None:
+        """Draw and write the previews of this step. They are there to look at: what they cannot do is a
+        warning, and training goes on."""
         if self.draw_previews is None:
             return
         began = time.perf_counter()
-        with self._final_weights():
-            pictures, prompts = self.draw_previews()
-        report.images(self.step, pictures, prompts)
+        try:
+            with self._final_weights():
+                pictures, prompts = self.draw_previews()
+            report.images(self.step, pictures, prompts)
+        except _PREVIEW_ERRORS as error:
+            reason = " ".join(str(error).split())[:200]
+            report.message(f"warning: step {self.step}: no previews, training goes on: {reason}")
+            return
         seconds = time.perf_counter() - began
         drawn = f"{len(pictures)} preview{'' if len(pictures) == 1 else 's'}"
         report.message(f"step {self.step}: {drawn} in {seconds:.1f} s")
@@ -310,20 +332,43 @@ class Trainer:
         mean = self.state.ema
         return nullcontext() if mean is None else mean.in_place_of_parameters()
 
+    def _save(self, report: Report, checkpoint: bool, final: bool) -> Path | None:
+        """The checkpoint and the LoRA files of this step -> the first of the files, None without them.
+
+        The final files are written after the last checkpoint and the last previews, so not together with the
+        checkpoint, unless that fails. Where the disk takes one of the two and not the other, the one is there
+        before ConfigError is raised.
+        """
+        done, failed = {}, {}
+
+        def attempt(what: str, write: Callable[[], Path | None]) -> None:
+            try:
+                done[what] = write()
+            except _DISK_ERRORS as error:
+                failed[what] = " ".join(str(getattr(error, "strerror", None) or error).split())
+
+        if not (checkpoint and final):
+            attempt("LoRA file", lambda: self._write_weights(report, final))
+        if checkpoint:
+            attempt("checkpoint", lambda: save_run(self.state, self.config))
+        if checkpoint and final and failed:
+            attempt("LoRA file", lambda: self._write_weights(report, final))
+        if failed:
+            reasons = "; ".join(f"{what}: {reason}" for what, reason in failed.items())
+            there = f"its {next(iter(done))} is" if done else "what was saved before is"
+            raise ConfigError(
+                f"step {self.step} could not be saved ({reasons}); {there} unharmed; make room on the disk "
+                f"and {self.words.again}"
+            )
+        return done.get("LoRA file")
+
     def _write_weights(self, report: Report, final: bool) -> Path:
         """The LoRA files of this step or of the end; the first of them."""
-        with self._final_weights(), _disk_errors_explained(self.step, self.words.again):
+        with self._final_weights():
             written = self.save_weights(self.step, final)
         for path, summary in written:
             report.message(f"LoRA file: {path}: {summary.line()}")
         return written[0][0]
-
-    def _save(self, report: Report, with_weights: bool) -> None:
-        """A checkpoint, and the LoRA files of its step; those of the last step are the final ones."""
-        if with_weights:
-            self._write_weights(report, final=False)
-        with _disk_errors_explained(self.step, self.words.again):
-            save_run(self.state, self.config)
 
 
 @paddle.no_grad()
@@ -355,14 +400,3 @@ def _is_finite(value: object) -> bool:
     if not isinstance(value, paddle.Tensor) or not value.is_floating_point():
         return True
     return bool(paddle.isfinite(value.astype("float32")).all())
-
-
-@contextmanager
-def _disk_errors_explained(step: int, again: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise ConfigError(
-            f"step {step} could not be saved: {error.strerror or error}; what was saved before is unharmed; "
-            f"make room on the disk and {again}"
-        ) from error

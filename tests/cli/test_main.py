@@ -1,6 +1,7 @@
 """The command table: what is printed where, and exit statuses."""
 
 import importlib
+import io
 import os
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from safetensors import SafetensorError
 
 from ppcoat.cli.main import COMMANDS, Command, main, run
 
@@ -216,3 +218,64 @@ def test_the_training_script_answers_a_bad_config_in_one_line(bad_config):
     assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: ")
     assert "train.steps" in done.stderr
     assert [path.name for path in bad_config.parent.iterdir()] == ["run.yaml"]  # nothing was written
+
+
+def test_flags_may_have_dashes_and_values_keep_theirs(monkeypatch):
+    seen = []
+    module = SimpleNamespace(
+        add_arguments=lambda parser: parser.add_argument("--output_dir"),
+        run_command=lambda arguments: seen.append(arguments.output_dir),
+    )
+    monkeypatch.setitem(sys.modules, "a_module", module)
+    monkeypatch.setitem(COMMANDS, "a-command", Command("", "a_module"))
+    for argv in (["--output-dir", "my-runs"], ["--output-dir=--a-b"], ["--output_dir=--a-b"]):
+        assert main(["a-command", *argv]) == 0
+    assert seen == ["my-runs", "--a-b", "--a-b"]
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device", "/full/x"), SafetensorError("I/O error: no room")]
+)
+def test_what_cannot_be_written_is_one_line(monkeypatch, capsys, error):
+    def fail(arguments):
+        raise error
+
+    module = SimpleNamespace(add_arguments=lambda parser: None, run_command=fail)
+    monkeypatch.setitem(sys.modules, "a_module", module)
+    monkeypatch.setitem(COMMANDS, "a-command", Command("", "a_module"))
+    assert main(["a-command"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "check the path, its permissions and the room on the disk" in said
+
+
+def test_an_error_of_the_device_keeps_its_traceback(monkeypatch):
+    def fail(arguments):
+        raise OSError("(External) CUDA error(2)")
+
+    module = SimpleNamespace(add_arguments=lambda parser: None, run_command=fail)
+    monkeypatch.setitem(sys.modules, "a_module", module)
+    monkeypatch.setitem(COMMANDS, "a-command", Command("", "a_module"))
+    with pytest.raises(OSError, match="CUDA"):
+        main(["a-command"])
+
+
+def test_characters_that_a_redirected_output_lacks_are_escaped(monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="cp1252"))
+    module = SimpleNamespace(
+        add_arguments=lambda parser: None, run_command=lambda _: print("é 红 \U0001f457")
+    )
+    monkeypatch.setitem(sys.modules, "a_module", module)
+    monkeypatch.setitem(COMMANDS, "a-command", Command("", "a_module"))
+    assert main(["a-command"]) == 0
+    sys.stdout.flush()
+    assert raw.getvalue().decode("cp1252").strip() == r"é \u7ea2 \U0001f457"
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_a_model_is_loaded(tmp_path, capsys, monkeypatch):
+    model = ROOT / "tests" / "fixtures" / "tiny_flux_fp32"
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("ppcoat.infer.generate.FluxPipeline", None)  # its use would be another error
+    argv = ["--model", str(model), "--prompt", "x", "--output_dir", str(tmp_path / "file" / "x")]
+    assert main(["generate", *argv]) == 2
+    assert capsys.readouterr().err.count("\n") == 1

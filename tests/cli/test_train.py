@@ -114,7 +114,8 @@ def test_a_full_disk_ends_in_one_line_and_the_run_goes_on_later(file, monkeypatc
         patch.setattr(checkpoint, "save_checkpoint", full)
         assert main(["train", str(file)]) == 2
     said = capsys.readouterr().err
-    assert said.splitlines()[-1].startswith("error: step 2 could not be saved: No space left on device; ")
+    last = said.splitlines()[-1]
+    assert last.startswith("error: step 2 could not be saved (checkpoint: No space left on device); ")
     assert "Traceback" not in said and steps == [1, 2]
     assert main(["train", str(file)]) == 0
     assert f"resuming from {file.parent}/run/checkpoints/000000001: 2 of 3 steps are left" in (

@@ -1,8 +1,10 @@
 """ai-toolkit's form: nesting, defaults, overrides, other spellings, places in messages."""
 
+import json
 import pathlib
 
 import pytest
+import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -56,7 +58,7 @@ def test_the_published_example_means_what_it_says(caplog):
     assert sample.prompts[0] == "a red dress on a hanger, first_flux_lora"
     assert not config.coat.enabled
     said = [record.getMessage() for record in caplog.records]
-    keys = ["device", "meta", "train.optimizer", "modulation"]
+    keys = ["device", "train.optimizer", "modulation"]
     assert len(said) == len(keys)  # each of them once
     for key in keys:
         assert sum(key in line for line in said) == 1, key
@@ -285,3 +287,40 @@ def test_a_bad_bucket_switch_is_refused_under_its_name(refusal):
     for key in ("buckets", "square_crop"):
         message = refusal(f"datasets.0.{key}=2", text=nested())
         assert message == f"--set datasets.0.{key}=2: datasets.0.{key}: came 2; wanted true or false"
+
+
+def test_keys_of_a_newer_version_that_ask_for_nothing_are_left_out_and_told(load, warnings, refusal):
+    text = nested("train: {new_switch: false, some_list: [], an_option: null}", "model_extras: {}")
+    assert load(text=text) == load(text=nested())
+    said = [line for line in warnings(text=text) if "an unknown key that asks for nothing" in line]
+    assert len(said) == 4
+    assert "unknown key 'train.new_switch'" in refusal(text=nested("train: {new_switch: true}"))
+    # a slip of a switch that is on by default is not nothing
+    assert "nearest known key is 'train.gradient_checkpointing'" in refusal(
+        text=nested("train: {gradient_checkpointng: false}")
+    )
+    assert "unknown key 'some_list'" in refusal(text=SHORT + "some_list: []\n")
+
+
+def test_all_unknown_keys_are_in_one_message(refusal):
+    message = refusal(text=nested("train: {stepz: 3, lion: true}", "model_id: 5", "network: {rnk: 3}"))
+    first = "run.yaml:8: unknown key 'train.stepz'; the nearest known key is 'train.steps'"
+    assert message == f"{first} (and 3 more: train.lion, model_id, network.rnk)"
+
+
+def test_json_says_the_same_as_yaml(load, tmp_path):
+    """As the web interface exports it: tabs, escapes beyond 16 bits, and comments of .jsonc."""
+    data = {"job": "extension", "config": {"name": "shirts", "process": [{
+        "type": "sd_trainer", "trigger_word": "sks", "training_folder": "a/b", "train": {"lr": 1e-4},
+        "datasets": [{"folder_path": "photos", "default_caption": "\U0001f457 // no \"comment\""}],
+        "model": {"name_or_path": "tiny"}}]}}  # fmt: skip
+    text = json.dumps(data, indent="\t").replace("a/b", "a\\/b")
+    config = load(text=yaml.safe_dump(data))
+    for name, written in {"run.json": text, "run.jsonc": f"// by hand\n/* two\nlines */{text}"}.items():
+        path = tmp_path / name
+        path.write_text(written, "utf-8")
+        assert load_config(path) == config
+    assert config.data.default_caption == '\U0001f457 // no "comment"'
+    path.write_text("// one\n" + text.replace('"lr": 0.0001', '"lr": "x"'), "utf-8")
+    with pytest.raises(ConfigError, match=r"run\.jsonc:12: train\.lr: came 'x'"):
+        load_config(path)

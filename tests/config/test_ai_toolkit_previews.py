@@ -25,18 +25,54 @@ def test_samples_say_the_same_in_another_form(load):
 
 
 @pytest.mark.parametrize(
-    ("prompts", "part"),
+    ("prompt", "drawn", "part"),
     [
-        ("[a --ctrl_img x.png]", "a preview cannot follow 'ctrl_img'"),
-        ("[a --m 0.5]", "full strength"),
-        ("[a --w wide]", "came 'wide', wanted a whole number"),
-        ("[a --w 100]", "multiple of 16"),
-        ("[3]", "wanted text"),
+        ("a --ctrl_img x.png", {}, None),  # of a model that is given a picture
+        ("a --ar 2:3 --v 6 --s 12", {"sample_steps": 12}, "'ar' is nothing that a preview can follow"),
+        ("a --m 0.5", {}, "previews show the LoRA at full strength"),
+        ("a --m 1.0", {}, None),
+        ("a --w wide", {}, "width 'wide' cannot be drawn with and is left out"),
+        ("a --w 100 --h 64", {"width": 96, "height": 64}, "width becomes 96, a multiple of 16"),
+        ("a --h 3", {"height": 16}, "height becomes 16"),
+        ("a --s 0 --cfg -2", {}, "guidance_scale '-2' cannot be drawn with"),
     ],
 )
-def test_what_previews_cannot_do_is_refused(refusal, prompts, part):
-    message = refusal(f"sample.prompts={prompts}")
-    assert message.startswith("--set sample.prompts=") and part in message
+def test_what_previews_cannot_do_is_left_out_with_a_word(load, warnings, prompt, drawn, part):
+    sample = load(f"sample.prompts=[{prompt}]").sample
+    wanted = (PreviewConfig(prompt="a", **drawn),)
+    assert (sample.samples or tuple(PreviewConfig(prompt=each) for each in sample.prompts)) == wanted
+    said = warnings(f"sample.prompts=[{prompt}]")
+    assert not said if part is None else any(part in line for line in said)
+
+
+def test_a_prompt_of_nothing_but_flags_is_text(load, warnings):
+    assert load('sample.prompts=["--no hat, a dress"]').sample.prompts == ("--no hat, a dress",)
+    assert any("'--no' is taken as text" in line for line in warnings('sample.prompts=["--no hat, a dress"]'))
+
+
+def test_a_seed_below_0_is_any_seed_and_it_is_told(load, warnings):
+    assert 0 <= load("sample.seed=-1").sample.seed < 2**32
+    assert 0 <= load("sample.prompts=[a --d -1]").sample.samples[0].seed < 2**32
+    assert any("any seed is " in line for line in warnings("sample.seed=-1"))
+
+
+def test_settings_of_all_previews_fit_or_are_left_out(load, warnings):
+    sample = load("sample.width=100", "sample.height=50", "sample.sample_steps=none").sample
+    assert (sample.width, sample.height, sample.sample_steps) == (96, 48, 28)
+    assert len(warnings("sample.width=100", "sample.sample_steps=none")) == 2
+
+
+def test_keys_of_films_say_nothing_where_the_web_interface_writes_them(load, warnings):
+    sample = (
+        "{prompt: a, ctrl_img: null, ctrl_idx: 0, fps: 1, num_frames: 1, network_multiplier: '1.0', neg: ''}"
+    )
+    given = (f"sample.samples=[{sample}]", "sample.num_frames=1", "sample.fps=16")
+    assert load(*given).sample.samples == (PreviewConfig(prompt="a"),) and not warnings(*given)
+
+
+def test_a_prompt_that_is_no_text_is_refused(refusal):
+    assert "wanted text" in refusal("sample.prompts=[3]")
+    assert "wanted a list" in refusal("sample.samples=3")
 
 
 def test_negative_prompts_are_named(load, warnings):
@@ -50,8 +86,9 @@ def test_dashes_that_are_no_flag_stay(load, prompt):
     assert load(f"sample.prompts=['{prompt}']").sample.prompts == (prompt,)
 
 
-def test_prompts_with_flags_and_samples_exclude_each_other(refusal):
-    assert "says it too" in refusal("sample.prompts=[a --w 64]", "sample.samples=[{prompt: b}]")
+def test_prompts_with_flags_come_before_samples(load):
+    sample = load("sample.prompts=[a --w 64, c]", "sample.samples=[{prompt: b}]").sample
+    assert [each.prompt for each in sample.previews] == ["a", "c", "b"]
 
 
 def test_validation_has_ai_toolkits_defaults_and_counts_updates(load):

@@ -143,8 +143,8 @@ WRONG = [
     ("coat: {enabled: 1}", "coat.enabled", "1", "true or false"),
     ("coat: {enabled: 'true'}", "coat.enabled", "'true'", "true or false"),
     ("coat: {optimizer: {m1_format: e3m4}}", "coat.optimizer.m1_format", "'e3m4'", "'e4m3' or 'e5m2'"),
-    ("sample: {prompts: a b}", "sample.prompts", "'a b'", "a list"),
-    ("sample: {width: 100}", "sample.width", "100", "multiple of 16"),
+    ("sample: {prompts: {a: b}}", "sample.prompts", "{'a': 'b'}", "a list"),
+    ("train: {validation: {resolution: 100}}", "train.validation.resolution", "100", "multiple of 16"),
     ("sample:\n  prompts:\n    - a\n    - 5", "sample.prompts.1", "5", "quotes"),
     ("network: {targets: []}", "network.targets", "[]", "at least 1"),
     ("network: {linear: 0}", "network.linear", "0", "greater than or equal to 1"),
@@ -277,3 +277,34 @@ def test_fuzzed_settings_load_finite_or_are_refused_in_one_line(tmp_path, key, v
         numbers = [each for section in config.model_dump().values() if isinstance(section, dict) for each in
                    section.values() if isinstance(each, float)]  # fmt: skip
         assert all(math.isfinite(number) and number >= 0 for number in numbers)
+
+
+@pytest.mark.parametrize(
+    ("written", "part"),
+    [
+        ('"D:\\new\\train"', "a line end and a tab; write the path with forward slashes or in single quotes"),
+        ('"D:\\bilder"', "a backspace"),
+        ('"D:\\Users"', "a path with backslashes wants single quotes"),  # YAML knows no \\U
+    ],
+)
+def test_backslashes_in_double_quotes_are_explained(tmp_path, written, part):
+    message = refusal(tmp_path, BASE.replace("folder_path: photos", f"folder_path: {written}"))
+    assert message.startswith("/run.yaml:5: ") and part in message
+
+
+def test_a_path_may_begin_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    config = load(
+        tmp_path, BASE.replace("folder_path: photos", "folder_path: ~/photos") + "output_dir: ~/runs\n"
+    )
+    assert (config.data.folder_path, config.output_dir) == ("/home/me/photos", "/home/me/runs")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "gb18030"])
+def test_a_file_in_another_encoding_is_told_how_to_be_saved(tmp_path, encoding):
+    path = tmp_path / "run.yaml"
+    path.write_bytes((BASE + "\n# \u7ea2").encode(encoding))
+    with pytest.raises(ConfigError, match="it is UTF-16|line 7 is not UTF-8") as caught:
+        load_config(path)
+    assert ("UTF-16" in str(caught.value)) == encoding.startswith("utf-16")
+    assert "save it as UTF-8: in the editor" in str(caught.value)

@@ -180,7 +180,7 @@ def test_other_files_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="the key '.*' is missing"):
         load_newbie_config(tmp_path / "b.toml")
     (tmp_path / "c.toml").write_bytes(b"\xff\xfe")
-    with pytest.raises(ConfigError, match="not UTF-8"):
+    with pytest.raises(ConfigError, match="it is UTF-16"):
         load_newbie_config(tmp_path / "c.toml")
 
 
@@ -210,3 +210,15 @@ def test_flux_runs_refuse_what_is_newbie_s(tmp_path, override, part):
     file.write_text("name: a\nmodel: {name_or_path: m}\ndatasets: [{folder_path: d}]\n")
     with pytest.raises(ConfigError, match=part):
         load_config(file, [override])
+
+
+def test_released_weights_and_backslashes_are_told_what_to_do(tmp_path):
+    path = tmp_path / "a.toml"
+    path.write_text("[Model]\nbase_model_path = 'consolidated.00-of-01.pth'\n")
+    with pytest.raises(
+        ConfigError, match=r"a.toml:2: base_model_path: came 'cons.*convert-newbie --checkpoint"
+    ):
+        load_newbie_config(path)
+    path.write_text('[Model]\ntrain_data_dir = "D:\\Train\\set"\n')
+    with pytest.raises(ConfigError, match="not TOML.* a path with backslashes wants single quotes"):
+        load_newbie_config(path)

@@ -52,3 +52,15 @@ def test_it_stays_short_and_printable(draw, run_config, tmp_path):
     assert all(line.isprintable() and len(line) <= 250 for line in lines)
     assert any("... and 7 more datasets" in line for line in lines)
     assert any("more buckets" in line for line in lines)
+
+
+def test_notes_small_pictures_and_guessed_captions_come_to_the_user(draw, run_config, tmp_path):
+    for number in range(5):
+        draw(f"a/{number}.png", (64, 64), "a dress")
+    draw("a/dot.png", (1, 1), "a dot")
+    (tmp_path / "a/3.txt").write_bytes("\u8d64\u3044\u30c9\u30ec\u30b9".encode("cp932"))
+    (tmp_path / "a/x.gif").write_bytes(b"GIF89a")
+    report = data_report(scan_datasets(run_config({"folder_path": str(tmp_path / "a"), "resolution": 64})))
+    assert "1 picture smaller than the size of training, most dot.png (1 x 1 for 16 x 16)" in report
+    assert "  note: files of other formats left out: 1 .gif; wanted JPEG, PNG or WebP" in report
+    assert report.splitlines()[-3].startswith("  caption of 3.png: ")

@@ -133,6 +133,11 @@ def test_each_bad_row_says_why_and_too_many_stop_the_run(write, tmp_path, reason
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob("*.tmp-*"))
 
 
+def test_one_bad_row_of_a_short_list_is_borne(write, tmp_path):
+    done = unpack_laion(write([BAD["base64"], *map(row, range(8))]), tmp_path / "out")
+    assert (done.pictures, done.bad) == (8, 1)
+
+
 def test_a_set_of_bad_rows_is_not_read_to_its_end(write, tmp_path):
     good = [row(i) for i in range(3)]
     with pytest.raises(ConfigError, match="of 200 rows"):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
 from ppcoat.data.sources import folder_repeats, load_image, scan_folder
 from ppcoat.errors import ConfigError
@@ -132,7 +132,23 @@ def _bomb(folder):
 def _other_format(folder):
     Image.new("RGB", (8, 8)).save(folder / "x.jpg", format="TIFF")
     (folder / "x.txt").write_text("a")
-    return "x.jpg: the picture cannot be decoded"
+    return "x.jpg: the picture cannot be decoded (it is a TIFF picture; wanted JPEG, PNG or WebP)"
+
+
+def _bad_checksum(folder):
+    """One pixel changed in a PNG whose data is stored as it is: Pillow's load() alone does not mind."""
+    Image.new("RGB", (32, 32), (7, 7, 7)).save(folder / "x.png", compress_level=0)
+    content = bytearray((folder / "x.png").read_bytes())
+    content[content.index(b"IDAT") + 1000] ^= 1
+    (folder / "x.png").write_bytes(content)
+    (folder / "x.txt").write_text("a")
+    return "x.png: the picture cannot be decoded (broken PNG file"
+
+
+def _format_not_read(folder):
+    Image.new("RGB", (8, 8)).save(folder / "x.bmp")
+    (folder / "x.txt").write_text("a")
+    return "x.bmp: BMP is not read here (convert it to PNG or JPEG)"
 
 
 def _binary_caption(folder):
@@ -147,7 +163,7 @@ def _huge_caption(folder):
 
 
 BAD = [_no_caption, _empty_caption, _no_picture, _not_a_picture, _zero_bytes, _truncated_jpeg, _truncated_png]
-BAD += [_bomb, _other_format, _binary_caption, _huge_caption]
+BAD += [_bomb, _other_format, _bad_checksum, _format_not_read, _binary_caption, _huge_caption]
 
 
 @pytest.mark.parametrize("spoil", BAD, ids=lambda spoil: spoil.__name__)
@@ -163,12 +179,12 @@ def test_each_bad_file_stops_or_is_skipped_and_listed(tmp_path, spoil, caplog):
     assert "1 problem in" in caplog.text and named in caplog.text
 
 
-def test_all_problems_are_counted_and_five_are_named(tmp_path):
-    for number in range(7):
-        picture(tmp_path / f"{number}.png", caption=None)
+def test_all_problems_are_counted_and_ten_are_named(tmp_path):
+    for number in range(12):
+        picture(tmp_path / f"{number:02d}.png", caption=None)
     message = refusal(tmp_path)
-    assert message.startswith("7 problems in ")
-    assert all(f"{number}.png" in message for number in range(5)) and "5.png" not in message
+    assert message.startswith("12 problems in ")
+    assert all(f"{number:02d}.png" in message for number in range(10)) and "10.png" not in message
     assert "... and 2 more" in message
     assert "no usable picture is left" in refusal(tmp_path, skip_bad=True)
 
@@ -279,6 +295,75 @@ def test_alpha_palette_grey_and_cmyk(tmp_path):
     Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "ink.jpg", quality=100)
     red = colours(tmp_path / "ink.jpg")
     assert red[0] >= 250 and red[1] <= 5 and red[2] <= 5
+
+
+@pytest.mark.parametrize(
+    ("start", "kind"),
+    [
+        (b"GIF89a", "a GIF picture"),
+        (b"\0\0\0\x20ftypavif", "an AVIF picture"),
+        (b"\0\0\0\x18ftypheic", "a HEIC picture"),
+        (b"\n<!DOCTYPE html><html>", "a web page"),
+        (b"version https://git-lfs.github.com/spec/v1", "a Git LFS pointer: run git lfs pull"),
+    ],
+)
+def test_what_a_wrong_picture_is_is_told_by_its_first_bytes(tmp_path, start, kind):
+    (tmp_path / "a.jpg").write_bytes(start + bytes(64))
+    (tmp_path / "a.txt").write_text("a")
+    assert f"a.jpg: the picture cannot be decoded (it is {kind}; wanted" in refusal(tmp_path)
+
+
+def test_formats_that_are_not_read_are_counted(tmp_path):
+    picture(tmp_path / "good.png")
+    for name in ("a.gif", "b.gif", "c.avif"):
+        (tmp_path / name).write_bytes(b"x")
+    (note,) = scan_folder(tmp_path).notes
+    assert "2 .gif, 1 .avif; wanted JPEG, PNG or WebP" in note
+    (tmp_path / "good.png").unlink()
+    assert "only 2 .gif, 1 .avif; wanted .jpg" in refusal(tmp_path)
+
+
+def test_strays_are_left_out_and_links_are_followed_once(tmp_path):
+    data = tmp_path / "data"
+    picture(data / "a.png")
+    picture(data / "@eaDir/a.png/SYNOPHOTO_THUMB_M.jpg", caption=None)
+    picture(data / "__MACOSX/b.png", caption=None)
+    picture(data / ".ipynb_checkpoints/a-checkpoint.png", caption=None)
+    picture(tmp_path / "elsewhere/c.png")
+    for name, target in {"more": "../elsewhere", "again": "../elsewhere", "loop": ".", "up": ".."}.items():
+        (data / name).symlink_to(target)
+    (tmp_path / "elsewhere/back").symlink_to("../data")
+    found = scan_folder(data)
+    assert sorted(item.image_path.name for item in found.items) == ["a.png", "c.png"]
+    assert "folders left out: @eaDir, __MACOSX" in found.notes
+    assert sum("linked folder" in note and "left out" in note for note in found.notes) == 4
+
+
+def test_colours_are_those_of_the_profile(tmp_path):
+    """A profile with the primaries of sRGB, red and green exchanged, makes green of red; that of sRGB changes
+    no pixel, and one that cannot be read is left out."""
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    red, green = srgb.index(b"rXYZ"), srgb.index(b"gXYZ")
+    swapped = bytearray(srgb)
+    swapped[red : red + 4], swapped[green : green + 4] = b"gXYZ", b"rXYZ"
+    profiles = {"swapped": bytes(swapped), "same": srgb, "broken": b"x" * 200}
+    for name, profile in profiles.items():
+        picture(tmp_path / f"{name}.png", icc_profile=profile)
+    assert [colours(tmp_path / f"{name}.png") for name in profiles] == [(0, 255, 0), (255, 0, 0), (255, 0, 0)]
+    notes = {item.image_path.stem: item.notes for item in scan_folder(tmp_path).items}
+    assert notes["swapped"] == ("colours converted from their profile to sRGB",) and notes["same"] == ()
+    assert notes["broken"] == ("the colour profile cannot be used and is left out",)
+
+
+def test_animations_and_empty_pictures_are_noted(tmp_path):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "a.webp", save_all=True, append_images=frames[1:])
+    picture(tmp_path / "b.png", mode="RGBA", color=(0, 0, 0, 0))
+    notes = scan_folder(tmp_path, default_caption="x").notes
+    assert [note.partition(": ")[2] for note in notes] == [
+        "animated, the first picture is trained, e.g. a.webp",
+        "wholly transparent, trained as white, e.g. b.png",
+    ]
 
 
 def test_vanished_picture_is_named(tmp_path):

@@ -68,3 +68,9 @@ def test_embedders_of_nextdit_do_not_multiply_in_fp8():
     chosen = multiply_in_fp8(model)
     assert {path.partition(".")[0] for path in chosen} == {"noise_refiner", "context_refiner", "layers"}
     assert not any("adaLN" in path for path in chosen)
+
+
+def test_a_model_in_which_nothing_is_replaced_is_told_what_to_do(caplog):
+    model = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4))
+    assert replace_linear_with_fp8(model) is model and type(model[0]) is nn.Linear
+    assert "changes nothing" in caplog.text and "fp8_saved_tensors()" in caplog.text

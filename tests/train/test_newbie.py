@@ -207,9 +207,9 @@ def test_stopped_and_resumed_run_is_bit_equal_to_an_uninterrupted_one(make_confi
     ("override", "refusal"),
     [
         ("network.linear=3", "network.linear was 2 .* is 3 now"),
-        ("network.targets=[attention.qkv]", "network.modules was .* is .* now"),
+        ("network.targets=[attention.qkv]", "network.targets and what else .* was .* is .* now"),
         ("network.type=lokr", "network.type was not recorded .* is 'lokr, factor -1' now"),
-        ("datasets.0.resolution=32", "resolution was 64 .* is 32 now"),
+        ("datasets.0.resolution=32", "sizes_and_repeats was .* is .* now"),
     ],
 )
 def test_resuming_with_another_adapter_is_refused_by_name(finished, override, refusal):
@@ -452,7 +452,10 @@ def test_bad_inputs_stop_before_a_model_is_loaded(make_config, tmp_path, monkeyp
     picture = tmp_path / "data/2_dress/0001.png"
     for overrides, part in (
         ([f"model.name_or_path={model}"], "4 latent channels, wanted 16"),
-        (["model.name_or_path=a/hub"], "no model folder a/hub: .*or set model.name_or_path"),
+        (
+            ["model.name_or_path=a/hub"],
+            "no model folder a/hub: .*or set base_model_path .model.name_or_path.",
+        ),
         ([f"model.name_or_path={bare}"], "model_index.json is missing"),
         (["network.targets=[attention.qvk]"], "matches no Linear; the nearest are attention.qkv"),
         (["model.blocks_to_swap=3"], "this model has 2 blocks"),

@@ -1,0 +1,297 @@
+"""The captions that a folder holds, in whatever form they were written: text or JSON beside each picture, or
+one table for all (metadata.jsonl, .csv, .json), in any usual encoding.
+
+A table names its pictures by file name; known are those of Hugging Face's imagefolder, of kohya's scripts, of
+DiffSynth, and plain dictionaries. JSON never becomes a prompt: there is a caption in it, or it is refused.
+Which pictures there are, and what is done about problems, is in sources.py.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ppcoat.data.encodings import decode
+
+MAX_CAPTION_BYTES = 64 * 1024
+MAX_TABLE_BYTES = 256 << 20
+TABLE_SUFFIXES = (".jsonl", ".csv", ".tsv", ".json", ".parquet")
+# Files of these endings may hold captions; others are never looked at.
+TEXT_SUFFIXES = (".txt", ".caption", ".cap", ".text", ".tags", ".prompt", ".md", *TABLE_SUFFIXES)
+# Keys of a picture's name and of its caption, those of the best known programs first.
+FILE_KEYS = ("file_name", "image", "filename", "image_path", "path", "file", "image_file", "file_path", "img")
+CAPTION_KEYS = ("text", "caption", "prompt", "description", "long_caption", "captions", "txt")
+_TAGS = "tags"  # kohya puts them after the caption
+_WANTED = f"wanted rows with one of {', '.join(FILE_KEYS[:3])} and one of {', '.join(CAPTION_KEYS[:3])}"
+
+
+class BadCaption(Exception):
+    """A caption file cannot be used; the text is the reason, in which the file is named."""
+
+
+@dataclass(frozen=True)
+class Caption:
+    """text: without outer white space. encoding: "utf-8", or another, which is a guess. own: it was written
+    for this picture alone, not for a whole folder."""
+
+    text: str
+    encoding: str = "utf-8"
+    own: bool = True
+
+
+class FolderCaptions:
+    """The captions of `pictures` from the text files `texts`, all found in one data folder.
+
+    suffix: of caption files, with its dot. What is beside a picture counts before what a table says of it,
+    and that before the folder's default caption (default.txt, as in ai-toolkit). notes: what a user should
+    know.
+    """
+
+    def __init__(self, pictures: Sequence[Path], texts: Sequence[Path], suffix: str) -> None:
+        self.suffix, self.notes, self._table = suffix, [], ""
+        keys = {_key(path) for path in pictures}
+        self._beside = {_key(path): path for path in texts if path.suffix.lower() == suffix}
+        lonely = {path for path in texts if _key(path) not in keys}
+        self._defaults = {path.parent: path for path in lonely
+                          if path.stem == "default" and path.suffix.lower() in (suffix, ".txt")}  # fmt: skip
+        self._near: dict[tuple, list[Path]] = {}
+        for path in texts:
+            if path in lonely or path.suffix.lower() != suffix:
+                for name in {_loose(path.stem), _loose(path.stem.rpartition(".")[0] or path.stem)}:
+                    self._near.setdefault((path.parent, name), []).append(path)
+                    self._near.setdefault((None, name), []).append(path)
+        self._of_table, used = self._read_tables(lonely, pictures)
+        own = {path for path in self._beside.values() if path in lonely} - {*self._defaults.values()} - used
+        self.unused = own  # caption files without a picture
+        self._note_shared(pictures)
+
+    def of(self, picture: Path) -> Caption | None:
+        """Its caption; None where it has none, or an empty one. Raises BadCaption as read_caption does."""
+        path = self._beside.get(_key(picture))
+        caption = None if path is None else read_caption(path)
+        if caption is None or not caption.text:
+            caption = self._of_table.get(picture)
+        default = self._defaults.get(picture.parent)
+        if (caption is None or not caption.text) and default is not None:
+            caption = Caption(*_decoded(_bytes_of(default, MAX_CAPTION_BYTES), default), own=False)
+        return caption if caption is not None and caption.text else None
+
+    def missing(self, picture: Path) -> str:
+        """Why a picture has no caption, with the file that was probably meant."""
+        path = self._beside.get(_key(picture))
+        if path is not None:
+            return f"the caption {path.name} is empty"
+        near = [each for place in (picture.parent, None) for name in (picture.stem, picture.name)
+                for each in self._near.get((place, _loose(name)), ())]  # fmt: skip
+        wanted = f"no caption {picture.stem}{self.suffix}"
+        if not near:
+            return f"{wanted}, and no row in {self._table}" if self._table else wanted
+        self.unused.discard(near[0])
+        if near[0].parent != picture.parent:
+            return f"{wanted} beside it, but there is {near[0].parent.name}/{near[0].name}: move it"
+        if normal(near[0].stem) == normal(picture.stem) and re.fullmatch(r"\.\w+", near[0].suffix):
+            return (
+                f"{wanted}, but there is {near[0].name}: rename it, or set caption_ext: {near[0].suffix[1:]}"
+            )
+        return f"{wanted}, but there is {near[0].name}: rename it"
+
+    def _read_tables(
+        self, files: Iterable[Path], pictures: Iterable[Path]
+    ) -> tuple[dict[Path, Caption], set[Path]]:
+        """Captions by picture, and the files that are tables of captions. One whose name promises captions
+        and that gives none is noted, as are rows without a picture; any other file is passed over."""
+        names, captions, used = _Names(pictures), {}, set()
+        for file in sorted(path for path in files if path.suffix.lower() in TABLE_SUFFIXES):
+            promises = re.match(r"(?i)(metadata|caption|prompt|meta_)", file.name) is not None
+            try:
+                rows = list(_rows(file))
+            except BadCaption as error:
+                rows = []
+                self.notes += [str(error)] if promises else []
+                used |= {file} if promises else set()
+                continue
+            found = [(names.find(file.parent, name), name, text) for name, text in rows]
+            captions |= {path: Caption(text) for path, _, text in found if path is not None and text}
+            lost = [name for path, name, _ in found if path is None]
+            if len(lost) < len(rows):
+                used.add(file)
+                if lost:
+                    self.notes.append(
+                        f"{file.name} names {len(lost)} pictures that are not there: {lost[0]}, ..."
+                    )
+                self._table = file.name
+            elif promises:
+                used.add(file)
+                what = f"none of its {len(rows)} rows names a picture here" if rows else _WANTED
+                what = (
+                    "Parquet is not read here, write it as metadata.jsonl"
+                    if file.suffix == ".parquet"
+                    else what
+                )
+                self.notes.append(f"{file.name} gives no caption: {what}")
+        return captions, used
+
+    def _note_shared(self, pictures: Iterable[Path]) -> None:
+        users: dict[tuple, list[Path]] = {}
+        for picture in pictures:
+            if _key(picture) in self._beside and picture not in self._of_table:
+                users.setdefault(_key(picture), []).append(picture)
+        for key, several in users.items():
+            if len(several) > 1:
+                names = " and ".join(path.name for path in several)
+                self.notes.append(f"{names} share the caption {self._beside[key].name}")
+
+
+def read_caption(path: Path) -> Caption:
+    """A caption file of one picture. Raises BadCaption for one that cannot be read, is longer than
+    MAX_CAPTION_BYTES, in no known encoding, or JSON without a caption in it."""
+    text, encoding = _decoded(_bytes_of(path, MAX_CAPTION_BYTES), path)
+    if path.suffix.lower() == ".json" or text.startswith("{"):
+        text = _of_json(text, path)
+    return Caption(text, encoding)
+
+
+def text_of(value: Any) -> str | None:
+    """The caption in a value of JSON: a text, or what stands under one of CAPTION_KEYS; kohya's tags follow
+    it. None where there is none."""
+    if isinstance(value, str):
+        return value.strip()
+    if not isinstance(value, dict):
+        return None
+    found = [value[key] for key in CAPTION_KEYS if value.get(key)][:1]
+    texts = [text[0] if isinstance(text, list) else text for text in found]  # several captions: the first
+    tags = value.get(_TAGS)
+    texts += [", ".join(map(str, tags)) if isinstance(tags, list) else tags] if tags else []
+    return ", ".join(texts).strip() if all(isinstance(text, str) for text in texts) and texts else None
+
+
+def _key(path: Path) -> tuple[Path, str]:
+    """What a picture and its caption have in common."""
+    return path.parent, normal(path.stem)
+
+
+def _loose(name: str) -> str:
+    """A stem without what is easily mistyped: case, blanks, dashes."""
+    return re.sub(r"[\s_-]+", "", normal(name)).casefold()
+
+
+def normal(name: str) -> str:
+    """A file name as it is compared: macOS takes accents apart (NFD), others do not (NFC)."""
+    return unicodedata.normalize("NFC", name)
+
+
+def _bytes_of(path: Path, most: int) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            raw = file.read(most + 1)
+    except OSError as error:
+        raise BadCaption(f"the caption {path.name} cannot be read ({error.strerror})") from None
+    if len(raw) > most:
+        raise BadCaption(f"the caption {path.name} is longer than {most} bytes")
+    return raw
+
+
+def _decoded(raw: bytes, path: Path) -> tuple[str, str]:
+    try:
+        text, encoding = decode(raw)
+    except UnicodeError:
+        raise BadCaption(f"the caption {path.name} is in no known encoding (save it as UTF-8)") from None
+    return text.strip(), encoding
+
+
+def _of_json(text: str, path: Path) -> str:
+    """The caption in a JSON text; a .txt that only looks like JSON, such as {a|b}, is a caption itself."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        if path.suffix.lower() != ".json":
+            return text
+        raise BadCaption(f"the caption {path.name} is no JSON (mend it, or write plain text)") from None
+    caption = text_of(value)
+    if caption is None:
+        keys = f"the keys {', '.join(map(str, list(value)[:5]))}" if isinstance(value, dict) else "no object"
+        raise BadCaption(
+            f'the caption {path.name} holds JSON without a caption, {keys} (put the text under "caption", or '
+            "write it as plain text)"
+        )
+    return caption
+
+
+def _rows(file: Path) -> Iterator[tuple[str, str | None]]:
+    """(name of a picture, its caption or None) of every row; nothing for a file that is no such table."""
+    if file.suffix.lower() == ".parquet":
+        return
+    text, _ = _decoded(_bytes_of(file, MAX_TABLE_BYTES), file)
+    try:
+        yield from _READERS[file.suffix.lower()](text)
+    except (ValueError, csv.Error, RecursionError) as error:
+        raise BadCaption(f"{file.name} is damaged: {' '.join(str(error).split())}") from None
+
+
+def _json_lines(text: str) -> Iterator[tuple[str, str | None]]:
+    for number, line in enumerate(text.splitlines(), start=1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"line {number}: {error}") from None
+            yield from _row(row)
+
+
+def _json_table(text: str) -> Iterator[tuple[str, str | None]]:
+    data = json.loads(text)
+    if isinstance(data, dict) and len(data) == 1 and isinstance(next(iter(data.values())), list):
+        (data,) = data.values()  # {"images": [...]}
+    if isinstance(data, list):
+        for row in data:
+            yield from _row(row)
+    elif isinstance(data, dict):
+        yield from ((name, text_of(value)) for name, value in data.items())
+
+
+def _separated(text: str) -> Iterator[tuple[str, str | None]]:
+    first = text.partition("\n")[0]
+    for row in csv.DictReader(io.StringIO(text), delimiter=max(",;\t", key=first.count)):
+        yield from _row({key.strip(): value for key, value in row.items() if isinstance(key, str)})
+
+
+def _row(row: Any) -> Iterator[tuple[str, str | None]]:
+    """One row of a table, if it is one: an object with a picture's name."""
+    if isinstance(row, dict):
+        key = next((key for key in FILE_KEYS if isinstance(row.get(key), str) and row[key]), None)
+        if key is not None:
+            yield row[key], text_of({other: value for other, value in row.items() if other != key})
+
+
+_READERS: dict[str, Callable[[str], Iterator[tuple[str, str | None]]]] = {
+    ".jsonl": _json_lines, ".json": _json_table, ".csv": _separated, ".tsv": _separated,
+}  # fmt: skip
+
+
+class _Names:
+    """Finds pictures by what tables call them: a path from the table's folder, or one from another machine,
+    with or without its ending."""
+
+    def __init__(self, pictures: Iterable[Path]) -> None:
+        self._paths: dict[str, Path] = {}
+        self._short: dict[str, list[Path]] = {}
+        for path in pictures:
+            self._paths[normal(path.as_posix())] = path
+            for short in {path.name, path.stem}:
+                self._short.setdefault(normal(short), []).append(path)
+
+    def find(self, folder: Path, name: str) -> Path | None:
+        """Only pictures that were found in the data folder come back, whatever the name says."""
+        name = normal(name.strip().replace("\\", "/"))
+        exact = self._paths.get(normal((folder / name).as_posix()))
+        if exact is not None:
+            return exact
+        below = [path for path in self._short.get(name.rpartition("/")[2], ()) if path.is_relative_to(folder)]
+        return below[0] if len(below) == 1 else None

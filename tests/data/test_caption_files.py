@@ -1,0 +1,186 @@
+"""Captions of other programs: encodings, JSON, tables, and names that are nearly right."""
+
+import json
+import logging
+import unicodedata
+
+import pytest
+
+from ppcoat.data.encodings import decode
+from ppcoat.data.sources import scan_folder
+from ppcoat.errors import ConfigError
+
+TEXTS = {
+    "gb18030": ["一件红色 sks 连衣裙", "一个女孩站在海边,穿着白色的连衣裙", "sks, 黑色短发, 微笑"],
+    "cp1252": [
+        "robe rouge créée",
+        "été à la mer",
+        "naïve señorita",
+        "schöne Kleider für Mädchen",
+        "KÖÖK",
+        "red\xa0dress",
+    ],
+    "cp932": ["赤いドレス、白い水玉", "青い服を着た少女、白い背景", "黒髪, 制服, 笑顔"],
+    "cp949": ["빨간 드레스", "흰 배경의 검은 고양이", "sks 원피스"],
+    "big5": ["一件紅色的洋裝", "穿著藍色裙子的女孩站在海邊"],
+    "euc_jp": ["赤いドレスの女性"],
+    "cp1251": ["красное платье", "Синяя рубашка, sks"],
+    "koi8_r": ["красное платье"],
+    "utf-16": ["red dress 红"],
+    "utf-16-le": ["red dress"],
+    "utf-32": ["red dress"],
+}
+
+
+@pytest.mark.parametrize(
+    ("encoding", "text"), [(name, text) for name, texts in TEXTS.items() for text in texts]
+)
+def test_encodings_are_told_apart(encoding, text):
+    assert decode(text.encode(encoding)) == (text, encoding)
+
+
+def test_bytes_that_are_no_text_are_refused():
+    for raw in (
+        b"\x81\xff\x00\x81",
+        bytes(range(256)),
+        b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR",
+        b"\x93\xfa\x01\x02",
+    ):
+        with pytest.raises(UnicodeError):
+            decode(raw)
+
+
+def captions(folder, **options):
+    """{name of a picture: its caption}."""
+    return {item.image_path.name: item.caption_raw for item in scan_folder(folder, **options).items}
+
+
+def refusal(folder, **options):
+    with pytest.raises(ConfigError) as caught:
+        scan_folder(folder, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.fixture
+def folder(draw, tmp_path):
+    """Two pictures without captions, 0.png and sub/1.png."""
+    draw("0.png", (16, 16), None)
+    draw("sub/1.png", (16, 16), None)
+    return tmp_path
+
+
+ROWS = [("0.png", "a red dress"), ("sub/1.png", "a café")]
+TABLES = {
+    "metadata.jsonl": "\n".join(json.dumps({"file_name": name, "text": text}) for name, text in ROWS),
+    "metadata.csv": "image,prompt\n" + "\n".join(f"{name},{text}" for name, text in ROWS),
+    "list.tsv": "file_name\tcaption\n" + "\n".join(f"{name}\t{text}" for name, text in ROWS),
+    "metadata.json": json.dumps([{"image": name, "caption": text} for name, text in ROWS]),
+    "captions.json": json.dumps(dict(ROWS)),
+    "meta_cap.json": json.dumps({f"D:\\pictures\\{name}": {"caption": text} for name, text in ROWS}),
+    "meta_clean.json": json.dumps({name.removesuffix(".png"): {"tags": text} for name, text in ROWS}),
+    "data.json": json.dumps({"images": [{"file": name, "captions": [text, "x"]} for name, text in ROWS]}),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_one_table_for_all_pictures(folder, name):
+    (folder / name).write_text(TABLES[name], "utf-8-sig" if name.endswith("csv") else "utf-8")
+    assert captions(folder) == {"0.png": "a red dress", "1.png": "a café"}
+    assert captions(folder, caption_ext="json") == {"0.png": "a red dress", "1.png": "a café"}
+
+
+def test_kohyas_tags_follow_the_caption_and_a_file_beside_the_picture_counts_first(folder):
+    rows = {"0.png": {"caption": "a dress", "tags": "red, long"}, "1.png": {"caption": "a hat"}}
+    (folder / "meta_cap.json").write_text(json.dumps(rows))
+    (folder / "sub/1.txt").write_text("a coat")
+    assert captions(folder) == {"0.png": "a dress, red, long", "1.png": "a coat"}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "part"),
+    [
+        ("metadata.jsonl", '{"file_name": "x.png", "text": "a"}', "none of its 1 rows names a picture here"),
+        ("metadata.csv", "a,b\n0.png,a", "metadata.csv gives no caption: wanted rows with one of file_name"),
+        ("metadata.jsonl", '{"file_name"\n', "metadata.jsonl is damaged: line 1"),
+        (
+            "metadata.jsonl",
+            '{"file_name": "0.png", "text": "a"}',
+            "no caption 1.txt, and no row in metadata.jsonl",
+        ),
+        ("metadata.parquet", "PAR1", "Parquet is not read here"),
+    ],
+)
+def test_a_table_that_does_not_help_is_named(folder, name, text, part):
+    (folder / name).write_text(text)
+    assert part in refusal(folder)
+
+
+def test_a_table_names_no_file_outside_of_the_folder(folder, draw):
+    draw("elsewhere/secret.png", (16, 16), None)
+    (folder / "sub/metadata.jsonl").write_text('{"file_name": "../elsewhere/secret.png", "text": "a"}')
+    assert "elsewhere/secret.png: no caption secret.txt" in refusal(folder)
+    assert "none of its 1 rows names a picture here" in refusal(folder)
+
+
+@pytest.mark.parametrize("ending", ["txt", "json"])
+def test_json_beside_a_picture_is_read_or_refused_and_never_a_prompt(draw, tmp_path, ending):
+    file = draw("0.png", (16, 16), None).with_suffix(f".{ending}")
+    file.write_text('{"caption": "a red dress", "caption_short": "dress"}')
+    assert captions(tmp_path, caption_ext=ending) == {"0.png": "a red dress"}
+    file.write_text('{"scene": "plain", "style": "drawing"}')
+    assert f"0.{ending} holds JSON without a caption, the keys scene, style" in refusal(
+        tmp_path, caption_ext=ending
+    )
+    file.write_text("{red|blue} dress")
+    if ending == "txt":
+        assert captions(tmp_path) == {"0.png": "{red|blue} dress"}
+    else:
+        assert "0.json is no JSON" in refusal(tmp_path, caption_ext=ending)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("a.caption", "there is a.caption: rename it, or set caption_ext: caption"),
+        ("a.png.txt", "there is a.png.txt: rename it"),
+        ("A.txt", "there is A.txt: rename it"),
+        ("a .txt", "there is a .txt: rename it"),
+        ("text/a.txt", "there is text/a.txt: move it"),
+    ],
+)
+def test_a_name_that_is_nearly_right_is_named_once(draw, tmp_path, name, said):
+    draw("a.png", (16, 16), None)
+    (tmp_path / "text").mkdir()
+    (tmp_path / name).write_text("a dress")
+    message = refusal(tmp_path)
+    assert message.startswith("1 problem in ") and said in message
+
+
+def test_default_text_is_the_caption_of_its_folder(folder):
+    (folder / "default.txt").write_text("a dress")
+    (folder / "sub/1.txt").write_text("a coat")
+    assert [(item.caption_raw, item.has_caption) for item in scan_folder(folder).items] == [
+        ("a dress", False),
+        ("a coat", True),
+    ]
+
+
+def test_pictures_that_share_a_caption_are_noted(draw, tmp_path):
+    draw("a.png", (16, 16), "a dress")
+    draw("a.jpg", (16, 16), None)
+    assert scan_folder(tmp_path).notes == ("a.jpg and a.png share the caption a.txt",)
+
+
+def test_names_of_a_mac_and_of_others_are_the_same(draw, tmp_path):
+    draw(f"{unicodedata.normalize('NFD', 'café')}.png", (16, 16), None)
+    (tmp_path / f"{unicodedata.normalize('NFC', 'café')}.txt").write_text("a dress")
+    assert list(captions(tmp_path).values()) == ["a dress"]
+
+
+def test_guessed_captions_are_shown(draw, tmp_path, caplog):
+    draw("a.png", (16, 16), None)
+    (tmp_path / "a.txt").write_bytes("赤いドレス、白い水玉".encode("cp932"))
+    with caplog.at_level(logging.WARNING):
+        (item,) = scan_folder(tmp_path).items
+    assert item.encoding == "cp932" and "a.txt as cp932: 赤いドレス、白い水玉" in caplog.text

@@ -1,0 +1,90 @@
+"""Going on under other settings: what may change does at once, what may not is refused by name."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from ppcoat.cli.main import main
+from ppcoat.data import garments
+from ppcoat.data.batches import ResumableBatches
+from ppcoat.data.examples import Example
+from ppcoat.data.sources import Item
+from ppcoat.errors import ConfigError
+from ppcoat.optim import lr_scheduler
+from ppcoat.train.base_model import base_identity
+from ppcoat.train.checkpoint import check_compatible, load_latest
+from ppcoat.train.report import SigmaBins
+from ppcoat.train.run import in_its_folder, train_lora
+from ppcoat.train.run_state import RunState
+
+
+def test_a_moved_run_goes_on_with_another_rate_a_mean_and_one_picture_more(make_config, tmp_path, capfd):
+    config = make_config("train.steps=2", "train.lr=1e-3")
+    train_lora(config)
+    garments.write_folder(tmp_path / "more", 1, seed=9, motif="gold star", prefix="")
+    for file in (tmp_path / "more").iterdir():
+        shutil.copy(file, tmp_path / "data" / f"more{file.suffix}")
+    moved = tmp_path / "elsewhere" / "coats"
+    shutil.move(config.run_dir, moved)
+    again = ["train", "--config", str(moved / "config.yaml"), "--set", "train.steps=3",
+             "--set", "train.lr=1e-4", "--set", "train.ema.use_ema=true"]  # fmt: skip
+    assert main([*again, "--restart-data"]) == 0
+    said = capfd.readouterr().out
+    assert f"this run's folder was {config.run_dir}; it goes on in {moved}" in said
+    assert f"resuming from {moved}/checkpoints/000000002: 1 of 3 steps are left" in said
+    for part in ("train.lr 0.001 -> 0.0001", "train.steps 2 -> 3", "num_examples was 6", "rate is now 0.0001",
+                 "; anew: the order of the pictures and the running mean"):  # fmt: skip
+        assert part in said, part
+    rates = [json.loads(line)["lr"] for line in (moved / "log.jsonl").read_text().splitlines()]
+    assert rates == [1e-3, 1e-3, 1e-4]  # the first resumed step has the new one
+    assert load_latest(moved).step == 3 and (moved / "coats.safetensors").is_file()
+
+
+def test_only_the_own_config_of_a_moved_folder_is_followed(make_config, tmp_path):
+    config, folder = make_config(), tmp_path / "moved"
+    (folder / "checkpoints").mkdir(parents=True)
+    own = folder / "config.yaml"
+    assert in_its_folder(config, own).run_dir == folder
+    assert in_its_folder(config, folder / "mine.yaml") == config
+    assert in_its_folder(config, own, ["output_dir=elsewhere"]) == config
+    (config.run_dir / "checkpoints").mkdir(parents=True)
+    assert in_its_folder(config, own) == config
+
+
+def test_a_base_is_known_by_its_weights_and_not_by_the_name_of_its_folder(tmp_path):
+    folders = [tmp_path / name for name in ("a", "b")]
+    for folder in folders:
+        (folder / "transformer").mkdir(parents=True)
+        save_file({"w": np.ones([4], np.float32)}, folder / "transformer" / "model.safetensors")
+    first, second = map(base_identity, folders)
+    assert first == second
+    file = folders[0] / "transformer" / "model.safetensors"
+    save_file({"w": load_file(file)["w"] * 2}, file)
+    with pytest.raises(ConfigError, match="the weights of the base model are not those that the checkpoint"):
+        check_compatible({"base": first}, {"base": base_identity(folders[0])})
+
+
+@pytest.mark.parametrize("scheduler", ["constant", "cosine"])
+def test_rate_and_schedule_are_those_of_the_run_that_goes_on(scheduler):
+    def state(rate, steps, name):
+        schedule = lr_scheduler(name, rate, steps)
+        batches = ResumableBatches([Example(Item(Path("a.png"), "a", 64, 64), (64, 64), ("a",))], 1, 0)
+        return RunState({}, _NoOptimizer(), schedule, batches, SigmaBins())
+
+    before, after = state(1e-3, 10, "linear"), state(1e-4, 20, scheduler)
+    for _ in range(5):
+        before.schedule.step()
+    after.load(5, {"lora": {}, "optimizer": {}}, before.state_dict())
+    wanted = lr_scheduler(scheduler, 1e-4, 20)
+    for _ in range(5):
+        wanted.step()
+    assert after.schedule() == wanted() != before.schedule()
+
+
+class _NoOptimizer:
+    def set_state_dict(self, state):
+        assert state == {}
