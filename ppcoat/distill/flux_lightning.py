@@ -45,11 +45,11 @@ from ppcoat.models.flux.scheduler import calculate_shift
 from ppcoat.models.loading import check_folder
 from ppcoat.optim import lr_scheduler
 from ppcoat.train.base_model import base_identity
+from ppcoat.train.checkpoint import start_run_folder
 from ppcoat.train.flux import LoRAFiles
 from ppcoat.train.model_spec import ModelSpec
 from ppcoat.train.previews import draw_previews
 from ppcoat.train.ranks import Ranks
-from ppcoat.train.run import start_run_folder
 from ppcoat.train.run_state import ResumeWords
 from ppcoat.train.trainer import Side, TrainingResult
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from ppcoat.config.lightning import LightningConfig
 from ppcoat.optim import FP8QuantizationConfig
-from ppcoat.plan.model import FLOAT32, FP8_STEP, PIXELS_PER_TOKEN
+from ppcoat.plan.model import FLOAT32, FP8_STEP
 from ppcoat.plan.phases import FORWARD_WORKING, MemoryModel, Phase, Settings
 from ppcoat.plan.settings import as_given
 
@@ -97,7 +97,7 @@ class LightningMemoryModel(MemoryModel):
                 base, room = base - block, room - block
         reading = encoders.text_working(1, self.text_tokens, self.itemsize)
         seeing = encoders.vae_working(
-            PIXELS_PER_TOKEN * self.image_tokens, self.vae_itemsize, False, self.on_gpu
+            self.token_side**2 * self.image_tokens, self.vae_itemsize, False, self.on_gpu
         )
         return {"base": base, "encoders": weight, "working": max(reading, seeing)}
 

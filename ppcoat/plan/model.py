@@ -26,7 +26,7 @@ from ppcoat.nn.base_weight import fp8_bytes
 from ppcoat.nn.convert import sublayer_at
 from ppcoat.optim import FP8QuantizationConfig
 
-PIXELS_PER_TOKEN = 16 * 16  # the area of the square that a token stands for
+DEV_TOKEN_SIDE = 16  # pixels along a side of the square that a token of FLUX.1-dev stands for
 FLOAT32, BFLOAT16 = 4, 2  # bytes of a value
 FLUX_DEV = {"guidance_embeds": True}  # all else is FluxTransformer2DModel's default
 # Parameters of FLUX.1-dev's encoders, T5's heads and inner width, the VAE's channels at full resolution.
@@ -38,13 +38,15 @@ FP8_STEP = 9.31  # transient bytes of an FP8AdamW step per byte of float32 param
 @dataclass(frozen=True)
 class EncoderSizes:
     """Parameters of both text encoders and of the VAE; what decides their working memory: heads and inner
-    width of the larger text encoder, the VAE's channels at full resolution."""
+    width of the larger text encoder, the VAE's channels at full resolution. token_side: pixels along a side
+    of the square that an image token stands for."""
 
     text: int
     vae: int
     text_heads: int
     text_inner: int
     vae_channels: int
+    token_side: int = DEV_TOKEN_SIDE
 
     def text_working(self, captions: int, tokens: int, itemsize: int) -> int:
         """Bytes while T5 or Gemma3 reads so many captions: its scores (before, after softmax, bias) and inner
@@ -150,15 +152,14 @@ def weights_by_block(
     return linears, others
 
 
-def image_tokens(config: RunConfig) -> int:
-    """Of the largest picture that is trained. Where a folder of pictures is not there, the resolution tells,
-    and the 5 % that a bucket may be larger.
-    """
+def image_tokens(config: RunConfig, token_side: int) -> int:
+    """Of the largest picture that is trained; token_side as in EncoderSizes. Where a folder of pictures is
+    not there, the resolution tells, and the 5 % that a bucket may be larger."""
     if all(Path(data.folder_path).exists() for data in config.datasets):
         sizes = [example.size for example in all_examples(scan_datasets(config))]
-        return max(width * height for width, height in sizes) // PIXELS_PER_TOKEN
+        return max(width * height for width, height in sizes) // token_side**2
     largest = 1 + (AREA_TOLERANCE if any(d.bucket_rule == "aspect" for d in config.datasets) else 0)
-    return int(largest * max(data.resolution for data in config.datasets) ** 2) // PIXELS_PER_TOKEN
+    return int(largest * max(data.resolution for data in config.datasets) ** 2) // token_side**2
 
 
 def optimizer_bytes(config: RunConfig, shapes: list[tuple[int, int]]) -> tuple[int, int]:
@@ -196,6 +197,7 @@ def _encoders(folder: Path) -> EncoderSizes:
         text_heads=t5["num_heads"],
         text_inner=t5["d_ff"],
         vae_channels=vae["block_out_channels"][0],
+        token_side=2 ** len(vae["block_out_channels"]),  # each stage but the last halves, packing once more
     )
 
 

@@ -23,7 +23,6 @@ from ppcoat.nn.swap import check_count
 from ppcoat.plan.model import (
     BFLOAT16,
     FLOAT32,
-    PIXELS_PER_TOKEN,
     BaseModel,
     image_tokens,
     optimizer_bytes,
@@ -92,7 +91,9 @@ class MemoryModel:
         self.itemsize = BFLOAT16 if self.half else FLOAT32
         self.model: BaseModel = self.read_model(transformer)
         self.kernel, self.kernel_is_assumed = self._attention_kernel()
-        self.image_tokens, self.text_tokens = image_tokens(config), self.model.text_tokens
+        self.token_side = self.model.encoders.token_side
+        self.image_tokens = image_tokens(config, self.token_side)
+        self.text_tokens = self.model.text_tokens
         self.tokens = self.image_tokens + self.text_tokens
         self.vae_itemsize = self.itemsize
         self.lora = self.model.adapter_shapes(config.network)
@@ -141,7 +142,7 @@ class MemoryModel:
 
     def preparing(self, settings: Settings) -> list[tuple[str, dict[str, int]]]:
         """What encoders hold, by phase, before the transformer comes: beside the context."""
-        encoders, largest = self.model.encoders, PIXELS_PER_TOKEN * self.image_tokens
+        encoders, largest = self.model.encoders, self.token_side**2 * self.image_tokens
         reading = encoders.text_working(ENCODED_AT_ONCE, self.text_tokens, self.itemsize)
         # one of the largest pictures, or smaller ones up to the limit
         pixels = max(largest, min(ENCODED_AT_ONCE * largest, ENCODED_PIXELS))
@@ -302,7 +303,7 @@ class MemoryModel:
     def _preview_working(self, settings: Settings) -> int:
         pixels = max(preview.width * preview.height for preview in self.previews)
         denoise = self._working(
-            self.forward_working, self.drawn_at_once, pixels // PIXELS_PER_TOKEN + self.text_tokens
+            self.forward_working, self.drawn_at_once, pixels // self.token_side**2 + self.text_tokens
         )
         decode = self.model.encoders.vae_working(pixels, self.vae_itemsize, True, self.on_gpu)
         return max(denoise + self._largest_weight(settings), decode)

@@ -47,6 +47,18 @@ _log = logging.getLogger(__name__)
 NamedTensors = dict[str, paddle.Tensor]
 
 
+def start_run_folder(folder: Path, settings: str) -> None:
+    """Make the folder of a run with its settings, YAML, in config.yaml. Raises ConfigError where it cannot be
+    written to."""
+    try:
+        write_text(folder / "config.yaml", settings)
+    except OSError as error:
+        raise ConfigError(
+            f"output folder {folder}: cannot be written to ({error.strerror}); choose another "
+            "output_dir or make it writable"
+        ) from None
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A loaded checkpoint: groups of tensors on CPU by name, and the JSON state."""

@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
 import numpy as np
+import paddle
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
@@ -234,3 +235,34 @@ def _json_number(value: float) -> float | str:
     """A float as JSON can hold it: NaN and infinities as text."""
     value = float(value)
     return value if math.isfinite(value) else str(value)
+
+
+@paddle.no_grad()
+def first_bad_module(model: paddle.nn.Layer, forward: Callable[[], object]) -> str | None:
+    """Path of the first sublayer (in the order in which they end) whose output holds NaN or inf in
+    `forward()`, a pass through `model`; None if all are finite. Every output is read by the host: this is for
+    a run that has gone wrong.
+    """
+    bad: list[str] = []
+
+    def note(path: str) -> Callable:
+        def hook(layer: paddle.nn.Layer, inputs: object, outputs: object) -> None:
+            tensors = outputs if isinstance(outputs, list | tuple) else [outputs]
+            if not bad and not all(_is_finite(tensor) for tensor in tensors):
+                bad.append(path)
+
+        return hook
+
+    hooks = [layer.register_forward_post_hook(note(path)) for path, layer in model.named_sublayers()]
+    try:
+        forward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return bad[0] if bad else None
+
+
+def _is_finite(value: object) -> bool:
+    if not isinstance(value, paddle.Tensor) or not value.is_floating_point():
+        return True
+    return bool(paddle.isfinite(value.astype("float32")).all())

@@ -20,7 +20,6 @@ from typing import Any
 import paddle
 from PIL import Image
 
-from ppcoat.atomic import write_text
 from ppcoat.coat import COATTrainer, prepare, trained_parameters
 from ppcoat.config.flags import RunFlags, add_run_flags, flag, from_flags
 from ppcoat.config.load import dump_config
@@ -44,6 +43,7 @@ from ppcoat.fp8 import backend
 from ppcoat.optim import ScheduleShape, lr_scheduler
 from ppcoat.plan.settings import with_earlier_plan, with_memory_plan
 from ppcoat.train.base_model import base_identity
+from ppcoat.train.checkpoint import start_run_folder
 from ppcoat.train.flux import FluxSpec
 from ppcoat.train.model_spec import ModelSpec
 from ppcoat.train.newbie import NewbieSpec
@@ -372,18 +372,6 @@ def _optimizer(
         fp8_states=config.uses_fp8_optimizer,
     )
     return optimizer, schedule
-
-
-def start_run_folder(folder: Path, settings: str) -> None:
-    """Make the folder of a run with its settings, YAML, in config.yaml. Raises ConfigError where it cannot be
-    written to."""
-    try:
-        write_text(folder / "config.yaml", settings)
-    except OSError as error:
-        raise ConfigError(
-            f"output folder {folder}: cannot be written to ({error.strerror}); choose another "
-            "output_dir or make it writable"
-        ) from None
 
 
 def _compatible(config: RunConfig, modules: list[str]) -> dict:

@@ -67,7 +67,7 @@ def in_bfloat16(train, explained, assert_as_on_a_gpu):
 def test_without_coat_as_much_is_saved_as_is_planned_for_a_gpu(plain, in_bfloat16):
     found = in_bfloat16(plain, "coat.enabled=false", kernels=["norm_kernel"])
     memory = MemoryModel(found.config, on_gpu=True)
-    memory.image_tokens = IMAGE_TOKENS
+    assert memory.image_tokens == IMAGE_TOKENS
     planned = memory.activations(as_given(found.config, 6))[0]
     assert found.saved.bytes_kept == pytest.approx(planned, rel=0.003)
 

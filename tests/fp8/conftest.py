@@ -1,8 +1,5 @@
 """Triton kernels in tests: on a GPU as they are, else in Triton's interpreter on Paddle's CPU tensors."""
 
-import importlib
-import os
-import sys
 from dataclasses import fields, is_dataclass, replace
 
 import numpy as np
@@ -10,13 +7,6 @@ import paddle
 import pytest
 
 from ppcoat.fp8 import backend
-
-# Read when a kernel is defined; compile_kernels.py sets it to 0.
-if not paddle.get_device().startswith("gpu") and os.environ.setdefault("TRITON_INTERPRET", "1") == "1":
-    # paddlenlp imports Triton, so Triton's own small kernels (tl.max, tl.sum) are defined again
-    for name in ("triton.language.standard", "triton.language.random", "triton.language"):
-        if name in sys.modules:
-            importlib.reload(sys.modules[name])
 
 
 class Adapter:

@@ -3,7 +3,7 @@
 import paddle
 from paddle import nn
 
-from ppcoat.train.trainer import first_bad_module
+from ppcoat.train.report import first_bad_module
 
 
 class TwoOutputs(nn.Layer):

@@ -14,7 +14,7 @@ from ppcoat.data.examples import all_examples, scan_datasets
 from ppcoat.errors import ConfigError
 from ppcoat.plan.settings import as_given, with_settings
 from ppcoat.train import run
-from ppcoat.train.checkpoint import check_compatible
+from ppcoat.train.checkpoint import check_compatible, start_run_folder
 from ppcoat.train.ranks import Ranks
 from ppcoat.train.run import encode_for_all, with_fitting_settings
 
@@ -142,7 +142,7 @@ def test_auto_takes_the_memory_that_is_free_on_the_fullest_rank(planned, capsys)
 
 def test_a_run_that_goes_on_keeps_its_settings_whatever_is_free_now(planned, capsys):
     config, asked = planned(8 * 10**9)
-    run.start_run_folder(config.run_dir, run.dump_config(config))
+    start_run_folder(config.run_dir, run.dump_config(config))
     assert planned(5 * 10**9)[0] != config  # nothing to go on from
     (config.run_dir / "checkpoints").mkdir()
     (config.run_dir / "checkpoints" / "latest").write_text("x")
