@@ -23,7 +23,7 @@ from ppcoat.errors import ConfigError
 from ppcoat.lora import LoKrSettings, inject_lokr, inject_lora
 from ppcoat.lora.layer import lora_parameters, target_paths
 from ppcoat.models.blocks import BlockModel
-from ppcoat.nn.convert import multiply_in_fp8, replace_linear_with_fp8
+from ppcoat.nn.convert import multiply_in_fp8, save_linears_in_fp8
 from ppcoat.nn.linear import FactorCopies
 from ppcoat.nn.ops import look_at_weights_again
 from ppcoat.nn.policy import granularity_groups
@@ -77,9 +77,8 @@ class COATTrainer:
         for backward, the others their input in FP8; blocks are checkpointed where that is wanted.
         """
         look_at_weights_again(model)
-        activation = self.config.activation
         if self.fp8_activations:
-            replace_linear_with_fp8(model, activation.linear_granularity, activation.group_size)
+            save_linears_in_fp8(model, self.linear_group_size)
         if isinstance(model, BlockModel):
             self._model_takes_hooks = False
             model.checkpoint_blocks = self.config.memory.checkpoint_blocks

@@ -141,7 +141,8 @@ def run_section(name: str, small: bool, seconds: float) -> dict[str, Any]:
             entries[part] = entry
     except (ChildProcessError, MemoryError) as error:
         reason = str(error)
-        entries[next(part for part in parts if part not in entries)] = {"failed": reason}
+        for part in [part for part in parts if part not in entries][:1]:  # none, if it died after the last
+            entries[part] = {"failed": reason}
     entries |= {part: {"left_out": reason} for part in parts if part not in entries}
     return {"seconds": time.monotonic() - began, "budget_seconds": seconds, "parts": entries}
 

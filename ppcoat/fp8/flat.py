@@ -33,7 +33,8 @@ class FlatLayout:
 
     def gather(self, tensors: list[paddle.Tensor]) -> paddle.Tensor:
         """Tensors in the order of the parameters -> float32 [G, block_size]; unused places are zero."""
-        if tensors[0].dtype != paddle.float32:  # Paddle's CPU kernel fuses float32 only
+        # Paddle's CPU kernel fuses float32 only, and takes any other dtype for it.
+        if any(tensor.dtype != paddle.float32 for tensor in tensors):
             tensors = [tensor.astype("float32") for tensor in tensors]
         _, fused = paddle._C_ops.coalesce_tensor(
             tensors, paddle.float32, True, False, False, 0.0, True, 4 * self.block_size, 4, [], []

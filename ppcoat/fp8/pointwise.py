@@ -82,7 +82,7 @@ def dropout(x: paddle.Tensor, rate: float, seed: int) -> paddle.Tensor:
     that of x. NaN and infinities stay visible where they are dropped (times 0 they are NaN).
     """
     bits = random_bits(paddle.arange(x.size, dtype="int32" if x.size <= 2**31 else "int64"), seed)
-    factor = (bits >= _constant(round(rate * 2**32) - 2**31, bits)).astype("float32")
+    factor = (bits >= _constant(min(round(rate * 2**32), 2**32 - 1) - 2**31, bits)).astype("float32")
     factor = factor.scale_(1.0 / (1.0 - rate)).reshape(x.shape)
     return factor.multiply_(x.astype("float32")).astype(x.dtype)
 

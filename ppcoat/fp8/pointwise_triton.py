@@ -92,8 +92,9 @@ def dropout(x: Any, rate: float, seed: int) -> Any:
     name, total = dtype_name(x.dtype), math.prod(x.shape)
     y = empty(x, list(x.shape), name)
     if total:
+        dropped_below = min(round(rate * 2**32), 2**32 - 1) - 2**31
         dropout_kernel[(-(-total // TILE),)](
-            x, y, total, seed, round(rate * 2**32) - 2**31, 1.0 / (1.0 - rate), DTYPE=DTYPES[name], BLOCK=TILE
+            x, y, total, seed, dropped_below, 1.0 / (1.0 - rate), DTYPE=DTYPES[name], BLOCK=TILE
         )
     return y
 

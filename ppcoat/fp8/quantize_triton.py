@@ -106,7 +106,7 @@ def quantize_with_residual(x: Any, fmt: FP8Format, group_size: int | None = None
         quantize_with_residual_kernel[(-(-layout[0] // rows),)](
             x, codes, scale, residual, maxima, parts, *layout,
             PARTS=triton.next_power_of_2(parts) if parts else 0, MANTISSA=fmt.mantissa_bits,
-            NATIVE=native_fp8(), ROWS=rows, BLOCK=block,
+            NATIVE=native_fp8(), EVEN=even(*layout[1:3], block), ROWS=rows, BLOCK=block,
         )  # fmt: skip
     return codes, scale, residual
 
@@ -127,7 +127,8 @@ def dequantize_with_residual(
     if layout[0]:
         dequantize_with_residual_kernel[(-(-layout[0] // rows),)](
             codes, scale, residual, values, *layout, PER_TENSOR=group_size is None,
-            MANTISSA=fmt.mantissa_bits, NATIVE=native_fp8(), DTYPE=DTYPES[name], ROWS=rows, BLOCK=block,
+            MANTISSA=fmt.mantissa_bits, NATIVE=native_fp8(), DTYPE=DTYPES[name],
+            EVEN=even(*layout[1:3], block), ROWS=rows, BLOCK=block,
         )  # fmt: skip
     return values
 
@@ -220,6 +221,17 @@ def quantize_kernel(
     """ROWS groups of x. PARTS 0: a scale for each group, else one for all from `parts` maxima."""
     i_group, offset, inside = group_offsets(groups, width, group, per_row, ROWS, BLOCK, EVEN)
     x = widened(tl.load(p_x + offset, mask=inside, other=0.0))
+    codes, _ = quantize_tile(x, p_scale, p_maxima, parts, i_group, groups, PARTS, MANTISSA, NATIVE)
+    tl.store(p_codes + offset, codes, mask=inside)
+
+
+@triton.jit
+def quantize_tile(
+    x, p_scale, p_maxima, parts, i_group, groups,
+    PARTS: tl.constexpr, MANTISSA: tl.constexpr, NATIVE: tl.constexpr,
+):  # fmt: skip
+    """Groups x [ROWS, BLOCK] float32 -> their codes uint8, and the scale [ROWS, 1] or of all, which it
+    stores; PARTS as in `quantize_kernel`."""
     if PARTS:
         part = tl.arange(0, PARTS)
         maxima = tl.load(p_maxima + part.to(tl.int64), mask=part < parts, other=0.0)
@@ -229,7 +241,7 @@ def quantize_kernel(
     else:
         codes, scale = quantize_rows(x, MANTISSA, NATIVE)
         store_rows(p_scale, scale, i_group, i_group < groups)
-    tl.store(p_codes + offset, codes, mask=inside)
+    return codes, scale
 
 
 @triton.jit
@@ -248,22 +260,14 @@ def dequantize_kernel(
 @triton.jit
 def quantize_with_residual_kernel(
     p_x, p_codes, p_scale, p_residual, p_maxima, parts, groups, width, group, per_row,
-    PARTS: tl.constexpr, MANTISSA: tl.constexpr, NATIVE: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    PARTS: tl.constexpr, MANTISSA: tl.constexpr, NATIVE: tl.constexpr, EVEN: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """ROWS groups of x; PARTS as in `quantize_kernel`. A byte of the residual is of a pair of neighbours."""
-    i_group, place, present = group_offsets(groups, width, group, per_row, ROWS, BLOCK)
-    _, offset, inside = group_offsets(groups, width // 2, group // 2, per_row, ROWS, BLOCK // 2)
-    x = tl.load(p_x + place, mask=present, other=0.0).to(tl.float32)
-    if PARTS:
-        part = tl.arange(0, PARTS)
-        scale = scale_of(tl.max(tl.load(p_maxima + part.to(tl.int64), mask=part < parts, other=0.0), axis=0),
-                         MANTISSA)  # fmt: skip
-        codes = to_codes(x * tl.div_rn(1.0, scale), MANTISSA, NATIVE)
-        tl.store(p_scale, scale, mask=tl.program_id(0) == 0)
-    else:
-        codes, scale = quantize_rows(x, MANTISSA, NATIVE)
-        store_rows(p_scale, scale, i_group, i_group < groups)
+    i_group, place, present = group_offsets(groups, width, group, per_row, ROWS, BLOCK, EVEN)
+    _, offset, inside = group_offsets(groups, width // 2, group // 2, per_row, ROWS, BLOCK // 2, EVEN)
+    x = widened(tl.load(p_x + place, mask=present, other=0.0))
+    codes, scale = quantize_tile(x, p_scale, p_maxima, parts, i_group, groups, PARTS, MANTISSA, NATIVE)
     tl.store(p_codes + place, codes, mask=present)
     coarse = from_codes(codes, MANTISSA, NATIVE) * scale
     usable = (coarse != 0.0) & (coarse == coarse)
@@ -277,10 +281,10 @@ def quantize_with_residual_kernel(
 def dequantize_with_residual_kernel(
     p_codes, p_scale, p_residual, p_values, groups, width, group, per_row,
     PER_TENSOR: tl.constexpr, MANTISSA: tl.constexpr, NATIVE: tl.constexpr, DTYPE: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    EVEN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    i_group, place, present = group_offsets(groups, width, group, per_row, ROWS, BLOCK)
-    _, offset, inside = group_offsets(groups, width // 2, group // 2, per_row, ROWS, BLOCK // 2)
+    i_group, place, present = group_offsets(groups, width, group, per_row, ROWS, BLOCK, EVEN)
+    _, offset, inside = group_offsets(groups, width // 2, group // 2, per_row, ROWS, BLOCK // 2, EVEN)
     coarse = load_values(
         p_codes, p_scale, i_group, i_group < groups, place, present, MANTISSA, PER_TENSOR, NATIVE
     )

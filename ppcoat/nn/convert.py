@@ -30,20 +30,25 @@ def replace_linear_with_fp8(
     turned into FP8 by `fp8_saved_tensors`; a warning says so where nothing is left to change. Raises
     ConfigError for wrong values.
     """
-    groups = granularity_groups(linear_granularity, group_size)
-    known = FrozenLinear | LoRALinear
-    if not any(isinstance(layer, known) or _is_frozen(layer) for layer in model.sublayers()):
+    if not save_linears_in_fp8(model, granularity_groups(linear_granularity, group_size)):
         _log.warning(
             "replace_linear_with_fp8 changes nothing: the model has neither a frozen Linear nor a LoRA; run "
             "its forward pass inside fp8_saved_tensors() to save activations in FP8"
         )
-    for path, layer in list(model.named_sublayers()):
+    return model
+
+
+def save_linears_in_fp8(model: nn.Layer, groups: int | None) -> bool:
+    """What `replace_linear_with_fp8` does, one scale for `groups` features (None: one for all) -> whether
+    there is a Linear that saves as COAT does."""
+    layers = list(model.named_sublayers())
+    for path, layer in layers:
         if isinstance(layer, LoRALinear):
             layer.policy = "coat" if layer.policy == "none" else layer.policy
             layer.group_size = groups
         elif _is_frozen(layer):
             set_sublayer(model, path, FrozenLinear(layer))
-    return model
+    return any(isinstance(layer, FrozenLinear | LoRALinear) or _is_frozen(layer) for _, layer in layers)
 
 
 def _is_frozen(layer: nn.Layer) -> bool:

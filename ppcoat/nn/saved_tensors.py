@@ -190,7 +190,7 @@ class Saver:
 
     def fp8_form(self, x: paddle.Tensor, fmt: FP8Format, group_size: int | None) -> FP8Saved:
         """x [..., D] in FP8 for whoever computes with it now: made once while x is alive, also for those that
-        save it. Counted when it is saved."""
+        save it. Counted when it is saved. Results of products depend on it, see `_identity`."""
         forms, key = self._known_of(x).forms, (fmt.name, group_size, *x.shape)
         if key not in forms:
             views = (form for other, form in forms.items() if other[:2] == key[:2] and other[-1] == key[-1])
@@ -358,7 +358,8 @@ def _inverse(order: list[int]) -> list[int]:
 
 def _identity(x: paddle.Tensor) -> tuple:
     """Equal for two handles of the same live memory read in the same order, also for reshaped views. A change
-    by `set_value` is not seen: Paddle counts in-place operations only.
+    by `set_value` or `copy_` is not seen, because Paddle counts in-place operations only: nothing may change
+    an activation in that way.
     """
     layout = "contiguous" if x.is_contiguous() else (tuple(x.shape), tuple(x.strides))
     return x.data_ptr(), x.size, x.dtype, layout, x.inplace_version

@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 import paddle
 
 from ppcoat.config.schema import RunConfig
-from ppcoat.device import on_gpu
 from ppcoat.errors import ConfigError
 from ppcoat.plan.phases import MemoryModel, Phase, Settings
 
@@ -128,7 +127,7 @@ def with_memory_plan(
         return with_settings(config, plan(config, memory_model, config.vram_gb).settings)
     if free is None:
         raise ConfigError("memory: auto cannot see how much memory there is: give vram_gb")
-    here = config.model_copy(update={"device": "gpu" if on_gpu() else "cpu"})
+    here = config.model_copy(update={"device": paddle.get_device()})
     return with_settings(config, plan(here, memory_model, free / GB).settings)
 
 

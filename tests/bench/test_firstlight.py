@@ -256,6 +256,17 @@ def test_a_process_that_dies_is_a_failure_of_its_part(sections):
     assert found["third"]["left_out"] == found["second"]["failed"]
 
 
+def test_a_process_that_dies_after_its_last_part_loses_nothing(monkeypatch):
+    def ends_late(*_):
+        yield "only", {"result": 1}
+        raise ChildProcessError("exit code 9")
+
+    monkeypatch.setattr(firstlight, "on_gpu", lambda: True)
+    monkeypatch.setattr(firstlight, "_from_child", ends_late)
+    monkeypatch.setitem(SECTIONS, "section", FirstlightSection(60, lambda small: {"only": lambda: 1}))
+    assert run_section("section", True, 60)["parts"] == {"only": {"result": 1}}
+
+
 @pytest.mark.slow
 @WITHOUT_GPU
 def test_a_section_runs_in_a_process_of_its_own():

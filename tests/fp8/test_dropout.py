@@ -74,6 +74,11 @@ def test_the_rate_and_the_mean_are_kept(rate):
     assert abs((y == 0).mean() - rate) <= 5 * np.sqrt(rate * (1 - rate) / COUNT)
 
 
+def test_a_rate_just_below_one_drops(run):
+    y = run("dropout")(paddle.ones([1024]), 1 - 1e-12, 3).numpy()
+    assert (y == 0).all()
+
+
 def test_the_same_call_is_its_own_transpose_and_says_what_is_not_finite(run):
     x, seed = np.random.default_rng(0).standard_normal([3, 5, 50]).astype(np.float32), 2**50 + 3
     x[0, 0, :2], x[1, 1, 1] = np.nan, np.inf

@@ -5,7 +5,7 @@ import numpy as np
 import paddle
 import pytest
 
-from ppcoat.fp8.flat import FlatSpace, round_stochastically
+from ppcoat.fp8.flat import FlatLayout, FlatSpace, round_stochastically
 
 SHAPES = [[3, 5], [128], [1], [130]]
 
@@ -74,3 +74,8 @@ def test_stochastic_rounding_leaves_bfloat16_values_alone():
     exact = exact.astype(ml_dtypes.bfloat16).astype(np.float32)
     got = round_stochastically(paddle.to_tensor(exact)).astype("float32").numpy()
     np.testing.assert_array_equal(got, exact)
+
+
+def test_tensors_of_several_dtypes_are_gathered():
+    mixed = [paddle.full([3], 1.5), paddle.full([4], -2.0).astype("bfloat16")]
+    assert FlatLayout(mixed, 4).current().tolist() == [[1.5, 1.5, 1.5, 0.0], [-2.0] * 4]

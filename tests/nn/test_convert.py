@@ -5,6 +5,7 @@ import paddle
 import pytest
 from paddle import nn
 
+from ppcoat.coat import COATConfig, COATTrainer
 from ppcoat.errors import ConfigError
 from ppcoat.models.newbie.nextdit import NextDiT_CLIP
 from ppcoat.nn.convert import multiply_in_fp8, quantize_linears, replace_linear_with_fp8
@@ -74,3 +75,8 @@ def test_a_model_in_which_nothing_is_replaced_is_told_what_to_do(caplog):
     model = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4))
     assert replace_linear_with_fp8(model) is model and type(model[0]) is nn.Linear
     assert "changes nothing" in caplog.text and "fp8_saved_tensors()" in caplog.text
+
+
+def test_full_training_under_coat_is_told_nothing(caplog):
+    COATTrainer(COATConfig()).convert(nn.Sequential(nn.Linear(4, 8)))
+    assert caplog.text == ""

@@ -315,7 +315,7 @@ def test_auto_applies_the_plan_and_as_given_does_nothing():
     assert with_memory_plan(dev_config(), MemoryModel) == dev_config()
 
 
-@pytest.mark.parametrize("device", ["gpu", "cpu"])
+@pytest.mark.parametrize("device", ["gpu:1", "cpu"])
 def test_auto_plans_with_what_is_free_on_the_device_at_hand(device, monkeypatch):
     asked = []
 
@@ -324,7 +324,7 @@ def test_auto_plans_with_what_is_free_on_the_device_at_hand(device, monkeypatch)
         return SimpleNamespace(settings=under("coat"))
 
     monkeypatch.setattr(settings_module, "plan", planning)
-    monkeypatch.setattr(settings_module, "on_gpu", lambda: device == "gpu")
+    monkeypatch.setattr(settings_module.paddle, "get_device", lambda: device)
     config = dev_config(memory="auto", device="auto")
     applied = with_memory_plan(config, MemoryModel, free=22 * 10**9)
     assert asked == [(device, 22.0)] and applied == with_settings(config, under("coat"))
