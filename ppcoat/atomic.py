@@ -30,6 +30,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 _FORGOTTEN_SECONDS = 24 * 3600  # without a change: a draft of another machine has no living writer
 
 _PROCESS = r"(?P<pid>[0-9]{1,9})"
@@ -93,6 +95,12 @@ def write_text(path: str | Path, text: str) -> None:
     """`text` as UTF-8 in `path`. Raises OSError as whole_file does."""
     with whole_file(path) as draft:
         draft.write_text(text, encoding="utf-8")
+
+
+def is_disk_error(error: Exception) -> bool:
+    """Whether the file system raised it: an OSError, or a SafetensorError where safetensors writes a file.
+    Paddle gives errors of a device the type OSError, too, but no number."""
+    return isinstance(error, SafetensorError) or (isinstance(error, OSError) and error.errno is not None)
 
 
 def check_writable(folder: str | Path) -> None:

@@ -45,7 +45,7 @@ from ppcoat.models.flux.scheduler import calculate_shift
 from ppcoat.models.loading import check_folder
 from ppcoat.optim import lr_scheduler
 from ppcoat.train.base_model import base_identity
-from ppcoat.train.checkpoint import start_run_folder
+from ppcoat.train.checkpoint import check_run_folder
 from ppcoat.train.flux import LoRAFiles
 from ppcoat.train.model_spec import ModelSpec
 from ppcoat.train.previews import draw_previews
@@ -84,8 +84,7 @@ def train_flux_lightning(config: LightningConfig) -> TrainingResult:
     datasets = scan_datasets(run)
     if ranks.is_first:
         print(data_report(datasets))
-        settings = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-        start_run_folder(run.run_dir, settings)
+        check_run_folder(run.run_dir)
         _say_dtype(config)
     if config.deterministic:
         cost = use_deterministic_kernels()
@@ -131,6 +130,7 @@ def build_lightning_trainer(
         draw_previews=draw if run.sample.wanted else None,
         words=WORDS,
         ranks=ranks,
+        settings=yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
     )
 
 
@@ -253,7 +253,6 @@ def _compatible(config: LightningConfig, modules: list[str]) -> dict:
     return {
         "base": base_identity(config.pretrained_teacher_model),
         **{name: getattr(config, name) for name in alike},
-        **({"deterministic": True} if config.deterministic else {}),
         "turns": turns,
         "modules": modules,
     }

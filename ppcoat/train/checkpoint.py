@@ -17,13 +17,14 @@ import json
 import logging
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import paddle
 import safetensors.paddle
 
-from ppcoat.atomic import remove_dead_drafts, whole_folder, write_text
+from ppcoat.atomic import check_writable, remove_dead_drafts, whole_folder, write_text
 from ppcoat.config.schema import RunConfig
 from ppcoat.errors import ConfigError
 from ppcoat.train.ranks import Ranks
@@ -47,16 +48,31 @@ _log = logging.getLogger(__name__)
 NamedTensors = dict[str, paddle.Tensor]
 
 
-def start_run_folder(folder: Path, settings: str) -> None:
-    """Make the folder of a run with its settings, YAML, in config.yaml. Raises ConfigError where it cannot be
-    written to."""
+def in_its_folder(config: RunConfig, file: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The config of a run whose folder was moved, renamed or copied: where `file` is the config.yaml in a
+    folder with checkpoints, and no override says where, the run goes on in the folder of the file."""
+    folder = file.resolve().parent
+    is_own = file.name == "config.yaml" and (folder / "checkpoints").is_dir()
+    says_where = any(each.startswith(("output_dir=", "name=")) for each in overrides)
+    if not is_own or says_where or config.run_dir.resolve() == folder:
+        return config
+    print(f"this run's folder was {config.run_dir}; it goes on in {folder}")
+    return config.model_copy(update={"output_dir": str(folder.parent), "name": folder.name})
+
+
+def check_run_folder(folder: Path) -> None:
+    """Raises ConfigError where a run could not write to its folder; leaves nothing there."""
     try:
-        write_text(folder / "config.yaml", settings)
+        check_writable(folder)
     except OSError as error:
-        raise ConfigError(
-            f"output folder {folder}: cannot be written to ({error.strerror}); choose another "
-            "output_dir or make it writable"
-        ) from None
+        raise _unwritable(folder, error) from None
+
+
+def _unwritable(folder: Path, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"output folder {folder}: cannot be written to ({error.strerror}); choose another "
+        "output_dir or make it writable"
+    )
 
 
 @dataclass(frozen=True)
@@ -270,8 +286,13 @@ def save_run(state: RunState, config: RunConfig) -> None:
     save_checkpoint(config.run_dir, state.step, state.tensors(), facts, keep)
 
 
-def resume_run(state: RunState, config: RunConfig, ranks: Ranks, words: ResumeWords | None = None) -> None:
+def resume_run(
+    state: RunState, config: RunConfig, ranks: Ranks, words: ResumeWords | None = None, settings: str = ""
+) -> None:
     """Go on from the latest checkpoint, if there is one, and make all ranks start alike.
+
+    settings: text for config.yaml in the run folder, written last, so that a run which may not go on leaves
+    the settings of the one before.
 
     The number of ranks may differ from the checkpoint's where the global batch does not. What changed and may
     change is told in one line. words: of the command that runs. Raises ConfigError for a checkpoint of other
@@ -293,6 +314,11 @@ def resume_run(state: RunState, config: RunConfig, ranks: Ranks, words: ResumeWo
                 "all machines need the same pictures, and one output_dir that they share"
             )
     ranks.broadcast(state.parameters.values())
+    if settings and ranks.is_first:
+        try:
+            write_text(config.run_dir / "config.yaml", settings)
+        except OSError as error:
+            raise _unwritable(config.run_dir, error) from None
 
 
 def _go_on(state: RunState, config: RunConfig, checkpoint: Checkpoint, restart_flag: str) -> str:

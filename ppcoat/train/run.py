@@ -20,6 +20,7 @@ from typing import Any
 import paddle
 from PIL import Image
 
+from ppcoat.atomic import is_disk_error
 from ppcoat.coat import COATTrainer, prepare, trained_parameters
 from ppcoat.config.flags import RunFlags, add_run_flags, flag, from_flags
 from ppcoat.config.load import dump_config
@@ -43,7 +44,7 @@ from ppcoat.fp8 import backend
 from ppcoat.optim import ScheduleShape, lr_scheduler
 from ppcoat.plan.settings import with_earlier_plan, with_memory_plan
 from ppcoat.train.base_model import base_identity
-from ppcoat.train.checkpoint import start_run_folder
+from ppcoat.train.checkpoint import check_run_folder, in_its_folder
 from ppcoat.train.flux import FluxSpec
 from ppcoat.train.model_spec import ModelSpec
 from ppcoat.train.newbie import NewbieSpec
@@ -115,18 +116,6 @@ def run_command(arguments: argparse.Namespace) -> None:
     print("dry run: two steps done, nothing written")
 
 
-def in_its_folder(config: RunConfig, file: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The config of a run whose folder was moved or renamed: where `file` is the config.yaml in a folder with
-    checkpoints, and output_dir and name lead to none, the run goes on in the folder of the file."""
-    folder = file.resolve().parent
-    is_own = file.name == "config.yaml" and (folder / "checkpoints").is_dir()
-    says_where = any(each.startswith(("output_dir=", "name=")) for each in overrides)
-    if not is_own or says_where or (config.run_dir / "checkpoints").is_dir():
-        return config
-    print(f"this run's folder was {config.run_dir}; it goes on in {folder}")
-    return config.model_copy(update={"output_dir": str(folder.parent), "name": folder.name})
-
-
 @dataclass(frozen=True)
 class RunInputs:
     """What a run starts from, checked: pictures, validation pictures with captions, compute dtype, ranks."""
@@ -150,7 +139,7 @@ def train_lora(config: RunConfig) -> TrainingResult:
     ranks = inputs.ranks
     config = with_steps_of_epochs(with_fitting_settings(spec, config, ranks), inputs)
     if ranks.is_first:
-        start_run_folder(config.run_dir, dump_config(config))
+        check_run_folder(config.run_dir)
     pipeline = spec.load_encoders(config, inputs.dtype)
     cache = encode_for_all(spec, config, inputs.examples, pipeline, ranks)
     validation = None
@@ -231,12 +220,26 @@ def with_fitting_settings(spec: ModelSpec, config: RunConfig, ranks: Ranks) -> R
 
 
 def _planned_before(config: RunConfig) -> RunConfig | None:
-    """The config of a run that this one goes on from, if that was planned for free memory, too."""
+    """The config of a run that this one goes on from, if that was planned for free memory, too, and for the
+    same pictures a step, sizes and adapter."""
     settings = config.run_dir / "config.yaml"
     if not (settings.is_file() and (config.run_dir / "checkpoints" / "latest").exists()):
         return None
-    earlier = load_run_config(str(settings))
-    return earlier if earlier.memory == "auto" and earlier.vram_gb is None else None
+    try:
+        earlier = load_run_config(str(settings))
+    except ConfigError as error:  # of another version
+        print(f"memory: auto plans anew, because the settings of before cannot be read: {error}")
+        return None
+    if earlier.memory != "auto" or earlier.vram_gb is not None or _load(earlier) != _load(config):
+        return None
+    return earlier if config.model.quantize or not earlier.model.quantize else None
+
+
+def _load(config: RunConfig) -> tuple:
+    """What decides how much memory a run needs, apart from what a plan chooses."""
+    train = config.train
+    pictures = train.batch_size * train.gradient_accumulation
+    return pictures, [data.resolution for data in config.datasets], config.network, train.ema.use_ema
 
 
 def with_steps_of_epochs(config: RunConfig, inputs: RunInputs) -> RunConfig:
@@ -278,7 +281,7 @@ def encode_for_all(
         with rank_scratch(config.run_dir, ranks) as scratch, ranks.first_ahead():
             return encode_dataset(spec, config, examples, pipeline, scratch)
     except OSError as error:
-        if error.errno is None:  # one of Paddle's, who gives device errors this type
+        if not is_disk_error(error):
             raise
         raise ConfigError(
             f"encoded pictures and captions could not be written ({error.strerror}); make room on the disk, "
@@ -352,7 +355,13 @@ def build_trainer(
         draw_previews=draw if config.sample.wanted else None,
         validation=validation,
         ranks=ranks,
+        settings=dump_config(_without_permissions(config)),
     )
+
+
+def _without_permissions(config: RunConfig) -> RunConfig:
+    """The config to go on with: what was allowed for one start only is not allowed for the next."""
+    return config.model_copy(update={"save": config.save.model_copy(update={"restart_data": False})})
 
 
 def _optimizer(
@@ -387,5 +396,4 @@ def _compatible(config: RunConfig, modules: list[str]) -> dict:
         "base": base_identity(config.model.name_or_path),
         "network": adapter,
         "optimizer": optimizer,
-        **({"deterministic": True} if config.train.deterministic else {}),
     }

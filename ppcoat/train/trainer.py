@@ -19,6 +19,7 @@ import paddle
 from PIL import Image
 from safetensors import SafetensorError
 
+from ppcoat.atomic import is_disk_error
 from ppcoat.coat import COATTrainer, factor_copies
 from ppcoat.config.schema import RunConfig
 from ppcoat.data.cache import TrainingCache
@@ -34,8 +35,6 @@ from ppcoat.train.ranks import Ranks
 from ppcoat.train.report import Report, SigmaBins, first_bad_module
 from ppcoat.train.run_state import FinishStepOnSignal, ResumeWords, RunState, optimizer_state_bytes
 
-# A full disk is an OSError, but a SafetensorError where safetensors writes the file.
-_DISK_ERRORS = (OSError, SafetensorError)
 # What drawing and writing a picture may raise for a disk, a size or a device that does not play along.
 _PREVIEW_ERRORS = (OSError, MemoryError, RuntimeError, ValueError)
 # (step, whether it is the last) -> the files it wrote, each with what is in it
@@ -86,7 +85,7 @@ class Trainer:
     sides: what is trained, by name; a LoRA run has one. state: what goes into checkpoints; previews,
     validation and files are made of its running mean, if there is one, and its batches give the global batch
     of all `ranks`. save_weights(step, final) writes the result files and says what is in them.
-    draw_previews() -> (pictures, prompts). words: how a user goes on after a stop. factors: the LoRAs in the
+    draw_previews() -> (pictures, prompts). words: how a user goes on after a stop. settings: see `resume_run`. factors: the LoRAs in the
     dtype of the model, for a step.
     """
 
@@ -98,6 +97,7 @@ class Trainer:
     save_weights: SaveWeights
     draw_previews: Callable[[], tuple[list[Image.Image], list[str]]] | None = None
     validation: Validation | None = None
+    settings: str = ""
     words: ResumeWords = ResumeWords()
     ranks: Ranks = field(default_factory=Ranks)
     factors: FactorCopies = field(init=False)
@@ -127,7 +127,7 @@ class Trainer:
         written cost a warning.
         """
         steps, losses, saved, started = self.config.train.steps, [], None, time.perf_counter()
-        resume_run(self.state, self.config, self.ranks, self.words)
+        resume_run(self.state, self.config, self.ranks, self.words, self.settings)
         with self._report() as report, FinishStepOnSignal(second_acts=self.ranks.size == 1) as stop:
             if report is not None and self.step < steps and self._previews_come_first():
                 self._preview(report)
@@ -160,7 +160,7 @@ class Trainer:
         try:
             return Report(config.run_dir, config.train.steps, logging.log_every, logging.visualdl, self.step)
         except OSError as error:
-            if error.errno is None:  # one of Paddle's, who gives device errors this type
+            if not is_disk_error(error):
                 raise
             raise ConfigError(
                 f"the run folder cannot be written to: {error.filename}: {error.strerror}; make room on the "
@@ -320,6 +320,8 @@ class Trainer:
                 pictures, prompts = self.draw_previews()
             report.images(self.step, pictures, prompts)
         except _PREVIEW_ERRORS as error:
+            if isinstance(error, OSError) and not is_disk_error(error):
+                raise
             reason = " ".join(str(error).split())[:200]
             report.message(f"warning: step {self.step}: no previews, training goes on: {reason}")
             return
@@ -344,7 +346,9 @@ class Trainer:
         def attempt(what: str, write: Callable[[], Path | None]) -> None:
             try:
                 done[what] = write()
-            except _DISK_ERRORS as error:
+            except (OSError, SafetensorError) as error:
+                if not is_disk_error(error):
+                    raise
                 failed[what] = " ".join(str(getattr(error, "strerror", None) or error).split())
 
         if not (checkpoint and final):

@@ -173,8 +173,11 @@ def test_training_lowers_the_loss_on_a_fixed_batch(make_config, monkeypatch):
     ],
 )
 def test_resuming_with_other_settings_is_refused_by_name(finished, override, refusal):
+    settings = load_config(finished).run_dir / "config.yaml"
+    before = settings.read_bytes()
     with pytest.raises(ConfigError, match=f"cannot resume.* {refusal}"):
         train_lora(load_config(finished, [override]))
+    assert settings.read_bytes() == before
 
 
 @pytest.fixture(scope="module")

@@ -16,9 +16,9 @@ from ppcoat.data.sources import Item
 from ppcoat.errors import ConfigError
 from ppcoat.optim import lr_scheduler
 from ppcoat.train.base_model import base_identity
-from ppcoat.train.checkpoint import check_compatible, load_latest
+from ppcoat.train.checkpoint import check_compatible, in_its_folder, load_latest
 from ppcoat.train.report import SigmaBins
-from ppcoat.train.run import in_its_folder, train_lora
+from ppcoat.train.run import train_lora
 from ppcoat.train.run_state import RunState
 
 
@@ -33,6 +33,7 @@ def test_a_moved_run_goes_on_with_another_rate_a_mean_and_one_picture_more(make_
     again = ["train", "--config", str(moved / "config.yaml"), "--set", "train.steps=3",
              "--set", "train.lr=1e-4", "--set", "train.ema.use_ema=true"]  # fmt: skip
     assert main([*again, "--restart-data"]) == 0
+    assert "restart_data: false" in (moved / "config.yaml").read_text()  # it was allowed this once
     said = capfd.readouterr().out
     assert f"this run's folder was {config.run_dir}; it goes on in {moved}" in said
     assert f"resuming from {moved}/checkpoints/000000002: 1 of 3 steps are left" in said
@@ -51,8 +52,9 @@ def test_only_the_own_config_of_a_moved_folder_is_followed(make_config, tmp_path
     assert in_its_folder(config, own).run_dir == folder
     assert in_its_folder(config, folder / "mine.yaml") == config
     assert in_its_folder(config, own, ["output_dir=elsewhere"]) == config
-    (config.run_dir / "checkpoints").mkdir(parents=True)
-    assert in_its_folder(config, own) == config
+    (config.run_dir / "checkpoints").mkdir(parents=True)  # a new run under the old name
+    assert in_its_folder(config, own).run_dir == folder
+    assert in_its_folder(config, config.run_dir / "config.yaml") == config
 
 
 def test_a_base_is_known_by_its_weights_and_not_by_the_name_of_its_folder(tmp_path):

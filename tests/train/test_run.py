@@ -8,13 +8,14 @@ import numpy as np
 import paddle
 import pytest
 
+from ppcoat.atomic import write_text
 from ppcoat.data.cache import Encoders
 from ppcoat.data.embedding_store import EmbeddingStore
 from ppcoat.data.examples import all_examples, scan_datasets
 from ppcoat.errors import ConfigError
 from ppcoat.plan.settings import as_given, with_settings
 from ppcoat.train import run
-from ppcoat.train.checkpoint import check_compatible, start_run_folder
+from ppcoat.train.checkpoint import settings_of_training
 from ppcoat.train.ranks import Ranks
 from ppcoat.train.run import encode_for_all, with_fitting_settings
 
@@ -142,7 +143,7 @@ def test_auto_takes_the_memory_that_is_free_on_the_fullest_rank(planned, capsys)
 
 def test_a_run_that_goes_on_keeps_its_settings_whatever_is_free_now(planned, capsys):
     config, asked = planned(8 * 10**9)
-    start_run_folder(config.run_dir, run.dump_config(config))
+    write_text(config.run_dir / "config.yaml", run.dump_config(config))
     assert planned(5 * 10**9)[0] != config  # nothing to go on from
     (config.run_dir / "checkpoints").mkdir()
     (config.run_dir / "checkpoints" / "latest").write_text("x")
@@ -153,10 +154,24 @@ def test_a_run_that_goes_on_keeps_its_settings_whatever_is_free_now(planned, cap
     assert "the settings with which this run began" in capsys.readouterr().out
 
 
-def test_a_checkpoint_of_deterministic_kernels_wants_them_again(make_config):
-    with_flag, without = (
-        run._compatible(make_config(*flags), []) for flags in (["train.deterministic=true"], [])
+@pytest.mark.parametrize(
+    "changes", [["train.batch_size=3"], ["datasets.0.resolution=128"], ["network.linear=9"]]
+)
+def test_other_work_is_planned_anew(planned, make_config, changes):
+    config, _ = planned(8 * 10**9)
+    write_text(config.run_dir / "config.yaml", run.dump_config(config))
+    (config.run_dir / "checkpoints").mkdir()
+    (config.run_dir / "checkpoints" / "latest").write_text("x")
+    auto = ["memory=auto", "coat.enabled=true", "vram_gb=null"]
+    assert run._planned_before(make_config(*auto)) is not None
+    assert run._planned_before(make_config(*auto, *changes)) is None
+    (config.run_dir / "config.yaml").write_text("of: a later version\n")
+    assert run._planned_before(make_config(*auto)) is None
+
+
+def test_deterministic_kernels_may_come_and_go(make_config):
+    first, second = (
+        run._compatible(make_config(f"train.deterministic={on}"), []) for on in ("true", "false")
     )
-    with pytest.raises(ConfigError, match="deterministic was True in the checkpoint and is not set now"):
-        check_compatible(with_flag, without)
-    check_compatible(with_flag, with_flag)
+    assert first == second  # settings_of_training tells of it
+    assert "train.deterministic" in settings_of_training(make_config())

@@ -54,6 +54,12 @@ def test_a_full_disk_ends_in_one_line_and_keeps_what_it_takes(
     assert (load_latest(config.run_dir) is not None) == (left == "checkpoint")
 
 
+def test_an_error_of_the_device_is_no_full_disk(make_config, monkeypatch):
+    monkeypatch.setattr(trainer, "save_run", failing(OSError("(External) CUDA error(700)")))
+    with pytest.raises(OSError, match="CUDA error"):
+        train_lora(make_config("train.steps=2"))
+
+
 def test_a_log_that_cannot_be_written_is_told_once(tmp_path, capfd, monkeypatch):
     with Report(tmp_path, 3, log_every=1, visualdl=False) as report:
         for step in (1, 2, 3):
