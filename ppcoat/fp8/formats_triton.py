@@ -204,14 +204,20 @@ def fast_rsqrt(x):
 
 
 @triton.jit
-def floor_byte(x):
-    """Floor of x, of magnitude below 2^22, -> its lowest 8 bits as uint8: added to 1.5 * 2^23 and rounded
-    down a float32 holds the whole number in its last bits, which takes one instruction and no conversion."""
+def floor_bits(x):
+    """int32 whose lowest 22 bits are those of the floor of x, of magnitude below 2^21: added to 1.5 * 2^23
+    and rounded down a float32 holds the whole number in its last bits, in one instruction, no conversion."""
     if _INTERPRETED:
         y = tl.floor(x).to(tl.int32)
     else:
         y = tl.inline_asm_elementwise("add.rm.f32 $0, $1, 0f4B400000;", "=r,f", [x], tl.int32, True, 1)
-    return y.to(tl.uint8)
+    return y
+
+
+@triton.jit
+def floor_byte(x):
+    """The lowest 8 bits of the floor of x, of magnitude below 2^21, as uint8."""
+    return floor_bits(x).to(tl.uint8)
 
 
 @triton.jit

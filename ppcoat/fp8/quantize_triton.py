@@ -23,6 +23,8 @@ from .formats_triton import (
     Unsuited,
     dtype_name,
     empty,
+    fast_inverse,
+    floor_bits,
     from_codes,
     group_tile,
     larger,
@@ -269,12 +271,12 @@ def quantize_with_residual_kernel(
     x = widened(tl.load(p_x + place, mask=present, other=0.0))
     codes, scale = quantize_tile(x, p_scale, p_maxima, parts, i_group, groups, PARTS, MANTISSA, NATIVE)
     tl.store(p_codes + place, codes, mask=present)
-    coarse = from_codes(codes, MANTISSA, NATIVE) * scale
-    usable = (coarse != 0.0) & (coarse == coarse)
-    steps = tl.floor((x - coarse) / tl.where(usable, coarse, 1.0) * _RESIDUAL_STEPS + 8.5)
-    steps = tl.where(usable, tl.minimum(tl.maximum(steps, 1.0), 15.0), 8.0)
-    low, high = tl.split(tl.reshape(steps, [ROWS, BLOCK // 2, 2]))
-    tl.store(p_residual + offset, (low + 16.0 * high).to(tl.uint8), mask=inside)
+    # in units of the scale, where the codes are the numbers
+    coarse, exact = from_codes(codes, MANTISSA, NATIVE), x * tl.div_rn(1.0, scale)
+    steps = exact * fast_inverse(coarse) * _RESIDUAL_STEPS + (8.5 - _RESIDUAL_STEPS)
+    steps = tl.where(tl.abs(coarse) > 0.0, tl.minimum(tl.maximum(steps, 1.0), 15.5), 8.0)  # 8 for NaN, too
+    low, high = tl.split(tl.reshape(floor_bits(steps), [ROWS, BLOCK // 2, 2]))
+    tl.store(p_residual + offset, ((low & 15) | (high << 4)).to(tl.uint8), mask=inside)
 
 
 @triton.jit

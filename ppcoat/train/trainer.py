@@ -85,8 +85,8 @@ class Trainer:
     sides: what is trained, by name; a LoRA run has one. state: what goes into checkpoints; previews,
     validation and files are made of its running mean, if there is one, and its batches give the global batch
     of all `ranks`. save_weights(step, final) writes the result files and says what is in them.
-    draw_previews() -> (pictures, prompts). words: how a user goes on after a stop. settings: see `resume_run`. factors: the LoRAs in the
-    dtype of the model, for a step.
+    draw_previews() -> (pictures, prompts). words: how a user goes on after a stop. settings: as `resume_run`
+    takes them. factors: the LoRAs in the dtype of the model, for a step.
     """
 
     config: RunConfig

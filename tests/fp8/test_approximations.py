@@ -22,6 +22,7 @@ OPS = {
         *("rms_norm_rotated", "rms_norm_rotated_grad"),
     ),
     "pointwise_triton": ("gelu", "gelu_grad", "silu", "silu_grad"),
+    "quantize_triton": ("quantize_with_residual",),
 }
 
 
@@ -72,6 +73,7 @@ APPROXIMATIONS = (fast_exp2, fast_log2, fast_inverse, fast_sqrt, fast_rsqrt)
     [
         "adamw_triton",
         "pointwise_triton",
+        "quantize_triton",
         pytest.param("log_codes_triton", marks=pytest.mark.slow),
         pytest.param("norm_triton", marks=pytest.mark.slow),
     ],
