@@ -80,7 +80,8 @@ class FolderCaptions:
             caption = self._of_table.get(picture)
         default = self._defaults.get(picture.parent)
         if (caption is None or not caption.text) and default is not None:
-            caption = Caption(*_decoded(_bytes_of(default, MAX_CAPTION_BYTES), default), own=False)
+            text, encoding = _decoded(_bytes_of(default, MAX_CAPTION_BYTES), default)
+            caption = Caption(text.strip(), encoding, own=False)
         return caption if caption is not None and caption.text else None
 
     def missing(self, picture: Path) -> str:
@@ -106,16 +107,18 @@ class FolderCaptions:
         self, files: Iterable[Path], pictures: Iterable[Path]
     ) -> tuple[dict[Path, Caption], set[Path]]:
         """Captions by picture, and the files that are tables of captions. One whose name promises captions
-        and that gives none is noted, as are rows without a picture; any other file is passed over."""
+        and that gives none is noted, as are rows without a picture, and damage after a row with one; any
+        other file is passed over."""
         names, captions, used = _Names(pictures), {}, set()
         for file in sorted(path for path in files if path.suffix.lower() in TABLE_SUFFIXES):
             promises = re.match(r"(?i)(metadata|caption|prompt|meta_)", file.name) is not None
+            rows = []
             try:
-                rows = list(_rows(file))
+                rows.extend(_rows(file))  # those before the damage stay in it
             except BadCaption as error:
-                rows = []
-                self.notes += [str(error)] if promises else []
-                used |= {file} if promises else set()
+                if promises or any(names.find(file.parent, name) for name, _ in rows):
+                    self.notes.append(str(error))
+                    used.add(file)
                 continue
             found = [(names.find(file.parent, name), name, text) for name, text in rows]
             captions |= {path: Caption(text) for path, _, text in found if path is not None and text}
@@ -153,6 +156,7 @@ def read_caption(path: Path) -> Caption:
     """A caption file of one picture. Raises BadCaption for one that cannot be read, is longer than
     MAX_CAPTION_BYTES, in no known encoding, or JSON without a caption in it."""
     text, encoding = _decoded(_bytes_of(path, MAX_CAPTION_BYTES), path)
+    text = text.strip()
     if path.suffix.lower() == ".json" or text.startswith("{"):
         text = _of_json(text, path)
     return Caption(text, encoding)
@@ -203,7 +207,7 @@ def _decoded(raw: bytes, path: Path) -> tuple[str, str]:
         text, encoding = decode(raw)
     except UnicodeError:
         raise BadCaption(f"the caption {path.name} is in no known encoding (save it as UTF-8)") from None
-    return text.strip(), encoding
+    return text, encoding
 
 
 def _of_json(text: str, path: Path) -> str:
@@ -236,7 +240,7 @@ def _rows(file: Path) -> Iterator[tuple[str, str | None]]:
 
 
 def _json_lines(text: str) -> Iterator[tuple[str, str | None]]:
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):  # JSON may hold U+2028 and other line ends
         if line.strip():
             try:
                 row = json.loads(line)
@@ -257,15 +261,21 @@ def _json_table(text: str) -> Iterator[tuple[str, str | None]]:
 
 
 def _separated(text: str) -> Iterator[tuple[str, str | None]]:
-    first = text.partition("\n")[0]
-    for row in csv.DictReader(io.StringIO(text), delimiter=max(",;\t", key=first.count)):
-        yield from _row({key.strip(): value for key, value in row.items() if isinstance(key, str)})
+    start = len(text) - len(text.lstrip("\r\n"))
+    first = text[start:].partition("\n")[0]
+    rows = csv.DictReader(io.StringIO(text[start:]), delimiter=max(",;\t", key=first.count))
+    for row in rows:
+        more = row.pop(None, ())
+        yield from _row({key.strip(): value for key, value in row.items()})
+        if any(cell.strip() for cell in more):  # after its row, which tells that this is a table of captions
+            number = text.count("\n", 0, start) + rows.line_num
+            raise ValueError(f"line {number}: more cells than the header has; put the caption in quotes")
 
 
 def _row(row: Any) -> Iterator[tuple[str, str | None]]:
     """One row of a table, if it is one: an object with a picture's name."""
     if isinstance(row, dict):
-        key = next((key for key in FILE_KEYS if isinstance(row.get(key), str) and row[key]), None)
+        key = next((key for key in FILE_KEYS if isinstance(row.get(key), str) and row[key].strip()), None)
         if key is not None:
             yield row[key], text_of({other: value for other, value in row.items() if other != key})
 

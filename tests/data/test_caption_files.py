@@ -116,6 +116,31 @@ def test_a_table_that_does_not_help_is_named(folder, name, text, part):
     assert part in refusal(folder)
 
 
+@pytest.mark.parametrize(("name", "mark"), [("metadata.csv", ","), ("list.csv", ";"), ("list.tsv", "\t")])
+def test_a_row_with_more_cells_than_the_header_is_refused_and_not_cut(folder, name, mark):
+    rows = [f"\nimage{mark}text", f"0.png{mark}a dress{mark} ", f"sub/1.png{mark}red{mark} long"]
+    (folder / name).write_text("\n".join(rows))
+    said = f"{name} is damaged: line 4: more cells than the header has; put the caption in quotes"
+    assert said in refusal(folder)
+    assert said in scan_folder(folder, default_caption="x").notes
+    (folder / name).write_text("\n".join([*rows[:2], f'sub/1.png{mark}"red{mark} long"', "  "]))
+    assert captions(folder) == {"0.png": "a dress", "1.png": f"red{mark} long"}
+
+
+def test_a_table_with_a_nameless_first_column_keeps_its_columns(folder):
+    (folder / "list.tsv").write_text("\tfile_name\ttext\n0\t0.png\ta dress\n1\tsub/1.png\ta hat\n")
+    assert captions(folder) == {"0.png": "a dress", "1.png": "a hat"}
+
+
+def test_only_line_feeds_end_a_row_of_json_lines(folder):
+    """Unescaped, as json.dumps(..., ensure_ascii=False) writes them."""
+    texts = {"0.png": "red\u2028long\u2029dress\x85", "1.png": "a hat"}
+    rows = [{"file_name": name, "text": text + "."} for name, text in texts.items()]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    (folder / "metadata.jsonl").write_bytes("\r\n".join(lines).encode())
+    assert captions(folder) == {name: text + "." for name, text in texts.items()}
+
+
 def test_a_table_names_no_file_outside_of_the_folder(folder, draw):
     draw("elsewhere/secret.png", (16, 16), None)
     (folder / "sub/metadata.jsonl").write_text('{"file_name": "../elsewhere/secret.png", "text": "a"}')
