@@ -14,7 +14,7 @@ import json
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +38,13 @@ class BadCaption(Exception):
 
 @dataclass(frozen=True)
 class Caption:
-    """text: without outer white space. encoding: "utf-8", or another, which is a guess. own: it was written
-    for this picture alone, not for a whole folder."""
+    """text: without outer white space. encoding: of its file, "utf-8" or another, which is a guess. own: it
+    was written for this picture alone, not for a whole folder. file: that holds it, None: a setting does."""
 
     text: str
     encoding: str = "utf-8"
     own: bool = True
+    file: Path | None = None
 
 
 class FolderCaptions:
@@ -59,8 +60,6 @@ class FolderCaptions:
         keys = {_key(path) for path in pictures}
         self._beside = {_key(path): path for path in texts if path.suffix.lower() == suffix}
         lonely = {path for path in texts if _key(path) not in keys}
-        self._defaults = {path.parent: path for path in lonely
-                          if path.stem == "default" and path.suffix.lower() in (suffix, ".txt")}  # fmt: skip
         self._near: dict[tuple, list[Path]] = {}
         for path in texts:
             if path in lonely or path.suffix.lower() != suffix:
@@ -68,7 +67,10 @@ class FolderCaptions:
                     self._near.setdefault((path.parent, name), []).append(path)
                     self._near.setdefault((None, name), []).append(path)
         self._of_table, used = self._read_tables(lonely, pictures)
-        own = {path for path in self._beside.values() if path in lonely} - {*self._defaults.values()} - used
+        defaults = {path for path in lonely - used
+                    if path.stem == "default" and path.suffix.lower() in (suffix, ".txt")}  # fmt: skip
+        self._defaults = {path.parent: _default(path) for path in sorted(defaults)}
+        own = {path for path in self._beside.values() if path in lonely} - defaults - used
         self.unused = own  # caption files without a picture
         self._note_shared(pictures)
 
@@ -80,8 +82,9 @@ class FolderCaptions:
             caption = self._of_table.get(picture)
         default = self._defaults.get(picture.parent)
         if (caption is None or not caption.text) and default is not None:
-            text, encoding = _decoded(_bytes_of(default, MAX_CAPTION_BYTES), default)
-            caption = Caption(text.strip(), encoding, own=False)
+            if isinstance(default, BadCaption):
+                raise default
+            caption = default
         return caption if caption is not None and caption.text else None
 
     def missing(self, picture: Path) -> str:
@@ -157,9 +160,17 @@ def read_caption(path: Path) -> Caption:
     MAX_CAPTION_BYTES, in no known encoding, or JSON without a caption in it."""
     text, encoding = _decoded(_bytes_of(path, MAX_CAPTION_BYTES), path)
     text = text.strip()
-    if path.suffix.lower() == ".json" or text.startswith("{"):
+    if path.suffix.lower() == ".json" or text.startswith(("{", "[")):
         text = _of_json(text, path)
-    return Caption(text, encoding)
+    return Caption(text, encoding, file=path)
+
+
+def _default(path: Path) -> Caption | BadCaption:
+    """A folder's default caption, or why there is none: it is read once, for all pictures."""
+    try:
+        return replace(read_caption(path), own=False)
+    except BadCaption as error:
+        return error
 
 
 def text_of(value: Any) -> str | None:
@@ -211,7 +222,8 @@ def _decoded(raw: bytes, path: Path) -> tuple[str, str]:
 
 
 def _of_json(text: str, path: Path) -> str:
-    """The caption in a JSON text; a .txt that only looks like JSON, such as {a|b}, is a caption itself."""
+    """The caption in a JSON text; a .txt that only looks like JSON, such as {a|b} or [red] dress, is a
+    caption itself."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):

@@ -6,6 +6,7 @@ import unicodedata
 
 import pytest
 
+from ppcoat.data import caption_files
 from ppcoat.data.encodings import decode
 from ppcoat.data.sources import scan_folder
 from ppcoat.errors import ConfigError
@@ -162,6 +163,14 @@ def test_json_beside_a_picture_is_read_or_refused_and_never_a_prompt(draw, tmp_p
         assert captions(tmp_path) == {"0.png": "{red|blue} dress"}
     else:
         assert "0.json is no JSON" in refusal(tmp_path, caption_ext=ending)
+    file.write_text('["a red dress"]')
+    assert f"0.{ending} holds JSON without a caption, no object" in refusal(tmp_path, caption_ext=ending)
+
+
+@pytest.mark.parametrize("text", ["[red] dress", "[trigger]", "[trigger] x", "[a, b]"])
+def test_brackets_that_are_no_json_are_a_caption(draw, tmp_path, text):
+    draw("0.png", (16, 16), text)
+    assert captions(tmp_path) == {"0.png": text}
 
 
 @pytest.mark.parametrize(
@@ -191,6 +200,39 @@ def test_default_text_is_the_caption_of_its_folder(folder):
     ]
 
 
+@pytest.mark.parametrize("ending", ["txt", "json"])
+def test_a_default_is_read_as_a_caption_beside_a_picture_is(folder, ending):
+    file = folder / f"default.{ending}"
+    file.write_text('{"caption": "a red dress"}')
+    (folder / f"sub/default.{ending}").write_text('{"scene": "plain"}')
+    said = refusal(folder, caption_ext=ending)
+    assert f"1 problem in {folder}: sub/1.png: the caption default.{ending} holds JSON without" in said
+    (folder / f"sub/default.{ending}").unlink()
+    options = {"caption_ext": ending, "default_caption": "a hat"}
+    assert captions(folder, **options) == {"0.png": "a red dress", "1.png": "a hat"}
+
+
+def test_a_table_named_default_is_no_default_caption(draw, tmp_path):
+    draw("0.png", (16, 16), None)
+    draw("1.png", (16, 16), None)
+    (tmp_path / "default.json").write_text('{"0.png": "a dress"}')
+    for ending in ("txt", "json"):
+        found = captions(tmp_path, caption_ext=ending, default_caption="a hat")
+        assert found == {"0.png": "a dress", "1.png": "a hat"}
+
+
+@pytest.mark.parametrize("raw", ["赤いドレス".encode("cp932"), b"\x81\xff\x00\x81"])
+def test_a_default_is_guessed_once(draw, tmp_path, monkeypatch, raw):
+    draw("x.png", (16, 16), "a coat")
+    for number in range(3):
+        draw(f"{number}.png", (16, 16), None)
+    (tmp_path / "default.txt").write_bytes(raw)
+    read = []
+    monkeypatch.setattr(caption_files, "decode", lambda raw: (read.append(raw), decode(raw))[1])
+    found = scan_folder(tmp_path, skip_bad=True)
+    assert read.count(raw) == 1 and len(found.items) + len(found.bad) == 4
+
+
 def test_pictures_that_share_a_caption_are_noted(draw, tmp_path):
     draw("a.png", (16, 16), "a dress")
     draw("a.jpg", (16, 16), None)
@@ -209,3 +251,12 @@ def test_guessed_captions_are_shown(draw, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         (item,) = scan_folder(tmp_path).items
     assert item.encoding == "cp932" and "a.txt as cp932: 赤いドレス、白い水玉" in caplog.text
+
+
+def test_the_warning_of_guesses_names_the_file_that_there_is(folder, caplog):
+    (folder / "0.TXT").write_bytes("robe rouge créée".encode("cp1252"))
+    (folder / "sub/default.txt").write_bytes("赤いドレス".encode("cp932"))
+    with caplog.at_level(logging.WARNING):
+        scan_folder(folder)
+    assert f"in {folder} 2 captions are not UTF-8" in caplog.text
+    assert "check: 0.TXT as cp1252: robe rouge créée; sub/default.txt as cp932: 赤いドレス" in caplog.text
