@@ -123,8 +123,8 @@ class FolderCaptions:
                     self.notes.append(str(error))
                     used.add(file)
                 continue
-            found = [(names.find(file.parent, name), name, text) for name, text in rows]
-            captions |= {path: Caption(text) for path, _, text in found if path is not None and text}
+            found = [(names.find(file.parent, name), name, caption) for name, caption in rows]
+            captions |= {path: caption for path, _, caption in found if path is not None and caption}
             lost = [name for path, name, _ in found if path is None]
             if len(lost) < len(rows):
                 used.add(file)
@@ -240,13 +240,14 @@ def _of_json(text: str, path: Path) -> str:
     return caption
 
 
-def _rows(file: Path) -> Iterator[tuple[str, str | None]]:
+def _rows(file: Path) -> Iterator[tuple[str, Caption | None]]:
     """(name of a picture, its caption or None) of every row; nothing for a file that is no such table."""
     if file.suffix.lower() == ".parquet":
         return
-    text, _ = _decoded(_bytes_of(file, MAX_TABLE_BYTES), file)
+    text, encoding = _decoded(_bytes_of(file, MAX_TABLE_BYTES), file)
     try:
-        yield from _READERS[file.suffix.lower()](text)
+        for name, caption in _READERS[file.suffix.lower()](text):
+            yield name, Caption(caption, encoding, file=file) if caption else None
     except (ValueError, csv.Error, RecursionError) as error:
         raise BadCaption(f"{file.name} is damaged: {' '.join(str(error).split())}") from None
 

@@ -6,7 +6,7 @@ import unicodedata
 
 import pytest
 
-from ppcoat.data import caption_files
+from ppcoat.data import caption_files, encodings
 from ppcoat.data.encodings import decode
 from ppcoat.data.sources import scan_folder
 from ppcoat.errors import ConfigError
@@ -49,6 +49,27 @@ def test_bytes_that_are_no_text_are_refused():
     ):
         with pytest.raises(UnicodeError):
             decode(raw)
+
+
+@pytest.mark.parametrize(
+    ("head", "tail", "encoding"),
+    [
+        ("été à la mer, ".encode("cp1252") * 5000, "красное платье, ".encode("cp1251") * 20000, "cp1252"),
+        (b"a red dress, " * 6000, "robe rouge créée".encode("cp1252"), "cp1252"),
+    ],
+    ids=["first-counts", "after-ascii"],
+)
+def test_a_long_text_is_guessed_from_its_first_part(head, tail, encoding):
+    assert decode(head + tail) == ((head + tail).decode(encoding), encoding)
+
+
+@pytest.mark.parametrize("sample", [100, 101])
+def test_a_guess_may_cut_a_character_and_decodes_all_the_same(monkeypatch, sample):
+    monkeypatch.setattr(encodings, "_SAMPLE", sample)
+    text = "赤いドレス、" * 20
+    assert decode(text.encode("cp932")) == (text, "cp932")
+    text = "КРАСНОЕ ПЛАТЬЕ " * 20 + "≤"  # lower case and likelier in cp1251, which has no byte for the last
+    assert decode(text.encode("koi8_r")) == (text, "koi8_r")
 
 
 def captions(folder, **options):
@@ -131,6 +152,17 @@ def test_a_row_with_more_cells_than_the_header_is_refused_and_not_cut(folder, na
 def test_a_table_with_a_nameless_first_column_keeps_its_columns(folder):
     (folder / "list.tsv").write_text("\tfile_name\ttext\n0\t0.png\ta dress\n1\tsub/1.png\ta hat\n")
     assert captions(folder) == {"0.png": "a dress", "1.png": "a hat"}
+
+
+def test_a_guessed_table_is_named_once_with_a_caption_that_shows_the_guess(folder, caplog):
+    (folder / "metadata.csv").write_bytes("image,text\n0.png,a hat\nsub/1.png,robe créée".encode("cp1252"))
+    with caplog.at_level(logging.WARNING):
+        items = scan_folder(folder).items
+    assert [(item.caption_raw, item.encoding) for item in items] == [
+        ("a hat", "cp1252"),
+        ("robe créée", "cp1252"),
+    ]
+    assert caplog.text.strip().endswith("please check: metadata.csv as cp1252: robe créée")
 
 
 def test_only_line_feeds_end_a_row_of_json_lines(folder):
