@@ -15,6 +15,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,9 @@ class FolderCaptions:
                 for name in {_loose(path.stem), _loose(path.stem.rpartition(".")[0] or path.stem)}:
                     self._near.setdefault((path.parent, name), []).append(path)
                     self._near.setdefault((None, name), []).append(path)
-        self._of_table, used = self._read_tables(lonely, pictures)
+        self._of_table: dict[Path, Caption] = {}
+        self._unclear: dict[Path, str] = {}  # why a table's row is not this picture's for sure
+        used = self._read_tables(lonely, pictures)
         defaults = {path for path in lonely - used
                     if path.stem == "default" and path.suffix.lower() in (suffix, ".txt")}  # fmt: skip
         self._defaults = {path.parent: _default(path) for path in sorted(defaults)}
@@ -80,6 +83,10 @@ class FolderCaptions:
         caption = None if path is None else read_caption(path)
         if caption is None or not caption.text:
             caption = self._of_table.get(picture)
+            if caption is not None and len(caption.text.encode("utf-8", "replace")) > MAX_CAPTION_BYTES:
+                raise BadCaption(
+                    f"the caption in {caption.file.name} is longer than {MAX_CAPTION_BYTES} bytes"
+                )
         default = self._defaults.get(picture.parent)
         if (caption is None or not caption.text) and default is not None:
             if isinstance(default, BadCaption):
@@ -95,6 +102,8 @@ class FolderCaptions:
         near = [each for place in (picture.parent, None) for name in (picture.stem, picture.name)
                 for each in self._near.get((place, _loose(name)), ())]  # fmt: skip
         wanted = f"no caption {picture.stem}{self.suffix}"
+        if not near and picture in self._unclear:
+            return f"{wanted}, and {self._unclear[picture]}"
         if not near:
             return f"{wanted}, and no row in {self._table}" if self._table else wanted
         self.unused.discard(near[0])
@@ -106,35 +115,27 @@ class FolderCaptions:
             )
         return f"{wanted}, but there is {near[0].name}: rename it"
 
-    def _read_tables(
-        self, files: Iterable[Path], pictures: Iterable[Path]
-    ) -> tuple[dict[Path, Caption], set[Path]]:
-        """Captions by picture, and the files that are tables of captions. One whose name promises captions
-        and that gives none is noted, as are rows without a picture, and damage after a row with one; any
-        other file is passed over."""
-        names, captions, used = _Names(pictures), {}, set()
+    def _read_tables(self, files: Iterable[Path], pictures: Iterable[Path]) -> set[Path]:
+        """Take the captions of all tables, of two that name a picture those of the later; gives the files
+        that are tables. One whose name promises captions and that gives none is noted, as is damage after a
+        row with a picture; any other file is passed over."""
+        names, used = _Names(pictures), set()
         for file in sorted(path for path in files if path.suffix.lower() in TABLE_SUFFIXES):
             promises = re.match(r"(?i)(metadata|caption|prompt|meta_)", file.name) is not None
-            rows = []
+            rows, damage = [], ""
             try:
                 rows.extend(_rows(file))  # those before the damage stay in it
             except BadCaption as error:
-                if promises or any(names.find(file.parent, name) for name, _ in rows):
-                    self.notes.append(str(error))
-                    used.add(file)
-                continue
+                damage = str(error)
             found = [(names.find(file.parent, name), name, caption) for name, caption in rows]
-            captions |= {path: caption for path, _, caption in found if path is not None and caption}
-            lost = [name for path, name, _ in found if path is None]
-            if len(lost) < len(rows):
+            known = any(fitting for fitting, _, _ in found)
+            if known or promises:
                 used.add(file)
-                if lost:
-                    self.notes.append(
-                        f"{file.name} names {len(lost)} pictures that are not there: {lost[0]}, ..."
-                    )
-                self._table = file.name
+            if damage:
+                self.notes += [damage] if known or promises else []
+            elif known:
+                self._take(file, found)
             elif promises:
-                used.add(file)
                 what = f"none of its {len(rows)} rows names a picture here" if rows else _WANTED
                 what = (
                     "Parquet is not read here, write it as metadata.jsonl"
@@ -142,7 +143,36 @@ class FolderCaptions:
                     else what
                 )
                 self.notes.append(f"{file.name} gives no caption: {what}")
-        return captions, used
+        return used
+
+    def _take(self, file: Path, found: Sequence[tuple[list[Path], str, Caption | None]]) -> None:
+        """The captions of one table's rows, each with the pictures that its name fits. What is odd is noted:
+        names that fit none or several, and pictures that another table names, too."""
+        self._table = file.name
+        lost = [name for fitting, name, _ in found if not fitting]
+        if lost:
+            self.notes.append(f"{file.name} names {len(lost)} pictures that are not there: {lost[0]}, ...")
+        unclear = {name: fitting for fitting, name, _ in found if len(fitting) > 1}
+        for name, fitting in unclear.items():
+            for picture in fitting:
+                self._unclear.setdefault(picture, f"{name} in {file.name} fits several pictures")
+        if unclear:
+            name, fitting = next(iter(unclear.items()))
+            some = " and ".join(path.relative_to(file.parent).as_posix() for path in fitting[:2])
+            more = f" (and {len(unclear) - 1} more such names)" if len(unclear) > 1 else ""
+            self.notes.append(
+                f"{name} in {file.name} fits several pictures, e.g. {some}{more}: name each with its folder "
+                "and ending"
+            )
+        captions = {fitting[0]: caption for fitting, _, caption in found if len(fitting) == 1 and caption}
+        twice: dict[Path, list[Path]] = {}
+        for picture in captions.keys() & self._of_table.keys():
+            twice.setdefault(self._of_table[picture].file, []).append(picture)
+        for other, several in sorted(twice.items()):
+            tables = " and ".join(f"{each.parent.name}/{each.name}" for each in (other, file))
+            count = f"{len(several)} picture{'s' if len(several) > 1 else ''}, e.g. {min(several).name}"
+            self.notes.append(f"{tables} both name {count}: the second counts")
+        self._of_table |= captions
 
     def _note_shared(self, pictures: Iterable[Path]) -> None:
         users: dict[tuple, list[Path]] = {}
@@ -308,13 +338,25 @@ class _Names:
         for path in pictures:
             self._paths[normal(path.as_posix())] = path
             for short in {path.name, path.stem}:
-                self._short.setdefault(normal(short), []).append(path)
+                for key in (short, f"{path.parent.name}/{short}"):  # the second, as many may be called alike
+                    self._short.setdefault(normal(key), []).append(path)
 
-    def find(self, folder: Path, name: str) -> Path | None:
-        """Only pictures that were found in the data folder come back, whatever the name says."""
+    def find(self, folder: Path, name: str) -> list[Path]:
+        """The pictures whose last folders and name agree with most of `name`, read from its end: none, one,
+        or several that it does not tell apart. Only pictures that were found below `folder` come back,
+        whatever the name says."""
         name = normal(name.strip().replace("\\", "/"))
         exact = self._paths.get(normal((folder / name).as_posix()))
         if exact is not None:
-            return exact
-        below = [path for path in self._short.get(name.rpartition("/")[2], ()) if path.is_relative_to(folder)]
-        return below[0] if len(below) == 1 else None
+            return [exact]
+        *folders, last = name.split("/")
+        for key in ("/".join([*folders[-1:], last]), last):
+            fits: dict[tuple, list[Path]] = {}
+            for path in self._short.get(key, ()):
+                if path.is_relative_to(folder):
+                    pairs = zip(reversed(folders), map(normal, reversed(path.parent.parts)), strict=False)
+                    equal = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+                    fits.setdefault((equal, normal(path.name) == last), []).append(path)
+            if fits:
+                return fits[max(fits)]
+        return []

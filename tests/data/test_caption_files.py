@@ -174,6 +174,60 @@ def test_only_line_feeds_end_a_row_of_json_lines(folder):
     assert captions(folder) == {name: text + "." for name, text in texts.items()}
 
 
+@pytest.fixture
+def alike(draw, tmp_path):
+    """Pictures x/a/0.png, x/b/0.png and y/a/0.png without captions."""
+    for name in ("x/a", "x/b", "y/a"):
+        draw(f"{name}/0.png", (16, 16), None)
+    return tmp_path
+
+
+@pytest.mark.parametrize("ending", [".png", ""])
+def test_pictures_called_alike_are_told_apart_by_the_end_of_their_paths(alike, ending):
+    rows = {f"/data/x/a/0{ending}": "1", f"D:\\x\\b\\0{ending}": "2", f"../y/a/0{ending}": "3"}
+    (alike / "captions.json").write_text(json.dumps(rows))
+    found = scan_folder(alike)
+    assert [item.caption_raw for item in found.items] == ["1", "2", "3"] and found.notes == ()
+
+
+def test_a_whole_name_counts_before_one_without_its_ending(draw, tmp_path):
+    draw("a/0.png", (16, 16), None)
+    draw("a/0.png.jpg", (16, 16), None)
+    (tmp_path / "captions.json").write_text('{"/data/a/0.png": "1", "/data/a/0.png.jpg": "2"}')
+    assert captions(tmp_path) == {"0.png": "1", "0.png.jpg": "2"}
+
+
+def test_a_name_that_fits_several_pictures_is_noted_and_gives_none_a_caption(alike):
+    rows = {"/data/b/0.png": "1", "/data/a/0.png": "2", "0.png": "3"}
+    (alike / "captions.json").write_text(json.dumps(rows))
+    found = scan_folder(alike, default_caption="x")
+    assert [item.caption_raw for item in found.items] == ["x", "1", "x"]
+    assert found.notes == (
+        "/data/a/0.png in captions.json fits several pictures, e.g. x/a/0.png and y/a/0.png "
+        "(and 1 more such names): name each with its folder and ending",
+    )
+    (alike / "captions.json").write_text('{"/data/a/0.png": "2"}')
+    said = "x/a/0.png: no caption 0.txt, and /data/a/0.png in captions.json fits several pictures"
+    assert said in refusal(alike) and "none of its" not in refusal(alike)
+
+
+def test_two_tables_that_name_a_picture_are_noted(folder):
+    (folder / "metadata.csv").write_text("image,text\n0.png,a dress\nsub/1.png,a hat")
+    (folder / "sub/metadata.csv").write_text("image,text\n1.png,a coat")
+    assert captions(folder) == {"0.png": "a dress", "1.png": "a coat"}
+    tables = f"{folder.name}/metadata.csv and sub/metadata.csv"
+    assert scan_folder(folder).notes == (f"{tables} both name 1 picture, e.g. 1.png: the second counts",)
+
+
+def test_captions_of_tables_have_the_size_limit_of_caption_files(folder):
+    rows = {"0.png": "é" * (caption_files.MAX_CAPTION_BYTES // 2), "sub/1.png": "a hat"}
+    (folder / "captions.json").write_text(json.dumps(rows))
+    assert captions(folder) == {"0.png": rows["0.png"], "1.png": "a hat"}
+    (folder / "captions.json").write_text(json.dumps(rows | {"0.png": rows["0.png"] + "."}))
+    said = f"1 problem in {folder}: 0.png: the caption in captions.json is longer than 65536 bytes"
+    assert refusal(folder).startswith(said)
+
+
 def test_a_table_names_no_file_outside_of_the_folder(folder, draw):
     draw("elsewhere/secret.png", (16, 16), None)
     (folder / "sub/metadata.jsonl").write_text('{"file_name": "../elsewhere/secret.png", "text": "a"}')
