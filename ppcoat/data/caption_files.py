@@ -14,7 +14,8 @@ import json
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +39,13 @@ class BadCaption(Exception):
 
 @dataclass(frozen=True)
 class Caption:
-    """text: without outer white space. encoding: "utf-8", or another, which is a guess. own: it was written
-    for this picture alone, not for a whole folder."""
+    """text: without outer white space. encoding: of its file, "utf-8" or another, which is a guess. own: it
+    was written for this picture alone, not for a whole folder. file: that holds it, None: a setting does."""
 
     text: str
     encoding: str = "utf-8"
     own: bool = True
+    file: Path | None = None
 
 
 class FolderCaptions:
@@ -59,16 +61,19 @@ class FolderCaptions:
         keys = {_key(path) for path in pictures}
         self._beside = {_key(path): path for path in texts if path.suffix.lower() == suffix}
         lonely = {path for path in texts if _key(path) not in keys}
-        self._defaults = {path.parent: path for path in lonely
-                          if path.stem == "default" and path.suffix.lower() in (suffix, ".txt")}  # fmt: skip
         self._near: dict[tuple, list[Path]] = {}
         for path in texts:
             if path in lonely or path.suffix.lower() != suffix:
                 for name in {_loose(path.stem), _loose(path.stem.rpartition(".")[0] or path.stem)}:
                     self._near.setdefault((path.parent, name), []).append(path)
                     self._near.setdefault((None, name), []).append(path)
-        self._of_table, used = self._read_tables(lonely, pictures)
-        own = {path for path in self._beside.values() if path in lonely} - {*self._defaults.values()} - used
+        self._of_table: dict[Path, Caption] = {}
+        self._unclear: dict[Path, str] = {}  # why a table's row is not this picture's for sure
+        used = self._read_tables(lonely, pictures)
+        defaults = {path for path in lonely - used
+                    if path.stem == "default" and path.suffix.lower() in (suffix, ".txt")}  # fmt: skip
+        self._defaults = {path.parent: _default(path) for path in sorted(defaults)}
+        own = {path for path in self._beside.values() if path in lonely} - defaults - used
         self.unused = own  # caption files without a picture
         self._note_shared(pictures)
 
@@ -78,9 +83,15 @@ class FolderCaptions:
         caption = None if path is None else read_caption(path)
         if caption is None or not caption.text:
             caption = self._of_table.get(picture)
+            if caption is not None and len(caption.text.encode("utf-8", "replace")) > MAX_CAPTION_BYTES:
+                raise BadCaption(
+                    f"the caption in {caption.file.name} is longer than {MAX_CAPTION_BYTES} bytes"
+                )
         default = self._defaults.get(picture.parent)
         if (caption is None or not caption.text) and default is not None:
-            caption = Caption(*_decoded(_bytes_of(default, MAX_CAPTION_BYTES), default), own=False)
+            if isinstance(default, BadCaption):
+                raise default
+            caption = default
         return caption if caption is not None and caption.text else None
 
     def missing(self, picture: Path) -> str:
@@ -91,6 +102,8 @@ class FolderCaptions:
         near = [each for place in (picture.parent, None) for name in (picture.stem, picture.name)
                 for each in self._near.get((place, _loose(name)), ())]  # fmt: skip
         wanted = f"no caption {picture.stem}{self.suffix}"
+        if not near and picture in self._unclear:
+            return f"{wanted}, and {self._unclear[picture]}"
         if not near:
             return f"{wanted}, and no row in {self._table}" if self._table else wanted
         self.unused.discard(near[0])
@@ -102,33 +115,27 @@ class FolderCaptions:
             )
         return f"{wanted}, but there is {near[0].name}: rename it"
 
-    def _read_tables(
-        self, files: Iterable[Path], pictures: Iterable[Path]
-    ) -> tuple[dict[Path, Caption], set[Path]]:
-        """Captions by picture, and the files that are tables of captions. One whose name promises captions
-        and that gives none is noted, as are rows without a picture; any other file is passed over."""
-        names, captions, used = _Names(pictures), {}, set()
+    def _read_tables(self, files: Iterable[Path], pictures: Iterable[Path]) -> set[Path]:
+        """Take the captions of all tables, of two that name a picture those of the later; gives the files
+        that are tables. One whose name promises captions and that gives none is noted, as is damage after a
+        row with a picture; any other file is passed over."""
+        names, used = _Names(pictures), set()
         for file in sorted(path for path in files if path.suffix.lower() in TABLE_SUFFIXES):
             promises = re.match(r"(?i)(metadata|caption|prompt|meta_)", file.name) is not None
+            rows, damage = [], ""
             try:
-                rows = list(_rows(file))
+                rows.extend(_rows(file))  # those before the damage stay in it
             except BadCaption as error:
-                rows = []
-                self.notes += [str(error)] if promises else []
-                used |= {file} if promises else set()
-                continue
-            found = [(names.find(file.parent, name), name, text) for name, text in rows]
-            captions |= {path: Caption(text) for path, _, text in found if path is not None and text}
-            lost = [name for path, name, _ in found if path is None]
-            if len(lost) < len(rows):
+                damage = str(error)
+            found = [(names.find(file.parent, name), name, caption) for name, caption in rows]
+            known = any(fitting for fitting, _, _ in found)
+            if known or promises:
                 used.add(file)
-                if lost:
-                    self.notes.append(
-                        f"{file.name} names {len(lost)} pictures that are not there: {lost[0]}, ..."
-                    )
-                self._table = file.name
+            if damage:
+                self.notes += [damage] if known or promises else []
+            elif known:
+                self._take(file, found)
             elif promises:
-                used.add(file)
                 what = f"none of its {len(rows)} rows names a picture here" if rows else _WANTED
                 what = (
                     "Parquet is not read here, write it as metadata.jsonl"
@@ -136,7 +143,36 @@ class FolderCaptions:
                     else what
                 )
                 self.notes.append(f"{file.name} gives no caption: {what}")
-        return captions, used
+        return used
+
+    def _take(self, file: Path, found: Sequence[tuple[list[Path], str, Caption | None]]) -> None:
+        """The captions of one table's rows, each with the pictures that its name fits. What is odd is noted:
+        names that fit none or several, and pictures that another table names, too."""
+        self._table = file.name
+        lost = [name for fitting, name, _ in found if not fitting]
+        if lost:
+            self.notes.append(f"{file.name} names {len(lost)} pictures that are not there: {lost[0]}, ...")
+        unclear = {name: fitting for fitting, name, _ in found if len(fitting) > 1}
+        for name, fitting in unclear.items():
+            for picture in fitting:
+                self._unclear.setdefault(picture, f"{name} in {file.name} fits several pictures")
+        if unclear:
+            name, fitting = next(iter(unclear.items()))
+            some = " and ".join(path.relative_to(file.parent).as_posix() for path in fitting[:2])
+            more = f" (and {len(unclear) - 1} more such names)" if len(unclear) > 1 else ""
+            self.notes.append(
+                f"{name} in {file.name} fits several pictures, e.g. {some}{more}: name each with its folder "
+                "and ending"
+            )
+        captions = {fitting[0]: caption for fitting, _, caption in found if len(fitting) == 1 and caption}
+        twice: dict[Path, list[Path]] = {}
+        for picture in captions.keys() & self._of_table.keys():
+            twice.setdefault(self._of_table[picture].file, []).append(picture)
+        for other, several in sorted(twice.items()):
+            tables = " and ".join(f"{each.parent.name}/{each.name}" for each in (other, file))
+            count = f"{len(several)} picture{'s' if len(several) > 1 else ''}, e.g. {min(several).name}"
+            self.notes.append(f"{tables} both name {count}: the second counts")
+        self._of_table |= captions
 
     def _note_shared(self, pictures: Iterable[Path]) -> None:
         users: dict[tuple, list[Path]] = {}
@@ -153,9 +189,18 @@ def read_caption(path: Path) -> Caption:
     """A caption file of one picture. Raises BadCaption for one that cannot be read, is longer than
     MAX_CAPTION_BYTES, in no known encoding, or JSON without a caption in it."""
     text, encoding = _decoded(_bytes_of(path, MAX_CAPTION_BYTES), path)
-    if path.suffix.lower() == ".json" or text.startswith("{"):
+    text = text.strip()
+    if path.suffix.lower() == ".json" or text.startswith(("{", "[")):
         text = _of_json(text, path)
-    return Caption(text, encoding)
+    return Caption(text, encoding, file=path)
+
+
+def _default(path: Path) -> Caption | BadCaption:
+    """A folder's default caption, or why there is none: it is read once, for all pictures."""
+    try:
+        return replace(read_caption(path), own=False)
+    except BadCaption as error:
+        return error
 
 
 def text_of(value: Any) -> str | None:
@@ -203,11 +248,12 @@ def _decoded(raw: bytes, path: Path) -> tuple[str, str]:
         text, encoding = decode(raw)
     except UnicodeError:
         raise BadCaption(f"the caption {path.name} is in no known encoding (save it as UTF-8)") from None
-    return text.strip(), encoding
+    return text, encoding
 
 
 def _of_json(text: str, path: Path) -> str:
-    """The caption in a JSON text; a .txt that only looks like JSON, such as {a|b}, is a caption itself."""
+    """The caption in a JSON text; a .txt that only looks like JSON, such as {a|b} or [red] dress, is a
+    caption itself."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
@@ -224,19 +270,20 @@ def _of_json(text: str, path: Path) -> str:
     return caption
 
 
-def _rows(file: Path) -> Iterator[tuple[str, str | None]]:
+def _rows(file: Path) -> Iterator[tuple[str, Caption | None]]:
     """(name of a picture, its caption or None) of every row; nothing for a file that is no such table."""
     if file.suffix.lower() == ".parquet":
         return
-    text, _ = _decoded(_bytes_of(file, MAX_TABLE_BYTES), file)
+    text, encoding = _decoded(_bytes_of(file, MAX_TABLE_BYTES), file)
     try:
-        yield from _READERS[file.suffix.lower()](text)
+        for name, caption in _READERS[file.suffix.lower()](text):
+            yield name, Caption(caption, encoding, file=file) if caption else None
     except (ValueError, csv.Error, RecursionError) as error:
         raise BadCaption(f"{file.name} is damaged: {' '.join(str(error).split())}") from None
 
 
 def _json_lines(text: str) -> Iterator[tuple[str, str | None]]:
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):  # JSON may hold U+2028 and other line ends
         if line.strip():
             try:
                 row = json.loads(line)
@@ -257,15 +304,21 @@ def _json_table(text: str) -> Iterator[tuple[str, str | None]]:
 
 
 def _separated(text: str) -> Iterator[tuple[str, str | None]]:
-    first = text.partition("\n")[0]
-    for row in csv.DictReader(io.StringIO(text), delimiter=max(",;\t", key=first.count)):
-        yield from _row({key.strip(): value for key, value in row.items() if isinstance(key, str)})
+    start = len(text) - len(text.lstrip("\r\n"))
+    first = text[start:].partition("\n")[0]
+    rows = csv.DictReader(io.StringIO(text[start:]), delimiter=max(",;\t", key=first.count))
+    for row in rows:
+        more = row.pop(None, ())
+        yield from _row({key.strip(): value for key, value in row.items()})
+        if any(cell.strip() for cell in more):  # after its row, which tells that this is a table of captions
+            number = text.count("\n", 0, start) + rows.line_num
+            raise ValueError(f"line {number}: more cells than the header has; put the caption in quotes")
 
 
 def _row(row: Any) -> Iterator[tuple[str, str | None]]:
     """One row of a table, if it is one: an object with a picture's name."""
     if isinstance(row, dict):
-        key = next((key for key in FILE_KEYS if isinstance(row.get(key), str) and row[key]), None)
+        key = next((key for key in FILE_KEYS if isinstance(row.get(key), str) and row[key].strip()), None)
         if key is not None:
             yield row[key], text_of({other: value for other, value in row.items() if other != key})
 
@@ -285,13 +338,25 @@ class _Names:
         for path in pictures:
             self._paths[normal(path.as_posix())] = path
             for short in {path.name, path.stem}:
-                self._short.setdefault(normal(short), []).append(path)
+                for key in (short, f"{path.parent.name}/{short}"):  # the second, as many may be called alike
+                    self._short.setdefault(normal(key), []).append(path)
 
-    def find(self, folder: Path, name: str) -> Path | None:
-        """Only pictures that were found in the data folder come back, whatever the name says."""
+    def find(self, folder: Path, name: str) -> list[Path]:
+        """The pictures whose last folders and name agree with most of `name`, read from its end: none, one,
+        or several that it does not tell apart. Only pictures that were found below `folder` come back,
+        whatever the name says."""
         name = normal(name.strip().replace("\\", "/"))
         exact = self._paths.get(normal((folder / name).as_posix()))
         if exact is not None:
-            return exact
-        below = [path for path in self._short.get(name.rpartition("/")[2], ()) if path.is_relative_to(folder)]
-        return below[0] if len(below) == 1 else None
+            return [exact]
+        *folders, last = name.split("/")
+        for key in ("/".join([*folders[-1:], last]), last):
+            fits: dict[tuple, list[Path]] = {}
+            for path in self._short.get(key, ()):
+                if path.is_relative_to(folder):
+                    pairs = zip(reversed(folders), map(normal, reversed(path.parent.parts)), strict=False)
+                    equal = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+                    fits.setdefault((equal, normal(path.name) == last), []).append(path)
+            if fits:
+                return fits[max(fits)]
+        return []

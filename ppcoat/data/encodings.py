@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable
 from functools import lru_cache
 
+_SAMPLE = 64 * 1024  # bytes that a guess is made from; all of a long table would take many seconds
 _ENOUGH = 0.3  # score below which a text is not one in that encoding
 # The commonest characters of Chinese (both scripts; kanji, too) and of Korean, and words of captions.
 _HAN = set(
@@ -33,8 +34,9 @@ _MARKS = ((codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
 def decode(raw: bytes) -> tuple[str, str]:
     """Bytes of a text -> (text, encoding).
 
-    UTF-8 is certain, as are UTF-16 and UTF-32 with their mark; others are guessed: the one that makes the
-    bytes common characters and whole words of its languages. Raises UnicodeError where none does.
+    UTF-8 is certain, as are UTF-16 and UTF-32 with their mark; others are guessed: the one that decodes all
+    and makes the first 64 KiB from where ASCII ends common characters and whole words of its languages.
+    Raises UnicodeError where none does.
     """
     for mark, name in _MARKS:
         if raw.startswith(mark):
@@ -51,17 +53,33 @@ def decode(raw: bytes) -> tuple[str, str]:
         if _CONTROL.search(text):
             raise UnicodeError("binary")
         return text, name
-    scores = {name: _score(raw, name, points) for name, points in _POINTS.items()}
-    best = max(scores, key=scores.get)  # the first of equals
-    if scores[best] < _ENOUGH:
-        raise UnicodeError("no known encoding")
-    return raw.decode(best), best
+    sample = _sample(raw)
+    scores = {name: _score(sample, name, points) for name, points in _POINTS.items()}
+    for name in sorted(scores, key=scores.get, reverse=True):  # of equals the first
+        if scores[name] < _ENOUGH:
+            break
+        try:
+            text = raw.decode(name)
+        except UnicodeDecodeError:
+            continue
+        if not _CONTROL.search(text):
+            return text, name
+    raise UnicodeError("no known encoding")
+
+
+def _sample(raw: bytes) -> bytes:
+    """What a guess looks at: from the word before the first byte above ASCII on. All before that are whole
+    characters in every encoding here."""
+    above = re.search(rb"[\x80-\xff]", raw)
+    start = max(0, above.start() - 32)
+    return raw[start : start + _SAMPLE]
 
 
 def _score(raw: bytes, encoding: str, points: Callable[[str, str], float]) -> float:
-    """How much of the bytes above ASCII are usual in a text of this encoding, 0..1; -1: not decodable."""
+    """How much of the bytes above ASCII are usual in a text of this encoding, 0..1; -1: not decodable. The
+    last character may be cut."""
     try:
-        text = raw.decode(encoding)
+        text = codecs.getincrementaldecoder(encoding)().decode(raw)
     except UnicodeDecodeError:
         return -1.0
     if _CONTROL.search(text):

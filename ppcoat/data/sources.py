@@ -68,6 +68,7 @@ class Item:
 
     repeats: from the name of its subfolder, see folder_repeats. has_caption: False if the default is used.
     encoding: of the caption file; any but "utf-8" is a guess. notes: what its reader did to the picture.
+    caption_file: holds the caption, alone or with others; None for the default of the settings.
     """
 
     image_path: Path
@@ -78,6 +79,7 @@ class Item:
     has_caption: bool = True
     encoding: str = "utf-8"
     notes: tuple[str, ...] = ()
+    caption_file: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,7 @@ def scan_folder(
     bad += [Problem(path, "caption without picture") for path in captions.unused]
     bad.sort(key=lambda problem: str(problem.path))
     notes = [*found.notes, *left_out, *captions.notes, *_notes_of(items)]
-    _warn_of_guesses(items, suffix)
+    _warn_of_guesses(folder, items)
     _report(folder, items, bad, skip_bad, captions.notes)
     return ImageFolder(folder, items, bad, tuple(notes))
 
@@ -260,7 +262,8 @@ def _checked(path: Path, folder: Path, captions: FolderCaptions, default_caption
         raise _BadFile(f"{captions.missing(path)} ({advice})")
     caption = caption or Caption(default_caption, own=False)
     repeats = folder_repeats(path.relative_to(folder))
-    return Item(path, caption.text, width, height, repeats, caption.own, caption.encoding, tuple(notes))
+    return Item(path, caption.text, width, height, repeats, caption.own, caption.encoding, tuple(notes),
+                caption.file)  # fmt: skip
 
 
 def _notes_of(items: list[Item]) -> list[str]:
@@ -273,20 +276,26 @@ def _notes_of(items: list[Item]) -> list[str]:
             for note, found in counted.items()]  # fmt: skip
 
 
-def _warn_of_guesses(items: list[Item], suffix: str) -> None:
-    """Captions that are not UTF-8 are shown as they were understood."""
+def _warn_of_guesses(folder: Path, items: list[Item]) -> None:
+    """Caption files that are not UTF-8 are named, each with a caption as it was understood: of a file for
+    several pictures the first that is not plain ASCII, in which a wrong guess shows."""
     guessed = [item for item in items if item.encoding != "utf-8"]
     if not guessed:
         return
-    shown = [
-        f"{item.image_path.stem}{suffix} as {item.encoding}: {printable(item.caption_raw)[:90]}"
-        for item in guessed[:NAMED_PROBLEMS]
+    of_file: dict[Path, Item] = {}
+    for item in guessed:
+        shown = of_file.setdefault(item.caption_file, item)
+        if shown.caption_raw.isascii() and not item.caption_raw.isascii():
+            of_file[item.caption_file] = item
+    files = [
+        f"{printable(os.path.relpath(file, folder))} as {item.encoding}: {printable(item.caption_raw)[:90]}"
+        for file, item in of_file.items()
     ]
-    more = f"; ... and {len(guessed) - len(shown)} more" if len(guessed) > len(shown) else ""
+    more = f"; ... and {len(files) - NAMED_PROBLEMS} more files" if len(files) > NAMED_PROBLEMS else ""
     _log.warning(
         "in %s %d caption%s not UTF-8 and read by guess, please check: %s%s",
-        printable(guessed[0].image_path.parent), len(guessed), " is" if len(guessed) == 1 else "s are",
-        "; ".join(shown), more,
+        printable(folder), len(guessed), " is" if len(guessed) == 1 else "s are",
+        "; ".join(files[:NAMED_PROBLEMS]), more,
     )  # fmt: skip
 
 
