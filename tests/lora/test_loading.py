@@ -18,6 +18,7 @@ from ppcoat.lora import (
     remove_lora,
     save_lora,
 )
+from ppcoat.nn.convert import quantize_linears
 
 Q, PROJ = "transformer_blocks.0.attn.to_q", "single_transformer_blocks.0.proj_mlp"
 
@@ -304,3 +305,50 @@ def test_wrong_save_settings_are_named(model, tmp_path, name, settings, said):
     inject_lora(model, 2, 2.0)
     with pytest.raises(ConfigError, match=said):
         save_lora(tmp_path / name, model, **settings)
+
+
+BIASES = {  # a file -> kinds of what stands at to_q
+    "diff_b": {"diff_b": np.ones(16, "float32")},
+    "a difference of zeros beside it": {
+        "diff": np.zeros([16, 16], "float32"),
+        "diff_b": np.ones(16, "float32"),
+    },
+    "PEFT's bias of all": {"bias": np.ones(16, "float32")},
+}
+
+
+@pytest.mark.parametrize("name", BIASES)
+def test_a_layer_may_change_by_its_bias_alone(model, rng, name):
+    before = weights(model)
+    tensors = {f"transformer.{Q}.{role}": value for role, value in BIASES[name].items()}
+    tensors |= pair(rng, PROJ, 16, 64, 2)
+    info = load_lora(model, {key: paddle.to_tensor(value) for key, value in tensors.items()})
+    assert "bias on 1" in info.what
+    bias = np.ones(16) + (0 if "bias" in BIASES[name] else before[Q][1])
+    got = linear(model, Q)(paddle.eye(16)).numpy()
+    np.testing.assert_allclose(got, before[Q][0] + bias, atol=1e-5)
+
+
+def test_nothing_is_taken_out_before_all_that_comes_is_made(model, rng, monkeypatch):
+    """A strength that is no number, and a layer of the second model that cannot be made."""
+    first, second = (
+        {key: paddle.to_tensor(value) for key, value in pair(rng, path, 16, width, 2).items()}
+        for path, width in ((Q, 16), (PROJ, 64))
+    )
+    load_lora(model, first, 0.5)
+    layer = linear(model, Q)
+    for strength in (float("nan"), float("inf")):
+        with pytest.raises(ConfigError, match="the strength of LoRA on 1 layer must be a finite number, got"):
+            load_lora(model, second, strength)
+    monkeypatch.setattr("ppcoat.lora.loading._lora_linear", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        load_lora(model, second)
+    assert lora_layers(model) == {Q: layer} and layer.scale == 0.5
+
+
+def test_fp8_weights_are_told_to_be_held_twice_only_where_they_are(model, rng, caplog):
+    quantize_linears(model)
+    for role, value in (("diff_b", rng.standard_normal(16)), ("diff", rng.standard_normal([16, 16]))):
+        caplog.clear()
+        load_lora(model, {f"transformer.{Q}.{role}": paddle.to_tensor(value.astype("float32"))})
+        assert ("are held unquantised" in caplog.text) == (role == "diff")
