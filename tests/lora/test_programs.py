@@ -359,6 +359,54 @@ def test_a_fused_module_of_any_kind_is_cut_to_the_parts(weights, tmp_path, name)
     np.testing.assert_allclose(got, want, atol=1e-6)
 
 
+def fused_tensors(name, rng):
+    """{role: tensor} of a kind on img_attn.qkv, 64 -> 192, whose change of each row depends on the others."""
+    if name == "dora":
+        a, b = (rng.standard_normal(shape).astype("float32") * 0.1 for shape in ([4, 64], [192, 4]))
+        return {"lora_down.weight": a, "lora_up.weight": b,
+                "dora_scale": np.linspace(0.5, 2, 64, dtype="float32")[None]}  # fmt: skip
+    blocks = rng.standard_normal([2, 96, 96]).astype("float32") * 0.05  # the second begins in to_k
+    return {"oft_blocks": blocks, "alpha": np.zeros([], "float32")}
+
+
+@pytest.mark.parametrize("name", ["dora", "oft"])
+def test_a_fused_module_is_merged_as_one_though_nothing_was_computed_before(weights, tmp_path, name):
+    """Each part is made from the weights before the merge, and the whole change once."""
+    model = load_transformer(BASE / "transformer", "float32")
+    tensors = fused_tensors(name, np.random.default_rng(0))
+    stem = "lora_unet_double_blocks_1_img_attn_qkv"
+    save_file({f"{stem}.{role}": value for role, value in tensors.items()}, tmp_path / "qkv.safetensors")
+    file = read_fitting(tmp_path / "qkv.safetensors", parameter_shapes(BASE, TRANSFORMER))
+    want, (change,) = added(file, weights, 0.5), file.changes
+    real, calls = type(change.kind).delta, []
+    counted = lambda *of: calls.append(1) or real(*of)  # noqa: E731
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(change.kind), "delta", counted)
+        put_adapters({TRANSFORMER: model}, [(file, 0.5)])
+        merge_lora(model)
+    assert len(calls) == 1 and len(want) == 3
+    for key, value in parameters(model, want).items():
+        np.testing.assert_allclose(value - weights[TRANSFORMER][key], want[key], atol=1e-6)
+
+
+def test_parts_of_a_fused_module_are_merged_each_at_its_own_strength(weights, tmp_path):
+    """to_q is made already when the merge begins, the others are not."""
+    model = load_transformer(BASE / "transformer", "float32")
+    tensors = fused_tensors("oft", np.random.default_rng(0))
+    stem = "lora_unet_double_blocks_1_img_attn_qkv"
+    save_file({f"{stem}.{role}": value for role, value in tensors.items()}, tmp_path / "qkv.safetensors")
+    file = read_fitting(tmp_path / "qkv.safetensors", parameter_shapes(BASE, TRANSFORMER))
+    put_adapters({TRANSFORMER: model}, [(file, 1.0)])
+    for path, layer in adapter_layers(model).items():
+        layer.changed()
+        layer.scale_multiplier = 1.0 if path.endswith("to_q") else 0.5
+    merge_lora(model)
+    whole, half = added(file, weights, 1.0), added(file, weights, 0.5)
+    for key, value in parameters(model, whole).items():
+        want = whole[key] if "to_q" in key else half[key]
+        np.testing.assert_allclose(value - weights[TRANSFORMER][key], want, atol=1e-6)
+
+
 def test_bfls_last_modulation_has_shift_before_scale_for_every_kind(weights, tmp_path):
     """IA3 there multiplies rows of the base weight: rows and factors must be of one order."""
     weight = weights[TRANSFORMER]["norm_out.linear.weight"]
