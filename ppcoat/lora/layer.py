@@ -194,6 +194,13 @@ def remove_lora(model: nn.Layer) -> None:
         set_sublayer(model, path, layer.base)
 
 
+def put_layers(model: nn.Layer, layers: Mapping[str, AdapterLayer]) -> None:
+    """Put adapters that were made for the layers at these paths there, in the place of all that are there."""
+    remove_lora(model)
+    for path, layer in layers.items():
+        set_sublayer(model, path, layer)
+
+
 def lora_layers(model: nn.Layer) -> dict[str, LoRALinear]:
     """{path: LoRALinear} in model order."""
     return {path: layer for path, layer in model.named_sublayers() if isinstance(layer, LoRALinear)}

@@ -21,7 +21,6 @@ from paddle import nn
 
 from ppcoat.errors import ConfigError
 from ppcoat.nn.base_weight import FP8Weight
-from ppcoat.nn.convert import set_sublayer
 from ppcoat.nn.linear import LoRALinear
 
 from .delta import LoRAModule
@@ -35,7 +34,7 @@ from .layer import (
     linear_paths,
     lora_parameters,
     norm_paths,
-    remove_lora,
+    put_layers,
     values_of,
 )
 from .lokr import LoKrLinear, LoKrSettings
@@ -229,9 +228,7 @@ def put_adapters(models: Mapping[str, nn.Layer], active: Active) -> None:
             raise ConfigError(f"the strength of {file.what} must be a finite number, got {by}")
     built = {part: _adapter_layers(model, active, part) for part, model in models.items()}
     for part, model in models.items():
-        remove_lora(model)
-        for path, layer in built[part].items():
-            set_sublayer(model, path, layer)
+        put_layers(model, built[part])
 
 
 def _adapter_layers(model: nn.Layer, active: Active, part: str) -> dict[str, nn.Layer]:
