@@ -51,7 +51,8 @@ SHAPE_OF_INPUTS = "x_embedder"  # the Linear that tells a control or Fill LoRA
 @dataclass(frozen=True)
 class LoRAInfo:
     """What `load_lora` found: kinds and counts in words; the transformer's LoRAs and LoKrs with their ranks
-    and scales; keys that fit nothing; notes for the user; and the header's facts.
+    and scales; keys that fit nothing; notes for the user; the header's facts; and the strength that was asked
+    for.
     """
 
     what: str
@@ -62,6 +63,7 @@ class LoRAInfo:
     trigger_word: str = ""
     step: int | None = None
     metadata: dict[str, str] = field(default_factory=dict)
+    strength: float = 1.0
 
     def line(self) -> str:
         """One line for a user."""
@@ -71,7 +73,7 @@ class LoRAInfo:
             else ""
         )
         trigger = f", trigger word {self.trigger_word}" if self.trigger_word else ""
-        return f"{self.what}{trigger}{left}"
+        return f"{self.what} at scale {self.strength:g}{trigger}{left}"
 
 
 def load_lora(
@@ -215,7 +217,16 @@ def info_of(file: LoRAFile, scale: float) -> LoRAInfo:
     ranks |= {path: kind.rank for path, kind in lokr.items()}
     scales = {path: kind.scale * scale for path, kind in (plain | lokr).items()}
     trigger_word, step = file.header.get("trigger_word", ""), step_from_header(file.header)
-    return LoRAInfo(file.what, ranks, scales, file.unknown, file.notes, trigger_word, step, file.header)
+    return LoRAInfo(
+        file.what, ranks, scales, file.unknown, file.notes, trigger_word, step, file.header, scale
+    )
+
+
+def tell(info: LoRAInfo, before: str = "") -> None:
+    """Print what a LoRA does, after the text `before`, and what its user should know."""
+    print(before + info.line())
+    for note in info.notes:
+        print(f"note: {note}")
 
 
 def put_adapters(models: Mapping[str, nn.Layer], active: Active) -> None:

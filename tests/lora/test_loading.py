@@ -224,7 +224,8 @@ def test_keys_without_a_layer_are_refused_or_listed(model, rng):
     assert not lora_layers(model)
     info = load_lora(model, tensors, ignore_unknown=True)
     assert info.unmatched == ["what.is.this", "text_model.encoder.layers.0.mlp.fc1.weight"]
-    assert info.ranks == {Q: 2} and info.line() == "LoRA on 1 layer, 2 keys left out, e.g. what.is.this"
+    assert info.ranks == {Q: 2}
+    assert info.line() == "LoRA on 1 layer at scale 1, 2 keys left out, e.g. what.is.this"
 
 
 def bad_files(rng):
