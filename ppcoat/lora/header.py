@@ -115,8 +115,9 @@ def number(value: object, name: str) -> float:
 
 
 def _is_said(value: object) -> bool:
-    """kohya writes the text "None" for what was not set."""
-    return value is not None and str(value).strip() not in ("", "None", "null")
+    """kohya writes the text "None" for what was not set, and "Dynamic" where modules differ and say it
+    themselves."""
+    return value is not None and str(value).strip() not in ("", "None", "null", "Dynamic")
 
 
 def _by_pattern(patterns: object, names: Sequence[str], default: object) -> object:

@@ -251,18 +251,20 @@ class DoRA:
 
 
 def kind_of(
-    tensors: Mapping[str, np.ndarray], alpha: Callable[[int], float], full_lokr: tuple[float, float]
+    tensors: Mapping[str, np.ndarray],
+    alpha: Callable[[int], float],
+    full_lokr: Callable[[], tuple[float, float]],
 ) -> tuple[Kind | None, set[str]]:
     """The kind, other than LoRA and DoRA, that a module's tensors make, and the roles (keys.py) that it uses.
 
-    alpha(dim): alpha of a module of that dim. full_lokr: scale and alpha of a LoKr of two whole matrices.
+    alpha(dim): alpha of a module of that dim. full_lokr(): scale and alpha of a LoKr of two whole matrices.
     None where the tensors make no kind.
     """
     lokr = {role: values for role, values in tensors.items() if role.startswith("lokr_")}
     if lokr and all(side in lokr or {f"{side}_a", f"{side}_b"} <= lokr.keys() for side in _LOKR_SIDES):
         dim = LoKr(lokr, 1.0).dim
         if dim is None:  # LyCORIS then writes alpha = rank
-            scale, said = full_lokr
+            scale, said = full_lokr()
             return LoKr(lokr, scale, max(1, round(alpha(1))), said), set(lokr)
         return LoKr(lokr, alpha(dim) / dim, dim, max(alpha(dim), np.finfo("float32").tiny)), set(lokr)
     hada = [tensors.get(f"hada_w{i}_{side}") for i in (1, 2) for side in "ab"]

@@ -16,6 +16,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import paddle
@@ -266,8 +267,8 @@ class _Reading:
         if {"A", "B"} <= tensors.keys():
             kind, used = self._lora(module), {"A", "B"}
         else:
-            full = header_.full_lokr(self.header, module.part, self._names(module))
-            kind, used = kind_of(tensors, lambda dim: self._alpha(module, dim), full)
+            full_lokr = partial(header_.full_lokr, self.header, module.part, self._names(module))
+            kind, used = kind_of(tensors, lambda dim: self._alpha(module, dim), full_lokr)
         role = next((role for role in ("magnitude", "dora_scale") if role in tensors), None)
         if kind is None or role is None:
             if role is None and header_.adapter_config(self.header, module.part).get("use_dora") and used:
@@ -277,8 +278,7 @@ class _Reading:
             return kind, used
         rule = "PEFT" if role == "magnitude" else self._dora_rule(module.program)
         magnitude = tensors[role] if tensors[role].ndim == 2 else tensors[role].reshape([-1, 1])
-        if not self.notes:
-            self.notes.append(f"DoRA by the rule of {rule}: {DORA_RULES[rule]}")
+        self._note(f"DoRA by the rule of {rule}: {DORA_RULES[rule]}")
         return DoRA(kind, magnitude, rule), used | {role}
 
     def _dora_rule(self, program: str) -> str:
@@ -306,14 +306,17 @@ class _Reading:
         own = module.tensors.get("alpha")
         if own is None:
             said = header_.alpha_of(self.header, module.part, self._names(module), rank)
-            if said is not None and header_.is_kohyas(self.header, module.part) and not self.notes:
-                self.notes.append(
-                    "the strength is that of the header field ss_network_alpha: no .alpha tensors"
-                )
+            if said is not None and header_.is_kohyas(self.header, module.part):
+                self._note("the strength is that of the header field ss_network_alpha: no .alpha tensors")
             return float(rank) if said is None else said
         if own.size != 1:
             raise ConfigError(f"LoRA of {module.shown}: alpha is {list(own.shape)}, wanted one number")
         return float(own.reshape([]))
+
+    def _note(self, text: str) -> None:
+        """Once, however many modules it is true of."""
+        if text not in self.notes:
+            self.notes.append(text)
 
     @staticmethod
     def _names(module: _Module) -> tuple[str, ...]:

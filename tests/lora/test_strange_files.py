@@ -74,6 +74,73 @@ def test_loras_of_other_models_are_named(model, stems, header, said):
         load_lora(model, tensors_of(arrays), metadata=header)
 
 
+QKV = "lora_unet_double_blocks_0_img_attn_qkv"
+KOHYA = ("lora_down.weight", "lora_up.weight")
+
+
+@pytest.mark.parametrize(
+    "strange",
+    [
+        f"{QKV}.lora_mid.weight",
+        f"{QKV}.scalar",
+        f"transformer.{Q}.lora_mid.weight",
+        "controlnet_x",
+        "lora_te2_text_model_encoder_layers_0_mlp_fc1.alpha",
+        "clip_g",
+    ],
+)
+def test_a_lora_of_flux_with_a_strange_key_stays_one(model, strange):
+    """Whether its module is FLUX's, or it is one among many."""
+    arrays = pair(QKV, A[:, :16], np.concatenate([B[:16]] * 3), KOHYA)
+    for name in ("to_add_out", "to_out.0"):
+        arrays |= pair(f"transformer.{Q.replace('to_q', name)}", A[:, :16], B[:16])
+    tensors = tensors_of(arrays | {strange: np.ones([4], "float32")})
+    with pytest.raises(ConfigError, match="1 keys of this LoRA name nothing .*ignore_unknown=True"):
+        load_lora(model, tensors)
+    info = load_lora(model, tensors, ignore_unknown=True)
+    assert info.unmatched == [strange] and info.what == "LoRA on 5 layers"
+
+
+@pytest.mark.parametrize(
+    ("shared", "own", "said"),
+    [
+        (("attn.to_q", "attn.to_k", "attn.to_out.0", "attn.add_q_proj"), ("img_mlp.net.2",), "Qwen-Image"),
+        (("attn.to_q", "attn.to_k", "attn.to_v", "attn.add_k_proj"), ("ff.linear_in",), "FLUX.2"),
+    ],
+)
+def test_a_model_that_shares_most_names_with_flux_is_told_by_its_own(shared, own, said):
+    arrays = {}
+    for name in (*shared, *own):
+        arrays |= pair(f"transformer.transformer_blocks.0.{name}")
+    assert parse_lora(tensors_of(arrays), {}).foreign == f"a LoRA of {said}"
+
+
+def test_a_lora_of_flux_is_no_other_models_where_newbies_modules_are_asked():
+    file = parse_lora(tensors_of(pair(QKV, names=KOHYA)), {}, {"layers.0.attention.qkv"})
+    assert file.foreign is None and len(file.unknown) == 2
+
+
+def test_alpha_of_the_header_is_asked_only_where_it_is_wanted():
+    """kohya's resizing writes "Dynamic" and an alpha to every module; a difference wants none at all."""
+    dynamic = {"ss_network_dim": "Dynamic", "ss_network_alpha": "Dynamic"}
+    arrays = pair(f"transformer.{Q}") | {f"transformer.{Q}.alpha": np.float32(2)}
+    more = {f"transformer.{Q.replace('to_q', 'to_k')}.diff": np.ones([64, 64], "float32")}
+    file = parse_lora(tensors_of(arrays | more), dynamic)
+    assert file.modules[Q].scale == 0.5 and file.what == "LoRA on 1 layer, difference on 1"
+    assert not parse_lora(tensors_of(pair(f"transformer.{Q}")), dynamic).states_alpha
+    assert parse_lora(tensors_of(more), {"alpha": "many"}).what == "difference on 1 layer"
+    whole = {f"transformer.{Q}.lokr_w{i}": np.ones([8, 8], "float32") for i in (1, 2)}
+    with pytest.raises(ConfigError, match="alpha must be a finite number, got 'many'"):
+        parse_lora(tensors_of(whole), {"alpha": "many"})
+
+
+def test_one_note_does_not_swallow_another():
+    arrays = pair(f"transformer.{Q}") | {f"transformer.{Q}.dora_scale": B[:, :1]}
+    arrays |= pair(f"lycoris_{Q.replace('to_q', 'to_k')}") | {f"lycoris_{Q}.diff_b": B[:, 0]}
+    notes = parse_lora(tensors_of(arrays), {"ss_network_alpha": "1"}).notes
+    assert len(notes) == 2 and "ss_network_alpha" in notes[0] and "DoRA by the rule of LyCORIS" in notes[1]
+
+
 @pytest.mark.parametrize(
     ("name", "width", "rows"),
     [
