@@ -72,7 +72,7 @@ class LoRAInfo:
             if self.unmatched
             else ""
         )
-        trigger = f", trigger word {self.trigger_word}" if self.trigger_word else ""
+        trigger = f", trigger word {clean(self.trigger_word)}" if self.trigger_word else ""
         return f"{self.what} at scale {self.strength:g}{trigger}{left}"
 
 

@@ -27,7 +27,7 @@ from . import flux_names, keys
 from . import header as header_
 from .delta import LoRAModule
 from .keys import PART_NAMES, TRANSFORMER, KeyReader
-from .kinds import DORA_RULES, Absolute, Difference, DoRA, Kind, check_shapes, kind_of
+from .kinds import DORA_RULES, Absolute, Difference, DoRA, Kind, check_factor, check_shapes, kind_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,9 +200,11 @@ def _group(tensors: Mapping[str, paddle.Tensor], reader: KeyReader) -> tuple[lis
         module = modules.setdefault((found.part, found.name), new)
         if found.role in module.tensors:
             raise ConfigError(
-                f"the LoRA has {found.role} of {module.name} twice, as {module.keys[found.role]} and as {key}"
+                f"the LoRA has {found.role} of {module.name} twice, as "
+                f"{clean(module.keys[found.role])} and as {clean(key)}"
             )
-        module.tensors[found.role] = _finite(key, tensor)
+        module.tensors[found.role] = values = _finite(key, tensor)
+        check_factor(found.role, values, clean(key))
         module.keys[found.role] = key
     return list(modules.values()), unknown
 
@@ -289,7 +291,7 @@ class _Reading:
     def _lora(self, module: _Module) -> LoRAModule:
         """A and B, checked against each other, in torch's order and float32, with their alpha."""
         a, b = (module.tensors[role].T if self.in_out else module.tensors[role] for role in "AB")
-        if not (a.ndim == b.ndim == 2 and len(a) == b.shape[-1] > 0):
+        if len(a) != b.shape[-1]:
             raise ConfigError(
                 f"LoRA of {module.shown}: A {list(a.shape)} and B {list(b.shape)} do not fit each "
                 "other, wanted "
@@ -309,8 +311,6 @@ class _Reading:
             if said is not None and header_.is_kohyas(self.header, module.part):
                 self._note("the strength is that of the header field ss_network_alpha: no .alpha tensors")
             return float(rank) if said is None else said
-        if own.size != 1:
-            raise ConfigError(f"LoRA of {module.shown}: alpha is {list(own.shape)}, wanted one number")
         return float(own.reshape([]))
 
     def _note(self, text: str) -> None:
@@ -339,7 +339,7 @@ def _is_in_out(modules: list[_Module], header: Mapping[str, str]) -> bool:
     if header.get("format") == "pd":
         return True
     pairs = [(m.tensors["A"].shape, m.tensors["B"].shape) for m in modules if {"A", "B"} <= m.tensors.keys()]
-    if header.get("format") == "pt" or not pairs or any(len(a) != 2 or len(b) != 2 for a, b in pairs):
+    if header.get("format") == "pt" or not pairs:
         return False
     if not all(a[1] == b[0] for a, b in pairs):
         return False

@@ -224,6 +224,57 @@ def test_broken_files_stop_every_command_before_a_model_is_loaded(
     assert [path.name for path in tmp_path.iterdir()] == ["lora.safetensors"]
 
 
+S8, BLOCKS = np.ones([8, 8], "float32"), np.zeros([8, 8, 8], "float32")
+ODD_SHAPES = [  # tensors of to_q, 64 -> 64 -> what is said
+    ({"lokr_w1": S8[0], "lokr_w2": S8}, r"tensor .*to_q.lokr_w1 of the LoRA is \[8\], wanted a matrix"),
+    ({"lokr_w1": S8, "lokr_w2_a": S8, "lokr_w2_b": S8[0, 0]}, r"lokr_w2_b of the LoRA is \[\], wanted a"),
+    ({"lora_A.weight": A[0, 0], "lora_B.weight": B}, r"lora_A.weight of the LoRA is \[\], wanted a matrix"),
+    ({"oft_blocks": BLOCKS, "alpha": S8[0, :4]}, r"to_q.alpha of the LoRA is \[4\], wanted one number"),
+    ({"oft_blocks": S8[0, 0]}, r"OFT of .*to_q: blocks are \[\]"),
+    (
+        {"oft_blocks": np.stack([BLOCKS] * 5)},
+        r"BOFT of .*to_q: .* 8 a stage, wanted a multiple of 2\^4 for 5",
+    ),
+    ({"oft_blocks": BLOCKS, "rescale": S8[0]}, r"OFT of .*to_q: rescale is \[8\], wanted \[64\]"),
+    ({"a1.weight": B, "a2.weight": A[:, :9], "b1.weight": B, "b2.weight": A}, "GLoRA of .* different widths"),
+    ({"diff": S8[0], "dora_scale": S8}, r"DoRA of .*to_q: its update is \[8\], wanted a matrix"),
+]
+
+
+@pytest.mark.parametrize(("roles", "said"), ODD_SHAPES)
+def test_odd_shapes_are_named_by_the_reader(roles, said):
+    stem = f"transformer.{Q}"
+    with pytest.raises(ConfigError, match=said) as caught:
+        parse_lora(tensors_of({f"{stem}.{role}": values for role, values in roles.items()}), {})
+    assert "\n" not in str(caught.value)
+
+
+def test_as_many_stages_as_there_are_blocks_for_are_read():
+    arrays = {f"transformer.{Q}.oft_blocks": np.stack([BLOCKS] * 4)}
+    (change,) = parse_lora(tensors_of(arrays), {}).changes
+    assert not change.kind.delta(np.ones([64, 64], "float32"), 1.0).any()
+
+
+LONG = "9" * 5000  # more digits than Python turns into a number
+
+
+def test_texts_of_the_header_are_shown_without_control_characters_and_read_within_limits(model):
+    tensors = tensors_of(pair(f"transformer.{Q}", A[:, :16], B[:16]))
+    info = load_lora(model, tensors, metadata={"trigger_word": "sks\x1b[2J\n", "step": LONG})
+    assert info.line() == "LoRA on 1 layer at scale 1, trigger word sks\\u001b[2J\\n" and info.step is None
+    for text in (f'{{"step": {LONG}}}', "[" * 100_000):
+        assert load_lora(model, tensors, metadata={"training_info": text}).step is None
+        with pytest.raises(ConfigError, match="lora_adapter_metadata is not JSON"):
+            load_lora(model, tensors, metadata={META: text})
+    with pytest.raises(ConfigError, match="lora_alpha must be a finite number") as caught:
+        load_lora(model, tensors, metadata={META: json.dumps({"lora_alpha": 10**400})})
+    assert len(str(caught.value)) < 200
+    named = {f"transformer.{Q}.lora_A.{name}.weight": A for name in ("a", "\x1b[2J")}
+    with pytest.raises(ConfigError, match="to_q twice, as .*and as") as caught:
+        load_lora(model, tensors_of(named))
+    assert str(caught.value).isprintable()
+
+
 def dialect(stem, names=("lora_A.weight", "lora_B.weight"), alpha=None, header=None):
     arrays = pair(stem, names=names) | ({} if alpha is None else {f"{stem}.alpha": np.float32(alpha)})
     return arrays, header or {}
