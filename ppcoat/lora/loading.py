@@ -1,8 +1,9 @@
 """Adapters of files put into models, for drawing and for merging. writing.py and peft.py are the way back.
 
-A LoRA becomes a LoRALinear, several on one Linear become one with their factors side by side, a LoKr becomes
-a LoKrLinear; all three work on FP8 weights as they are. What is left (DoRA, LoHa, OFT, biases, norms, ...)
-becomes a ChangedLayer, whose weight is made from the base's. Several adapters at once: each difference is
+A LoRA becomes a LoRALinear, several on one Linear become one with their factors side by side, a LoKr alone on
+one Linear becomes a LoKrLinear; all three work on FP8 weights as they are. What is left (DoRA, LoHa, OFT, a
+LoKr of a fused module or beside others, biases, norms, ...) becomes a ChangedLayer, whose weight is made from
+the base's. Several adapters at once: each difference is
 taken from the base weight, and they are added.
 """
 

@@ -15,9 +15,13 @@ from ppcoat.lora import (
     load_lora,
     lora_layers,
     lora_parameters,
+    put_adapters,
+    read_fitting,
     remove_lora,
     save_lora,
 )
+from ppcoat.lora.layer import ChangedLayer
+from ppcoat.lora.loading import shapes_of
 from ppcoat.nn.convert import quantize_linears
 
 Q, PROJ = "transformer_blocks.0.attn.to_q", "single_transformer_blocks.0.proj_mlp"
@@ -347,9 +351,40 @@ def test_nothing_is_taken_out_before_all_that_comes_is_made(model, rng, monkeypa
     assert lora_layers(model) == {Q: layer} and layer.scale == 0.5
 
 
-def test_fp8_weights_are_told_to_be_held_twice_only_where_they_are(model, rng, caplog):
+def lokr(path, rows=(4, 4)):
+    w1, w2 = (np.ones([height, 4], "float32") for height in rows)
+    return {f"{path}.lokr_w1": w1, f"{path}.lokr_w2": w2}
+
+
+def lora(path):
+    return {f"{path}.lora_A.weight": np.ones([2, 16]), f"{path}.lora_B.weight": np.ones([16, 2])}
+
+
+QKV = "lora_unet_double_blocks_0_img_attn_qkv"
+ON_FP8 = {  # files, and whether an unquantised weight is held
+    "LoRA": ([lora(Q)], False),
+    "LoRAs": ([lora(Q), lora(Q)], False),
+    "LoKr": ([lokr(Q)], False),
+    "bias": ([{f"{Q}.diff_b": np.ones([16])}], False),
+    "LoRA and its bias": ([lora(Q) | {f"{Q}.diff_b": np.ones([16])}], True),
+    "LoKr of a fused module": ([lokr(QKV, (12, 4))], True),
+    "LoRA and LoKr": ([lora(Q), lokr(Q)], True),
+    "difference": ([{f"{Q}.diff": np.ones([16, 16])}], True),
+}
+
+
+@pytest.mark.parametrize("name", ON_FP8)
+def test_fp8_weights_are_held_twice_where_the_page_says_so(model, caplog, name):
+    """docs/files.md, Strength."""
     quantize_linears(model)
-    for role, value in (("diff_b", rng.standard_normal(16)), ("diff", rng.standard_normal([16, 16]))):
-        caplog.clear()
-        load_lora(model, {f"transformer.{Q}.{role}": paddle.to_tensor(value.astype("float32"))})
-        assert ("are held unquantised" in caplog.text) == (role == "diff")
+    files, held = ON_FP8[name]
+    shapes = {"transformer": shapes_of(model)}
+    tensors = [
+        {key: paddle.to_tensor(value.astype("float32")) for key, value in each.items()} for each in files
+    ]
+    put_adapters({"transformer": model}, [(read_fitting(each, shapes), 1.0) for each in tensors])
+    layer = linear(model, Q)
+    layer(paddle.ones([1, 16]))
+    assert ("are held unquantised" in caplog.text) == held
+    own = layer.changed().weight if isinstance(layer, ChangedLayer) else layer.weight
+    assert isinstance(own, paddle.Tensor) == held
