@@ -29,7 +29,7 @@ from ppcoat.atomic import check_writable, whole_folder
 from ppcoat.config.flags import add_flags, flag, from_flags
 from ppcoat.device import tune_host
 from ppcoat.errors import ConfigError
-from ppcoat.lora import LoRAFile, merge_lora, put_adapters, read_fitting
+from ppcoat.lora import LoRAFile, info_of, merge_lora, put_adapters, read_fitting, tell
 from ppcoat.lora.loading import added
 from ppcoat.models.loading import (
     check_folder,
@@ -90,9 +90,7 @@ def run_command(arguments: argparse.Namespace) -> None:
     merged = [Merged(part, model, loras, parts[part][1]) for part, model in models.items()]
     lost = write_merged(folder, output, models, lambda draft: check_merged(folder, draft, merged))
     for (file, scale), path in zip(loras, flags.lora, strict=True):
-        print(f"{folder} + {scale:g} x {path} -> {output}: {file.what}")
-        for note in file.notes:
-            print(f"note: {note}")
+        tell(info_of(file, scale), f"{folder} + {path} -> {output}: ")
     dtype = ", ".join(sorted({dtype for dtype, _ in parts.values()}))
     print(f"{changed_modules(loras)} modules; rounding to {dtype} changed delta-W by {lost:.2%} of its norm")
     if lost > NOTABLE_LOSS:

@@ -22,7 +22,7 @@ import paddle
 from ppcoat.config.flags import add_flags, flag, from_flags
 from ppcoat.device import tune_host
 from ppcoat.errors import ConfigError
-from ppcoat.lora import merge_lora, put_adapters, read_fitting
+from ppcoat.lora import info_of, merge_lora, put_adapters, read_fitting, tell
 from ppcoat.models.loading import parameter_shapes
 from ppcoat.models.newbie.convert import WEIGHT_DTYPES, checkpoint_infos, write_newbie_folder
 from ppcoat.models.newbie.files import check_newbie_folder, load_nextdit
@@ -108,5 +108,5 @@ def run_merge_newbie(arguments: argparse.Namespace) -> None:
     merge_lora(models["transformer"])
     write_merged(folder, output, models, check_newbie_folder)
     for (file, scale), path in zip(loras, flags.lora_path, strict=True):
-        print(f"{folder} + {scale:g} x {path} -> {output}: {file.what}")
+        tell(info_of(file, scale), f"{folder} + {path} -> {output}: ")
     print(f"{changed_modules(loras)} modules, {dtype}")

@@ -17,7 +17,7 @@ from ppcoat.atomic import check_writable, whole_file
 from ppcoat.config.flags import add_flags, flag, from_flags
 from ppcoat.device import compute_dtype, set_device, tune_host
 from ppcoat.errors import ConfigError
-from ppcoat.lora import LoRAFile, LoRAInfo, info_of, put_adapters, read_fitting
+from ppcoat.lora import LoRAFile, info_of, put_adapters, read_fitting, tell
 from ppcoat.models.flux.pipeline import FluxPipeline
 from ppcoat.models.loading import check_folder, parameter_shapes
 from ppcoat.models.newbie.files import check_newbie_folder
@@ -118,13 +118,18 @@ def read_loras(drawing: Drawing, *parts: str) -> Loras:
     ]
 
 
-def _flux_drawer(drawing: Drawing, dtype: str | None, loras: Loras) -> Draw:
-    pipeline = FluxPipeline.from_pretrained(drawing.model, dtype)
+def put_loras(pipeline: FluxPipeline, loras: Loras) -> None:
+    """Put all LoRAs of a drawing into FLUX, each at its strength, and tell what they do."""
     for i, (file, scale) in enumerate(loras):
         # read_loras has refused what does not fit, or left it out as asked
         tell(pipeline.load_lora_weights(file, f"lora_{i}", scale=scale, ignore_unknown=True))
     if len(loras) > 1:
         pipeline.set_adapters([f"lora_{i}" for i in range(len(loras))], [scale for _, scale in loras])
+
+
+def _flux_drawer(drawing: Drawing, dtype: str | None, loras: Loras) -> Draw:
+    pipeline = FluxPipeline.from_pretrained(drawing.model, dtype)
+    put_loras(pipeline, loras)
     cfg = {"negative_prompt": drawing.negative_prompt, "true_cfg_scale": drawing.true_cfg_scale}
     return lambda prompt: pipeline(prompt, **_options(drawing, 3.5), **cfg).images
 
@@ -164,13 +169,6 @@ def _options(drawing: Drawing, guidance_scale: float) -> dict:
         "max_sequence_length": drawing.max_sequence_length,
         **{name: side for name, side in sizes.items() if side is not None},
     }
-
-
-def tell(info: LoRAInfo, more: str = "") -> None:
-    """Print what a LoRA does and `more`, and what its user should know."""
-    print(info.line() + more)
-    for note in info.notes:
-        print(f"note: {note}")
 
 
 def save_picture(picture: Image.Image, folder: Path, number: int, prompt: str, seed: int) -> Path:

@@ -20,7 +20,7 @@ from ppcoat.config.flags import add_flags, flag, from_flags
 from ppcoat.device import set_device, tune_host
 from ppcoat.errors import ConfigError
 from ppcoat.infer.cinn import compile_transformer, wait_for_device
-from ppcoat.infer.generate import Drawing, check_numbers, output_folder, read_loras, save_picture, tell
+from ppcoat.infer.generate import Drawing, check_numbers, output_folder, put_loras, read_loras, save_picture
 from ppcoat.lora import merge_lora, read_lora_file
 from ppcoat.models.flux.pipeline import FluxPipeline
 from ppcoat.models.loading import check_folder
@@ -90,7 +90,7 @@ def run_command(arguments: argparse.Namespace) -> None:
 
 
 def draw_lightning(drawing: LightningDrawing) -> Path:
-    """Draw the first prompt of `drawing` with its LoRA and save it; returns the file.
+    """Draw the first prompt of `drawing` with its LoRAs and save it; returns the file.
 
     Raises ConfigError before any weight is read for what can be checked.
     """
@@ -102,9 +102,7 @@ def draw_lightning(drawing: LightningDrawing) -> Path:
     folder = output_folder(drawing)
     set_device(drawing.device)
     pipeline = FluxPipeline.from_pretrained(drawing.model)
-    for file, scale in loras:
-        info = pipeline.load_lora_weights(file, scale=scale, ignore_unknown=True)  # read_loras was asked
-        tell(info, f" at scale {scale:g}")
+    put_loras(pipeline, loras)
     if drawing.inference_optimize:
         merge_lora(pipeline.transformer)
         compile_transformer(pipeline.transformer)

@@ -21,7 +21,7 @@ from .layer import (
     merge_lora,
     remove_lora,
 )
-from .loading import LoRAInfo, info_of, load_lora, put_adapters, read_fitting
+from .loading import LoRAInfo, info_of, load_lora, put_adapters, read_fitting, tell
 from .lokr import LoKrLinear, LoKrSettings
 from .parse import LoRAFile
 from .peft import save_comfyui, save_peft
@@ -54,5 +54,6 @@ __all__ = [
     "save_lora",
     "save_peft",
     "summarize",
+    "tell",
     "write_lora_file",
 ]

@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
 
-import numpy as np
 import paddle
 from paddle import nn
 
 from ppcoat.errors import ConfigError
 
-from .layer import adapter_layers
+from .layer import AdapterLayer, adapter_layers, merge_lora, put_layers
 from .loading import LoRAInfo, Source, check_not_training, info_of, put_adapters, read_fitting, shapes_of
 from .parse import LoRAFile
 
 
 class Adapters:
     """The adapters that were loaded into the models of a pipeline, by name, and those that are active, with
-    their strengths."""
+    their strengths. A call that raises has changed nothing."""
 
     def __init__(self, models: Callable[[], Mapping[str, nn.Layer]]) -> None:
         self._models = models
         self.files: dict[str, LoRAFile] = {}
         self.strengths: dict[str, float] = {}  # of those that are active
-        self._fused: list[tuple[paddle.Tensor, paddle.Tensor]] = []  # parameters, and what they were
+        # of each part that is fused: its parameters, and what they were
+        self._fused: dict[str, list[tuple[paddle.Tensor, paddle.Tensor]]] = {}
 
     def load(self, source: Source, name: str | None, scale: float, weight_name: str | None = None,
              ignore_unknown: bool = False) -> LoRAInfo:  # fmt: skip
@@ -39,69 +40,86 @@ class Adapters:
             check_not_training(model)
         shapes = {part: shapes_of(model) for part, model in models.items()}
         file = read_fitting(source, shapes, None, ignore_unknown, weight_name)
-        if name is None:
-            self.files.clear()
-        self.files[name or "default_0"] = file
-        self.strengths = {name or "default_0": scale}
-        self.put()
+        others = {} if name is None else self.files
+        self._put(others | {name or "default_0": file}, {name or "default_0": scale})
         return info_of(file, scale)
 
     def set_active(self, names: Sequence[str], strengths: Sequence[float]) -> None:
         """Make these the active ones. Raises ConfigError for a name that is not loaded."""
-        unknown = [name for name in names if name not in self.files]
-        if unknown:
-            raise ConfigError(
-                f"no adapter {unknown[0]!r} is loaded; there are {', '.join(self.files) or 'none'}"
-            )
-        if len(strengths) != len(names) or not all(np.isfinite(each) for each in strengths):
-            raise ConfigError(f"{len(names)} adapters want as many finite strengths, came {list(strengths)}")
+        self._check_loaded(names)
+        if len(strengths) != len(names):
+            raise ConfigError(f"{len(names)} adapters want as many strengths, came {list(strengths)}")
         self._check_not_fused()
-        self.strengths = dict(zip(names, map(float, strengths), strict=True))
-        self.put()
+        self._put(self.files, dict(zip(names, map(float, strengths), strict=True)))
 
     def delete(self, names: Sequence[str]) -> None:
         """Forget these. Raises ConfigError for a name that is not loaded."""
-        missing = [name for name in names if name not in self.files]
-        if missing:
-            raise ConfigError(
-                f"no adapter {missing[0]!r} is loaded; there are {', '.join(self.files) or 'none'}"
-            )
-        for name in names:
-            del self.files[name]
-            self.strengths.pop(name, None)
-        if not self._fused:
-            self.put()
+        self._check_loaded(names)
+        kept = {name: file for name, file in self.files.items() if name not in names}
+        self._put(kept, {name: by for name, by in self.strengths.items() if name in kept})
 
-    def put(self) -> None:
-        """Put the active ones into the models."""
-        put_adapters(self._models(), [(self.files[name], by) for name, by in self.strengths.items()])
-
-    def fuse(self, names: Sequence[str] | None, factor: float, merge: Callable[[nn.Layer], dict]) -> None:
-        """Add the active ones (or these), at `factor` times their strengths, to the weights."""
+    def fuse(self, names: Sequence[str] | None, factor: float, parts: Collection[str]) -> None:
+        """Add the active ones (or these, which are then active), at `factor` times their strengths, to the
+        weights of these parts; in the others they stay beside them. Raises ConfigError where that is nothing,
+        and for FP8 weights."""
         self._check_not_fused()
-        if names is not None:
-            self.set_active(names, [self.strengths.get(name, 1.0) for name in names])
-        if not self.strengths:
+        self._check_loaded(names or ())
+        active = self.strengths if names is None else {name: self.strengths.get(name, 1.0) for name in names}
+        if not active:
             raise ConfigError("no adapter is active: load one first, and then fuse it")
-        kept = self.strengths
-        self.strengths = {name: by * factor for name, by in kept.items()}
-        self.put()
-        self.strengths = kept
-        for model in self._models().values():
-            parameters = [p for layer in _adapted(model) for p in layer._parameters.values() if p is not None]
-            before = {id(p): (p, p.clone().cpu()) for p in parameters}
-            merge(model)
-            self._fused += before.values()
+        changed = {change.part for name in active for change in self.files[name].changes}
+        if not changed & set(parts):
+            raise ConfigError(
+                f"the active adapters change {', '.join(sorted(changed))} only: nothing to fuse in "
+                f"{', '.join(parts) or 'no part'}"
+            )
+        chosen = {part: model for part, model in self._models().items() if part in parts}
+        before = [(model, adapter_layers(model)) for model in self._models().values()]
+        with ExitStack() as undoing:
+            undoing.callback(self._undo, before)
+            put_adapters(chosen, [(self.files[name], by * factor) for name, by in active.items()])
+            for part, model in chosen.items():
+                weights = [
+                    p for layer in _adapted(model) for p in layer._parameters.values() if p is not None
+                ]
+                kept = {id(p): (p, p.clone().cpu()) for p in weights}
+                self._fused[part] = list(kept.values())
+                merge_lora(model)
+            self._put(self.files, active)
+            undoing.pop_all()  # all went well
 
     def unfuse(self) -> None:
         """The weights are bit for bit what they were before `fuse`, and the active adapters beside them."""
         if not self._fused:
             raise ConfigError("nothing is fused: call fuse_lora first")
+        self._restore()
+        self._put(self.files, self.strengths)
+
+    def _put(self, files: Mapping[str, LoRAFile], strengths: Mapping[str, float]) -> None:
+        """Put the adapters with `strengths` into the models that are not fused; then these are the loaded and
+        the active ones."""
+        free = {part: model for part, model in self._models().items() if part not in self._fused}
+        put_adapters(free, [(files[name], by) for name, by in strengths.items()])
+        self.files, self.strengths = dict(files), dict(strengths)
+
+    def _restore(self) -> None:
         with paddle.no_grad():
-            for parameter, before in self._fused:
+            for parameter, before in (pair for pairs in self._fused.values() for pair in pairs):
                 parameter.set_value(before)
-        self._fused = []
-        self.put()
+        self._fused = {}
+
+    def _undo(self, before: Sequence[tuple[nn.Layer, Mapping[str, AdapterLayer]]]) -> None:
+        """Weights and adapters are those of before a fuse that stopped."""
+        self._restore()
+        for model, layers in before:
+            put_layers(model, layers)
+
+    def _check_loaded(self, names: Sequence[str]) -> None:
+        for name in names:
+            if name not in self.files:
+                raise ConfigError(
+                    f"no adapter {name!r} is loaded; there are {', '.join(self.files) or 'none'}"
+                )
 
     def _check_not_fused(self) -> None:
         if self._fused:

@@ -156,7 +156,7 @@ def _config_beside(file: Path, keys: Iterable[str]) -> dict[str, str]:
 def _read_config(file: Path) -> dict:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{file} cannot be read ({error}): it belongs beside {WEIGHTS}") from None
     if not isinstance(config, dict) or "r" not in config or not {"alpha", "lora_alpha"} & config.keys():
         raise ConfigError(f"{file} lacks r and lora_alpha, without which the strength is unknown")

@@ -30,7 +30,7 @@ OF_TENSORS = (
 # Header fields of alpha and of the rank that it belongs to: ours, NewBie's, kohya's.
 _HEADER_FIELDS = (("alpha", "rank"), ("lora_alpha", "lora_rank"), ("ss_network_alpha", "ss_network_dim"))
 _PARTS = ("transformer", "text_encoder", "text_encoder_2")
-_LONGEST_PATTERN, _MOST_REPEATS = 300, 3
+_LONGEST_PATTERN, _MOST_REPEATS, _MOST_DIGITS = 300, 3, 18
 
 
 def alpha_of(header: Mapping[str, str], part: str, names: Sequence[str], rank: int) -> float | None:
@@ -87,7 +87,7 @@ def adapter_config(header: Mapping[str, str], part: str) -> dict:
         return {}
     try:
         values = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # of numbers and brackets beyond Python's limits, too
         raise ConfigError(f"LoRA header {ADAPTER_METADATA} is not JSON: {error}") from error
     if values is None:
         return {}
@@ -107,16 +107,17 @@ def number(value: object, name: str) -> float:
     """`value` as a finite number, a rank above 0. Raises ConfigError, which says `name`."""
     try:
         found = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         found = math.nan
     if not math.isfinite(found) or (name == "rank" and found <= 0):
-        raise ConfigError(f"LoRA header {name} must be a finite number, got {value!r}")
+        raise ConfigError(f"LoRA header {name} must be a finite number, got {str(value)[:80]!r}")
     return found
 
 
 def _is_said(value: object) -> bool:
-    """kohya writes the text "None" for what was not set."""
-    return value is not None and str(value).strip() not in ("", "None", "null")
+    """kohya writes the text "None" for what was not set, and "Dynamic" where modules differ and say it
+    themselves."""
+    return value is not None and str(value).strip() not in ("", "None", "null", "Dynamic")
 
 
 def _by_pattern(patterns: object, names: Sequence[str], default: object) -> object:
@@ -167,7 +168,7 @@ def step_from_header(header: Mapping[str, str]) -> int | None:
     if text is None:
         try:
             info = json.loads(header.get("training_info", "null"))
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             return None
         text = str(info.get("step")) if isinstance(info, dict) else None
-    return int(text) if text is not None and text.isdecimal() else None
+    return int(text) if text is not None and text.isdecimal() and len(text) <= _MOST_DIGITS else None

@@ -104,6 +104,7 @@ _MODELS = [
     (r"^(?:clip_l|clip_g|t5xxl|emb_params|string_to_param.*)$", "a textual inversion (an embedding)"),
     (r"^(?:first_stage_model\.)?(?:encoder|decoder)\.(?:conv_in|mid|down|up)", "an autoencoder (VAE)"),
 ]  # fmt: skip
+_MOST_KNOWN = 4  # keys that FLUX has too, for each that says another model: Qwen-Image and FLUX.2 share many
 _OF_ADAPTER = re.compile(r"lora|lokr|loha|hada|oft_|dora|\.(?:alpha|diff|diff_b|on_input|[ab][12]\.weight)$")
 _ARCHITECTURES = {  # what modelspec.architecture or ss_base_model_version begin with
     "stable-diffusion-xl": "a LoRA of SDXL",
@@ -210,7 +211,9 @@ def foreign_model(
 ) -> str | None:
     """Of which other model a file is, or that it is no adapter; None where nothing says so.
 
-    every: its keys; unknown: those that name nothing of FLUX; widths: [in, out] of its LoRAs by BFL's name.
+    every: its keys; unknown: those that mean nothing here; widths: [in, out] of its LoRAs by BFL's name. A
+    key of a module of FLUX is no other model's, whatever its ending, nor is a file of FLUX's keys with a few
+    strange ones.
     """
     if any(_is_flux_2(re.sub(r"^(?:double|single)_blocks[._]\d+[._]", "", name), *width)
            for name, width in widths.items()):  # fmt: skip
@@ -219,13 +222,25 @@ def foreign_model(
     for beginning, what in _ARCHITECTURES.items() if unknown else ():
         if any(text.startswith(beginning) for text in said):
             return what
+    strange, known = [key for key in unknown if not _names_flux(key)], len(every) - len(unknown)
     for pattern, what in _MODELS:
-        if any(re.search(pattern, key) for key in unknown):
+        found = sum(re.search(pattern, key) is not None for key in strange)
+        if found and known <= _MOST_KNOWN * found:
             return what
     if len(every) > 3 and not any(_OF_ADAPTER.search(key) for key in every):
         plain = [key for key in every if key.endswith((".weight", ".bias", ".scale"))]
         return "a whole model, not a LoRA" if 2 * len(plain) > len(every) else None
     return None
+
+
+def _names_flux(key: str) -> bool:
+    """Whether a key begins with the name of a module of FLUX, whatever stands after it."""
+    stems = (key[: dot.start()] for dot in re.finditer(r"\.", key))
+    return any(
+        part in (None, TRANSFORMER) and flux_names.find(name) is not None
+        for stem in stems
+        for name, _, part in _without_prefixes(stem)
+    )
 
 
 def _is_flux_2(name: str, width_in: int, width_out: int) -> bool:

@@ -26,6 +26,7 @@ from .delta import LoRAModule
 
 Shape = tuple[int | None, ...]
 _LOKR_SIDES = ("lokr_w1", "lokr_w2")
+_GLORA = ("a1", "a2", "b1", "b2")
 
 
 class Kind(Protocol):
@@ -251,18 +252,20 @@ class DoRA:
 
 
 def kind_of(
-    tensors: Mapping[str, np.ndarray], alpha: Callable[[int], float], full_lokr: tuple[float, float]
+    tensors: Mapping[str, np.ndarray],
+    alpha: Callable[[int], float],
+    full_lokr: Callable[[], tuple[float, float]],
 ) -> tuple[Kind | None, set[str]]:
     """The kind, other than LoRA and DoRA, that a module's tensors make, and the roles (keys.py) that it uses.
 
-    alpha(dim): alpha of a module of that dim. full_lokr: scale and alpha of a LoKr of two whole matrices.
+    alpha(dim): alpha of a module of that dim. full_lokr(): scale and alpha of a LoKr of two whole matrices.
     None where the tensors make no kind.
     """
     lokr = {role: values for role, values in tensors.items() if role.startswith("lokr_")}
     if lokr and all(side in lokr or {f"{side}_a", f"{side}_b"} <= lokr.keys() for side in _LOKR_SIDES):
         dim = LoKr(lokr, 1.0).dim
         if dim is None:  # LyCORIS then writes alpha = rank
-            scale, said = full_lokr
+            scale, said = full_lokr()
             return LoKr(lokr, scale, max(1, round(alpha(1))), said), set(lokr)
         return LoKr(lokr, alpha(dim) / dim, dim, max(alpha(dim), np.finfo("float32").tiny)), set(lokr)
     hada = [tensors.get(f"hada_w{i}_{side}") for i in (1, 2) for side in "ab"]
@@ -276,9 +279,9 @@ def kind_of(
         return OFT(tensors["oft_blocks"], bound, tensors.get("rescale")), {"oft_blocks", "rescale"} & set(
             tensors
         )
-    if {"a1", "a2", "b1", "b2"} <= tensors.keys():
+    if set(_GLORA) <= tensors.keys():
         dim = len(tensors["a2"])
-        parts = {name: tensors[name] for name in ("a1", "a2", "b1", "b2")}
+        parts = {name: tensors[name] for name in _GLORA}
         return GLoRA(**parts, scale=alpha(dim) / dim), set(parts)
     if {"=weight", "on_input"} <= tensors.keys():
         return IA3(tensors["=weight"], bool(tensors["on_input"].any())), {"=weight", "on_input"}
@@ -320,10 +323,22 @@ def lycoris_tensors(kind: Kind, parameter: str) -> dict[str, np.ndarray] | None:
     return None
 
 
+def check_factor(role: str, values: np.ndarray, key: str) -> None:
+    """Raises ConfigError for an alpha that is more than one number, and for a factor that is no matrix
+    (that of a convolution, say). values: any shape, float32. key: of the tensor, for the message."""
+    wanted = "one number" if role == "alpha" and values.size != 1 else None
+    if role in ("A", "B", *_GLORA) or role.startswith(("lokr_", "hada_")):
+        wanted = None if values.ndim == 2 and values.size else "a matrix"
+    if wanted:
+        raise ConfigError(f"the tensor {key} of the LoRA is {list(values.shape)}, wanted {wanted}")
+
+
 def check_shapes(kind: Kind, name: str) -> None:
     """Raises ConfigError for factors that do not fit each other. name: of the module, for the message."""
     if isinstance(kind, DoRA):
         check_shapes(kind.update, name)
+        if len(kind.update.shape) != 2:
+            raise ConfigError(f"DoRA of {name}: its update is {list(kind.update.shape)}, wanted a matrix")
         rows, columns = kind.update.shape
         if kind.magnitude.shape not in ((rows, 1), (1, columns)):
             raise ConfigError(
@@ -348,11 +363,22 @@ def check_shapes(kind: Kind, name: str) -> None:
             )
     if isinstance(kind, LoHa) and kind.shape != (kind.w2[0].shape[0], kind.w2[1].shape[1]):
         raise ConfigError(f"LoHa of {name}: its two matrices have different shapes")
+    if isinstance(kind, GLoRA) and not len(kind.a1) == kind.a2.shape[1] == kind.b2.shape[1]:
+        raise ConfigError(f"GLoRA of {name}: a1, a2 and b2 are of different widths")
     if isinstance(kind, OFT):
-        size = kind.blocks.shape[-1]
-        if (
-            kind.blocks.ndim not in (3, 4)
-            or kind.blocks.shape[-2] != size
-            or (kind.blocks.ndim == 4 and size % 2)
-        ):
-            raise ConfigError(f"OFT of {name}: blocks are {list(kind.blocks.shape)}, wanted [n, b, b]")
+        _check_turns(kind, name)
+
+
+def _check_turns(kind: OFT, name: str) -> None:
+    """In BOFT's last stage, rows that are half a block times 2 ** (stages - 1) apart stand side by side."""
+    shape = kind.blocks.shape
+    if len(shape) not in (3, 4) or shape[-2] != shape[-1] or (len(shape) == 4 and shape[-1] % 2):
+        raise ConfigError(f"OFT of {name}: blocks are {list(shape)}, wanted [n, b, b]")
+    if len(shape) == 4 and shape[1] % 2 ** (shape[0] - 1):
+        raise ConfigError(
+            f"BOFT of {name}: blocks are {list(shape)}, {shape[1]} a stage, wanted a multiple of "
+            f"2^{shape[0] - 1} for {shape[0]} stages"
+        )
+    rows = shape[-3] * shape[-1]
+    if kind.rescale is not None and kind.rescale.size != rows:
+        raise ConfigError(f"{kind.name} of {name}: rescale is {list(kind.rescale.shape)}, wanted [{rows}]")

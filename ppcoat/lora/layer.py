@@ -194,6 +194,13 @@ def remove_lora(model: nn.Layer) -> None:
         set_sublayer(model, path, layer.base)
 
 
+def put_layers(model: nn.Layer, layers: Mapping[str, AdapterLayer]) -> None:
+    """Put adapters that were made for the layers at these paths there, in the place of all that are there."""
+    remove_lora(model)
+    for path, layer in layers.items():
+        set_sublayer(model, path, layer)
+
+
 def lora_layers(model: nn.Layer) -> dict[str, LoRALinear]:
     """{path: LoRALinear} in model order."""
     return {path: layer for path, layer in model.named_sublayers() if isinstance(layer, LoRALinear)}
@@ -278,12 +285,13 @@ def merge_lora(model: nn.Layer) -> dict[str, list[str]]:
     for path, layer in layers.items():
         if isinstance(getattr(layer, "weight", None), FP8Weight):
             raise ConfigError(f"{path}.weight is stored in FP8: load the model unquantised to merge a LoRA")
+    # All before the first: what a fused module does to one Linear is made from the weights of the others too.
+    changed = {path: layer.changed() for path, layer in layers.items() if isinstance(layer, ChangedLayer)}
     merged = {}
     for path, layer in layers.items():
-        if isinstance(layer, ChangedLayer):
-            changed, names = layer.changed(), list(layer.base._parameters)
-            new = {name: getattr(changed, name) for name in names}
-            merged[path] = [name for name in names if new[name] is not getattr(layer.base, name)]
+        if path in changed:
+            new = {name: getattr(changed[path], name) for name in layer.base._parameters}
+            merged[path] = [name for name, value in new.items() if value is not getattr(layer.base, name)]
             for name in merged[path]:
                 getattr(layer.base, name).set_value(new[name])
             continue

@@ -1,14 +1,16 @@
 """Adapters of files put into models, for drawing and for merging. writing.py and peft.py are the way back.
 
-A LoRA becomes a LoRALinear, several on one Linear become one with their factors side by side, a LoKr becomes
-a LoKrLinear; all three work on FP8 weights as they are. What is left (DoRA, LoHa, OFT, biases, norms, ...)
-becomes a ChangedLayer, whose weight is made from the base's. Several adapters at once: each difference is
+A LoRA becomes a LoRALinear, several on one Linear become one with their factors side by side, a LoKr alone on
+one Linear becomes a LoKrLinear; all three work on FP8 weights as they are. What is left (DoRA, LoHa, OFT, a
+LoKr of a fused module or beside others, biases, norms, ...) becomes a ChangedLayer, whose weight is made from
+the base's. Several adapters at once: each difference is
 taken from the base weight, and they are added.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,7 +22,6 @@ from paddle import nn
 
 from ppcoat.errors import ConfigError
 from ppcoat.nn.base_weight import FP8Weight
-from ppcoat.nn.convert import set_sublayer
 from ppcoat.nn.linear import LoRALinear
 
 from .delta import LoRAModule
@@ -34,7 +35,7 @@ from .layer import (
     linear_paths,
     lora_parameters,
     norm_paths,
-    remove_lora,
+    put_layers,
     values_of,
 )
 from .lokr import LoKrLinear, LoKrSettings
@@ -51,7 +52,8 @@ SHAPE_OF_INPUTS = "x_embedder"  # the Linear that tells a control or Fill LoRA
 @dataclass(frozen=True)
 class LoRAInfo:
     """What `load_lora` found: kinds and counts in words; the transformer's LoRAs and LoKrs with their ranks
-    and scales; keys that fit nothing; notes for the user; and the header's facts.
+    and scales; keys that fit nothing; notes for the user; the header's facts; and the strength that was asked
+    for.
     """
 
     what: str
@@ -62,6 +64,7 @@ class LoRAInfo:
     trigger_word: str = ""
     step: int | None = None
     metadata: dict[str, str] = field(default_factory=dict)
+    strength: float = 1.0
 
     def line(self) -> str:
         """One line for a user."""
@@ -70,8 +73,8 @@ class LoRAInfo:
             if self.unmatched
             else ""
         )
-        trigger = f", trigger word {self.trigger_word}" if self.trigger_word else ""
-        return f"{self.what}{trigger}{left}"
+        trigger = f", trigger word {clean(self.trigger_word)}" if self.trigger_word else ""
+        return f"{self.what} at scale {self.strength:g}{trigger}{left}"
 
 
 def load_lora(
@@ -215,33 +218,52 @@ def info_of(file: LoRAFile, scale: float) -> LoRAInfo:
     ranks |= {path: kind.rank for path, kind in lokr.items()}
     scales = {path: kind.scale * scale for path, kind in (plain | lokr).items()}
     trigger_word, step = file.header.get("trigger_word", ""), step_from_header(file.header)
-    return LoRAInfo(file.what, ranks, scales, file.unknown, file.notes, trigger_word, step, file.header)
+    return LoRAInfo(
+        file.what, ranks, scales, file.unknown, file.notes, trigger_word, step, file.header, scale
+    )
+
+
+def tell(info: LoRAInfo, before: str = "") -> None:
+    """Print what a LoRA does, after the text `before`, and what its user should know."""
+    print(before + info.line())
+    for note in info.notes:
+        print(f"note: {note}")
 
 
 def put_adapters(models: Mapping[str, nn.Layer], active: Active) -> None:
-    """Put adapters, each with its strength, into the models by part, in the place of all that is there."""
-    for model in models.values():
-        remove_lora(model)
+    """Put adapters, each with its strength, into the models by part, in the place of all that is there.
+
+    Raises ConfigError, and changes nothing, for a strength that is no finite number.
+    """
+    for file, by in active:
+        if not math.isfinite(by):
+            raise ConfigError(f"the strength of {file.what} must be a finite number, got {by}")
+    built = {part: _adapter_layers(model, active, part) for part, model in models.items()}
     for part, model in models.items():
-        layers = dict(model.named_sublayers())
-        by_path: dict[str, list[tuple[Change, float]]] = {}
-        for file, by in active:
-            for change in file.changes:
-                for path in change.paths if change.part == part else ():
-                    by_path.setdefault(path, []).append((change, by))
-        dense = []
-        for path in (path for path in layers if path in by_path):
-            new = _layer(layers, path, by_path[path])
-            new.training = layers[path].training
-            set_sublayer(model, path, new)
-            if isinstance(new, ChangedLayer) and isinstance(getattr(new, "weight", None), FP8Weight):
-                dense.append(path)
-        if dense:
-            _log.warning(
-                "%d FP8 weights, e.g. %s, are held unquantised beside their FP8 copy while this adapter is "
-                "on: it is no LoRA",
-                *(len(dense), dense[0]),
-            )
+        put_layers(model, built[part])
+
+
+def _adapter_layers(model: nn.Layer, active: Active, part: str) -> dict[str, nn.Layer]:
+    """{path: what is to stand there}, made from the layers under the adapters that are in `model` now."""
+    bases = {path: base_of(layer) for path, layer in model.named_sublayers()}
+    by_path = _by_path(active, part, lambda path, name: values_of(bases[path], name))
+    built = {path: _layer(base, path, by_path[path]) for path, base in bases.items() if path in by_path}
+    for path, new in built.items():
+        new.training = bases[path].training
+    dense = [
+        path
+        for path, new in built.items()
+        if isinstance(new, ChangedLayer)
+        and isinstance(getattr(new, "weight", None), FP8Weight)
+        and any(each.change.parameter == "weight" for each in by_path[path])
+    ]
+    if dense:
+        _log.warning(
+            "%d FP8 weights, e.g. %s, are held unquantised beside their FP8 copy while this adapter is on: "
+            "on these Linears it is no LoRA or LoKr alone",
+            *(len(dense), dense[0]),
+        )
+    return built
 
 
 def added(
@@ -252,43 +274,68 @@ def added(
 
     base(name): the parameter without them, likewise. For checking what was merged, one parameter at a time.
     """
-    found: dict[str, list[tuple[Change, float, str]]] = {}
+    by_path = _by_path(active, part, lambda path, name: base(f"{path}.{name}"))
+    found: dict[str, list[_Differences]] = {}
+    for path, each_of in by_path.items():
+        for each in each_of:
+            found.setdefault(f"{path}.{each.change.parameter}", []).append(each)
+
+    def total(name: str) -> np.ndarray:
+        return sum(each.take(name.rpartition(".")[0]) for each in found[name])
+
+    return {name: partial(total, name) for name in found}
+
+
+class _Differences:
+    """W' - W of the layers of one change at its strength. A fused module's are of one piece: they are made
+    when the first is wanted, and each is handed out once. base(path, parameter): float32 in torch's order."""
+
+    def __init__(self, change: Change, by: float, base: Callable[[str, str], np.ndarray]) -> None:
+        self.change, self.by, self._base = change, by, base
+        self._left: dict[str, np.ndarray] = {}
+        self._factor = 1.0
+
+    def take(self, path: str, factor: float = 1.0) -> np.ndarray:
+        """That of the layer at `path`, at `factor` times the strength."""
+        if path not in self._left or self._factor != factor:
+            paths, self._factor = self.change.paths, factor
+            whole = [self._base(each, self.change.parameter) for each in paths]
+            self._left = dict(zip(paths, self.change.deltas(whole, self.by * factor), strict=True))
+        return self._left.pop(path)
+
+
+def _by_path(
+    active: Active, part: str, base: Callable[[str, str], np.ndarray]
+) -> dict[str, list[_Differences]]:
+    """{path of a layer: what is done to it}; the layers of a fused module share theirs."""
+    found: dict[str, list[_Differences]] = {}
     for file, by in active:
-        for change in file.changes:
-            for path in change.paths if change.part == part else ():
-                found.setdefault(f"{path}.{change.parameter}", []).append((change, by, path))
-
-    def total(changes: list[tuple[Change, float, str]]) -> np.ndarray:
-        return sum(
-            change.deltas([base(f"{each}.{change.parameter}") for each in change.paths], by)[
-                change.paths.index(path)
-            ]
-            for change, by, path in changes
-        )
-
-    return {name: partial(total, changes) for name, changes in found.items()}
+        for change in (each for each in file.changes if each.part == part):
+            shared = _Differences(change, by, base)
+            for path in change.paths:
+                found.setdefault(path, []).append(shared)
+    return found
 
 
-def _layer(layers: Mapping[str, nn.Layer], path: str, changes: list[tuple[Change, float]]) -> nn.Layer:
+def _layer(base: nn.Layer, path: str, differences: list[_Differences]) -> nn.Layer:
     """What stands in the place of the layer at `path`."""
-    base = layers[path]
-    weights = [(each.kind, by) for each, by in changes if each.parameter == "weight"]
-    if len(weights) == len(changes) and all(isinstance(kind, LoRAModule) for kind, _ in weights):
+    weights = [(each.change.kind, each.by) for each in differences if each.change.parameter == "weight"]
+    only_weights = len(weights) == len(differences)
+    if only_weights and all(isinstance(kind, LoRAModule) for kind, _ in weights):
         return _lora_linear(base, weights)
-    if len(changes) == 1 and isinstance(weights[0][0], LoKr) and len(changes[0][0].paths) == 1:
-        return _lokr_linear(base, *weights[0])
-    return ChangedLayer(base, partial(_deltas, layers, path, changes))
+    if only_weights and len(weights) == len(differences[0].change.paths) == 1:
+        kind, by = weights[0]
+        if isinstance(kind, LoKr):
+            return _lokr_linear(base, kind, by)
+    return ChangedLayer(base, partial(_deltas, path, differences))
 
 
-def _deltas(
-    layers: Mapping[str, nn.Layer], path: str, changes: list[tuple[Change, float]], factor: float
-) -> dict[str, np.ndarray]:
+def _deltas(path: str, differences: list[_Differences], factor: float) -> dict[str, np.ndarray]:
     """{"weight" or "bias": sum of the differences at `factor` times their strengths} of one layer."""
     found: dict[str, np.ndarray] = {}
-    for change, by in changes:
-        whole = [values_of(layers[each], change.parameter) for each in change.paths]
-        delta = change.deltas(whole, by * factor)[change.paths.index(path)]
-        found[change.parameter] = found.get(change.parameter, 0.0) + delta
+    for each in differences:
+        name = each.change.parameter
+        found[name] = found.get(name, 0.0) + each.take(path, factor)
     return found
 
 

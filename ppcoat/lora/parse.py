@@ -16,6 +16,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import paddle
@@ -26,7 +27,7 @@ from . import flux_names, keys
 from . import header as header_
 from .delta import LoRAModule
 from .keys import PART_NAMES, TRANSFORMER, KeyReader
-from .kinds import DORA_RULES, Absolute, Difference, DoRA, Kind, check_shapes, kind_of
+from .kinds import DORA_RULES, Absolute, Difference, DoRA, Kind, check_factor, check_shapes, kind_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,9 +200,11 @@ def _group(tensors: Mapping[str, paddle.Tensor], reader: KeyReader) -> tuple[lis
         module = modules.setdefault((found.part, found.name), new)
         if found.role in module.tensors:
             raise ConfigError(
-                f"the LoRA has {found.role} of {module.name} twice, as {module.keys[found.role]} and as {key}"
+                f"the LoRA has {found.role} of {module.name} twice, as "
+                f"{clean(module.keys[found.role])} and as {clean(key)}"
             )
-        module.tensors[found.role] = _finite(key, tensor)
+        module.tensors[found.role] = values = _finite(key, tensor)
+        check_factor(found.role, values, clean(key))
         module.keys[found.role] = key
     return list(modules.values()), unknown
 
@@ -266,8 +269,8 @@ class _Reading:
         if {"A", "B"} <= tensors.keys():
             kind, used = self._lora(module), {"A", "B"}
         else:
-            full = header_.full_lokr(self.header, module.part, self._names(module))
-            kind, used = kind_of(tensors, lambda dim: self._alpha(module, dim), full)
+            full_lokr = partial(header_.full_lokr, self.header, module.part, self._names(module))
+            kind, used = kind_of(tensors, lambda dim: self._alpha(module, dim), full_lokr)
         role = next((role for role in ("magnitude", "dora_scale") if role in tensors), None)
         if kind is None or role is None:
             if role is None and header_.adapter_config(self.header, module.part).get("use_dora") and used:
@@ -277,8 +280,7 @@ class _Reading:
             return kind, used
         rule = "PEFT" if role == "magnitude" else self._dora_rule(module.program)
         magnitude = tensors[role] if tensors[role].ndim == 2 else tensors[role].reshape([-1, 1])
-        if not self.notes:
-            self.notes.append(f"DoRA by the rule of {rule}: {DORA_RULES[rule]}")
+        self._note(f"DoRA by the rule of {rule}: {DORA_RULES[rule]}")
         return DoRA(kind, magnitude, rule), used | {role}
 
     def _dora_rule(self, program: str) -> str:
@@ -289,7 +291,7 @@ class _Reading:
     def _lora(self, module: _Module) -> LoRAModule:
         """A and B, checked against each other, in torch's order and float32, with their alpha."""
         a, b = (module.tensors[role].T if self.in_out else module.tensors[role] for role in "AB")
-        if not (a.ndim == b.ndim == 2 and len(a) == b.shape[-1] > 0):
+        if len(a) != b.shape[-1]:
             raise ConfigError(
                 f"LoRA of {module.shown}: A {list(a.shape)} and B {list(b.shape)} do not fit each "
                 "other, wanted "
@@ -306,14 +308,15 @@ class _Reading:
         own = module.tensors.get("alpha")
         if own is None:
             said = header_.alpha_of(self.header, module.part, self._names(module), rank)
-            if said is not None and header_.is_kohyas(self.header, module.part) and not self.notes:
-                self.notes.append(
-                    "the strength is that of the header field ss_network_alpha: no .alpha tensors"
-                )
+            if said is not None and header_.is_kohyas(self.header, module.part):
+                self._note("the strength is that of the header field ss_network_alpha: no .alpha tensors")
             return float(rank) if said is None else said
-        if own.size != 1:
-            raise ConfigError(f"LoRA of {module.shown}: alpha is {list(own.shape)}, wanted one number")
         return float(own.reshape([]))
+
+    def _note(self, text: str) -> None:
+        """Once, however many modules it is true of."""
+        if text not in self.notes:
+            self.notes.append(text)
 
     @staticmethod
     def _names(module: _Module) -> tuple[str, ...]:
@@ -336,7 +339,7 @@ def _is_in_out(modules: list[_Module], header: Mapping[str, str]) -> bool:
     if header.get("format") == "pd":
         return True
     pairs = [(m.tensors["A"].shape, m.tensors["B"].shape) for m in modules if {"A", "B"} <= m.tensors.keys()]
-    if header.get("format") == "pt" or not pairs or any(len(a) != 2 or len(b) != 2 for a, b in pairs):
+    if header.get("format") == "pt" or not pairs:
         return False
     if not all(a[1] == b[0] for a, b in pairs):
         return False

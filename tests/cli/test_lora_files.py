@@ -197,7 +197,7 @@ def test_merge_adds_several_loras_and_parts_of_the_text_encoders(tmp_path, capsy
     flags = ["--lora", *files, "--scale", "0.5", "1", "1", "--output_dir", str(out)]
     assert main(["merge", "--model", str(folder), *flags]) == 0
     said = capsys.readouterr().out
-    assert "0.5 x " in said and "T5: LoRA on 21" in said and "note: DoRA by the rule of PEFT" in said
+    assert "T5: LoRA on 21, LoRA on 20 at scale 0.5\n" in said and "note: DoRA by the rule of PEFT" in said
     key = "text_model.encoder.layers.0.self_attn.k_proj.weight"
     before, after = (raw(each / "text_encoder")[key][1].astype("float64") for each in (folder, out))
     with np.load(FIXTURES / "adapters" / "truth.npz") as truth:
@@ -283,6 +283,19 @@ def test_merge_refuses_what_the_model_lacks_before_it_is_loaded(rng, tmp_path, c
         flags = ["--lora", str(tmp_path / "lora.safetensors"), "--output_dir", str(tmp_path / "out")]
         assert main(["merge", "--model", str(folder), *flags]) == 2
         assert said in one_line(capsys)
+
+
+def test_merge_says_what_it_left_out(rng, tmp_path, capsys):
+    folder, lora = FIXTURES / "tiny_flux_fp32", tmp_path / "lora.safetensors"
+    tensors, _ = lora_of(rng, folder)
+    save_file(tensors | {"strange": np.ones(3), "idle": np.zeros(3)}, lora)
+    flags = ["--lora", str(lora), "--output_dir", str(tmp_path / "out"), "--ignore_unknown"]
+    assert main(["merge", "--model", str(folder), *flags]) == 0
+    said = capsys.readouterr().out
+    assert (
+        ": LoRA on 2 layers at scale 1, 1 keys left out, e.g. strange\nnote: 1 tensors that name nothing"
+        in said
+    )
 
 
 def test_merge_reads_back_what_it_wrote(rng, tmp_path, monkeypatch):

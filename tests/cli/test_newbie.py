@@ -86,6 +86,19 @@ def test_a_merged_model_draws_as_the_adapter_does(refs, tmp_path, kind):
     np.testing.assert_allclose(outputs(tmp_path / "merged", refs), refs[f"{kind}_b2_out"], rtol=0, atol=2e-5)
 
 
+def test_merging_says_what_it_left_out(tmp_path, capsys):
+    folder = shutil.copytree(FOLDER / "lora", tmp_path / "lora")
+    file = folder / "adapter_model.safetensors"
+    more = {"strange": paddle.ones([3]), "idle": paddle.zeros([3])}
+    save_paddle(load_paddle(str(file)) | more, str(file))
+    assert merge(FOLDER, folder, tmp_path / "out", "--ignore_unknown") == 0
+    said = capsys.readouterr().out
+    assert (
+        ": LoRA on 20 layers at scale 1, 1 keys left out, e.g. strange\nnote: 1 tensors that name nothing"
+        in said
+    )
+
+
 def test_merging_keeps_the_dtype_of_the_base(tmp_path):
     base = shutil.copytree(FOLDER, tmp_path / "base")
     tensors = {name: value.astype("bfloat16") for name, value in load_paddle(base / WEIGHTS).items()}

@@ -97,7 +97,8 @@ def test_lora_of_a_run_changes_the_picture_and_scale_0_switches_it_off(drawing, 
     said = capsys.readouterr().out
     half = draw("half", path_to_lora=str(trained_lora), lora_scale=0.5)
     off = draw("off", path_to_lora=str(trained_lora), lora_scale=0.0)
-    assert "LoRA on 39 layers, trigger word sks" in said  # 2 double blocks of 12, 3 single blocks of 5
+    # 2 double blocks of 12, 3 single blocks of 5
+    assert "LoRA on 39 layers at scale 1, trigger word sks" in said
     np.testing.assert_array_equal(off, without)
     assert np.abs(whole - without).max() > 2
     assert 0 < np.abs(half - without).mean() < np.abs(whole - without).mean()
@@ -186,7 +187,7 @@ def test_what_does_not_fit_is_refused_or_left_out_and_told(drawing, tmp_path, ca
     )
     (file,) = generate(both)
     said = capsys.readouterr().out
-    assert "LoRA on 14 layers, 2 keys left out, e.g. strange" in said
+    assert "LoRA on 14 layers at scale 0.5, 2 keys left out, e.g. strange\n" in said
     once = dataclasses.replace(drawing, path_to_lora=[other], output_dir=str(tmp_path / "once"))
     assert np.abs(pixels(file) - pixels(generate(once)[0])).max() <= 1  # two halves of one LoRA
     with pytest.raises(ConfigError, match="came 2 strengths for 1 LoRAs"):

@@ -132,6 +132,19 @@ def test_lora_scale_is_linear_in_the_weights(lora, tmp_path):
     assert np.abs(found[0] - found[2]).max() > 2
 
 
+def test_several_loras_are_drawn_together(lora, tmp_path, capsys):
+    """Two at half their strength are one."""
+    drawing = LightningDrawing(str(FIXTURE), ["dress"], steps=1, height=32, width=32, max_sequence_length=16)
+
+    def draw(**settings):
+        return pixels(draw_lightning(dataclasses.replace(drawing, output_dir=str(tmp_path), **settings)))
+
+    once, without = draw(path_to_lora=[str(lora)]), draw()
+    twice = draw(path_to_lora=[str(lora)] * 2, lora_scale=0.5)
+    assert capsys.readouterr().out.count("LoRA on 39 layers at scale 0.5\n") == 2
+    assert np.abs(once - twice).max() <= 1 < np.abs(once - without).max()
+
+
 def test_where_alpha_may_be_said(tmp_path):
     pair = {f"transformer.proj_out.lora_{name}.weight": paddle.ones([2, 2]) for name in "AB"}
 

@@ -351,7 +351,7 @@ def pair(stem, rows=16, width=16, names=("lora_A.weight", "lora_B.weight")):
         (pair("double_blocks.0.img_attn.qkv", 49), "49 rows"),
         (pair("single_blocks.0.linear1", 48), "48 rows"),
         (pair("final_layer.adaLN_modulation.1", 5), "5 rows"),
-        (pair(Q) | {f"{Q}.alpha": paddle.ones([2])}, r"alpha is \[2\]"),
+        (pair(Q) | {f"{Q}.alpha": paddle.ones([2])}, r"alpha of the LoRA is \[2\]"),
     ],
 )
 def test_contradictory_files_are_refused(tensors, said):

@@ -15,9 +15,14 @@ from ppcoat.lora import (
     load_lora,
     lora_layers,
     lora_parameters,
+    put_adapters,
+    read_fitting,
     remove_lora,
     save_lora,
 )
+from ppcoat.lora.layer import ChangedLayer
+from ppcoat.lora.loading import shapes_of
+from ppcoat.nn.convert import quantize_linears
 
 Q, PROJ = "transformer_blocks.0.attn.to_q", "single_transformer_blocks.0.proj_mlp"
 
@@ -223,7 +228,8 @@ def test_keys_without_a_layer_are_refused_or_listed(model, rng):
     assert not lora_layers(model)
     info = load_lora(model, tensors, ignore_unknown=True)
     assert info.unmatched == ["what.is.this", "text_model.encoder.layers.0.mlp.fc1.weight"]
-    assert info.ranks == {Q: 2} and info.line() == "LoRA on 1 layer, 2 keys left out, e.g. what.is.this"
+    assert info.ranks == {Q: 2}
+    assert info.line() == "LoRA on 1 layer at scale 1, 2 keys left out, e.g. what.is.this"
 
 
 def bad_files(rng):
@@ -304,3 +310,81 @@ def test_wrong_save_settings_are_named(model, tmp_path, name, settings, said):
     inject_lora(model, 2, 2.0)
     with pytest.raises(ConfigError, match=said):
         save_lora(tmp_path / name, model, **settings)
+
+
+BIASES = {  # a file -> kinds of what stands at to_q
+    "diff_b": {"diff_b": np.ones(16, "float32")},
+    "a difference of zeros beside it": {
+        "diff": np.zeros([16, 16], "float32"),
+        "diff_b": np.ones(16, "float32"),
+    },
+    "PEFT's bias of all": {"bias": np.ones(16, "float32")},
+}
+
+
+@pytest.mark.parametrize("name", BIASES)
+def test_a_layer_may_change_by_its_bias_alone(model, rng, name):
+    before = weights(model)
+    tensors = {f"transformer.{Q}.{role}": value for role, value in BIASES[name].items()}
+    tensors |= pair(rng, PROJ, 16, 64, 2)
+    info = load_lora(model, {key: paddle.to_tensor(value) for key, value in tensors.items()})
+    assert "bias on 1" in info.what
+    bias = np.ones(16) + (0 if "bias" in BIASES[name] else before[Q][1])
+    got = linear(model, Q)(paddle.eye(16)).numpy()
+    np.testing.assert_allclose(got, before[Q][0] + bias, atol=1e-5)
+
+
+def test_nothing_is_taken_out_before_all_that_comes_is_made(model, rng, monkeypatch):
+    """A strength that is no number, and a layer of the second model that cannot be made."""
+    first, second = (
+        {key: paddle.to_tensor(value) for key, value in pair(rng, path, 16, width, 2).items()}
+        for path, width in ((Q, 16), (PROJ, 64))
+    )
+    load_lora(model, first, 0.5)
+    layer = linear(model, Q)
+    for strength in (float("nan"), float("inf")):
+        with pytest.raises(ConfigError, match="the strength of LoRA on 1 layer must be a finite number, got"):
+            load_lora(model, second, strength)
+    monkeypatch.setattr("ppcoat.lora.loading._lora_linear", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        load_lora(model, second)
+    assert lora_layers(model) == {Q: layer} and layer.scale == 0.5
+
+
+def lokr(path, rows=(4, 4)):
+    w1, w2 = (np.ones([height, 4], "float32") for height in rows)
+    return {f"{path}.lokr_w1": w1, f"{path}.lokr_w2": w2}
+
+
+def lora(path):
+    return {f"{path}.lora_A.weight": np.ones([2, 16]), f"{path}.lora_B.weight": np.ones([16, 2])}
+
+
+QKV = "lora_unet_double_blocks_0_img_attn_qkv"
+ON_FP8 = {  # files, and whether an unquantised weight is held
+    "LoRA": ([lora(Q)], False),
+    "LoRAs": ([lora(Q), lora(Q)], False),
+    "LoKr": ([lokr(Q)], False),
+    "bias": ([{f"{Q}.diff_b": np.ones([16])}], False),
+    "LoRA and its bias": ([lora(Q) | {f"{Q}.diff_b": np.ones([16])}], True),
+    "LoKr of a fused module": ([lokr(QKV, (12, 4))], True),
+    "LoRA and LoKr": ([lora(Q), lokr(Q)], True),
+    "difference": ([{f"{Q}.diff": np.ones([16, 16])}], True),
+}
+
+
+@pytest.mark.parametrize("name", ON_FP8)
+def test_fp8_weights_are_held_twice_where_the_page_says_so(model, caplog, name):
+    """docs/files.md, Strength."""
+    quantize_linears(model)
+    files, held = ON_FP8[name]
+    shapes = {"transformer": shapes_of(model)}
+    tensors = [
+        {key: paddle.to_tensor(value.astype("float32")) for key, value in each.items()} for each in files
+    ]
+    put_adapters({"transformer": model}, [(read_fitting(each, shapes), 1.0) for each in tensors])
+    layer = linear(model, Q)
+    layer(paddle.ones([1, 16]))
+    assert ("are held unquantised" in caplog.text) == held
+    own = layer.changed().weight if isinstance(layer, ChangedLayer) else layer.weight
+    assert isinstance(own, paddle.Tensor) == held

@@ -359,6 +359,54 @@ def test_a_fused_module_of_any_kind_is_cut_to_the_parts(weights, tmp_path, name)
     np.testing.assert_allclose(got, want, atol=1e-6)
 
 
+def fused_tensors(name, rng):
+    """{role: tensor} of a kind on img_attn.qkv, 64 -> 192, whose change of each row depends on the others."""
+    if name == "dora":
+        a, b = (rng.standard_normal(shape).astype("float32") * 0.1 for shape in ([4, 64], [192, 4]))
+        return {"lora_down.weight": a, "lora_up.weight": b,
+                "dora_scale": np.linspace(0.5, 2, 64, dtype="float32")[None]}  # fmt: skip
+    blocks = rng.standard_normal([2, 96, 96]).astype("float32") * 0.05  # the second begins in to_k
+    return {"oft_blocks": blocks, "alpha": np.zeros([], "float32")}
+
+
+@pytest.mark.parametrize("name", ["dora", "oft"])
+def test_a_fused_module_is_merged_as_one_though_nothing_was_computed_before(weights, tmp_path, name):
+    """Each part is made from the weights before the merge, and the whole change once."""
+    model = load_transformer(BASE / "transformer", "float32")
+    tensors = fused_tensors(name, np.random.default_rng(0))
+    stem = "lora_unet_double_blocks_1_img_attn_qkv"
+    save_file({f"{stem}.{role}": value for role, value in tensors.items()}, tmp_path / "qkv.safetensors")
+    file = read_fitting(tmp_path / "qkv.safetensors", parameter_shapes(BASE, TRANSFORMER))
+    want, (change,) = added(file, weights, 0.5), file.changes
+    real, calls = type(change.kind).delta, []
+    counted = lambda *of: calls.append(1) or real(*of)  # noqa: E731
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(change.kind), "delta", counted)
+        put_adapters({TRANSFORMER: model}, [(file, 0.5)])
+        merge_lora(model)
+    assert len(calls) == 1 and len(want) == 3
+    for key, value in parameters(model, want).items():
+        np.testing.assert_allclose(value - weights[TRANSFORMER][key], want[key], atol=1e-6)
+
+
+def test_parts_of_a_fused_module_are_merged_each_at_its_own_strength(weights, tmp_path):
+    """to_q is made already when the merge begins, the others are not."""
+    model = load_transformer(BASE / "transformer", "float32")
+    tensors = fused_tensors("oft", np.random.default_rng(0))
+    stem = "lora_unet_double_blocks_1_img_attn_qkv"
+    save_file({f"{stem}.{role}": value for role, value in tensors.items()}, tmp_path / "qkv.safetensors")
+    file = read_fitting(tmp_path / "qkv.safetensors", parameter_shapes(BASE, TRANSFORMER))
+    put_adapters({TRANSFORMER: model}, [(file, 1.0)])
+    for path, layer in adapter_layers(model).items():
+        layer.changed()
+        layer.scale_multiplier = 1.0 if path.endswith("to_q") else 0.5
+    merge_lora(model)
+    whole, half = added(file, weights, 1.0), added(file, weights, 0.5)
+    for key, value in parameters(model, whole).items():
+        want = whole[key] if "to_q" in key else half[key]
+        np.testing.assert_allclose(value - weights[TRANSFORMER][key], want, atol=1e-6)
+
+
 def test_bfls_last_modulation_has_shift_before_scale_for_every_kind(weights, tmp_path):
     """IA3 there multiplies rows of the base weight: rows and factors must be of one order."""
     weight = weights[TRANSFORMER]["norm_out.linear.weight"]
@@ -494,7 +542,9 @@ def test_the_calls_of_diffusers_users(clean_pipeline, weights):
     assert pipeline.get_active_adapters() == ["default_0"] and layer().scale == 0.25
     for call, said in (
         (lambda: pipeline.set_adapters("a"), "no adapter 'a' is loaded; there are default_0"),
-        (lambda: pipeline.set_adapters("default_0", [1.0, 2.0]), "as many finite strengths"),
+        (lambda: pipeline.set_adapters("default_0", [1.0, 2.0]), "as many strengths"),
+        (lambda: pipeline.set_adapters("default_0", np.nan), "must be a finite number, got nan"),
+        (lambda: pipeline.load_lora_weights(file_of("dora"), scale=np.nan), "must be a finite number"),
         (lambda: pipeline.set_adapters("default_0", {"unet": 1}), "give numbers"),
         (lambda: pipeline.load_lora_weights(file_of("dora"), "default_0"), "is loaded already"),
         (lambda: pipeline.delete_adapters("x"), "no adapter 'x'"),
@@ -507,6 +557,68 @@ def test_the_calls_of_diffusers_users(clean_pipeline, weights):
     ):
         with pytest.raises(ConfigError, match=said):
             call()
+    assert pipeline.get_active_adapters() == ["default_0"] and layer().scale == 0.25
     pipeline.unload_lora_weights()
     assert pipeline.get_active_adapters() == [] and layer().weight.shape == [64, 64]
     assert not adapter_layers(pipeline.transformer)
+
+
+def test_a_part_of_the_pipeline_is_fused_alone(clean_pipeline, weights):
+    """The others keep their adapters, also where these are unloaded while the part is fused."""
+    pipeline, path = clean_pipeline, "text_model.encoder.layers.0.mlp.fc1"
+    state = lambda: [len(adapter_layers(each)) for each in (pipeline.transformer, pipeline.text_encoder)]  # noqa: E731
+    value = lambda: values_of(dict(pipeline.text_encoder.named_sublayers())[path], "weight")  # noqa: E731
+    pipeline.load_lora_weights(file_of("dense_comfy"), scale=0.5)
+    both, scale = state(), pipeline.transformer.transformer_blocks[0].attn.to_q.scale
+    pipeline.fuse_lora(components=["text_encoder"], lora_scale=2.0)
+    assert state() == [both[0], 0] and (value() != weights[CLIP][f"{path}.weight"]).any()
+    assert pipeline.transformer.transformer_blocks[0].attn.to_q.scale == scale
+    pipeline.unfuse_lora()
+    assert state() == both
+    np.testing.assert_array_equal(value(), weights[CLIP][f"{path}.weight"])
+    pipeline.fuse_lora(components=["transformer"])
+    assert state() == [0, both[1]]
+    pipeline.unload_lora_weights()
+    assert state() == [0, 0]
+    pipeline.unfuse_lora()
+    pipeline.load_lora_weights(file_of("split_kohya"))
+    for components, said in (
+        (["text_encoder"], "change transformer only: nothing to fuse in text_encoder"),
+        ([], "no part"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            pipeline.fuse_lora(components=components)
+    assert state() == [14, 0]
+
+
+def test_a_refused_fuse_changes_nothing(weights):
+    """The transformer is merged already when an encoder with FP8 weights refuses; and other refusals."""
+    pipeline = FluxPipeline.from_pretrained(BASE, "float32")
+    quantize_linears(pipeline.text_encoder_2)
+    pipeline.load_lora_weights(file_of("dense_comfy"), "all", scale=0.5)
+    pipeline.load_lora_weights(file_of("split_kohya"), "a")
+    pipeline.set_adapters("all", 0.5)
+    models = (pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2)
+    before = [adapter_layers(model) for model in models]
+    layer = before[0]["transformer_blocks.0.attn.to_q"]
+    layer.scale_multiplier = 0.75
+    for arguments, said in (
+        ({"lora_scale": 0.25}, "stored in FP8"),
+        ({"adapter_names": ["a", "all"]}, "stored in FP8"),
+        ({"adapter_names": ["a"], "lora_scale": np.nan}, "must be a finite number, got nan"),
+        ({"adapter_names": []}, "no adapter is active"),
+        ({"adapter_names": ["x"]}, "no adapter 'x'"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            pipeline.fuse_lora(**arguments)
+        assert [adapter_layers(model) for model in models] == before and layer.scale_multiplier == 0.75
+        assert pipeline.get_active_adapters() == ["all"] and pipeline._lora_adapters().strengths["all"] == 0.5
+        for model, part in zip(models[:2], (TRANSFORMER, CLIP), strict=True):
+            for name, parameter in model.named_parameters():
+                if name in weights[part]:
+                    values = parameter.numpy()
+                    want = weights[part][name]
+                    linear = values.ndim == 2 and "embedding" not in name
+                    np.testing.assert_array_equal(values.T if linear else values, want)
+    pipeline.fuse_lora(components=["transformer", "text_encoder"])
+    assert [len(adapter_layers(model)) > 0 for model in models] == [False, False, True]

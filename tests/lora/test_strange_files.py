@@ -74,6 +74,73 @@ def test_loras_of_other_models_are_named(model, stems, header, said):
         load_lora(model, tensors_of(arrays), metadata=header)
 
 
+QKV = "lora_unet_double_blocks_0_img_attn_qkv"
+KOHYA = ("lora_down.weight", "lora_up.weight")
+
+
+@pytest.mark.parametrize(
+    "strange",
+    [
+        f"{QKV}.lora_mid.weight",
+        f"{QKV}.scalar",
+        f"transformer.{Q}.lora_mid.weight",
+        "controlnet_x",
+        "lora_te2_text_model_encoder_layers_0_mlp_fc1.alpha",
+        "clip_g",
+    ],
+)
+def test_a_lora_of_flux_with_a_strange_key_stays_one(model, strange):
+    """Whether its module is FLUX's, or it is one among many."""
+    arrays = pair(QKV, A[:, :16], np.concatenate([B[:16]] * 3), KOHYA)
+    for name in ("to_add_out", "to_out.0"):
+        arrays |= pair(f"transformer.{Q.replace('to_q', name)}", A[:, :16], B[:16])
+    tensors = tensors_of(arrays | {strange: np.ones([4], "float32")})
+    with pytest.raises(ConfigError, match="1 keys of this LoRA name nothing .*ignore_unknown=True"):
+        load_lora(model, tensors)
+    info = load_lora(model, tensors, ignore_unknown=True)
+    assert info.unmatched == [strange] and info.what == "LoRA on 5 layers"
+
+
+@pytest.mark.parametrize(
+    ("shared", "own", "said"),
+    [
+        (("attn.to_q", "attn.to_k", "attn.to_out.0", "attn.add_q_proj"), ("img_mlp.net.2",), "Qwen-Image"),
+        (("attn.to_q", "attn.to_k", "attn.to_v", "attn.add_k_proj"), ("ff.linear_in",), "FLUX.2"),
+    ],
+)
+def test_a_model_that_shares_most_names_with_flux_is_told_by_its_own(shared, own, said):
+    arrays = {}
+    for name in (*shared, *own):
+        arrays |= pair(f"transformer.transformer_blocks.0.{name}")
+    assert parse_lora(tensors_of(arrays), {}).foreign == f"a LoRA of {said}"
+
+
+def test_a_lora_of_flux_is_no_other_models_where_newbies_modules_are_asked():
+    file = parse_lora(tensors_of(pair(QKV, names=KOHYA)), {}, {"layers.0.attention.qkv"})
+    assert file.foreign is None and len(file.unknown) == 2
+
+
+def test_alpha_of_the_header_is_asked_only_where_it_is_wanted():
+    """kohya's resizing writes "Dynamic" and an alpha to every module; a difference wants none at all."""
+    dynamic = {"ss_network_dim": "Dynamic", "ss_network_alpha": "Dynamic"}
+    arrays = pair(f"transformer.{Q}") | {f"transformer.{Q}.alpha": np.float32(2)}
+    more = {f"transformer.{Q.replace('to_q', 'to_k')}.diff": np.ones([64, 64], "float32")}
+    file = parse_lora(tensors_of(arrays | more), dynamic)
+    assert file.modules[Q].scale == 0.5 and file.what == "LoRA on 1 layer, difference on 1"
+    assert not parse_lora(tensors_of(pair(f"transformer.{Q}")), dynamic).states_alpha
+    assert parse_lora(tensors_of(more), {"alpha": "many"}).what == "difference on 1 layer"
+    whole = {f"transformer.{Q}.lokr_w{i}": np.ones([8, 8], "float32") for i in (1, 2)}
+    with pytest.raises(ConfigError, match="alpha must be a finite number, got 'many'"):
+        parse_lora(tensors_of(whole), {"alpha": "many"})
+
+
+def test_one_note_does_not_swallow_another():
+    arrays = pair(f"transformer.{Q}") | {f"transformer.{Q}.dora_scale": B[:, :1]}
+    arrays |= pair(f"lycoris_{Q.replace('to_q', 'to_k')}") | {f"lycoris_{Q}.diff_b": B[:, 0]}
+    notes = parse_lora(tensors_of(arrays), {"ss_network_alpha": "1"}).notes
+    assert len(notes) == 2 and "ss_network_alpha" in notes[0] and "DoRA by the rule of LyCORIS" in notes[1]
+
+
 @pytest.mark.parametrize(
     ("name", "width", "rows"),
     [
@@ -155,6 +222,57 @@ def test_broken_files_stop_every_command_before_a_model_is_loaded(
         shown = capsys.readouterr().err
         assert shown.startswith("error: ") and shown.count("\n") == 1 and "lora.safetensors" in shown
     assert [path.name for path in tmp_path.iterdir()] == ["lora.safetensors"]
+
+
+S8, BLOCKS = np.ones([8, 8], "float32"), np.zeros([8, 8, 8], "float32")
+ODD_SHAPES = [  # tensors of to_q, 64 -> 64 -> what is said
+    ({"lokr_w1": S8[0], "lokr_w2": S8}, r"tensor .*to_q.lokr_w1 of the LoRA is \[8\], wanted a matrix"),
+    ({"lokr_w1": S8, "lokr_w2_a": S8, "lokr_w2_b": S8[0, 0]}, r"lokr_w2_b of the LoRA is \[\], wanted a"),
+    ({"lora_A.weight": A[0, 0], "lora_B.weight": B}, r"lora_A.weight of the LoRA is \[\], wanted a matrix"),
+    ({"oft_blocks": BLOCKS, "alpha": S8[0, :4]}, r"to_q.alpha of the LoRA is \[4\], wanted one number"),
+    ({"oft_blocks": S8[0, 0]}, r"OFT of .*to_q: blocks are \[\]"),
+    (
+        {"oft_blocks": np.stack([BLOCKS] * 5)},
+        r"BOFT of .*to_q: .* 8 a stage, wanted a multiple of 2\^4 for 5",
+    ),
+    ({"oft_blocks": BLOCKS, "rescale": S8[0]}, r"OFT of .*to_q: rescale is \[8\], wanted \[64\]"),
+    ({"a1.weight": B, "a2.weight": A[:, :9], "b1.weight": B, "b2.weight": A}, "GLoRA of .* different widths"),
+    ({"diff": S8[0], "dora_scale": S8}, r"DoRA of .*to_q: its update is \[8\], wanted a matrix"),
+]
+
+
+@pytest.mark.parametrize(("roles", "said"), ODD_SHAPES)
+def test_odd_shapes_are_named_by_the_reader(roles, said):
+    stem = f"transformer.{Q}"
+    with pytest.raises(ConfigError, match=said) as caught:
+        parse_lora(tensors_of({f"{stem}.{role}": values for role, values in roles.items()}), {})
+    assert "\n" not in str(caught.value)
+
+
+def test_as_many_stages_as_there_are_blocks_for_are_read():
+    arrays = {f"transformer.{Q}.oft_blocks": np.stack([BLOCKS] * 4)}
+    (change,) = parse_lora(tensors_of(arrays), {}).changes
+    assert not change.kind.delta(np.ones([64, 64], "float32"), 1.0).any()
+
+
+LONG = "9" * 5000  # more digits than Python turns into a number
+
+
+def test_texts_of_the_header_are_shown_without_control_characters_and_read_within_limits(model):
+    tensors = tensors_of(pair(f"transformer.{Q}", A[:, :16], B[:16]))
+    info = load_lora(model, tensors, metadata={"trigger_word": "sks\x1b[2J\n", "step": LONG})
+    assert info.line() == "LoRA on 1 layer at scale 1, trigger word sks\\u001b[2J\\n" and info.step is None
+    for text in (f'{{"step": {LONG}}}', "[" * 100_000):
+        assert load_lora(model, tensors, metadata={"training_info": text}).step is None
+        with pytest.raises(ConfigError, match="lora_adapter_metadata is not JSON"):
+            load_lora(model, tensors, metadata={META: text})
+    with pytest.raises(ConfigError, match="lora_alpha must be a finite number") as caught:
+        load_lora(model, tensors, metadata={META: json.dumps({"lora_alpha": 10**400})})
+    assert len(str(caught.value)) < 200
+    named = {f"transformer.{Q}.lora_A.{name}.weight": A for name in ("a", "\x1b[2J")}
+    with pytest.raises(ConfigError, match="to_q twice, as .*and as") as caught:
+        load_lora(model, tensors_of(named))
+    assert str(caught.value).isprintable()
 
 
 def dialect(stem, names=("lora_A.weight", "lora_B.weight"), alpha=None, header=None):

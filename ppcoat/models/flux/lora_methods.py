@@ -102,17 +102,18 @@ class LoRAMethods:
         """Adds the active adapters (or those named), at lora_scale times their strengths, to the weights,
         each rounded once. What the weights were is kept in host memory for `unfuse_lora`.
 
-        components and safe_fusing are diffusers': all parts are fused, and no LoRA with NaN is ever loaded.
-        Raises ConfigError where none is active and for FP8 weights.
+        components: of the pipeline, whose weights are to change (default: all that the adapters change); in
+        the others the adapters stay beside the weights, at their own strengths. safe_fusing is diffusers',
+        without effect: no LoRA with NaN is ever loaded. Raises ConfigError, and changes nothing, where none
+        is active, where they change none of the components, and for FP8 weights.
         """
-        from ppcoat.lora import merge_lora
-
         if components is not None and not set(components) <= set(_PARTS):
             raise ConfigError(f"fuse_lora: components are of {', '.join(_PARTS)}, got {list(components)}")
-        self._lora_adapters().fuse(adapter_names, lora_scale, merge_lora)
+        self._lora_adapters().fuse(adapter_names, lora_scale, _PARTS if components is None else components)
 
     def unfuse_lora(self, components: Sequence[str] | None = None) -> None:
-        """The weights are bit for bit what they were before `fuse_lora`; the adapters are on beside them."""
+        """The weights are bit for bit what they were before `fuse_lora`; the adapters are on beside them.
+        components: diffusers', without effect: all that was fused is what it was."""
         self._lora_adapters().unfuse()
 
     @contextmanager
