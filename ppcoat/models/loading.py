@@ -6,7 +6,8 @@ the peak is the model and one tensor. Everything that headers can tell (missing 
 wrong shapes) is checked before the first weight is read; tensor_files.py reads them.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,18 @@ from typing import Any
 import paddle
 import paddle.nn as nn
 from ppdiffusers import AutoencoderKL
+from tokenizers import Tokenizer
 
-from ppcoat.device import default_dtype
+from ppcoat.device import compute_dtype, default_dtype
 from ppcoat.errors import ConfigError
 from ppcoat.models.flux.scheduler import FlowMatchEulerDiscreteScheduler
 from ppcoat.models.flux.transformer import FluxTransformer2DModel
+from ppcoat.models.pictures import check_options
 from ppcoat.models.tensor_files import (
     TensorInfo,
     check_there,
+    chosen_weights,
+    component_config,
     in_file_order,
     map_tensor,
     read_json,
@@ -43,6 +48,10 @@ FLUX_COMPONENTS = (
     "transformer",
     "vae",
 )
+WITH_WEIGHTS = ("text_encoder", "text_encoder_2", "transformer", "vae")
+# What the tokenizers' own classes read; transformers 5 writes tokenizer.json instead.
+_TOKENIZERS = {"tokenizer": ("vocab.json", "merges.txt"), "tokenizer_2": ("spiece.model",)}
+_log = logging.getLogger(__name__)
 
 
 def check_components(folder: Path, pipeline: str, components: Sequence[str]) -> None:
@@ -59,25 +68,51 @@ def check_components(folder: Path, pipeline: str, components: Sequence[str]) -> 
             )
 
 
-def check_folder(folder: str | Path, setting: str = "the model") -> None:
-    """Checks a FLUX pipeline folder by its JSON files and safetensors headers; reads no weight.
+def check_folder(
+    folder: str | Path,
+    setting: str = "the model",
+    needed: Collection[str] = FLUX_COMPONENTS,
+    variant: str | None = None,
+) -> None:
+    """Checks a FLUX pipeline folder by its JSON files and safetensors headers; reads no weight. Warns where
+    other weights will be read than those of `variant` (None: plain files).
 
-    setting: the flag or key that named it. Raises ConfigError naming the folder, file or tensor: a missing
-    component, config, shard or tokenizer file; a cut-off or unreadable file; a missing, unexpected or wrongly
-    shaped tensor of the transformer or the VAE (the text encoders' shapes are checked when they are loaded,
-    before their weights are read).
+    setting: the flag or key that named it. needed: the components to look at. Raises ConfigError naming the
+    folder, file or tensor: a missing component, config, shard or tokenizer file; a cut-off or unreadable
+    file; a missing, unexpected or wrongly shaped tensor of the transformer or the VAE (the text encoders'
+    shapes are checked when they are loaded, before their weights are read).
     """
     folder = Path(folder)
     check_there(folder, setting)
-    check_components(folder, "FluxPipeline", FLUX_COMPONENTS)
-    for name in ("text_encoder", "text_encoder_2"):
-        read_json(folder / name / "config.json")
-        tensor_infos(folder / name)
-    _tokenizer_files(folder / "tokenizer", "vocab.json", "merges.txt")
-    _tokenizer_files(folder / "tokenizer_2", "spiece.model")
-    FlowMatchEulerDiscreteScheduler.from_config(_scheduler_config(folder / "scheduler"))
+    check_components(folder, "FluxPipeline", [name for name in FLUX_COMPONENTS if name in needed])
+    weights = _checked_variants(folder, variant, [name for name in WITH_WEIGHTS if name in needed])
+    for name, file in weights.items():
+        if name.startswith("text_encoder"):
+            component_config(file)
+            tensor_infos(file)
+    for name, files in _TOKENIZERS.items():
+        if name in needed:
+            _has_files(folder / name, files)
+    if "scheduler" in needed:
+        FlowMatchEulerDiscreteScheduler.from_config(_scheduler_config(folder / "scheduler"))
     for name, model_class in (("transformer", FluxTransformer2DModel), ("vae", AutoencoderKL)):
-        unfilled(model_class, folder / name)
+        if name in needed:
+            unfilled(model_class, weights[name])
+
+
+def _checked_variants(folder: Path, variant: str | None, parts: Sequence[str]) -> dict[str, Path]:
+    """{part: the weights that `chosen_weights` gives}; warns of those that are not of `variant`."""
+    chosen = {part: chosen_weights(folder / part, variant) for part in parts}
+    found = {each for each, _ in chosen.values()}
+    if variant and parts and variant not in found:
+        raise ConfigError(f"variant: came {variant!r}, but {folder} has no such files; leave it out")
+    for other in sorted(found - {variant}, key=str):
+        named = ", ".join(part for part in parts if chosen[part][0] == other)
+        _log.warning(
+            "%s: the %s files of %s are read, for there are no %s ones",
+            *(folder, other or "plain", named, variant or "plain"),
+        )
+    return {part: file for part, (_, file) in chosen.items()}
 
 
 def parameter_shapes(folder: str | Path, *parts: str) -> dict[str, dict[str, list[int]]]:
@@ -92,8 +127,24 @@ def parameter_shapes(folder: str | Path, *parts: str) -> dict[str, dict[str, lis
 
 
 def load_transformer(folder: str | Path, dtype: str | None = None) -> FluxTransformer2DModel:
-    """The FLUX transformer of a component folder, in `dtype` (None: see `default_dtype`), in eval mode."""
+    """The FLUX transformer of a component folder, in `dtype` (None: see `default_dtype`), in eval mode. Here
+    and below, a folder may be a file that `chosen_weights` gave."""
     return load_weights(opened(_from_config(FluxTransformer2DModel), folder, dtype), folder)
+
+
+def pretrained_transformer(
+    folder: Path,
+    paddle_dtype: Any = None,
+    torch_dtype: Any = None,
+    variant: str | None = None,
+    **options: Any,
+) -> FluxTransformer2DModel:
+    """`load_transformer` with the options of FluxPipeline.from_pretrained. Raises ConfigError for those that
+    ask for something else, and for a dtype that the device does not compute in, before anything is read."""
+    check_options(options, ("subfolder", "paddle_dtype", "torch_dtype", "variant"))
+    dtype = compute_dtype(torch_dtype if paddle_dtype is None else paddle_dtype)
+    check_there(folder, "the first argument")
+    return load_transformer(chosen_weights(folder, variant)[1], dtype)
 
 
 def unfilled(
@@ -130,19 +181,49 @@ def load_t5(folder: str | Path, dtype: str | None = None) -> nn.Layer:
 
 
 def load_clip_tokenizer(folder: str | Path) -> Any:
-    """paddlenlp's CLIPTokenizer from vocab.json and merges.txt."""
+    """paddlenlp's CLIPTokenizer from vocab.json and merges.txt, or else what tokenizer.json says."""
     from ppdiffusers.transformers import CLIPTokenizer
 
-    _tokenizer_files(folder, "vocab.json", "merges.txt")
-    return CLIPTokenizer.from_pretrained(str(folder))
+    return _load_tokenizer(CLIPTokenizer, folder, _TOKENIZERS["tokenizer"], "<|endoftext|>", 77)
 
 
 def load_t5_tokenizer(folder: str | Path) -> Any:
-    """paddlenlp's T5Tokenizer from spiece.model."""
+    """paddlenlp's T5Tokenizer from spiece.model, or else what tokenizer.json says."""
     from ppdiffusers.transformers import T5Tokenizer
 
-    _tokenizer_files(folder, "spiece.model")
-    return T5Tokenizer.from_pretrained(str(folder))
+    return _load_tokenizer(T5Tokenizer, folder, _TOKENIZERS["tokenizer_2"], "<pad>", 512)
+
+
+def _load_tokenizer(slow: type, folder: str | Path, files: Sequence[str], pad: str, length: int) -> Any:
+    """slow: the class that reads `files`. pad, length: where tokenizer_config.json does not say them."""
+    if _has_files(folder, files):
+        return slow.from_pretrained(str(folder))
+    from paddlenlp.transformers import PretrainedTokenizerFast
+
+    file, config = Path(folder) / "tokenizer.json", Path(folder) / "tokenizer_config.json"
+    said = read_json(config) if config.is_file() else {}
+    token, limit = said.get("pad_token") or pad, said.get("model_max_length")
+    token = token["content"] if isinstance(token, dict) else token  # as older versions write it
+    if not isinstance(read_json(file).get("model"), dict):
+        raise ConfigError(f"{file} has no vocabulary: fetch it again")
+    core = Tokenizer.from_file(str(file))
+    if core.token_to_id(token) is None:
+        raise ConfigError(f"{file} has no {token}, the pad_token: take all files from one model")
+    length = min(limit, length) if isinstance(limit, int) else length
+    return PretrainedTokenizerFast(
+        tokenizer_object=core, pad_token=token, model_max_length=length, name_or_path=str(folder)
+    )
+
+
+def _has_files(folder: str | Path, names: Sequence[str]) -> bool:
+    """Whether these files of a tokenizer are there. Raises ConfigError if tokenizer.json is missing, too."""
+    missing = [name for name in names if not (Path(folder) / name).is_file()]
+    if missing and not (Path(folder) / "tokenizer.json").is_file():
+        raise ConfigError(
+            f"{Path(folder) / missing[0]} is missing, and tokenizer.json, which would do: take them from the "
+            "original model folder"
+        )
+    return not missing
 
 
 def load_scheduler(folder: str | Path) -> FlowMatchEulerDiscreteScheduler:
@@ -155,7 +236,7 @@ def opened(build: Callable[[Path], nn.Layer], folder: str | Path, dtype: str | N
     `source_config`: config.json as found, which writing.py writes again."""
     with weights_in(dtype):
         model = build(Path(folder))
-    model.source_config = read_json(Path(folder) / "config.json")
+    model.source_config = component_config(folder)
     return model
 
 
@@ -265,7 +346,7 @@ def _load_text_encoder(
     model_class: type, config_class: type, folder: str | Path, dtype: str | None
 ) -> nn.Layer:
     def build(folder: Path) -> nn.Layer:
-        return model_class(config_class.from_dict(read_json(folder / "config.json")))
+        return model_class(config_class.from_dict(component_config(folder)))
 
     return load_weights(opened(build, folder, dtype), folder)
 
@@ -277,7 +358,7 @@ def _from_config(model_class: type) -> Callable[[Path], nn.Layer]:
 
 def _model_config(folder: Path) -> dict:
     """Drops a key that only repeats a default and that older ppdiffusers would warn of."""
-    config = read_json(folder / "config.json")
+    config = component_config(folder)
     if config.get("mid_block_add_attention") is True:
         del config["mid_block_add_attention"]
     return config
@@ -285,17 +366,6 @@ def _model_config(folder: Path) -> dict:
 
 def _scheduler_config(folder: str | Path) -> dict:
     return read_json(Path(folder) / "scheduler_config.json")
-
-
-def _tokenizer_files(folder: str | Path, *names: str) -> None:
-    for name in names:
-        if not (Path(folder) / name).is_file():
-            also = (
-                "; tokenizer.json alone is not enough" if (Path(folder) / "tokenizer.json").is_file() else ""
-            )
-            raise ConfigError(
-                f"{Path(folder) / name} is missing{also}: take it from the original model folder"
-            )
 
 
 @contextmanager

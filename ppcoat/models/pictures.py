@@ -5,12 +5,41 @@ tokens, each a patch of 2 x 2: packing them, and where they stand.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import paddle
+from paddle.base.core import Generator, default_cpu_generator
 
-from ppcoat.errors import ConfigError
+from ppcoat.device import COMPUTE_DTYPES, compute_dtype, set_device
+from ppcoat.errors import ConfigError, unknown_name
+from ppcoat.nn.base_weight import FP8Weight
 
 TOKEN_SIDE = 16  # pixels that a token stands for, each way: the VAE's 8 times the transformers' patches of 2
+
+# Options of diffusers' and ppdiffusers' from_pretrained: those that say how to download, or ask for what is
+# done anyway, and those that ask for more.
+_NEEDLESS = (
+    *("cache_dir", "force_download", "resume_download", "proxies", "local_files_only", "token", "revision"),
+    *(
+        "from_diffusers",
+        "from_hf_hub",
+        "from_aistudio",
+        "use_safetensors",
+        "low_cpu_mem_usage",
+        "disable_mmap",
+    ),
+    *("map_location", "trust_remote_code", "offload_state_dict"),
+)
+_INSTEAD = {
+    **dict.fromkeys(("device_map", "max_memory", "offload_folder"), "call paddle.set_device first"),
+    **dict.fromkeys(("custom_pipeline", "custom_revision", "use_onnx", "provider"), "leave it out"),
+    "quantization_config": "give transformer=load_fp8_transformer(...) of ppcoat.models.quantized_base",
+    **dict.fromkeys(
+        ("image_encoder", "feature_extractor", "safety_checker"), "FLUX.1 has none; leave it out"
+    ),
+}
 
 
 def check_drawing(height: int, width: int, step: int, output_type: str) -> None:
@@ -21,14 +50,70 @@ def check_drawing(height: int, width: int, step: int, output_type: str) -> None:
         raise ConfigError(f"output_type is {output_type!r}: choose pil, np or latent")
 
 
-def noise_of_seeds(batch: int, shape: tuple[int, ...], seed: int) -> paddle.Tensor:
-    """Normal noise float32 [batch, *shape], drawn on the host: row i is of seed + i, whatever the others."""
-    generators = [np.random.default_rng(seed + i) for i in range(batch)]
+def noise_of_seeds(seeds: Sequence[int], shape: tuple[int, ...]) -> paddle.Tensor:
+    """Normal noise float32 [pictures, *shape], drawn on the host: row i is of seeds[i], whatever the
+    others."""
+    generators = [np.random.default_rng(seed) for seed in seeds]
     return paddle.to_tensor(np.stack([g.standard_normal(shape, dtype="float32") for g in generators]))
 
 
+def check_options(options: dict[str, Any], others: Sequence[str]) -> None:
+    """Raises ConfigError for an option of diffusers' or ppdiffusers' `from_pretrained` that asks for what is
+    not done here, and for one that neither has. None and False ask for nothing. others: those that the caller
+    knows."""
+    for name, value in options.items():
+        if name in _INSTEAD and value not in (None, False):
+            raise ConfigError(f"from_pretrained({name}=...) is not done here: {_INSTEAD[name]}")
+        if name == "use_safetensors" and value is False:
+            raise ConfigError(
+                "from_pretrained(use_safetensors=False): only safetensors are read; leave it out"
+            )
+        if name not in _INSTEAD and name not in _NEEDLESS:
+            raise ConfigError(unknown_name("option of from_pretrained", name, (*others, *_NEEDLESS)))
+
+
+def picture_seeds(batch: int, seed: int | None = None, generator: Any = None) -> list[int]:
+    """One seed for each of `batch` pictures: seed + i for picture i.
+
+    generator: draws the seed where none is given: an int is a seed; a NumPy or Paddle generator draws one, as
+    does the text that ppdiffusers' `paddle.Generator().manual_seed(7)` gives; of a list, each draws that of
+    one picture. With neither, Paddle's own generator draws, which `paddle.seed` sets. Raises ConfigError for
+    a negative seed, another kind of generator, and a list of another length.
+    """
+    if seed is None and isinstance(generator, list | tuple) and len(generator) != 1:
+        if len(generator) != batch:
+            raise ConfigError(
+                f"generator: came {len(generator)} for {batch} pictures, wanted one or one each"
+            )
+        return [picture_seeds(1, None, each)[0] for each in generator]
+    first = seed if seed is not None else _drawn_seed(generator)
+    if not isinstance(first, int) or isinstance(first, bool) or first < 0:
+        raise ConfigError(f"seed: came {first!r}, wanted a whole number from 0, or None for any")
+    return [first + i for i in range(batch)]
+
+
+def _drawn_seed(generator: Any) -> int:
+    if isinstance(generator, list | tuple):
+        (generator,) = generator
+    if isinstance(generator, int | np.integer):
+        return int(generator)
+    if isinstance(generator, np.random.Generator):
+        return int(generator.integers(2**63))
+    if generator is None or isinstance(generator, Generator):
+        return (generator or default_cpu_generator()).random()
+    states = getattr(paddle, "Generator", None)  # ppdiffusers' table of states, each under a name
+    if isinstance(generator, str) and generator in getattr(states and states(), "states_", ()):
+        with states().rng_state(generator):
+            return int(paddle.randint(0, 2**31 - 1, [1]))
+    raise ConfigError(
+        f"generator: came {generator!r:.60}, wanted an int, np.random.default_rng(7), "
+        "paddle.Generator().manual_seed(7), or a list of these"
+    )
+
+
 class LatentPictures:
-    """For a DiffusionPipeline with a `vae`: latents are shifted and scaled as its config says."""
+    """For a DiffusionPipeline with a `vae`: latents are shifted and scaled as its config says; and what its
+    methods of diffusers' names do here."""
 
     @paddle.no_grad()
     def encode_image(self, pixels: paddle.Tensor) -> paddle.Tensor:
@@ -52,6 +137,53 @@ class LatentPictures:
         pixels = self.decode_latents(latents).astype("float32")
         pixels = (pixels / 2 + 0.5).clip(0, 1).numpy().transpose(0, 2, 3, 1)
         return self.numpy_to_pil(pixels) if output_type == "pil" else pixels
+
+    @property
+    def device(self) -> Any:
+        """Paddle's place of the first model's weights; the current device without a model."""
+        parts = (part for part in self.components.values() if isinstance(part, paddle.nn.Layer))
+        return next((each.place for part in parts for each in part.parameters()), paddle.get_device())
+
+    def to(self, *where: Any, device: Any = None, dtype: Any = None) -> Any:
+        """Moves the models to a device ("cpu", "gpu:1", "cuda") and casts them, in place -> the pipeline.
+
+        where: a device, a dtype, or both. The device becomes Paddle's current one, where drawing makes its
+        tensors. Raises ConfigError for a device that is not there, a dtype in which it does not compute, and
+        to cast FP8 weights.
+        """
+        for each in (*where, device, dtype):
+            text = str(each).removeprefix("Place(").removesuffix(")").replace("cuda", "gpu")
+            if each is None:
+                continue
+            if text.rpartition(".")[-1] in COMPUTE_DTYPES:
+                dtype = compute_dtype(text)
+            else:
+                set_device(text)
+                device = paddle.get_device()
+        models = [part for part in self.components.values() if isinstance(part, paddle.nn.Layer)]
+        layers = (layer for model in models for layer in model.sublayers())
+        if dtype is not None and any(isinstance(layer, FP8Weight) for layer in layers):
+            raise ConfigError(f"to: FP8 weights are not cast to {dtype}; load the model in that dtype")
+        for model in models:
+            model.to(device=device, dtype=dtype)
+        return self
+
+    def enable_model_cpu_offload(self, *_: Any, **__: Any) -> None:
+        """Not here: raises ConfigError with another way."""
+        raise ConfigError(
+            "nothing is moved between card and host while it draws: to need less of the card, encode the "
+            "prompts in a pipeline without transformer, then draw with prompt_embeds in one without encoders"
+        )
+
+    enable_sequential_cpu_offload = enable_model_cpu_offload
+
+    def enable_vae_tiling(self) -> None:
+        """Not here, for ppdiffusers' VAE cannot do it without `post_quant_conv`, which FLUX has not: raises
+        ConfigError with another way."""
+        raise ConfigError(
+            "enable_vae_tiling: this VAE does not decode in tiles; use enable_vae_slicing() for one picture "
+            "at a time, or a smaller size"
+        )
 
 
 def pack_latents(latents: paddle.Tensor) -> paddle.Tensor:

@@ -5,6 +5,7 @@ tensors into models.
 """
 
 import json
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +15,9 @@ from ppcoat.errors import ConfigError
 
 # File stems in the order tried: diffusers, transformers, ppdiffusers.
 _STEMS = ("diffusion_pytorch_model", "model", "diffusion_paddle_model")
+# File names of a stem. diffusers and transformers end the name of an index with the variant, others do not.
+_INDEX, _SINGLE = r"{}(?:\.(\w+))?\.safetensors\.index(?:\.(\w+))?\.json", r"{}(?:\.(\w+))?\.safetensors"
+_NOT_READ = (".bin", ".pdparams", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".onnx")
 # What NumPy reads for a dtype of safetensors; Paddle takes uint16 for the bits of bfloat16.
 _NUMPY = {
     **{"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16},
@@ -35,21 +39,56 @@ class TensorInfo(NamedTuple):
     start: int
 
 
-def tensor_infos(folder: str | Path) -> dict[str, TensorInfo]:
-    """Name -> TensorInfo of all tensors of a component folder, from the headers of its safetensors files.
+def component_config(component: str | Path) -> dict:
+    """config.json of a component folder, or of the folder of these weights. Raises ConfigError without
+    one."""
+    component = Path(component)
+    return read_json((component.parent if component.is_file() else component) / "config.json")
 
-    Raises ConfigError: no weights, a shard of the index that is missing, a tensor that is not in the shard
-    the index names, a file that is cut off or is not safetensors.
+
+def tensor_infos(component: str | Path) -> dict[str, TensorInfo]:
+    """Name -> TensorInfo of all tensors of a component, from the headers of its safetensors files.
+
+    component: its folder, or a file that `chosen_weights` gave. Raises ConfigError: no weights, a shard of
+    the index that is missing, a tensor that is not in the shard the index names, a file that is cut off or is
+    not safetensors.
+    """
+    file = Path(component) if Path(component).is_file() else chosen_weights(component)[1]
+    return _sharded(file) if file.suffix == ".json" else read_header(file)
+
+
+def chosen_weights(folder: str | Path, variant: str | None = None) -> tuple[str | None, Path]:
+    """Which weights of a component folder are read: their variant (None: plain files), and the safetensors
+    file or the index of its shards.
+
+    variant: "fp16" takes model.fp16.safetensors before model.safetensors. Without plain files, those of the
+    only variant that is there are taken. Raises ConfigError where that leaves none, or several.
     """
     folder = Path(folder)
+    found = _variants(folder)
+    if not found:
+        others = sorted(file.name for file in folder.glob("*") if file.suffix in _NOT_READ)
+        tried = ", ".join(f"{stem}.safetensors[.index.json]" for stem in _STEMS)
+        seen = f"; {others[0]} is not read: save the model as safetensors" if others else ""
+        raise ConfigError(f"{folder} has no weights: one of {tried} is wanted{seen}")
+    for each in (variant, None, *(found if variant is None and len(found) == 1 else ())):
+        if each in found:
+            return each, found[each]
+    came = f"but none of {variant!r}" if variant else "but no plain ones"
+    raise ConfigError(f"{folder} has weights of variant {', '.join(found)}, {came}: give variant='...'")
+
+
+def _variants(folder: Path) -> dict[str | None, Path]:
+    """{variant, None for plain files: safetensors file or index of shards} of a component folder."""
+    found: dict[str | None, Path] = {}
+    names = sorted(file.name for file in folder.glob("*.safetensors*") if file.is_file())
     for stem in _STEMS:
-        single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
-        if index.is_file():
-            return _sharded(index)
-        if single.is_file():
-            return read_header(single)
-    tried = ", ".join(f"{stem}.safetensors[.index.json]" for stem in _STEMS)
-    raise ConfigError(f"{folder} has no weights: one of {tried} is wanted")
+        for shape in _INDEX, _SINGLE:
+            for name in names:
+                match = re.fullmatch(shape.format(stem), name)
+                if match:
+                    found.setdefault(next(filter(None, match.groups()), None), folder / name)
+    return found
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:

@@ -1,5 +1,6 @@
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import paddle
@@ -8,16 +9,20 @@ from safetensors.numpy import load_file, save_file
 
 from ppcoat.errors import ConfigError
 from ppcoat.models.flux.pipeline import FluxPipeline
+from ppcoat.models.flux.transformer import FluxTransformer2DModel
 from ppcoat.models.loading import (
     check_folder,
     linear_weights,
+    load_clip_tokenizer,
     load_t5,
     load_t5_tokenizer,
     load_transformer,
     read_tensors,
 )
 from ppcoat.models.tensor_files import tensor_infos
+from ppcoat.models.writing import save_tokenizer
 
+NEW = Path(__file__).parent.parent / "fixtures" / "tiny_flux_diffusers_042"
 TOLERANCE = 2e-5
 SHARD = "transformer/diffusion_pytorch_model-00002-of-00004.safetensors"
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
@@ -206,10 +211,148 @@ def test_missing_parts_are_named(copy, name):
         check_folder(copy)
 
 
-def test_tokenizer_json_alone_is_not_enough(copy):
-    (copy / "tokenizer_2/spiece.model").unlink()
-    with pytest.raises(ConfigError, match="spiece.model is missing; tokenizer.json alone"):
-        load_t5_tokenizer(copy / "tokenizer_2")
+@pytest.fixture(scope="module")
+def new_folder(fp32_folder, tmp_path_factory):
+    """The reference model as diffusers 0.42 with transformers 5 writes it: tokenizer.json alone."""
+    folder = tmp_path_factory.mktemp("models") / "flux"
+    shutil.copytree(NEW, folder)
+    for file in fp32_folder.rglob("*.safetensors"):
+        (folder / file.relative_to(fp32_folder)).symlink_to(file)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("part", "load", "length"),
+    [("tokenizer", load_clip_tokenizer, 77), ("tokenizer_2", load_t5_tokenizer, 512)],
+)
+def test_tokenizer_json_alone_gives_the_ids_of_transformers(new_folder, part, load, length):
+    wanted = json.loads((NEW / "token_ids.json").read_text(encoding="utf-8"))
+    tokenizer = load(new_folder / part)
+    ids = tokenizer(wanted["texts"], padding="max_length", max_length=77, truncation=True)["input_ids"]
+    assert ids == wanted[part]
+    assert tokenizer.model_max_length == length
+
+
+@pytest.mark.parametrize("named", [{"content": "<pad>", "lstrip": False}, None])
+def test_what_a_tokenizer_config_does_not_say_is_as_in_flux(new_folder, tmp_path, named):
+    shutil.copyfile(new_folder / "tokenizer_2/tokenizer.json", tmp_path / "tokenizer.json")
+    if named:
+        config = {"pad_token": named, "model_max_length": 10**30}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = load_t5_tokenizer(tmp_path)
+    assert (tokenizer.pad_token_id, tokenizer.model_max_length) == (0, 512)
+
+
+def test_a_folder_of_diffusers_042_draws_and_its_tokenizers_are_written_again(
+    new_folder, torch_refs, tmp_path
+):
+    pipeline = FluxPipeline.from_pretrained(new_folder)
+    pipeline.set_progress_bar_config(disable=True)
+    prompts = [str(prompt) for prompt in torch_refs["prompts"]]
+    latents = paddle.to_tensor(torch_refs["pipe_lat"])
+    drawn = pipeline(prompts, None, 64, 64, 1, latents=latents, max_sequence_length=64, output_type="latent")
+    close(drawn.images, torch_refs["pipe_latent_1"])
+    for part in ("tokenizer", "tokenizer_2"):
+        save_tokenizer(getattr(pipeline, part), tmp_path / part)
+        written = {file.name: file.read_bytes() for file in (tmp_path / part).iterdir()}
+        assert written == {file.name: file.read_bytes() for file in (NEW / part).iterdir()}
+
+
+def test_a_tokenizer_without_its_files_is_named(copy):
+    for name in ("spiece.model", "tokenizer.json"):
+        (copy / "tokenizer_2" / name).unlink()
+    with pytest.raises(ConfigError, match=r"spiece.model is missing, and tokenizer.json"):
+        check_folder(copy)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{}", "no vocabulary"),
+        ("<html>", "not valid JSON"),
+        (
+            '{"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}}',
+            "has no <pad>, the pad_token",
+        ),
+    ],
+)
+def test_a_damaged_tokenizer_json_is_named(tmp_path, content, message):
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        load_t5_tokenizer(tmp_path)
+
+
+def to_variant(folder, variant):
+    """All weights of a pipeline's folder under the names that diffusers and transformers give a variant."""
+    for file in [*folder.rglob("*.safetensors"), *folder.rglob("*.index.json")]:
+        if file.suffix == ".json":
+            content = json.loads(file.read_text())
+            content["weight_map"] = {k: variant_of(v, variant) for k, v in content["weight_map"].items()}
+            file.write_text(json.dumps(content))
+        file.rename(file.with_name(variant_of(file.name, variant)))
+
+
+def variant_of(name, variant):
+    stem, dot, rest = name.partition(".")
+    if rest.endswith("json"):
+        return f"{stem}.safetensors.index.{variant}.json"
+    base, shard, number = stem.partition("-0")
+    return f"{base}.{variant}{shard}{number}{dot}{rest}"
+
+
+def test_the_only_variant_is_read_and_told(sharded_copy, bf16_folder, caplog):
+    to_variant(sharded_copy, "bf16")
+    assert (sharded_copy / "transformer/diffusion_pytorch_model.safetensors.index.bf16.json").is_file()
+    assert (sharded_copy / "transformer/diffusion_pytorch_model.bf16-00001-of-00004.safetensors").is_file()
+    check_folder(sharded_copy)
+    (told,) = caplog.messages
+    parts = "text_encoder, text_encoder_2, transformer, vae"
+    assert told.endswith(f": the bf16 files of {parts} are read, for there are no plain ones")
+    got, wanted = (load_transformer(each / "transformer") for each in (sharded_copy, bf16_folder))
+    for name, tensor in wanted.state_dict().items():
+        np.testing.assert_array_equal(got.state_dict()[name].numpy(), tensor.numpy(), err_msg=name)
+
+
+def test_a_variant_that_is_asked_for_is_read_before_plain_files(copy, caplog):
+    biases = {
+        "transformer": ("diffusion_pytorch_model", "proj_out.bias"),
+        "vae": ("diffusion_pytorch_model", "decoder.conv_in.bias"),
+        "text_encoder": ("model", "text_model.final_layer_norm.bias"),
+        "text_encoder_2": ("model", "encoder.final_layer_norm.weight"),
+    }
+    wanted = {}
+    for i, (part, (stem, name)) in enumerate(biases.items()):
+        tensors = load_file(copy / part / f"{stem}.safetensors")
+        tensors[name] = wanted[part] = np.full_like(tensors[name], i + 0.5, dtype="float16")
+        save_file(tensors, copy / part / f"{stem}.fp16.safetensors", metadata={"format": "pt"})
+    pipeline = FluxPipeline.from_pretrained(copy, variant="fp16")
+    assert caplog.messages == []
+    for part, (_, name) in biases.items():
+        np.testing.assert_array_equal(getattr(pipeline, part).state_dict()[name].numpy(), wanted[part])
+    transformer = FluxTransformer2DModel.from_pretrained(copy, "transformer", "float32", variant="fp16")
+    np.testing.assert_array_equal(transformer.proj_out.bias.numpy(), wanted["transformer"])
+    assert np.any(load_transformer(copy / "transformer").proj_out.bias.numpy() != wanted["transformer"])
+
+    (copy / "vae/diffusion_pytorch_model.fp16.safetensors").unlink()
+    check_folder(copy, variant="fp16")
+    (told,) = caplog.messages
+    assert told.endswith("flux: the plain files of vae are read, for there are no fp16 ones")
+    with pytest.raises(ConfigError, match="variant: came 'bf16', but .*flux has no such files; leave it out"):
+        FluxPipeline.from_pretrained(copy, variant="bf16")
+
+
+def test_one_of_several_variants_is_not_guessed(copy):
+    file = copy / "text_encoder/model.safetensors"
+    shutil.copyfile(file, file.with_name("model.fp16.safetensors"))
+    file.rename(file.with_name("model.bf16.safetensors"))
+    with pytest.raises(ConfigError, match=r"variant bf16, fp16, but no plain ones: give variant"):
+        check_folder(copy)
+
+
+def test_weights_that_are_no_safetensors_are_named(copy):
+    (copy / "text_encoder/model.safetensors").rename(copy / "text_encoder/pytorch_model.bin")
+    with pytest.raises(ConfigError, match="no weights: .*; pytorch_model.bin is not read: save the model as"):
+        check_folder(copy)
 
 
 def test_another_pipeline_is_refused(copy):

@@ -4,7 +4,6 @@ The folders are diffusers' (models/loading.py reads, models/writing.py writes). 
 from one seed per picture, so a seed gives the same picture on CPU and GPU, alone or within a batch.
 """
 
-import inspect
 import os
 import warnings
 from collections.abc import Callable, Collection, Sequence
@@ -25,18 +24,22 @@ from ppcoat.device import compute_dtype
 from ppcoat.errors import ConfigError
 from ppcoat.models import loading, writing
 from ppcoat.models.flux.lora_methods import LoRAMethods
-from ppcoat.models.flux.scheduler import FlowMatchEulerDiscreteScheduler, calculate_shift
+from ppcoat.models.flux.scheduler import flux_scheduler, set_flux_timesteps
 from ppcoat.models.flux.transformer import FluxTransformer2DModel
 from ppcoat.models.pictures import (
     LatentPictures,
     check_drawing,
+    check_options,
     latent_image_ids,
     noise_of_seeds,
     pack_latents,
+    picture_seeds,
     unpack_latents,
 )
+from ppcoat.models.tensor_files import chosen_weights
 
 MAX_T5_TOKENS = 512
+DEFAULT_SIDE = 1024  # pixels of FLUX.1's own size, where there is no VAE to say it
 
 
 @dataclass
@@ -51,8 +54,8 @@ class FluxPipeline(LoRAMethods, LatentPictures, DiffusionPipeline):
     """The seven parts of FLUX.1 and the loop over them.
 
     A scheduler that cannot shift dynamically (ppdiffusers' own, in some versions) is replaced by ours with
-    its config. Text encoders and tokenizers may be None if embeddings are given to every call, and the
-    transformer as long as there is only encoding to do.
+    its config. Text encoders and tokenizers may be None if embeddings are given to every call, the
+    transformer as long as there is only encoding to do, and the VAE if only latents are wanted.
     """
 
     _callback_tensor_inputs = ("latents", "prompt_embeds")
@@ -60,7 +63,7 @@ class FluxPipeline(LoRAMethods, LatentPictures, DiffusionPipeline):
     def __init__(
         self,
         scheduler: Any,
-        vae: AutoencoderKL,
+        vae: AutoencoderKL | None,
         text_encoder: nn.Layer | None,
         tokenizer: Any,
         text_encoder_2: nn.Layer | None,
@@ -68,11 +71,8 @@ class FluxPipeline(LoRAMethods, LatentPictures, DiffusionPipeline):
         transformer: FluxTransformer2DModel | None,
     ):
         super().__init__()
-        if "mu" not in inspect.signature(scheduler.set_timesteps).parameters:
-            config = {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
-            scheduler = FlowMatchEulerDiscreteScheduler.from_config(config)
         self.register_modules(
-            scheduler=scheduler,
+            scheduler=flux_scheduler(scheduler),
             vae=vae,
             text_encoder=text_encoder,
             tokenizer=tokenizer,
@@ -80,7 +80,11 @@ class FluxPipeline(LoRAMethods, LatentPictures, DiffusionPipeline):
             tokenizer_2=tokenizer_2,
             transformer=transformer,
         )
-        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.vae_scale_factor = 8 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """`pipeline.scheduler = other`: one that FLUX can be drawn with (`flux_scheduler`)."""
+        super().__setattr__(name, flux_scheduler(value) if name == "scheduler" else value)
 
     @classmethod
     def from_pretrained(
@@ -88,38 +92,47 @@ class FluxPipeline(LoRAMethods, LatentPictures, DiffusionPipeline):
         folder: str | os.PathLike,
         paddle_dtype: str | paddle.dtype | None = None,
         *,
-        transformer: FluxTransformer2DModel | None = None,
-        vae: AutoencoderKL | None = None,
-        text_encoder: nn.Layer | None = None,
-        text_encoder_2: nn.Layer | None = None,
-        tokenizer: Any = None,
-        tokenizer_2: Any = None,
-        scheduler: Any = None,
+        transformer: FluxTransformer2DModel | None = ...,
+        vae: AutoencoderKL | None = ...,
+        text_encoder: nn.Layer | None = ...,
+        text_encoder_2: nn.Layer | None = ...,
+        tokenizer: Any = ...,
+        tokenizer_2: Any = ...,
+        scheduler: Any = ...,
         without: Collection[str] = (),
+        variant: str | None = None,
+        torch_dtype: Any = None,
+        **options: Any,
     ) -> "FluxPipeline":
         """Loads a diffusers-format folder; writes nothing into it. A part given by name is used instead of
-        its folder; one named in `without` (the transformer, or a text part) is not loaded and stays None.
+        its folder, which is then not looked at; None leaves the part out, as its name in `without` does.
 
-        paddle_dtype: dtype of all weights; by default float32 on CPU and bfloat16 on a GPU.
-        Raises ConfigError for a dtype that the device does not compute in (compute_dtype), and for an
-        incomplete or inconsistent folder (loading.check_folder), before any weight is read.
+        paddle_dtype: dtype of all weights; by default float32 on CPU and bfloat16 on a GPU. torch_dtype: the
+        same under diffusers' name. variant: "fp16" reads files such as model.fp16.safetensors; without it,
+        they are read where there are no others. options: those of diffusers and ppdiffusers that have no
+        effect here (pictures.check_options).
+        Raises ConfigError for a dtype that the device does not compute in (compute_dtype), an option that
+        asks for something else, and for an incomplete or inconsistent folder (loading.check_folder), before
+        any weight is read.
         """
-        folder, dtype = Path(folder), compute_dtype(paddle_dtype)
-        loading.check_folder(folder)
-
-        def part(given: Any, load: Callable, name: str, *args: Any) -> Any:
-            wanted = given is None and name not in without
-            return load(folder / name, *args) if wanted else given
-
-        return cls(
-            scheduler=part(scheduler, loading.load_scheduler, "scheduler"),
-            tokenizer=part(tokenizer, loading.load_clip_tokenizer, "tokenizer"),
-            tokenizer_2=part(tokenizer_2, loading.load_t5_tokenizer, "tokenizer_2"),
-            text_encoder=part(text_encoder, loading.load_clip, "text_encoder", dtype),
-            text_encoder_2=part(text_encoder_2, loading.load_t5, "text_encoder_2", dtype),
-            vae=part(vae, loading.load_vae, "vae", dtype),
-            transformer=part(transformer, loading.load_transformer, "transformer", dtype),
-        )
+        check_options(options, list(cls.from_pretrained.__kwdefaults__))
+        folder, dtype = Path(folder), compute_dtype(torch_dtype if paddle_dtype is None else paddle_dtype)
+        parts = {"scheduler": scheduler, "tokenizer": tokenizer, "tokenizer_2": tokenizer_2, "vae": vae,
+                 "text_encoder": text_encoder, "text_encoder_2": text_encoder_2,
+                 "transformer": transformer}  # fmt: skip
+        parts = {name: None if part is ... and name in without else part for name, part in parts.items()}
+        needed = [name for name, part in parts.items() if part is ...]
+        loading.check_folder(folder, needed=needed, variant=variant)
+        load = {"scheduler": loading.load_scheduler, "tokenizer": loading.load_clip_tokenizer,
+                "tokenizer_2": loading.load_t5_tokenizer, "vae": loading.load_vae,
+                "text_encoder": loading.load_clip, "text_encoder_2": loading.load_t5,
+                "transformer": loading.load_transformer}  # fmt: skip
+        for name in needed:
+            if name in loading.WITH_WEIGHTS:
+                parts[name] = load[name](chosen_weights(folder / name, variant)[1], dtype)
+            else:
+                parts[name] = load[name](folder / name)
+        return cls(**parts)
 
     def save_pretrained(self, folder: str | os.PathLike, dtype: str | None = None) -> None:
         """Writes a folder that diffusers (PyTorch) and `from_pretrained` load; a new one whole or not at all,
@@ -154,7 +167,7 @@ class FluxPipeline(LoRAMethods, LatentPictures, DiffusionPipeline):
         sigmas: Sequence[float] | None = None,
         guidance_scale: float = 3.5,
         num_images_per_prompt: int = 1,
-        generator: np.random.Generator | paddle.framework.core.Generator | None = None,
+        generator: Any = None,
         seed: int | None = None,
         latents: paddle.Tensor | None = None,
         prompt_embeds: paddle.Tensor | None = None,
@@ -165,30 +178,37 @@ class FluxPipeline(LoRAMethods, LatentPictures, DiffusionPipeline):
         callback_on_step_end: Callable[["FluxPipeline", int, float, dict], dict | None] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         max_sequence_length: int | None = None,
-        negative_prompt: str | Sequence[str] = "",
+        negative_prompt: str | Sequence[str] | None = None,
         true_cfg_scale: float = 1.0,
+        negative_prompt_2: str | Sequence[str] | None = None,
+        negative_prompt_embeds: paddle.Tensor | None = None,
+        negative_pooled_prompt_embeds: paddle.Tensor | None = None,
+        cross_attention_kwargs: dict | None = None,
     ) -> FluxPipelineOutput | tuple:
         """Draws pictures; B = prompts * num_images_per_prompt, the pictures of one prompt side by side.
 
         height, width: pixels, multiples of 16 (default: the VAE's sample_size). timesteps and sigmas
-        replace num_inference_steps (see FlowMatchEulerDiscreteScheduler.set_timesteps). Picture i is drawn
-        from seed + i; without seed, a number from `generator` (or from the system) is the seed. latents:
-        packed noise [B, tokens, channels] instead. prompt_embeds and pooled_prompt_embeds replace the
-        prompts. max_sequence_length: T5 tokens, by default what tokenizer_2 allows, 512 at most.
-        true_cfg_scale above 1 is classifier-free guidance away from negative_prompt (one for all prompts, or
-        as many), at two passes a step; guidance_scale, the model's own distilled guidance, is then best 1.
-        callback_on_step_end(pipeline, step, timestep, tensors) may return a dict of tensors to go on with.
+        replace num_inference_steps (see FlowMatchEulerDiscreteScheduler.set_timesteps). seed and generator:
+        see `picture_seeds`. latents: packed noise [B, tokens, channels] instead. prompt_embeds and
+        pooled_prompt_embeds replace the prompts. max_sequence_length: T5 tokens, by default what tokenizer_2
+        allows, 512 at most. true_cfg_scale above 1 is classifier-free guidance away from negative_prompt ("",
+        one for all prompts, or as many) or its embeddings, at two passes a step; guidance_scale, the model's
+        own distilled guidance, is then best 1. joint_attention_kwargs: {"scale": strength of the LoRAs};
+        cross_attention_kwargs is its older name. callback_on_step_end(pipeline, step, timestep, tensors) may
+        return a dict of tensors to go on with, and end the drawing by `pipeline._interrupt = True`.
         Raises ConfigError for sizes, output types, prompts and callback tensors that are not as described.
         """
-        size = self.vae.config.sample_size
+        self._check_parts("draw", "transformer", *(() if output_type == "latent" else ("vae",)))
+        size = self.vae.config.sample_size if self.vae is not None else DEFAULT_SIDE
         height, width = height or size, width or size
+        joint_attention_kwargs = joint_attention_kwargs or cross_attention_kwargs
         check_drawing(height, width, 2 * self.vae_scale_factor, output_type)
         self._check_callback(callback_on_step_end_tensor_inputs)
         with self._lora_scaled(joint_attention_kwargs):
             prompt_embeds, pooled, txt_ids = self.encode_prompt(
                 prompt,
                 prompt_2,
-                num_images_per_prompt,
+                num_images_per_prompt or 1,
                 prompt_embeds,
                 pooled_prompt_embeds,
                 max_sequence_length,
@@ -197,16 +217,16 @@ class FluxPipeline(LoRAMethods, LatentPictures, DiffusionPipeline):
         rows, columns = grid = tuple(side // (2 * self.vae_scale_factor) for side in (height, width))
         if latents is None:
             channels = self.transformer.config.in_channels // 4
-            noise = noise_of_seeds(batch, (channels, 2 * rows, 2 * columns), _seed(seed, generator))
-            latents = pack_latents(noise)
-        self._set_timesteps(rows * columns, num_inference_steps, timesteps, sigmas)
+            seeds = picture_seeds(batch, seed, generator)
+            latents = pack_latents(noise_of_seeds(seeds, (channels, 2 * rows, 2 * columns)))
+        set_flux_timesteps(self.scheduler, rows * columns, num_inference_steps, timesteps, sigmas)
         conditions = self._conditions(prompt_embeds, pooled, txt_ids, grid, guidance_scale)
         conditions["joint_attention_kwargs"] = joint_attention_kwargs
+        negative = (negative_prompt, negative_prompt_2, negative_prompt_embeds, negative_pooled_prompt_embeds)
         away = None
         if true_cfg_scale > 1:
             with self._lora_scaled(joint_attention_kwargs):
-                embeds = self._negative(negative_prompt, batch, length=prompt_embeds.shape[1])
-            away = _Away(true_cfg_scale, *embeds)
+                away = self._away(true_cfg_scale, *negative, batch, length=prompt_embeds.shape[1])
         latents = self._denoise(
             latents.astype(prompt_embeds.dtype),
             conditions,
@@ -219,18 +239,19 @@ class FluxPipeline(LoRAMethods, LatentPictures, DiffusionPipeline):
             images = self.pictures(unpack_latents(latents, rows, columns), output_type)
         return FluxPipelineOutput(images=images) if return_dict else (images,)
 
-    def _negative(
-        self, prompt: str | Sequence[str], batch: int, length: int
-    ) -> tuple[paddle.Tensor, paddle.Tensor]:
-        """The embeddings of negative prompts, one for each of `batch` pictures."""
-        prompts = _as_list(prompt)
-        if len(prompts) != 1 and batch % len(prompts):
-            raise ConfigError(
-                f"{len(prompts)} negative prompts for {batch} pictures: give one, or one a prompt"
-            )
-        each = batch // len(prompts)
-        embeds, pooled, _ = self.encode_prompt(prompts, None, each, max_sequence_length=length)
-        return embeds, pooled
+    def _away(
+        self, scale: float, prompt, prompt_2, embeds, pooled, batch: int, length: int
+    ) -> "_Away | None":
+        """Guidance away from the negative prompts or their embeddings, for `batch` pictures."""
+        if prompt is None and embeds is None:  # so does diffusers
+            warnings.warn('true_cfg_scale: no effect without a negative_prompt; "" is one', stacklevel=3)
+            return None
+        count = len(_as_list(prompt) if embeds is None else embeds)
+        if not count or batch % count:
+            raise ConfigError(f"{count} negative prompts for {batch} pictures: give one, or one a prompt")
+        encoded = self.encode_prompt(prompt, prompt_2, batch // count, embeds, pooled, length)
+        names = ("encoder_hidden_states", "pooled_projections", "txt_ids")
+        return _Away(scale, dict(zip(names, encoded, strict=True)))
 
     def _denoise(
         self,
@@ -242,6 +263,7 @@ class FluxPipeline(LoRAMethods, LatentPictures, DiffusionPipeline):
     ) -> paddle.Tensor:
         """Take the scheduler's steps from noise to latents. conditions: arguments of the transformer."""
         batch, dtype = latents.shape[0], latents.dtype
+        self._interrupt = False  # diffusers' name, by which a callback ends the drawing
         with self.progress_bar(total=len(self.scheduler.timesteps)) as progress:
             for i, t in enumerate(self.scheduler.timesteps.tolist()):
                 time = paddle.full([batch], t / 1000, dtype="float32").astype(dtype)
@@ -257,6 +279,8 @@ class FluxPipeline(LoRAMethods, LatentPictures, DiffusionPipeline):
                     state.update(callback(self, i, t, {name: state[name] for name in asked}) or {})
                     latents, conditions["encoder_hidden_states"] = state["latents"], state["prompt_embeds"]
                 progress.update()
+                if self._interrupt:
+                    break
         return latents
 
     @paddle.no_grad()
@@ -268,19 +292,23 @@ class FluxPipeline(LoRAMethods, LatentPictures, DiffusionPipeline):
         prompt_embeds: paddle.Tensor | None = None,
         pooled_prompt_embeds: paddle.Tensor | None = None,
         max_sequence_length: int | None = None,
+        device: Any = None,
+        lora_scale: float | None = None,
     ) -> tuple[paddle.Tensor, paddle.Tensor, paddle.Tensor]:
         """(prompt_embeds [B, tokens, dim] of T5, pooled [B, dim] of CLIP, text ids [tokens, 3], zeros).
 
         The embeddings in the transformer's dtype, text ids float32. prompt goes to CLIP, prompt_2 (default:
-        prompt) to T5. T5 sees the padding too, as FLUX was trained. Raises ConfigError for no prompt, one of
-        the two embeddings without the other, lists of different lengths, and a max_sequence_length beyond
-        MAX_T5_TOKENS.
+        prompt) to T5. T5 sees the padding too, as FLUX was trained. lora_scale: strength of the encoders'
+        LoRAs. device: diffusers', without effect: Paddle's current one computes. Raises ConfigError for no
+        prompt, one of the two embeddings without the other, lists of different lengths, and a
+        max_sequence_length beyond MAX_T5_TOKENS.
         """
         if (prompt_embeds is None) != (pooled_prompt_embeds is None):
             raise ConfigError("prompt_embeds and pooled_prompt_embeds belong together: give both or neither")
         if prompt_embeds is None:
             if prompt is None:
                 raise ConfigError("no prompt: give prompt, or prompt_embeds and pooled_prompt_embeds")
+            self._check_parts("encode a prompt", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
             prompts = _as_list(prompt)
             prompts_2 = prompts if prompt_2 is None else _as_list(prompt_2)
             if len(prompts) != len(prompts_2):
@@ -291,25 +319,15 @@ class FluxPipeline(LoRAMethods, LatentPictures, DiffusionPipeline):
             if not 0 < length <= MAX_T5_TOKENS:
                 raise ConfigError(f"max_sequence_length is {length}: it must lie in 1..{MAX_T5_TOKENS}")
             clip_ids = _token_ids(self.tokenizer, prompts, self.tokenizer.model_max_length)
-            pooled_prompt_embeds = self.text_encoder(clip_ids).pooler_output
             t5_ids = _token_ids(self.tokenizer_2, prompts_2, length)
             _warn_if_cut(self.tokenizer_2, prompts_2, t5_ids)
-            prompt_embeds = self.text_encoder_2(t5_ids)[0]
+            with self._lora_scaled(None if lora_scale is None else {"scale": lora_scale}):
+                pooled_prompt_embeds = self.text_encoder(clip_ids).pooler_output
+                prompt_embeds = self.text_encoder_2(t5_ids)[0]
         dtype = (self.transformer or self.text_encoder_2).dtype
         prompt_embeds = prompt_embeds.astype(dtype).repeat_interleave(num_images_per_prompt, axis=0)
         pooled = pooled_prompt_embeds.astype(dtype).repeat_interleave(num_images_per_prompt, axis=0)
         return prompt_embeds, pooled, paddle.zeros([prompt_embeds.shape[1], 3], dtype="float32")
-
-    def _set_timesteps(self, tokens: int, steps: int, timesteps, sigmas) -> None:
-        config = self.scheduler.config
-        mu = calculate_shift(
-            tokens, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift
-        )
-        if timesteps is None and sigmas is None:
-            if steps < 1:
-                raise ConfigError(f"num_inference_steps is {steps}: it must be at least 1")
-            sigmas = np.linspace(1.0, 1 / steps, steps)
-        self.scheduler.set_timesteps(timesteps=timesteps, sigmas=sigmas, mu=mu)
 
     def _conditions(
         self,
@@ -330,6 +348,14 @@ class FluxPipeline(LoRAMethods, LatentPictures, DiffusionPipeline):
             conditions["guidance"] = paddle.full([len(prompt_embeds)], guidance_scale, dtype="float32")
         return conditions
 
+    def _check_parts(self, what: str, *names: str) -> None:
+        absent = [name for name in names if getattr(self, name) is None]
+        if absent:
+            raise ConfigError(
+                f"a pipeline without {absent[0]} cannot {what}: without a vae, ask for output_type='latent'; "
+                "without text encoders, give prompt_embeds and pooled_prompt_embeds; or load that part, too"
+            )
+
     def _check_callback(self, asked: Sequence[str]) -> None:
         unknown = set(asked) - set(self._callback_tensor_inputs)
         if unknown:
@@ -340,16 +366,10 @@ class FluxPipeline(LoRAMethods, LatentPictures, DiffusionPipeline):
 
 @dataclass(frozen=True)
 class _Away:
-    """Classifier-free guidance: its scale, and the text that it leads away from."""
+    """Classifier-free guidance: its scale, and the transformer's arguments for what it leads away from."""
 
     scale: float
-    embeds: paddle.Tensor
-    pooled: paddle.Tensor
-
-    @property
-    def conditions(self) -> dict[str, paddle.Tensor]:
-        """The transformer's arguments that differ."""
-        return {"encoder_hidden_states": self.embeds, "pooled_projections": self.pooled}
+    conditions: dict[str, paddle.Tensor]
 
 
 def _as_list(prompt: str | Sequence[str]) -> list[str]:
@@ -368,11 +388,3 @@ def _warn_if_cut(tokenizer: Any, prompts: list[str], ids: paddle.Tensor) -> None
     longest = pieces + tokenizer.num_special_tokens_to_add(pair=False)
     if longest > ids.shape[1]:
         warnings.warn(f"a prompt of {longest} T5 tokens is cut to {ids.shape[1]}", stacklevel=1)
-
-
-def _seed(seed: int | None, generator: Any) -> int:
-    if seed is not None:
-        return seed
-    if isinstance(generator, paddle.framework.core.Generator):
-        return generator.random()
-    return int((generator or np.random.default_rng()).integers(2**63))

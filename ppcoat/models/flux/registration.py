@@ -7,12 +7,8 @@ from pathlib import Path
 
 import ppdiffusers
 
-from ppcoat.errors import ConfigError
 from ppcoat.models.flux.pipeline import FluxPipeline
 from ppcoat.models.flux.transformer import FluxTransformer2DModel
-
-# Flags by which a caller of ppdiffusers says what our reader finds out by itself.
-_NEEDLESS = ("from_diffusers", "from_hf_hub", "use_safetensors", "low_cpu_mem_usage", "local_files_only")
 
 
 def register() -> None:
@@ -32,7 +28,7 @@ def register() -> None:
     @functools.wraps(original.__func__)
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
         if cls is ppdiffusers.DiffusionPipeline and _is_flux_folder(pretrained_model_name_or_path):
-            return FluxPipeline.from_pretrained(pretrained_model_name_or_path, **_known(kwargs))
+            return FluxPipeline.from_pretrained(pretrained_model_name_or_path, **kwargs)
         return original.__func__(cls, pretrained_model_name_or_path, **kwargs)
 
     from_pretrained.reads_flux_folders = True
@@ -47,14 +43,3 @@ def _is_flux_folder(name_or_path: str | os.PathLike) -> bool:
         return json.loads(index.read_text(encoding="utf-8")).get("_class_name") == "FluxPipeline"
     except ValueError:
         return False  # ppdiffusers says what is wrong with it
-
-
-def _known(options: dict) -> dict:
-    options = {key: value for key, value in options.items() if key not in _NEEDLESS}
-    known = list(FluxPipeline.from_pretrained.__kwdefaults__) + ["paddle_dtype"]
-    unknown = sorted(options.keys() - set(known))
-    if unknown:
-        raise ConfigError(
-            f"{unknown[0]!r} is not an option for a FLUX folder: give none or some of {', '.join(known)}"
-        )
-    return options

@@ -6,9 +6,11 @@ class and its config keys are those of diffusers, whose folders it reads; keys t
 sampling in a way not written here are refused.
 """
 
+import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import paddle
@@ -184,3 +186,39 @@ def calculate_shift(
     """mu, the dynamic shift: linear in the number of image tokens, through two given points."""
     slope = (max_shift - base_shift) / (max_seq_len - base_seq_len)
     return base_shift + slope * (image_seq_len - base_seq_len)
+
+
+def flux_scheduler(scheduler: Any) -> Any:
+    """What FLUX draws with if a user gives it this scheduler: itself if it can shift dynamically, ours with
+    its config if it is ppdiffusers' flow matching, which cannot. Raises ConfigError for every other."""
+    set_timesteps = getattr(scheduler, "set_timesteps", None)
+    if set_timesteps is not None and "mu" in inspect.signature(set_timesteps).parameters:
+        return scheduler
+    if type(scheduler).__name__ == FlowMatchEulerDiscreteScheduler.__name__:
+        config = {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
+        return FlowMatchEulerDiscreteScheduler.from_config(config)
+    raise ConfigError(
+        f"scheduler: came {type(scheduler).__name__}, which is not of flow matching; FLUX is drawn with "
+        "FlowMatchEulerDiscreteScheduler, of ppcoat or ppdiffusers"
+    )
+
+
+def set_flux_timesteps(
+    scheduler: Any,
+    tokens: int,
+    steps: int,
+    timesteps: Sequence[float] | None = None,
+    sigmas: Sequence[float] | None = None,
+) -> None:
+    """Chooses the noise levels for pictures of so many tokens: `steps` of them, evenly from 1 before they are
+    shifted, unless timesteps or sigmas say them. Raises ConfigError as `set_timesteps` does."""
+    config = scheduler.config
+    mu = calculate_shift(
+        tokens, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift
+    )
+    if timesteps is None and sigmas is None:
+        if steps < 1:
+            raise ConfigError(f"num_inference_steps is {steps}: it must be at least 1")
+        sigmas = np.linspace(1.0, 1 / steps, steps)
+    given = {"timesteps": timesteps, "sigmas": sigmas, "mu": mu}
+    scheduler.set_timesteps(**{name: value for name, value in given.items() if value is not None})

@@ -9,7 +9,10 @@ for backward is decided in the ops that it calls (nn/ops.py).
 """
 
 import math
+import os
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import paddle
 import paddle.nn as nn
@@ -69,6 +72,16 @@ class FluxTransformer2DModel(BlockModel, ModelMixin, ConfigMixin):
         )
         self.norm_out = Modulation(inner_dim, 2)
         self.proj_out = nn.Linear(inner_dim, patch_size * patch_size * self.out_channels)
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | os.PathLike, subfolder: str = "", paddle_dtype: Any = None, **options: Any
+    ) -> "FluxTransformer2DModel":
+        """The transformer of a component folder, or of one in a pipeline's folder: subfolder="transformer".
+        paddle_dtype and options: as for FluxPipeline.from_pretrained."""
+        from ppcoat.models.loading import pretrained_transformer
+
+        return pretrained_transformer(Path(folder) / subfolder, paddle_dtype, **options)
 
     def forward(
         self,

@@ -42,7 +42,7 @@ from ppcoat.models.newbie.jina_clip import (
     load_jina_clip_tokenizer,
 )
 from ppcoat.models.newbie.nextdit import NextDiT_CLIP
-from ppcoat.models.pictures import TOKEN_SIDE, LatentPictures, check_drawing, noise_of_seeds
+from ppcoat.models.pictures import TOKEN_SIDE, LatentPictures, check_drawing, noise_of_seeds, picture_seeds
 
 _log = logging.getLogger(__name__)
 
@@ -154,8 +154,8 @@ class NewbiePipeline(LatentPictures, DiffusionPipeline):
             conditions = self.encode_prompt(texts, prefix, max_sequence_length)
         batch = conditions["cap_mask"].shape[0] // 2
         if latents is None:
-            seed = int(np.random.default_rng().integers(2**62)) if seed is None else seed
-            latents = noise_of_seeds(batch, (LATENT_CHANNELS, height // 8, width // 8), seed)
+            seeds = picture_seeds(batch, seed)
+            latents = noise_of_seeds(seeds, (LATENT_CHANNELS, height // 8, width // 8))
         guidance = Guidance(guidance_scale, guidance_until, guidance_renorm)
         velocity = partial(guided_velocity, self.transformer, conditions=conditions, guidance=guidance)
         grid = time_grid(num_inference_steps + 1, shift)
