@@ -1,12 +1,13 @@
-"""Reads a diffusers-format FLUX folder tensor by tensor into Paddle models, and writes nothing.
+"""Reads a FLUX model tensor by tensor into Paddle models, and writes nothing.
 
-Each component folder holds config.json and safetensors: one file, or an index and shards. A weight goes
-from disk to its parameter on its own (transposed for Linears, cast), through a map of its bytes alone, so
-the peak is the model and one tensor. Everything that headers can tell (missing shards, missing tensors,
-wrong shapes) is checked before the first weight is read; tensor_files.py reads them.
+A component is a folder with config.json and safetensors (one file, or an index and shards), or what stands
+for one in a single file (flux/files.py). A weight goes from disk to its parameter on its own (decoded,
+transposed for Linears, cast), through a map of its bytes alone, so the peak is the model and one tensor.
+Everything that headers can tell (missing shards, missing tensors, wrong shapes) is checked before the first
+weight is read; tensor_files.py reads them.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,14 @@ from ppdiffusers import AutoencoderKL
 
 from ppcoat.device import default_dtype
 from ppcoat.errors import ConfigError
+from ppcoat.models.flux.files import FLUX_COMPONENTS, FluxFiles
 from ppcoat.models.flux.scheduler import FlowMatchEulerDiscreteScheduler
 from ppcoat.models.flux.transformer import FluxTransformer2DModel
 from ppcoat.models.tensor_files import (
+    Component,
+    FilePart,
     TensorInfo,
-    check_there,
+    component_config,
     in_file_order,
     map_tensor,
     read_json,
@@ -34,56 +38,60 @@ _IGNORED = {"text_model.embeddings.position_ids", "vision_model.embeddings.posit
 # T5 reads one table under two names; the file has the first.
 TIED = {"encoder.embed_tokens.weight": "shared.weight"}
 MOST_NAMED = 4  # tensors of one kind that an error names
-FLUX_COMPONENTS = (
-    "scheduler",
-    "text_encoder",
-    "text_encoder_2",
-    "tokenizer",
-    "tokenizer_2",
-    "transformer",
-    "vae",
-)
 
 
-def check_components(folder: Path, pipeline: str, components: Sequence[str]) -> None:
-    """Raise ConfigError unless `folder` says that it is of this pipeline class and has all its parts."""
-    index = read_json(folder / "model_index.json", f"the folder of a {pipeline} has one")
-    if index.get("_class_name") != pipeline:
-        raise ConfigError(
-            f"{folder}/model_index.json is of a {index.get('_class_name')}, not of a {pipeline}"
-        )
-    for name in components:
-        if not (folder / name).is_dir():
+def check_folder(
+    model: str | Path | FluxFiles, setting: str = "the model", parts: Collection[str] = FLUX_COMPONENTS
+) -> None:
+    """Checks the components of a FLUX model by JSON files and the headers of its weights; reads no weight.
+
+    model: a pipeline's folder, a file, or where all components lie. setting: the flag or key that named it.
+    parts: only these are checked. Raises ConfigError naming the folder, file or tensor: a missing component,
+    config, shard or tokenizer file; a cut-off or unreadable file; a missing, unexpected or wrongly shaped
+    tensor of the transformer or the VAE (the text encoders' shapes are checked when they are loaded, before
+    their weights are read); components that do not belong together.
+    """
+    files = FluxFiles.found(model, setting)
+    files.check(*parts)
+    for name in {"text_encoder", "text_encoder_2"} & {*parts}:
+        component_config(files[name])
+        tensor_infos(files[name])
+    if "tokenizer" in parts:
+        _tokenizer_files(files["tokenizer"], "vocab.json", "merges.txt")
+    if "tokenizer_2" in parts:
+        _tokenizer_files(files["tokenizer_2"], "spiece.model")
+    if "scheduler" in parts:
+        FlowMatchEulerDiscreteScheduler.from_config(_scheduler_config(files["scheduler"]))
+    models = {
+        name: unfilled(model_class, files[name])[0]
+        for name, model_class in (("transformer", FluxTransformer2DModel), ("vae", AutoencoderKL))
+        if name in parts
+    }
+    if "transformer" in models:
+        _check_widths(models["transformer"].config, files, parts)
+
+
+def _check_widths(transformer: Mapping[str, Any], files: FluxFiles, parts: Collection[str]) -> None:
+    """Raise ConfigError for components of other widths than the transformer's config wants: those of another
+    model."""
+    for name, key, wanted in (
+        ("text_encoder", "hidden_size", transformer["pooled_projection_dim"]),
+        ("text_encoder_2", "d_model", transformer["joint_attention_dim"]),
+        ("vae", "latent_channels", transformer["in_channels"] // 4),
+    ):
+        came = component_config(files[name]).get(key, wanted) if name in parts else wanted
+        if came != wanted:
             raise ConfigError(
-                f"{folder / name} is missing: the folder of a {pipeline} has {', '.join(components)}"
+                f"{files[name]} has {key} {came}, but the transformer of {files.base} wants {wanted}: take "
+                "components of one model"
             )
 
 
-def check_folder(folder: str | Path, setting: str = "the model") -> None:
-    """Checks a FLUX pipeline folder by its JSON files and safetensors headers; reads no weight.
-
-    setting: the flag or key that named it. Raises ConfigError naming the folder, file or tensor: a missing
-    component, config, shard or tokenizer file; a cut-off or unreadable file; a missing, unexpected or wrongly
-    shaped tensor of the transformer or the VAE (the text encoders' shapes are checked when they are loaded,
-    before their weights are read).
-    """
-    folder = Path(folder)
-    check_there(folder, setting)
-    check_components(folder, "FluxPipeline", FLUX_COMPONENTS)
-    for name in ("text_encoder", "text_encoder_2"):
-        read_json(folder / name / "config.json")
-        tensor_infos(folder / name)
-    _tokenizer_files(folder / "tokenizer", "vocab.json", "merges.txt")
-    _tokenizer_files(folder / "tokenizer_2", "spiece.model")
-    FlowMatchEulerDiscreteScheduler.from_config(_scheduler_config(folder / "scheduler"))
-    for name, model_class in (("transformer", FluxTransformer2DModel), ("vae", AutoencoderKL)):
-        unfilled(model_class, folder / name)
-
-
-def parameter_shapes(folder: str | Path, *parts: str) -> dict[str, dict[str, list[int]]]:
-    """{part: {parameter: its shape in torch's order}} of these component folders, from the headers of their
-    files. Raises ConfigError as `tensor_infos` does."""
-    found = {part: tensor_infos(Path(folder) / part) for part in parts}
+def parameter_shapes(model: str | Path | FluxFiles, *parts: str) -> dict[str, dict[str, list[int]]]:
+    """{part: {parameter: its shape in torch's order}} of these components, from the headers of their files.
+    Raises ConfigError as `tensor_infos` does."""
+    found = {part: tensor_infos(model[part] if isinstance(model, FluxFiles) else Path(model) / part)
+             for part in parts}  # fmt: skip
     return {
         part: {name: info.shape if info.torch_layout or len(info.shape) != 2 else info.shape[::-1]
                for name, info in infos.items()}
@@ -91,13 +99,31 @@ def parameter_shapes(folder: str | Path, *parts: str) -> dict[str, dict[str, lis
     }  # fmt: skip
 
 
-def load_transformer(folder: str | Path, dtype: str | None = None) -> FluxTransformer2DModel:
+def load_transformer(folder: Component, dtype: str | None = None) -> FluxTransformer2DModel:
     """The FLUX transformer of a component folder, in `dtype` (None: see `default_dtype`), in eval mode."""
     return load_weights(opened(_from_config(FluxTransformer2DModel), folder, dtype), folder)
 
 
+def load_component(component: Component, name: str, dtype: str | None = None) -> Any:
+    """A component by its folder's name, as the functions here load it; dtype is that of weights."""
+    with_weights = {
+        "transformer": load_transformer,
+        "vae": load_vae,
+        "text_encoder": load_clip,
+        "text_encoder_2": load_t5,
+    }
+    if name in with_weights:
+        return with_weights[name](component, dtype)
+    without = {
+        "tokenizer": load_clip_tokenizer,
+        "tokenizer_2": load_t5_tokenizer,
+        "scheduler": load_scheduler,
+    }
+    return without[name](component)
+
+
 def unfilled(
-    model_class: type, folder: str | Path, dtype: str | None = None
+    model_class: type, folder: Component, dtype: str | None = None
 ) -> tuple[nn.Layer, dict[str, TensorInfo]]:
     """A model whose parameters (of `dtype`) have a shape and no memory yet, and where its tensors lie.
 
@@ -106,23 +132,23 @@ def unfilled(
     with paddle.LazyGuard():
         model = opened(_from_config(model_class), folder, dtype)
     infos = tensor_infos(folder)
-    _check_model(model, infos, Path(folder))
+    _check_model(model, infos, folder)
     return model, infos
 
 
-def load_vae(folder: str | Path, dtype: str | None = None) -> AutoencoderKL:
+def load_vae(folder: Component, dtype: str | None = None) -> AutoencoderKL:
     """The autoencoder of a component folder, in `dtype` (None: see `default_dtype`), in eval mode."""
     return load_weights(opened(_from_config(AutoencoderKL), folder, dtype), folder)
 
 
-def load_clip(folder: str | Path, dtype: str | None = None) -> nn.Layer:
+def load_clip(folder: Component, dtype: str | None = None) -> nn.Layer:
     """The CLIP text encoder (ppdiffusers' CLIPTextModel) of a component folder, in eval mode."""
     from ppdiffusers.transformers import CLIPTextConfig, CLIPTextModel
 
     return _load_text_encoder(CLIPTextModel, CLIPTextConfig, folder, dtype)
 
 
-def load_t5(folder: str | Path, dtype: str | None = None) -> nn.Layer:
+def load_t5(folder: Component, dtype: str | None = None) -> nn.Layer:
     """The T5 encoder (ppdiffusers' T5EncoderModel) of a component folder, in eval mode."""
     from ppdiffusers.transformers import T5Config, T5EncoderModel
 
@@ -145,21 +171,21 @@ def load_t5_tokenizer(folder: str | Path) -> Any:
     return T5Tokenizer.from_pretrained(str(folder))
 
 
-def load_scheduler(folder: str | Path) -> FlowMatchEulerDiscreteScheduler:
+def load_scheduler(folder: Component) -> FlowMatchEulerDiscreteScheduler:
     """The scheduler of a component folder with scheduler_config.json."""
     return FlowMatchEulerDiscreteScheduler.from_config(_scheduler_config(folder))
 
 
-def opened(build: Callable[[Path], nn.Layer], folder: str | Path, dtype: str | None) -> nn.Layer:
+def opened(build: Callable[[Component], nn.Layer], folder: Component, dtype: str | None) -> nn.Layer:
     """The model that build(folder) makes, with parameters of `dtype` (None: see `default_dtype`), and with
-    `source_config`: config.json as found, which writing.py writes again."""
+    `source_config`: config.json as found, which writing.py writes again. A folder comes to it as a Path."""
     with weights_in(dtype):
-        model = build(Path(folder))
-    model.source_config = read_json(Path(folder) / "config.json")
+        model = build(folder if isinstance(folder, FilePart) else Path(folder))
+    model.source_config = component_config(folder)
     return model
 
 
-def load_weights(model: nn.Layer, folder: str | Path) -> nn.Layer:
+def load_weights(model: nn.Layer, folder: Component) -> nn.Layer:
     """Fills `model` from the safetensors of `folder`, casting to the dtype of each parameter; returns it in
     eval mode.
 
@@ -167,7 +193,7 @@ def load_weights(model: nn.Layer, folder: str | Path) -> nn.Layer:
     read.
     """
     infos = tensor_infos(folder)
-    _check_model(model, infos, Path(folder))
+    _check_model(model, infos, folder)
     return fill(model, _under_names_of(model, read_tensors(infos, linear_weights(model))))
 
 
@@ -208,7 +234,7 @@ def linear_weights(model: nn.Layer) -> set[str]:
 
 
 def check_tensors(
-    model: nn.Layer, folder: Path, infos: dict[str, TensorInfo], wanted: dict[str, list[int]]
+    model: nn.Layer, folder: Component, infos: dict[str, TensorInfo], wanted: dict[str, list[int]]
 ) -> None:
     """Raises ConfigError unless the files of `folder` hold exactly the tensors that the model wants.
 
@@ -240,7 +266,7 @@ def shape_on_disk(name: str, shape: list[int], linears: set[str], info: TensorIn
     return list(shape)[::-1] if name in linears and (info is None or info.torch_layout) else list(shape)
 
 
-def _check_model(model: nn.Layer, infos: dict[str, TensorInfo], folder: Path) -> None:
+def _check_model(model: nn.Layer, infos: dict[str, TensorInfo], folder: Component) -> None:
     """`check_tensors` where the files name tensors as the model does, but for TIED and _IGNORED."""
     linears, wanted = linear_weights(model), {}
     for name, parameter in model.state_dict().items():
@@ -262,28 +288,30 @@ def _under_names_of(
 
 
 def _load_text_encoder(
-    model_class: type, config_class: type, folder: str | Path, dtype: str | None
+    model_class: type, config_class: type, folder: Component, dtype: str | None
 ) -> nn.Layer:
-    def build(folder: Path) -> nn.Layer:
-        return model_class(config_class.from_dict(read_json(folder / "config.json")))
+    def build(folder: Component) -> nn.Layer:
+        return model_class(config_class.from_dict(component_config(folder)))
 
     return load_weights(opened(build, folder, dtype), folder)
 
 
-def _from_config(model_class: type) -> Callable[[Path], nn.Layer]:
-    """What makes a model of a ppdiffusers class from a component folder."""
+def _from_config(model_class: type) -> Callable[[Component], nn.Layer]:
+    """What makes a model of a ppdiffusers class from a component."""
     return lambda folder: model_class.from_config(_model_config(folder))
 
 
-def _model_config(folder: Path) -> dict:
+def _model_config(folder: Component) -> dict:
     """Drops a key that only repeats a default and that older ppdiffusers would warn of."""
-    config = read_json(folder / "config.json")
+    config = component_config(folder)
     if config.get("mid_block_add_attention") is True:
         del config["mid_block_add_attention"]
     return config
 
 
-def _scheduler_config(folder: str | Path) -> dict:
+def _scheduler_config(folder: Component) -> dict:
+    if isinstance(folder, FilePart):
+        return component_config(folder)
     return read_json(Path(folder) / "scheduler_config.json")
 
 

@@ -24,6 +24,7 @@ from ppcoat.atomic import whole_folder
 from ppcoat.device import compute_dtype
 from ppcoat.errors import ConfigError
 from ppcoat.models import loading, writing
+from ppcoat.models.flux.files import FLUX_COMPONENTS, FluxFiles, Places
 from ppcoat.models.flux.lora_methods import LoRAMethods
 from ppcoat.models.flux.scheduler import FlowMatchEulerDiscreteScheduler, calculate_shift
 from ppcoat.models.flux.transformer import FluxTransformer2DModel
@@ -85,41 +86,48 @@ class FluxPipeline(LoRAMethods, LatentPictures, DiffusionPipeline):
     @classmethod
     def from_pretrained(
         cls,
-        folder: str | os.PathLike,
+        folder: str | os.PathLike | FluxFiles,
         paddle_dtype: str | paddle.dtype | None = None,
         *,
         transformer: FluxTransformer2DModel | None = None,
-        vae: AutoencoderKL | None = None,
+        vae: AutoencoderKL | str | os.PathLike | None = None,
         text_encoder: nn.Layer | None = None,
         text_encoder_2: nn.Layer | None = None,
         tokenizer: Any = None,
         tokenizer_2: Any = None,
         scheduler: Any = None,
+        text_encoders: Places = None,
+        tokenizers: Places = None,
+        config: str | os.PathLike | None = None,
         without: Collection[str] = (),
     ) -> "FluxPipeline":
-        """Loads a diffusers-format folder; writes nothing into it. A part given by name is used instead of
-        its folder; one named in `without` (the transformer, or a text part) is not loaded and stays None.
+        """Loads a diffusers-format folder or a file (Black Forest Labs' or diffusers' names, a checkpoint of
+        ComfyUI, FP8, GGUF); writes nothing. text_encoders, vae, tokenizers: files or folders for what the
+        file lacks, see `FluxFiles.found`; config: a folder whose config.json files say what tensors do not. A
+        part given by name is used instead of the folder's; one named in `without` (the transformer, or a
+        text part) is not loaded and stays None.
 
         paddle_dtype: dtype of all weights; by default float32 on CPU and bfloat16 on a GPU.
-        Raises ConfigError for a dtype that the device does not compute in (compute_dtype), and for an
-        incomplete or inconsistent folder (loading.check_folder), before any weight is read.
+        Raises ConfigError for a dtype that the device does not compute in (compute_dtype), and for what is
+        missing, incomplete or inconsistent (loading.check_folder), before any weight is read.
         """
-        folder, dtype = Path(folder), compute_dtype(paddle_dtype)
-        loading.check_folder(folder)
+        dtype = compute_dtype(paddle_dtype)
+        place, vae = (vae, None) if isinstance(vae, str | os.PathLike) else (None, vae)
+        beside = {"text_encoders": text_encoders, "vae": place, "tokenizers": tokenizers}
+        files = FluxFiles.found(folder, **beside, config=config)
+        given = {"scheduler": scheduler, "tokenizer": tokenizer, "tokenizer_2": tokenizer_2, "vae": vae,
+                 "text_encoder": text_encoder, "text_encoder_2": text_encoder_2,
+                 "transformer": transformer}  # fmt: skip
+        wanted = [name for name, part in given.items() if part is None and name not in without]
+        loading.check_folder(files, parts=wanted)
+        return cls(**given | {name: loading.load_component(files[name], name, dtype) for name in wanted})
 
-        def part(given: Any, load: Callable, name: str, *args: Any) -> Any:
-            wanted = given is None and name not in without
-            return load(folder / name, *args) if wanted else given
-
-        return cls(
-            scheduler=part(scheduler, loading.load_scheduler, "scheduler"),
-            tokenizer=part(tokenizer, loading.load_clip_tokenizer, "tokenizer"),
-            tokenizer_2=part(tokenizer_2, loading.load_t5_tokenizer, "tokenizer_2"),
-            text_encoder=part(text_encoder, loading.load_clip, "text_encoder", dtype),
-            text_encoder_2=part(text_encoder_2, loading.load_t5, "text_encoder_2", dtype),
-            vae=part(vae, loading.load_vae, "vae", dtype),
-            transformer=part(transformer, loading.load_transformer, "transformer", dtype),
-        )
+    @classmethod
+    def from_single_file(
+        cls, file: str | os.PathLike, paddle_dtype: str | paddle.dtype | None = None, **options: Any
+    ) -> "FluxPipeline":
+        """`from_pretrained` of a file, with its options, under the name that diffusers has for it."""
+        return cls.from_pretrained(file, paddle_dtype, **options)
 
     def save_pretrained(self, folder: str | os.PathLike, dtype: str | None = None) -> None:
         """Writes a folder that diffusers (PyTorch) and `from_pretrained` load; a new one whole or not at all,
@@ -128,18 +136,13 @@ class FluxPipeline(LoRAMethods, LatentPictures, DiffusionPipeline):
         dtype: float32, bfloat16 or float16 (None: as loaded). Raises ConfigError if a part is None or a
         LoRA is on.
         """
-        absent = [name for name in loading.FLUX_COMPONENTS if getattr(self, name) is None]
+        absent = [name for name in FLUX_COMPONENTS if getattr(self, name) is None]
         if absent:
             raise ConfigError(f"the pipeline has no {absent[0]}, and a folder is not complete without it")
         folder = Path(folder)
         with nullcontext(folder) if folder.exists() else whole_folder(folder) as target:
-            writing.save_diffusers_model(self.transformer, target / "transformer", dtype)
-            writing.save_diffusers_model(self.vae, target / "vae", dtype)
-            writing.save_text_encoder(self.text_encoder, target / "text_encoder", dtype)
-            writing.save_text_encoder(self.text_encoder_2, target / "text_encoder_2", dtype)
-            writing.save_tokenizer(self.tokenizer, target / "tokenizer")
-            writing.save_tokenizer(self.tokenizer_2, target / "tokenizer_2")
-            writing.save_scheduler(self.scheduler, target / "scheduler")
+            for name in FLUX_COMPONENTS:
+                writing.save_component(getattr(self, name), target / name, dtype)
             writing.write_json(target / "model_index.json", writing.MODEL_INDEX)
 
     @paddle.no_grad()
