@@ -29,8 +29,9 @@ ALLOWED = {
     "distill": ("config", "data", "fp8", "lora", "models", "nn", "optim", "coat", "objective", "train"),
     "pretrain": ("data", "models", "infer", "train.ranks", "config.flags"),
 }  # fmt: skip
-# The last two are the names of FLUX's Linears: data, in an __init__ that imports nothing.
-OPEN_TO_ALL = ("errors", "device", "atomic", "models.flux.ATTENTION_AND_MLP", "models.flux.MODULATION")
+# The last are the names of FLUX's Linears and norms: data, in an __init__ that imports nothing.
+OPEN_TO_ALL = ("errors", "device", "atomic", "models.flux.ATTENTION_AND_MLP", "models.flux.MODULATION",
+               "models.flux.NORMS", "models.flux.OUTSIDE_BLOCKS", "models.flux.HALVES_SWAPPED")  # fmt: skip
 UNRESTRICTED = ("cli", "bench", "__init__", "__main__")  # the top
 IMPORTED_BY_NOBODY = "bench"  # the command table of cli names its modules in strings
 MODEL_FILE_WITH_LORA = "models/flux/lora_methods.py"  # load_lora_weights and its kin

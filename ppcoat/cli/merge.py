@@ -1,12 +1,13 @@
-"""A FLUX folder with LoRAs (and other adapters) added to its weights, for programs that know none.
+"""A FLUX model with LoRAs (and other adapters) added to its weights, for programs that know none.
 
     python -m ppcoat merge --model models/FLUX.1-dev --lora lora.safetensors --output_dir models/merged
     python -m ppcoat merge --model models/FLUX.1-dev --lora hat.safetensors style.safetensors --scale 1 0.5 \
         --output_dir models/merged
 
 The transformer is changed, and the text encoders where a file has parts for them. The weights keep their
-dtype. bfloat16 rounds parts of a small delta-W away; how much is measured and printed. The other components
-are copied.
+dtype; those of a file in FP8 or GGUF become bfloat16. bfloat16 rounds parts of a small delta-W away; how much
+is measured and printed. The other components are copied. The output is a folder also where the model is a
+file.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ from typing import TypeVar
 
 import numpy as np
 import paddle
-from safetensors import safe_open
 
 from ppcoat.atomic import check_writable, whole_folder
 from ppcoat.config.flags import add_flags, flag, from_flags
@@ -31,17 +31,16 @@ from ppcoat.device import tune_host
 from ppcoat.errors import ConfigError
 from ppcoat.lora import LoRAFile, info_of, merge_lora, put_adapters, read_fitting, tell
 from ppcoat.lora.loading import added
+from ppcoat.models.flux.files import FLUX_COMPONENTS, OF_FILE, FluxFiles
 from ppcoat.models.loading import (
     check_folder,
     linear_weights,
-    load_clip,
-    load_t5,
-    load_transformer,
+    load_component,
     parameter_shapes,
     read_tensors,
 )
-from ppcoat.models.tensor_files import tensor_infos
-from ppcoat.models.writing import save_diffusers_model, save_text_encoder
+from ppcoat.models.tensor_files import Component, FilePart, tensor_infos
+from ppcoat.models.writing import MODEL_INDEX, save_component, write_json
 
 Checked = TypeVar("Checked")
 Loras = list[tuple[LoRAFile, float]]  # with their strengths
@@ -53,11 +52,14 @@ ROUNDING = {"F32": ("float32", 2.0**-24), "BF16": ("bfloat16", 2.0**-8), "F16": 
 class MergeFlags:
     """Settings of the command."""
 
-    model: str = flag("folder of a FLUX pipeline")
+    model: str = flag("folder of a FLUX pipeline, or a FLUX file")
     lora: list[str] = flag("LoRA files, .safetensors, or folders; several are added up")
     output_dir: str = flag("folder to write; it may not exist")
     scale: list[float] = flag("strength of the LoRA, one or one each", [1.0], shows_default=False)
     ignore_unknown: bool = flag("leave out what a LoRA has for layers that the model lacks", False)
+    text_encoders: list[str] | None = flag(f"CLIP and T5 {OF_FILE}, or a file for each", None)
+    vae: str | None = flag(f"autoencoder {OF_FILE}, or its file", None)
+    tokenizers: list[str] | None = flag(f"tokenizers {OF_FILE}, or a folder for each", None)
 
 
 COMPONENTS = ("transformer", "text_encoder", "text_encoder_2")  # those that an adapter can change
@@ -75,20 +77,22 @@ def run_command(arguments: argparse.Namespace) -> None:
     folder, output = Path(flags.model), Path(flags.output_dir)
     check_output(folder, output, "--output_dir")
     scales = strengths(flags.lora, flags.scale)
-    check_folder(folder, "--model")
-    shapes = parameter_shapes(folder, *COMPONENTS)
+    beside = {"text_encoders": flags.text_encoders, "vae": flags.vae, "tokenizers": flags.tokenizers}
+    files = FluxFiles.found(folder, "--model", **beside)
+    check_folder(files)
+    shapes = parameter_shapes(files, *COMPONENTS)
     loras = [
         (read_fitting(path, shapes, None, flags.ignore_unknown), scale)
         for path, scale in zip(flags.lora, scales, strict=True)
     ]
-    parts = {part: base_dtype(folder / part) for part in COMPONENTS
+    parts = {part: base_dtype(files[part]) for part in COMPONENTS
              if any(change.part == part for file, _ in loras for change in file.changes)}  # fmt: skip
-    models = {part: load_component(folder / part, dtype) for part, (dtype, _) in parts.items()}
+    models = {part: load_component(files[part], part, dtype) for part, (dtype, _) in parts.items()}
     put_adapters(models, loras)
     for model in models.values():
         merge_lora(model)
     merged = [Merged(part, model, loras, parts[part][1]) for part, model in models.items()]
-    lost = write_merged(folder, output, models, lambda draft: check_merged(folder, draft, merged))
+    lost = write_merged(files, output, models, lambda draft: check_merged(files, draft, merged))
     for (file, scale), path in zip(loras, flags.lora, strict=True):
         tell(info_of(file, scale), f"{folder} + {path} -> {output}: ")
     dtype = ", ".join(sorted({dtype for dtype, _ in parts.values()}))
@@ -126,18 +130,6 @@ class Merged:
     unit: float
 
 
-def load_component(folder: Path, dtype: str) -> paddle.nn.Layer:
-    """One of COMPONENTS, which the folder is named after."""
-    if folder.name == "transformer":
-        return load_transformer(folder, dtype)
-    return load_clip(folder, dtype) if folder.name == "text_encoder" else load_t5(folder, dtype)
-
-
-def save_component(model: paddle.nn.Layer, folder: Path) -> None:
-    """Write what `load_component` read."""
-    (save_text_encoder if folder.name.startswith("text_encoder") else save_diffusers_model)(model, folder)
-
-
 def check_output(folder: Path, output: Path, flag: str) -> None:
     """Raises ConfigError, which names `flag`, for an output that is there already or lies in the model's
     folder, OSError for one that cannot be written."""
@@ -150,28 +142,45 @@ def check_output(folder: Path, output: Path, flag: str) -> None:
 
 
 def write_merged(
-    folder: Path, output: Path, models: Mapping[str, paddle.nn.Layer], check: Callable[[Path], Checked]
+    files: FluxFiles | Path,
+    output: Path,
+    models: Mapping[str, paddle.nn.Layer],
+    check: Callable[[Path], Checked],
 ) -> Checked:
-    """The pipeline in `folder` as `output`, with `models` for these of its components: there whole or not at
-    all.
+    """The pipeline whose components are `files`, or lie in a folder, as the folder `output`, with `models`
+    for these of its components: there whole or not at all.
 
     check: looks at the new folder before it takes its name; what it returns is returned, and what it raises
     leaves nothing behind.
     """
     with whole_folder(output) as draft:
-        shutil.copytree(folder, draft, ignore=partial(left_out, folder, models), dirs_exist_ok=True)
+        folder = files.folder if isinstance(files, FluxFiles) else files
+        if folder is not None:
+            shutil.copytree(folder, draft, ignore=partial(left_out, folder, models), dirs_exist_ok=True)
+        else:
+            _write_others(files, models, draft)
         for part, model in models.items():
             save_component(model, draft / part)
         return check(draft)
 
 
-def base_dtype(folder: Path) -> tuple[str, float]:
-    """The dtype of a component's weights and its unit roundoff. Raises ConfigError for several, and for one
-    that cannot be added to."""
-    found = set()
-    for file in {info.file for info in tensor_infos(folder).values()}:
-        with safe_open(str(file), framework="np") as tensors:
-            found |= {tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
+def _write_others(files: FluxFiles, models: Collection[str], draft: Path) -> None:
+    """The components that are not changed: folders are copied, those of a file written as folders."""
+    for name in (name for name in FLUX_COMPONENTS if name not in models):
+        component = files[name]
+        if isinstance(component, FilePart):
+            dtype = base_dtype(component)[0] if component.tensors else None
+            save_component(load_component(component, name, dtype), draft / name)
+        else:
+            shutil.copytree(component, draft / name)
+    write_json(draft / "model_index.json", MODEL_INDEX)
+
+
+def base_dtype(folder: Component) -> tuple[str, float]:
+    """The dtype in which a component is merged and its unit roundoff: that of its weights, bfloat16 for those
+    in FP8 or GGUF. Raises ConfigError for several, and for one that cannot be added to."""
+    infos = tensor_infos(folder).values()
+    found = {"BF16"} if any(info.stored for info in infos) else {info.dtype for info in infos}
     if len(found) != 1 or not found <= ROUNDING.keys():
         raise ConfigError(
             f"{folder} has weights of {', '.join(sorted(found))}, wanted one of {', '.join(ROUNDING)}: "
@@ -187,7 +196,7 @@ def left_out(folder: Path, parts: Collection[str], path: str, names: list[str]) 
     return [name for name in names if name in parts or name.endswith(".safetensors") or name[0] == "."]
 
 
-def check_merged(folder: Path, merged: Path, components: Sequence[Merged]) -> float:
+def check_merged(files: FluxFiles, merged: Path, components: Sequence[Merged]) -> float:
     """Compare both folders' components, tensor by tensor: they must differ by what was added, rounded once.
 
     Returns ||difference - delta-W|| / ||delta-W||, all weights together. Raises OSError for a file that does
@@ -196,7 +205,7 @@ def check_merged(folder: Path, merged: Path, components: Sequence[Merged]) -> fl
     missed = total = 0.0
     for each in components:
         linears = linear_weights(each.model)
-        before = tensor_infos(folder / each.part)
+        before = tensor_infos(files[each.part])
 
         def base(name: str, before=before, linears=linears) -> np.ndarray:
             (_, tensor), *_ = read_tensors({name: before[name]}, linears)
@@ -211,6 +220,7 @@ def check_merged(folder: Path, merged: Path, components: Sequence[Merged]) -> fl
             if name in changes:
                 delta = changes[name]()
                 off, size = off - delta, float(np.linalg.norm(delta))
+            if name in changes or before[name].stored:
                 allowed = 2 * each.unit * float(np.linalg.norm(written)) + 1e-6 * size
             if not np.linalg.norm(off) <= allowed:
                 raise OSError(f"{name} in {merged} is not what was to be written; nothing was saved")

@@ -7,7 +7,7 @@ import unicodedata
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict
 
 # YAML gives lists and frozen models hold tuples: the one place where a value may change its type
 Strings = Annotated[tuple[str, ...], Strict(False)]
@@ -32,6 +32,12 @@ def _path(value: str) -> str:
 
 
 PathText = Annotated[str, Field(min_length=1), AfterValidator(_path)]
+# one path, or a list of several
+PathTexts = Annotated[
+    tuple[PathText, ...],
+    Strict(False),
+    BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
+]
 
 
 class Section(BaseModel):

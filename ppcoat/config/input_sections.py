@@ -16,7 +16,15 @@ from pydantic import (
     model_validator,
 )
 
-from ppcoat.config.base import TINY_FLUX, PathText, Pixels, Section, Strings, checked_trigger_word
+from ppcoat.config.base import (
+    TINY_FLUX,
+    PathText,
+    PathTexts,
+    Pixels,
+    Section,
+    Strings,
+    checked_trigger_word,
+)
 
 BlockRange = Annotated[tuple[int, ...], Strict(False)]
 BucketRule = Literal["aspect", "ai-toolkit", "square"]
@@ -25,7 +33,20 @@ BucketRule = Literal["aspect", "ai-toolkit", "square"]
 class ModelConfig(Section):
     """The frozen base model."""
 
-    name_or_path: PathText = Field(description="folder of a pipeline in the diffusers layout, or tiny_flux")
+    name_or_path: PathText = Field(
+        description="folder of a pipeline in the diffusers layout, a FLUX file (.safetensors, .gguf), or "
+        "tiny_flux"
+    )
+    text_encoders: PathTexts = Field(
+        (), description="where CLIP and T5 are that a FLUX file lacks: a FLUX folder, or a file for each"
+    )
+    vae: PathText | None = Field(
+        None, description="where the autoencoder is that a FLUX file lacks: a FLUX folder, or a file"
+    )
+    tokenizers: PathTexts = Field(
+        (),
+        description="where the tokenizers are, if not in one of these: a FLUX folder, or a folder for each",
+    )
     family: Literal["flux", "newbie"] = Field("flux", description="which model it is: FLUX.1 or NewBie-image")
     prompt_prefix: str | None = Field(
         None, description="what NewBie's Gemma reads before a caption; none: as its base model was trained"
@@ -47,6 +68,11 @@ class ModelConfig(Section):
     blocks_to_swap: int = Field(
         0, ge=0, description="last blocks whose frozen weights stay in host memory until they compute"
     )
+
+    @property
+    def beside(self) -> dict[str, tuple[str, ...] | str | None]:
+        """Where what a model file lacks is, as `FluxFiles.found` takes it."""
+        return {"text_encoders": self.text_encoders, "vae": self.vae, "tokenizers": self.tokenizers}
 
     @field_validator("name_or_path")
     @classmethod

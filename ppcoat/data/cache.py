@@ -131,16 +131,19 @@ def pictures_at_once(pixels: int, batch_size: int = ENCODED_AT_ONCE) -> int:
 
 
 def folder_identity(*folders: Path) -> str:
-    """sha256 (64 hex digits) of the files in model folders, independent of where the folders are.
+    """sha256 (64 hex digits) of the files in model folders, independent of where the folders are; a file may
+    stand for a folder, and its name does not count.
 
     Hashes each file's name, its size and three pieces of 1 MiB (start, middle, end), so that the 10 GB of
     text encoders need not be read. Files that differ only in other places get the same identity.
     """
     digest = hashlib.sha256()
     for folder in folders:
-        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        is_file = folder.is_file()
+        for path in [folder] if is_file else sorted(path for path in folder.rglob("*") if path.is_file()):
             size = path.stat().st_size
-            digest.update(f"{folder.name}/{path.relative_to(folder).as_posix()} {size}\n".encode())
+            name = "" if is_file else f"{folder.name}/{path.relative_to(folder).as_posix()}"
+            digest.update(f"{name} {size}\n".encode())
             with open(path, "rb") as file:
                 for start in (0, size // 2, size - _SAMPLED_BYTES):
                     file.seek(max(0, start))

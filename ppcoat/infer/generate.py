@@ -18,11 +18,12 @@ from ppcoat.config.flags import add_flags, flag, from_flags
 from ppcoat.device import compute_dtype, set_device, tune_host
 from ppcoat.errors import ConfigError
 from ppcoat.lora import LoRAFile, info_of, put_adapters, read_fitting, tell
+from ppcoat.models.flux.files import OF_FILE, FluxFiles
 from ppcoat.models.flux.pipeline import FluxPipeline
 from ppcoat.models.loading import check_folder, parameter_shapes
 from ppcoat.models.newbie.files import check_newbie_folder
 from ppcoat.models.newbie.pipeline import NewbiePipeline
-from ppcoat.models.tensor_files import check_there, read_json
+from ppcoat.models.tensor_files import read_json
 
 Draw = Callable[[str], list[Image.Image]]
 Loras = list[tuple[LoRAFile, float]]  # with their strengths
@@ -32,7 +33,7 @@ Loras = list[tuple[LoRAFile, float]]  # with their strengths
 class Drawing:
     """Settings of one call. Picture i of a prompt is drawn from seed + i, so it can be drawn again alone."""
 
-    model: str = flag("folder of a FLUX or NewBie pipeline in the diffusers layout")
+    model: str = flag("folder of a FLUX or NewBie pipeline in the diffusers layout, or a FLUX file")
     prompt: list[str] = flag("what to draw; several prompts give several pictures")
     output_dir: str = flag("folder for the PNG files", "output/pictures")
     path_to_lora: list[str] | None = flag("LoRA files (.safetensors) or folders, drawn with together", None)
@@ -47,10 +48,19 @@ class Drawing:
     max_sequence_length: int | None = flag("T5 or Gemma tokens (default: what the tokenizer allows)", None)
     negative_prompt: str = flag("what to draw away from; for FLUX with --true_cfg_scale", "")
     true_cfg_scale: float = flag("classifier-free guidance of FLUX, twice the time above 1", 1.0)
+    text_encoders: list[str] | None = flag(f"CLIP and T5 {OF_FILE}, or a file for each", None)
+    vae: str | None = flag(f"autoencoder {OF_FILE}, or its file", None)
+    tokenizers: list[str] | None = flag(f"tokenizers {OF_FILE}, or a folder for each", None)
     device: str = flag("auto, cpu, gpu or gpu:N", "auto")
     dtype: Literal["auto", "float32", "bfloat16"] = flag(
         "float32 on a GPU: products of TF32 unless the process starts with NVIDIA_TF32_OVERRIDE=0", "auto"
     )
+
+    @property
+    def files(self) -> FluxFiles:
+        """Where the components of a FLUX model lie. Raises ConfigError as `FluxFiles.found`."""
+        beside = {"text_encoders": self.text_encoders, "vae": self.vae, "tokenizers": self.tokenizers}
+        return FluxFiles.found(self.model, "--model", **beside)
 
     @property
     def loras(self) -> list[tuple[str, float]]:
@@ -79,15 +89,13 @@ def generate(drawing: Drawing) -> list[Path]:
     """Draw and save; returns the files. Raises ConfigError before any model is loaded for what it can
     check."""
     check_numbers(drawing)
-    check_there(Path(drawing.model), "--model")
-    index = read_json(Path(drawing.model) / "model_index.json", "the folder of a pipeline has one")
-    kind = _KINDS.get(index.get("_class_name"), _KINDS["FluxPipeline"])
-    kind.check(drawing)
-    loras = read_loras(drawing, *kind.parts)
+    kind = _kind(drawing)
+    model = kind.check(drawing)
+    loras = read_loras(drawing, model, *kind.parts)
     set_device(drawing.device)
     dtype = compute_dtype(drawing.dtype)
     folder = output_folder(drawing)
-    draw = kind.drawer(drawing, dtype, loras)
+    draw = kind.drawer(drawing, model, dtype, loras)
     files = []
     for number, prompt in enumerate(drawing.prompt):
         for i, picture in enumerate(draw(prompt)):
@@ -95,24 +103,30 @@ def generate(drawing: Drawing) -> list[Path]:
     return files
 
 
-def _check_flux(drawing: Drawing) -> None:
+def _check_flux(drawing: Drawing) -> FluxFiles:
     if drawing.negative_prompt and not drawing.true_cfg_scale > 1:
         raise ConfigError("negative_prompt: FLUX sees it only with a true_cfg_scale above 1; give e.g. 3")
-    check_folder(drawing.model)
+    files = drawing.files
+    check_folder(files)
+    return files
 
 
-def _check_newbie(drawing: Drawing) -> None:
+def _check_newbie(drawing: Drawing) -> Path:
     if drawing.true_cfg_scale != 1:
         raise ConfigError("true_cfg_scale is for FLUX; NewBie's classifier-free guidance is guidance_scale")
+    for name in ("text_encoders", "vae", "tokenizers"):
+        if getattr(drawing, name):
+            raise ConfigError(f"--{name} is for a FLUX file; a NewBie folder has its own, leave it out")
     check_newbie_folder(drawing.model)
+    return Path(drawing.model)
 
 
-def read_loras(drawing: Drawing, *parts: str) -> Loras:
-    """The LoRAs of a drawing with their strengths, held to these parts of the model's folder, before any is
-    loaded. Raises ConfigError for what cannot be applied."""
+def read_loras(drawing: Drawing, model: FluxFiles | Path, *parts: str) -> Loras:
+    """The LoRAs of a drawing with their strengths, held to these parts of the model, before any is loaded.
+    Raises ConfigError for what cannot be applied."""
     if not drawing.loras:
         return []
-    shapes = parameter_shapes(drawing.model, *parts)
+    shapes = parameter_shapes(model, *parts)
     return [
         (read_fitting(path, shapes, None, drawing.ignore_unknown), scale) for path, scale in drawing.loras
     ]
@@ -127,16 +141,16 @@ def put_loras(pipeline: FluxPipeline, loras: Loras) -> None:
         pipeline.set_adapters([f"lora_{i}" for i in range(len(loras))], [scale for _, scale in loras])
 
 
-def _flux_drawer(drawing: Drawing, dtype: str | None, loras: Loras) -> Draw:
-    pipeline = FluxPipeline.from_pretrained(drawing.model, dtype)
+def _flux_drawer(drawing: Drawing, files: FluxFiles, dtype: str | None, loras: Loras) -> Draw:
+    pipeline = FluxPipeline.from_pretrained(files, dtype)
     put_loras(pipeline, loras)
     cfg = {"negative_prompt": drawing.negative_prompt, "true_cfg_scale": drawing.true_cfg_scale}
     return lambda prompt: pipeline(prompt, **_options(drawing, 3.5), **cfg).images
 
 
-def _newbie_drawer(drawing: Drawing, dtype: str | None, loras: Loras) -> Draw:
+def _newbie_drawer(drawing: Drawing, folder: Path, dtype: str | None, loras: Loras) -> Draw:
     """Euler steps on a time grid with shift 6."""
-    pipeline = NewbiePipeline.from_pretrained(drawing.model, dtype)
+    pipeline = NewbiePipeline.from_pretrained(folder, dtype)
     put_adapters({"transformer": pipeline.transformer}, loras)
     for file, scale in loras:
         tell(info_of(file, scale))
@@ -144,18 +158,28 @@ def _newbie_drawer(drawing: Drawing, dtype: str | None, loras: Loras) -> Draw:
 
 
 class _Kind(NamedTuple):
-    """What differs between the models that can draw. check(drawing) raises ConfigError; parts: folders that a
-    LoRA can change; drawer(drawing, dtype, loras) loads the model."""
+    """What differs between the models that can draw. check(drawing) says where the model lies, or raises
+    ConfigError; parts: folders that a LoRA can change; drawer(drawing, model, dtype, loras) loads it."""
 
-    check: Callable[[Drawing], None]
+    check: Callable[[Drawing], FluxFiles | Path]
     parts: tuple[str, ...]
-    drawer: Callable[[Drawing, str | None, Loras], Draw]
+    drawer: Callable[[Drawing, FluxFiles | Path, str | None, Loras], Draw]
 
 
 _KINDS = {  # class in model_index.json -> kind
     "FluxPipeline": _Kind(_check_flux, ("transformer", "text_encoder", "text_encoder_2"), _flux_drawer),
     "NewbiePipeline": _Kind(_check_newbie, ("transformer",), _newbie_drawer),
 }
+
+
+def _kind(drawing: Drawing) -> _Kind:
+    """A file is of FLUX, a folder of what its model_index.json says, or of FLUX's transformer alone."""
+    model = Path(drawing.model)
+    index = model / "model_index.json"
+    if not index.is_file():
+        return _KINDS["FluxPipeline"]
+    said = read_json(index).get("_class_name")
+    return _KINDS.get(said, _KINDS["FluxPipeline"])
 
 
 def _options(drawing: Drawing, guidance_scale: float) -> dict:

@@ -59,7 +59,9 @@ class LightningFlags:
 
     path_to_lora: str = flag("LoRA file (.safetensors) or folder")
     prompt: str = flag("what to draw")
-    model: str = flag("folder of a FLUX pipeline in the diffusers layout", "black-forest-labs/FLUX.1-dev")
+    model: str = flag(
+        "folder of a FLUX pipeline in the diffusers layout, or a FLUX file", "black-forest-labs/FLUX.1-dev"
+    )
     lora_scale: float | None = flag(
         "strength of the LoRA (default: 1.0; PaddleMIX's published file needs 0.25)", None
     )
@@ -74,6 +76,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "steps",
         "seed",
         "max_sequence_length",
+        "text_encoders",
+        "vae",
+        "tokenizers",
         "device",
         "ignore_unknown",
         "inference_optimize",
@@ -97,11 +102,12 @@ def draw_lightning(drawing: LightningDrawing) -> Path:
     check_numbers(drawing)
     if drawing.repeat < 0:
         raise ConfigError(f"repeat: came {drawing.repeat}, wanted 0 (draw once) or how many runs to average")
-    check_folder(drawing.model, "--model")
-    loras = read_loras(drawing, "transformer", "text_encoder", "text_encoder_2")
+    files = drawing.files
+    check_folder(files)
+    loras = read_loras(drawing, files, "transformer", "text_encoder", "text_encoder_2")
     folder = output_folder(drawing)
     set_device(drawing.device)
-    pipeline = FluxPipeline.from_pretrained(drawing.model)
+    pipeline = FluxPipeline.from_pretrained(files)
     put_loras(pipeline, loras)
     if drawing.inference_optimize:
         merge_lora(pipeline.transformer)

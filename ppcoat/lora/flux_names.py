@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ppcoat.errors import ConfigError
-from ppcoat.models.flux import ATTENTION_AND_MLP, MODULATION
+from ppcoat.models.flux import ATTENTION_AND_MLP, HALVES_SWAPPED, MODULATION, NORMS, OUTSIDE_BLOCKS
 
 from .delta import LoRAModule
 
@@ -28,18 +28,6 @@ DOUBLE, SINGLE = (
     ATTENTION_AND_MLP[blocks] | MODULATION[blocks]
     for blocks in ("transformer_blocks", "single_transformer_blocks")
 )
-OUTSIDE = {
-    "img_in": ("x_embedder",),
-    "txt_in": ("context_embedder",),
-    "time_in.in_layer": ("time_text_embed.timestep_embedder.linear_1",),
-    "time_in.out_layer": ("time_text_embed.timestep_embedder.linear_2",),
-    "vector_in.in_layer": ("time_text_embed.text_embedder.linear_1",),
-    "vector_in.out_layer": ("time_text_embed.text_embedder.linear_2",),
-    "guidance_in.in_layer": ("time_text_embed.guidance_embedder.linear_1",),
-    "guidance_in.out_layer": ("time_text_embed.guidance_embedder.linear_2",),
-    "final_layer.adaLN_modulation.1": ("norm_out.linear",),
-    "final_layer.linear": ("proj_out",),
-}
 # Names that XLabs' trainer gives: 1 is the picture, 2 the text. In single blocks it leaves linear1's MLP
 # rows out.
 XLABS = {
@@ -49,20 +37,11 @@ XLABS = {
     "processor.proj_lora2": DOUBLE["txt_attn.proj"],
 }
 XLABS_SINGLE = {"processor.qkv_lora": SINGLE["linear1"][:3], "processor.proj_lora": SINGLE["linear2"]}
-# Norms that have weights: of queries and keys, head by head.
-DOUBLE_NORMS = {
-    "img_attn.norm.query_norm": ("attn.norm_q",),
-    "img_attn.norm.key_norm": ("attn.norm_k",),
-    "txt_attn.norm.query_norm": ("attn.norm_added_q",),
-    "txt_attn.norm.key_norm": ("attn.norm_added_k",),
-}
-SINGLE_NORMS = {"norm.query_norm": ("attn.norm_q",), "norm.key_norm": ("attn.norm_k",)}
+DOUBLE_NORMS, SINGLE_NORMS = NORMS["transformer_blocks"], NORMS["single_transformer_blocks"]
 BLOCKS = {  # BFL's block list -> diffusers', and what is inside
     "double_blocks": ("transformer_blocks", DOUBLE),
     "single_blocks": ("single_transformer_blocks", SINGLE),
 }
-# diffusers' last modulation has scale before shift, BFL's shift before scale
-HALVES_SWAPPED = "norm_out.linear"
 MLP_RATIO = 4  # rows of linear1's MLP part per column, wanted where no LoRA is on it
 
 
@@ -147,7 +126,7 @@ def bfl_name(path: str) -> tuple[str, tuple[str, ...]]:
         for name, parts in table.items():
             if blocks == diffusers_blocks and inside in parts:
                 return f"{bfl_blocks}.{index}.{name}", tuple(f"{blocks}.{index}.{part}" for part in parts)
-    for name, parts in OUTSIDE.items():
+    for name, parts in OUTSIDE_BLOCKS.items():
         if path in parts:
             return name, parts
     raise ConfigError(f"{path} is no module of FLUX: kohya's format has no name for it, choose diffusers")
@@ -219,7 +198,7 @@ def _diffusers_names(table: Mapping[str, tuple[str, ...]]) -> dict[str, FluxName
 
 
 _INSIDE = {
-    "": _names(OUTSIDE),
+    "": _names(OUTSIDE_BLOCKS),
     "double_blocks": _bfl_names(DOUBLE | DOUBLE_NORMS | XLABS),
     "single_blocks": _bfl_names(SINGLE | SINGLE_NORMS | XLABS_SINGLE),
     "transformer_blocks": _diffusers_names(DOUBLE | DOUBLE_NORMS),

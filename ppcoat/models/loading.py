@@ -1,13 +1,14 @@
-"""Reads a diffusers-format FLUX folder tensor by tensor into Paddle models, and writes nothing.
+"""Reads a FLUX model tensor by tensor into Paddle models, and writes nothing.
 
-Each component folder holds config.json and safetensors: one file, or an index and shards. A weight goes
-from disk to its parameter on its own (transposed for Linears, cast), through a map of its bytes alone, so
-the peak is the model and one tensor. Everything that headers can tell (missing shards, missing tensors,
-wrong shapes) is checked before the first weight is read; tensor_files.py reads them.
+A component is a folder with config.json and safetensors (one file, or an index and shards), or what stands
+for one in a single file (flux/files.py). A weight goes from disk to its parameter on its own (decoded,
+transposed for Linears, cast), through a map of its bytes alone, so the peak is the model and one tensor.
+Everything that headers can tell (missing shards, missing tensors, wrong shapes) is checked before the first
+weight is read; tensor_files.py reads them.
 """
 
 import logging
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,13 @@ from tokenizers import Tokenizer
 
 from ppcoat.device import compute_dtype, default_dtype
 from ppcoat.errors import ConfigError
+from ppcoat.models.flux.files import FLUX_COMPONENTS, FluxFiles
 from ppcoat.models.flux.scheduler import FlowMatchEulerDiscreteScheduler
 from ppcoat.models.flux.transformer import FluxTransformer2DModel
 from ppcoat.models.pictures import check_options
 from ppcoat.models.tensor_files import (
+    Component,
+    FilePart,
     TensorInfo,
     check_there,
     chosen_weights,
@@ -39,86 +43,89 @@ _IGNORED = {"text_model.embeddings.position_ids", "vision_model.embeddings.posit
 # T5 reads one table under two names; the file has the first.
 TIED = {"encoder.embed_tokens.weight": "shared.weight"}
 MOST_NAMED = 4  # tensors of one kind that an error names
-FLUX_COMPONENTS = (
-    "scheduler",
-    "text_encoder",
-    "text_encoder_2",
-    "tokenizer",
-    "tokenizer_2",
-    "transformer",
-    "vae",
-)
-WITH_WEIGHTS = ("text_encoder", "text_encoder_2", "transformer", "vae")
 # What the tokenizers' own classes read; transformers 5 writes tokenizer.json instead.
 _TOKENIZERS = {"tokenizer": ("vocab.json", "merges.txt"), "tokenizer_2": ("spiece.model",)}
+_WITH_WEIGHTS = ("text_encoder", "text_encoder_2", "transformer", "vae")
 _log = logging.getLogger(__name__)
 
 
-def check_components(folder: Path, pipeline: str, components: Sequence[str]) -> None:
-    """Raise ConfigError unless `folder` says that it is of this pipeline class and has all its parts."""
-    index = read_json(folder / "model_index.json", f"the folder of a {pipeline} has one")
-    if index.get("_class_name") != pipeline:
-        raise ConfigError(
-            f"{folder}/model_index.json is of a {index.get('_class_name')}, not of a {pipeline}"
-        )
-    for name in components:
-        if not (folder / name).is_dir():
+def check_folder(
+    model: str | Path | FluxFiles,
+    setting: str = "the model",
+    parts: Collection[str] = FLUX_COMPONENTS,
+    variant: str | None = None,
+) -> dict[str, Component]:
+    """Checks the components of a FLUX model by JSON files and the headers of its weights; reads no weight ->
+    where each of `parts` lies, for `load_component`.
+
+    model: a pipeline's folder, a file, or where all components lie. setting: the flag or key that named it.
+    parts: only these are checked. variant: which weights of folders are read (None: plain files); warns where
+    there are only others. Raises ConfigError naming the folder, file or tensor: a missing component, config,
+    shard or tokenizer file; a cut-off or unreadable file; a missing, unexpected or wrongly shaped tensor of
+    the transformer or the VAE (the text encoders' shapes are checked when they are loaded, before their
+    weights are read); components that do not belong together.
+    """
+    files = FluxFiles.found(model, setting)
+    files.check(*parts)
+    where = {name: files[name] for name in FLUX_COMPONENTS if name in parts}
+    weights = {name: chosen_weights(component, variant) for name, component in where.items()
+               if name in _WITH_WEIGHTS and not isinstance(component, FilePart)}  # fmt: skip
+    _checked_variants(weights, variant, files.base)
+    where |= {name: chosen for name, (_, chosen) in weights.items()}
+    for name in {"text_encoder", "text_encoder_2"} & {*parts}:
+        component_config(where[name])
+        tensor_infos(where[name])
+    for name in _TOKENIZERS.keys() & {*parts}:
+        _has_files(where[name], _TOKENIZERS[name])
+    if "scheduler" in parts:
+        FlowMatchEulerDiscreteScheduler.from_config(_scheduler_config(where["scheduler"]))
+    models = {
+        name: unfilled(model_class, where[name])[0]
+        for name, model_class in (("transformer", FluxTransformer2DModel), ("vae", AutoencoderKL))
+        if name in parts
+    }
+    if "transformer" in models:
+        _check_widths(models["transformer"].config, files, parts)
+    return where
+
+
+def _check_widths(transformer: Mapping[str, Any], files: FluxFiles, parts: Collection[str]) -> None:
+    """Raise ConfigError for components of other widths than the transformer's config wants: those of another
+    model."""
+    for name, key, wanted in (
+        ("text_encoder", "hidden_size", transformer["pooled_projection_dim"]),
+        ("text_encoder_2", "d_model", transformer["joint_attention_dim"]),
+        ("vae", "latent_channels", transformer["in_channels"] // 4),
+    ):
+        came = component_config(files[name]).get(key, wanted) if name in parts else wanted
+        if came != wanted:
             raise ConfigError(
-                f"{folder / name} is missing: the folder of a {pipeline} has {', '.join(components)}"
+                f"{files[name]} has {key} {came}, but the transformer of {files.base} wants {wanted}: take "
+                "components of one model"
             )
 
 
-def check_folder(
-    folder: str | Path,
-    setting: str = "the model",
-    needed: Collection[str] = FLUX_COMPONENTS,
-    variant: str | None = None,
+def _checked_variants(
+    found: Mapping[str, tuple[str | None, Component]], variant: str | None, base: Path
 ) -> None:
-    """Checks a FLUX pipeline folder by its JSON files and safetensors headers; reads no weight. Warns where
-    other weights will be read than those of `variant` (None: plain files).
-
-    setting: the flag or key that named it. needed: the components to look at. Raises ConfigError naming the
-    folder, file or tensor: a missing component, config, shard or tokenizer file; a cut-off or unreadable
-    file; a missing, unexpected or wrongly shaped tensor of the transformer or the VAE (the text encoders'
-    shapes are checked when they are loaded, before their weights are read).
-    """
-    folder = Path(folder)
-    check_there(folder, setting)
-    check_components(folder, "FluxPipeline", [name for name in FLUX_COMPONENTS if name in needed])
-    weights = _checked_variants(folder, variant, [name for name in WITH_WEIGHTS if name in needed])
-    for name, file in weights.items():
-        if name.startswith("text_encoder"):
-            component_config(file)
-            tensor_infos(file)
-    for name, files in _TOKENIZERS.items():
-        if name in needed:
-            _has_files(folder / name, files)
-    if "scheduler" in needed:
-        FlowMatchEulerDiscreteScheduler.from_config(_scheduler_config(folder / "scheduler"))
-    for name, model_class in (("transformer", FluxTransformer2DModel), ("vae", AutoencoderKL)):
-        if name in needed:
-            unfilled(model_class, weights[name])
-
-
-def _checked_variants(folder: Path, variant: str | None, parts: Sequence[str]) -> dict[str, Path]:
-    """{part: the weights that `chosen_weights` gives}; warns of those that are not of `variant`."""
-    chosen = {part: chosen_weights(folder / part, variant) for part in parts}
-    found = {each for each, _ in chosen.values()}
-    if variant and parts and variant not in found:
-        raise ConfigError(f"variant: came {variant!r}, but {folder} has no such files; leave it out")
-    for other in sorted(found - {variant}, key=str):
-        named = ", ".join(part for part in parts if chosen[part][0] == other)
+    """found: what `chosen_weights` gave for each part of a model in folders. Raises ConfigError where none is
+    of `variant`; warns of those that are not."""
+    variants = {each for each, _ in found.values()}
+    if variant and found and variant not in variants:
+        raise ConfigError(f"variant: came {variant!r}, but {base} has no such files; leave it out")
+    for other in sorted(variants - {variant}, key=str):
+        named = ", ".join(part for part, (each, _) in found.items() if each == other)
         _log.warning(
             "%s: the %s files of %s are read, for there are no %s ones",
-            *(folder, other or "plain", named, variant or "plain"),
+            *(base, other or "plain", named, variant or "plain"),
         )
-    return {part: file for part, (_, file) in chosen.items()}
 
 
-def parameter_shapes(folder: str | Path, *parts: str) -> dict[str, dict[str, list[int]]]:
-    """{part: {parameter: its shape in torch's order}} of these component folders, from the headers of their
-    files. Raises ConfigError as `tensor_infos` does."""
-    found = {part: tensor_infos(Path(folder) / part) for part in parts}
+def parameter_shapes(model: str | Path | FluxFiles, *parts: str) -> dict[str, dict[str, list[int]]]:
+    """{part: {parameter: its shape in torch's order}} of these components, from the headers of their files.
+    Raises ConfigError as `tensor_infos` does."""
+    found = {part: tensor_infos(model[part] if isinstance(model, FluxFiles) else Path(model) / part)
+             for part in parts}  # fmt: skip
     return {
         part: {name: info.shape if info.torch_layout or len(info.shape) != 2 else info.shape[::-1]
                for name, info in infos.items()}
@@ -126,7 +133,7 @@ def parameter_shapes(folder: str | Path, *parts: str) -> dict[str, dict[str, lis
     }  # fmt: skip
 
 
-def load_transformer(folder: str | Path, dtype: str | None = None) -> FluxTransformer2DModel:
+def load_transformer(folder: Component, dtype: str | None = None) -> FluxTransformer2DModel:
     """The FLUX transformer of a component folder, in `dtype` (None: see `default_dtype`), in eval mode. Here
     and below, a folder may be a file that `chosen_weights` gave."""
     return load_weights(opened(_from_config(FluxTransformer2DModel), folder, dtype), folder)
@@ -147,8 +154,16 @@ def pretrained_transformer(
     return load_transformer(chosen_weights(folder, variant)[1], dtype)
 
 
+def load_component(component: Component, name: str, dtype: str | None = None) -> Any:
+    """A component by its folder's name, as the functions here load it; dtype is that of weights."""
+    load = {"scheduler": load_scheduler, "tokenizer": load_clip_tokenizer, "tokenizer_2": load_t5_tokenizer,
+            "vae": load_vae, "text_encoder": load_clip, "text_encoder_2": load_t5,
+            "transformer": load_transformer}[name]  # fmt: skip
+    return load(component, dtype) if name in _WITH_WEIGHTS else load(component)
+
+
 def unfilled(
-    model_class: type, folder: str | Path, dtype: str | None = None
+    model_class: type, folder: Component, dtype: str | None = None
 ) -> tuple[nn.Layer, dict[str, TensorInfo]]:
     """A model whose parameters (of `dtype`) have a shape and no memory yet, and where its tensors lie.
 
@@ -157,23 +172,23 @@ def unfilled(
     with paddle.LazyGuard():
         model = opened(_from_config(model_class), folder, dtype)
     infos = tensor_infos(folder)
-    _check_model(model, infos, Path(folder))
+    _check_model(model, infos, folder)
     return model, infos
 
 
-def load_vae(folder: str | Path, dtype: str | None = None) -> AutoencoderKL:
+def load_vae(folder: Component, dtype: str | None = None) -> AutoencoderKL:
     """The autoencoder of a component folder, in `dtype` (None: see `default_dtype`), in eval mode."""
     return load_weights(opened(_from_config(AutoencoderKL), folder, dtype), folder)
 
 
-def load_clip(folder: str | Path, dtype: str | None = None) -> nn.Layer:
+def load_clip(folder: Component, dtype: str | None = None) -> nn.Layer:
     """The CLIP text encoder (ppdiffusers' CLIPTextModel) of a component folder, in eval mode."""
     from ppdiffusers.transformers import CLIPTextConfig, CLIPTextModel
 
     return _load_text_encoder(CLIPTextModel, CLIPTextConfig, folder, dtype)
 
 
-def load_t5(folder: str | Path, dtype: str | None = None) -> nn.Layer:
+def load_t5(folder: Component, dtype: str | None = None) -> nn.Layer:
     """The T5 encoder (ppdiffusers' T5EncoderModel) of a component folder, in eval mode."""
     from ppdiffusers.transformers import T5Config, T5EncoderModel
 
@@ -226,21 +241,21 @@ def _has_files(folder: str | Path, names: Sequence[str]) -> bool:
     return not missing
 
 
-def load_scheduler(folder: str | Path) -> FlowMatchEulerDiscreteScheduler:
+def load_scheduler(folder: Component) -> FlowMatchEulerDiscreteScheduler:
     """The scheduler of a component folder with scheduler_config.json."""
     return FlowMatchEulerDiscreteScheduler.from_config(_scheduler_config(folder))
 
 
-def opened(build: Callable[[Path], nn.Layer], folder: str | Path, dtype: str | None) -> nn.Layer:
+def opened(build: Callable[[Component], nn.Layer], folder: Component, dtype: str | None) -> nn.Layer:
     """The model that build(folder) makes, with parameters of `dtype` (None: see `default_dtype`), and with
-    `source_config`: config.json as found, which writing.py writes again."""
+    `source_config`: config.json as found, which writing.py writes again. A folder comes to it as a Path."""
     with weights_in(dtype):
-        model = build(Path(folder))
+        model = build(folder if isinstance(folder, FilePart) else Path(folder))
     model.source_config = component_config(folder)
     return model
 
 
-def load_weights(model: nn.Layer, folder: str | Path) -> nn.Layer:
+def load_weights(model: nn.Layer, folder: Component) -> nn.Layer:
     """Fills `model` from the safetensors of `folder`, casting to the dtype of each parameter; returns it in
     eval mode.
 
@@ -248,7 +263,7 @@ def load_weights(model: nn.Layer, folder: str | Path) -> nn.Layer:
     read.
     """
     infos = tensor_infos(folder)
-    _check_model(model, infos, Path(folder))
+    _check_model(model, infos, folder)
     return fill(model, _under_names_of(model, read_tensors(infos, linear_weights(model))))
 
 
@@ -289,7 +304,7 @@ def linear_weights(model: nn.Layer) -> set[str]:
 
 
 def check_tensors(
-    model: nn.Layer, folder: Path, infos: dict[str, TensorInfo], wanted: dict[str, list[int]]
+    model: nn.Layer, folder: Component, infos: dict[str, TensorInfo], wanted: dict[str, list[int]]
 ) -> None:
     """Raises ConfigError unless the files of `folder` hold exactly the tensors that the model wants.
 
@@ -321,7 +336,7 @@ def shape_on_disk(name: str, shape: list[int], linears: set[str], info: TensorIn
     return list(shape)[::-1] if name in linears and (info is None or info.torch_layout) else list(shape)
 
 
-def _check_model(model: nn.Layer, infos: dict[str, TensorInfo], folder: Path) -> None:
+def _check_model(model: nn.Layer, infos: dict[str, TensorInfo], folder: Component) -> None:
     """`check_tensors` where the files name tensors as the model does, but for TIED and _IGNORED."""
     linears, wanted = linear_weights(model), {}
     for name, parameter in model.state_dict().items():
@@ -343,20 +358,20 @@ def _under_names_of(
 
 
 def _load_text_encoder(
-    model_class: type, config_class: type, folder: str | Path, dtype: str | None
+    model_class: type, config_class: type, folder: Component, dtype: str | None
 ) -> nn.Layer:
-    def build(folder: Path) -> nn.Layer:
+    def build(folder: Component) -> nn.Layer:
         return model_class(config_class.from_dict(component_config(folder)))
 
     return load_weights(opened(build, folder, dtype), folder)
 
 
-def _from_config(model_class: type) -> Callable[[Path], nn.Layer]:
-    """What makes a model of a ppdiffusers class from a component folder."""
+def _from_config(model_class: type) -> Callable[[Component], nn.Layer]:
+    """What makes a model of a ppdiffusers class from a component."""
     return lambda folder: model_class.from_config(_model_config(folder))
 
 
-def _model_config(folder: Path) -> dict:
+def _model_config(folder: Component) -> dict:
     """Drops a key that only repeats a default and that older ppdiffusers would warn of."""
     config = component_config(folder)
     if config.get("mid_block_add_attention") is True:
@@ -364,7 +379,9 @@ def _model_config(folder: Path) -> dict:
     return config
 
 
-def _scheduler_config(folder: str | Path) -> dict:
+def _scheduler_config(folder: Component) -> dict:
+    if isinstance(folder, FilePart):
+        return component_config(folder)
     return read_json(Path(folder) / "scheduler_config.json")
 
 

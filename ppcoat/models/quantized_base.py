@@ -27,7 +27,15 @@ from paddle import nn
 from ppcoat.errors import ConfigError
 from ppcoat.models.flux.transformer import FluxTransformer2DModel
 from ppcoat.models.loading import linear_weights, load_transformer, set_parameter, unfilled
-from ppcoat.models.tensor_files import TensorInfo, in_file_order, map_tensor, read_json, tensor_infos
+from ppcoat.models.tensor_files import (
+    Component,
+    TensorInfo,
+    in_file_order,
+    map_tensor,
+    read_json,
+    rows_of,
+    tensor_infos,
+)
 from ppcoat.models.writing import INDEX, Layout, check_room, layout_bytes, shard_metadata, write_component
 from ppcoat.nn.base_weight import BLOCK, FP8Weight
 from ppcoat.nn.convert import is_in_block, set_fp8_weight, set_sublayer, sublayer_at
@@ -61,7 +69,7 @@ class OutputErrors(NamedTuple):
 
 
 def load_fp8_transformer(
-    folder: str | Path, dtype: str | None = None, copy: FP8Copy | None = None, blocks_to_swap: int = 0
+    folder: Component, dtype: str | None = None, copy: FP8Copy | None = None, blocks_to_swap: int = 0
 ) -> FluxTransformer2DModel:
     """The FLUX transformer of a component folder in eval mode, the weight of every Linear in FP8.
 
@@ -126,7 +134,7 @@ def fp8_model_bytes(model: nn.Layer) -> int:
     return weights + sum(p.size * p.element_size() for p in model.parameters())
 
 
-def weight_errors(folder: str | Path) -> Iterator[WeightError]:
+def weight_errors(folder: Component) -> Iterator[WeightError]:
     """What FP8 does to each Linear of a transformer folder, in the order of the files."""
     model, infos = unfilled(FluxTransformer2DModel, folder)
     weights = linear_weights(model)
@@ -146,7 +154,7 @@ def weight_errors(folder: str | Path) -> Iterator[WeightError]:
 
 
 @paddle.no_grad()
-def output_errors(folder: str | Path, tokens: int = 64, seeds: Iterable[int] = (0,)) -> OutputErrors:
+def output_errors(folder: Component, tokens: int = 64, seeds: Iterable[int] = (0,)) -> OutputErrors:
     """Means over random inputs, one for each seed, of a square picture of `tokens` tokens.
 
     Holds the exact and the quantised transformer of the folder in memory, in the compute dtype of the device.
@@ -189,9 +197,8 @@ def _random_inputs(model: FluxTransformer2DModel, tokens: int, seed: int) -> dic
 
 def _bands(info: TensorInfo) -> Iterator[paddle.Tensor]:
     """A matrix on disk in bands of BAND rows, as it lies there: blocks are square, either layout will do."""
-    rows = map_tensor(info)
-    for start in range(0, len(rows), BAND):
-        yield paddle.to_tensor(np.ascontiguousarray(rows[start : start + BAND]))
+    for start in range(0, info.shape[0], BAND):
+        yield paddle.to_tensor(np.ascontiguousarray(rows_of(info, start, start + BAND)))
 
 
 def _quantised(name: str, info: TensorInfo) -> tuple[paddle.Tensor, paddle.Tensor]:
@@ -247,12 +254,15 @@ class FP8Copy:
 
     @classmethod
     def beside_or_in(cls, model: Path, cache_dir: Path, source: str, beside_model: bool = False) -> FP8Copy:
-        """In the pipeline folder `model` if that is asked for and can be written, else in `cache_dir`."""
-        if beside_model and os.access(model, os.W_OK):
-            return cls(model / "transformer-fp8", source)
+        """In the pipeline folder `model`, or beside it if it is a file, if that is asked for and can be
+        written; else in `cache_dir`."""
+        folder = model.parent if model.is_file() else model
+        name = f"{model.resolve().name}-transformer-fp8"
+        if beside_model and os.access(folder, os.W_OK):
+            return cls(folder / (name if model.is_file() else "transformer-fp8"), source)
         if beside_model:
-            _log.warning("%s cannot be written: the FP8 copy of the transformer goes to %s", model, cache_dir)
-        return cls(cache_dir / f"{model.resolve().name}-transformer-fp8", source)
+            _log.warning("%s cannot be written: the transformer's FP8 copy goes to %s", folder, cache_dir)
+        return cls(cache_dir / name, source)
 
     def is_usable(self) -> bool:
         """Whether there is a complete copy of this source; one that is stale or broken is warned of, once."""

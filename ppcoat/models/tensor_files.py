@@ -1,17 +1,23 @@
-"""Safetensors and JSON of a component folder, on disk: which tensors lie where, and their bytes.
+"""Safetensors and JSON of a component folder, on disk: which tensors lie where, and their values.
 
 Headers are read and checked (missing shards, cut-off files); no Paddle and no model. loading.py puts the
-tensors into models.
+tensors into models, single_file.py finds the components that one file holds.
 """
 
+from __future__ import annotations
+
 import json
+import math
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from ppcoat.errors import ConfigError
+from ppcoat.models import gguf_files
 
 # File stems in the order tried: diffusers, transformers, ppdiffusers.
 _STEMS = ("diffusion_pytorch_model", "model", "diffusion_paddle_model")
@@ -23,13 +29,34 @@ _NUMPY = {
     **{"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16},
     **{"I64": np.int64, "I32": np.int32, "U8": np.uint8, "BOOL": np.bool_},
 }
+FP8 = ("F8_E4M3", "F8_E5M2")  # as safetensors names them
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
+# How a file begins that is no safetensors file (spaces left out, small letters) -> what it is.
+_BEGINNINGS = [
+    (
+        rb"<(!doctype|html|\?xml|head)",
+        "a web page, saved under this name: the download asked for a login or a click",
+    ),
+    (
+        rb"version https://git-lfs",
+        "a Git LFS pointer, not the file itself: run `git lfs pull`, or download it again",
+    ),
+    (rb"[{\[]", "a text (JSON), not tensors: what a server answered in place of the file"),
+    (
+        rb"\x80[\x02-\x05]|pk\x03\x04",
+        "a pickle under another name, and reading it can run code: convert it to .safetensors",
+    ),
+    (rb"gguf", "a GGUF file, wanted a .safetensors"),
+]
 
 
 class TensorInfo(NamedTuple):
     """Where a tensor lies and its shape on disk; `torch_layout` says that Linear weights are [out, in].
 
-    dtype: as safetensors names it, "BF16". start: its first byte in the file.
+    dtype: of its values, as safetensors names it, "BF16". start: the first byte in the file. stored: how the
+    values are written if not as `dtype`: in FP8 or in blocks of GGUF; they are then decoded to F32. scale:
+    factor of values in FP8. first_row: row in the file with which the tensor begins; the rows before it are
+    its last.
     """
 
     file: Path
@@ -37,22 +64,55 @@ class TensorInfo(NamedTuple):
     torch_layout: bool
     dtype: str
     start: int
+    stored: str = ""
+    scale: float = 1.0
+    first_row: int = 0
+
+    def rows(self, start: int, stop: int) -> TensorInfo:
+        """Some of its rows, as a tensor of their own."""
+        begin = self.start + start * _row_bytes(self)
+        return self._replace(shape=[stop - start, *self.shape[1:]], start=begin)
 
 
-def component_config(component: str | Path) -> dict:
-    """config.json of a component folder, or of the folder of these weights. Raises ConfigError without
-    one."""
+@dataclass(frozen=True, eq=False)
+class FilePart:
+    """What a component folder is, found in one file: the config (of its config.json) and where the tensors
+    lie, under the names that they have in a folder. part: the component's name; about: what the file is.
+    Path(...) of it is the file."""
+
+    file: Path
+    part: str
+    config: dict
+    tensors: Mapping[str, TensorInfo]
+    about: str = ""
+
+    def __fspath__(self) -> str:
+        return str(self.file)
+
+    def __str__(self) -> str:
+        return f"{self.file} ({self.part})"
+
+
+# A component folder, the weights of one that `chosen_weights` gave, or what stands for one in another file.
+Component = str | Path | FilePart
+
+
+def component_config(component: Component) -> dict:
+    """The config.json of a component. Raises ConfigError for a folder without one."""
+    if isinstance(component, FilePart):
+        return dict(component.config)
     component = Path(component)
     return read_json((component.parent if component.is_file() else component) / "config.json")
 
 
-def tensor_infos(component: str | Path) -> dict[str, TensorInfo]:
+def tensor_infos(component: Component) -> dict[str, TensorInfo]:
     """Name -> TensorInfo of all tensors of a component, from the headers of its safetensors files.
 
-    component: its folder, or a file that `chosen_weights` gave. Raises ConfigError: no weights, a shard of
-    the index that is missing, a tensor that is not in the shard the index names, a file that is cut off or is
-    not safetensors.
+    Raises ConfigError: no weights, a shard of the index that is missing, a tensor that is not in the shard
+    the index names, a file that is cut off or is not safetensors.
     """
+    if isinstance(component, FilePart):
+        return dict(component.tensors)
     file = Path(component) if Path(component).is_file() else chosen_weights(component)[1]
     return _sharded(file) if file.suffix == ".json" else read_header(file)
 
@@ -92,28 +152,52 @@ def _variants(folder: Path) -> dict[str | None, Path]:
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
-    """Name -> TensorInfo of one safetensors file. Raises ConfigError for a cut-off or damaged one."""
+    """Name -> TensorInfo of one safetensors file. Raises ConfigError for a cut-off or damaged one, and for
+    one that is something else."""
+    return read_header_and_metadata(file)[0]
+
+
+def read_header_and_metadata(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """What `read_header` gives, and the texts of the header."""
     size = file.stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if not 2 <= length <= min(size - 8, _MAX_HEADER_BYTES):
-            raise ConfigError(
-                f"{file} is not a safetensors file or is cut off ({size} bytes): fetch it again"
-            )
+            what = what_it_is(file) or f"not a safetensors file or is cut off ({size} bytes): fetch it again"
+            raise ConfigError(f"{file} is {what}")
         try:
             header = json.loads(stream.read(length))
-        except ValueError as error:
+            metadata = dict(header.pop("__metadata__", None) or {})
+            torch_layout, begin = metadata.get("format", "pt") != "pd", 8 + length
+            shapes = {name: [int(side) for side in entry["shape"]] for name, entry in header.items()}
+            spans = {name: [int(end) for end in entry["data_offsets"]] for name, entry in header.items()}
+            infos = {
+                name: TensorInfo(
+                    file, shape, torch_layout, str(header[name]["dtype"]), begin + spans[name][0]
+                )
+                for name, shape in shapes.items()
+            }
+        except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
             raise ConfigError(f"{file} has a damaged header ({error}): fetch it again") from error
-    torch_layout = header.pop("__metadata__", {}).get("format", "pt") != "pd"
-    end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    if size != 8 + length + end:
-        raise ConfigError(f"{file} has {size} bytes, its header speaks of {8 + length + end}: fetch it again")
-    return {
-        name: TensorInfo(
-            file, entry["shape"], torch_layout, entry["dtype"], 8 + length + entry["data_offsets"][0]
-        )
-        for name, entry in header.items()
-    }
+    end = begin + max((span[-1] for span in spans.values()), default=0)
+    if size != end:
+        raise ConfigError(f"{file} has {size} bytes, its header speaks of {end}: fetch it again")
+    for name, info in infos.items():
+        if info.dtype in FP8:
+            infos[name] = info = info._replace(dtype="F32", stored=info.dtype)
+        if info.dtype in _NUMPY and spans[name][-1] - spans[name][0] != _bytes(info):
+            raise ConfigError(f"{file}: {name} has not the bytes of its shape {info.shape}: fetch it again")
+    return infos, metadata
+
+
+def what_it_is(file: Path) -> str | None:
+    """What a file is that is no safetensors file, by its first bytes, and what to do; None where they say
+    nothing."""
+    if not file.stat().st_size:
+        return "empty: the download failed; fetch it again"
+    with file.open("rb") as stream:
+        start = stream.read(512).lstrip().lower()
+    return next((what for beginning, what in _BEGINNINGS if re.match(beginning, start)), None)
 
 
 def check_there(folder: Path, setting: str) -> None:
@@ -123,6 +207,15 @@ def check_there(folder: Path, setting: str) -> None:
         raise ConfigError(
             f"no model folder {folder}: models are not downloaded; download it there, or set {setting} to a "
             "local folder"
+        )
+
+
+def check_index(folder: Path, pipeline: str) -> None:
+    """Raise ConfigError unless the model_index.json of `folder` says that it is of this pipeline class."""
+    index = read_json(folder / "model_index.json", f"the folder of a {pipeline} has one")
+    if index.get("_class_name") != pipeline:
+        raise ConfigError(
+            f"{folder}/model_index.json is of a {index.get('_class_name')}, not of a {pipeline}"
         )
 
 
@@ -142,17 +235,64 @@ def in_file_order(infos: dict[str, TensorInfo]) -> list[tuple[str, TensorInfo]]:
 
 
 def map_tensor(info: TensorInfo) -> np.ndarray:
-    """The bytes of a tensor as they lie on disk, in its shape and dtype (bfloat16 as uint16): read when used.
+    """The values of a tensor in its shape and dtype (bfloat16 as uint16). Those that lie on disk as they are
+    are read when used; others are decoded.
 
     Only this tensor is mapped, and only while the array lives: pages of a mapped file count as memory of the
     process. Raises ConfigError for a dtype that no model here has.
     """
+    return rows_of(info, 0, info.shape[0]) if info.shape else rows_of(info._replace(shape=[1]), 0, 1)[0]
+
+
+def rows_of(info: TensorInfo, start: int, stop: int) -> np.ndarray:
+    """Some rows of a tensor, as `map_tensor` gives all; fewer where it ends before `stop`."""
     if info.dtype not in _NUMPY:
         raise ConfigError(f"{info.file} holds {info.dtype} numbers; wanted one of {', '.join(_NUMPY)}")
-    dtype = np.dtype(_NUMPY[info.dtype])
-    if 0 in info.shape:
-        return np.zeros(info.shape, dtype)
-    return np.asarray(np.memmap(info.file, dtype, "r", info.start, tuple(info.shape)))
+    count = info.shape[0]
+    first, last = info.first_row + start, info.first_row + min(stop, count)
+    pieces = [(first, min(last, count)), (max(first, count) - count, last - count)]
+    read = [_read(info.rows(begin, end)) for begin, end in pieces if begin < end]
+    if not read:
+        return np.zeros([0, *info.shape[1:]], _NUMPY[info.dtype])
+    return read[0] if len(read) == 1 else np.concatenate(read)
+
+
+def _read(info: TensorInfo) -> np.ndarray:
+    """The values of a tensor whose rows lie in order."""
+    if not info.stored:
+        if 0 in info.shape:
+            return np.zeros(info.shape, _NUMPY[info.dtype])
+        return np.asarray(np.memmap(info.file, _NUMPY[info.dtype], "r", info.start, tuple(info.shape)))
+    codes = np.memmap(info.file, np.uint8, "r", info.start, (info.shape[0], _row_bytes(info)))
+    if info.stored in FP8:
+        table = _fp8_values(info.stored)
+        return (table if info.scale == 1 else table * np.float32(info.scale))[codes].reshape(info.shape)
+    return gguf_files.decoded(np.asarray(codes), info.stored).reshape(info.shape)
+
+
+def _bytes(info: TensorInfo) -> int:
+    return _row_bytes(info) * (info.shape[0] if info.shape else 1)
+
+
+def _row_bytes(info: TensorInfo) -> int:
+    values = math.prod(info.shape[1:])
+    if info.stored in FP8:
+        return values
+    if info.stored:
+        return gguf_files.row_bytes(values, info.stored)
+    return values * np.dtype(_NUMPY[info.dtype]).itemsize
+
+
+def _fp8_values(dtype: str) -> np.ndarray:
+    """float32 [256]: the value of each code. E5M2 is the upper half of a float16; E4M3 has a bias of 7, no
+    infinity, and NaN where all other bits are set."""
+    codes = np.arange(256)
+    if dtype == "F8_E5M2":
+        return (codes << 8).astype(np.uint16).view(np.float16).astype(np.float32)
+    exponent, mantissa = codes >> 3 & 15, codes & 7
+    values = np.ldexp(np.where(exponent > 0, 8 + mantissa, mantissa) / 8, np.maximum(exponent, 1) - 7)
+    values[codes & 127 == 127] = np.nan
+    return np.where(codes < 128, values, -values).astype(np.float32)
 
 
 def _sharded(index: Path) -> dict[str, TensorInfo]:

@@ -71,6 +71,18 @@ _ALIGNMENT = 64  # of the first byte of data in a shard
 Layout = dict[str, tuple[str, list[int]]]  # name -> dtype as safetensors names it, shape
 
 
+def save_component(part: Any, folder: Path, dtype: str | None = None) -> None:
+    """A component of a FLUX pipeline as the folder that is named after it; dtype is that of weights."""
+    if folder.name in ("transformer", "vae"):
+        save_diffusers_model(part, folder, dtype)
+    elif folder.name.startswith("text_encoder"):
+        save_text_encoder(part, folder, dtype)
+    elif folder.name == "scheduler":
+        save_scheduler(part, folder)
+    else:
+        save_tokenizer(part, folder)
+
+
 def save_diffusers_model(model: nn.Layer, folder: Path, dtype: str | None = None) -> None:
     """A transformer or VAE as config.json and diffusion_pytorch_model*.safetensors."""
     config = getattr(model, "source_config", None) or _diffusers_config(model)

@@ -19,9 +19,10 @@ from ppcoat.data.buckets import AREA_TOLERANCE
 from ppcoat.data.examples import all_examples, scan_datasets
 from ppcoat.lora.layer import linear_paths
 from ppcoat.lora.lokr import LoKrSettings, new_factors
+from ppcoat.models.flux.files import FluxFiles
 from ppcoat.models.flux.pipeline import MAX_T5_TOKENS
 from ppcoat.models.flux.transformer import FluxTransformer2DModel
-from ppcoat.models.tensor_files import read_json, tensor_infos
+from ppcoat.models.tensor_files import Component, component_config, read_json, tensor_infos
 from ppcoat.nn.base_weight import fp8_bytes
 from ppcoat.nn.convert import sublayer_at
 from ppcoat.optim import FP8QuantizationConfig
@@ -114,12 +115,13 @@ def read_model(config: RunConfig, transformer: dict | None = None) -> BaseModel:
     """The model of a run; with `transformer`, one of these settings instead of the folder's, and FLUX.1-dev's
     encoders.
 
-    Raises ConfigError for a folder that is there but not complete, and for a LoRA that fits no Linear.
+    Raises ConfigError for a model that is there but not complete, and for a LoRA that fits no Linear.
     """
-    folder = Path(config.model.name_or_path)
-    assumed, given = not folder.exists(), transformer is not None
+    assumed, given, files = not Path(config.model.name_or_path).exists(), transformer is not None, None
+    if not assumed and not given:
+        files = FluxFiles.found(config.model.name_or_path, "model.name_or_path", **config.model.beside)
     if transformer is None:
-        transformer = FLUX_DEV if assumed else read_json(folder / "transformer" / "config.json")
+        transformer = component_config(files["transformer"]) if files else FLUX_DEV
     with paddle.LazyGuard():  # parameters get a shape and no memory
         model = FluxTransformer2DModel.from_config(transformer)
     blocks = tuple(model.named_blocks())
@@ -131,8 +133,8 @@ def read_model(config: RunConfig, transformer: dict | None = None) -> BaseModel:
         double=len(model.transformer_blocks),
         others=others,
         lora_paths=tuple(chosen_modules(config.network, model)),
-        encoders=_dev_encoders() if assumed or given else _encoders(folder),
-        text_tokens=_text_tokens(config, folder),
+        encoders=_encoders(files) if files else _dev_encoders(),
+        text_tokens=_text_tokens(config, files),
         width=model.config.attention_head_dim * model.config.num_attention_heads,
         heads=model.config.num_attention_heads,
         assumed=assumed,
@@ -184,16 +186,16 @@ def _dev_encoders() -> EncoderSizes:
     return EncoderSizes(_DEV_TEXT, DEV_VAE, *_DEV_T5, DEV_VAE_CHANNELS)
 
 
-def stored_values(folder: Path) -> int:
-    """Numbers in the weights of a component folder, by file headers."""
-    return sum(math.prod(info.shape) for info in tensor_infos(folder).values())
+def stored_values(component: Component) -> int:
+    """Numbers in the weights of a component, by file headers."""
+    return sum(math.prod(info.shape) for info in tensor_infos(component).values())
 
 
-def _encoders(folder: Path) -> EncoderSizes:
-    t5, vae = (read_json(folder / name / "config.json") for name in ("text_encoder_2", "vae"))
+def _encoders(files: FluxFiles) -> EncoderSizes:
+    t5, vae = (component_config(files[name]) for name in ("text_encoder_2", "vae"))
     return EncoderSizes(
-        text=stored_values(folder / "text_encoder") + stored_values(folder / "text_encoder_2"),
-        vae=stored_values(folder / "vae"),
+        text=stored_values(files["text_encoder"]) + stored_values(files["text_encoder_2"]),
+        vae=stored_values(files["vae"]),
         text_heads=t5["num_heads"],
         text_inner=t5["d_ff"],
         vae_channels=vae["block_out_channels"][0],
@@ -201,9 +203,11 @@ def _encoders(folder: Path) -> EncoderSizes:
     )
 
 
-def _text_tokens(config: RunConfig, folder: Path) -> int:
+def _text_tokens(config: RunConfig, files: FluxFiles | None) -> int:
     if config.train.max_sequence_length:
         return config.train.max_sequence_length
-    file = folder / "tokenizer_2" / "tokenizer_config.json"
-    limit = read_json(file).get("model_max_length", MAX_T5_TOKENS) if file.exists() else MAX_T5_TOKENS
+    file = Path(files["tokenizer_2"]) / "tokenizer_config.json" if files else None
+    limit = (
+        read_json(file).get("model_max_length", MAX_T5_TOKENS) if file and file.exists() else MAX_T5_TOKENS
+    )
     return min(int(limit), MAX_T5_TOKENS)

@@ -14,39 +14,45 @@ from ppcoat.config.schema import RunConfig
 from ppcoat.data.cache import folder_identity
 from ppcoat.device import on_gpu
 from ppcoat.models.quantized_base import FP8Copy
+from ppcoat.models.tensor_files import Component
 from ppcoat.train.ranks import Ranks
 
 
 def load_frozen(
     plain: Callable[..., paddle.nn.Layer],
     in_fp8: Callable[..., paddle.nn.Layer],
+    component: Component,
     config: RunConfig,
     dtype: str | None,
     ranks: Ranks,
     keep_copy: bool,
 ) -> paddle.nn.Layer:
-    """The transformer by plain(folder, dtype) or, with model.quantize, by in_fp8(folder, dtype, copy,
+    """The transformer by plain(component, dtype) or, with model.quantize, by in_fp8(component, dtype, copy,
     blocks_to_swap); the copy is the first rank's to write, None without keep_copy."""
-    folder = Path(config.model.name_or_path) / "transformer"
     if not config.model.quantize:
-        return plain(folder, dtype)
+        return plain(component, dtype)
     copy = fp8_copy_of(config) if keep_copy else None
     with ranks.first_ahead():
-        return in_fp8(folder, dtype, copy, config.model.blocks_to_swap)
+        return in_fp8(component, dtype, copy, config.model.blocks_to_swap)
 
 
 def fp8_copy_of(config: RunConfig) -> FP8Copy:
     """Where the FP8 weights of the config's transformer are kept for the next start. Reads pieces of the
     model's files, to know whose copy it is."""
     model = Path(config.model.name_or_path)
-    source = folder_identity(model / "transformer")
+    source = folder_identity(_weights(model))
     return FP8Copy.beside_or_in(model, config.cache_folder, source, config.model.quantized_beside_model)
 
 
 def base_identity(model: str | Path) -> str:
-    """16 hex digits that stand for the weights of a pipeline folder's transformer, wherever the folder is;
+    """16 hex digits that stand for the weights of a model's transformer, wherever its folder or file is;
     pieces of its files are read."""
-    return folder_identity(Path(model) / "transformer")[:16]
+    return folder_identity(_weights(Path(model)))[:16]
+
+
+def _weights(model: Path) -> Path:
+    """The folder of a model's transformer, or the file that was given as the model."""
+    return model / "transformer" if (model / "transformer").is_dir() else model
 
 
 def drop_encoders(pipeline: Any, names: tuple[str, ...], keep_vae: bool) -> None:

@@ -40,6 +40,8 @@ _SETTINGS = {_FP8_SWITCH: "FP8 optimizer states (coat.enabled, coat.optimizer.us
              "network.modules": "network.targets and what else chooses the Linears"}  # fmt: skip
 # Sections whose settings say nothing of how the weights come about.
 _ASIDE = ("name", "output_dir", "device", "logging", "sample", "save", "cache_dir", "memory", "vram_gb")
+# Where the base model lies; base_identity says which it is.
+_PLACES = ("model.name_or_path", "model.text_encoders", "model.vae", "model.tokenizers")
 # Decisive fields of earlier versions: the name of the base's folder, and what may change today.
 _EARLIER = ("model", "resolution", "batch_size", "ema_decay")
 
@@ -166,7 +168,7 @@ def settings_of_training(config: RunConfig) -> dict[str, object]:
     return {
         key: value
         for key, value in flat.items()
-        if key.partition(".")[0] not in _ASIDE and key != "model.name_or_path"
+        if key.partition(".")[0] not in _ASIDE and not key.startswith(_PLACES)
     }
 
 

@@ -19,6 +19,7 @@ from ppcoat.data.cache import Encoders, TrainingCache, folder_identity
 from ppcoat.device import compute_dtype
 from ppcoat.lora import LoRASummary, save_lora
 from ppcoat.lora.writing import FORMATS
+from ppcoat.models.flux.files import FluxFiles
 from ppcoat.models.flux.pipeline import FluxPipeline
 from ppcoat.models.flux.transformer import FluxTransformer2DModel
 from ppcoat.models.loading import check_folder, load_transformer, unfilled
@@ -41,23 +42,24 @@ class FluxSpec(ModelSpec):
 
     def check(self, config: RunConfig) -> None:
         """Folder and number of swapped blocks."""
-        check_folder(config.model.name_or_path, "model.name_or_path")
+        files = _files(config)
+        check_folder(files)
         if config.model.blocks_to_swap:
-            model, _ = unfilled(FluxTransformer2DModel, Path(config.model.name_or_path) / "transformer")
+            model, _ = unfilled(FluxTransformer2DModel, files["transformer"])
             last_blocks(model, config.model.blocks_to_swap)
 
     def load_encoders(self, config: RunConfig, dtype: str | None) -> FluxPipeline:
         """T5, CLIP and the VAE."""
-        return FluxPipeline.from_pretrained(config.model.name_or_path, dtype, without=("transformer",))
+        return FluxPipeline.from_pretrained(_files(config), dtype, without=("transformer",))
 
     def encoders(self, config: RunConfig, pipeline: FluxPipeline) -> Encoders:
         """The VAE; T5 and CLIP."""
         vae, text = "", ""
         if any(data.cache_to_disk for data in config.datasets):  # reads files, so only where it is of use
-            model, dtype = Path(config.model.name_or_path), compute_dtype(config.model.dtype)
-            vae = f"{folder_identity(model / 'vae')} {dtype}"
+            files, dtype = _files(config), compute_dtype(config.model.dtype)
+            vae = f"{folder_identity(Path(files['vae']))} {dtype}"
             names = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-            identity = folder_identity(*(model / name for name in names))
+            identity = folder_identity(*(Path(files[name]) for name in names))
             text = f"{identity} {dtype} {config.train.max_sequence_length}"
 
         def encode_text(captions: list[str]) -> tuple[paddle.Tensor, paddle.Tensor]:
@@ -76,7 +78,13 @@ class FluxSpec(ModelSpec):
         """In the place of T5 and CLIP."""
         drop_encoders(pipeline, ("text_encoder", "text_encoder_2"), config.sample.wanted)
         pipeline.transformer = load_frozen(
-            load_transformer, load_fp8_transformer, config, dtype, ranks, keep_copy
+            load_transformer,
+            load_fp8_transformer,
+            _files(config)["transformer"],
+            config,
+            dtype,
+            ranks,
+            keep_copy,
         )
 
     def objective(self, config: RunConfig) -> FlowMatching:
@@ -99,6 +107,11 @@ class FluxSpec(ModelSpec):
             guidance_scale=preview.guidance_scale,
             seed=preview.seed,
         ).images
+
+
+def _files(config: RunConfig) -> FluxFiles:
+    """Where the components of the run's model lie."""
+    return FluxFiles.found(config.model.name_or_path, "model.name_or_path", **config.model.beside)
 
 
 @dataclass(frozen=True)

@@ -118,7 +118,15 @@ class NewbieSpec(ModelSpec):
     ) -> None:
         """In the place of Gemma3 and Jina CLIP."""
         drop_encoders(pipeline, ("text_encoder", "clip_model"), config.sample.wanted)
-        pipeline.transformer = load_frozen(load_nextdit, load_fp8_nextdit, config, dtype, ranks, keep_copy)
+        pipeline.transformer = load_frozen(
+            load_nextdit,
+            load_fp8_nextdit,
+            Path(config.model.name_or_path) / "transformer",
+            config,
+            dtype,
+            ranks,
+            keep_copy,
+        )
 
     def objective(self, config: RunConfig) -> NewbieFlowMatching:
         """Flow matching with logit-normal times, shifted by the size of the batch's pictures."""

@@ -271,7 +271,7 @@ def test_merge_refuses_an_output_inside_the_model_or_that_is_there(rng, tmp_path
 
 def test_merge_refuses_what_the_model_lacks_before_it_is_loaded(rng, tmp_path, capsys, monkeypatch):
     folder = FIXTURES / "tiny_flux_fp32"
-    monkeypatch.setattr(merge_command, "load_transformer", None)
+    monkeypatch.setattr(merge_command, "load_component", None)
     tensors, _ = lora_of(rng, folder)
     there = {key.replace("blocks.1.", "blocks.7."): tensor for key, tensor in tensors.items()}
     narrow = {k: v[:, :-1].copy() if "lora_A" in k else v for k, v in tensors.items()}
@@ -300,7 +300,7 @@ def test_merge_says_what_it_left_out(rng, tmp_path, capsys):
 
 def test_merge_reads_back_what_it_wrote(rng, tmp_path, monkeypatch):
     """A saver that loses a little of one weight is caught, and nothing is left."""
-    folder, real = FIXTURES / "tiny_flux_fp32", merge_command.save_diffusers_model
+    folder, real = FIXTURES / "tiny_flux_fp32", merge_command.save_component
     save_file(lora_of(rng, folder)[0], tmp_path / "lora.safetensors")
 
     def faulty(model, target):
@@ -308,7 +308,7 @@ def test_merge_reads_back_what_it_wrote(rng, tmp_path, monkeypatch):
         weight.set_value(weight * (1 + 1e-4))
         real(model, target)
 
-    monkeypatch.setattr(merge_command, "save_diffusers_model", faulty)
+    monkeypatch.setattr(merge_command, "save_component", faulty)
     flags = ["--lora", str(tmp_path / "lora.safetensors"), "--output_dir", str(tmp_path / "out")]
     with pytest.raises(OSError, match="to_k"):
         main(["merge", "--model", str(folder), *flags])

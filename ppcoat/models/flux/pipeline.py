@@ -23,6 +23,7 @@ from ppcoat.atomic import whole_folder
 from ppcoat.device import compute_dtype
 from ppcoat.errors import ConfigError
 from ppcoat.models import loading, writing
+from ppcoat.models.flux.files import FLUX_COMPONENTS, FluxFiles, Places
 from ppcoat.models.flux.lora_methods import LoRAMethods
 from ppcoat.models.flux.scheduler import flux_scheduler, set_flux_timesteps
 from ppcoat.models.flux.transformer import FluxTransformer2DModel
@@ -36,7 +37,6 @@ from ppcoat.models.pictures import (
     picture_seeds,
     unpack_latents,
 )
-from ppcoat.models.tensor_files import chosen_weights
 
 MAX_T5_TOKENS = 512
 DEFAULT_SIDE = 1024  # pixels of FLUX.1's own size, where there is no VAE to say it
@@ -89,50 +89,57 @@ class FluxPipeline(LoRAMethods, LatentPictures, DiffusionPipeline):
     @classmethod
     def from_pretrained(
         cls,
-        folder: str | os.PathLike,
+        folder: str | os.PathLike | FluxFiles,
         paddle_dtype: str | paddle.dtype | None = None,
         *,
         transformer: FluxTransformer2DModel | None = ...,
-        vae: AutoencoderKL | None = ...,
+        vae: AutoencoderKL | str | os.PathLike | None = ...,
         text_encoder: nn.Layer | None = ...,
         text_encoder_2: nn.Layer | None = ...,
         tokenizer: Any = ...,
         tokenizer_2: Any = ...,
         scheduler: Any = ...,
+        text_encoders: Places = None,
+        tokenizers: Places = None,
+        config: str | os.PathLike | None = None,
         without: Collection[str] = (),
         variant: str | None = None,
         torch_dtype: Any = None,
         **options: Any,
     ) -> "FluxPipeline":
-        """Loads a diffusers-format folder; writes nothing into it. A part given by name is used instead of
-        its folder, which is then not looked at; None leaves the part out, as its name in `without` does.
+        """Loads a diffusers-format folder or a file (Black Forest Labs' or diffusers' names, a checkpoint of
+        ComfyUI, FP8, GGUF); writes nothing. text_encoders, vae, tokenizers: files or folders for what the
+        file lacks, see `FluxFiles.found`; config: a folder whose config.json files say what tensors do not. A
+        part given by name is used instead of the folder's, which is then not looked at; None leaves the part
+        out, as its name in `without` does.
 
         paddle_dtype: dtype of all weights; by default float32 on CPU and bfloat16 on a GPU. torch_dtype: the
         same under diffusers' name. variant: "fp16" reads files such as model.fp16.safetensors; without it,
         they are read where there are no others. options: those of diffusers and ppdiffusers that have no
         effect here (pictures.check_options).
         Raises ConfigError for a dtype that the device does not compute in (compute_dtype), an option that
-        asks for something else, and for an incomplete or inconsistent folder (loading.check_folder), before
-        any weight is read.
+        asks for something else, and for what is missing, incomplete or inconsistent (loading.check_folder),
+        before any weight is read.
         """
         check_options(options, list(cls.from_pretrained.__kwdefaults__))
-        folder, dtype = Path(folder), compute_dtype(torch_dtype if paddle_dtype is None else paddle_dtype)
+        dtype = compute_dtype(torch_dtype if paddle_dtype is None else paddle_dtype)
+        place, vae = (vae, ...) if isinstance(vae, str | os.PathLike) else (None, vae)
+        beside = {"text_encoders": text_encoders, "vae": place, "tokenizers": tokenizers}
+        files = FluxFiles.found(folder, **beside, config=config)
         parts = {"scheduler": scheduler, "tokenizer": tokenizer, "tokenizer_2": tokenizer_2, "vae": vae,
                  "text_encoder": text_encoder, "text_encoder_2": text_encoder_2,
                  "transformer": transformer}  # fmt: skip
         parts = {name: None if part is ... and name in without else part for name, part in parts.items()}
-        needed = [name for name, part in parts.items() if part is ...]
-        loading.check_folder(folder, needed=needed, variant=variant)
-        load = {"scheduler": loading.load_scheduler, "tokenizer": loading.load_clip_tokenizer,
-                "tokenizer_2": loading.load_t5_tokenizer, "vae": loading.load_vae,
-                "text_encoder": loading.load_clip, "text_encoder_2": loading.load_t5,
-                "transformer": loading.load_transformer}  # fmt: skip
-        for name in needed:
-            if name in loading.WITH_WEIGHTS:
-                parts[name] = load[name](chosen_weights(folder / name, variant)[1], dtype)
-            else:
-                parts[name] = load[name](folder / name)
-        return cls(**parts)
+        wanted = [name for name, part in parts.items() if part is ...]
+        where = loading.check_folder(files, parts=wanted, variant=variant)
+        return cls(**parts | {name: loading.load_component(where[name], name, dtype) for name in wanted})
+
+    @classmethod
+    def from_single_file(
+        cls, file: str | os.PathLike, paddle_dtype: str | paddle.dtype | None = None, **options: Any
+    ) -> "FluxPipeline":
+        """`from_pretrained` of a file, with its options, under the name that diffusers has for it."""
+        return cls.from_pretrained(file, paddle_dtype, **options)
 
     def save_pretrained(self, folder: str | os.PathLike, dtype: str | None = None) -> None:
         """Writes a folder that diffusers (PyTorch) and `from_pretrained` load; a new one whole or not at all,
@@ -141,18 +148,13 @@ class FluxPipeline(LoRAMethods, LatentPictures, DiffusionPipeline):
         dtype: float32, bfloat16 or float16 (None: as loaded). Raises ConfigError if a part is None or a
         LoRA is on.
         """
-        absent = [name for name in loading.FLUX_COMPONENTS if getattr(self, name) is None]
+        absent = [name for name in FLUX_COMPONENTS if getattr(self, name) is None]
         if absent:
             raise ConfigError(f"the pipeline has no {absent[0]}, and a folder is not complete without it")
         folder = Path(folder)
         with nullcontext(folder) if folder.exists() else whole_folder(folder) as target:
-            writing.save_diffusers_model(self.transformer, target / "transformer", dtype)
-            writing.save_diffusers_model(self.vae, target / "vae", dtype)
-            writing.save_text_encoder(self.text_encoder, target / "text_encoder", dtype)
-            writing.save_text_encoder(self.text_encoder_2, target / "text_encoder_2", dtype)
-            writing.save_tokenizer(self.tokenizer, target / "tokenizer")
-            writing.save_tokenizer(self.tokenizer_2, target / "tokenizer_2")
-            writing.save_scheduler(self.scheduler, target / "scheduler")
+            for name in FLUX_COMPONENTS:
+                writing.save_component(getattr(self, name), target / name, dtype)
             writing.write_json(target / "model_index.json", writing.MODEL_INDEX)
 
     @paddle.no_grad()

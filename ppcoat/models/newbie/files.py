@@ -20,7 +20,6 @@ from ppdiffusers import AutoencoderKL
 
 from ppcoat.errors import ConfigError
 from ppcoat.models.loading import (
-    check_components,
     check_tensors,
     fill,
     linear_weights,
@@ -33,7 +32,7 @@ from ppcoat.models.newbie.gemma3 import Gemma3Config, Gemma3TextEncoder
 from ppcoat.models.newbie.jina_clip import JinaClipConfig, JinaClipTextModel
 from ppcoat.models.newbie.nextdit import NextDiT_CLIP
 from ppcoat.models.quantized_base import FP8Copy, load_fp8
-from ppcoat.models.tensor_files import TensorInfo, check_there, read_json, tensor_infos
+from ppcoat.models.tensor_files import TensorInfo, check_index, check_there, read_json, tensor_infos
 from ppcoat.nn.swap import last_blocks
 
 NEWBIE_COMPONENTS = ("transformer", "text_encoder", "clip_model", "vae")
@@ -70,7 +69,13 @@ def check_newbie_folder(folder: str | Path, setting: str = "the model") -> None:
     """
     folder = Path(folder)
     check_there(folder, setting)
-    check_components(folder, "NewbiePipeline", NEWBIE_COMPONENTS)
+    check_index(folder, "NewbiePipeline")
+    missing = [name for name in NEWBIE_COMPONENTS if not (folder / name).is_dir()]
+    if missing:
+        raise ConfigError(
+            f"{folder / missing[0]} is missing: the folder of a NewbiePipeline has "
+            f"{', '.join(NEWBIE_COMPONENTS)}"
+        )
     for name in ("text_encoder", "clip_model"):
         if not (folder / name / "tokenizer.json").is_file():
             raise ConfigError(f"{folder / name}/tokenizer.json is missing: take it from the original model")
