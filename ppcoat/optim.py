@@ -104,6 +104,9 @@ class FP8AdamW(paddle.optimizer.Optimizer):
             names = ", ".join(clip.__name__ for clip in CLIPS)
             raise ConfigError(f"grad_clip must be one of {names}, got {type(grad_clip).__name__}")
         self.fp8_config = fp8_config if fp8_config is not None else FP8QuantizationConfig()
+        if not isinstance(self.fp8_config, FP8QuantizationConfig):
+            name = type(fp8_config).__name__
+            raise ConfigError(f"fp8_config: came a {name}, wanted FP8QuantizationConfig(use_fp8_m1=True)")
         groups = _parameter_groups(parameters, weight_decay)
         params = [param for group in groups for param in group["params"]]
         _check_parameters(params)
@@ -289,8 +292,12 @@ def _half_wave(progress: float) -> float:
 
 def _rate_and_parameters(learning_rate: Any, parameters: Any, lr: Any) -> tuple[Any, Any]:
     """The two in Paddle's order, however they were given."""
+    alone = learning_rate if parameters is None else parameters
+    if isinstance(alone, paddle.nn.Layer | paddle.Tensor):
+        name = type(alone).__name__
+        raise ConfigError(f"FP8AdamW takes a list of tensors, got one {name}: give model.parameters()")
     if isinstance(learning_rate, Iterable) and not isinstance(learning_rate, str | paddle.Tensor):
-        if isinstance(parameters, Iterable):
+        if isinstance(parameters, Iterable) and not isinstance(parameters, str):
             raise ConfigError("FP8AdamW takes one list of parameters, got two: learning_rate is a number")
         learning_rate, parameters = 1e-4 if parameters is None else parameters, learning_rate
     return learning_rate if lr is None else lr, parameters

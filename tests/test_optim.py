@@ -351,6 +351,7 @@ def test_parameter_given_new_memory_after_construction_is_still_trained():
         ({"parameters": None}, "parameters"),
         ({"parameters": [{"params": None, "lr": 1}]}, "lr"),
         ({"grad_clip": 1.0}, "grad_clip.*float"),
+        ({"fp8_config": {"use_fp8_m1": True}}, "fp8_config: came a dict, wanted FP8QuantizationConfig"),
         ({"stochastic_rounding": True}, "bfloat16"),
         ({"stochastic_rounding": "yes"}, "'yes'"),
     ],
@@ -445,10 +446,15 @@ def test_parameters_may_come_first_and_lr_is_the_learning_rate():
     assert FP8AdamW(model().parameters()).get_lr() == 1e-4
 
 
-def test_a_wrong_learning_rate_is_one_short_line():
-    params = paddle.nn.Linear(64, 64).parameters()
+def test_what_is_no_rate_and_no_list_is_one_short_line():
+    model = paddle.nn.Linear(64, 64)
+    params = model.parameters()
     for arguments, said in (((params, params), "one list of parameters"), ((params, None, "x"), "beta1"),
-                            ((params[0], params), "learning_rate must be a number")):  # fmt: skip
+                            ((params[0], params), "learning_rate must be a number"),
+                            ((params, "fast"), "learning_rate must be a number 0 or more, got 'fast'"),
+                            ((model,), "list of tensors, got one Linear: give model.parameters()"),
+                            ((1e-4, params[0]), "list of tensors, got one EagerParamBase"),
+                            ((params[0],), "list of tensors, got one EagerParamBase")):  # fmt: skip
         with pytest.raises(ConfigError, match=said) as caught:
             FP8AdamW(*arguments)
         assert len(str(caught.value)) < 120

@@ -14,6 +14,7 @@ import re
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 _FLAG = re.compile(r"(?:^|\s)--(\w+)(?=\s|$)")
@@ -50,6 +51,11 @@ class Document:
         """One value as written, or `default` where the section or the key is absent."""
         inside = self.data.get(section)
         return inside.get(key, default) if isinstance(inside, dict) else default
+
+    @cached_property
+    def samples(self) -> Reading:
+        """sample.samples as read: once, for a seed below 0 is drawn and told while it is read."""
+        return _read_samples(self.get("sample", "samples"), self)
 
 
 @dataclass(frozen=True)
@@ -264,12 +270,16 @@ def read_prompts(value: Any, document: Document) -> Reading:
     previews = [_split_flags(prompt, notes) for prompt in value]
     if all(preview.keys() == {"prompt"} for preview in previews):
         return Reading({"sample.prompts": [preview["prompt"] for preview in previews]}, tuple(notes))
-    others = read_samples(document.get("sample", "samples"), document).settings.get("sample.samples", [])
+    others = document.samples.settings.get("sample.samples", [])
     return Reading({"sample.samples": previews + others}, tuple(notes))
 
 
 def read_samples(value: Any, document: Document) -> Reading:
     """`samples: [{prompt: ..., width: ...}]`; a prompt in it may have flags as well."""
+    return document.samples
+
+
+def _read_samples(value: Any, document: Document) -> Reading:
     if value is None:
         return Reading()
     if not isinstance(value, list):
@@ -278,16 +288,22 @@ def read_samples(value: Any, document: Document) -> Reading:
     samples = [each for each in value if isinstance(each, dict) and isinstance(each.get("prompt"), str)]
     if len(samples) < len(value):
         notes.append("those without a prompt are left out")
-    previews = [_split_flags(sample["prompt"], notes) | _settings(sample, notes) for sample in samples]
+    previews = [
+        _split_flags(sample["prompt"], notes) | _settings(sample, notes, strict=not document.nested)
+        for sample in samples
+    ]
     return Reading({"sample.samples": previews}, tuple(notes))
 
 
 def preview_setting(name: str) -> Reader:
-    """The reader of sample.<name>, a setting of all previews; one that cannot be drawn with is left out."""
+    """The reader of sample.<name>, a setting of all previews. In an ai-toolkit file, one that cannot be drawn
+    with is left out; in our own form, it is refused."""
 
     def read(value: Any, document: Document) -> Reading:
         notes: list[str] = []
-        fitting = _fitting(name, value, notes)
+        if not document.nested:
+            return Reading({f"sample.{name}": _strict(name, value, notes)}, tuple(notes))
+        fitting = None if value is None else _fitting(name, value, notes)
         return Reading({} if fitting is None else {f"sample.{name}": fitting}, tuple(notes))
 
     return read
@@ -318,8 +334,9 @@ def _split_flags(prompt: str, notes: list[str]) -> _Preview:
     return {"prompt": bare.strip()} | _settings(given, notes)
 
 
-def _settings(given: dict[str, Any], notes: list[str]) -> _Preview:
-    """What a preview can follow. notes: gets the rest; a preview must not stop a training."""
+def _settings(given: dict[str, Any], notes: list[str], strict: bool = False) -> _Preview:
+    """What a preview can follow. notes: gets the rest; a preview must not stop a training. strict: what has
+    our own name is left to the schema."""
     settings: _Preview = {}
     for key, value in given.items():
         name = _PREVIEW_KEYS.get(key)
@@ -332,9 +349,21 @@ def _settings(given: dict[str, Any], notes: list[str]) -> _Preview:
         elif name == "network_multiplier":
             if _number(value) != 1:
                 notes.append("previews show the LoRA at full strength")
+        elif strict and key == name:
+            settings[name] = _strict(name, value, notes)
         elif (fitting := _fitting(name, value, notes)) is not None:
             settings[name] = fitting
     return settings
+
+
+def _strict(name: str, value: Any, notes: list[str]) -> Any:
+    """A preview's setting as our own form says it: what the schema refuses, it refuses, but a seed of -1 is
+    any. Raises ValueError for a side that is no multiple of 16, with the nearest that are."""
+    side = name in ("width", "height") and isinstance(value, int) and not isinstance(value, bool)
+    if side and value > 16 and value % 16:
+        below = value // 16 * 16
+        raise ValueError(f"wanted a multiple of 16; the nearest are {below} and {below + 16}")
+    return _fitting(name, value, notes) if name == "seed" and value == -1 else value
 
 
 def _fitting(name: str, value: Any, notes: list[str]) -> int | float | None:

@@ -4,6 +4,12 @@ import pytest
 
 from ppcoat.config.schema import PreviewConfig, ValidationConfig, ValidationItem
 
+OURS = """\
+name: shirts
+model: {name_or_path: tiny}
+datasets: [{folder_path: photos}]
+"""
+
 
 def test_flags_become_settings_of_their_preview_alone(load):
     prompts = '["a dress --w 768 --h 512 --l 3.5 --s 12 --m 1 --seed 7", "a coat --cfg 2 --steps 4", a shirt]'
@@ -54,6 +60,43 @@ def test_a_seed_below_0_is_any_seed_and_it_is_told(load, warnings):
     assert 0 <= load("sample.seed=-1").sample.seed < 2**32
     assert 0 <= load("sample.prompts=[a --d -1]").sample.samples[0].seed < 2**32
     assert any("any seed is " in line for line in warnings("sample.seed=-1"))
+
+
+def test_a_seed_that_is_drawn_is_the_one_that_is_told(load, caplog):
+    """Prompts with flags and samples are put together; each seed below 0 is drawn once all the same."""
+    given = ("sample.prompts=[a --d -1]", "sample.samples=[{prompt: b, seed: -1}, {prompt: b, seed: -1}]")
+    drawn = [preview.seed for preview in load(*given).sample.samples]
+    told = [int(line.rpartition("any seed is ")[2]) for line in caplog.messages if "any seed is " in line]
+    assert len(set(drawn)) == 3 and sorted(told) == sorted(drawn)
+
+
+@pytest.mark.parametrize(
+    ("given", "part"),
+    [
+        ("sample.width=abc", "sample.width: came 'abc', wanted"),
+        ("sample.width=500", "sample.width: came 500; wanted a multiple of 16; the nearest are 496 and 512"),
+        ("sample.height=0", "sample.height: came 0, wanted"),
+        ("sample.sample_steps=0", "sample.sample_steps: came 0, wanted"),
+        ("sample.seed=-2", "sample.seed: came -2, wanted"),
+        ("sample.samples=[{prompt: a, width: 500}]", "the nearest are 496 and 512"),
+        ("sample.samples=[{prompt: a, height: abc}]", "samples.0.height: came 'abc', wanted"),
+    ],
+)
+def test_our_own_form_refuses_what_cannot_be_drawn_with(load, refusal, given, part):
+    assert part in refusal(given, text=OURS)
+    load(given)  # in ai-toolkit's form it is left out, with a word
+
+
+def test_our_own_form_takes_any_seed_and_the_flags_of_other_programs(load, warnings):
+    given = (
+        "sample.seed=-1",
+        "sample.prompts=[a --ar 2:3 --w 100]",
+        "sample.samples=[{prompt: b, m: '1.0'}]",
+    )
+    sample = load(*given, text=OURS).sample
+    assert 0 <= sample.seed < 2**32
+    assert sample.samples == (PreviewConfig(prompt="a", width=96), PreviewConfig(prompt="b"))
+    assert len(warnings(*given, text=OURS)) == 3
 
 
 def test_settings_of_all_previews_fit_or_are_left_out(load, warnings):

@@ -12,9 +12,10 @@ from ppcoat.models import writing
 from ppcoat.models.flux.pipeline import FluxPipeline
 from ppcoat.models.flux.registration import register
 from ppcoat.models.flux.scheduler import FlowMatchEulerDiscreteScheduler
+from ppcoat.models.flux.transformer import FluxTransformer2DModel
 from ppcoat.models.loading import load_transformer
 from ppcoat.models.pictures import latent_image_ids, pack_latents, unpack_latents
-from ppcoat.nn.convert import replace_linear_with_fp8
+from ppcoat.nn.convert import quantize_linears, replace_linear_with_fp8
 
 TOLERANCE = 2e-5
 
@@ -86,18 +87,51 @@ def test_seed_decides_the_picture_alone_and_in_a_batch(pipeline):
     assert np.abs(three[0] - three[1]).max() > 1e-3
 
 
-def test_generators_of_numpy_and_paddle_are_followed(pipeline):
-    def numpy_generator():
-        return np.random.default_rng(3)
+def noise(pipeline, batch=1, **kwargs):
+    """The latents after one step, which differ where the noise does: [batch, tokens, channels]."""
+    kwargs = {"num_inference_steps": 1, "output_type": "latent", "num_images_per_prompt": batch, **kwargs}
+    return small(pipeline, **kwargs).numpy()
 
-    def paddle_generator():
-        return paddle.framework.core.Generator().manual_seed(3)
 
-    for make in (numpy_generator, paddle_generator):
-        generator = make()
-        first, second = small(pipeline, generator=generator), small(pipeline, generator=generator)
-        np.testing.assert_array_equal(small(pipeline, generator=make()), first)
-        assert np.abs(second - first).max() > 1e-3
+MADE = {  # how users of NumPy, Paddle, ppdiffusers and diffusers say a seed
+    "numpy": lambda: np.random.default_rng(3),
+    "paddle": lambda: paddle.framework.core.Generator().manual_seed(3),
+    "ppdiffusers": lambda: paddle.Generator().manual_seed(3),
+    "list of one": lambda: [np.random.default_rng(3)],
+    "paddle.seed": lambda: paddle.seed(3) and None,
+}
+
+
+@pytest.mark.parametrize("make", MADE.values(), ids=list(MADE))
+def test_a_generator_is_followed(pipeline, make):
+    generator = make()
+    first, second = noise(pipeline, generator=generator), noise(pipeline, generator=generator)
+    np.testing.assert_array_equal(noise(pipeline, generator=make()), first)
+    assert np.abs(second - first).max() > 1e-3
+
+
+def test_an_int_is_a_seed_and_of_a_list_each_is_a_pictures(pipeline):
+    one, other = noise(pipeline, seed=4), noise(pipeline, seed=9)
+    np.testing.assert_array_equal(noise(pipeline, generator=4), one)
+    both = noise(pipeline, 2, generator=[4, 9])
+    np.testing.assert_allclose(both, np.concatenate([one, other]), atol=1e-5)
+    drawn = [np.random.default_rng(i).integers(2**63) for i in (1, 2)]
+    apart = noise(pipeline, 2, generator=[np.random.default_rng(i) for i in (1, 2)])
+    np.testing.assert_allclose(apart, noise(pipeline, 2, generator=drawn), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"seed": -1}, "seed: came -1, wanted a whole number from 0, or None for any"),
+        ({"generator": [1, 2, 3]}, "generator: came 3 for 1 pictures, wanted one or one each"),
+        ({"generator": "1700000000.5"}, "generator: came '1700000000.5', wanted an int"),
+        ({"generator": object()}, "generator: came <object object"),
+    ],
+)
+def test_a_seed_that_is_none_is_refused(pipeline, given, message):
+    with pytest.raises(ConfigError, match=message):
+        noise(pipeline, **given)
 
 
 def test_pictures_of_one_prompt_stand_side_by_side(pipeline):
@@ -120,6 +154,26 @@ def test_true_guidance_leads_away_from_the_negative_prompt(pipeline, negative):
     assert np.abs(one - other).max() > 1e-3
     unguided = pipeline(prompts, negative_prompt=negative, true_cfg_scale=1.0, **settings).images.numpy()
     np.testing.assert_array_equal(unguided, one)
+
+
+def test_without_a_negative_prompt_there_is_no_guidance_as_in_diffusers(pipeline):
+    plain = noise(pipeline, seed=1)
+    with pytest.warns(UserWarning, match="true_cfg_scale: no effect without a negative_prompt"):
+        unguided = noise(pipeline, seed=1, negative_prompt=None, true_cfg_scale=3.0)
+    np.testing.assert_array_equal(unguided, plain)
+    assert np.abs(noise(pipeline, seed=1, negative_prompt="", true_cfg_scale=3.0) - plain).max() > 1e-3
+
+
+def test_negative_embeddings_and_a_second_negative_prompt(pipeline):
+    embeds, pooled, _ = pipeline.encode_prompt("stars", "noise", max_sequence_length=16)
+    given = {"negative_prompt_embeds": embeds, "negative_pooled_prompt_embeds": pooled}
+    wanted = noise(
+        pipeline, 2, seed=1, negative_prompt="stars", negative_prompt_2="noise", true_cfg_scale=3.0
+    )
+    np.testing.assert_array_equal(noise(pipeline, 2, seed=1, **given, true_cfg_scale=3.0), wanted)
+    assert (
+        np.abs(noise(pipeline, 2, seed=1, negative_prompt="stars", true_cfg_scale=3.0) - wanted).max() > 1e-4
+    )
 
 
 def test_pil_output_and_default_size(pipeline):
@@ -145,6 +199,26 @@ def test_callback_sees_and_changes_latents(pipeline):
     assert [step for step, _, _ in seen] == [0, 1]
     assert seen[0][1] == 1000 and seen[1][1] < 1000 and seen[0][2] == ["latents"]
     assert float(latents.abs().max()) == 0
+
+
+def test_a_callback_ends_the_drawing(pipeline):
+    seen = []
+
+    def interrupt(pipe, step, t, tensors):
+        seen.append(tensors["latents"].numpy())
+        pipe._interrupt = step == 1
+
+    two = small(pipeline, seed=1, num_inference_steps=4, output_type="latent", callback_on_step_end=interrupt)
+    assert len(seen) == 2
+    np.testing.assert_array_equal(two.numpy(), seen[1])
+    seen.clear()
+    small(pipeline, seed=1, callback_on_step_end=lambda *given: seen.append(given))
+    assert len(seen) == 2  # the next drawing is whole again
+
+
+def test_the_older_name_of_joint_attention_kwargs(pipeline):
+    with pytest.raises(ConfigError, match="gligen"):
+        noise(pipeline, cross_attention_kwargs={"gligen": 1})
 
 
 @pytest.mark.parametrize(
@@ -187,11 +261,152 @@ def test_encode_image_shifts_and_scales(pipeline, torch_refs):
     np.testing.assert_allclose(pixels, torch_refs["vae_dec"], rtol=0, atol=TOLERANCE)
 
 
-def test_a_scheduler_without_dynamic_shift_is_replaced(pipeline):
+@pytest.fixture
+def exchanged(pipeline):
+    """The shared pipeline, whose scheduler a test may exchange."""
+    before = pipeline.scheduler
+    yield pipeline
+    pipeline.scheduler = before
+
+
+@pytest.mark.parametrize(
+    "program", [ppdiffusers.FlowMatchEulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler]
+)
+def test_an_exchanged_scheduler_draws_as_its_config_says(exchanged, program):
+    wanted = small(exchanged, seed=1, output_type="latent").numpy()
+    exchanged.scheduler = program.from_config(exchanged.scheduler.config)
+    assert exchanged.scheduler.config.use_dynamic_shifting is True
+    np.testing.assert_array_equal(small(exchanged, seed=1, output_type="latent").numpy(), wanted)
+    exchanged.scheduler = program(shift=9.0)
+    assert np.abs(small(exchanged, seed=1, output_type="latent").numpy() - wanted).max() > 1e-3
+
+
+def test_a_pipeline_takes_the_same_schedulers(pipeline):
     foreign = ppdiffusers.FlowMatchEulerDiscreteScheduler.from_config(dict(pipeline.scheduler.config))
     replaced = FluxPipeline(**{**pipeline.components, "scheduler": foreign}).scheduler
     assert isinstance(replaced, FlowMatchEulerDiscreteScheduler)
     assert replaced.config.use_dynamic_shifting is True
+
+
+@pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "DPMSolverMultistepScheduler", "DDIMScheduler"])
+def test_a_scheduler_of_another_kind_is_refused_and_nothing_changes(exchanged, name):
+    before = exchanged.scheduler
+    with pytest.raises(
+        ConfigError, match=f"came {name}, which is not of flow matching; FLUX is drawn with Flow"
+    ):
+        exchanged.scheduler = getattr(ppdiffusers, name)()
+    assert exchanged.scheduler is before
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {
+            "map_location": "cpu",
+            "low_cpu_mem_usage": True,
+            "use_safetensors": True,
+            "paddle_dtype": "float32",
+        },
+        {"local_files_only": True, "cache_dir": "x", "torch_dtype": "torch.float32", "revision": "main"},
+        {"device_map": None, "image_encoder": None, "from_diffusers": True, "variant": None},
+    ],
+)
+def test_options_of_diffusers_and_ppdiffusers_that_ask_for_nothing_more(fp32_folder, options):
+    parts = {name: None for name in ("vae", "text_encoder", "text_encoder_2", "transformer")}
+    pipeline = FluxPipeline.from_pretrained(fp32_folder, **options, **parts)
+    assert pipeline.tokenizer is not None and pipeline.transformer is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"use_safetensors": False}, "only safetensors are read; leave it out"),
+        ({"device_map": "balanced"}, r"device_map=...\) is not done here: call paddle.set_device"),
+        ({"quantization_config": object()}, "give transformer=load_fp8_transformer"),
+        (
+            {"map_locaton": "cpu"},
+            "unknown option of from_pretrained 'map_locaton', the nearest is 'map_location'",
+        ),
+        ({"torch_dtype": "bf16"}, "dtype: came 'bf16'"),
+    ],
+)
+def test_options_that_ask_for_something_else_are_refused(options, message):
+    for load in (FluxPipeline.from_pretrained, FluxTransformer2DModel.from_pretrained):
+        with pytest.raises(ConfigError, match=message):
+            load("nowhere", **options)
+
+
+def test_encoding_and_drawing_in_two_pipelines(fp32_folder, pipeline):
+    """The way of diffusers' page to need less memory: None leaves a part out."""
+    encoders = FluxPipeline.from_pretrained(fp32_folder, transformer=None, vae=None)
+    encoded = encoders.encode_prompt(prompt="a cat", prompt_2=None, device="cpu", max_sequence_length=16)
+    names = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "vae")
+    drawer = FluxPipeline.from_pretrained(fp32_folder, **dict.fromkeys(names))
+    embeds = dict(zip(("prompt_embeds", "pooled_prompt_embeds"), encoded, strict=False))
+    np.testing.assert_array_equal(noise(drawer, prompt=None, seed=1, **embeds), noise(pipeline, seed=1))
+    assert drawer.vae_scale_factor == pipeline.vae_scale_factor == 8
+    for pipe, options, absent in (
+        (encoders, {}, "without transformer cannot draw"),
+        (drawer, {"output_type": "np"}, "without vae cannot draw"),
+        (drawer, {}, "without text_encoder cannot encode a prompt"),
+    ):
+        with pytest.raises(ConfigError, match=absent):
+            noise(pipe, seed=1, **options)
+
+
+def test_a_part_that_is_given_need_not_be_in_the_folder(pipeline, fp32_folder, tmp_path):
+    for part in ("tokenizer", "tokenizer_2", "scheduler", "vae"):
+        (tmp_path / part).symlink_to(fp32_folder / part)
+    (tmp_path / "model_index.json").symlink_to(fp32_folder / "model_index.json")
+    given = {name: getattr(pipeline, name) for name in ("transformer", "text_encoder", "text_encoder_2")}
+    again = FluxPipeline.from_pretrained(tmp_path, **given)
+    assert again.transformer is pipeline.transformer and again.vae is not pipeline.vae
+
+
+def test_a_pipeline_is_moved_and_cast(pipeline, fp32_folder):
+    assert pipeline.to("cpu") is pipeline.to(paddle.float32) is pipeline.to(device="cpu", dtype="float32")
+    assert (pipeline.dtype, str(pipeline.device)) == (paddle.float32, "Place(cpu)")
+    refused = {
+        "cuda": "came gpu, but Paddle sees 0 GPUs",
+        paddle.bfloat16: "bfloat16: Paddle",
+        "tpu": "came 'tpu'",
+    }
+    for where, message in refused.items():
+        with pytest.raises(ConfigError, match=message):
+            pipeline.to(where)
+
+
+def test_fp8_weights_are_not_cast(fp32_folder, pipeline, monkeypatch):
+    transformer = load_transformer(fp32_folder / "transformer", "float32")
+    quantize_linears(transformer)
+    fp8 = FluxPipeline(**{**pipeline.components, "transformer": transformer})
+    assert fp8.to("cpu") is fp8
+    with pytest.raises(
+        ConfigError, match="FP8 weights are not cast to float32; load the model in that dtype"
+    ):
+        fp8.to("float32")
+
+
+def test_offloading_and_tiling_say_what_to_do_instead(pipeline):
+    for method in (pipeline.enable_model_cpu_offload, pipeline.enable_sequential_cpu_offload):
+        with pytest.raises(
+            ConfigError, match="encode the prompts in a pipeline without transformer, then draw"
+        ):
+            method()
+    with pytest.raises(ConfigError, match="use enable_vae_slicing"):
+        pipeline.enable_vae_tiling()
+
+
+def test_sliced_decoding_gives_the_same_pictures(pipeline):
+    whole = small(pipeline, seed=1, num_images_per_prompt=2)
+    pipeline.enable_vae_slicing()
+    seen = []
+    hook = pipeline.vae.decoder.register_forward_pre_hook(lambda layer, given: seen.append(given[0].shape[0]))
+    sliced = small(pipeline, seed=1, num_images_per_prompt=2)
+    hook.remove()
+    pipeline.disable_vae_slicing()
+    assert seen == [1, 1]
+    np.testing.assert_allclose(sliced, whole, atol=1e-5)
 
 
 def json_of(file):
