@@ -24,12 +24,13 @@ _FLAG = re.compile(r"(?<=^--)[a-z0-9]+(-[a-z0-9]+)+(?=$|=)")
 @dataclass(frozen=True)
 class Command:
     """what: it does. module: imported only when the command is called. flags: its function that adds flags to
-    a parser; run: the one that takes the parsed flags."""
+    a parser; run: the one that takes the parsed flags; mixed: names may stand between and after flags."""
 
     what: str
     module: str
     flags: str = "add_arguments"
     run: str = "run_command"
+    mixed: bool = False
 
 
 COMMANDS = {
@@ -71,6 +72,27 @@ COMMANDS = {
         "run_inspect",
     ),
     "merge": Command("write a FLUX folder with a LoRA added to its weights", "ppcoat.cli.merge"),
+    "lora resize": Command(
+        "write a LoRA of smaller rank; makes one of a LoKr, LoHa or whole difference",
+        "ppcoat.cli.lora_tools",
+        "add_resize_arguments",
+        "run_resize",
+        mixed=True,
+    ),
+    "lora combine": Command(
+        "write the weighted sum of LoRAs",
+        "ppcoat.cli.lora_tools",
+        "add_combine_arguments",
+        "run_combine",
+        mixed=True,
+    ),
+    "lora extract": Command(
+        "write the difference of two models as a LoRA",
+        "ppcoat.cli.lora_tools",
+        "add_extract_arguments",
+        "run_extract",
+        mixed=True,
+    ),
     "doctor": Command(
         "tell what works on this machine, and what is lost where it does not", "ppcoat.cli.doctor"
     ),
@@ -98,10 +120,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("usage: python -m ppcoat <command> [flags]      (--help after a command lists its flags)\n")
         print("\n".join(f"  {name:20s} {command.what}" for name, command in COMMANDS.items()))
         return 0
-    if argv[0] not in COMMANDS:
-        print(f"error: unknown command {argv[0]!r}; known are {', '.join(COMMANDS)}", file=sys.stderr)
+    words = 2 if any(name.startswith(f"{argv[0]} ") for name in COMMANDS) else 1
+    name = " ".join(argv[:words])
+    if name not in COMMANDS:
+        known = [each for each in COMMANDS if words == 1 or each.startswith(f"{argv[0]} ")]
+        print(f"error: unknown command {name!r}; known are {', '.join(known)}", file=sys.stderr)
         return 2
-    return run(argv[0], argv[1:], prog=f"python -m ppcoat {argv[0]}")
+    return run(name, argv[words:], prog=f"python -m ppcoat {name}")
 
 
 def run(name: str, argv: Sequence[str] | None = None, prog: str | None = None) -> int:
@@ -121,7 +146,8 @@ def run(name: str, argv: Sequence[str] | None = None, prog: str | None = None) -
         module = importlib.import_module(command.module)
         parser = argparse.ArgumentParser(prog=prog, description=command.what, allow_abbrev=False)
         getattr(module, command.flags)(parser)
-        getattr(module, command.run)(parser.parse_args(argv))
+        parse = parser.parse_intermixed_args if command.mixed else parser.parse_args
+        getattr(module, command.run)(parse(argv))
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

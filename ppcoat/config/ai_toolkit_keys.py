@@ -117,7 +117,7 @@ _NETWORK: dict[str, Treatment] = {
     "network.network_kwargs.only_if_contains": Honour("network.only_if_contains", null=True),
     "network.network_kwargs.ignore_if_contains": Honour("network.ignore_if_contains", null=True),
     "network.transformer_only": Refuse("name Linears outside the blocks in network.targets", (True, None)),
-    "network.pretrained_lora_path": Refuse("a run starts from a new LoRA; leave it out", (None,)),
+    "network.pretrained_lora_path": Honour(null=True),
     "network.layer_offloading": Warn(_MEMORY),
     "network.split_multistage_loras": Warn("FLUX has one stage", (None, True, False)),
     "network.all_layers": Warn("network.targets chooses the Linears"),

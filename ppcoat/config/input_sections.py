@@ -100,6 +100,13 @@ class NetworkConfig(Section):
     )
     lokr_rank_dropout: float = Field(0.0, ge=0, lt=1, description="share of LoKr's output rows left out")
     lokr_module_dropout: float = Field(0.0, ge=0, lt=1, description="probability to leave out a whole LoKr")
+    pretrained_lora_path: PathText | None = Field(
+        None,
+        description="LoRA file or folder that a new run starts from, of any program; read only at the start",
+    )
+    pretrained_lora_partly: bool = Field(
+        False, description="leave out what that file has for layers and kinds that this run does not train"
+    )
     targets: Strings | None = Field(
         None,
         min_length=1,

@@ -54,7 +54,9 @@ from ppcoat.train.run_state import ResumeWords
 from ppcoat.train.trainer import Side, TrainingResult
 
 GIGABYTE = 10**9
-WORDS = ResumeWords("give --resume_from_checkpoint latest", "--strict_resume", restart_flag="")
+WORDS = ResumeWords(
+    "give --resume_from_checkpoint latest", "--strict_resume", "", "start a new run under another name"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -43,7 +43,7 @@ class LoRAModule:
 
     def norm(self) -> float:
         """Frobenius norm of delta-W."""
-        return _norm(self.b.astype(np.float64) * self.scale, self.a)
+        return norm_of_product(self.b.astype(np.float64) * self.scale, self.a)
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def relative_difference(got: LoRAModule | None, want: LoRAModule) -> float:
         b, a = (b1 - b2, b2), (got.a, got.a - want.a.astype(np.float64))
     else:
         b, a = (b1, -b2), (got.a, want.a)
-    return _relative(_norm(np.concatenate(b, axis=1), np.concatenate(a)), want.norm())
+    return _relative(norm_of_product(np.concatenate(b, axis=1), np.concatenate(a)), want.norm())
 
 
 def worst(errors: Iterable[float]) -> float:
@@ -93,7 +93,8 @@ def worst(errors: Iterable[float]) -> float:
     return float(np.max([0.0, *errors]))
 
 
-def _norm(b: np.ndarray, a: np.ndarray) -> float:
+def norm_of_product(b: np.ndarray, a: np.ndarray) -> float:
+    """Frobenius norm of B A, for B [out, r] and A [r, in] of a float dtype; in float64."""
     b, a = b.astype(np.float64), a.astype(np.float64)
     with np.errstate(invalid="ignore", over="ignore"):  # NaN and inf are told by the result
         return float(np.sqrt(np.maximum(np.sum((b.T @ b) * (a @ a.T)), 0.0)))

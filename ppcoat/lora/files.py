@@ -65,9 +65,15 @@ def read_lora_file(
         raise ConfigError(f"{path}: {error}") from None
 
 
-def check_known(file: LoRAFile, name: str, ignore_unknown: bool = False) -> None:
+def check_known(
+    file: LoRAFile,
+    name: str,
+    ignore_unknown: bool = False,
+    advice: str = "--ignore_unknown (ignore_unknown=True) applies the rest",
+) -> None:
     """Raises ConfigError for a file of another model, for one that does nothing here, and, unless they are to
-    be ignored, for keys that name nothing. name: of the file, for the message."""
+    be ignored, for keys that name nothing. name: of the file, advice: what ignores such keys, for messages.
+    """
     listed = ", ".join(clean(key) for key in file.unknown[:SHOWN_KEYS])
     listed += f" and {len(file.unknown) - SHOWN_KEYS} more" if len(file.unknown) > SHOWN_KEYS else ""
     if file.foreign:
@@ -78,8 +84,9 @@ def check_known(file: LoRAFile, name: str, ignore_unknown: bool = False) -> None
         has = f"its keys are like {listed}" if listed else "it has no tensors"
         raise ConfigError(f"{name} fits no layer of the model: {has}")
     if file.unknown and not ignore_unknown:
-        known = "name nothing that this model has, --ignore_unknown (ignore_unknown=True) applies the rest"
-        raise ConfigError(f"{len(file.unknown)} keys of {name} {known}: {listed}")
+        raise ConfigError(
+            f"{len(file.unknown)} keys of {name} name nothing that this model has, {advice}: {listed}"
+        )
 
 
 def adapter_file(path: str | Path, weight_name: str | None = None) -> Path:

@@ -150,7 +150,7 @@ def _fuse_parts(paths: tuple[str, ...], parts: Mapping[str, LoRAModule]) -> LoRA
             widths[i] = module.b.shape[0]
     shared = all(np.array_equal(module.a, present[0].a) for module in present)
     a = present[0].a if shared else np.concatenate([module.a for module in present])
-    b = np.zeros([sum(widths), len(a)], np.float32)
+    b = np.zeros([sum(widths), len(a)], present[0].b.dtype)
     row = column = 0
     for path, width in zip(paths, widths, strict=True):
         if path in parts:

@@ -31,12 +31,18 @@ from .writing import lora_modules
 
 
 def save_peft(
-    folder: str | Path, model: nn.Layer, targets: Sequence[str], dropout: float = 0.0, dtype: str = "float32"
+    folder: str | Path,
+    model: nn.Layer,
+    targets: Sequence[str],
+    dropout: float = 0.0,
+    dtype: str = "float32",
+    extra: Mapping[str, str] | None = None,
 ) -> LoRASummary:
     """Write the LoRA or LoKr of `model` as a directory with WEIGHTS and CONFIG, each whole or not at all.
 
-    targets: name endings for adapter_config.json. Returns norms of the updates. Raises ConfigError where the
-    model has no adapter, OSError where the file does not hold what was written.
+    targets: name endings for adapter_config.json. extra: more fields of the header. Returns norms of the
+    updates. Raises ConfigError where the model has no adapter, OSError where the file does not hold what was
+    written.
     """
     layers = adapter_layers(model)
     if not layers:
@@ -46,14 +52,16 @@ def save_peft(
     header = _header("lyco_lokr" if _is_lokr(layers) else "lora", first.rank, first.alpha)
     config = _lokr_config(first) if _is_lokr(layers) else _lora_config(first, targets, dropout)
     folder = Path(folder)
-    _write(folder / WEIGHTS, tensors, header, dtype)
+    _write(folder / WEIGHTS, tensors, {**(extra or {}), **header}, dtype)
     write_text(folder / CONFIG, json.dumps(config, indent=2, sort_keys=not _is_lokr(layers)))
     return adapter_summary(model)
 
 
-def save_comfyui(path: str | Path, model: nn.Layer, dtype: str = "float32") -> LoRASummary:
+def save_comfyui(
+    path: str | Path, model: nn.Layer, dtype: str = "float32", extra: Mapping[str, str] | None = None
+) -> LoRASummary:
     """Write the LoRA or LoKr of `model` as one .safetensors that ComfyUI loads by itself, at its full
-    strength. Raises as `save_peft` does."""
+    strength. extra: more fields of the header. Raises as `save_peft` does."""
     layers = adapter_layers(model)
     if not layers:
         raise ConfigError("the model has no LoRA or LoKr to save")
@@ -69,9 +77,8 @@ def save_comfyui(path: str | Path, model: nn.Layer, dtype: str = "float32") -> L
         else:
             tensors[f"{name}.lora_down.weight"] = layer.lora_A.numpy().T
             tensors[f"{name}.lora_up.weight"] = layer.lora_B.numpy().T * np.float32(layer.alpha / layer.rank)
-    _write(
-        Path(path), tensors, _header("lokr" if _is_lokr(layers) else "lora", first.rank, first.rank), dtype
-    )
+    header = _header("lokr" if _is_lokr(layers) else "lora", first.rank, first.rank)
+    _write(Path(path), tensors, {**(extra or {}), **header}, dtype)
     return adapter_summary(model)
 
 

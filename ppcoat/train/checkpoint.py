@@ -28,7 +28,7 @@ from ppcoat.atomic import check_writable, remove_dead_drafts, whole_folder, writ
 from ppcoat.config.schema import RunConfig
 from ppcoat.errors import ConfigError
 from ppcoat.train.ranks import Ranks
-from ppcoat.train.run_state import STRICT_FLAG, ResumeWords, RunState
+from ppcoat.train.run_state import ANEW, STRICT_FLAG, ResumeWords, RunState
 
 FORMAT = "ppcoat-checkpoint-1"
 _COMMITTED = re.compile(r"^[0-9]{9}$")
@@ -107,6 +107,12 @@ def save_checkpoint(
     return root / name
 
 
+def has_checkpoint(run_dir: Path) -> bool:
+    """Whether a run in this folder would go on from a checkpoint, or complain of a damaged one."""
+    root = run_dir / "checkpoints"
+    return root.is_dir() and ((root / "latest").exists() or bool(_committed(root)))
+
+
 def load_latest(
     run_dir: str | Path, strict: bool = False, strict_flag: str = STRICT_FLAG
 ) -> Checkpoint | None:
@@ -143,11 +149,11 @@ def load_latest(
     return None
 
 
-def check_compatible(saved: dict, current: dict) -> None:
+def check_compatible(saved: dict, current: dict, anew: str = ANEW) -> None:
     """Refuse to resume under other settings: the two (nested) dicts of decisive fields must be equal as JSON.
 
     Raises ConfigError naming the first differing field with both values, the switch of FP8 states before what
-    follows from it.
+    follows from it. anew: what to do instead, for the message.
     """
     before, now = _flatten(saved), _flatten(current)
     for field in sorted(before.keys() | now.keys(), key=lambda field: (field != _FP8_SWITCH, field)):
@@ -158,7 +164,7 @@ def check_compatible(saved: dict, current: dict) -> None:
         what = f"{_SETTINGS.get(field, field)} was {was} in the checkpoint and is {is_now} now"
         if field == "base":
             what = "the weights of the base model are not those that the checkpoint was trained on"
-        raise ConfigError(f"cannot resume: {what}; set it back, or start a new run under another name")
+        raise ConfigError(f"cannot resume: {what}; set it back, or {anew}")
 
 
 def settings_of_training(config: RunConfig) -> dict[str, object]:
@@ -305,7 +311,7 @@ def resume_run(
     with ranks.first_ahead():  # it also removes what a killed save left
         checkpoint = load_latest(config.run_dir, config.save.strict_resume, words.strict_flag)
     if checkpoint is not None:
-        told = _go_on(state, config, checkpoint, words.restart_flag)
+        told = _go_on(state, config, checkpoint, words)
         if ranks.is_first:
             print(told)
     facts = {"step": state.step, **state.batches.state_dict()}
@@ -323,21 +329,20 @@ def resume_run(
             raise _unwritable(config.run_dir, error) from None
 
 
-def _go_on(state: RunState, config: RunConfig, checkpoint: Checkpoint, restart_flag: str) -> str:
+def _go_on(state: RunState, config: RunConfig, checkpoint: Checkpoint, words: ResumeWords) -> str:
     """Bring the checkpoint into the run -> what is left to do, what changed, and what carries over. Raises
     ConfigError for other decisive fields, and for other pictures without save.restart_data."""
-    facts, current = checkpoint.state, state.compatible
+    facts, current, restart_flag = checkpoint.state, state.compatible, words.restart_flag
     saved = {
         name: value for name, value in facts["compatible"].items() if name in current or name not in _EARLIER
     }
     # a checkpoint of an earlier version knows its base by the name of its folder only
-    check_compatible({"base": current["base"]} | saved if "base" in current else saved, current)
+    check_compatible({"base": current["base"]} | saved if "base" in current else saved, current, words.anew)
     moved = state.batches.difference(facts["batches"])
     if moved is not None and not (config.save.restart_data and restart_flag):
         advice = f", add {restart_flag} to go on with a new order of the pictures" if restart_flag else ""
         raise ConfigError(
-            f"cannot resume the order of the data: {moved}; set it back{advice}, or start a new run under "
-            "another name"
+            f"cannot resume the order of the data: {moved}; set it back{advice}, or {words.anew}"
         )
     state.load(checkpoint.step, checkpoint.tensors, facts, restart_data=moved is not None)
     steps, step = config.train.steps, state.step

@@ -27,7 +27,7 @@ from ppcoat.models.quantized_base import load_fp8_transformer
 from ppcoat.nn.swap import last_blocks
 from ppcoat.objective import FlowMatching
 from ppcoat.plan.phases import MemoryModel
-from ppcoat.train.base_model import drop_encoders, load_frozen
+from ppcoat.train.base_model import drop_encoders, fields_of_start, load_frozen
 from ppcoat.train.model_spec import ModelSpec
 from ppcoat.train.ranks import Ranks
 from ppcoat.train.trainer import SaveWeights
@@ -45,8 +45,11 @@ class FluxSpec(ModelSpec):
         files = _files(config)
         check_folder(files)
         if config.model.blocks_to_swap:
-            model, _ = unfilled(FluxTransformer2DModel, files["transformer"])
-            last_blocks(model, config.model.blocks_to_swap)
+            last_blocks(self.unfilled(config), config.model.blocks_to_swap)
+
+    def unfilled(self, config: RunConfig) -> FluxTransformer2DModel:
+        """That of the folder or file, whose headers are checked."""
+        return unfilled(FluxTransformer2DModel, _files(config)["transformer"])[0]
 
     def load_encoders(self, config: RunConfig, dtype: str | None) -> FluxPipeline:
         """T5, CLIP and the VAE."""
@@ -137,6 +140,7 @@ class LoRAFiles:
                 base_model=Path(config.model.name_or_path).name,
                 dtype=config.save.dtype,
                 file_format=file_format,
+                extra=fields_of_start(config),
             )
             written.append((path, summary))
         self._remove_old(step)

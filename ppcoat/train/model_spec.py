@@ -32,6 +32,10 @@ class ModelSpec(ABC):
     def check(self, config: RunConfig) -> None:
         """Raise ConfigError for a wrong folder or setting, before any weight is read."""
 
+    @abstractmethod
+    def unfilled(self, config: RunConfig) -> paddle.nn.Layer:
+        """The transformer with parameters that have a shape and no memory."""
+
     def check_captions(self, config: RunConfig, captions: Sequence[str]) -> None:
         """Warn of captions that are cut, and raise ConfigError for those that cannot be read."""
         return None  # a model whose encoders cut reads any

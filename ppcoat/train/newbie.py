@@ -38,7 +38,7 @@ from ppcoat.models.newbie.pipeline import PROMPT_PREFIX, NewbiePipeline, warn_of
 from ppcoat.nn.swap import last_blocks
 from ppcoat.objective import NewbieFlowMatching
 from ppcoat.plan.newbie import NewbieMemoryModel
-from ppcoat.train.base_model import drop_encoders, load_frozen
+from ppcoat.train.base_model import drop_encoders, fields_of_start, load_frozen
 from ppcoat.train.model_spec import ModelSpec
 from ppcoat.train.ranks import Ranks
 from ppcoat.train.trainer import SaveWeights
@@ -66,9 +66,13 @@ class NewbieSpec(ModelSpec):
                 if getattr(getattr(config, name), key) != section.model_fields[key].default:
                     raise ConfigError(f"{name}.{key} is FLUX's: leave it out for model.family newbie")
         check_newbie_folder(config.model.name_or_path, "base_model_path (model.name_or_path)")
-        model = unfilled_nextdit(Path(config.model.name_or_path) / "transformer")
+        model = self.unfilled(config)
         chosen_modules(config.network, model)
         last_blocks(model, config.model.blocks_to_swap)
+
+    def unfilled(self, config: RunConfig) -> paddle.nn.Layer:
+        """That of the folder."""
+        return unfilled_nextdit(Path(config.model.name_or_path) / "transformer")
 
     def check_captions(self, config: RunConfig, captions: Sequence[str]) -> None:
         """How many captions Gemma will cut; the rest must fit into the transformer's positions."""
@@ -76,7 +80,7 @@ class NewbieSpec(ModelSpec):
         tokenizer, limit = load_gemma3_tokenizer(model / "text_encoder"), config.train.max_sequence_length
         tokens = tokenizer(with_prefix(captions, _prefix(config)), limit)
         warn_of_cut(tokens, captions, limit or tokenizer.max_tokens)
-        positions = unfilled_nextdit(model / "transformer").config.axes_lens[0]
+        positions = self.unfilled(config).config.axes_lens[0]
         longest = int(tokens.mask.sum(-1).argmax())
         if tokens.mask[longest].sum() >= positions:
             raise ConfigError(
@@ -168,9 +172,9 @@ class NewbieFiles:
         config, dtype = self.config, self.config.save.dtype
         folder = config.run_dir if final else self._folder_of(step)
         targets, dropout = config.network.targets or (), config.network.dropout
-        summary = save_peft(folder, self.transformer, targets, dropout, dtype)
-        alone = folder / f"{config.name}.safetensors"
-        written = [(folder / WEIGHTS, summary), (alone, save_comfyui(alone, self.transformer, dtype))]
+        extra, alone = fields_of_start(config), folder / f"{config.name}.safetensors"
+        summary = save_peft(folder, self.transformer, targets, dropout, dtype, extra)
+        written = [(folder / WEIGHTS, summary), (alone, save_comfyui(alone, self.transformer, dtype, extra))]
         self._remove_old(step)
         return written
 

@@ -43,7 +43,13 @@ from ppcoat.errors import ConfigError
 from ppcoat.fp8 import backend
 from ppcoat.optim import ScheduleShape, lr_scheduler
 from ppcoat.plan.settings import with_earlier_plan, with_memory_plan
-from ppcoat.train.base_model import base_identity
+from ppcoat.train.base_model import (
+    AdapterStart,
+    adapter_start,
+    as_it_started,
+    base_identity,
+    settings_before,
+)
 from ppcoat.train.checkpoint import check_run_folder, in_its_folder
 from ppcoat.train.flux import FluxSpec
 from ppcoat.train.model_spec import ModelSpec
@@ -118,12 +124,14 @@ def run_command(arguments: argparse.Namespace) -> None:
 
 @dataclass(frozen=True)
 class RunInputs:
-    """What a run starts from, checked: pictures, validation pictures with captions, compute dtype, ranks."""
+    """What a run starts from, checked: pictures, validation pictures with captions, compute dtype, ranks, and
+    the adapter's first values where they are those of a file."""
 
     datasets: list[Dataset]
     validation: list[tuple[Path, str]]
     dtype: str | None
     ranks: Ranks
+    start: AdapterStart | None = None
 
     @property
     def examples(self) -> list[Example]:
@@ -137,7 +145,7 @@ def train_lora(config: RunConfig) -> TrainingResult:
     spec = MODEL_SPECS[config.model.family]
     inputs = check_inputs(spec, config)
     ranks = inputs.ranks
-    config = with_steps_of_epochs(with_fitting_settings(spec, config, ranks), inputs)
+    config = with_steps_of_epochs(with_fitting_settings(spec, as_it_started(config), ranks), inputs)
     if ranks.is_first:
         check_run_folder(config.run_dir)
     pipeline = spec.load_encoders(config, inputs.dtype)
@@ -147,7 +155,7 @@ def train_lora(config: RunConfig) -> TrainingResult:
         encoders = spec.encoders(config, pipeline)
         validation = encode_validation(config, inputs.validation, encoders, spec.objective(config))
     spec.load_base(pipeline, config, inputs.dtype, ranks)
-    return build_trainer(spec, config, pipeline, cache, validation, ranks).run()
+    return build_trainer(spec, config, pipeline, cache, validation, ranks, inputs.start).run()
 
 
 def dry_run(config: RunConfig) -> Iterator[tuple[StepResult, float]]:
@@ -168,7 +176,7 @@ def dry_run(config: RunConfig) -> Iterator[tuple[StepResult, float]]:
     latents = dict(zip(needed, cache.latents, strict=True))
     cache = replace(cache, examples=examples, latents=[latents.get(i) for i in range(len(examples))])
     spec.load_base(pipeline, config, inputs.dtype, ranks, keep_copy=False)
-    trainer = build_trainer(spec, config, pipeline, cache, ranks=ranks)
+    trainer = build_trainer(spec, config, pipeline, cache, ranks=ranks, start=inputs.start)
     for _ in range(DRY_STEPS):
         began = time.perf_counter()
         yield trainer.train_step(), time.perf_counter() - began
@@ -179,6 +187,7 @@ def check_inputs(spec: ModelSpec, config: RunConfig) -> RunInputs:
     """Find and check everything that a run reads, print what it will train on, set the device and
     initialise the process group. Raises ConfigError for a mistake in any of it."""
     spec.check(config)
+    start = adapter_start(config, spec.unfilled)
     datasets = scan_datasets(config)
     validation = validation_pairs(config)
     captions = [caption for each in all_examples(datasets) for caption in each.captions]
@@ -190,8 +199,8 @@ def check_inputs(spec: ModelSpec, config: RunConfig) -> RunInputs:
     ranks = Ranks.current(config.device)
     cost = use_deterministic_kernels() if config.train.deterministic else None
     if ranks.is_first:
-        print(*filter(None, (data_report(datasets), cost)), sep="\n")
-    return RunInputs(datasets, validation, dtype, ranks)
+        print(*filter(None, (data_report(datasets), start and start.told, cost)), sep="\n")
+    return RunInputs(datasets, validation, dtype, ranks, start)
 
 
 def with_fitting_settings(spec: ModelSpec, config: RunConfig, ranks: Ranks) -> RunConfig:
@@ -222,13 +231,8 @@ def with_fitting_settings(spec: ModelSpec, config: RunConfig, ranks: Ranks) -> R
 def _planned_before(config: RunConfig) -> RunConfig | None:
     """The config of a run that this one goes on from, if that was planned for free memory, too, and for the
     same pictures a step, sizes and adapter."""
-    settings = config.run_dir / "config.yaml"
-    if not (settings.is_file() and (config.run_dir / "checkpoints" / "latest").exists()):
-        return None
-    try:
-        earlier = load_run_config(str(settings))
-    except ConfigError as error:  # of another version
-        print(f"memory: auto plans anew, because the settings of before cannot be read: {error}")
+    earlier = settings_before(config)
+    if earlier is None:
         return None
     if earlier.memory != "auto" or earlier.vram_gb is not None or _load(earlier) != _load(config):
         return None
@@ -239,7 +243,10 @@ def _load(config: RunConfig) -> tuple:
     """What decides how much memory a run needs, apart from what a plan chooses."""
     train = config.train
     pictures = train.batch_size * train.gradient_accumulation
-    return pictures, [data.resolution for data in config.datasets], config.network, train.ema.use_ema
+    network = config.network.model_copy(
+        update={"pretrained_lora_path": None, "pretrained_lora_partly": False}
+    )
+    return pictures, [data.resolution for data in config.datasets], network, train.ema.use_ema
 
 
 def with_steps_of_epochs(config: RunConfig, inputs: RunInputs) -> RunConfig:
@@ -319,9 +326,10 @@ def build_trainer(
     cache: TrainingCache,
     validation: Validation | None = None,
     ranks: Ranks | None = None,
+    start: AdapterStart | None = None,
 ) -> Trainer:
     """Put adapter and COAT into the transformer and everything a Trainer needs around it. ranks: by default,
-    this process alone."""
+    this process alone. start: first values of the adapter, by default random ones."""
     ranks = ranks or Ranks()
     global_batch = config.train.batch_size * ranks.size
     train, transformer = config.train, pipeline.transformer
@@ -329,6 +337,8 @@ def build_trainer(
     if config.coat.memory.checkpoint_blocks and not train.gradient_checkpointing:
         _log.warning("coat.memory.checkpoint_blocks has no effect without train.gradient_checkpointing")
     modules = prepare(transformer, coat, config.network, config.model, seed=config.seed)
+    if start is not None:
+        start.put(modules)
     parameters = trained_parameters(modules)
     optimizer, schedule = _optimizer(config, coat, list(parameters.values()))
 
@@ -371,14 +381,9 @@ def _optimizer(
     train = config.train
     shape = ScheduleShape(train.lr_num_cycles, train.lr_power, train.lr_step_size or 1, train.lr_gamma)
     schedule = lr_scheduler(train.lr_scheduler, train.lr, train.steps, train.lr_warmup_steps, shape)
+    betas, fp8 = (train.beta1, train.beta2), config.uses_fp8_optimizer
     optimizer = coat.create_optimizer(
-        parameters,
-        schedule,
-        train.weight_decay,
-        (train.beta1, train.beta2),
-        train.epsilon,
-        train.max_grad_norm,
-        fp8_states=config.uses_fp8_optimizer,
+        parameters, schedule, train.weight_decay, betas, train.epsilon, train.max_grad_norm, fp8_states=fp8
     )
     return optimizer, schedule
 
@@ -392,8 +397,4 @@ def _compatible(config: RunConfig, modules: list[str]) -> dict:
     optimizer = {"fp8": config.uses_fp8_optimizer}
     if config.uses_fp8_optimizer:
         optimizer |= config.coat.optimizer.model_dump()
-    return {
-        "base": base_identity(config.model.name_or_path),
-        "network": adapter,
-        "optimizer": optimizer,
-    }
+    return {"base": base_identity(config.model.name_or_path), "network": adapter, "optimizer": optimizer}

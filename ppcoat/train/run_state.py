@@ -21,6 +21,7 @@ from ppcoat.train.report import SigmaBins
 # What a command with a config file needs to go on, and what it calls a strict resume and one with other data.
 AGAIN, STRICT_FLAG = "run the same command again", "--strict (save.strict_resume)"
 RESTART_FLAG = "--restart_data (save.restart_data)"
+ANEW = "start a new run under another name from this one's LoRA file, with network.pretrained_lora_path"
 
 
 @dataclass(frozen=True)
@@ -28,12 +29,14 @@ class ResumeWords:
     """What a user is told to do after a stop, in the flags of the command that runs.
 
     again: the start of "... to go on from there"; strict_flag: what made a damaged checkpoint an error;
-    restart_flag: what lets a run go on with other pictures, "" where nothing does.
+    restart_flag: what lets a run go on with other pictures, "" where nothing does; anew: what to do where a
+    run may not go on.
     """
 
     again: str = AGAIN
     strict_flag: str = STRICT_FLAG
     restart_flag: str = RESTART_FLAG
+    anew: str = ANEW
 
 
 class FinishStepOnSignal:

@@ -1,0 +1,352 @@
+"""A run that starts from a file: its delta-W are what the program that wrote it means, whatever the run's own
+rank and alpha are, or what was lost is told; what a run does not train is named."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from ppcoat.cli.main import main
+from ppcoat.coat import COATTrainer, prepare
+from ppcoat.config.load import load_config
+from ppcoat.config.newbie import load_newbie_config
+from ppcoat.errors import ConfigError
+from ppcoat.lora import adapter_layers, read_lora_file
+from ppcoat.models.flux.pipeline import FluxPipeline
+from ppcoat.models.newbie.files import load_nextdit
+from ppcoat.train.base_model import adapter_start
+from ppcoat.train.checkpoint import load_latest
+from ppcoat.train.flux import FluxSpec
+from ppcoat.train.newbie import NewbieSpec
+from ppcoat.train.run import train_lora
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+ADAPTERS, NEWBIE = FIXTURES / "adapters", FIXTURES / "tiny_newbie"
+# The Linears of the truth `split`: FLUX's usual ones and one modulation.
+TARGETS = [
+    *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj"),
+    *("net.0.proj", "proj_mlp", "proj_out", "norm.linear"),
+]
+SPELLINGS = [
+    *("split_alpha_keys", "split_bare", "split_default_infix", "split_diffusers", "split_diffusers_header"),
+    *("split_kohya", "split_onetrainer", "split_peft"),
+]
+KEY = "network.pretrained_lora_path"
+
+
+def file_of(name):
+    return ADAPTERS / name if (ADAPTERS / name).exists() else ADAPTERS / f"{name}.safetensors"
+
+
+def started(config, spec=None):
+    """({path: delta-W [out, in] that the first values of a run's LoRAs make, float64}, what is told)."""
+    spec = spec or FluxSpec()
+    start = adapter_start(config, spec.unfilled)
+    by = config.network.linear_alpha / config.network.linear
+    found = {
+        path: by * (each["lora_A"].astype("float64") @ each["lora_B"]).T
+        for path, each in start.factors.items()
+    }
+    return found, start.told
+
+
+def truth(group):
+    with np.load(ADAPTERS / "truth.npz") as arrays:
+        return {key.removeprefix(f"{group}/"): arrays[key] for key in arrays if key.startswith(f"{group}/")}
+
+
+def of_file(path, paths=None):
+    modules = read_lora_file(path, paths).modules
+    return {path: each.scale * each.b.astype("float64") @ each.a for path, each in modules.items()}
+
+
+@pytest.fixture
+def config_of(make_config):
+    """config_of(file, "network.linear=4", ...): a run on TARGETS that starts from it."""
+    return lambda file, *more: make_config(f"{KEY}={file}", f"network.targets={json.dumps(TARGETS)}", *more)
+
+
+@pytest.mark.parametrize("rank", [4, 6])
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_every_spelling_starts_at_the_delta_of_its_program(config_of, name, rank):
+    """With a scale of the run's own, 3 / rank, and in a larger rank, too."""
+    found, told = started(config_of(file_of(name), f"network.linear={rank}", "network.linear_alpha=3"))
+    want = truth("split")
+    assert {f"{path}.weight" for path in found} == want.keys()
+    for path, delta in found.items():
+        np.testing.assert_allclose(delta[::2], want[f"{path}.weight"], atol=1e-6, err_msg=path)
+    assert "LoRA on 14 layers; each delta-W as it is there" in told and "more layers of this run" in told
+
+
+def test_a_smaller_rank_is_the_best_one_and_says_what_it_lost(config_of):
+    found, told = started(config_of(file_of("split_kohya"), "network.linear=3", "network.linear_alpha=5"))
+    whole = of_file(file_of("split_kohya"))
+    missed = total = 0.0
+    for path, delta in found.items():
+        u, s, v = np.linalg.svd(whole[path], full_matrices=False)
+        np.testing.assert_allclose(delta, (u[:, :3] * s[:3]) @ v[:3], atol=1e-5 * s[0], err_msg=path)
+        missed, total = missed + np.sum(s[3:] ** 2), total + np.sum(s**2)
+    assert (
+        f"rank 4 cut to 3 on 14 layers: relative delta-W error {np.sqrt(missed / total):.2g} overall" in told
+    )
+
+
+def test_the_first_values_are_in_layers_mean_and_optimizer_and_draw_as_the_file_does(config_of):
+    """A preview before the first step is the picture that `load_lora_weights` draws with; the running mean
+    and the optimizer begin with these values."""
+    sample = {"prompts": "[a]", "sample_every": 1, "skip_first_sample": "false", "width": 64, "height": 64}
+    sample = [f"sample.{key}={value}" for key, value in (sample | {"sample_steps": 2}).items()]
+    train = ["network.linear=6", "train.ema.use_ema=true", "train.steps=1", "train.lr=1e-12"]
+    config = config_of(file_of("split_peft"), *train, *sample)
+    train_lora(config)
+    first = sorted((config.run_dir / "samples").glob("*.png"))[0]
+    pipeline = FluxPipeline.from_pretrained(config.model.name_or_path, "float32")
+    pipeline.load_lora_weights(file_of("split_peft"))
+    preview = config.sample.previews[0]
+    options = {"num_inference_steps": 2, "guidance_scale": preview.guidance_scale, "seed": preview.seed}
+    want = pipeline("a", height=64, width=64, max_sequence_length=16, **options).images[0]
+    off = np.abs(np.asarray(Image.open(first), "int32") - np.asarray(want, "int32"))
+    assert off.max() <= 1  # of 255
+    pipeline.unload_lora_weights()
+    without = pipeline("a", height=64, width=64, max_sequence_length=16, **options).images[0]
+    assert np.abs(np.asarray(without, "int32") - np.asarray(want, "int32")).max() > 20
+    checkpoint, written = load_latest(config.run_dir), of_file(config.run_dir / "run.safetensors")
+    for name, mean in checkpoint.tensors["ema"].items():
+        np.testing.assert_allclose(mean.numpy(), checkpoint.tensors["lora"][name].numpy(), atol=1e-7)
+    for path, delta in of_file(file_of("split_peft")).items():
+        np.testing.assert_allclose(written[path], delta, atol=1e-6, err_msg=path)
+    assert config.uses_fp8_optimizer  # whose parameters are views of one buffer
+    with safe_open(config.run_dir / "run.safetensors", framework="np") as content:
+        assert content.metadata()["pretrained_lora"] == "split_peft"
+
+
+def test_a_run_that_goes_on_does_not_read_the_file_again_and_remembers_it(config_of, tmp_path, capfd):
+    source = tmp_path / "hat.safetensors"
+    shutil.copy(file_of("split_diffusers"), source)
+    config = config_of(source, "train.steps=1", "network.linear=4")
+    train_lora(config)
+    assert f"starting from {source}: LoRA on 14 layers" in capfd.readouterr().out
+    assert f"pretrained_lora_path: {source}" in (config.run_dir / "config.yaml").read_text()
+    source.unlink()
+    for other, told in (
+        (f"{KEY}={source}", True),
+        (f"{KEY}=other.safetensors", True),
+        (f"{KEY}=null", False),
+    ):
+        steps = load_latest(config.run_dir).step + 1
+        train_lora(config_of(source, "network.linear=4", f"train.steps={steps}", other))
+        shown = capfd.readouterr().out
+        assert ("is read at the start of a run only: this one goes on where it was" in shown) == told
+        assert "resuming from" in shown and "pretrained_lora_path" not in shown.partition("resuming from")[2]
+        assert f"pretrained_lora_path: {source}" in (config.run_dir / "config.yaml").read_text()
+        with safe_open(config.run_dir / "run.safetensors", framework="np") as content:
+            assert content.metadata()["pretrained_lora"] == "hat.safetensors"
+
+
+def test_another_rank_is_refused_with_the_way_to_keep_the_training(make_config, capfd):
+    config = make_config("train.steps=1")
+    train_lora(config)
+    with pytest.raises(ConfigError) as refused:
+        train_lora(make_config("train.steps=2", "network.linear=4"))
+    assert (
+        "network.linear was 2 in the checkpoint and is 4 now; set it back, or start a new run under another"
+        in str(refused.value)
+    )
+    assert KEY in str(refused.value)
+    source = config.run_dir / "run.safetensors"
+    found, told = started(make_config("name=larger", "network.linear=4", f"{KEY}={source}"))
+    for path, delta in of_file(source).items():
+        np.testing.assert_allclose(found[path], delta, atol=1e-7)
+    assert "step 1: LoRA on 39 layers; each delta-W as it is there" in told and "zero" not in told
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("dense_kohya", "it has CLIP: LoRA on 18 layers, T5: LoRA on 21, LoRA on 3"),
+        ("dora", "it has DoRA by the rule of PEFT on 4 layers, and lora is what this run trains: merge it"),
+        ("oft", "it has OFT on"),
+        ("lokr_unbalanced", "it has LoKr on 2 layers, and lora is what this run trains: make a LoRA of it"),
+        ("loha", "make a LoRA of it with `python -m ppcoat lora resize IN OUT --rank N`"),
+        ("lora_bias", "it has bias on"),
+        ("clip_diffusers", "it has CLIP: LoRA on"),
+        ("nowhere", "no LoRA file at"),
+        ("../tiny_newbie/lora", "it is a LoRA of Z-Image, Lumina or NewBie"),
+        ("../tiny_flux_fp32/transformer", "is a whole model, not a LoRA"),
+    ],
+)  # fmt: skip
+def test_what_a_run_does_not_train_is_named_in_one_line_before_anything_is_loaded(
+    make_config, capsys, monkeypatch, name, said
+):
+    monkeypatch.setattr(FluxSpec, "load_encoders", None)
+    path = file_of(name)
+    with pytest.raises(ConfigError) as refused:
+        train_lora(make_config(f"{KEY}={path}"))
+    message = str(refused.value)
+    assert message.startswith(f"{KEY} {path}: ") and said in message and "\n" not in message
+    assert message.count(str(path)) == 1 or "no LoRA file" in message or "whole model" in message
+
+
+def test_the_rest_is_left_out_where_that_is_asked_for(make_config, tmp_path):
+    tensors = load_file(file_of("dense_comfy"))
+    odd = tmp_path / "odd.safetensors"
+    save_file(tensors | {"strange.lora_A.weight": np.ones([2, 2], "float32")}, odd)
+    config = make_config(f"{KEY}={odd}", "network.linear=4")
+    with pytest.raises(
+        ConfigError, match="1 keys of it name nothing that this model has, network.pretrained_lora_p"
+    ):
+        adapter_start(config, FluxSpec().unfilled)
+    found, told = started(
+        make_config(f"{KEY}={odd}", "network.linear=4", "network.pretrained_lora_partly=true")
+    )
+    assert (
+        "left out: " in told
+        and "CLIP: LoRA on 18" in told
+        and told.splitlines()[0].endswith("1 unknown keys")
+    )
+    want = truth("dense")
+    for path, delta in found.items():
+        np.testing.assert_allclose(delta[::2], want[f"{path}.weight"], atol=1e-6, err_msg=path)
+    assert "transformer_blocks.0.norm1.linear" not in found and len(found) == 17
+    config = make_config(f"{KEY}={file_of('clip_diffusers')}", "network.pretrained_lora_partly=true")
+    with pytest.raises(ConfigError, match="it has CLIP: LoRA on .* which this run does not train"):
+        adapter_start(config, FluxSpec().unfilled)  # nothing would be left
+
+
+def test_layers_of_zeros_start_anew(make_config, tmp_path):
+    """A file of a run that did not train some layers: both factors of such a layer must not become zero."""
+    tensors = load_file(file_of("split_diffusers"))
+    key = "transformer.transformer_blocks.0.attn.to_q.lora_B.weight"
+    save_file(tensors | {key: np.zeros_like(tensors[key])}, tmp_path / "a.safetensors")
+    config = make_config(f"{KEY}={tmp_path / 'a.safetensors'}", "network.pretrained_lora_partly=true")
+    start = adapter_start(config, FluxSpec().unfilled)
+    assert "transformer_blocks.0.attn.to_q" not in start.factors and len(start.factors) == 12
+    assert "27 more layers of this run start at zero" in start.told
+
+
+def test_the_dry_run_checks_the_file_and_takes_its_steps_from_there(make_config, tmp_path, write_run, capsys):
+    config = make_config()
+    file = tmp_path / "run.yaml"
+    flags = ["--dry_run", "--set", "network.pretrained_lora_partly=true", "--set"]
+    assert main(["train", str(file), *flags, f"{KEY}={file_of('dora')}"]) == 2
+    assert "it has DoRA" in capsys.readouterr().err
+    losses = []
+    for path in (file_of("split_kohya"), "null"):
+        assert main(["train", str(file), *flags, f"{KEY}={path}"]) == 0
+        shown = capsys.readouterr().out
+        assert ("starting from" in shown) == (path != "null")
+        losses.append(shown.partition("step 1: loss ")[2].split()[0])
+    assert losses[0] != losses[1] and not config.run_dir.exists()
+
+
+def test_ai_toolkits_key_is_the_same(tmp_path):
+    job = f"""
+job: extension
+config:
+  name: hats
+  process:
+    - type: sd_trainer
+      training_folder: {tmp_path}
+      network: {{type: lora, linear: 16, linear_alpha: 16, pretrained_lora_path: hat.safetensors}}
+      datasets: [{{folder_path: {tmp_path}}}]
+      train: {{train_unet: true, noise_scheduler: flowmatch}}
+      model: {{name_or_path: {FIXTURES / "tiny_flux_fp32"}, is_flux: true}}
+"""
+    file = tmp_path / "job.yaml"
+    file.write_text(job)
+    assert load_config(file).network.pretrained_lora_path == "hat.safetensors"
+
+
+TOML = """
+[Model]
+base_model_path = "{model}"
+output_dir = "{out}"
+output_name = "run"
+train_data_dir = "{out}"
+adapter_type = "{kind}"
+lora_rank = {rank}
+lora_alpha = 3
+lokr_factor = {factor}
+[Optimization]
+[network]
+pretrained_lora_path = "{path}"
+"""
+
+
+@pytest.fixture
+def newbie(tmp_path):
+    def make(path, kind="lora", rank=4, factor=-1):
+        file = tmp_path / "run.toml"
+        values = {
+            "model": NEWBIE,
+            "out": tmp_path,
+            "path": path,
+            "kind": kind,
+            "rank": rank,
+            "factor": factor,
+        }
+        text = TOML.format(**values)
+        if kind == "lora":
+            text = text.replace(f"lokr_factor = {factor}\n", "")
+        targets = [
+            "attention.qkv",
+            "attention.out",
+            "feed_forward.w2",
+            "time_text_embed.1",
+            "clip_text_pooled_proj.1",
+        ]
+        file.write_text(text + f"targets = {json.dumps(targets)}\n")
+        return load_newbie_config(file)
+
+    return make
+
+
+def test_newbies_loras_start_a_run(newbie):
+    config = newbie(NEWBIE / "lora")
+    paths = set(dict(NewbieSpec().unfilled(config).named_sublayers()))
+    found, told = started(config, NewbieSpec())
+    want = of_file(NEWBIE / "lora", paths)
+    assert found.keys() == want.keys() and "LoRA on 20 layers; each delta-W as it is there" in told
+    for path, delta in found.items():
+        np.testing.assert_allclose(delta, want[path], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "rank", "factor"), [("lokr_full", 100000, 8), ("lokr_lowrank", 4, 4), ("lokr_full", 3, 8)]
+)
+def test_newbies_lokrs_start_a_run(newbie, name, rank, factor):
+    """The same settings: the matrices themselves. A smaller rank: told with what it lost. Then drawn with."""
+    config = newbie(NEWBIE / name, "lokr", rank, factor)
+    start = adapter_start(config, NewbieSpec().unfilled)
+    model = load_nextdit(NEWBIE / "transformer", "float32")
+    modules = prepare(model, COATTrainer(), config.network)
+    paths = {path for path, _ in model.named_sublayers()}
+    want = {each.paths[0]: each.kind for each in read_lora_file(NEWBIE / name, paths).changes}
+    factors = {path: dict(values) for path, values in start.factors.items()}
+    start.put(modules)
+    off = total = 0.0
+    for path, kind in want.items():
+        got = modules[path].delta().numpy().T.astype("float64")
+        whole = kind.delta(np.zeros(kind.shape), 1.0)
+        off, total = off + np.linalg.norm(got - whole) ** 2, total + np.linalg.norm(whole) ** 2
+    relative = np.sqrt(off / total)
+    assert factors.keys() == want.keys() == set(adapter_layers(model))
+    if rank == 3:
+        assert relative > 0.01 and f"relative delta-W error {relative:.2g} overall" in start.told
+    else:
+        assert relative < 1e-6
+    if name == "lokr_lowrank":
+        path = next(iter(factors))
+        with pytest.raises(
+            ConfigError, match="divides its .* otherwise than network.lokr_factor 2: set that to"
+        ):
+            adapter_start(newbie(NEWBIE / name, "lokr", rank, 2), NewbieSpec().unfilled)
+    with pytest.raises(ConfigError, match="it has LoKr on 20 layers, and lora is what this run trains"):
+        adapter_start(newbie(NEWBIE / name), NewbieSpec().unfilled)
+    with pytest.raises(ConfigError, match="and lokr is what this run trains: set network.type: lora"):
+        adapter_start(newbie(NEWBIE / "lora", "lokr"), NewbieSpec().unfilled)
