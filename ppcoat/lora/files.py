@@ -17,13 +17,14 @@ from safetensors import SafetensorError, safe_open
 
 from ppcoat.errors import ConfigError
 
-from .header import ADAPTER_METADATA
+from .header import ADAPTER_METADATA, ROTATIONS
 from .keys import foreign_model
 from .parse import LoRAFile, clean, parse_lora
 
 SHOWN_KEYS = 5
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"  # of an adapter directory
 _USUAL_NAMES = (WEIGHTS, "pytorch_lora_weights.safetensors", "paddle_lora_weights.safetensors")
+_PEFT_TYPES = ("LORA", "LOKR", "LOHA", "LYCORIS")  # peft_type of kinds with an alpha; NewBie's trainer's last
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pdparams")
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # of LoRAs, as safetensors names them
 _BEGINNINGS = [  # of a file that is no safetensors file, spaces left out and in small letters
@@ -149,6 +150,8 @@ def _config_beside(file: Path, keys: Iterable[str]) -> dict[str, str]:
     if not (of_peft and config.is_file()):
         return {}
     said = _read_config(config)
+    if said.get("peft_type") in ROTATIONS:
+        return {ADAPTER_METADATA: json.dumps(said)}
     alpha = said["lora_alpha"] if "lora_alpha" in said else said["alpha"]
     return {"lora_rank": str(said["r"]), "lora_alpha": str(alpha), ADAPTER_METADATA: json.dumps(said)}
 
@@ -158,6 +161,14 @@ def _read_config(file: Path) -> dict:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{file} cannot be read ({error}): it belongs beside {WEIGHTS}") from None
+    kind = config.get("peft_type") if isinstance(config, dict) else None
+    if kind in ROTATIONS:
+        return config
+    if kind is not None and kind not in _PEFT_TYPES:
+        raise ConfigError(
+            f"{file.parent} is an adapter of PEFT's kind {str(kind)[:40]!r}, which is not known here, only "
+            f"{', '.join((*_PEFT_TYPES, *ROTATIONS))}"
+        )
     if not isinstance(config, dict) or "r" not in config or not {"alpha", "lora_alpha"} & config.keys():
         raise ConfigError(f"{file} lacks r and lora_alpha, without which the strength is unknown")
     return config

@@ -66,6 +66,8 @@ _SUFFIXES = [
     (rf"\.lora_magnitude_vector{_NAMED}(?:\.weight)?", "magnitude"),
     (r"\.base_layer\.(weight|bias)|\.modules_to_save\.[^.]+\.(weight|bias)", "={}"),
     (r"\.([ab][12])\.weight", "{}"),
+    (rf"\.oft_R{_NAMED}\.weight", "oft_R"),
+    (rf"\.(oft_r|oft_s|boft_R|boft_s){_NAMED}", "{}"),
     (r"\.(alpha|dora_scale|lokr_w[12](?:_[ab])?|hada_w[12]_[ab]|oft_blocks|rescale|on_input)", "{}"),
     (r"\.(?:diff|w_norm)", "diff"),
     (r"\.(?:diff_b|b_norm)", "diff_b"),

@@ -40,6 +40,7 @@ from .layer import (
 )
 from .lokr import LoKrLinear, LoKrSettings
 from .parse import Change, LoRAFile, clean, described, is_plain, parse_lora
+from .rotations import PeftRotation
 
 _log = logging.getLogger(__name__)
 
@@ -181,6 +182,8 @@ def _came_and_wanted(change: Change, shapes: Mapping[str, Sequence[int]]) -> tup
     came = list(change.kind.shape)
     if len(came) == len(wanted):
         came = [had if size is None else size for size, had in zip(came, wanted, strict=True)]
+    if isinstance(change.kind, PeftRotation) and len(came) == 2 and came[1] % change.kind.block:
+        came[1] = change.kind.block  # one block that turns all columns, which it does not divide
     return came, wanted
 
 

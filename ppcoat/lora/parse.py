@@ -28,6 +28,7 @@ from . import header as header_
 from .delta import LoRAModule
 from .keys import PART_NAMES, TRANSFORMER, KeyReader
 from .kinds import DORA_RULES, Absolute, Difference, DoRA, Kind, check_factor, check_shapes, kind_of
+from .rotations import STRENGTH_OF_PEFT, PeftRotation
 
 
 @dataclass(frozen=True, eq=False)
@@ -242,7 +243,9 @@ class _Reading:
                 found.append(self._change(module, "bias", make(tensors[role])))
                 used = used | {role}
         left = tensors.keys() - used - {"alpha", "shape"}
-        of_factors = [role for role in left if role in "AB" or role.startswith(("lokr_", "hada_"))]
+        of_factors = [
+            role for role in left if role in "AB" or role.startswith(("lokr_", "hada_", "oft_s", "boft_s"))
+        ]
         if weight is None and not used and (of_factors or not left):
             self.halves[name] = ", ".join(sorted(tensors))
             return []
@@ -264,16 +267,19 @@ class _Reading:
     def _weight(self, module: _Module) -> tuple[Kind | None, set[str]]:
         """The kind that the tensors of a weight make, and their roles."""
         tensors, kind, used = module.tensors, None, set()
+        config = header_.adapter_config(self.header, module.part)
         if flux_names.is_norm(module.target.paths[0]) and module.part == TRANSFORMER:
             tensors = {role: values for role, values in tensors.items() if role in ("diff", "=weight")}
         if {"A", "B"} <= tensors.keys():
             kind, used = self._lora(module), {"A", "B"}
         else:
             full_lokr = partial(header_.full_lokr, self.header, module.part, self._names(module))
-            kind, used = kind_of(tensors, lambda dim: self._alpha(module, dim), full_lokr)
+            kind, used = kind_of(tensors, lambda dim: self._alpha(module, dim), full_lokr, config)
         role = next((role for role in ("magnitude", "dora_scale") if role in tensors), None)
         if kind is None or role is None:
-            if role is None and header_.adapter_config(self.header, module.part).get("use_dora") and used:
+            if isinstance(kind, PeftRotation):
+                self._note(STRENGTH_OF_PEFT)
+            if role is None and config.get("use_dora") and used:
                 raise ConfigError(
                     f"LoRA of {module.shown}: its config says DoRA, and the file has no magnitudes"
                 )

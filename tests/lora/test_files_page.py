@@ -28,6 +28,8 @@ KINDS = {
     "LoHa": ("loha", None),
     "OFT": ("oft", None),
     "BOFT": ("boft", None),
+    "OFT of PEFT": ("oft_peft", None),
+    "BOFT of PEFT": ("boft_peft", None),
     "GLoRA": ("glora", None),
     "IA3": ("ia3", None),
     "difference (`diff`, `diff_b`)": ("full", None),
@@ -75,8 +77,8 @@ def trained(network):
 
 def row_of(kind, model, folder):
     name, network = KINDS[kind]
-    file = FOLDER / f"{name}.safetensors"
-    if next(iter(load_file(file))).startswith("lycoris_"):
+    file = FOLDER / name if (FOLDER / name).is_dir() else FOLDER / f"{name}.safetensors"
+    if file.is_file() and next(iter(load_file(file))).startswith("lycoris_"):
         file = on_bfls_modules(name, folder)
     lora = read_lora_file(file)
     shapes = parameter_shapes(BASE, "transformer", "text_encoder", "text_encoder_2")

@@ -41,7 +41,8 @@ PEFT = ("dora", "dora_no_header", "lora_bias", "rslora", "patterns", "patterns_n
 LYCORIS = ("lokr_full", "lokr_w2_factored", "lokr_both_factored", "lokr_unbalanced", "lokr_tucker_asked",
            "lokr_aitoolkit_names", "loha", "locon", "dora_out", "dora_in", "dora_lokr", "dora_loha", "oft",
            "oft_constraint_rescale", "boft", "full", "glora", "ia3")  # fmt: skip
-NAMES = (*GROUPS, *PEFT, *LYCORIS)
+ROTATIONS = ("oft_peft", "oft_peft_exact", "oft_peft_shared", "boft_peft", "boft_peft_one")  # folders of PEFT
+NAMES = (*GROUPS, *PEFT, *LYCORIS, *ROTATIONS)
 
 
 def file_of(name):
@@ -50,8 +51,8 @@ def file_of(name):
 
 @pytest.fixture(scope="module")
 def truths():
-    with np.load(FOLDER / "truth.npz") as found:
-        return dict(found)
+    with np.load(FOLDER / "truth.npz") as found, np.load(FOLDER / "peft_rotations.npz") as of_peft:
+        return dict(found) | dict(of_peft)
 
 
 @pytest.fixture(scope="module")
@@ -99,8 +100,8 @@ def wanted(truths, name, strength):
 
 
 def is_whole(name, key):
-    """PEFT's bias="lora_only" saves biases themselves, which no strength weakens."""
-    return name == "bias_lora_only" and key.endswith("bias")
+    """PEFT's bias="lora_only" (or "oft_only") saves biases themselves, which no strength weakens."""
+    return name in ("bias_lora_only", "oft_peft_shared") and key.endswith("bias")
 
 
 def added(file, weights, strength):
@@ -182,7 +183,8 @@ def test_control_loras_are_read_whole(truths, weights, name):
 
 # One file of each kind that a model can hold.
 KINDS = ("split_diffusers", "lora_bias", "bias_lora_only", "dora", "lokr_full", "lokr_both_factored", "loha",
-         "dora_lokr", "dora_in", "oft_constraint_rescale", "boft", "full", "glora", "ia3")  # fmt: skip
+         "dora_lokr", "dora_in", "oft_constraint_rescale", "boft", "full", "glora", "ia3",
+         *ROTATIONS)  # fmt: skip
 
 
 def parameters(model, keys):
