@@ -32,6 +32,7 @@ from ppcoat.errors import ConfigError
 from ppcoat.lora import LoRAFile, info_of, merge_lora, put_adapters, read_fitting, tell
 from ppcoat.lora.loading import added
 from ppcoat.models.loading import (
+    FLUX_CLASSES,
     check_folder,
     linear_weights,
     load_clip,
@@ -40,8 +41,8 @@ from ppcoat.models.loading import (
     parameter_shapes,
     read_tensors,
 )
-from ppcoat.models.tensor_files import tensor_infos
-from ppcoat.models.writing import save_diffusers_model, save_text_encoder
+from ppcoat.models.tensor_files import read_json, tensor_infos
+from ppcoat.models.writing import pipeline_class, save_diffusers_model, save_text_encoder, write_json
 
 Checked = TypeVar("Checked")
 Loras = list[tuple[LoRAFile, float]]  # with their strengths
@@ -162,7 +163,18 @@ def write_merged(
         shutil.copytree(folder, draft, ignore=partial(left_out, folder, models), dirs_exist_ok=True)
         for part, model in models.items():
             save_component(model, draft / part)
+        name_class(draft / "model_index.json", models.get("transformer"))
         return check(draft)
+
+
+def name_class(file: Path, transformer: paddle.nn.Layer | None) -> None:
+    """Let the model_index.json of a FLUX pipeline name the class that draws with the transformer, which a
+    control LoRA changes."""
+    index = read_json(file)
+    if transformer is not None and index.get("_class_name") in FLUX_CLASSES:
+        own = index | {"_class_name": pipeline_class(transformer)}
+        if own != index:
+            write_json(file, own)
 
 
 def base_dtype(folder: Path) -> tuple[str, float]:
@@ -196,12 +208,16 @@ def check_merged(folder: Path, merged: Path, components: Sequence[Merged]) -> fl
     missed = total = 0.0
     for each in components:
         linears = linear_weights(each.model)
-        before = tensor_infos(folder / each.part)
+        before, (shapes,) = tensor_infos(folder / each.part), parameter_shapes(merged, each.part).values()
 
-        def base(name: str, before=before, linears=linears) -> np.ndarray:
+        def base(name: str, before=before, linears=linears, shapes=shapes) -> np.ndarray:
             (_, tensor), *_ = read_tensors({name: before[name]}, linears)
             values = tensor.astype("float32").numpy()
-            return values.T if name in linears else values
+            values = values.T if name in linears else values
+            # a control LoRA's further inputs were not there: zeros
+            return np.pad(
+                values, [(0, new - old) for new, old in zip(shapes[name], values.shape, strict=True)]
+            )
 
         changes = added(each.loras, each.part, base)
         for name, tensor in read_tensors(tensor_infos(merged / each.part), linears):

@@ -34,6 +34,8 @@ _IGNORED = {"text_model.embeddings.position_ids", "vision_model.embeddings.posit
 # T5 reads one table under two names; the file has the first.
 TIED = {"encoder.embed_tokens.weight": "shared.weight"}
 MOST_NAMED = 4  # tensors of one kind that an error names
+# diffusers' classes of FLUX.1 folders that FluxPipeline draws with; the second sees a control picture.
+FLUX_CLASSES = ("FluxPipeline", "FluxControlPipeline")
 FLUX_COMPONENTS = (
     "scheduler",
     "text_encoder",
@@ -48,7 +50,7 @@ FLUX_COMPONENTS = (
 def check_components(folder: Path, pipeline: str, components: Sequence[str]) -> None:
     """Raise ConfigError unless `folder` says that it is of this pipeline class and has all its parts."""
     index = read_json(folder / "model_index.json", f"the folder of a {pipeline} has one")
-    if index.get("_class_name") != pipeline:
+    if index.get("_class_name") not in (FLUX_CLASSES if pipeline in FLUX_CLASSES else (pipeline,)):
         raise ConfigError(
             f"{folder}/model_index.json is of a {index.get('_class_name')}, not of a {pipeline}"
         )

@@ -1,5 +1,7 @@
-"""PEFT's own OFT and BOFT: each version's formula by hand in float64, and what is refused. Against PEFT itself:
-test_programs.py."""
+"""PEFT's own OFT and BOFT: each version's formula by hand in float64, and what is refused.
+
+test_programs.py holds them to PEFT itself.
+"""
 
 import json
 

@@ -24,6 +24,7 @@ from ppcoat.atomic import whole_folder
 from ppcoat.device import compute_dtype
 from ppcoat.errors import ConfigError
 from ppcoat.models import loading, writing
+from ppcoat.models.flux.control import ControlPictures
 from ppcoat.models.flux.lora_methods import LoRAMethods
 from ppcoat.models.flux.scheduler import FlowMatchEulerDiscreteScheduler, calculate_shift
 from ppcoat.models.flux.transformer import FluxTransformer2DModel
@@ -47,7 +48,7 @@ class FluxPipelineOutput(BaseOutput):
     images: list[PIL.Image.Image] | np.ndarray | paddle.Tensor
 
 
-class FluxPipeline(LoRAMethods, LatentPictures, DiffusionPipeline):
+class FluxPipeline(LoRAMethods, ControlPictures, LatentPictures, DiffusionPipeline):
     """The seven parts of FLUX.1 and the loop over them.
 
     A scheduler that cannot shift dynamically (ppdiffusers' own, in some versions) is replaced by ours with
@@ -140,7 +141,8 @@ class FluxPipeline(LoRAMethods, LatentPictures, DiffusionPipeline):
             writing.save_tokenizer(self.tokenizer, target / "tokenizer")
             writing.save_tokenizer(self.tokenizer_2, target / "tokenizer_2")
             writing.save_scheduler(self.scheduler, target / "scheduler")
-            writing.write_json(target / "model_index.json", writing.MODEL_INDEX)
+            index = {**writing.MODEL_INDEX, "_class_name": writing.pipeline_class(self.transformer)}
+            writing.write_json(target / "model_index.json", index)
 
     @paddle.no_grad()
     def __call__(
@@ -167,6 +169,7 @@ class FluxPipeline(LoRAMethods, LatentPictures, DiffusionPipeline):
         max_sequence_length: int | None = None,
         negative_prompt: str | Sequence[str] = "",
         true_cfg_scale: float = 1.0,
+        control_image: Any = None,
     ) -> FluxPipelineOutput | tuple:
         """Draws pictures; B = prompts * num_images_per_prompt, the pictures of one prompt side by side.
 
@@ -178,6 +181,7 @@ class FluxPipeline(LoRAMethods, LatentPictures, DiffusionPipeline):
         true_cfg_scale above 1 is classifier-free guidance away from negative_prompt (one for all prompts, or
         as many), at two passes a step; guidance_scale, the model's own distilled guidance, is then best 1.
         callback_on_step_end(pipeline, step, timestep, tensors) may return a dict of tensors to go on with.
+        control_image: what a control LoRA or FLUX.1 Canny or Depth draws after (see `control_tokens`).
         Raises ConfigError for sizes, output types, prompts and callback tensors that are not as described.
         """
         size = self.vae.config.sample_size
@@ -194,9 +198,10 @@ class FluxPipeline(LoRAMethods, LatentPictures, DiffusionPipeline):
                 max_sequence_length,
             )
         batch = len(prompt_embeds)
+        control = self.control_tokens(control_image, height, width, batch)
         rows, columns = grid = tuple(side // (2 * self.vae_scale_factor) for side in (height, width))
         if latents is None:
-            channels = self.transformer.config.in_channels // 4
+            channels = self.transformer.out_channels // 4
             noise = noise_of_seeds(batch, (channels, 2 * rows, 2 * columns), _seed(seed, generator))
             latents = pack_latents(noise)
         self._set_timesteps(rows * columns, num_inference_steps, timesteps, sigmas)
@@ -209,6 +214,7 @@ class FluxPipeline(LoRAMethods, LatentPictures, DiffusionPipeline):
             away = _Away(true_cfg_scale, *embeds)
         latents = self._denoise(
             latents.astype(prompt_embeds.dtype),
+            control,
             conditions,
             away,
             callback_on_step_end,
@@ -235,21 +241,22 @@ class FluxPipeline(LoRAMethods, LatentPictures, DiffusionPipeline):
     def _denoise(
         self,
         latents: paddle.Tensor,
+        control: paddle.Tensor | None,
         conditions: dict,
         away: "_Away | None",
         callback: Callable | None,
         asked: Sequence[str],
     ) -> paddle.Tensor:
-        """Take the scheduler's steps from noise to latents. conditions: arguments of the transformer."""
+        """Take the scheduler's steps from noise to latents. control: what the transformer sees beside them;
+        conditions: its arguments."""
         batch, dtype = latents.shape[0], latents.dtype
         with self.progress_bar(total=len(self.scheduler.timesteps)) as progress:
             for i, t in enumerate(self.scheduler.timesteps.tolist()):
                 time = paddle.full([batch], t / 1000, dtype="float32").astype(dtype)
-                velocity = self.transformer(latents, timestep=time, **conditions).sample
+                seen = latents if control is None else paddle.concat([latents, control], axis=-1)
+                velocity = self.transformer(seen, timestep=time, **conditions).sample
                 if away is not None:
-                    other = self.transformer(
-                        latents, timestep=time, **{**conditions, **away.conditions}
-                    ).sample
+                    other = self.transformer(seen, timestep=time, **{**conditions, **away.conditions}).sample
                     velocity = other + away.scale * (velocity - other)
                 latents = self.scheduler.step(velocity, t, latents).prev_sample
                 if callback is not None:

@@ -10,6 +10,7 @@ import ppdiffusers
 from ppcoat.errors import ConfigError
 from ppcoat.models.flux.pipeline import FluxPipeline
 from ppcoat.models.flux.transformer import FluxTransformer2DModel
+from ppcoat.models.loading import FLUX_CLASSES
 
 # Flags by which a caller of ppdiffusers says what our reader finds out by itself.
 _NEEDLESS = ("from_diffusers", "from_hf_hub", "use_safetensors", "low_cpu_mem_usage", "local_files_only")
@@ -44,7 +45,7 @@ def _is_flux_folder(name_or_path: str | os.PathLike) -> bool:
     if not index.is_file():
         return False
     try:
-        return json.loads(index.read_text(encoding="utf-8")).get("_class_name") == "FluxPipeline"
+        return json.loads(index.read_text(encoding="utf-8")).get("_class_name") in FLUX_CLASSES
     except ValueError:
         return False  # ppdiffusers says what is wrong with it
 

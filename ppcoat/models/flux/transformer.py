@@ -179,6 +179,12 @@ class FluxTransformer2DModel(BlockModel, ModelMixin, ConfigMixin):
             both = block(both, vec, cos, sin)
         return both
 
+    def follow_inputs(self) -> None:
+        """config.in_channels is what x_embedder takes, also where another was put in its place."""
+        inputs = self.x_embedder.weight.shape[0]
+        if inputs != self.config.in_channels:
+            self.register_to_config(in_channels=inputs, out_channels=self.out_channels)
+
     def _check_guidance(self, guidance: paddle.Tensor | None) -> None:
         if (guidance is not None) != self.config.guidance_embeds:
             wanted = "a guidance tensor [B]" if self.config.guidance_embeds else "guidance=None"
