@@ -23,7 +23,8 @@ from ppcoat.errors import ConfigError
 from ppcoat.lora import LoRAFile, LoRAModule, inputs_of, read_lora_file, summarize, write_lora_file
 from ppcoat.lora.files import adapter_file, check_known
 from ppcoat.lora.header import OF_TENSORS
-from ppcoat.lora.parse import clean, described
+from ppcoat.lora.keys import clean
+from ppcoat.lora.parse import described
 from ppcoat.lora.writing import FORMATS, LORA_DTYPES
 
 SHOWN_PATHS = 10

@@ -97,8 +97,11 @@ def adapter_config(header: Mapping[str, str], part: str) -> dict:
         return {}
     if not isinstance(values, dict):
         raise ConfigError(f"LoRA header {ADAPTER_METADATA} must be a JSON object")
-    if isinstance(values.get(part), dict):
-        return values[part]
+    own = values.get(part)
+    if isinstance(own, str):  # as a text inside of the text
+        return adapter_config({ADAPTER_METADATA: own}, "")
+    if isinstance(own, dict):
+        return own
     found = {
         key.removeprefix(f"{part}."): value for key, value in values.items() if key.startswith(f"{part}.")
     }
@@ -114,7 +117,10 @@ def number(value: object, name: str) -> float:
     except (TypeError, ValueError, OverflowError):
         found = math.nan
     if not math.isfinite(found) or (name == "rank" and found <= 0):
-        raise ConfigError(f"LoRA header {name} must be a finite number, got {str(value)[:80]!r}")
+        wanted = "a number above 0" if name == "rank" else "a finite number"
+        raise ConfigError(
+            f"LoRA header {name} must be {wanted}, got {str(value)[:80]!r}: correct or remove it"
+        )
     return found
 
 

@@ -26,6 +26,8 @@ from .delta import LoRAModule
 from .rotations import OFT, PEFT_ROLES, PeftRotation, Shape, check_rotation, rotation_of_peft
 
 _LOKR_SIDES = ("lokr_w1", "lokr_w2")
+_LARGEST = 1e9  # products of such numbers are beyond float32, and pictures black
+_FACTORS = ("lokr_", "hada_", "oft_s", "boft_s", "dora_scale")
 _GLORA = ("a1", "a2", "b1", "b2")
 
 
@@ -244,6 +246,22 @@ def kind_of(
     return None, set()
 
 
+def is_factor(role: str) -> bool:
+    """Whether a tensor of this role (keys.py) is nothing by itself, but needs others of its module."""
+    return role in ("A", "B", "magnitude", *_GLORA) or role.startswith(_FACTORS)
+
+
+def is_zero(kind: Kind) -> bool:
+    """Whether it changes nothing, as far as its tensors show without multiplying them."""
+    if isinstance(kind, LoRAModule):
+        return not kind.norm()
+    if isinstance(kind, LoKr):
+        return not kind.scale or not all(part.any() for part in kind.factors.values())
+    if isinstance(kind, LoHa):
+        return not kind.scale or not all(part.any() for part in (*kind.w1, *kind.w2))
+    return isinstance(kind, Difference) and not kind.values.any()
+
+
 def lycoris_tensors(kind: Kind, parameter: str) -> dict[str, np.ndarray] | None:
     """{suffix: array} of a kind in LyCORIS' names, its scale folded in; None if LyCORIS has no such kind."""
     if isinstance(kind, LoRAModule):
@@ -277,13 +295,23 @@ def lycoris_tensors(kind: Kind, parameter: str) -> dict[str, np.ndarray] | None:
 
 
 def check_factor(role: str, values: np.ndarray, key: str) -> None:
-    """Raises ConfigError for an alpha that is more than one number, and for a factor that is no matrix
-    (that of a convolution, say). values: any shape, float32. key: of the tensor, for the message."""
+    """Raises ConfigError for NaN, infinity and numbers that no training comes to, for an alpha that is more
+    than one number, and for a factor that is no matrix (that of a convolution, say). values: any shape,
+    float32. key: of the tensor, for the message."""
+    finite = np.isfinite(values).all()
+    if not finite or (role != "alpha" and np.abs(values).max(initial=0.0) > _LARGEST):
+        holds = "NaN or infinity" if not finite else f"numbers beyond {_LARGEST:g}"
+        raise ConfigError(
+            f"the tensor {key} of the LoRA holds {holds} (a training that broke, or numbers beyond float16): "
+            "use another file of that training"
+        )
     wanted = "one number" if role == "alpha" and values.size != 1 else None
     if role in ("A", "B", *_GLORA) or role.startswith(("lokr_", "hada_")):
         wanted = None if values.ndim == 2 and values.size else "a matrix"
     if wanted:
-        raise ConfigError(f"the tensor {key} of the LoRA is {list(values.shape)}, wanted {wanted}")
+        raise ConfigError(
+            f"the tensor {key} of the LoRA is {list(values.shape)}, wanted {wanted}: it is of another model"
+        )
 
 
 def check_shapes(kind: Kind, name: str) -> None:

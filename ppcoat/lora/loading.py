@@ -27,7 +27,7 @@ from ppcoat.nn.linear import LoRALinear
 from .delta import LoRAModule
 from .files import check_known, read_lora_file
 from .header import step_from_header
-from .keys import PART_NAMES, TRANSFORMER
+from .keys import PART_NAMES, TRANSFORMER, clean
 from .kinds import LoKr
 from .layer import (
     ChangedLayer,
@@ -40,7 +40,7 @@ from .layer import (
     with_inputs,
 )
 from .lokr import LoKrLinear, LoKrSettings
-from .parse import Change, LoRAFile, clean, described, is_plain, parse_lora
+from .parse import Change, LoRAFile, described, is_plain, parse_lora
 from .rotations import PeftRotation
 
 _log = logging.getLogger(__name__)
@@ -49,6 +49,7 @@ Source = str | Path | Mapping[str, paddle.Tensor] | LoRAFile
 Shapes = Mapping[str, Mapping[str, Sequence[int]]]
 Active = Sequence[tuple[LoRAFile, float]]  # files and their strengths
 SHAPE_OF_INPUTS = "x_embedder"  # the Linear that tells a control or Fill LoRA
+LEAVES_OUT = "--ignore_unknown (ignore_unknown=True) leaves that out"
 NOTE_OF_CONTROL = "a control LoRA: the model now draws after a picture (control_image)"
 
 
@@ -134,8 +135,7 @@ def _fitted(file: LoRAFile, shapes: Shapes, name: str, ignore_unknown: bool) -> 
         first = absent[0]
         raise ConfigError(
             f"{name} has {described(absent)}, e.g. {first.paths[0]}.{first.parameter} of "
-            f"{PART_NAMES[first.part]}, which the model lacks; --ignore_unknown (ignore_unknown=True) "
-            "leaves that out"
+            f"{PART_NAMES[first.part]}, which the model lacks; {LEAVES_OUT}"
         )
     kept = [each for each in file.changes if is_there(each)]
     if not kept:
@@ -158,15 +158,19 @@ def inputs_of(file: LoRAFile) -> int:
 
 
 def _is_of_control(change: Change, shapes: Mapping[str, Sequence[int]]) -> bool:
-    """Whether it is for twice the inputs that FLUX's x_embedder has: those of a control picture, too."""
-    return _inputs_by(change, shapes) == 2
+    """Whether it is for twice the inputs that FLUX.1's x_embedder has: those of a control picture, too."""
+    return _inputs_by(change, shapes) in ((2, 1), (2, 2))
 
 
-def _inputs_by(change: Change, shapes: Mapping[str, Sequence[int]]) -> float:
-    """How many times the inputs of FLUX's x_embedder it is for; 0 for what else does not fit."""
+def _inputs_by(change: Change, shapes: Mapping[str, Sequence[int]]) -> tuple[float, float]:
+    """How many times FLUX.1's inputs, which are as many as its outputs, a change of x_embedder is for, and
+    how many times as many the model has; zeros for what is no such change, and for other models."""
     came, wanted = _came_and_wanted(change, shapes)
     of_embedder = change.paths == (SHAPE_OF_INPUTS,) and any("transformer_blocks" in name for name in shapes)
-    return came[1] / wanted[1] if of_embedder and len(came) == 2 and came[0] == wanted[0] else 0
+    if not of_embedder or len(came) != 2 or came[0] != wanted[0]:
+        return 0, 0
+    outputs = shapes.get("proj_out.weight", wanted[1:])[0]
+    return came[1] / outputs, wanted[1] / outputs
 
 
 def _came_and_wanted(change: Change, shapes: Mapping[str, Sequence[int]]) -> tuple[list[int], list[int]]:
@@ -183,24 +187,25 @@ def _came_and_wanted(change: Change, shapes: Mapping[str, Sequence[int]]) -> tup
 
 def _check_shape(change: Change, shapes: Mapping[str, Sequence[int]], name: str) -> None:
     came, wanted = _came_and_wanted(change, shapes)
-    times = _inputs_by(change, shapes)
-    if came == wanted or times in (2, 0.5):  # half: of FLUX.1, for a model that sees a control picture
+    times, own = _inputs_by(change, shapes)
+    if came == wanted or {times, own} == {1, 2}:  # the one is FLUX.1, the other sees a control picture
         return
     path = ", ".join(change.paths)
-    if times > 1:
+    if times > own:
         kind = "a Fill LoRA" if times == 6 else "of another FLUX"
         raise ConfigError(
-            f"{name} is {kind}: its {path} takes {came[1]} inputs, that of this model {wanted[1]}; it is for "
-            "a model that takes more than a picture"
+            f"{name} is {kind}: its {path} takes {came[1]} inputs, that of this model {wanted[1]}; use a "
+            "LoRA of FLUX.1-dev or a control LoRA"
         )
     factors = ""
     if is_plain(change):
         factors = f": A {list(change.kind.a.shape)} and B {list(change.kind.b.shape)} do not fit a Linear " \
                   f"{wanted[1]} -> {wanted[0]}"  # fmt: skip
+    is_main = change.part == TRANSFORMER
+    whose, use = ("the model", "use one of this model") if is_main else (PART_NAMES[change.part], LEAVES_OUT)
     raise ConfigError(
-        f"{change.kind.name} of {path} in {name} is for {change.parameter} {came} [out, in], the model "
-        f"has {wanted}: "
-        f"they are not of one model{factors}"
+        f"{change.kind.name} of {path} in {name} is for {change.parameter} {came} [out, in], "
+        f"{whose} has {wanted}: they are not of one model{factors}; {use}"
     )
 
 
