@@ -165,20 +165,16 @@ def load_image(
     largest centred part with the wanted aspect is resized (Lanczos), then mirrored if flip_x (left-right) or
     flip_y (upside down). Of an animation the first frame is used. Raises ConfigError naming the file.
     """
-    image = open_picture(path, "was it changed since the folder was checked?")
+    try:
+        image = _open_rgb(Path(path))
+    except _BadFile as error:
+        raise ConfigError(
+            f"{printable(path)}: {error}; was it changed since the folder was checked?"
+        ) from None
     image = ImageOps.fit(image, (width, height), method=Image.Resampling.LANCZOS)
     image = ImageOps.mirror(image) if flip_x else image
     image = ImageOps.flip(image) if flip_y else image
     return np.ascontiguousarray(np.asarray(image, dtype=np.float32).transpose(2, 0, 1)) / 127.5 - 1.0
-
-
-def open_picture(path: str | Path, advice: str) -> Image.Image:
-    """A whole picture as training sees it: RGB in sRGB, upright, on white. Raises ConfigError that names the
-    file, the reason and the advice."""
-    try:
-        return _open_rgb(Path(path))
-    except _BadFile as error:
-        raise ConfigError(f"{printable(path)}: {error}; {advice}") from None
 
 
 class _BadFile(Exception):

@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from PIL import Image
+from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from ppcoat.atomic import check_writable, whole_file
 from ppcoat.config.flags import add_flags, flag, from_flags
-from ppcoat.data.sources import open_picture
 from ppcoat.device import compute_dtype, set_device, tune_host
 from ppcoat.errors import ConfigError
 from ppcoat.lora import LoRAFile, info_of, inputs_of, put_adapters, read_fitting, tell
@@ -27,7 +26,6 @@ from ppcoat.models.tensor_files import check_there, read_json
 
 Draw = Callable[[str], list[Image.Image]]
 Loras = list[tuple[LoRAFile, float]]  # with their strengths
-ADVICE = "give another picture as --control_image"
 NOTABLE_STRETCH = 0.02  # of a control picture's width against its height
 
 
@@ -153,14 +151,24 @@ def _check_control(drawing: Drawing, shapes: Mapping[str, Sequence[int]], loras:
             "LoRA by --path_to_lora, or draw with FLUX.1 Canny or Depth"
         )
     if drawing.control_image is not None:
-        open_picture(drawing.control_image, ADVICE)
+        _opened(drawing.control_image)
+
+
+def _opened(path: str) -> Image.Image:
+    """A picture, RGB and upright. Raises ConfigError for what cannot be read as one."""
+    try:
+        with Image.open(path) as picture:
+            return ImageOps.exif_transpose(picture).convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"control_image {path} cannot be read ({reason}): give another picture") from None
 
 
 def control_picture(drawing: Drawing, pipeline: FluxPipeline) -> Image.Image | None:
     """The control picture of a drawing; tells where it will be stretched."""
     if drawing.control_image is None:
         return None
-    picture = open_picture(drawing.control_image, ADVICE)
+    picture = _opened(drawing.control_image)
     size = pipeline.vae.config.sample_size
     width, height = drawing.width or size, drawing.height or size
     if abs(picture.width * height / (picture.height * width) - 1) > NOTABLE_STRETCH:
