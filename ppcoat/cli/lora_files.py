@@ -20,13 +20,15 @@ from pathlib import Path
 
 from ppcoat.config.flags import add_flags, flag, from_flags
 from ppcoat.errors import ConfigError
-from ppcoat.lora import LoRAFile, LoRAModule, read_lora_file, summarize, write_lora_file
+from ppcoat.lora import LoRAFile, LoRAModule, inputs_of, read_lora_file, summarize, write_lora_file
 from ppcoat.lora.files import adapter_file, check_known
 from ppcoat.lora.header import OF_TENSORS
-from ppcoat.lora.parse import clean, described
+from ppcoat.lora.keys import clean
+from ppcoat.lora.parse import described
 from ppcoat.lora.writing import FORMATS, LORA_DTYPES
 
 SHOWN_PATHS = 10
+INPUTS = {128: ": a control LoRA (Canny, Depth) of FLUX.1", 384: ": a Fill LoRA of FLUX.1"}
 NOTABLE_ERROR = 0.01
 
 
@@ -66,6 +68,8 @@ def describe(file: Path, lora: LoRAFile) -> str:
         ("kinds", described(lora.changes)),
         ("dtype", ", ".join(lora.dtypes) or "-"),
     ]
+    if inputs_of(lora):
+        rows.append(("x_embedder", f"takes {inputs_of(lora)} inputs{INPUTS.get(inputs_of(lora), '')}"))
     if lora.modules or not lora.changes:
         rows += plain_rows(lora.modules)
     listed = f": {', '.join(map(clean, lora.unknown))}" if lora.unknown else ""

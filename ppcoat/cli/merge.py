@@ -31,7 +31,7 @@ from ppcoat.device import tune_host
 from ppcoat.errors import ConfigError
 from ppcoat.lora import LoRAFile, info_of, merge_lora, put_adapters, read_fitting, tell
 from ppcoat.lora.loading import added
-from ppcoat.models.flux.files import FLUX_COMPONENTS, OF_FILE, FluxFiles
+from ppcoat.models.flux.files import FLUX_CLASSES, FLUX_COMPONENTS, OF_FILE, FluxFiles
 from ppcoat.models.loading import (
     check_folder,
     linear_weights,
@@ -39,8 +39,8 @@ from ppcoat.models.loading import (
     parameter_shapes,
     read_tensors,
 )
-from ppcoat.models.tensor_files import Component, FilePart, tensor_infos
-from ppcoat.models.writing import MODEL_INDEX, save_component, write_json
+from ppcoat.models.tensor_files import Component, FilePart, read_json, tensor_infos
+from ppcoat.models.writing import MODEL_INDEX, pipeline_class, save_component, write_json
 
 Checked = TypeVar("Checked")
 Loras = list[tuple[LoRAFile, float]]  # with their strengths
@@ -79,7 +79,7 @@ def run_command(arguments: argparse.Namespace) -> None:
     scales = strengths(flags.lora, flags.scale)
     beside = {"text_encoders": flags.text_encoders, "vae": flags.vae, "tokenizers": flags.tokenizers}
     files = FluxFiles.found(folder, "--model", **beside)
-    check_folder(files)
+    check_folder(files, control=True)
     shapes = parameter_shapes(files, *COMPONENTS)
     loras = [
         (read_fitting(path, shapes, None, flags.ignore_unknown), scale)
@@ -161,6 +161,7 @@ def write_merged(
             _write_others(files, models, draft)
         for part, model in models.items():
             save_component(model, draft / part)
+        name_class(draft / "model_index.json", models.get("transformer"))
         return check(draft)
 
 
@@ -174,6 +175,16 @@ def _write_others(files: FluxFiles, models: Collection[str], draft: Path) -> Non
         else:
             shutil.copytree(component, draft / name)
     write_json(draft / "model_index.json", MODEL_INDEX)
+
+
+def name_class(file: Path, transformer: paddle.nn.Layer | None) -> None:
+    """Let the model_index.json of a FLUX pipeline name the class that draws with the transformer, which a
+    control LoRA changes."""
+    index = read_json(file)
+    if transformer is not None and index.get("_class_name") in FLUX_CLASSES:
+        own = index | {"_class_name": pipeline_class(transformer)}
+        if own != index:
+            write_json(file, own)
 
 
 def base_dtype(folder: Component) -> tuple[str, float]:
@@ -205,12 +216,16 @@ def check_merged(files: FluxFiles, merged: Path, components: Sequence[Merged]) -
     missed = total = 0.0
     for each in components:
         linears = linear_weights(each.model)
-        before = tensor_infos(files[each.part])
+        before, (shapes,) = tensor_infos(files[each.part]), parameter_shapes(merged, each.part).values()
 
-        def base(name: str, before=before, linears=linears) -> np.ndarray:
+        def base(name: str, before=before, linears=linears, shapes=shapes) -> np.ndarray:
             (_, tensor), *_ = read_tensors({name: before[name]}, linears)
             values = tensor.astype("float32").numpy()
-            return values.T if name in linears else values
+            values = values.T if name in linears else values
+            # a control LoRA's further inputs were not there: zeros
+            return np.pad(
+                values, [(0, new - old) for new, old in zip(shapes[name], values.shape, strict=True)]
+            )
 
         changes = added(each.loras, each.part, base)
         for name, tensor in read_tensors(tensor_infos(merged / each.part), linears):

@@ -166,6 +166,16 @@ def known_keys() -> list[str]:
     return sorted({*SAME, *adapter, *_DEFAULTS, *_NO_EFFECT, *_PARTS})
 
 
+def _released_weights(base: Any) -> Path | None:
+    """The checkpoint that a base_model_path is or holds, where it is not the folder of a pipeline."""
+    path = Path(base) if isinstance(base, str) else None
+    if path is None or path.suffix.lower() in _WEIGHT_ENDINGS:
+        return path
+    if not path.is_dir() or (path / "model_index.json").exists():
+        return None
+    return next((file for file in sorted(path.iterdir()) if file.suffix.lower() in _WEIGHT_ENDINGS), None)
+
+
 def _translate(given: dict[str, Any], origins: _TomlOrigins) -> dict[str, Any]:
     """Keys of the original -> nested settings of our schema."""
     _warn_of_what_differs(given, origins)
@@ -175,12 +185,13 @@ def _translate(given: dict[str, Any], origins: _TomlOrigins) -> dict[str, Any]:
                 f"{origins.where((part,))}: {part}: give base_model_path, a folder that "
                 "train_scripts/convert_newbie_to_diffusers.py has written from the four parts"
             )
-    base = given.get("base_model_path")
-    if isinstance(base, str) and Path(base).suffix.lower() in _WEIGHT_ENDINGS:
+    weights = _released_weights(given.get("base_model_path"))
+    if weights is not None:
+        came = "a file of" if str(weights) == given["base_model_path"] else "a folder of"
         raise ConfigError(
-            f"{origins.where(('base_model_path',))}: base_model_path: came {base!r}, a file of released "
-            "weights, wanted a folder: write one first with python -m ppcoat convert-newbie --checkpoint "
-            f"{base} ... (--help tells the rest)"
+            f"{origins.where(('base_model_path',))}: base_model_path: came {given['base_model_path']!r}, "
+            f"{came} released weights, wanted a converted folder: write one first with python -m ppcoat "
+            f"convert-newbie --checkpoint {weights} ... (--help tells the rest)"
         )
     values = _DEFAULTS | given
     data: dict[str, Any] = {

@@ -5,19 +5,19 @@ from __future__ import annotations
 import argparse
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from PIL import Image
+from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from ppcoat.atomic import check_writable, whole_file
 from ppcoat.config.flags import add_flags, flag, from_flags
 from ppcoat.device import compute_dtype, set_device, tune_host
 from ppcoat.errors import ConfigError
-from ppcoat.lora import LoRAFile, info_of, put_adapters, read_fitting, tell
+from ppcoat.lora import LoRAFile, info_of, inputs_of, put_adapters, read_fitting, tell
 from ppcoat.models.flux.files import OF_FILE, FluxFiles
 from ppcoat.models.flux.pipeline import FluxPipeline
 from ppcoat.models.loading import check_folder, parameter_shapes
@@ -27,6 +27,7 @@ from ppcoat.models.tensor_files import read_json
 
 Draw = Callable[[str], list[Image.Image]]
 Loras = list[tuple[LoRAFile, float]]  # with their strengths
+NOTABLE_STRETCH = 0.02  # of a control picture's width against its height
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,9 @@ class Drawing:
     model: str = flag("folder of a FLUX or NewBie pipeline in the diffusers layout, or a FLUX file")
     prompt: list[str] = flag("what to draw; several prompts give several pictures")
     output_dir: str = flag("folder for the PNG files", "output/pictures")
+    control_image: str | None = flag(
+        "picture of edges or depths to draw after, with a control LoRA or FLUX.1 Canny or Depth", None
+    )
     path_to_lora: list[str] | None = flag("LoRA files (.safetensors) or folders, drawn with together", None)
     lora_scale: list[float] = flag("strength of the LoRA, one or one each", 1.0)
     ignore_unknown: bool = flag("leave out what a LoRA has for layers that the model lacks", False)
@@ -107,7 +111,7 @@ def _check_flux(drawing: Drawing) -> FluxFiles:
     if drawing.negative_prompt and not drawing.true_cfg_scale > 1:
         raise ConfigError("negative_prompt: FLUX sees it only with a true_cfg_scale above 1; give e.g. 3")
     files = drawing.files
-    check_folder(files)
+    check_folder(files, control=True)
     return files
 
 
@@ -117,6 +121,8 @@ def _check_newbie(drawing: Drawing) -> Path:
     for name in ("text_encoders", "vae", "tokenizers"):
         if getattr(drawing, name):
             raise ConfigError(f"--{name} is for a FLUX file; a NewBie folder has its own, leave it out")
+    if drawing.control_image is not None:
+        raise ConfigError("control_image is for FLUX: NewBie draws after no picture; leave it out")
     check_newbie_folder(drawing.model)
     return Path(drawing.model)
 
@@ -124,12 +130,61 @@ def _check_newbie(drawing: Drawing) -> Path:
 def read_loras(drawing: Drawing, model: FluxFiles | Path, *parts: str) -> Loras:
     """The LoRAs of a drawing with their strengths, held to these parts of the model, before any is loaded.
     Raises ConfigError for what cannot be applied."""
-    if not drawing.loras:
-        return []
     shapes = parameter_shapes(model, *parts)
-    return [
+    loras = [
         (read_fitting(path, shapes, None, drawing.ignore_unknown), scale) for path, scale in drawing.loras
     ]
+    _check_control(drawing, shapes["transformer"], loras)
+    return loras
+
+
+def _check_control(drawing: Drawing, shapes: Mapping[str, Sequence[int]], loras: Loras) -> None:
+    """Raises ConfigError for a control picture that cannot be read or that the model does not see, and for
+    none where it wants one. shapes: of the transformer, without the LoRAs."""
+    if "proj_out.weight" not in shapes:  # NewBie
+        return
+    own, seen = shapes["x_embedder.weight"][1], 2 * shapes["proj_out.weight"][0]
+    control = [
+        path for (path, _), (file, _) in zip(drawing.loras, loras, strict=True) if inputs_of(file) == seen
+    ]
+    if drawing.control_image is None and (control or own == seen):
+        what = f"{control[0]} is a control LoRA" if own < seen else f"{drawing.model} is a control model"
+        than = f", that of this model {own}" if own < seen else ""
+        raise ConfigError(
+            f"{what} (x_embedder takes {seen} inputs{than}): give --control_image, the picture it draws after"
+        )
+    if drawing.control_image is not None and not (control or own == seen):
+        raise ConfigError(
+            f"control_image: {drawing.model} sees no picture (x_embedder takes {own} inputs): add a control "
+            "LoRA by --path_to_lora, or draw with FLUX.1 Canny or Depth"
+        )
+    if drawing.control_image is not None:
+        _opened(drawing.control_image)
+
+
+def _opened(path: str) -> Image.Image:
+    """A picture, RGB and upright. Raises ConfigError for what cannot be read as one."""
+    try:
+        with Image.open(path) as picture:
+            return ImageOps.exif_transpose(picture).convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"control_image {path} cannot be read ({reason}): give another picture") from None
+
+
+def control_picture(drawing: Drawing, pipeline: FluxPipeline) -> Image.Image | None:
+    """The control picture of a drawing; tells where it will be stretched."""
+    if drawing.control_image is None:
+        return None
+    picture = _opened(drawing.control_image)
+    size = pipeline.vae.config.sample_size
+    width, height = drawing.width or size, drawing.height or size
+    if abs(picture.width * height / (picture.height * width) - 1) > NOTABLE_STRETCH:
+        print(
+            f"note: {drawing.control_image} is {picture.width}x{picture.height} and is stretched to "
+            f"{width}x{height}: --width and --height say another size"
+        )
+    return picture
 
 
 def put_loras(pipeline: FluxPipeline, loras: Loras) -> None:
@@ -145,7 +200,8 @@ def _flux_drawer(drawing: Drawing, files: FluxFiles, dtype: str | None, loras: L
     pipeline = FluxPipeline.from_pretrained(files, dtype)
     put_loras(pipeline, loras)
     cfg = {"negative_prompt": drawing.negative_prompt, "true_cfg_scale": drawing.true_cfg_scale}
-    return lambda prompt: pipeline(prompt, **_options(drawing, 3.5), **cfg).images
+    control = {"control_image": control_picture(drawing, pipeline)}
+    return lambda prompt: pipeline(prompt, **_options(drawing, 3.5), **cfg, **control).images
 
 
 def _newbie_drawer(drawing: Drawing, folder: Path, dtype: str | None, loras: Loras) -> Draw:

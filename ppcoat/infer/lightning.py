@@ -20,7 +20,15 @@ from ppcoat.config.flags import add_flags, flag, from_flags
 from ppcoat.device import set_device, tune_host
 from ppcoat.errors import ConfigError
 from ppcoat.infer.cinn import compile_transformer, wait_for_device
-from ppcoat.infer.generate import Drawing, check_numbers, output_folder, put_loras, read_loras, save_picture
+from ppcoat.infer.generate import (
+    Drawing,
+    check_numbers,
+    control_picture,
+    output_folder,
+    put_loras,
+    read_loras,
+    save_picture,
+)
 from ppcoat.lora import merge_lora, read_lora_file
 from ppcoat.models.flux.pipeline import FluxPipeline
 from ppcoat.models.loading import check_folder
@@ -81,6 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "tokenizers",
         "device",
         "ignore_unknown",
+        "control_image",
         "inference_optimize",
         "repeat",
     )
@@ -130,6 +139,7 @@ def draw_once(
         seed=drawing.seed,
         max_sequence_length=drawing.max_sequence_length,
         output_type=output_type,
+        control_image=control_picture(drawing, pipeline),
     ).images[0]
 
 

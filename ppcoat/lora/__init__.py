@@ -8,7 +8,7 @@ means and which program wrote it (keys.py), how strong it is meant (header.py) -
 or merging (loading.py, layer.py), or written for another program (writing.py, peft.py).
 """
 
-from .adapters import Adapters
+from .adapters import Adapters, load_lora
 from .delta import LoRAModule, LoRASummary, relative_difference, summarize
 from .files import read_lora_file
 from .layer import (
@@ -21,7 +21,7 @@ from .layer import (
     merge_lora,
     remove_lora,
 )
-from .loading import LoRAInfo, info_of, load_lora, put_adapters, read_fitting, tell
+from .loading import LoRAInfo, info_of, inputs_of, put_adapters, read_fitting, tell
 from .lokr import LoKrLinear, LoKrSettings
 from .parse import LoRAFile
 from .peft import save_comfyui, save_peft
@@ -39,6 +39,7 @@ __all__ = [
     "info_of",
     "inject_lokr",
     "inject_lora",
+    "inputs_of",
     "load_lora",
     "lora_disabled",
     "lora_layers",

@@ -1,4 +1,5 @@
-"""The adapters of a pipeline: several by name, some of them active, each with its strength."""
+"""The adapters of a pipeline: several by name, some of them active, each with its strength; and
+one file put into one transformer."""
 
 from __future__ import annotations
 
@@ -10,8 +11,17 @@ from paddle import nn
 
 from ppcoat.errors import ConfigError
 
-from .layer import AdapterLayer, adapter_layers, merge_lora, put_layers
-from .loading import LoRAInfo, Source, check_not_training, info_of, put_adapters, read_fitting, shapes_of
+from .keys import TRANSFORMER
+from .layer import adapter_layers, lora_parameters, merge_lora, put_layers
+from .loading import (
+    SHAPE_OF_INPUTS,
+    LoRAInfo,
+    Source,
+    info_of,
+    put_adapters,
+    read_fitting,
+    shapes_of,
+)
 from .parse import LoRAFile
 
 
@@ -25,6 +35,7 @@ class Adapters:
         self.strengths: dict[str, float] = {}  # of those that are active
         # of each part that is fused: its parameters, and what they were
         self._fused: dict[str, list[tuple[paddle.Tensor, paddle.Tensor]]] = {}
+        self._narrow: list[tuple[nn.Layer, nn.Layer]] = []  # Linears that were widened, and what they were
 
     def load(self, source: Source, name: str | None, scale: float, weight_name: str | None = None,
              ignore_unknown: bool = False) -> LoRAInfo:  # fmt: skip
@@ -74,7 +85,7 @@ class Adapters:
                 f"{', '.join(parts) or 'no part'}"
             )
         chosen = {part: model for part, model in self._models().items() if part in parts}
-        before = [(model, adapter_layers(model)) for model in self._models().values()]
+        before = [(model, _layers_of(model)) for model in self._models().values()]
         with ExitStack() as undoing:
             undoing.callback(self._undo, before)
             put_adapters(chosen, [(self.files[name], by * factor) for name, by in active.items()])
@@ -84,6 +95,7 @@ class Adapters:
                 ]
                 kept = {id(p): (p, p.clone().cpu()) for p in weights}
                 self._fused[part] = list(kept.values())
+                self._narrow += [(base, base.narrow) for base in _adapted(model) if hasattr(base, "narrow")]
                 merge_lora(model)
             self._put(self.files, active)
             undoing.pop_all()  # all went well
@@ -106,9 +118,11 @@ class Adapters:
         with paddle.no_grad():
             for parameter, before in (pair for pairs in self._fused.values() for pair in pairs):
                 parameter.set_value(before)
-        self._fused = {}
+        for layer, narrow in self._narrow:
+            layer.__dict__["narrow"] = narrow
+        self._fused, self._narrow = {}, []
 
-    def _undo(self, before: Sequence[tuple[nn.Layer, Mapping[str, AdapterLayer]]]) -> None:
+    def _undo(self, before: Sequence[tuple[nn.Layer, Mapping[str, nn.Layer]]]) -> None:
         """Weights and adapters are those of before a fuse that stopped."""
         self._restore()
         for model, layers in before:
@@ -124,6 +138,41 @@ class Adapters:
     def _check_not_fused(self) -> None:
         if self._fused:
             raise ConfigError("a LoRA is fused into the weights: call unfuse_lora first")
+
+
+def load_lora(
+    model: nn.Layer,
+    source: Source,
+    scale: float = 1.0,
+    metadata: Mapping[str, str] | None = None,
+    ignore_unknown: bool = False,
+) -> LoRAInfo:
+    """Put the adapter of a file or folder (or of a dict of its tensors, with its header as `metadata`) into
+    `model`, a transformer.
+
+    The file may have any format and kind that parse.py reads. Linears become LoRALinears without gradient,
+    their scale times `scale`; ranks may differ from one to the next. What was loaded before is replaced.
+    Tensors: A [rank, in] and B [out, rank] in most formats, any floating dtype. Raises ConfigError, and
+    changes nothing, for a pickle, a damaged file, a wrong shape, keys that name nothing in the model (unless
+    ignore_unknown: the rest is applied, and the result lists them), a file of another model, or a model whose
+    LoRA is in training.
+    """
+    check_not_training(model)
+    file = read_fitting(source, {TRANSFORMER: shapes_of(model)}, metadata, ignore_unknown)
+    put_adapters({TRANSFORMER: model}, [(file, scale)])
+    return info_of(file, scale)
+
+
+def check_not_training(model: nn.Layer) -> None:
+    """Raises ConfigError for a model whose LoRA is in training."""
+    if any(not parameter.stop_gradient for parameter in lora_parameters(model)):
+        raise ConfigError("the model has a LoRA in training: save it, then call remove_lora before load_lora")
+
+
+def _layers_of(model: nn.Layer) -> dict[str, nn.Layer]:
+    """The adapters of a model, and the layer that a control LoRA widens, by path."""
+    widened = dict(model.named_sublayers()).get(SHAPE_OF_INPUTS)
+    return adapter_layers(model) | ({} if widened is None else {SHAPE_OF_INPUTS: widened})
 
 
 def _adapted(model: nn.Layer) -> list[nn.Layer]:

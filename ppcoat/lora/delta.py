@@ -37,6 +37,10 @@ class LoRAModule:
         """The same delta-W with alpha = rank: the scale goes into b."""
         return self if self.scale == 1.0 else LoRAModule(self.a, self.b * np.float32(self.scale), self.rank)
 
+    def with_inputs(self, inputs: int) -> LoRAModule:
+        """The same for a weight [out, inputs], whose further columns it leaves alone."""
+        return LoRAModule(np.pad(self.a, [(0, 0), (0, inputs - self.a.shape[1])]), self.b, self.alpha)
+
     def delta(self, weight: np.ndarray, strength: float) -> np.ndarray:
         """What it adds at a strength to a weight [out, in], in the weight's float dtype."""
         return (self.b.astype(weight.dtype) * (self.scale * strength)) @ self.a.astype(weight.dtype)

@@ -17,31 +17,37 @@ from safetensors import SafetensorError, safe_open
 
 from ppcoat.errors import ConfigError
 
-from .header import ADAPTER_METADATA
-from .keys import foreign_model
-from .parse import LoRAFile, clean, parse_lora
+from .header import ADAPTER_METADATA, ROTATIONS
+from .keys import clean, whole_model
+from .parse import LoRAFile, parse_lora
 
 SHOWN_KEYS = 5
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"  # of an adapter directory
 _USUAL_NAMES = (WEIGHTS, "pytorch_lora_weights.safetensors", "paddle_lora_weights.safetensors")
+_PEFT_TYPES = ("LORA", "LOKR", "LOHA", "LYCORIS")  # peft_type of kinds with an alpha; NewBie's trainer's last
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pdparams")
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # of LoRAs, as safetensors names them
 _BEGINNINGS = [  # of a file that is no safetensors file, spaces left out and in small letters
     (
-        rb"<(!doctype|html|\?xml|head)",
-        "a web page, saved under this name: the download asked for a login or a click",
+        rb"<[!?/a-z]",
+        "a web page, saved under this name: the download asked for a login or a click; fetch it again",
     ),
     (
         rb"version https://git-lfs",
         "a Git LFS pointer, not the file itself: run `git lfs pull`, or download it again",
     ),
-    (rb"[{\[]", "a text (JSON), not tensors: what a server answered in place of the file"),
+    (rb"[{\[]", "a text (JSON), not tensors: what a server answered in place of the file; fetch it again"),
     (
-        rb"\x80[\x02-\x05]|pk\x03\x04",
+        rb"\x80[\x02-\x05]|pk\x03\x04.{26,200}data\.pkl",
         "a pickle under another name, and reading it can run code: convert it to .safetensors",
     ),
     (rb"gguf", "a GGUF file, wanted a .safetensors"),
+    (rb"pk\x03\x04|\x1f\x8b|rar!|7z\xbc\xaf|.{257}ustar", "an archive under another name: unpack it"),
+    (rb"\x89png|\xff\xd8\xff|gif8|riff.{4}webp", "a picture, saved under this name: fetch the file itself"),
+    (rb"\0*$", "all zeros: the download stopped before it began; fetch it again"),
+    (rb"[ -~\s]{1,512}$", "a text, what a server answered in place of the file; fetch it again"),
 ]
+_BOM = b"\xef\xbb\xbf"
 _HOLDING_HEADER = re.compile(rb"^.{8}\{", re.DOTALL)
 
 
@@ -78,11 +84,12 @@ def check_known(
     listed += f" and {len(file.unknown) - SHOWN_KEYS} more" if len(file.unknown) > SHOWN_KEYS else ""
     if file.foreign:
         raise ConfigError(
-            f"{name} is {file.foreign}, and fits no layer of this model: its keys are like {listed}"
+            f"{name} is {file.foreign}, and fits no layer of this model: its keys are like {listed}; use one "
+            "that was made for it"
         )
     if not file.changes:
         has = f"its keys are like {listed}" if listed else "it has no tensors"
-        raise ConfigError(f"{name} fits no layer of the model: {has}")
+        raise ConfigError(f"{name} fits no layer of the model: {has}; use one that was made for it")
     if file.unknown and not ignore_unknown:
         raise ConfigError(
             f"{len(file.unknown)} keys of {name} name nothing that this model has, {advice}: {listed}"
@@ -112,8 +119,8 @@ def read_tensors_and_header(file: Path) -> tuple[dict[str, paddle.Tensor], dict[
     file."""
     if file.suffix in PICKLES:
         raise ConfigError(f"{file.name} is a pickle, and reading it can run code: convert it to .safetensors")
-    if file.suffix != ".safetensors" and (file.suffix or file.exists()):
-        raise ConfigError(f"a LoRA file is a .safetensors, got {file}")
+    if file.suffix not in (".safetensors", ".sft") and (file.suffix or file.exists()):
+        raise ConfigError(f"a LoRA file is a .safetensors, got {file}: rename it if it is one")
     if not file.is_file():
         raise ConfigError(f"no LoRA file at {file}: check the path")
     try:
@@ -129,9 +136,11 @@ def tensors_and_header(file: Path) -> tuple[dict[str, paddle.Tensor], dict[str, 
     tensors without numbers and for dtypes that no LoRA has."""
     with safe_open(str(file), framework="paddle") as content:
         keys = list(content.keys())
-        whole = foreign_model(keys, (), {}, {})
+        whole = whole_model(keys)
         if whole:
-            raise ConfigError(f"{file} is {whole}: its keys are like {clean(keys[0])}")
+            raise ConfigError(
+                f"{file} is {whole}: its keys are like {clean(keys[0])}; give the file of a LoRA"
+            )
         slices = {key: content.get_slice(key) for key in keys}
         odd = {key: part.get_dtype() for key, part in slices.items()
                if part.get_dtype() not in FLOATS and int(np.prod(part.get_shape())) != 1}  # fmt: skip
@@ -144,7 +153,8 @@ def tensors_and_header(file: Path) -> tuple[dict[str, paddle.Tensor], dict[str, 
         empty = [key for key, part in slices.items() if 0 in part.get_shape()]
         if empty:
             raise ConfigError(
-                f"{file}: {empty[0]!r} is {slices[empty[0]].get_shape()}, a LoRA of rank 0: it holds nothing"
+                f"{file}: {empty[0]!r} is {slices[empty[0]].get_shape()}, a LoRA of rank 0: it holds "
+                "nothing; fetch another"
             )
         return {key: content.get_tensor(key) for key in keys}, dict(content.metadata() or {})
 
@@ -156,17 +166,31 @@ def _config_beside(file: Path, keys: Iterable[str]) -> dict[str, str]:
     if not (of_peft and config.is_file()):
         return {}
     said = _read_config(config)
+    if said.get("peft_type") in ROTATIONS:
+        return {ADAPTER_METADATA: json.dumps(said)}
     alpha = said["lora_alpha"] if "lora_alpha" in said else said["alpha"]
     return {"lora_rank": str(said["r"]), "lora_alpha": str(alpha), ADAPTER_METADATA: json.dumps(said)}
 
 
 def _read_config(file: Path) -> dict:
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = json.loads(file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{file} cannot be read ({error}): it belongs beside {WEIGHTS}") from None
+        raise ConfigError(
+            f"{file} cannot be read ({error}): fetch it again, it belongs beside {WEIGHTS}"
+        ) from None
+    kind = config.get("peft_type") if isinstance(config, dict) else None
+    if kind in ROTATIONS:
+        return config
+    if kind is not None and kind not in _PEFT_TYPES:
+        raise ConfigError(
+            f"{file.parent} is an adapter of PEFT's kind {str(kind)[:40]!r}, which is not known here, only "
+            f"{', '.join((*_PEFT_TYPES, *ROTATIONS))}"
+        )
     if not isinstance(config, dict) or "r" not in config or not {"alpha", "lora_alpha"} & config.keys():
-        raise ConfigError(f"{file} lacks r and lora_alpha, without which the strength is unknown")
+        raise ConfigError(
+            f"{file} lacks r and lora_alpha, without which the strength is unknown: fetch it again"
+        )
     return config
 
 
@@ -178,9 +202,9 @@ def _refuse_unreadable(file: Path, error: Exception) -> None:
     with file.open("rb") as stream:
         start = stream.read(512)
     for beginning, what in _BEGINNINGS:
-        if re.match(beginning, start.lstrip().lower()):
+        if re.match(beginning, start.removeprefix(_BOM).lstrip(b" \t\r\n").lower(), re.DOTALL):
             raise ConfigError(f"{file} is {what}") from error
-    cut = ": it is cut off" if _HOLDING_HEADER.match(start) else ""
+    cut = ": it is cut off, or other bytes were added" if _HOLDING_HEADER.match(start) else ""
     raise ConfigError(
         f"{file} is not a whole safetensors file{cut} ({size} bytes; {error}): fetch it again"
     ) from error

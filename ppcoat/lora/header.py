@@ -29,6 +29,7 @@ OF_TENSORS = (
 )
 # Header fields of alpha and of the rank that it belongs to: ours, NewBie's, kohya's.
 _HEADER_FIELDS = (("alpha", "rank"), ("lora_alpha", "lora_rank"), ("ss_network_alpha", "ss_network_dim"))
+ROTATIONS = ("OFT", "BOFT")  # peft_type of kinds that have no alpha
 _PARTS = ("transformer", "text_encoder", "text_encoder_2")
 _LONGEST_PATTERN, _MOST_REPEATS, _MOST_DIGITS = 300, 3, 18
 
@@ -74,9 +75,12 @@ def full_lokr(header: Mapping[str, str], part: str, names: Sequence[str]) -> tup
 
 
 def states_alpha(header: Mapping[str, str]) -> bool:
-    """Whether the header says an alpha at all."""
+    """Whether the header says an alpha at all, or a kind of PEFT's that has none."""
     said = any(_is_said(header.get(field)) for field, _ in _HEADER_FIELDS)
-    return said or any({"lora_alpha", "alpha"} & adapter_config(header, part).keys() for part in _PARTS)
+    configs = [adapter_config(header, part) for part in _PARTS]
+    return said or any(
+        {"lora_alpha", "alpha"} & config.keys() or config.get("peft_type") in ROTATIONS for config in configs
+    )
 
 
 def adapter_config(header: Mapping[str, str], part: str) -> dict:
@@ -93,8 +97,11 @@ def adapter_config(header: Mapping[str, str], part: str) -> dict:
         return {}
     if not isinstance(values, dict):
         raise ConfigError(f"LoRA header {ADAPTER_METADATA} must be a JSON object")
-    if isinstance(values.get(part), dict):
-        return values[part]
+    own = values.get(part)
+    if isinstance(own, str):  # as a text inside of the text
+        return adapter_config({ADAPTER_METADATA: own}, "")
+    if isinstance(own, dict):
+        return own
     found = {
         key.removeprefix(f"{part}."): value for key, value in values.items() if key.startswith(f"{part}.")
     }
@@ -110,7 +117,10 @@ def number(value: object, name: str) -> float:
     except (TypeError, ValueError, OverflowError):
         found = math.nan
     if not math.isfinite(found) or (name == "rank" and found <= 0):
-        raise ConfigError(f"LoRA header {name} must be a finite number, got {str(value)[:80]!r}")
+        wanted = "a number above 0" if name == "rank" else "a finite number"
+        raise ConfigError(
+            f"LoRA header {name} must be {wanted}, got {str(value)[:80]!r}: correct or remove it"
+        )
     return found
 
 

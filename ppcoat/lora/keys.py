@@ -10,6 +10,7 @@ model whose paths are given; dotted or with underscores. Knows no tensor.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Collection, Iterator, Mapping, Set
 from typing import NamedTuple
@@ -34,6 +35,8 @@ PREFIXES = {
     "text_encoders.clip_l.transformer.": "ComfyUI",
     "text_encoders.t5xxl.transformer.": "ComfyUI",
     "module.": "diffusers",
+    "model.": "diffusers",
+    "unet.": "diffusers",
     "lora_unet_": "kohya",
     "oft_unet_": "kohya",
     "lora_te1_": "kohya",
@@ -66,8 +69,10 @@ _SUFFIXES = [
     (rf"\.lora_magnitude_vector{_NAMED}(?:\.weight)?", "magnitude"),
     (r"\.base_layer\.(weight|bias)|\.modules_to_save\.[^.]+\.(weight|bias)", "={}"),
     (r"\.([ab][12])\.weight", "{}"),
+    (rf"\.oft_R{_NAMED}\.weight", "oft_R"),
+    (rf"\.(oft_r|oft_s|boft_R|boft_s){_NAMED}", "{}"),
     (r"\.(alpha|dora_scale|lokr_w[12](?:_[ab])?|hada_w[12]_[ab]|oft_blocks|rescale|on_input)", "{}"),
-    (r"\.(?:diff|w_norm)", "diff"),
+    (r"(?:\.weight|\.scale)?\.diff|\.w_norm", "diff"),
     (r"\.(?:diff_b|b_norm)", "diff_b"),
     (r"\.(?:set_weight|weight|scale)", "=weight"),
     (r"\.bias", "=bias"),
@@ -91,7 +96,7 @@ _MODELS = [
     (r"double_stream_modulation|single_stream_modulation|to_qkv_mlp_proj|ff(?:_context)?[._]linear_(?:in|out)",
      "a LoRA of FLUX.2"),
     (r"distilled_guidance_layer", "a LoRA of Chroma"),
-    (r"joint_blocks[._]", "a LoRA of Stable Diffusion 3"),
+    (r"joint_blocks[._]|^(?:transformer\.)?pos_embed\.", "a LoRA of Stable Diffusion 3"),
     (r"transformer_blocks[._]\d+[._](?:(?:img|txt)_mlp[._]net|(?:img|txt)_mod[._]1)", "a LoRA of Qwen-Image"),
     (r"layers[._]\d+[._](?:attention[._]to_[qkv]|adaLN_modulation[._]0)", "a LoRA of Z-Image"),
     (r"layers[._]\d+[._](?:attention|feed_forward)[._]|(?:noise|context)_refiner[._]",
@@ -99,11 +104,15 @@ _MODELS = [
     (r"(?:^|[._])blocks[._]\d+[._](?:self_attn|cross_attn|ffn)[._]", "a LoRA of Wan"),
     (r"(?:double|single)_blocks[._]\d+[._](?:img_attn_qkv|txt_attn_qkv|img_mlp[._]fc\d|linear\d?_qkv)|individual_token_refiner",
      "a LoRA of HunyuanVideo"),
-    (r"transformer_blocks[._]\d+[._]attn[12][._]", "a LoRA of LTX-Video or PixArt"),
+    (r"transformer_blocks[._]\d+[._]attn[12][._]", "a LoRA of LTX-Video, PixArt, Sana or CogVideoX"),
+    (r"ip_adapter", "an IP-Adapter"),
     (r"controlnet_", "a ControlNet"),
     (r"^(?:clip_l|clip_g|t5xxl|emb_params|string_to_param.*)$", "a textual inversion (an embedding)"),
     (r"^(?:first_stage_model\.)?(?:encoder|decoder)\.(?:conv_in|mid|down|up)", "an autoencoder (VAE)"),
 ]  # fmt: skip
+# BFL's modules as HunyuanVideo names them, an underscore among the dots, and as wide as FLUX.1's.
+_HUNYUANS = re.compile(r"double_blocks\.\d+\.(?:img|txt)_attn_(?:qkv|proj)\.")
+_SCALES = (".scale_weight", ".scale_input", ".weight_scale", ".input_scale")  # of FP8 weights
 _MOST_KNOWN = 4  # keys that FLUX has too, for each that says another model: Qwen-Image and FLUX.2 share many
 _OF_ADAPTER = re.compile(r"lora|lokr|loha|hada|oft_|dora|\.(?:alpha|diff|diff_b|on_input|[ab][12]\.weight)$")
 _ARCHITECTURES = {  # what modelspec.architecture or ss_base_model_version begin with
@@ -218,6 +227,8 @@ def foreign_model(
     if any(_is_flux_2(re.sub(r"^(?:double|single)_blocks[._]\d+[._]", "", name), *width)
            for name, width in widths.items()):  # fmt: skip
         return "a LoRA of FLUX.2"
+    if any(_HUNYUANS.search(key) for key in every):
+        return "a LoRA of HunyuanVideo"
     said = [header.get(field, "").lower() for field in ("modelspec.architecture", "ss_base_model_version")]
     for beginning, what in _ARCHITECTURES.items() if unknown else ():
         if any(text.startswith(beginning) for text in said):
@@ -227,10 +238,24 @@ def foreign_model(
         found = sum(re.search(pattern, key) is not None for key in strange)
         if found and known <= _MOST_KNOWN * found:
             return what
-    if len(every) > 3 and not any(_OF_ADAPTER.search(key) for key in every):
-        plain = [key for key in every if key.endswith((".weight", ".bias", ".scale"))]
-        return "a whole model, not a LoRA" if 2 * len(plain) > len(every) else None
-    return None
+    return whole_model(every)
+
+
+def whole_model(every: Collection[str]) -> str | None:
+    """What a file is, by all its keys, that is no adapter at all; None where nothing says so."""
+    if len(every) < 4 or any(_OF_ADAPTER.search(key) for key in every):
+        return None
+    if any("ip_adapter" in key for key in every):
+        return "an IP-Adapter"
+    plain = [key for key in every if key.endswith((".weight", ".bias", ".scale", *_SCALES))]
+    return "a whole model, not a LoRA" if 2 * len(plain) > len(every) else None
+
+
+def clean(text: str, longest: int = 300) -> str:
+    """One line without control characters: a header comes from anywhere, and goes to a terminal."""
+    text = json.dumps(text, ensure_ascii=False)[1:-1].replace('\\"', '"')
+    text = "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text)
+    return text if len(text) <= longest else f"{text[:longest]}... ({len(text)} characters)"
 
 
 def _names_flux(key: str) -> bool:

@@ -2,7 +2,7 @@
 
     LoKr        W + s c kron(w1, w2)                             LoHa   W + s c (w1a w1b) * (w2a w2b)
     GLoRA       W + s c (W a1 a2 + b1 b2)                        IA3    rows (or columns) times 1 + s v
-    OFT, BOFT   rows turned, block by block, by (s R + (1 - s) I)
+    OFT, BOFT   rows or columns turned, block by block, see rotations.py
     difference  W + s D                                          absolute   D in the place of W, whatever s is
     DoRA        V = W + update; rows or columns of V get lengths of their own, see `DoRA`
 
@@ -23,9 +23,11 @@ import numpy as np
 from ppcoat.errors import ConfigError
 
 from .delta import LoRAModule
+from .rotations import OFT, PEFT_ROLES, PeftRotation, Shape, check_rotation, rotation_of_peft
 
-Shape = tuple[int | None, ...]
 _LOKR_SIDES = ("lokr_w1", "lokr_w2")
+_LARGEST = 1e9  # products of such numbers are beyond float32, and pictures black
+_FACTORS = ("lokr_", "hada_", "oft_s", "boft_s", "dora_scale")
 _GLORA = ("a1", "a2", "b1", "b2")
 
 
@@ -159,56 +161,6 @@ class IA3:
         return strength * values * weight
 
 
-@dataclass(frozen=True)
-class OFT:
-    """Rows turned by R = (I + Q)(I - Q)^-1 with Q = B - B^T, where `blocks` B are [n, b, b] (OFT) or
-    [stages, n, b, b] (BOFT, butterfly).
-
-    constraint: the file's alpha; above 0, Q of all blocks is at most alpha * out long. rescale [out] or None:
-    factors of the turned rows, at every strength.
-    """
-
-    blocks: np.ndarray
-    constraint: float = 0.0
-    rescale: np.ndarray | None = None
-
-    @property
-    def name(self) -> str:
-        return "OFT" if self.blocks.ndim == 3 else "BOFT"
-
-    @property
-    def shape(self) -> Shape:
-        return self.blocks.shape[-3] * self.blocks.shape[-1], None
-
-    def delta(self, weight: np.ndarray, strength: float) -> np.ndarray:
-        turns = self._turns(weight.dtype, strength, len(weight))
-        size = turns.shape[-1]
-        if turns.ndim == 3:
-            blocks = weight.reshape([-1, size, weight.shape[1]])
-            turned = (turns.swapaxes(1, 2) @ blocks).reshape(weight.shape)
-        else:
-            turned = weight
-            for stage, turn in enumerate(turns):
-                apart = 2**stage * (size // 2)  # rows that stand side by side in this stage
-                rows = turned.reshape([-1, 2, apart, weight.shape[1]]).swapaxes(1, 2)
-                rows = turn @ rows.reshape([-1, size, weight.shape[1]])
-                rows = rows.reshape([-1, apart, 2, weight.shape[1]]).swapaxes(1, 2)
-                turned = rows.reshape(weight.shape)
-        if self.rescale is not None:
-            turned = turned * self.rescale.astype(weight.dtype).reshape([-1, 1])
-        return turned - weight
-
-    def _turns(self, dtype: np.dtype, strength: float, rows: int) -> np.ndarray:
-        q = self.blocks.astype(dtype)
-        q = q - q.swapaxes(-1, -2)
-        length, most = float(np.sqrt(np.sum(np.square(q, dtype="float64")))), self.constraint * rows
-        if 0 < most < length:
-            q = q * dtype.type(most / length)
-        one = np.eye(q.shape[-1], dtype=dtype)
-        turn = (one + q) @ np.linalg.inv(one - q)
-        return strength * turn + (1 - strength) * one
-
-
 # The rule of the program that wrote a DoRA. All are V * magnitude / |V| at strength 1, but for ComfyUI's
 # rows.
 DORA_RULES = {
@@ -255,11 +207,12 @@ def kind_of(
     tensors: Mapping[str, np.ndarray],
     alpha: Callable[[int], float],
     full_lokr: Callable[[], tuple[float, float]],
+    config: Mapping,
 ) -> tuple[Kind | None, set[str]]:
     """The kind, other than LoRA and DoRA, that a module's tensors make, and the roles (keys.py) that it uses.
 
     alpha(dim): alpha of a module of that dim. full_lokr(): scale and alpha of a LoKr of two whole matrices.
-    None where the tensors make no kind.
+    config: PEFT's, {} for none. None where the tensors make no kind.
     """
     lokr = {role: values for role, values in tensors.items() if role.startswith("lokr_")}
     if lokr and all(side in lokr or {f"{side}_a", f"{side}_b"} <= lokr.keys() for side in _LOKR_SIDES):
@@ -274,6 +227,8 @@ def kind_of(
         return LoHa(tuple(hada[:2]), tuple(hada[2:]), alpha(dim) / dim), {
             role for role in tensors if "hada" in role
         }
+    if any(role in tensors for role in PEFT_ROLES):
+        return rotation_of_peft(tensors, config)
     if "oft_blocks" in tensors:
         bound = float(tensors["alpha"].reshape([])) if "alpha" in tensors else 0.0
         return OFT(tensors["oft_blocks"], bound, tensors.get("rescale")), {"oft_blocks", "rescale"} & set(
@@ -289,6 +244,22 @@ def kind_of(
         if role in tensors:
             return make(tensors[role]), {role}
     return None, set()
+
+
+def is_factor(role: str) -> bool:
+    """Whether a tensor of this role (keys.py) is nothing by itself, but needs others of its module."""
+    return role in ("A", "B", "magnitude", *_GLORA) or role.startswith(_FACTORS)
+
+
+def is_zero(kind: Kind) -> bool:
+    """Whether it changes nothing, as far as its tensors show without multiplying them."""
+    if isinstance(kind, LoRAModule):
+        return not kind.norm()
+    if isinstance(kind, LoKr):
+        return not kind.scale or not all(part.any() for part in kind.factors.values())
+    if isinstance(kind, LoHa):
+        return not kind.scale or not all(part.any() for part in (*kind.w1, *kind.w2))
+    return isinstance(kind, Difference) and not kind.values.any()
 
 
 def lycoris_tensors(kind: Kind, parameter: str) -> dict[str, np.ndarray] | None:
@@ -324,13 +295,23 @@ def lycoris_tensors(kind: Kind, parameter: str) -> dict[str, np.ndarray] | None:
 
 
 def check_factor(role: str, values: np.ndarray, key: str) -> None:
-    """Raises ConfigError for an alpha that is more than one number, and for a factor that is no matrix
-    (that of a convolution, say). values: any shape, float32. key: of the tensor, for the message."""
+    """Raises ConfigError for NaN, infinity and numbers that no training comes to, for an alpha that is more
+    than one number, and for a factor that is no matrix (that of a convolution, say). values: any shape,
+    float32. key: of the tensor, for the message."""
+    finite = np.isfinite(values).all()
+    if not finite or (role != "alpha" and np.abs(values).max(initial=0.0) > _LARGEST):
+        holds = "NaN or infinity" if not finite else f"numbers beyond {_LARGEST:g}"
+        raise ConfigError(
+            f"the tensor {key} of the LoRA holds {holds} (a training that broke, or numbers beyond float16): "
+            "use another file of that training"
+        )
     wanted = "one number" if role == "alpha" and values.size != 1 else None
     if role in ("A", "B", *_GLORA) or role.startswith(("lokr_", "hada_")):
         wanted = None if values.ndim == 2 and values.size else "a matrix"
     if wanted:
-        raise ConfigError(f"the tensor {key} of the LoRA is {list(values.shape)}, wanted {wanted}")
+        raise ConfigError(
+            f"the tensor {key} of the LoRA is {list(values.shape)}, wanted {wanted}: it is of another model"
+        )
 
 
 def check_shapes(kind: Kind, name: str) -> None:
@@ -365,20 +346,5 @@ def check_shapes(kind: Kind, name: str) -> None:
         raise ConfigError(f"LoHa of {name}: its two matrices have different shapes")
     if isinstance(kind, GLoRA) and not len(kind.a1) == kind.a2.shape[1] == kind.b2.shape[1]:
         raise ConfigError(f"GLoRA of {name}: a1, a2 and b2 are of different widths")
-    if isinstance(kind, OFT):
-        _check_turns(kind, name)
-
-
-def _check_turns(kind: OFT, name: str) -> None:
-    """In BOFT's last stage, rows that are half a block times 2 ** (stages - 1) apart stand side by side."""
-    shape = kind.blocks.shape
-    if len(shape) not in (3, 4) or shape[-2] != shape[-1] or (len(shape) == 4 and shape[-1] % 2):
-        raise ConfigError(f"OFT of {name}: blocks are {list(shape)}, wanted [n, b, b]")
-    if len(shape) == 4 and shape[1] % 2 ** (shape[0] - 1):
-        raise ConfigError(
-            f"BOFT of {name}: blocks are {list(shape)}, {shape[1]} a stage, wanted a multiple of "
-            f"2^{shape[0] - 1} for {shape[0]} stages"
-        )
-    rows = shape[-3] * shape[-1]
-    if kind.rescale is not None and kind.rescale.size != rows:
-        raise ConfigError(f"{kind.name} of {name}: rescale is {list(kind.rescale.shape)}, wanted [{rows}]")
+    if isinstance(kind, OFT | PeftRotation):
+        check_rotation(kind, name)

@@ -85,8 +85,31 @@ def values_of(layer: nn.Layer, name: str) -> np.ndarray:
 def changed_parameter(layer: nn.Layer, name: str, delta: np.ndarray) -> paddle.Tensor:
     """The parameter plus delta [out, in] or [n], float32 in torch's order, as a new frozen one in Paddle's
     order: rounded once to the parameter's dtype, to the bias's where the weight is FP8."""
+    return _like_parameter(layer, name, values_of(layer, name) + delta)
+
+
+def original_of(layer: nn.Layer) -> nn.Layer:
+    """The layer of the model under an adapter, as narrow as it was loaded (`with_inputs`)."""
+    base = base_of(layer)
+    return base.__dict__.get("narrow", base)
+
+
+def with_inputs(base: nn.Layer, inputs: int) -> nn.Layer:
+    """A Linear that takes x [..., inputs]: `base`, whose own inputs come first, with zero weights for the
+    others, which a control LoRA then fills. Where no more are wanted, `base` as it was loaded."""
+    narrow = original_of(base)
+    more = inputs - narrow.weight.shape[0]
+    if more <= 0 or base.weight.shape[0] == inputs:
+        return narrow if more <= 0 else base
+    weight = _like_parameter(narrow, "weight", np.pad(values_of(narrow, "weight"), [(0, 0), (0, more)]))
+    wide = FrozenLinear(LinearParameters(weight, narrow.bias))
+    wide.__dict__["narrow"] = narrow  # not a sublayer: what is there again when the adapter is taken off
+    return wide
+
+
+def _like_parameter(layer: nn.Layer, name: str, values: np.ndarray) -> paddle.Tensor:
+    """A new frozen parameter in Paddle's order, in the dtype that `changed_parameter` says."""
     old = getattr(layer, name)
-    values = values_of(layer, name) + delta
     like = getattr(layer, "bias", None) if isinstance(old, FP8Weight) else old
     dtype = paddle.get_default_dtype() if like is None else like.dtype
     values = np.ascontiguousarray(values.T if values.ndim == 2 else values)
@@ -190,15 +213,21 @@ def remove_lora(model: nn.Layer) -> None:
 
     Their parameters were shared all along and stay frozen.
     """
-    for path, layer in adapter_layers(model).items():
-        set_sublayer(model, path, layer.base)
+    _replace(model, {path: original_of(layer) for path, layer in adapter_layers(model).items()})
 
 
 def put_layers(model: nn.Layer, layers: Mapping[str, AdapterLayer]) -> None:
-    """Put adapters that were made for the layers at these paths there, in the place of all that are there."""
+    """Put adapters (or Linears without one) that were made for these paths there, in the place of all that
+    are there."""
     remove_lora(model)
+    _replace(model, layers)
+
+
+def _replace(model: nn.Layer, layers: Mapping[str, nn.Layer]) -> None:
     for path, layer in layers.items():
         set_sublayer(model, path, layer)
+    if hasattr(model, "follow_inputs"):
+        model.follow_inputs()
 
 
 def lora_layers(model: nn.Layer) -> dict[str, LoRALinear]:
@@ -301,5 +330,7 @@ def merge_lora(model: nn.Layer) -> dict[str, list[str]]:
             delta = paddle.matmul(layer.lora_A, layer.lora_B) * layer.scale
         layer.weight.set_value((layer.weight.astype("float32") + delta).astype(layer.weight.dtype))
         merged[path] = ["weight"]
+    for layer in layers.values():
+        layer.base.__dict__.pop("narrow", None)  # what a control LoRA put in stays
     remove_lora(model)
     return merged

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -27,19 +27,21 @@ from ppcoat.nn.linear import LoRALinear
 from .delta import LoRAModule
 from .files import check_known, read_lora_file
 from .header import step_from_header
-from .keys import PART_NAMES, TRANSFORMER
+from .keys import PART_NAMES, TRANSFORMER, clean
 from .kinds import LoKr
 from .layer import (
     ChangedLayer,
     base_of,
     linear_paths,
-    lora_parameters,
     norm_paths,
+    original_of,
     put_layers,
     values_of,
+    with_inputs,
 )
 from .lokr import LoKrLinear, LoKrSettings
-from .parse import Change, LoRAFile, clean, described, is_plain, parse_lora
+from .parse import Change, LoRAFile, described, is_plain, parse_lora
+from .rotations import PeftRotation
 
 _log = logging.getLogger(__name__)
 
@@ -47,6 +49,8 @@ Source = str | Path | Mapping[str, paddle.Tensor] | LoRAFile
 Shapes = Mapping[str, Mapping[str, Sequence[int]]]
 Active = Sequence[tuple[LoRAFile, float]]  # files and their strengths
 SHAPE_OF_INPUTS = "x_embedder"  # the Linear that tells a control or Fill LoRA
+LEAVES_OUT = "--ignore_unknown (ignore_unknown=True) leaves that out"
+NOTE_OF_CONTROL = "a control LoRA: the model now draws after a picture (control_image)"
 
 
 @dataclass(frozen=True)
@@ -77,35 +81,6 @@ class LoRAInfo:
         return f"{self.what} at scale {self.strength:g}{trigger}{left}"
 
 
-def load_lora(
-    model: nn.Layer,
-    source: Source,
-    scale: float = 1.0,
-    metadata: Mapping[str, str] | None = None,
-    ignore_unknown: bool = False,
-) -> LoRAInfo:
-    """Put the adapter of a file or folder (or of a dict of its tensors, with its header as `metadata`) into
-    `model`, a transformer.
-
-    The file may have any format and kind that parse.py reads. Linears become LoRALinears without gradient,
-    their scale times `scale`; ranks may differ from one to the next. What was loaded before is replaced.
-    Tensors: A [rank, in] and B [out, rank] in most formats, any floating dtype. Raises ConfigError, and
-    changes nothing, for a pickle, a damaged file, a wrong shape, keys that name nothing in the model (unless
-    ignore_unknown: the rest is applied, and the result lists them), a file of another model, or a model whose
-    LoRA is in training.
-    """
-    check_not_training(model)
-    file = read_fitting(source, {TRANSFORMER: shapes_of(model)}, metadata, ignore_unknown)
-    put_adapters({TRANSFORMER: model}, [(file, scale)])
-    return info_of(file, scale)
-
-
-def check_not_training(model: nn.Layer) -> None:
-    """Raises ConfigError for a model whose LoRA is in training."""
-    if any(not parameter.stop_gradient for parameter in lora_parameters(model)):
-        raise ConfigError("the model has a LoRA in training: save it, then call remove_lora before load_lora")
-
-
 def read_fitting(
     source: Source,
     shapes: Shapes,
@@ -134,7 +109,7 @@ def shapes_of(model: nn.Layer) -> dict[str, list[int]]:
     layers = dict(model.named_sublayers())
     found = {}
     for path in (*linear_paths(model), *norm_paths(model)):
-        layer = base_of(layers[path])
+        layer = original_of(layers[path])
         for name in ("weight", "bias"):
             parameter = getattr(layer, name, None)
             if parameter is not None:
@@ -160,18 +135,42 @@ def _fitted(file: LoRAFile, shapes: Shapes, name: str, ignore_unknown: bool) -> 
         first = absent[0]
         raise ConfigError(
             f"{name} has {described(absent)}, e.g. {first.paths[0]}.{first.parameter} of "
-            f"{PART_NAMES[first.part]}, which the model lacks; --ignore_unknown (ignore_unknown=True) "
-            "leaves that out"
+            f"{PART_NAMES[first.part]}, which the model lacks; {LEAVES_OUT}"
         )
     kept = [each for each in file.changes if is_there(each)]
     if not kept:
         raise ConfigError(f"{name} fits no layer of the model: it has {described(absent)}")
     for change in kept:
         _check_shape(change, shapes[change.part], name)
+    if any(_is_of_control(change, shapes[change.part]) for change in kept):
+        file = replace(file, notes=(*file.notes, NOTE_OF_CONTROL))
     if not absent:
         return file
     left = [f"{each.paths[0]}.{each.parameter}" for each in absent]
-    return LoRAFile(**{**file.__dict__, "changes": kept, "unknown": [*file.unknown, *left]})
+    return replace(file, changes=kept, unknown=[*file.unknown, *left])
+
+
+def inputs_of(file: LoRAFile) -> int:
+    """How many inputs its change of the tokens' embedder (x_embedder) is for: 128 of a control LoRA of
+    FLUX.1; 0 where it has none."""
+    shapes = [each.kind.shape for each in file.changes if each.paths == (SHAPE_OF_INPUTS,)]
+    return max((shape[1] or 0 for shape in shapes if len(shape) == 2), default=0)
+
+
+def _is_of_control(change: Change, shapes: Mapping[str, Sequence[int]]) -> bool:
+    """Whether it is for twice the inputs that FLUX.1's x_embedder has: those of a control picture, too."""
+    return _inputs_by(change, shapes) in ((2, 1), (2, 2))
+
+
+def _inputs_by(change: Change, shapes: Mapping[str, Sequence[int]]) -> tuple[float, float]:
+    """How many times FLUX.1's inputs, which are as many as its outputs, a change of x_embedder is for, and
+    how many times as many the model has; zeros for what is no such change, and for other models."""
+    came, wanted = _came_and_wanted(change, shapes)
+    of_embedder = change.paths == (SHAPE_OF_INPUTS,) and any("transformer_blocks" in name for name in shapes)
+    if not of_embedder or len(came) != 2 or came[0] != wanted[0]:
+        return 0, 0
+    outputs = shapes.get("proj_out.weight", wanted[1:])[0]
+    return came[1] / outputs, wanted[1] / outputs
 
 
 def _came_and_wanted(change: Change, shapes: Mapping[str, Sequence[int]]) -> tuple[list[int], list[int]]:
@@ -181,30 +180,32 @@ def _came_and_wanted(change: Change, shapes: Mapping[str, Sequence[int]]) -> tup
     came = list(change.kind.shape)
     if len(came) == len(wanted):
         came = [had if size is None else size for size, had in zip(came, wanted, strict=True)]
+    if isinstance(change.kind, PeftRotation) and len(came) == 2 and came[1] % change.kind.block:
+        came[1] = change.kind.block  # one block that turns all columns, which it does not divide
     return came, wanted
 
 
 def _check_shape(change: Change, shapes: Mapping[str, Sequence[int]], name: str) -> None:
     came, wanted = _came_and_wanted(change, shapes)
-    if came == wanted:
+    times, own = _inputs_by(change, shapes)
+    if came == wanted or {times, own} == {1, 2}:  # the one is FLUX.1, the other sees a control picture
         return
     path = ", ".join(change.paths)
-    if path == SHAPE_OF_INPUTS and len(came) == 2 and came[0] == wanted[0] and came[1] > wanted[1]:
-        kind = {2: "a control LoRA (Canny, Depth)", 6: "a Fill LoRA"}.get(
-            came[1] / wanted[1], "of another FLUX"
-        )
+    if times > own:
+        kind = "a Fill LoRA" if times == 6 else "of another FLUX"
         raise ConfigError(
-            f"{name} is {kind}: its {path} takes {came[1]} inputs, that of this model {wanted[1]}; it is for "
-            "a model that takes more than a picture"
+            f"{name} is {kind}: its {path} takes {came[1]} inputs, that of this model {wanted[1]}; use a "
+            "LoRA of FLUX.1-dev or a control LoRA"
         )
     factors = ""
     if is_plain(change):
         factors = f": A {list(change.kind.a.shape)} and B {list(change.kind.b.shape)} do not fit a Linear " \
                   f"{wanted[1]} -> {wanted[0]}"  # fmt: skip
+    is_main = change.part == TRANSFORMER
+    whose, use = ("the model", "use one of this model") if is_main else (PART_NAMES[change.part], LEAVES_OUT)
     raise ConfigError(
-        f"{change.kind.name} of {path} in {name} is for {change.parameter} {came} [out, in], the model "
-        f"has {wanted}: "
-        f"they are not of one model{factors}"
+        f"{change.kind.name} of {path} in {name} is for {change.parameter} {came} [out, in], "
+        f"{whose} has {wanted}: they are not of one model{factors}; {use}"
     )
 
 
@@ -246,10 +247,17 @@ def put_adapters(models: Mapping[str, nn.Layer], active: Active) -> None:
 def _adapter_layers(model: nn.Layer, active: Active, part: str) -> dict[str, nn.Layer]:
     """{path: what is to stand there}, made from the layers under the adapters that are in `model` now."""
     bases = {path: base_of(layer) for path, layer in model.named_sublayers()}
+    embedder = bases.get(SHAPE_OF_INPUTS) if part == TRANSFORMER else None
+    if embedder is not None:
+        bases[SHAPE_OF_INPUTS] = with_inputs(
+            embedder, max((inputs_of(file) for file, _ in active), default=0)
+        )
     by_path = _by_path(active, part, lambda path, name: values_of(bases[path], name))
     built = {path: _layer(base, path, by_path[path]) for path, base in bases.items() if path in by_path}
     for path, new in built.items():
         new.training = bases[path].training
+    if embedder is not None and bases[SHAPE_OF_INPUTS] is not embedder:
+        built.setdefault(SHAPE_OF_INPUTS, bases[SHAPE_OF_INPUTS])
     dense = [
         path
         for path, new in built.items()
@@ -300,8 +308,16 @@ class _Differences:
         if path not in self._left or self._factor != factor:
             paths, self._factor = self.change.paths, factor
             whole = [self._base(each, self.change.parameter) for each in paths]
-            self._left = dict(zip(paths, self.change.deltas(whole, self.by * factor), strict=True))
+            self._left = dict(zip(paths, self._deltas(whole, self.by * factor), strict=True))
         return self._left.pop(path)
+
+    def _deltas(self, whole: list[np.ndarray], by: float) -> list[np.ndarray]:
+        """Of weights that have more columns than the change is for, the first are meant."""
+        columns = None if whole[0].ndim == 1 else self.change.kind.shape[1]
+        if columns is None or columns == whole[0].shape[1]:
+            return self.change.deltas(whole, by)
+        deltas = self.change.deltas([weight[:, :columns] for weight in whole], by)
+        return [np.pad(delta, [(0, 0), (0, whole[0].shape[1] - columns)]) for delta in deltas]
 
 
 def _by_path(
@@ -322,10 +338,11 @@ def _layer(base: nn.Layer, path: str, differences: list[_Differences]) -> nn.Lay
     weights = [(each.change.kind, each.by) for each in differences if each.change.parameter == "weight"]
     only_weights = len(weights) == len(differences)
     if only_weights and all(isinstance(kind, LoRAModule) for kind, _ in weights):
-        return _lora_linear(base, weights)
+        inputs = base.weight.shape[0]
+        return _lora_linear(base, [(kind.with_inputs(inputs), by) for kind, by in weights])
     if only_weights and len(weights) == len(differences[0].change.paths) == 1:
         kind, by = weights[0]
-        if isinstance(kind, LoKr):
+        if isinstance(kind, LoKr) and kind.shape[1] == base.weight.shape[0]:
             return _lokr_linear(base, kind, by)
     return ChangedLayer(base, partial(_deltas, path, differences))
 

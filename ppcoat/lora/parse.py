@@ -12,7 +12,6 @@ refused.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
@@ -26,8 +25,20 @@ from ppcoat.errors import ConfigError
 from . import flux_names, keys
 from . import header as header_
 from .delta import LoRAModule
-from .keys import PART_NAMES, TRANSFORMER, KeyReader
-from .kinds import DORA_RULES, Absolute, Difference, DoRA, Kind, check_factor, check_shapes, kind_of
+from .keys import PART_NAMES, TRANSFORMER, KeyReader, clean
+from .kinds import (
+    DORA_RULES,
+    Absolute,
+    Difference,
+    DoRA,
+    Kind,
+    check_factor,
+    check_shapes,
+    is_factor,
+    is_zero,
+    kind_of,
+)
+from .rotations import STRENGTH_OF_PEFT, PeftRotation
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,15 +171,9 @@ def _refuse_halves(halves: Mapping[str, str], unknown: list[str]) -> None:
     listed = ", ".join(repr(key) for key in unknown[:5])  # repr: a file may hold control characters
     missed = f"; {len(unknown)} unknown keys: {listed}{', ...' * (len(unknown) > 5)}" if unknown else ""
     raise ConfigError(
-        f"LoRA of {name} is incomplete: it has {has}, wanted A and B or all factors of its kind{missed}"
+        f"LoRA of {name} is incomplete: it has {has}, wanted A and B or all factors of its kind{missed}; "
+        "fetch the whole file"
     )
-
-
-def clean(text: str, longest: int = 300) -> str:
-    """One line without control characters: a header comes from anywhere, and goes to a terminal."""
-    text = json.dumps(text, ensure_ascii=False)[1:-1].replace('\\"', '"')
-    text = "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text)
-    return text if len(text) <= longest else f"{text[:longest]}... ({len(text)} characters)"
 
 
 @dataclass(frozen=True)
@@ -201,23 +206,12 @@ def _group(tensors: Mapping[str, paddle.Tensor], reader: KeyReader) -> tuple[lis
         if found.role in module.tensors:
             raise ConfigError(
                 f"the LoRA has {found.role} of {module.name} twice, as "
-                f"{clean(module.keys[found.role])} and as {clean(key)}"
+                f"{clean(module.keys[found.role])} and as {clean(key)}: keep one of them"
             )
-        module.tensors[found.role] = values = _finite(key, tensor)
+        module.tensors[found.role] = values = tensor.astype("float32").numpy()
         check_factor(found.role, values, clean(key))
         module.keys[found.role] = key
     return list(modules.values()), unknown
-
-
-def _finite(key: str, tensor: paddle.Tensor) -> np.ndarray:
-    values = tensor.astype("float32").numpy()
-    if not np.isfinite(values).all():
-        raise ConfigError(
-            f"the tensor {clean(key)} of the LoRA holds NaN or infinity (a training that broke, or "
-            "numbers beyond "
-            "float16): use another file of that training"
-        )
-    return values
 
 
 class _Reading:
@@ -242,7 +236,7 @@ class _Reading:
                 found.append(self._change(module, "bias", make(tensors[role])))
                 used = used | {role}
         left = tensors.keys() - used - {"alpha", "shape"}
-        of_factors = [role for role in left if role in "AB" or role.startswith(("lokr_", "hada_"))]
+        of_factors = not flux_names.is_norm(module.target.paths[0]) and any(map(is_factor, left))
         if weight is None and not used and (of_factors or not left):
             self.halves[name] = ", ".join(sorted(tensors))
             return []
@@ -264,18 +258,22 @@ class _Reading:
     def _weight(self, module: _Module) -> tuple[Kind | None, set[str]]:
         """The kind that the tensors of a weight make, and their roles."""
         tensors, kind, used = module.tensors, None, set()
+        config = header_.adapter_config(self.header, module.part)
         if flux_names.is_norm(module.target.paths[0]) and module.part == TRANSFORMER:
             tensors = {role: values for role, values in tensors.items() if role in ("diff", "=weight")}
         if {"A", "B"} <= tensors.keys():
             kind, used = self._lora(module), {"A", "B"}
         else:
             full_lokr = partial(header_.full_lokr, self.header, module.part, self._names(module))
-            kind, used = kind_of(tensors, lambda dim: self._alpha(module, dim), full_lokr)
+            kind, used = kind_of(tensors, lambda dim: self._alpha(module, dim), full_lokr, config)
         role = next((role for role in ("magnitude", "dora_scale") if role in tensors), None)
         if kind is None or role is None:
-            if role is None and header_.adapter_config(self.header, module.part).get("use_dora") and used:
+            if isinstance(kind, PeftRotation):
+                self._note(STRENGTH_OF_PEFT)
+            if role is None and config.get("use_dora") and used:
                 raise ConfigError(
-                    f"LoRA of {module.shown}: its config says DoRA, and the file has no magnitudes"
+                    f"LoRA of {module.shown}: its config says DoRA, and the file has no magnitudes; fetch "
+                    "the whole file"
                 )
             return kind, used
         rule = "PEFT" if role == "magnitude" else self._dora_rule(module.program)
@@ -366,8 +364,8 @@ def _without_zeros(
     if kept and len(kept) < len(changes):
         notes.append(f"all zero, left out: {described(filter(_is_idle, changes))}")
     kept = kept or changes
-    if kept and all(is_plain(each) and not each.kind.norm() for each in kept):
-        notes.append("this LoRA changes nothing: every B (or A) is zero")
+    if kept and all(is_zero(each.kind) for each in kept):
+        notes.append("this LoRA changes nothing: its factors (every A or B, say) or alpha are zero")
     return kept, [key for key in unknown if key not in zero], notes
 
 

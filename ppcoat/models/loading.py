@@ -7,8 +7,7 @@ Everything that headers can tell (missing shards, missing tensors, wrong shapes)
 weight is read; tensor_files.py reads them.
 """
 
-import logging
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from ppcoat.models.tensor_files import (
     FilePart,
     TensorInfo,
     check_there,
+    check_variants,
     chosen_weights,
     component_config,
     in_file_order,
@@ -46,7 +46,6 @@ MOST_NAMED = 4  # tensors of one kind that an error names
 # What the tokenizers' own classes read; transformers 5 writes tokenizer.json instead.
 _TOKENIZERS = {"tokenizer": ("vocab.json", "merges.txt"), "tokenizer_2": ("spiece.model",)}
 _WITH_WEIGHTS = ("text_encoder", "text_encoder_2", "transformer", "vae")
-_log = logging.getLogger(__name__)
 
 
 def check_folder(
@@ -54,23 +53,25 @@ def check_folder(
     setting: str = "the model",
     parts: Collection[str] = FLUX_COMPONENTS,
     variant: str | None = None,
+    control: bool = False,
 ) -> dict[str, Component]:
     """Checks the components of a FLUX model by JSON files and the headers of its weights; reads no weight ->
     where each of `parts` lies, for `load_component`.
 
     model: a pipeline's folder, a file, or where all components lie. setting: the flag or key that named it.
     parts: only these are checked. variant: which weights of folders are read (None: plain files); warns where
-    there are only others. Raises ConfigError naming the folder, file or tensor: a missing component, config,
-    shard or tokenizer file; a cut-off or unreadable file; a missing, unexpected or wrongly shaped tensor of
-    the transformer or the VAE (the text encoders' shapes are checked when they are loaded, before their
-    weights are read); components that do not belong together.
+    there are only others. control: take a model that draws after a picture, too. Raises ConfigError naming
+    the folder, file or tensor: a missing component, config, shard or tokenizer file; a cut-off or unreadable
+    file; a missing, unexpected or wrongly shaped tensor of the transformer or the VAE (the text encoders'
+    shapes are checked when they are loaded, before their weights are read); components that do not belong
+    together.
     """
     files = FluxFiles.found(model, setting)
     files.check(*parts)
     where = {name: files[name] for name in FLUX_COMPONENTS if name in parts}
     weights = {name: chosen_weights(component, variant) for name, component in where.items()
                if name in _WITH_WEIGHTS and not isinstance(component, FilePart)}  # fmt: skip
-    _checked_variants(weights, variant, files.base)
+    check_variants(weights, variant, files.base)
     where |= {name: chosen for name, (_, chosen) in weights.items()}
     for name in {"text_encoder", "text_encoder_2"} & {*parts}:
         component_config(where[name])
@@ -85,17 +86,19 @@ def check_folder(
         if name in parts
     }
     if "transformer" in models:
-        _check_widths(models["transformer"].config, files, parts)
+        _check_widths(models["transformer"], files, parts)
+        if not control:
+            _check_without_control(models["transformer"], files)
     return where
 
 
-def _check_widths(transformer: Mapping[str, Any], files: FluxFiles, parts: Collection[str]) -> None:
+def _check_widths(transformer: FluxTransformer2DModel, files: FluxFiles, parts: Collection[str]) -> None:
     """Raise ConfigError for components of other widths than the transformer's config wants: those of another
     model."""
     for name, key, wanted in (
-        ("text_encoder", "hidden_size", transformer["pooled_projection_dim"]),
-        ("text_encoder_2", "d_model", transformer["joint_attention_dim"]),
-        ("vae", "latent_channels", transformer["in_channels"] // 4),
+        ("text_encoder", "hidden_size", transformer.config.pooled_projection_dim),
+        ("text_encoder_2", "d_model", transformer.config.joint_attention_dim),
+        ("vae", "latent_channels", transformer.out_channels // 4),
     ):
         came = component_config(files[name]).get(key, wanted) if name in parts else wanted
         if came != wanted:
@@ -105,19 +108,12 @@ def _check_widths(transformer: Mapping[str, Any], files: FluxFiles, parts: Colle
             )
 
 
-def _checked_variants(
-    found: Mapping[str, tuple[str | None, Component]], variant: str | None, base: Path
-) -> None:
-    """found: what `chosen_weights` gave for each part of a model in folders. Raises ConfigError where none is
-    of `variant`; warns of those that are not."""
-    variants = {each for each, _ in found.values()}
-    if variant and found and variant not in variants:
-        raise ConfigError(f"variant: came {variant!r}, but {base} has no such files; leave it out")
-    for other in sorted(variants - {variant}, key=str):
-        named = ", ".join(part for part, (each, _) in found.items() if each == other)
-        _log.warning(
-            "%s: the %s files of %s are read, for there are no %s ones",
-            *(base, other or "plain", named, variant or "plain"),
+def _check_without_control(transformer: FluxTransformer2DModel, files: FluxFiles) -> None:
+    inputs, channels = transformer.config.in_channels, transformer.out_channels
+    if inputs != channels:
+        raise ConfigError(
+            f"{files.base} sees a picture beside the noise ({inputs} inputs a token, wanted {channels}), and "
+            "only generate and merge take such a model: take FLUX.1-dev or -schnell"
         )
 
 

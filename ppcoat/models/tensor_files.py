@@ -7,6 +7,7 @@ tensors into models, single_file.py finds the components that one file holds.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 from collections.abc import Mapping
@@ -48,6 +49,8 @@ _BEGINNINGS = [
     ),
     (rb"gguf", "a GGUF file, wanted a .safetensors"),
 ]
+
+_log = logging.getLogger(__name__)
 
 
 class TensorInfo(NamedTuple):
@@ -138,6 +141,22 @@ def chosen_weights(folder: str | Path, variant: str | None = None) -> tuple[str 
     raise ConfigError(f"{folder} has weights of variant {', '.join(found)}, {came}: give variant='...'")
 
 
+def check_variants(
+    found: Mapping[str, tuple[str | None, Component]], variant: str | None, base: Path
+) -> None:
+    """found: what `chosen_weights` gave for each part of a model in folders. Raises ConfigError where none is
+    of `variant`; warns of those that are not."""
+    variants = {each for each, _ in found.values()}
+    if variant and found and variant not in variants:
+        raise ConfigError(f"variant: came {variant!r}, but {base} has no such files; leave it out")
+    for other in sorted(variants - {variant}, key=str):
+        named = ", ".join(part for part, (each, _) in found.items() if each == other)
+        _log.warning(
+            "%s: the %s files of %s are read, for there are no %s ones",
+            *(base, other or "plain", named, variant or "plain"),
+        )
+
+
 def _variants(folder: Path) -> dict[str | None, Path]:
     """{variant, None for plain files: safetensors file or index of shards} of a component folder."""
     found: dict[str | None, Path] = {}
@@ -210,12 +229,13 @@ def check_there(folder: Path, setting: str) -> None:
         )
 
 
-def check_index(folder: Path, pipeline: str) -> None:
-    """Raise ConfigError unless the model_index.json of `folder` says that it is of this pipeline class."""
-    index = read_json(folder / "model_index.json", f"the folder of a {pipeline} has one")
-    if index.get("_class_name") != pipeline:
+def check_index(folder: Path, *classes: str) -> None:
+    """Raise ConfigError unless the model_index.json of `folder` says that it is of one of these pipeline
+    classes; the message names the first."""
+    index = read_json(folder / "model_index.json", f"the folder of a {classes[0]} has one")
+    if index.get("_class_name") not in classes:
         raise ConfigError(
-            f"{folder}/model_index.json is of a {index.get('_class_name')}, not of a {pipeline}"
+            f"{folder}/model_index.json is of a {index.get('_class_name')}, not of a {classes[0]}"
         )
 
 

@@ -25,6 +25,7 @@ from safetensors.paddle import save_file
 
 from ppcoat.atomic import remove_dead_drafts, whole_file, whole_folder, write_text
 from ppcoat.errors import ConfigError
+from ppcoat.models.flux.files import FLUX_CLASSES
 from ppcoat.models.loading import TIED, linear_weights
 from ppcoat.nn.base_weight import FP8Weight
 
@@ -85,9 +86,18 @@ def save_component(part: Any, folder: Path, dtype: str | None = None) -> None:
 
 def save_diffusers_model(model: nn.Layer, folder: Path, dtype: str | None = None) -> None:
     """A transformer or VAE as config.json and diffusion_pytorch_model*.safetensors."""
-    config = getattr(model, "source_config", None) or _diffusers_config(model)
+    config = dict(getattr(model, "source_config", None) or _diffusers_config(model))
+    own = model.config
+    if own.get("in_channels") != config.get("in_channels", own.get("in_channels")):
+        config |= {"in_channels": own["in_channels"], "out_channels": own["out_channels"]}
     write_json(folder / "config.json", config)
     save_weights(model, folder, "diffusion_pytorch_model", dtype)
+
+
+def pipeline_class(transformer: nn.Layer) -> str:
+    """diffusers' class that draws with a FLUX transformer: by what it sees beside the noise."""
+    sees_control = transformer.config.in_channels == 2 * transformer.out_channels
+    return FLUX_CLASSES[sees_control]
 
 
 def save_text_encoder(model: nn.Layer, folder: Path, dtype: str | None = None) -> None:

@@ -139,6 +139,7 @@ def test_generate_hands_every_flag_on(monkeypatch):
         "model": "m",
         "prompt": ["p", "q"],
         "output_dir": "o",
+        "control_image": None,
         "path_to_lora": ["l"],
         "lora_scale": [0.5],
         "ignore_unknown": False,

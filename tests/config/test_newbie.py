@@ -219,6 +219,13 @@ def test_released_weights_and_backslashes_are_told_what_to_do(tmp_path):
         ConfigError, match=r"a.toml:2: base_model_path: came 'cons.*convert-newbie --checkpoint"
     ):
         load_newbie_config(path)
+    (tmp_path / "released").mkdir()
+    (tmp_path / "released" / "consolidated.00-of-01.pth").touch()
+    path.write_text(f"[Model]\nbase_model_path = '{tmp_path / 'released'}'\n")
+    with pytest.raises(
+        ConfigError, match=r"released', a folder of .*--checkpoint .*released.consol.*pth \.\.\."
+    ):
+        load_newbie_config(path)
     path.write_text('[Model]\ntrain_data_dir = "D:\\Train\\set"\n')
     with pytest.raises(ConfigError, match="not TOML.* a path with backslashes wants single quotes"):
         load_newbie_config(path)

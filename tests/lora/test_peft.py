@@ -133,7 +133,7 @@ def test_mistakes_are_named_and_change_nothing(model, tmp_path):
     )
     with pytest.raises(ConfigError, match="name nothing that this model has.*lycoris_layers_9"):
         load_lora(model, tmp_path / "b.safetensors")
-    (tmp_path / "c.safetensors").write_bytes(b"not whole")
+    (tmp_path / "c.safetensors").write_bytes(b"\x12not whole\xff")
     with pytest.raises(ConfigError, match="is not a whole safetensors"):
         load_lora(model, tmp_path / "c.safetensors")
     with pytest.raises(ConfigError, match="no LoRA or LoKr to save"):

@@ -41,7 +41,8 @@ PEFT = ("dora", "dora_no_header", "lora_bias", "rslora", "patterns", "patterns_n
 LYCORIS = ("lokr_full", "lokr_w2_factored", "lokr_both_factored", "lokr_unbalanced", "lokr_tucker_asked",
            "lokr_aitoolkit_names", "loha", "locon", "dora_out", "dora_in", "dora_lokr", "dora_loha", "oft",
            "oft_constraint_rescale", "boft", "full", "glora", "ia3")  # fmt: skip
-NAMES = (*GROUPS, *PEFT, *LYCORIS)
+ROTATIONS = ("oft_peft", "oft_peft_exact", "oft_peft_shared", "boft_peft", "boft_peft_one")  # folders of PEFT
+NAMES = (*GROUPS, *PEFT, *LYCORIS, *ROTATIONS)
 
 
 def file_of(name):
@@ -50,8 +51,8 @@ def file_of(name):
 
 @pytest.fixture(scope="module")
 def truths():
-    with np.load(FOLDER / "truth.npz") as found:
-        return dict(found)
+    with np.load(FOLDER / "truth.npz") as found, np.load(FOLDER / "peft_rotations.npz") as of_peft:
+        return dict(found) | dict(of_peft)
 
 
 @pytest.fixture(scope="module")
@@ -99,8 +100,8 @@ def wanted(truths, name, strength):
 
 
 def is_whole(name, key):
-    """PEFT's bias="lora_only" saves biases themselves, which no strength weakens."""
-    return name == "bias_lora_only" and key.endswith("bias")
+    """PEFT's bias="lora_only" (or "oft_only") saves biases themselves, which no strength weakens."""
+    return name in ("bias_lora_only", "oft_peft_shared") and key.endswith("bias")
 
 
 def added(file, weights, strength):
@@ -174,15 +175,17 @@ def test_control_loras_are_read_whole(truths, weights, name):
         left = np.cos(0.7 * np.arange(len(got[key])) + 0.2) @ got[key]
         probe = left @ np.cos(1.3 * np.arange(left.size) + 0.5) if left.ndim else left
         assert probe == pytest.approx(value, abs=1e-9), key
-    with pytest.raises(
-        ConfigError, match="is a control LoRA .*x_embedder takes 128 inputs, that of this model 64"
-    ):
-        read_fitting(file_of(name), parameter_shapes(BASE, TRANSFORMER))
+    half = added(file, base, 0.5)
+    for key, value in got.items():
+        is_whole = truths.get(f"{name}/truth/norm/{key}") is not None
+        np.testing.assert_allclose(half[key], value if is_whole else 0.5 * value, rtol=0, atol=1e-12)
+    assert "control_image" in read_fitting(file_of(name), parameter_shapes(BASE, TRANSFORMER)).notes[-1]
 
 
 # One file of each kind that a model can hold.
 KINDS = ("split_diffusers", "lora_bias", "bias_lora_only", "dora", "lokr_full", "lokr_both_factored", "loha",
-         "dora_lokr", "dora_in", "oft_constraint_rescale", "boft", "full", "glora", "ia3")  # fmt: skip
+         "dora_lokr", "dora_in", "oft_constraint_rescale", "boft", "full", "glora", "ia3",
+         *ROTATIONS)  # fmt: skip
 
 
 def parameters(model, keys):

@@ -35,9 +35,20 @@ def tensors_of(arrays):
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "a Git LFS pointer"),
         (b'{"error": "Unauthorized"}', "what a server answered"),
         (b"\x80\x04\x95\n\0\0\0\0\0\0\0", "a pickle under another name"),
-        (b"PK\x03\x04 archive of torch.save", "a pickle under another name"),
+        (b"PK\x03\x04" + bytes(26) + b"archive/data.pkl", "a pickle under another name"),
+        (b"PK\x03\x04" + bytes(26) + b"lora.safetensors", "an archive under another name: unpack it"),
+        (b"\x1f\x8b\x08", "an archive under another name"),
+        (b"\x89PNG\r\n\x1a\n", "a picture, saved under this name"),
+        (b"\xef\xbb\xbf<!DOCTYPE html>", "a web page"),
+        (b"<Error><Code>AccessDenied</Code>", "a web page"),
+        (b"\xef\xbb\xbf{}", "what a server answered"),
+        (b"Entry not found", "a text, what a server answered"),
+        (bytes(600), "is all zeros: the download stopped"),
         (b"GGUF\x03\0\0\0", "a GGUF file"),
-        (b'\xff\x06\0\0\0\0\0\0{"__metadata__": {"format": "pt"}', "it is cut off"),
+        (
+            b'\xff\x06\0\0\0\0\0\0{"__metadata__": {"format": "pt"}',
+            "it is cut off, or other bytes were added",
+        ),
         (b"\xff" * 40, "is not a whole safetensors file"),
     ],
 )
@@ -355,7 +366,10 @@ def test_zero_parts_are_left_out_with_a_note(model):
     assert file.notes == ("1 tensors that name nothing here are all zero: left out",
                           "all zero, left out: bias on 1 layer, CLIP: LoRA on 1")  # fmt: skip
     idle = parse_lora(tensors_of(pair(Q, A, 0 * B)), {})
-    assert idle.notes == ("this LoRA changes nothing: every B (or A) is zero",) and len(idle.modules) == 1
+    assert (
+        idle.notes == ("this LoRA changes nothing: its factors (every A or B, say) or alpha are zero",)
+        and len(idle.modules) == 1
+    )
 
 
 def test_a_folder_with_one_file_is_that_file(tmp_path):

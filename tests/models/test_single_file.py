@@ -272,7 +272,6 @@ def bf16(*shape):
     ("tensors", "message"),
     [
         (with_changes(img_in__weight=bf16(32, 384)), "is FLUX.1 Fill .384 inputs a token, wanted 64.*; take"),
-        (with_changes(img_in__weight=bf16(32, 128)), "is FLUX.1 Canny or Depth"),
         (with_changes(double_stream_modulation_img__lin__weight=bf16(4, 4)), "is a FLUX.2 model, wanted"),
         (with_changes(time_in__in_layer__weight=None), "missing time_text_embed.timestep_embedder.linear_1"),
         (with_changes(txt_in__weight=None), "tensors of its transformer are incomplete .*context_embedder"),
@@ -295,7 +294,7 @@ def bf16(*shape):
             "txt_in is quantised as 'nvfp4', wanted float8_e4m3fn, float8_e5m2: take the file in FP8 or b",
         ),
     ],
-    ids=range(14),
+    ids=range(13),
 )
 def test_what_is_no_flux_1_is_named(tmp_path, tensors, message):
     file = saved(tmp_path / "a.safetensors", tensors)

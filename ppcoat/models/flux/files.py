@@ -23,6 +23,8 @@ FLUX_COMPONENTS = (
     "transformer",
     "vae",
 )
+# diffusers' classes of FLUX.1 folders that FluxPipeline draws with; the second sees a control picture.
+FLUX_CLASSES = ("FluxPipeline", "FluxControlPipeline")
 OF_FILE = "that a FLUX file lacks: a FLUX folder"  # what the help of the flags beside says
 # Component -> the setting that says where it lies if the model has none.
 _SETTINGS = {
@@ -121,7 +123,7 @@ class FluxFiles:
         that is a folder has to say in model_index.json that it is of FLUX."""
         is_pipeline = self.base.is_dir() and self.base not in self.components.values()
         if is_pipeline:
-            check_index(self.base, "FluxPipeline")
+            check_index(self.base, *FLUX_CLASSES)
         missing = [name for name in names if name not in self.components]
         if not missing:
             return

@@ -23,6 +23,7 @@ from ppcoat.atomic import whole_folder
 from ppcoat.device import compute_dtype
 from ppcoat.errors import ConfigError
 from ppcoat.models import loading, writing
+from ppcoat.models.flux.control import ControlPictures
 from ppcoat.models.flux.files import FLUX_COMPONENTS, FluxFiles, Places
 from ppcoat.models.flux.lora_methods import LoRAMethods
 from ppcoat.models.flux.scheduler import flux_scheduler, set_flux_timesteps
@@ -50,7 +51,7 @@ class FluxPipelineOutput(BaseOutput):
     images: list[PIL.Image.Image] | np.ndarray | paddle.Tensor
 
 
-class FluxPipeline(LoRAMethods, LatentPictures, DiffusionPipeline):
+class FluxPipeline(LoRAMethods, ControlPictures, LatentPictures, DiffusionPipeline):
     """The seven parts of FLUX.1 and the loop over them.
 
     A scheduler that cannot shift dynamically (ppdiffusers' own, in some versions) is replaced by ours with
@@ -131,7 +132,7 @@ class FluxPipeline(LoRAMethods, LatentPictures, DiffusionPipeline):
                  "transformer": transformer}  # fmt: skip
         parts = {name: None if part is ... and name in without else part for name, part in parts.items()}
         wanted = [name for name, part in parts.items() if part is ...]
-        where = loading.check_folder(files, parts=wanted, variant=variant)
+        where = loading.check_folder(files, parts=wanted, variant=variant, control=True)
         return cls(**parts | {name: loading.load_component(where[name], name, dtype) for name in wanted})
 
     @classmethod
@@ -155,7 +156,8 @@ class FluxPipeline(LoRAMethods, LatentPictures, DiffusionPipeline):
         with nullcontext(folder) if folder.exists() else whole_folder(folder) as target:
             for name in FLUX_COMPONENTS:
                 writing.save_component(getattr(self, name), target / name, dtype)
-            writing.write_json(target / "model_index.json", writing.MODEL_INDEX)
+            index = {**writing.MODEL_INDEX, "_class_name": writing.pipeline_class(self.transformer)}
+            writing.write_json(target / "model_index.json", index)
 
     @paddle.no_grad()
     def __call__(
@@ -186,6 +188,7 @@ class FluxPipeline(LoRAMethods, LatentPictures, DiffusionPipeline):
         negative_prompt_embeds: paddle.Tensor | None = None,
         negative_pooled_prompt_embeds: paddle.Tensor | None = None,
         cross_attention_kwargs: dict | None = None,
+        control_image: Any = None,
     ) -> FluxPipelineOutput | tuple:
         """Draws pictures; B = prompts * num_images_per_prompt, the pictures of one prompt side by side.
 
@@ -198,6 +201,7 @@ class FluxPipeline(LoRAMethods, LatentPictures, DiffusionPipeline):
         own distilled guidance, is then best 1. joint_attention_kwargs: {"scale": strength of the LoRAs};
         cross_attention_kwargs is its older name. callback_on_step_end(pipeline, step, timestep, tensors) may
         return a dict of tensors to go on with, and end the drawing by `pipeline._interrupt = True`.
+        control_image: what a control LoRA or FLUX.1 Canny or Depth draws after (see `control_tokens`).
         Raises ConfigError for sizes, output types, prompts and callback tensors that are not as described.
         """
         self._check_parts("draw", "transformer", *(() if output_type == "latent" else ("vae",)))
@@ -216,9 +220,10 @@ class FluxPipeline(LoRAMethods, LatentPictures, DiffusionPipeline):
                 max_sequence_length,
             )
         batch = len(prompt_embeds)
+        control = self.control_tokens(control_image, height, width, batch)
         rows, columns = grid = tuple(side // (2 * self.vae_scale_factor) for side in (height, width))
         if latents is None:
-            channels = self.transformer.config.in_channels // 4
+            channels = self.transformer.out_channels // 4
             seeds = picture_seeds(batch, seed, generator)
             latents = pack_latents(noise_of_seeds(seeds, (channels, 2 * rows, 2 * columns)))
         set_flux_timesteps(self.scheduler, rows * columns, num_inference_steps, timesteps, sigmas)
@@ -231,6 +236,7 @@ class FluxPipeline(LoRAMethods, LatentPictures, DiffusionPipeline):
                 away = self._away(true_cfg_scale, *negative, batch, length=prompt_embeds.shape[1])
         latents = self._denoise(
             latents.astype(prompt_embeds.dtype),
+            control,
             conditions,
             away,
             callback_on_step_end,
@@ -258,22 +264,23 @@ class FluxPipeline(LoRAMethods, LatentPictures, DiffusionPipeline):
     def _denoise(
         self,
         latents: paddle.Tensor,
+        control: paddle.Tensor | None,
         conditions: dict,
         away: "_Away | None",
         callback: Callable | None,
         asked: Sequence[str],
     ) -> paddle.Tensor:
-        """Take the scheduler's steps from noise to latents. conditions: arguments of the transformer."""
+        """Take the scheduler's steps from noise to latents. control: what the transformer sees beside them;
+        conditions: its arguments."""
         batch, dtype = latents.shape[0], latents.dtype
         self._interrupt = False  # diffusers' name, by which a callback ends the drawing
         with self.progress_bar(total=len(self.scheduler.timesteps)) as progress:
             for i, t in enumerate(self.scheduler.timesteps.tolist()):
                 time = paddle.full([batch], t / 1000, dtype="float32").astype(dtype)
-                velocity = self.transformer(latents, timestep=time, **conditions).sample
+                seen = latents if control is None else paddle.concat([latents, control], axis=-1)
+                velocity = self.transformer(seen, timestep=time, **conditions).sample
                 if away is not None:
-                    other = self.transformer(
-                        latents, timestep=time, **{**conditions, **away.conditions}
-                    ).sample
+                    other = self.transformer(seen, timestep=time, **{**conditions, **away.conditions}).sample
                     velocity = other + away.scale * (velocity - other)
                 latents = self.scheduler.step(velocity, t, latents).prev_sample
                 if callback is not None:

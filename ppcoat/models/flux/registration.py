@@ -7,6 +7,7 @@ from pathlib import Path
 
 import ppdiffusers
 
+from ppcoat.models.flux.files import FLUX_CLASSES
 from ppcoat.models.flux.pipeline import FluxPipeline
 from ppcoat.models.flux.transformer import FluxTransformer2DModel
 
@@ -40,6 +41,6 @@ def _is_flux_folder(name_or_path: str | os.PathLike) -> bool:
     if not index.is_file():
         return False
     try:
-        return json.loads(index.read_text(encoding="utf-8")).get("_class_name") == "FluxPipeline"
+        return json.loads(index.read_text(encoding="utf-8")).get("_class_name") in FLUX_CLASSES
     except ValueError:
         return False  # ppdiffusers says what is wrong with it

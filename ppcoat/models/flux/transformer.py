@@ -22,7 +22,7 @@ from ppdiffusers.models.modeling_utils import ModelMixin
 from ppdiffusers.models.transformer_2d import Transformer2DModelOutput
 
 from ppcoat.errors import ConfigError
-from ppcoat.models.blocks import BlockModel, adapters, adapters_set, wanted_scale
+from ppcoat.models.blocks import BlockModel, adapters, adapters_set, finite_half, wanted_scale
 from ppcoat.nn import ops
 from ppcoat.nn.attention import rotary_angles
 
@@ -192,6 +192,12 @@ class FluxTransformer2DModel(BlockModel, ModelMixin, ConfigMixin):
             both = block(both, vec, cos, sin)
         return both
 
+    def follow_inputs(self) -> None:
+        """config.in_channels is what x_embedder takes, also where another was put in its place."""
+        inputs = self.x_embedder.weight.shape[0]
+        if inputs != self.config.in_channels:
+            self.register_to_config(in_channels=inputs, out_channels=self.out_channels)
+
     def _check_guidance(self, guidance: paddle.Tensor | None) -> None:
         if (guidance is not None) != self.config.guidance_embeds:
             wanted = "a guidance tensor [B]" if self.config.guidance_embeds else "guidance=None"
@@ -242,7 +248,7 @@ class DoubleBlock(nn.Layer):
         img = ops.gated_residual(self.ff(ops.modulated_norm(img, shift_m, scale_m)), gate_m, img)
         txt_mlp = self.ff_context(ops.modulated_norm(txt, txt_shift_m, txt_scale_m))
         txt = ops.gated_residual(txt_mlp, txt_gate_m, txt)
-        return _finite_half(img), _finite_half(txt)
+        return finite_half(img), finite_half(txt)
 
 
 class SingleBlock(nn.Layer):
@@ -261,7 +267,7 @@ class SingleBlock(nn.Layer):
         y = ops.modulated_norm(x, shift, scale)
         mlp = ops.gelu(self.proj_mlp(y))
         out = self.proj_out(ops.concat(self.attn(y, cos, sin), mlp))
-        return _finite_half(ops.gated_residual(out, gate, x))
+        return finite_half(ops.gated_residual(out, gate, x))
 
 
 class SelfAttention(nn.Layer):
@@ -392,8 +398,3 @@ def _one_for_all(ids: paddle.Tensor) -> paddle.Tensor:
 def _pick(samples: Sequence[paddle.Tensor], index: int, blocks: int, repeat: bool = False) -> paddle.Tensor:
     """The controlnet sample of block `index`: samples are cycled (repeat) or spread evenly over blocks."""
     return samples[index % len(samples) if repeat else index // math.ceil(blocks / len(samples))]
-
-
-def _finite_half(x: paddle.Tensor) -> paddle.Tensor:
-    """float16 ends at 65504: FLUX's largest activations would be inf. Other dtypes pass unchanged."""
-    return x.clip(-65504, 65504) if x.dtype == paddle.float16 else x
