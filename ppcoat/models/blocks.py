@@ -109,5 +109,5 @@ def wanted_scale(joint_attention_kwargs: dict | None) -> float | None:
 
 
 def finite_half(x: paddle.Tensor) -> paddle.Tensor:
-    """x, of any shape: float16 ends at 65504, and FLUX's largest activations would be inf. Other dtypes pass."""
+    """x, of any shape: float16 ends at 65504, and FLUX's largest would be inf. Other dtypes pass."""
     return x.clip(-65504, 65504) if x.dtype == paddle.float16 else x
