@@ -40,6 +40,7 @@ from ppcoat.distill.trainer import (
 )
 from ppcoat.errors import ConfigError
 from ppcoat.fp8 import backend
+from ppcoat.models.flux.control import check_sees_no_picture
 from ppcoat.models.flux.pipeline import FluxPipeline
 from ppcoat.models.flux.scheduler import calculate_shift
 from ppcoat.models.loading import check_folder
@@ -73,6 +74,7 @@ def train_flux_lightning(config: LightningConfig) -> TrainingResult:
     before any model is loaded."""
     spec, run = OneByOne(), config.run_config(config.data_path)
     check_folder(config.pretrained_teacher_model, "--pretrained_teacher_model")
+    check_sees_no_picture(config.pretrained_teacher_model, "--pretrained_teacher_model")
     spec.check(run)
     _check_fresh(config, run)
     set_device(config.device)

@@ -19,6 +19,7 @@ from ppcoat.data.cache import Encoders, TrainingCache, folder_identity
 from ppcoat.device import compute_dtype
 from ppcoat.lora import LoRASummary, save_lora
 from ppcoat.lora.writing import FORMATS
+from ppcoat.models.flux.control import check_sees_no_picture
 from ppcoat.models.flux.pipeline import FluxPipeline
 from ppcoat.models.flux.transformer import FluxTransformer2DModel
 from ppcoat.models.loading import check_folder, load_transformer, unfilled
@@ -42,6 +43,7 @@ class FluxSpec(ModelSpec):
     def check(self, config: RunConfig) -> None:
         """Folder and number of swapped blocks."""
         check_folder(config.model.name_or_path, "model.name_or_path")
+        check_sees_no_picture(config.model.name_or_path, "model.name_or_path")
         if config.model.blocks_to_swap:
             model, _ = unfilled(FluxTransformer2DModel, Path(config.model.name_or_path) / "transformer")
             last_blocks(model, config.model.blocks_to_swap)

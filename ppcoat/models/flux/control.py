@@ -7,6 +7,7 @@ takes twice as many inputs. Source: diffusers' FluxControlPipeline and the model
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,9 @@ import paddle
 from PIL import Image
 
 from ppcoat.errors import ConfigError
+from ppcoat.models.loading import FLUX_CLASSES
 from ppcoat.models.pictures import pack_latents
+from ppcoat.models.tensor_files import read_json
 
 
 class ControlPictures:
@@ -52,6 +55,17 @@ class ControlPictures:
             )
         tokens = pack_latents(self.encode_image(pixels)).astype(self.transformer.dtype)
         return tokens.repeat_interleave(pictures // len(pixels), axis=0)
+
+
+def check_sees_no_picture(folder: str | Path, setting: str) -> None:
+    """Raises ConfigError, which says `setting`, for the folder of a FLUX that sees a control picture: trained
+    are those that see the noise alone."""
+    index = Path(folder) / "model_index.json"
+    if index.is_file() and read_json(index).get("_class_name") == FLUX_CLASSES[1]:
+        raise ConfigError(
+            f"{setting}: {folder} sees a control picture beside the noise, which can be drawn with but not "
+            "trained: give the folder of FLUX.1-dev or -schnell"
+        )
 
 
 def _pixels(image: Any, height: int, width: int) -> paddle.Tensor:

@@ -8,6 +8,7 @@ import numpy as np
 import paddle
 import pytest
 from PIL import Image
+from ppdiffusers import DiffusionPipeline
 from safetensors.numpy import save_file
 
 from ppcoat.cli.main import main
@@ -190,7 +191,7 @@ def test_merging_writes_a_folder_that_draws_after_a_picture(tmp_path, capsys, tr
     config = json.loads((out / "transformer" / "config.json").read_text())
     assert (config["in_channels"], config["out_channels"]) == (128, 64)
     assert json.loads((out / "model_index.json").read_text())["_class_name"] == "FluxControlPipeline"
-    pipeline = FluxPipeline.from_pretrained(out, "float32")
+    pipeline = DiffusionPipeline.from_pretrained(out, paddle_dtype="float32")
     pipeline.set_progress_bar_config(disable=True)
     found = draw(pipeline, truth, 4, control_image=picture)
     np.testing.assert_allclose(found, truth["control_diffusers/latent_final"], atol=LATENTS)
@@ -205,6 +206,17 @@ def test_merging_writes_a_folder_that_draws_after_a_picture(tmp_path, capsys, tr
     assert main(["merge", "--model", str(out), *lora]) == 0
     assert main(["generate", "--model", str(out), "--prompt", "x", "--device", "cpu"]) == 2
     assert "draws after a picture: give --control_image" in capsys.readouterr().err
+    config_file = tmp_path / "run.yaml"
+    config_file.write_text(
+        f"name: x\nmodel: {{name_or_path: {out}}}\ndatasets: [{{folder_path: {tmp_path}}}]\n"
+    )
+    assert main(["train", str(config_file), "--set", "device=cpu"]) == 2
+    assert (
+        "sees a control picture beside the noise, which can be drawn with but not" in capsys.readouterr().err
+    )
+    distill = ["train-flux-lightning", "--pretrained_teacher_model", str(out), "--data_path", str(tmp_path)]
+    assert main([*distill, "--output_dir", str(tmp_path / "run")]) == 2
+    assert "--pretrained_teacher_model: " in capsys.readouterr().err
 
 
 def test_generate_draws_after_a_picture(tmp_path, capsys, pipeline, picture):
