@@ -30,6 +30,7 @@ from ppcoat.infer.garment_scores import (
     pictures_to_tensor,
     sheet,
 )
+from ppcoat.infer.generate import open_picture
 from ppcoat.infer.scores import CLIP, Inception, clip_score, frechet_distance
 from ppcoat.lora import read_lora_file
 from ppcoat.models.loading import check_folder
@@ -274,24 +275,14 @@ def own_prompt(file: Path) -> str:
     beside = file.with_suffix(".txt")
     if beside.is_file():
         return beside.read_text(encoding="utf-8").strip()
-    prompt = _open_picture(file).info.get("prompt", "")
+    prompt = open_picture(file).info.get("prompt", "")
     if not prompt:
         raise ConfigError(f"{file} has no prompt: give --prompts <file>, or put {beside.name} beside it")
     return prompt
 
 
-def _open_picture(file: Path) -> Image.Image:
-    """The completely decoded picture. Raises ConfigError naming a file that cannot be decoded."""
-    try:
-        with Image.open(file) as picture:
-            picture.load()
-            return picture
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ConfigError(f"{file} cannot be read as a picture: {error}") from error
-
-
 def _embedded(files: list[Path], features: Features, batch_size: int) -> np.ndarray:
-    return _in_batches(files, lambda some: features([_open_picture(file) for file in some]), batch_size)
+    return _in_batches(files, lambda some: features([open_picture(file) for file in some]), batch_size)
 
 
 def _in_batches(items: list, embed: Callable[[list], np.ndarray], batch_size: int) -> np.ndarray:

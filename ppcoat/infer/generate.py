@@ -159,24 +159,24 @@ def _check_control(drawing: Drawing, shapes: Mapping[str, Sequence[int]], loras:
             "LoRA by --path_to_lora, or draw with FLUX.1 Canny or Depth"
         )
     if drawing.control_image is not None:
-        _opened(drawing.control_image)
+        open_picture(Path(drawing.control_image))
 
 
-def _opened(path: str) -> Image.Image:
-    """A picture, RGB and upright. Raises ConfigError for what cannot be read as one."""
+def open_picture(file: Path) -> Image.Image:
+    """The completely decoded picture. Raises ConfigError naming a file that cannot be decoded."""
     try:
-        with Image.open(path) as picture:
-            return ImageOps.exif_transpose(picture).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"control_image {path} cannot be read ({reason}): give another picture") from None
+        with Image.open(file) as picture:
+            picture.load()
+            return picture
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ConfigError(f"{file} cannot be read as a picture: {error}; give another") from error
 
 
 def control_picture(drawing: Drawing, pipeline: FluxPipeline) -> Image.Image | None:
     """The control picture of a drawing; tells where it will be stretched."""
     if drawing.control_image is None:
         return None
-    picture = _opened(drawing.control_image)
+    picture = ImageOps.exif_transpose(open_picture(Path(drawing.control_image)))
     size = pipeline.vae.config.sample_size
     width, height = drawing.width or size, drawing.height or size
     if abs(picture.width * height / (picture.height * width) - 1) > NOTABLE_STRETCH:

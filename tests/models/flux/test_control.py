@@ -8,6 +8,7 @@ import numpy as np
 import paddle
 import pytest
 from PIL import Image
+from ppdiffusers import DiffusionPipeline
 from safetensors.numpy import save_file
 
 from ppcoat.cli.main import main
@@ -15,7 +16,7 @@ from ppcoat.errors import ConfigError
 from ppcoat.lora import load_lora, lora_disabled, merge_lora, remove_lora
 from ppcoat.lora.layer import values_of
 from ppcoat.models.flux.pipeline import FluxPipeline
-from ppcoat.models.loading import check_folder, load_transformer
+from ppcoat.models.loading import load_transformer
 from ppcoat.nn.convert import quantize_linears
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
@@ -190,9 +191,7 @@ def test_merging_writes_a_folder_that_draws_after_a_picture(tmp_path, capsys, tr
     config = json.loads((out / "transformer" / "config.json").read_text())
     assert (config["in_channels"], config["out_channels"]) == (128, 64)
     assert json.loads((out / "model_index.json").read_text())["_class_name"] == "FluxControlPipeline"
-    with pytest.raises(ConfigError, match="only generate and merge take such a model"):  # a training's base
-        check_folder(out)
-    pipeline = FluxPipeline.from_pretrained(out, "float32")
+    pipeline = DiffusionPipeline.from_pretrained(out, paddle_dtype="float32")
     pipeline.set_progress_bar_config(disable=True)
     found = draw(pipeline, truth, 4, control_image=picture)
     np.testing.assert_allclose(found, truth["control_diffusers/latent_final"], atol=LATENTS)
@@ -207,6 +206,15 @@ def test_merging_writes_a_folder_that_draws_after_a_picture(tmp_path, capsys, tr
     assert main(["merge", "--model", str(out), *lora]) == 0
     assert main(["generate", "--model", str(out), "--prompt", "x", "--device", "cpu"]) == 2
     assert "is a control model (x_embedder takes 128 inputs): give --control_image" in capsys.readouterr().err
+    config_file = tmp_path / "run.yaml"
+    config_file.write_text(
+        f"name: x\nmodel: {{name_or_path: {out}}}\ndatasets: [{{folder_path: {tmp_path}}}]\n"
+    )
+    assert main(["train", str(config_file), "--set", "device=cpu"]) == 2
+    assert "only generate and merge take such a model" in capsys.readouterr().err
+    distill = ["train-flux-lightning", "--pretrained_teacher_model", str(out), "--data_path", str(tmp_path)]
+    assert main([*distill, "--output_dir", str(tmp_path / "run")]) == 2
+    assert "only generate and merge take such a model" in capsys.readouterr().err
 
 
 def test_generate_draws_after_a_picture(tmp_path, capsys, pipeline, picture):
@@ -236,8 +244,8 @@ def test_generate_draws_after_a_picture(tmp_path, capsys, pipeline, picture):
          "of this model 64): give --control_image"),
         ("split_kohya", "edges.png", "sees no picture (x_embedder takes 64 inputs): add a control LoRA"),
         (None, "edges.png", "sees no picture (x_embedder takes 64 inputs): add a control LoRA"),
-        ("control_bfl", "none.png", "none.png cannot be read ([Errno 2]"),
-        ("control_bfl", "text.png", "text.png cannot be read (cannot identify"),
+        ("control_bfl", "none.png", "none.png cannot be read as a picture: [Errno 2]"),
+        ("control_bfl", "text.png", "text.png cannot be read as a picture: cannot identify"),
         ("fill", "edges.png", "is a Fill LoRA: its x_embedder takes 384 inputs, that of this model 64"),
     ],
 )  # fmt: skip
