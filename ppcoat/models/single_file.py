@@ -24,6 +24,7 @@ from ppcoat.errors import ConfigError
 from ppcoat.models.flux.original_names import part_of, renamed, told_config
 from ppcoat.models.gguf_files import PLAIN, is_gguf, read_gguf
 from ppcoat.models.tensor_files import (
+    PICKLES,
     FilePart,
     TensorInfo,
     map_tensor,
@@ -34,7 +35,6 @@ from ppcoat.models.tensor_files import (
 _log = logging.getLogger(__name__)
 Tensors = dict[str, TensorInfo]
 
-PICKLES = (".ckpt", ".pth", ".pt", ".bin", ".pkl", ".pdparams")
 # What ComfyUI puts before a component's names -> the component; the longest that fits counts.
 _PREFIXES = {
     "text_encoders.clip_l.transformer.": "text_encoders.clip_l",

@@ -27,7 +27,9 @@ _NUMPY = {
     **{"I64": np.int64, "I32": np.int32, "U8": np.uint8, "BOOL": np.bool_},
 }
 FP8 = ("F8_E4M3", "F8_E5M2")  # as safetensors names them
+_AT_ONCE = 2**18  # FP8 codes: NumPy makes eight bytes of each to look up its value
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pdparams")
 # How a file begins that is no safetensors file (spaces left out, small letters) -> what it is.
 _BEGINNINGS = [
     (
@@ -74,14 +76,12 @@ class TensorInfo(NamedTuple):
 @dataclass(frozen=True, eq=False)
 class FilePart:
     """What a component folder is, found in one file: the config (of its config.json) and where the tensors
-    lie, under the names that they have in a folder. part: the component's name; about: what the file is.
-    Path(...) of it is the file."""
+    lie, under the names that they have in a folder. part: the component's name. Path() of it is the file."""
 
     file: Path
     part: str
     config: dict
     tensors: Mapping[str, TensorInfo]
-    about: str = ""
 
     def __fspath__(self) -> str:
         return str(self.file)
@@ -234,7 +234,12 @@ def _read(info: TensorInfo) -> np.ndarray:
     codes = np.memmap(info.file, np.uint8, "r", info.start, (info.shape[0], _row_bytes(info)))
     if info.stored in FP8:
         table = _fp8_values(info.stored)
-        return (table if info.scale == 1 else table * np.float32(info.scale))[codes].reshape(info.shape)
+        table = table if info.scale == 1 else table * np.float32(info.scale)
+        values = np.empty(codes.shape, np.float32)
+        some = max(1, _AT_ONCE // codes.shape[1])
+        for i in range(0, len(codes), some):
+            np.take(table, codes[i : i + some], out=values[i : i + some], mode="clip")
+        return values.reshape(info.shape)
     return gguf_files.decoded(np.asarray(codes), info.stored).reshape(info.shape)
 
 
