@@ -107,7 +107,7 @@ def _by_component(file: Path) -> dict[str, Tensors]:
             for name, each in blocks.items()
         }
         formats: Mapping[str, dict] = {}
-        if architecture not in ("", "flux", "t5", "t5encoder", "clip"):
+        if architecture not in ("", "flux", "t5", "t5encoder"):
             raise ConfigError(f"{file} is a GGUF file of {architecture!r}, wanted flux: take FLUX.1's")
     else:
         tensors, metadata = read_header_and_metadata(file)

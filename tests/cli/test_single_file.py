@@ -1,4 +1,4 @@
-"""`merge` where the model is one file: a folder comes out, with the values of the file and what was added."""
+"""`inspect` and `merge` of a base model in one file: what it holds; the folder that comes out."""
 
 import json
 from pathlib import Path
@@ -88,3 +88,14 @@ def test_what_is_missing_is_told_in_one_line(tmp_path, capsys):
     said = capsys.readouterr().err
     assert said.startswith("error: ") and said.count("\n") == 1
     assert "but no text_encoder, text_encoder_2, tokenizer, tokenizer_2, vae: set --text_encoders (" in said
+
+
+def test_inspect_says_what_a_base_model_holds_and_lacks(capsys):
+    assert main(["inspect", str(FOLDER / "comfy_all_in_one_fp8.safetensors")]) == 0
+    said = capsys.readouterr().out.splitlines()
+    stored = load_file(FOLDER / "flux_bfl_bf16.safetensors").values()
+    values = sum(tensor.size for tensor in stored)
+    assert f"transformer     {values:,} values in tensors of 98 F8_E4M3" in said
+    assert said[-1] == "lacks           scheduler, tokenizer, tokenizer_2"
+    assert main(["inspect", str(FOLDER / "flux_Q4_0.gguf")]) == 0
+    assert "values in tensors of 62 F32, 33 Q4_0, 3 F16" in capsys.readouterr().out
