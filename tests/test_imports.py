@@ -18,7 +18,7 @@ ALLOWED = {
     "nn": ("fp8",),
     "optim": ("fp8",),
     "models": ("nn",),
-    "lora": ("nn",),
+    "lora": ("nn", "models.tensor_files"),
     "data": ("config",),
     "infer": ("models", "lora", "data", "config.flags"),
     "coat": ("config", "lora", "nn", "optim", "models.blocks"),

@@ -138,7 +138,7 @@ def recorded_gradients(
         changes += ["coat.enabled=false", "sample.prompts=[]"]
         config = load_config(str(CONFIG), changes)
         garments.write_folder(data, PICTURES, DATA_SEED, config.data.resolution, MOTIF, "[trigger] ")
-        pipeline = FluxPipeline.from_pretrained(config.model.name_or_path)
+        pipeline = FluxPipeline.from_pretrained(config.model.name_or_path, **config.model.beside)
         examples = all_examples(scan_datasets(config))
         spec = FluxSpec()
         cache = encode_dataset(spec, config, examples, pipeline)

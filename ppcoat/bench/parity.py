@@ -126,7 +126,7 @@ def trained(config: RunConfig) -> dict[str, float]:
 def rate_of(config: RunConfig, samples: int) -> float:
     """Share of pictures with the motif, drawn with the LoRA of a finished run."""
     set_device(config.device)
-    pipeline = FluxPipeline.from_pretrained(config.model.name_or_path)
+    pipeline = FluxPipeline.from_pretrained(config.model.name_or_path, **config.model.beside)
     pipeline.load_lora_weights(config.run_dir / f"{config.name}.safetensors")
     prompts = [f"{config.trigger_word} {garment.caption}" for garment in held_out_garments(samples)]
     return motif_rate(draw_prompts(pipeline, prompts, config))

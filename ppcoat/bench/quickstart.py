@@ -27,6 +27,7 @@ from ppcoat.data import garments
 from ppcoat.device import set_device, tune_host
 from ppcoat.errors import ConfigError
 from ppcoat.infer.garment_scores import GarmentClassifier, classify, held_out_garments
+from ppcoat.models.flux.files import FluxFiles
 from ppcoat.models.flux.pipeline import FluxPipeline
 from ppcoat.models.loading import check_folder
 from ppcoat.train.run import train_lora
@@ -69,7 +70,10 @@ def quickstart(config_file: str, overrides: list[str], samples: int) -> None:
     without = load_config(
         config_file, [*overrides, f"name={with_coat.name}_off", "coat.enabled=false", "sample.sample_every=0"]
     )
-    check_folder(with_coat.model.name_or_path, "model.name_or_path")  # before earlier results are removed
+    model = with_coat.model
+    check_folder(
+        FluxFiles.found(model.name_or_path, "model.name_or_path", **model.beside)
+    )  # before any removal
     folder = Path(with_coat.output_dir)
     for config in (with_coat, without):
         remove_earlier(config.run_dir, "config.yaml")
@@ -125,7 +129,7 @@ def draw_and_score(config: RunConfig, lora_file: Path, samples: int) -> tuple[di
 def _draw_sets(config: RunConfig, lora_file: Path, start: int, stop: int) -> dict[str, list[Image.Image]]:
     """Pictures `start` to `stop` of three sets: the LoRA off, on, and on without the trigger word."""
     set_device(config.device)
-    pipeline = FluxPipeline.from_pretrained(config.model.name_or_path)
+    pipeline = FluxPipeline.from_pretrained(config.model.name_or_path, **config.model.beside)
     pipeline.set_progress_bar_config(desc="drawing")
     captions = [garment.caption for garment in held_out_garments(stop)[start:]]
     with_trigger = [f"{config.trigger_word} {caption}" for caption in captions]

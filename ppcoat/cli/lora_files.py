@@ -1,4 +1,4 @@
-"""Two commands on LoRA files of FLUX.
+"""Two commands on LoRA files of FLUX; the first knows base models in one file, too.
 
     python -m ppcoat inspect lora.safetensors
     python -m ppcoat convert lora.safetensors lora_kohya.safetensors --format kohya
@@ -12,9 +12,10 @@ found by its keys.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,9 @@ from ppcoat.lora.header import OF_TENSORS
 from ppcoat.lora.keys import clean
 from ppcoat.lora.parse import described
 from ppcoat.lora.writing import FORMATS, LORA_DTYPES
+from ppcoat.models.flux.files import FLUX_COMPONENTS
+from ppcoat.models.single_file import components_in
+from ppcoat.models.tensor_files import FilePart
 
 SHOWN_PATHS = 10
 INPUTS = {128: ": a control LoRA (Canny, Depth) of FLUX.1", 384: ": a Fill LoRA of FLUX.1"}
@@ -36,7 +40,7 @@ NOTABLE_ERROR = 0.01
 class InspectFlags:
     """Settings of `inspect`."""
 
-    file: Path = flag("LoRA file, .safetensors, or folder", positional=True)
+    file: Path = flag("LoRA file, .safetensors, or folder; or a base model in one file", positional=True)
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,22 @@ def add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_inspect(arguments: argparse.Namespace) -> None:
     file = from_flags(InspectFlags, arguments).file
-    print(describe(file, read_lora_file(file, incomplete_too=True)))
+    try:
+        parts = components_in(file) if file.is_file() else {}
+    except ConfigError:  # the reader of LoRAs says what else it is
+        parts = {}
+    print(describe_model(file, parts) if parts else describe(file, read_lora_file(file, incomplete_too=True)))
+
+
+def describe_model(file: Path, parts: Mapping[str, FilePart]) -> str:
+    """The table of a base model in one file: its components, and those that it lacks."""
+    rows = [("file", f"{file} ({file.stat().st_size / 1e6:.1f} MB)")]
+    for name, part in parts.items():
+        infos = part.tensors.values()
+        stored = Counter(info.stored or info.dtype for info in infos)
+        kinds = ", ".join(f"{count} {kind}" for kind, count in stored.most_common())
+        rows.append((name, f"{sum(math.prod(info.shape) for info in infos):,} values in tensors of {kinds}"))
+    return _table([*rows, ("lacks", ", ".join(name for name in FLUX_COMPONENTS if name not in parts))])
 
 
 def describe(file: Path, lora: LoRAFile) -> str:
@@ -80,6 +99,10 @@ def describe(file: Path, lora: LoRAFile) -> str:
     rows += [("note", note) for note in lora.notes]
     rows.append(("header", f"{len(lora.header)} fields"))
     rows += [(f"  {clean(key)}", clean(text)) for key, text in sorted(lora.header.items())]
+    return _table(rows)
+
+
+def _table(rows: Sequence[tuple[str, str]]) -> str:
     width = max(12, *(len(name) for name, _ in rows)) + 2
     return "\n".join(f"{name:{width}s}{text}" for name, text in rows)
 

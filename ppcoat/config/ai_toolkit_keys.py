@@ -287,10 +287,10 @@ _MODEL: dict[str, Treatment] = {
     "model.split_model_over_gpus": Refuse("the model stays on one device; set it to false"),
     "model.lora_path": Refuse("no other LoRA is loaded; merge it into the base folder first", (None,)),
     "model.inference_lora_path": Refuse("no other LoRA is loaded for previews; leave it out", (None,)),
-    **dict.fromkeys(
-        ("model.vae_path", "model.te_name_or_path", "model.extras_name_or_path", "model.unet_path"),
-        Refuse("put it into the folder model.name_or_path", (None,)),
-    ),
+    "model.vae_path": Honour("model.vae", null=True),
+    "model.te_name_or_path": Honour("model.text_encoders", null=True),
+    "model.extras_name_or_path": Honour("model.tokenizers", null=True),  # a FLUX folder gives all that lacks
+    "model.unet_path": Refuse("make it model.name_or_path, and the folder text_encoders", (None,)),
     "model.model_kwargs": Refuse("there is nothing to pass on; leave it out", (None, {})),
     "model.quantize_kwargs": Refuse("all Linears of the blocks are stored in FP8; leave it out",
                                     (None, {}, {"exclude": []})),

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from ppcoat.config.base import TINY_FLUX, PathText
+from ppcoat.config.base import TINY_FLUX, PathText, PathTexts
 from ppcoat.config.explain import came_and_wanted
 from ppcoat.config.schema import BucketRule, PolicyName, RunConfig
 from ppcoat.config.training_sections import LoRAFormat
@@ -56,8 +56,18 @@ class LightningConfig(BaseModel):
                            "with file_list_path, folder of LAION shards")  # fmt: skip
     file_list_path: PathText | None = Field(None, description="text file that names the shards, one per line")
     pretrained_teacher_model: PathText = Field(
-        TINY_FLUX, description="folder of a FLUX pipeline in the diffusers layout"
+        TINY_FLUX, description="folder of a FLUX pipeline in the diffusers layout, or a FLUX file"
     )  # fmt: skip
+    text_encoders: PathTexts = Field(
+        (), description="where CLIP and T5 are that a FLUX file lacks: a FLUX folder, or a file for each"
+    )
+    vae: PathText | None = Field(
+        None, description="where the autoencoder is that a FLUX file lacks: a FLUX folder, or a file"
+    )
+    tokenizers: PathTexts = Field(
+        (),
+        description="where the tokenizers are, if not in one of these: a FLUX folder, or a folder for each",
+    )
     output_dir: PathText = Field(
         "outputs/lora_flux_lightning", min_length=1, description="folder of the run's folder"
     )
@@ -243,6 +253,9 @@ class LightningConfig(BaseModel):
             "device": self.device,
             "model": {
                 "name_or_path": self.pretrained_teacher_model,
+                "text_encoders": self.text_encoders,
+                "vae": self.vae,
+                "tokenizers": self.tokenizers,
                 "dtype": "float32" if exact else "auto",
                 "quantize": self.fp8_base,
                 "blocks_to_swap": self.blocks_to_swap,

@@ -40,6 +40,7 @@ from ppcoat.distill.trainer import (
 )
 from ppcoat.errors import ConfigError
 from ppcoat.fp8 import backend
+from ppcoat.models.flux.files import FluxFiles
 from ppcoat.models.flux.pipeline import FluxPipeline
 from ppcoat.models.flux.scheduler import calculate_shift
 from ppcoat.models.loading import check_folder
@@ -74,7 +75,10 @@ def train_flux_lightning(config: LightningConfig) -> TrainingResult:
     """The whole run, on all ranks that paddle.distributed.launch started. Raises ConfigError for wrong inputs
     before any model is loaded."""
     spec, run = OneByOne(), config.run_config(config.data_path)
-    check_folder(config.pretrained_teacher_model, "--pretrained_teacher_model")
+    teacher = FluxFiles.found(
+        config.pretrained_teacher_model, "--pretrained_teacher_model", **run.model.beside
+    )
+    check_folder(teacher)
     spec.check(run)
     _check_fresh(config, run)
     set_device(config.device)

@@ -16,6 +16,7 @@ import paddle
 from safetensors import SafetensorError, safe_open
 
 from ppcoat.errors import ConfigError
+from ppcoat.models.tensor_files import PICKLES, what_it_is
 
 from .header import ADAPTER_METADATA, ROTATIONS
 from .keys import clean, whole_model
@@ -25,29 +26,7 @@ SHOWN_KEYS = 5
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"  # of an adapter directory
 _USUAL_NAMES = (WEIGHTS, "pytorch_lora_weights.safetensors", "paddle_lora_weights.safetensors")
 _PEFT_TYPES = ("LORA", "LOKR", "LOHA", "LYCORIS")  # peft_type of kinds with an alpha; NewBie's trainer's last
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pdparams")
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # of LoRAs, as safetensors names them
-_BEGINNINGS = [  # of a file that is no safetensors file, spaces left out and in small letters
-    (
-        rb"<[!?/a-z]",
-        "a web page, saved under this name: the download asked for a login or a click; fetch it again",
-    ),
-    (
-        rb"version https://git-lfs",
-        "a Git LFS pointer, not the file itself: run `git lfs pull`, or download it again",
-    ),
-    (rb"[{\[]", "a text (JSON), not tensors: what a server answered in place of the file; fetch it again"),
-    (
-        rb"\x80[\x02-\x05]|pk\x03\x04.{26,200}data\.pkl",
-        "a pickle under another name, and reading it can run code: convert it to .safetensors",
-    ),
-    (rb"gguf", "a GGUF file, wanted a .safetensors"),
-    (rb"pk\x03\x04|\x1f\x8b|rar!|7z\xbc\xaf|.{257}ustar", "an archive under another name: unpack it"),
-    (rb"\x89png|\xff\xd8\xff|gif8|riff.{4}webp", "a picture, saved under this name: fetch the file itself"),
-    (rb"\0*$", "all zeros: the download stopped before it began; fetch it again"),
-    (rb"[ -~\s]{1,512}$", "a text, what a server answered in place of the file; fetch it again"),
-]
-_BOM = b"\xef\xbb\xbf"
 _HOLDING_HEADER = re.compile(rb"^.{8}\{", re.DOTALL)
 
 
@@ -196,15 +175,11 @@ def _read_config(file: Path) -> dict:
 
 def _refuse_unreadable(file: Path, error: Exception) -> None:
     """Raises ConfigError that says what a file is which safetensors could not open with `error`."""
-    size = file.stat().st_size
-    if size == 0:
-        raise ConfigError(f"{file} is empty: the download failed; fetch it again") from error
+    what, size = what_it_is(file), file.stat().st_size
+    if what is not None:
+        raise ConfigError(f"{file} is {what}") from error
     with file.open("rb") as stream:
-        start = stream.read(512)
-    for beginning, what in _BEGINNINGS:
-        if re.match(beginning, start.removeprefix(_BOM).lstrip(b" \t\r\n").lower(), re.DOTALL):
-            raise ConfigError(f"{file} is {what}") from error
-    cut = ": it is cut off, or other bytes were added" if _HOLDING_HEADER.match(start) else ""
+        cut = ": it is cut off, or other bytes were added" if _HOLDING_HEADER.match(stream.read(9)) else ""
     raise ConfigError(
         f"{file} is not a whole safetensors file{cut} ({size} bytes; {error}): fetch it again"
     ) from error

@@ -24,6 +24,7 @@ from ppcoat.errors import ConfigError
 from ppcoat.models.flux.original_names import part_of, renamed, told_config
 from ppcoat.models.gguf_files import PLAIN, is_gguf, read_gguf
 from ppcoat.models.tensor_files import (
+    PICKLES,
     FilePart,
     TensorInfo,
     map_tensor,
@@ -34,7 +35,6 @@ from ppcoat.models.tensor_files import (
 _log = logging.getLogger(__name__)
 Tensors = dict[str, TensorInfo]
 
-PICKLES = (".ckpt", ".pth", ".pt", ".bin", ".pkl", ".pdparams")
 # What ComfyUI puts before a component's names -> the component; the longest that fits counts.
 _PREFIXES = {
     "text_encoders.clip_l.transformer.": "text_encoders.clip_l",
@@ -107,7 +107,7 @@ def _by_component(file: Path) -> dict[str, Tensors]:
             for name, each in blocks.items()
         }
         formats: Mapping[str, dict] = {}
-        if architecture not in ("", "flux", "t5", "t5encoder", "clip"):
+        if architecture not in ("", "flux", "t5", "t5encoder"):
             raise ConfigError(f"{file} is a GGUF file of {architecture!r}, wanted flux: take FLUX.1's")
     else:
         tensors, metadata = read_header_and_metadata(file)

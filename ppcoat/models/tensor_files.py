@@ -31,24 +31,31 @@ _NUMPY = {
     **{"I64": np.int64, "I32": np.int32, "U8": np.uint8, "BOOL": np.bool_},
 }
 FP8 = ("F8_E4M3", "F8_E5M2")  # as safetensors names them
+_AT_ONCE = 2**18  # FP8 codes: NumPy makes eight bytes of each to look up its value
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pdparams")
 # How a file begins that is no safetensors file (spaces left out, small letters) -> what it is.
 _BEGINNINGS = [
     (
-        rb"<(!doctype|html|\?xml|head)",
-        "a web page, saved under this name: the download asked for a login or a click",
+        rb"<[!?/a-z]",
+        "a web page, saved under this name: the download asked for a login or a click; fetch it again",
     ),
     (
         rb"version https://git-lfs",
         "a Git LFS pointer, not the file itself: run `git lfs pull`, or download it again",
     ),
-    (rb"[{\[]", "a text (JSON), not tensors: what a server answered in place of the file"),
+    (rb"[{\[]", "a text (JSON), not tensors: what a server answered in place of the file; fetch it again"),
     (
-        rb"\x80[\x02-\x05]|pk\x03\x04",
+        rb"\x80[\x02-\x05]|pk\x03\x04.{26,200}data\.pkl",
         "a pickle under another name, and reading it can run code: convert it to .safetensors",
     ),
     (rb"gguf", "a GGUF file, wanted a .safetensors"),
+    (rb"pk\x03\x04|\x1f\x8b|rar!|7z\xbc\xaf|.{257}ustar", "an archive under another name: unpack it"),
+    (rb"\x89png|\xff\xd8\xff|gif8|riff.{4}webp", "a picture, saved under this name: fetch the file itself"),
+    (rb"\0*$", "all zeros: the download stopped before it began; fetch it again"),
+    (rb"[ -~\s]{1,512}$", "a text, what a server answered in place of the file; fetch it again"),
 ]
+_BOM = b"\xef\xbb\xbf"
 
 _log = logging.getLogger(__name__)
 
@@ -80,14 +87,12 @@ class TensorInfo(NamedTuple):
 @dataclass(frozen=True, eq=False)
 class FilePart:
     """What a component folder is, found in one file: the config (of its config.json) and where the tensors
-    lie, under the names that they have in a folder. part: the component's name; about: what the file is.
-    Path(...) of it is the file."""
+    lie, under the names that they have in a folder. part: the component's name. Path() of it is the file."""
 
     file: Path
     part: str
     config: dict
     tensors: Mapping[str, TensorInfo]
-    about: str = ""
 
     def __fspath__(self) -> str:
         return str(self.file)
@@ -215,8 +220,8 @@ def what_it_is(file: Path) -> str | None:
     if not file.stat().st_size:
         return "empty: the download failed; fetch it again"
     with file.open("rb") as stream:
-        start = stream.read(512).lstrip().lower()
-    return next((what for beginning, what in _BEGINNINGS if re.match(beginning, start)), None)
+        start = stream.read(512).removeprefix(_BOM).lstrip(b" \t\r\n").lower()
+    return next((what for beginning, what in _BEGINNINGS if re.match(beginning, start, re.DOTALL)), None)
 
 
 def check_there(folder: Path, setting: str) -> None:
@@ -286,7 +291,12 @@ def _read(info: TensorInfo) -> np.ndarray:
     codes = np.memmap(info.file, np.uint8, "r", info.start, (info.shape[0], _row_bytes(info)))
     if info.stored in FP8:
         table = _fp8_values(info.stored)
-        return (table if info.scale == 1 else table * np.float32(info.scale))[codes].reshape(info.shape)
+        table = table if info.scale == 1 else table * np.float32(info.scale)
+        values = np.empty(codes.shape, np.float32)
+        some = max(1, _AT_ONCE // codes.shape[1])
+        for i in range(0, len(codes), some):
+            np.take(table, codes[i : i + some], out=values[i : i + some], mode="clip")
+        return values.reshape(info.shape)
     return gguf_files.decoded(np.asarray(codes), info.stored).reshape(info.shape)
 
 

@@ -21,7 +21,7 @@ from PIL import Image
 
 from ppcoat.atomic import remove_dead_drafts
 from ppcoat.coat import chosen_modules
-from ppcoat.config.schema import NetworkConfig, PreviewConfig, RunConfig, TrainConfig
+from ppcoat.config.schema import ModelConfig, NetworkConfig, PreviewConfig, RunConfig, TrainConfig
 from ppcoat.data.cache import Encoders, TrainingCache, folder_identity
 from ppcoat.device import compute_dtype
 from ppcoat.errors import ConfigError
@@ -48,6 +48,7 @@ TEXT_NAMES = ("cap_feats", "cap_mask", "clip_text_pooled")
 _OF_FLUX = (
     ("train", TrainConfig, ("timestep_type", "cfg_scale", "loss_type")),
     ("network", NetworkConfig, ("double_blocks", "single_blocks")),
+    ("model", ModelConfig, ("text_encoders", "vae", "tokenizers")),
 )
 
 

@@ -76,6 +76,9 @@ HONOURED = [
     ("train.ema_config.ema_decay", "0.99", "train.ema.ema_decay", 0.99),
     ("train.validation_config", "{validation_sigmas: [0.5]}", "train.validation.sigmas", (0.5,)),
     ("model.name_or_path", "flux", "model.name_or_path", "flux"),
+    ("model.vae_path", "ae", "model.vae", "ae"),
+    ("model.te_name_or_path", "dev", "model.text_encoders", ("dev",)),
+    ("model.extras_name_or_path", "dev", "model.tokenizers", ("dev",)),
     ("model.dtype", "bf16", "model.dtype", "bfloat16"),
     ("model.quantize", "true", "model.quantize", True),
     ("sample.sample_every", "5", "sample.sample_every", 5),
@@ -154,8 +157,6 @@ REFUSED = [
     ("model.qtype_te", "uint3|a.st", "qfloat8"), ("model.assistant_lora_path", "a", "null"),
     ("model.attn_masking", "true", "false"), ("model.split_model_over_gpus", "true", "false"),
     ("model.lora_path", "a", "null"), ("model.inference_lora_path", "a", "null"),
-    ("model.vae_path", "a", "null"),
-    ("model.te_name_or_path", "a", "null"), ("model.extras_name_or_path", "a", "null"),
 ]  # fmt: skip
 REFUSED += [(f"train.{switch}", "true", "false") for switch in (
     "do_differential_guidance", "do_guidance_loss", "do_prior_divergence", "do_cfg", "do_random_cfg",

@@ -12,7 +12,6 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from ppcoat.errors import ConfigError
-from ppcoat.models import gguf_files
 from ppcoat.models.flux.files import FluxFiles
 from ppcoat.models.flux.original_names import told_config
 from ppcoat.models.flux.pipeline import FluxPipeline
@@ -95,14 +94,6 @@ def test_a_forward_pass_is_that_of_diffusers(refs, file):
         out = model(**inputs, txt_ids=paddle.zeros([7, 3])).sample
     wanted = refs["out" if group == "bfl" else f"{group}/out"]
     np.testing.assert_allclose(out.numpy(), wanted, rtol=0, atol=2e-5)
-
-
-@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "Q2_K", "Q3_K", "Q4_K",
-                                  "Q5_K", "Q6_K", "IQ4_XS"])  # fmt: skip
-def test_blocks_of_gguf_are_those_of_llama_cpp(refs, kind):
-    rows, wanted = refs[f"blocks/{kind}/bytes"], refs[f"blocks/{kind}/values"]
-    assert gguf_files.row_bytes(wanted.shape[1], kind) == rows.shape[1]
-    np.testing.assert_allclose(gguf_files.decoded(rows, kind), wanted, rtol=1e-6 if "K" in kind else 0)
 
 
 @pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
@@ -339,6 +330,10 @@ def test_what_is_missing_is_named_with_what_to_do():
     with pytest.raises(ConfigError, match="nowhere is not there: give a local file or folder"):
         FluxFiles.found(SCALED, vae="nowhere")
     with pytest.raises(
+        ConfigError, match="no model file a.gguf: none is downloaded; set --model to a local file"
+    ):
+        FluxFiles.found("a.gguf", "--model")
+    with pytest.raises(
         ConfigError, match="hold vae, but no scheduler and no transformer: set the model to a FLUX"
     ):
         check_folder(FluxFiles.found(FULL / "vae"))
@@ -358,9 +353,3 @@ def test_tensors_of_no_component_are_left_out_with_a_word(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         assert list(components_in(file, [FOLDER])) == ["transformer"]
     assert "1 tensors of no component of FLUX are left out, e.g. model_ema.decay" in caplog.text
-
-
-def test_a_missing_gguf_package_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "gguf", None)
-    with pytest.raises(ConfigError, match="read by the package gguf: pip install gguf"):
-        components_in(FOLDER / "flux_Q4_0.gguf")

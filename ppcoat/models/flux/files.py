@@ -76,20 +76,22 @@ class FluxFiles:
 
         Transformer and scheduler are the base's (a base without scheduler gets FLUX.1-dev's, or schnell's if
         it takes no guidance). Another component is that of the place given for it, else the base's, else that
-        of any other place, else that of the folder in which a base file lies. A place is a file, the folder
-        of a component, or a folder with such folders in it. config: folder with config.json files, which say
-        what the tensors of a file do not tell. Raises ConfigError for a place that is not there or holds
-        nothing of what it was given for, and for files of something else.
+        of any other place, else that of the FLUX folder in which a base file lies. A place is a file, the
+        folder of a component, or a folder with such folders in it. config: folder with config.json files,
+        which say what the tensors of a file do not tell. Raises ConfigError for a place that is not there or
+        holds nothing of what it was given for, and for files of something else.
         """
         if isinstance(base, FluxFiles):
             return base
         base = Path(base)
+        if base.suffix in (".safetensors", ".gguf") and not base.exists():
+            raise ConfigError(f"no model file {base}: none is downloaded; set {setting} to a local file")
         if not base.is_file():
             check_there(base, setting)
         given = {"text_encoders": _paths(text_encoders), "vae": _paths(vae), "tokenizers": _paths(tokenizers)}
         others = [place for places in given.values() for place in places]
-        around = [base.parent] if base.is_file() else []
-        configs = [*_paths(config), *others, *around]
+        around = [base.parent] if base.is_file() and (base.parent / "model_index.json").is_file() else []
+        configs = [*_paths(config), *others, *([base.parent] if base.is_file() else ())]
         held = {place: _held(place, configs) for place in (base, *others)}
         held |= {place: _folders_in(place) for place in around}
         for key, places in given.items():
