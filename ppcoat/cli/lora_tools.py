@@ -40,6 +40,13 @@ from .lora_files import carried_fields, counts, stored_dtype
 from .merge import strengths
 
 ENCODERS = (CLIP, T5)
+# What a folder's JSON file calls a pipeline or its transformer -> whether it is FLUX's, or else NewBie's.
+_OF_FLUX = {
+    "FluxPipeline": True,
+    "FluxTransformer2DModel": True,
+    "NewbiePipeline": False,
+    "nextdit_clip": False,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +92,9 @@ class CombineFlags(ReadFlags):
 class ExtractFlags(WriteFlags):
     """Settings of `lora extract`."""
 
-    base: Path = flag("folder of a FLUX or NewBie pipeline", positional=True, metavar="BASE")
+    base: Path = flag(
+        "folder of a FLUX or NewBie pipeline, or of its transformer", positional=True, metavar="BASE"
+    )
     tuned: Path = flag("the same model after training", positional=True, metavar="TUNED")
     output: Path = flag("file to write, .safetensors", positional=True, metavar="OUT")
     rank: int = flag("largest rank of a layer")
@@ -154,7 +163,8 @@ def run_extract(arguments: argparse.Namespace) -> None:
     aside: list[tuple[str, float]] = []
     for pair in pairs:
         for name, paths in pair.units(flags.format):
-            matrix = np.concatenate([pair.difference(f"{path}.weight") for path in paths])
+            matrix, *more = [pair.difference(f"{path}.weight") for path in paths]
+            matrix = np.concatenate([matrix, *more]) if more else matrix
             if matrix.any():
                 module, losses[name] = of_matrix(matrix, flags.rank)
                 found |= {(pair.part, path): each for path, each in in_parts(paths, module).items()}
@@ -186,8 +196,8 @@ def read_lora(path: Path, flags: ReadFlags) -> LoRAFile:
             raise ConfigError(f"{path} is {file.foreign}: give NewBie's folder with --model")
         check_known(file, str(path), flags.ignore_unknown)
     else:
-        is_flux = _pipeline_of(Path(flags.model)) == "FluxPipeline"
-        shapes = parameter_shapes(flags.model, TRANSFORMER, *(ENCODERS if is_flux else ()))
+        parts = (TRANSFORMER, *(ENCODERS if _is_flux(Path(flags.model)) else ()))
+        shapes = parameter_shapes(flags.model, *parts)
         file = read_fitting(path, shapes, None, flags.ignore_unknown)
     refused = [each for each in file.changes if each.parameter == "weight" and rank_of(each.kind) is None]
     if refused:
@@ -286,7 +296,12 @@ class Pair:
             (_, tensor), *_ = read_tensors({name: info}, self.linears)
             array = tensor.astype("float32").numpy()
             values.append(array.T if name in self.linears else array)
-        return values[0].astype("float64") - values[1]
+        difference = values[0].astype("float64") - values[1]
+        if not np.isfinite(difference).all():
+            raise ConfigError(
+                f"{name} holds NaN or infinity in {first.file} or {second.file}: use whole models"
+            )
+        return difference
 
 
 def pair_of(base: Path, tuned: Path, part: str) -> Pair:
@@ -300,23 +315,27 @@ def pair_of(base: Path, tuned: Path, part: str) -> Pair:
 
 
 def _infos_and_linears(folder: Path, part: str) -> tuple[dict[str, TensorInfo], set[str]]:
-    own = folder / part
+    own = folder / part if (folder / part).is_dir() else folder
     if part != TRANSFORMER:
         infos, reader = tensor_infos(own), KeyReader(None)
         named = {name: reader.read(f"{part}.{name.removesuffix('.weight')}.lora_A.weight") for name in infos}
         return infos, {name for name, key in named.items() if key and f"{key.name}.weight" == name}
-    if _pipeline_of(folder) == "FluxPipeline":
+    if _is_flux(folder):
         model, infos = unfilled(FluxTransformer2DModel, own)
         return infos, linear_weights(model)
     return tensor_infos(own), linear_weights(unfilled_nextdit(own))
 
 
-def _pipeline_of(folder: Path) -> str:
-    """The class in model_index.json. Raises ConfigError unless it is FLUX's or NewBie's."""
-    found = read_json(folder / "model_index.json", "wanted the folder of a pipeline").get("_class_name")
-    if found not in ("FluxPipeline", "NewbiePipeline"):
-        raise ConfigError(f"{folder} is a {found}, wanted a FluxPipeline or a NewbiePipeline")
-    return found
+def _is_flux(folder: Path) -> bool:
+    """Whether the folder of a pipeline, or of a transformer alone, is FLUX's. Raises ConfigError unless it is
+    that or NewBie's."""
+    alone = not (folder / "model_index.json").is_file() and (folder / "config.json").is_file()
+    why = "wanted the folder of a FLUX or NewBie pipeline, or of its transformer"
+    config = read_json(folder / ("config.json" if alone else "model_index.json"), why)
+    found = config.get("model_type", config.get("_class_name"))
+    if found not in _OF_FLUX:
+        raise ConfigError(f"{folder} is of a {found}: {why}")
+    return _OF_FLUX[found]
 
 
 def check_rank(rank: int | None) -> None:

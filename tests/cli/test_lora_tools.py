@@ -247,6 +247,26 @@ def test_extract_reads_text_encoders_where_asked(tmp_path, out, capsys):
     np.testing.assert_allclose(found[f"text_encoder_2.{name}"], delta, atol=1e-6)
 
 
+def test_extract_takes_folders_of_transformers_and_names_numbers_that_are_none(tmp_path, out, capsys):
+    broken = "transformer_blocks.0.attn.to_k.weight"
+    folder = tuned(tmp_path / "tuned", FLUX, "transformer",
+                   lambda name, values: values * (np.nan if name == broken else 1))  # fmt: skip
+    for base, other in ((FLUX, folder), (FLUX / "transformer", folder / "transformer")):
+        assert main(["lora", "extract", str(base), str(other), str(out), "--rank", "1"]) == 2
+        assert f"{broken} holds NaN or infinity in" in one_line(capsys)
+    assert main(["lora", "extract", str(FLUX / "vae"), str(FLUX), str(out), "--rank", "1"]) == 2
+    assert "vae is of a AutoencoderKL: wanted the folder of a FLUX or NewBie pipeline" in one_line(capsys)
+
+
+def test_adapters_of_two_models_are_not_added_up(tmp_path, out, capsys):
+    small = tmp_path / "small.safetensors"
+    key = "transformer.transformer_blocks.0.attn.to_q.lora_{}.weight"
+    factors = {key.format("A"): np.ones([2, 32], "float32"), key.format("B"): np.ones([32, 2], "float32")}
+    save_file(factors, small)
+    assert main(["lora", "combine", str(small), str(ADAPTERS / "split_peft"), str(out)]) == 2
+    assert "attn.to_q is for weights [32, 32] and [64, 64]: give adapters of one model" in one_line(capsys)
+
+
 def test_extract_refuses_models_of_two_kinds(out, capsys):
     assert main(["lora", "extract", str(FLUX), str(NEWBIE), str(out), "--rank", "1"]) == 2
     assert "give two of one model" in one_line(capsys)
@@ -275,7 +295,19 @@ def test_newbies_adapters_are_read_with_its_folder(tmp_path, out, capsys):
 
     folder = tuned(tmp_path / "tuned", NEWBIE, "transformer", change)
     taken = tmp_path / "taken.safetensors"
-    assert main(["lora", "extract", str(NEWBIE), str(folder), str(taken), "--rank", "4"]) == 0
+    assert (
+        main(
+            [
+                "lora",
+                "extract",
+                *(str(each / "transformer") for each in (NEWBIE, folder)),
+                str(taken),
+                "--rank",
+                "4",
+            ]
+        )
+        == 0
+    )
     np.testing.assert_allclose(deltas(taken, paths)[name], before[name], atol=1e-6)
 
 

@@ -109,9 +109,9 @@ def test_what_depends_on_the_weight_or_is_no_matrix_has_no_rank():
     assert rank_of(IA3(np.ones(4, "float32"), False)) is None
 
 
-@pytest.mark.parametrize(("power", "worse"), [(0.0, 0.01), (-0.5, 1e-3), (-1.0, 1e-5)])
+@pytest.mark.parametrize(("power", "worse"), [(-0.25, 2e-3), (-0.5, 2e-4), (-1.0, 1e-5)])
 def test_a_large_matrix_is_cut_nearly_as_well_as_by_its_whole_svd(rng, power, worse):
-    """Singular values i ** power: from noise, which has none that stand out, to a fast decay."""
+    """Singular values i ** power: from a slow to a fast decay."""
     u, v = (np.linalg.qr(rng.standard_normal([side, 560]))[0] for side in (560, 640))
     s = np.arange(1.0, 561) ** power
     matrix = (u * s) @ v.T

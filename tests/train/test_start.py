@@ -3,6 +3,7 @@ rank and alpha are, or what was lost is told; what a run does not train is named
 
 import json
 import shutil
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,6 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from ppcoat.cli.main import main
 from ppcoat.coat import COATTrainer, prepare
 from ppcoat.config.load import load_config
 from ppcoat.config.newbie import load_newbie_config
@@ -19,6 +19,7 @@ from ppcoat.errors import ConfigError
 from ppcoat.lora import adapter_layers, read_lora_file
 from ppcoat.models.flux.pipeline import FluxPipeline
 from ppcoat.models.newbie.files import load_nextdit
+from ppcoat.train import run
 from ppcoat.train.base_model import adapter_start
 from ppcoat.train.checkpoint import load_latest
 from ppcoat.train.flux import FluxSpec
@@ -71,8 +72,7 @@ def config_of(make_config):
     return lambda file, *more: make_config(f"{KEY}={file}", f"network.targets={json.dumps(TARGETS)}", *more)
 
 
-@pytest.mark.parametrize("rank", [4, 6])
-@pytest.mark.parametrize("name", SPELLINGS)
+@pytest.mark.parametrize(("name", "rank"), zip(SPELLINGS, cycle((4, 6)), strict=False))
 def test_every_spelling_starts_at_the_delta_of_its_program(config_of, name, rank):
     """With a scale of the run's own, 3 / rank, and in a larger rank, too."""
     found, told = started(config_of(file_of(name), f"network.linear={rank}", "network.linear_alpha=3"))
@@ -126,43 +126,31 @@ def test_the_first_values_are_in_layers_mean_and_optimizer_and_draw_as_the_file_
 
 
 def test_a_run_that_goes_on_does_not_read_the_file_again_and_remembers_it(config_of, tmp_path, capfd):
-    source = tmp_path / "hat.safetensors"
+    """And one of another rank, which is refused, starts anew from what this one has trained."""
+    source, folder = tmp_path / "hat.safetensors", tmp_path / "run"
     shutil.copy(file_of("split_diffusers"), source)
-    config = config_of(source, "train.steps=1", "network.linear=4")
-    train_lora(config)
+    train_lora(config_of(source, "train.steps=1", "network.linear=4"))
     assert f"starting from {source}: LoRA on 14 layers" in capfd.readouterr().out
-    assert f"pretrained_lora_path: {source}" in (config.run_dir / "config.yaml").read_text()
     source.unlink()
-    for other, told in (
-        (f"{KEY}={source}", True),
-        (f"{KEY}=other.safetensors", True),
-        (f"{KEY}=null", False),
-    ):
-        steps = load_latest(config.run_dir).step + 1
-        train_lora(config_of(source, "network.linear=4", f"train.steps={steps}", other))
+    for steps, other in ((2, "other.safetensors"), (3, "null")):
+        train_lora(config_of(source, "network.linear=4", f"train.steps={steps}", f"{KEY}={other}"))
         shown = capfd.readouterr().out
-        assert ("is read at the start of a run only: this one goes on where it was" in shown) == told
-        assert "resuming from" in shown and "pretrained_lora_path" not in shown.partition("resuming from")[2]
-        assert f"pretrained_lora_path: {source}" in (config.run_dir / "config.yaml").read_text()
-        with safe_open(config.run_dir / "run.safetensors", framework="np") as content:
+        said = "is read at the start of a run only: this one goes on where it was" in shown
+        assert said == (other != "null")
+        assert "resuming from" in shown and KEY not in shown.partition("resuming from")[2]
+        assert f"pretrained_lora_path: {source}" in (folder / "config.yaml").read_text()
+        with safe_open(folder / "run.safetensors", framework="np") as content:
             assert content.metadata()["pretrained_lora"] == "hat.safetensors"
-
-
-def test_another_rank_is_refused_with_the_way_to_keep_the_training(make_config, capfd):
-    config = make_config("train.steps=1")
-    train_lora(config)
     with pytest.raises(ConfigError) as refused:
-        train_lora(make_config("train.steps=2", "network.linear=4"))
-    assert (
-        "network.linear was 2 in the checkpoint and is 4 now; set it back, or start a new run under another"
-        in str(refused.value)
+        train_lora(config_of(source, "network.linear=6"))
+    assert "network.linear was 4 in the checkpoint and is 6 now; set it back, or start a new" in str(
+        refused.value
     )
     assert KEY in str(refused.value)
-    source = config.run_dir / "run.safetensors"
-    found, told = started(make_config("name=larger", "network.linear=4", f"{KEY}={source}"))
-    for path, delta in of_file(source).items():
+    found, told = started(config_of(folder / "run.safetensors", "network.linear=6", "name=larger"))
+    for path, delta in of_file(folder / "run.safetensors").items():
         np.testing.assert_allclose(found[path], delta, atol=1e-7)
-    assert "step 1: LoRA on 39 layers; each delta-W as it is there" in told and "zero" not in told
+    assert "step 3: LoRA on 37 layers; each delta-W as it is there" in told and "zero" not in told
 
 
 @pytest.mark.parametrize(
@@ -229,19 +217,15 @@ def test_layers_of_zeros_start_anew(make_config, tmp_path):
     assert "27 more layers of this run start at zero" in start.told
 
 
-def test_the_dry_run_checks_the_file_and_takes_its_steps_from_there(make_config, tmp_path, write_run, capsys):
-    config = make_config()
-    file = tmp_path / "run.yaml"
-    flags = ["--dry_run", "--set", "network.pretrained_lora_partly=true", "--set"]
-    assert main(["train", str(file), *flags, f"{KEY}={file_of('dora')}"]) == 2
-    assert "it has DoRA" in capsys.readouterr().err
-    losses = []
-    for path in (file_of("split_kohya"), "null"):
-        assert main(["train", str(file), *flags, f"{KEY}={path}"]) == 0
-        shown = capsys.readouterr().out
-        assert ("starting from" in shown) == (path != "null")
-        losses.append(shown.partition("step 1: loss ")[2].split()[0])
-    assert losses[0] != losses[1] and not config.run_dir.exists()
+def test_the_dry_run_checks_the_file_and_takes_its_steps_from_there(make_config, monkeypatch, capsys):
+    made = []
+    monkeypatch.setattr(run, "adapter_start", lambda *given: made.append(adapter_start(*given)) or made[-1])
+    config = make_config(f"{KEY}={file_of('split_kohya')}", "network.pretrained_lora_partly=true")
+    next(run.dry_run(config))
+    assert "starting from" in capsys.readouterr().out and not config.run_dir.exists()
+    assert made[0].factors == {}  # the layers have them
+    with pytest.raises(ConfigError, match="it has DoRA"):
+        next(run.dry_run(make_config(f"{KEY}={file_of('dora')}")))
 
 
 def test_ai_toolkits_key_is_the_same(tmp_path):
