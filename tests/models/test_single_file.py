@@ -299,7 +299,7 @@ def test_what_is_no_flux_1_is_named(tmp_path, tensors, message):
         ("a.safetensors", b"<!DOCTYPE html><p>log in", "is a web page"),
         ("a.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a Git LFS pointer"),
         ("a.safetensors", b"", "is empty: the download failed; fetch it again"),
-        ("a.safetensors", b"PK\x03\x04" + b"\xff" * 40, "is a pickle under another name"),
+        ("a.safetensors", b"PK\x03\x04" + b"\xff" * 40 + b"model/data.pkl", "is a pickle under another name"),
         ("a.ckpt", b"PK\x03\x04", "is a pickle, and reading it can run code: convert it to .safetensors"),
         ("a.safetensors", BF16.read_bytes()[:-9], "its header speaks of"),
         ("a.safetensors", BF16.read_bytes()[:900], "is not a safetensors file or is cut off"),
