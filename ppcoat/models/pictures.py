@@ -87,6 +87,7 @@ def picture_seeds(batch: int, seed: int | None = None, generator: Any = None) ->
             )
         return [picture_seeds(1, None, each)[0] for each in generator]
     first = seed if seed is not None else _drawn_seed(generator)
+    first = int(first) if isinstance(first, np.integer) else first
     if not isinstance(first, int) or isinstance(first, bool) or first < 0:
         raise ConfigError(f"seed: came {first!r}, wanted a whole number from 0, or None for any")
     return [first + i for i in range(batch)]
@@ -96,7 +97,7 @@ def _drawn_seed(generator: Any) -> int:
     if isinstance(generator, list | tuple):
         (generator,) = generator
     if isinstance(generator, int | np.integer):
-        return int(generator)
+        return generator
     if isinstance(generator, np.random.Generator):
         return int(generator.integers(2**63))
     if generator is None or isinstance(generator, Generator):

@@ -112,7 +112,8 @@ def test_a_generator_is_followed(pipeline, make):
 
 def test_an_int_is_a_seed_and_of_a_list_each_is_a_pictures(pipeline):
     one, other = noise(pipeline, seed=4), noise(pipeline, seed=9)
-    np.testing.assert_array_equal(noise(pipeline, generator=4), one)
+    for given in ({"generator": 4}, {"generator": np.int64(4)}, {"seed": np.int64(4)}):
+        np.testing.assert_array_equal(noise(pipeline, **given), one)
     both = noise(pipeline, 2, generator=[4, 9])
     np.testing.assert_allclose(both, np.concatenate([one, other]), atol=1e-5)
     drawn = [np.random.default_rng(i).integers(2**63) for i in (1, 2)]
