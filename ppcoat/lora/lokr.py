@@ -21,18 +21,21 @@ from paddle import nn
 from ppcoat.errors import ConfigError
 from ppcoat.nn.linear import FrozenLinear, frozen_linear
 
+from .kinds import LoKr
+
 # A matrix is stored whole under the first name or as a product of the other two.
 FACTORS = {"lokr_w1": ("lokr_w1_a", "lokr_w1_b"), "lokr_w2": ("lokr_w2_a", "lokr_w2_b")}
 
 
 @dataclass(frozen=True)
 class LoKrSettings:
-    """rank: of w2; where it is not below half of w2's larger side, w2 is full. factor: largest side of w1,
-    -1 for any."""
+    """rank: of w2; where it is not below half of w2's larger side, or with `full`, w2 is full. factor:
+    largest side of w1, -1 for any."""
 
     rank: int
     alpha: float
     factor: int = -1
+    full: bool = False
 
     def __post_init__(self) -> None:
         if self.rank < 1 or not (math.isfinite(self.alpha) and self.alpha > 0):
@@ -144,9 +147,35 @@ def new_factors(width_in: int, width_out: int, settings: LoKrSettings, seed: int
         return rng.uniform(-bound, bound, [rows, columns]).astype("float32")
 
     w1 = {"lokr_w1": uniform(a, b)}
-    if rank >= max(c, d) / 2:
+    if settings.full or rank >= max(c, d) / 2:
         return w1 | {"lokr_w2": np.zeros([c, d], "float32")}
     return w1 | {"lokr_w2_a": uniform(c, rank), "lokr_w2_b": np.zeros([rank, d], "float32")}
+
+
+def lokr_norm(kind: LoKr) -> float:
+    """Frobenius norm of what a file's LoKr adds at strength 1."""
+    w1, w2 = _matrices(kind)
+    return float(np.linalg.norm(w1) * np.linalg.norm(w2))
+
+
+def lokr_difference(got: LoKr, want: LoKr) -> float:
+    """Relative error of what `got` adds: at most, the errors of both matrices added up."""
+    (w1, w2), (v1, v2) = _matrices(got), _matrices(want)
+    if (w1.shape, w2.shape) != (v1.shape, v2.shape):
+        return float("inf")
+    size = np.linalg.norm(v1) * np.linalg.norm(v2)
+    apart = np.linalg.norm(w1 - v1) * np.linalg.norm(w2) + np.linalg.norm(v1) * np.linalg.norm(w2 - v2)
+    return 0.0 if apart == 0 else float(apart / size) if size else float("inf")
+
+
+def _matrices(kind: LoKr) -> tuple[np.ndarray, np.ndarray]:
+    """w1, and w2 times the scale, float64."""
+    factors = {name: values.astype(np.float64) for name, values in kind.factors.items()}
+    w1, w2 = (
+        factors[name] if name in factors else factors[left] @ factors[right]
+        for name, (left, right) in FACTORS.items()
+    )
+    return w1, w2 * kind.scale
 
 
 def kronecker_sides(width: int, factor: int = -1) -> tuple[int, int]:

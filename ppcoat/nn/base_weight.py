@@ -16,6 +16,8 @@ from ppcoat.fp8.matmul import BLOCK, dequantize_blocks, quantize_blocks, scaled_
 
 from .saved_tensors import saver
 
+SQUARED_AT_ONCE = 4 * BLOCK  # rows of a weight
+
 
 def fp8_bytes(rows: int, columns: int) -> int:
     """Of an FP8Weight [rows, columns]: codes, and one float32 scale for each block."""
@@ -90,6 +92,22 @@ def times_transposed(dy: paddle.Tensor, weight: Weight, update: LowRank | None =
         return _in_fp8(dy, weight, True, None, update)
     dx = paddle.matmul(dy, _dense(weight, dy.dtype), transpose_y=True)
     return dx if update is None else dx.add_(paddle.matmul(*update, transpose_y=True))
+
+
+@paddle.no_grad()
+def column_squares(weight: Weight) -> paddle.Tensor:
+    """Sum of squares of each column of a weight [in, out], float32 [out]. A weight that waits in main memory
+    is read from there; beside it there are SQUARED_AT_ONCE rows in float32 at a time."""
+    parts = (weight.codes, weight.scale) if isinstance(weight, FP8Weight) else (weight,)
+    parts = [part.cuda() if part.place.is_cuda_pinned_place() else part for part in parts]
+    squares = paddle.zeros([weight.shape[1]])
+    for start in range(0, weight.shape[0], SQUARED_AT_ONCE):
+        rows = parts[0][start : start + SQUARED_AT_ONCE]
+        if len(parts) > 1:
+            scales = parts[1][start // BLOCK : (start + SQUARED_AT_ONCE) // BLOCK]
+            rows = dequantize_blocks(rows.contiguous(), scales.contiguous())
+        squares.add_(rows.astype("float32").square().sum(0))
+    return squares
 
 
 @paddle.no_grad()

@@ -191,7 +191,7 @@ def move_to_host(x: paddle.Tensor) -> None:
 def _frozen_tensors(block: nn.Layer) -> list[paddle.Tensor]:
     """Parameters and buffers (FP8 codes and scales) of a block, but for its LoRAs and what is trained."""
     loras = {id(p) for layer in block.sublayers(include_self=True) if isinstance(layer, LoRALinear)
-             for p in (layer.lora_A, layer.lora_B)}  # fmt: skip
+             for p in (getattr(layer, name) for name in layer.factors)}  # fmt: skip
     tensors = [*block.parameters(), *block.buffers()]
     return [x for x in tensors if x.stop_gradient and id(x) not in loras]
 
