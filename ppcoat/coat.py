@@ -182,6 +182,8 @@ def _put_adapter(
             paths,
             (network.lokr_rank_dropout, network.lokr_module_dropout),
             seed,
+            coat.policy,
+            coat.linear_group_size,
         )
     return inject_lora(
         transformer,

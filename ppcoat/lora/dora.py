@@ -29,7 +29,7 @@ import paddle
 from paddle import nn
 
 from ppcoat.nn.base_weight import FP8Weight, column_squares, times
-from ppcoat.nn.linear import FrozenLinear, LinearUse, LoRALinear, grown, in_dtype
+from ppcoat.nn.linear import FrozenLinear, LinearUse, LoRALinear, LoRAUse, grown, in_dtype
 
 from . import flux_names
 from .delta import LoRAModule
@@ -60,7 +60,7 @@ class DoRALinear(LoRALinear):
         super().__init__(base, rank, alpha, dropout, policy, group_size, seed)
         squares = column_squares(self.weight)
         self.__dict__["_squares"] = squares  # no buffer: it stays float32 whatever the model becomes
-        self.lora_magnitude_vector = self._parameter(squares.shape, _lengths(squares).numpy())
+        self.add_factor("lora_magnitude_vector", _lengths(squares).numpy())
 
     def use(self, dtype: paddle.dtype) -> LinearUse:
         """As LoRALinear's, for x [..., in] in `dtype`, with the lengths of now."""
@@ -111,7 +111,7 @@ class DoRALinear(LoRALinear):
 
 
 @dataclass(frozen=True)
-class _DoRAUse(LinearUse):
+class _DoRAUse(LoRAUse):
     """lengths: n, float32 [out]."""
 
     layer: DoRALinear

@@ -138,12 +138,14 @@ def inject_lokr(
     targets: Sequence[str] | None = None,
     dropout: tuple[float, float] = (0.0, 0.0),
     seed: int = 0,
+    policy: str = "none",
+    group_size: int | None = 128,
 ) -> dict[str, LoKrLinear]:
     """As `inject_lora`, with LoKrLinears. dropout: of output rows, and of whole modules."""
 
     def make(path: str, base: nn.Layer) -> LoKrLinear:
         factors = new_factors(*base.weight.shape, settings, _seed_of(path, seed))
-        return LoKrLinear(base, factors, settings, dropout)
+        return LoKrLinear(base, factors, settings, dropout, policy, group_size)
 
     return _inject(model, targets, make)
 

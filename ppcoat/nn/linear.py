@@ -51,20 +51,55 @@ class FrozenLinear(nn.Layer):
         return frozen_linear(x, self.weight, self.bias)
 
 
-class LoRALinear(nn.Layer):
-    """A frozen Linear plus a trainable low-rank update: x [..., in] -> [..., out].
+class AdaptedLinear(nn.Layer):
+    """A frozen Linear under a trainable adapter: x [..., in] -> [..., out]. Subclasses say what it does.
 
-    `weight` (float or FP8) and `bias` are those of `base` (not copies), so names in a state_dict stay;
-    `lora_A` [in, rank] (Kaiming-uniform as in the LoRA reference code) and `lora_B` [rank, out] (zeros) are
-    float32 whatever the weight's dtype. policy: "none" saves x as the active Saver does, every other in E4M3,
-    one scale per `group_size` features (None: one per tensor); where an op offers x nothing is saved, and in
-    what is computed again x is saved as it is. The forward result and dx are exact; dA carries the rounding.
+    `weight` (float or FP8) and `bias` are those of `base` (not copies), so names in a state_dict stay.
+    policy: "none" saves x as the active Saver does, every other in E4M3, one scale per `group_size` features
+    (None: one per tensor); where an op offers x nothing is saved, and in what is computed again x is saved as
+    it is. The forward result and dx are exact; gradients of the adapter carry the rounding of x.
 
-    Set `enabled` to False to switch the adapter off, `scale_multiplier` to weaken or strengthen it. Raises
-    ConfigError for wrong settings.
+    Set `enabled` to False to switch the adapter off, `scale_multiplier` to weaken or strengthen it.
     """
 
-    factors = ("lora_A", "lora_B")  # names of what is trained
+    factors: tuple[str, ...]  # names of what is trained, float32 whatever the weight's dtype
+
+    def __init__(self, base: nn.Linear | FrozenLinear, policy: str, group_size: int | None) -> None:
+        super().__init__()
+        self.__dict__["base"] = base  # not a sublayer: its parameters are registered here, under their names
+        self.weight, self.bias = base.weight, base.bias
+        _freeze(self)
+        self.policy, self.group_size = check_policy(policy), group_size
+        self.enabled, self.scale_multiplier = True, 1.0
+
+    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
+        if not self.enabled:
+            return frozen_linear(x, self.weight, self.bias)
+        factors = [getattr(self, name) for name in self.factors]
+        if paddle.is_grad_enabled() and not all(each.stop_gradient for each in (x, *factors)):
+            return _Adapted.apply(x, self.use(x.dtype), *factors)
+        with paddle.no_grad():
+            return self.use(x.dtype).forward(x)[0]
+
+    def use(self, dtype: paddle.dtype) -> LinearUse:
+        """For one forward pass of x [..., in] in `dtype`."""
+        raise NotImplementedError
+
+    def add_factor(self, name: str, value: np.ndarray) -> None:
+        """A trained parameter that starts at `value` (any shape), float32."""
+        start = nn.initializer.Assign(np.ascontiguousarray(value, dtype="float32"))
+        shape = list(value.shape)
+        self.add_parameter(name, self.create_parameter(shape, dtype="float32", default_initializer=start))
+
+
+class LoRALinear(AdaptedLinear):
+    """A frozen Linear plus a trainable low-rank update: x [..., in] -> [..., out].
+
+    `lora_A` [in, rank] is Kaiming-uniform as in the LoRA reference code, `lora_B` [rank, out] zeros, both
+    float32. Raises ConfigError for wrong settings.
+    """
+
+    factors = ("lora_A", "lora_B")
 
     def __init__(
         self,
@@ -76,41 +111,24 @@ class LoRALinear(nn.Layer):
         group_size: int | None = 128,
         seed: int = 0,
     ) -> None:
-        super().__init__()
         _check_settings(rank, alpha, dropout)
+        super().__init__(base, policy, group_size)
         width_in, width_out = base.weight.shape
-        self.__dict__["base"] = (
-            base  # not a sublayer: its parameters are registered here under their own names
-        )
-        self.weight, self.bias = base.weight, base.bias
-        _freeze(self)
         bound = 1.0 / math.sqrt(width_in)  # Kaiming-uniform with a = sqrt(5)
         start = np.random.default_rng(seed).uniform(-bound, bound, [width_in, rank]).astype("float32")
-        self.lora_A = self._parameter([width_in, rank], start)
-        self.lora_B = self._parameter([rank, width_out], np.zeros([rank, width_out], "float32"))
+        self.add_factor("lora_A", start)
+        self.add_factor("lora_B", np.zeros([rank, width_out], "float32"))
         self.rank, self.alpha, self.dropout = rank, float(alpha), float(dropout)
-        self.policy, self.group_size = check_policy(policy), group_size
-        self.enabled = True
-        self.scale_multiplier = 1.0
 
     @property
     def scale(self) -> float:
         """Factor of the low-rank update: alpha / rank * scale_multiplier."""
         return self.alpha / self.rank * self.scale_multiplier
 
-    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
-        if not self.enabled:
-            return frozen_linear(x, self.weight, self.bias)
-        factors = [getattr(self, name) for name in self.factors]
-        if paddle.is_grad_enabled() and not all(each.stop_gradient for each in (x, *factors)):
-            return _LoRALinear.apply(x, self.use(x.dtype), *factors)
-        with paddle.no_grad():
-            return self.use(x.dtype).forward(x)[0]
-
     def use(self, dtype: paddle.dtype) -> LinearUse:
         """For one forward pass of x [..., in] in `dtype`. With dropout this draws a number from the host's
         generator (`paddle.seed` seeds it), so that nobody waits for the device."""
-        return LinearUse(self, self.scale, self.new_seed())
+        return LoRAUse(self, self.scale, self.new_seed())
 
     def new_seed(self) -> int | None:
         """Of a dropout mask; None where nothing is dropped."""
@@ -120,10 +138,6 @@ class LoRALinear(nn.Layer):
     def extra_repr(self) -> str:
         width_in, width_out = self.weight.shape
         return f"in={width_in}, out={width_out}, rank={self.rank}, alpha={self.alpha:g}, policy={self.policy}"
-
-    def _parameter(self, shape: list[int], value: np.ndarray) -> paddle.Tensor:
-        initializer = nn.initializer.Assign(value)
-        return self.create_parameter(shape, dtype="float32", default_initializer=initializer)
 
 
 def frozen_linear(x: paddle.Tensor, weight: Weight, bias: paddle.Tensor | None) -> paddle.Tensor:
@@ -157,7 +171,7 @@ class _FrozenLinear(PyLayer):
         return times_transposed(dy, ctx.weight)
 
 
-class _LoRALinear(PyLayer):
+class _Adapted(PyLayer):
     @staticmethod
     def forward(ctx, x: paddle.Tensor, use: LinearUse, *factors: paddle.Tensor) -> paddle.Tensor:
         ctx.use, ctx.x_needs_grad, layer = use, not x.stop_gradient, use.layer
@@ -167,7 +181,8 @@ class _LoRALinear(PyLayer):
         ctx.statistics = [saver().save_plain(each, statistic=True) for each in use.statistics]
         if use.needs_x:
             fmt = None if layer.policy == "none" else E4M3
-            ctx.x, ctx.xa = saver().save_input(x, fmt, layer.group_size), saver().save_plain(xa)
+            ctx.x = saver().save_input(x, fmt, layer.group_size)
+            ctx.xa = None if xa is None else saver().save_plain(xa)
         return y
 
     @staticmethod
@@ -179,15 +194,11 @@ class _LoRALinear(PyLayer):
 
 @dataclass(frozen=True)
 class LinearUse:
-    """A LoRALinear as one forward pass meets it, so that backward (or a second forward) meets the same.
+    """An AdaptedLinear as one forward pass meets it, so that backward (or a second forward) meets the same.
+    scale: factor of the update. Nothing here builds a graph."""
 
-    scale: factor of the LoRA. seed: of the dropout mask, None without dropout; the mask itself is drawn again
-    where it is wanted, and never saved.
-    """
-
-    layer: LoRALinear
+    layer: AdaptedLinear
     scale: float
-    seed: int | None
 
     @property
     def statistics(self) -> tuple[paddle.Tensor, ...]:
@@ -199,8 +210,30 @@ class LinearUse:
         """Whether backward wants the input: for the gradients of what is trained."""
         return not all(getattr(self.layer, name).stop_gradient for name in self.layer.factors)
 
+    def forward(self, x: paddle.Tensor) -> tuple[paddle.Tensor, paddle.Tensor | None]:
+        """x [..., in] -> y [..., out], and what `gradients` wants beside x, of any shape."""
+        raise NotImplementedError
+
+    def gradients(
+        self, x: paddle.Tensor | None, dy: paddle.Tensor, needs_dx: bool, xa: paddle.Tensor | None
+    ) -> tuple[paddle.Tensor | None, ...]:
+        """dy [..., out] -> dx, and those of the layer's `factors`; None for what needs no gradient.
+
+        x [..., in] is wanted where `needs_x`, and so is xa, as `forward` gave it.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class LoRAUse(LinearUse):
+    """seed: of the dropout mask, None without dropout; the mask itself is drawn again where it is wanted, and
+    never saved."""
+
+    layer: LoRALinear
+    seed: int | None
+
     def forward(self, x: paddle.Tensor) -> tuple[paddle.Tensor, paddle.Tensor]:
-        """x [..., in] -> y [..., out], and s drop(x) A [..., rank]. Builds no graph."""
+        """x [..., in] -> y [..., out], and s drop(x) A [..., rank]."""
         xa = self.down(x)
         return self.product(x, xa, self.layer.bias), xa
 
@@ -215,10 +248,7 @@ class LinearUse:
     def gradients(
         self, x: paddle.Tensor | None, dy: paddle.Tensor, needs_dx: bool, xa: paddle.Tensor | None
     ) -> tuple[paddle.Tensor | None, ...]:
-        """dy [..., out] -> dx, and those of the layer's `factors`; None for what needs no gradient.
-
-        x [..., in] is wanted where `needs_x`, and so is xa: s drop(x) A as `forward` gave it.
-        """
+        """dy [..., out] -> dx, dA, dB."""
         layer, da, db = self.layer, None, None
         lora_a, lora_b = (in_dtype(factor, dy.dtype) for factor in (layer.lora_A, layer.lora_B))
         dyb = self._scaled_(paddle.matmul(dy, lora_b, transpose_y=True))
