@@ -238,7 +238,8 @@ class MemoryModel:
         attention = 4 * rows * self.tokens * model.width * count
         # attention's backward takes 2.5 forwards; +recompute takes its forward again
         attentions = 3.5 + (again if "recompute" not in settings.policy else 1.0)
-        compute = (linears * (2 + again) + attention * attentions) / FLOPS
+        once_more = self.config.network.type == "dora"  # for the gradient of the lengths
+        compute = (linears * (2 + again + once_more) + attention * attentions) / FLOPS
         moved = 0
         if settings.policy != "none":
             moved += 3 * 2 * self.saved_by_all_blocks(settings) * settings.batch_size * (1 - again)
