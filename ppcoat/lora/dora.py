@@ -28,7 +28,7 @@ import numpy as np
 import paddle
 from paddle import nn
 
-from ppcoat.nn.base_weight import FP8Weight, column_squares, times
+from ppcoat.nn.base_weight import FP8Weight, column_squares, on_device, times
 from ppcoat.nn.linear import FrozenLinear, LinearUse, LoRALinear, LoRAUse, grown, in_dtype
 
 from . import flux_names
@@ -106,7 +106,7 @@ class DoRALinear(LoRALinear):
         a, b = (in_dtype(each, dtype) for each in (self.lora_A, self.lora_B))
         down = a.t().contiguous()
         of_update = paddle.matmul(down, a).scale_(share * self.scale)
-        rows = times(down, self.weight, None, (of_update, b))
+        rows = times(down, on_device(self.weight), None, (of_update, b))
         return (rows.astype("float32") * self.lora_B).sum(0) * self.scale
 
 

@@ -22,7 +22,7 @@ from paddle import nn
 
 from ppcoat.errors import ConfigError
 from ppcoat.nn.base_weight import FP8Weight
-from ppcoat.nn.linear import LoRALinear
+from ppcoat.nn.linear import AdaptedLinear, LoRALinear
 
 from .delta import LoRAModule
 from .dora import DoRALinear
@@ -32,9 +32,9 @@ from .keys import PART_NAMES, TRANSFORMER
 from .kinds import DoRA, LoKr
 from .layer import (
     ChangedLayer,
+    adapter_layers,
     base_of,
     linear_paths,
-    lora_parameters,
     norm_paths,
     put_layers,
     values_of,
@@ -102,8 +102,9 @@ def load_lora(
 
 
 def check_not_training(model: nn.Layer) -> None:
-    """Raises ConfigError for a model whose LoRA is in training."""
-    if any(not parameter.stop_gradient for parameter in lora_parameters(model)):
+    """Raises ConfigError for a model whose LoRA, DoRA or LoKr is in training."""
+    layers = [layer for layer in adapter_layers(model).values() if isinstance(layer, AdaptedLinear)]
+    if any(not getattr(layer, name).stop_gradient for layer in layers for name in layer.factors):
         raise ConfigError("the model has a LoRA in training: save it, then call remove_lora before load_lora")
 
 

@@ -254,12 +254,13 @@ class MemoryModel:
         """What is planned, for the head of a table."""
         model, config = self.model, self.config
         source = f"{self.assumed_name}'s shapes, as the folder is not here" if model.assumed else "its shapes"
-        adapter = ADAPTERS[config.network.type]
+        rank = "full rank" if config.network.lokr_full_rank else f"rank {config.network.linear}"
+        adapter = f"{ADAPTERS[config.network.type]} {rank}"
         device = f"{'GPU' if self.on_gpu else 'CPU'}, {'bfloat16' if self.half else 'float32'}"
         facts = (
             f"{config.model.name_or_path} by {source}: {model.parameters:,} parameters; {device}",
             f"at most {self.image_tokens} image tokens and {self.text_tokens} text tokens a picture; "
-            f"{adapter} rank {config.network.linear} on {len(model.lora_paths)} Linears",
+            f"{adapter} on {len(model.lora_paths)} Linears",
         )
         if self.on_gpu:
             return *facts, self._attention_fact

@@ -8,6 +8,7 @@ from paddle import nn
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
+from ppcoat.cli.main import main
 from ppcoat.lora import (
     DoRALinear,
     adapter_layers,
@@ -18,7 +19,6 @@ from ppcoat.lora import (
     read_lora_file,
     remove_lora,
     save_lora,
-    write_lora_file,
 )
 from ppcoat.lora.layer import adapter_summary, values_of
 from ppcoat.nn import base_weight
@@ -335,12 +335,15 @@ def test_a_file_for_comfyui_draws_there_as_the_model_that_wrote_it(trained, tmp_
     remove_lora(trained)
 
 
-def test_convert_writes_the_same_lengths_by_lycoris_rule_where_modules_are_whole(trained, tmp_path):
-    wanted = outputs(trained)
-    save_lora(tmp_path / "dora.safetensors", trained)
-    lora = read_lora_file(tmp_path / "dora.safetensors")
-    write_lora_file(tmp_path / "kohya.safetensors", lora.modules, {}, "kohya", others=lora.others)
-    tensors = load_file(tmp_path / "kohya.safetensors")
+def test_convert_writes_the_same_lengths_by_lycoris_rule_where_modules_are_whole(trained, tmp_path, capsys):
+    wanted, files = outputs(trained), [tmp_path / f"{name}.safetensors" for name in ("dora", "kohya", "back")]
+    save_lora(files[0], trained)
+    assert main(["convert", *map(str, files[:2]), "--format", "kohya"]) == 0
+    assert (
+        "note: LyCORIS' loader draws this as PEFT does at strength 1; ComfyUI measures"
+        in capsys.readouterr().out
+    )
+    tensors = load_file(files[1])
     block = [
         adapter_layers(trained)[f"transformer_blocks.0.attn.{name}"] for name in ("to_q", "to_k", "to_v")
     ]
@@ -349,5 +352,7 @@ def test_convert_writes_the_same_lengths_by_lycoris_rule_where_modules_are_whole
         np.concatenate([layer.lora_magnitude_vector.numpy() for layer in block]),
     )
     remove_lora(trained)
-    load_lora(trained, tmp_path / "kohya.safetensors")
+    load_lora(trained, files[1])
     assert_same(outputs(trained), wanted, rtol=1e-5, atol=1e-5)
+    assert main(["convert", *map(str, files[1:]), "--format", "diffusers"]) == 2
+    assert "has no place for DoRA by the rule of LyCORIS" in capsys.readouterr().err

@@ -3,10 +3,10 @@
     python host_work.py CASE...         # "coat+recompute dropout"; TRITON_INTERPRET unset; prints JSON
 
 A case is a policy and any of: dropout, fp8 (an FP8 base), products (FP8 products with it), checkpoints, dora,
-lokr. A FLUX of one double and two single blocks in bfloat16 takes two steps with a LoRA on every Linear of its
-blocks; the second is counted. Ops go to their Triton launchers, up to the launch; operators that Paddle has
-no bfloat16 kernel for on a CPU compute in float32, and attention is one operator, as flash attention is. Only
-counts are meant: what launchers return is not computed.
+lokr. A FLUX of one double and two single blocks in bfloat16 takes two steps with a LoRA (or that) on every
+Linear of its blocks; the second is counted. Ops go to their Triton launchers, up to the launch; operators
+that Paddle has no bfloat16 kernel for on a CPU compute in float32, and attention is one operator, as flash
+attention is. Only counts are meant: what launchers return is not computed.
 """
 
 import json

@@ -111,15 +111,14 @@ def test_stopped_and_resumed_run_is_bit_equal_to_an_uninterrupted_one(
     [
         ("DoRA", ["network.dropout=0.1", "train.gradient_checkpointing=true", "model.quantize=true",
                   "coat.activation.policy=coat+recompute"]),
-        ("lokr", ["network.lokr_factor=4", "network.lokr_rank_dropout=0.2", "train.ema.use_ema=true",
-                  "train.ema.ema_decay=0.3"]),
+        ("lokr", ["network.lokr_factor=4", "network.lokr_rank_dropout=0.2"]),
     ],
     ids=["dora", "lokr"],
 )  # fmt: skip
 def test_other_kinds_resume_bit_for_bit_and_their_file_draws_the_last_preview(
     make_config, monkeypatch, kind, settings
 ):
-    """The mean is what the file and the preview are made of, where there is one."""
+    """The mean is what the file and the preview are made of."""
     preview = ["sample.prompts=[a hat]", "sample.sample_steps=2", "sample.width=64", "sample.height=64",
                "sample.guidance_scale=3", "train.max_sequence_length=16"]  # fmt: skip
     common = [
