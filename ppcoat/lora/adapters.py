@@ -10,9 +10,10 @@ import paddle
 from paddle import nn
 
 from ppcoat.errors import ConfigError
+from ppcoat.nn.linear import AdaptedLinear
 
 from .keys import TRANSFORMER
-from .layer import adapter_layers, lora_parameters, merge_lora, put_layers
+from .layer import adapter_layers, merge_lora, put_layers
 from .loading import (
     SHAPE_OF_INPUTS,
     LoRAInfo,
@@ -164,8 +165,9 @@ def load_lora(
 
 
 def check_not_training(model: nn.Layer) -> None:
-    """Raises ConfigError for a model whose LoRA is in training."""
-    if any(not parameter.stop_gradient for parameter in lora_parameters(model)):
+    """Raises ConfigError for a model whose LoRA, DoRA or LoKr is in training."""
+    layers = [layer for layer in adapter_layers(model).values() if isinstance(layer, AdaptedLinear)]
+    if any(not getattr(layer, name).stop_gradient for layer in layers for name in layer.factors):
         raise ConfigError("the model has a LoRA in training: save it, then call remove_lora before load_lora")
 
 

@@ -4,13 +4,14 @@ and what is done with it then."""
 import json
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import NamedTuple
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 from safetensors.numpy import save_file
 
-from ppcoat.config.input_sections import NetworkConfig
+from ppcoat.config.schema import RunConfig
 from ppcoat.errors import ConfigError
 from ppcoat.lora import merge_lora, put_adapters, read_fitting, read_lora_file, remove_lora, write_lora_file
 from ppcoat.lora.writing import FORMATS
@@ -85,7 +86,7 @@ ROWS = {
     "LoRA of CLIP and T5": Row(OF_CLIP, tuple(STEMS_OF_CLIP), None, STEMS_OF_CLIP),
     "bias of a LoRA (`lora_bias`)": Row(PAIR | {"lora_B.bias": LENGTHS}, (*OF_PEFT, "BFL")),
     'whole bias (PEFT\'s `bias="lora_only"`)': Row(PAIR | {"base_layer.bias": LENGTHS}, OF_PEFT),
-    "DoRA, PEFT's rule": Row(PAIR | {"lora_magnitude_vector": LENGTHS}, OF_PEFT),
+    "DoRA, PEFT's rule": Row(PAIR | {"lora_magnitude_vector": LENGTHS}, OF_PEFT, "dora"),
     "DoRA, LyCORIS' rule": Row(PAIR | {"dora_scale": LENGTHS[:, None]}, ("diffusers", *LYCORIS)),
     "DoRA, OneTrainer's rule": Row(PAIR | {"dora_scale": LENGTHS[:, None]}, ("OneTrainer",)),
     "DoRA, ComfyUI's rule": Row(PAIR | {"dora_scale": LENGTHS[:, None]}, ("ComfyUI",)),
@@ -160,9 +161,22 @@ def done(action):
 
 
 def trained(network):
-    """What network.type trains; FLUX's only type is lora (config/schema.py)."""
-    assert network is None or network in get_args(NetworkConfig.model_fields["type"].annotation)
-    return {"lora": "FLUX, NewBie", "lokr": "NewBie", None: "no"}[network]
+    """The families of models in which a config may ask for this network.type."""
+    found = []
+    for family, name in {"flux": "FLUX", "newbie": "NewBie"}.items() if network else ():
+        try:
+            RunConfig.model_validate(
+                {
+                    "name": "x",
+                    "model": {"name_or_path": "m", "family": family},
+                    "datasets": [{"folder_path": "d"}],
+                    "network": {"type": network},
+                }
+            )
+        except ValidationError:
+            continue
+        found.append(name)
+    return ", ".join(found) or "no"
 
 
 def row_of(kind, model, shapes, folder):
