@@ -39,7 +39,8 @@ class LoRAModule:
 
     def with_inputs(self, inputs: int) -> LoRAModule:
         """The same for a weight [out, inputs], whose further columns it leaves alone."""
-        return LoRAModule(np.pad(self.a, [(0, 0), (0, inputs - self.a.shape[1])]), self.b, self.alpha)
+        more = inputs - self.a.shape[1]
+        return self if not more else LoRAModule(np.pad(self.a, [(0, 0), (0, more)]), self.b, self.alpha)
 
     def delta(self, weight: np.ndarray, strength: float) -> np.ndarray:
         """What it adds at a strength to a weight [out, in], in the weight's float dtype."""
