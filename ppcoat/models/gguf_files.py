@@ -4,6 +4,7 @@ values of their blocks. The package `gguf` of llama.cpp's authors reads the head
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,9 +46,9 @@ def read_gguf(file: Path) -> tuple[str, dict[str, GGUFTensor]]:
     size, tensors = file.stat().st_size, {}
     for tensor in reader.tensors:
         name, kind = tensor.name, tensor.tensor_type.name
-        if tensor.data_offset + tensor.n_bytes > size:
-            raise ConfigError(f"{file} is cut off: {size} bytes, and {name} lies beyond: fetch it again")
         shape = [int(side) for side in reversed(tensor.shape)]
+        if tensor.data_offset + math.prod(shape[:-1]) * row_bytes(shape[-1], kind) > size:
+            raise ConfigError(f"{file} is cut off: {size} bytes, and {name} lies beyond: fetch it again")
         if kind not in PLAIN and (len(shape) < 2 or not _can_decode(kind)):
             raise ConfigError(f"{file}: {name} {shape} is {kind}, which is not read: take the file in Q8_0")
         tensors[name] = GGUFTensor(shape, kind, int(tensor.data_offset))

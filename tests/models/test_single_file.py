@@ -135,6 +135,9 @@ def test_scales_in_the_header_are_those_beside_the_weights(refs, tmp_path):
     said = json.dumps({"format_version": "1.0", "layers": layers})
     file = saved(tmp_path / "a.safetensors", tensors, _quantization_metadata=said)
     is_group(components_in(file, [FOLDER])["transformer"].tensors, refs, "fp8_scaled")
+    saved(file, tensors, _quantization_metadata=said.replace("float8_e4m3fn", "mxfp8"))
+    with pytest.raises(ConfigError, match="is quantised as 'mxfp8', wanted float8_e4m3fn, float8_e5m2"):
+        components_in(file)
 
 
 def test_encoders_and_autoencoder_are_taken_as_files_too(tmp_path):
@@ -266,6 +269,7 @@ def bf16(*shape):
         (with_changes(double_stream_modulation_img__lin__weight=bf16(4, 4)), "is a FLUX.2 model, wanted"),
         (with_changes(time_in__in_layer__weight=None), "missing time_text_embed.timestep_embedder.linear_1"),
         (with_changes(txt_in__weight=None), "tensors of its transformer are incomplete .*context_embedder"),
+        ({"img_in.weight": bf16(32, 64)}, "the tensors of its transformer are incomplete .*: fetch it again"),
         (with_changes(img_in__lora_A__weight=bf16(4, 64)), "is a LoRA, not a base model: give it as the"),
         (with_changes(strange__weight=bf16(3)), r"unexpected strange.weight \[3\]"),
         (with_changes(**{"double_blocks.0.img_attn.qkv.bias": bf16(95)}), r"qkv.bias \[95\] is not 3 parts"),
@@ -285,7 +289,7 @@ def bf16(*shape):
             "txt_in is quantised as 'nvfp4', wanted float8_e4m3fn, float8_e5m2: take the file in FP8 or b",
         ),
     ],
-    ids=range(13),
+    ids=range(14),
 )
 def test_what_is_no_flux_1_is_named(tmp_path, tensors, message):
     file = saved(tmp_path / "a.safetensors", tensors)

@@ -280,7 +280,7 @@ _TABLES = {
 } | {"": OUTSIDE_BLOCKS}
 _PARTS = {
     "transformer": _Part(
-        r"(double_blocks\.0\.img_attn\.|transformer_blocks\.0\.attn\.add_q_proj\.)",
+        r"(img_in\.|double_blocks\.0\.img_attn\.|transformer_blocks\.0\.attn\.add_q_proj\.)",
         _transformer_names,
         _transformer_config,
     ),
