@@ -72,7 +72,7 @@ class Item:
 
     repeats: from the name of its subfolder, see folder_repeats. has_caption: False if the default is used.
     encoding: of the caption file; any but "utf-8" is a guess. notes: what its reader did to the picture.
-    caption_file: holds the caption, alone or with others; None for the default of the settings.
+    caption_file: holds the caption, alone or with others; None: a setting does. file_bytes: the picture's.
     """
 
     image_path: Path
@@ -84,6 +84,7 @@ class Item:
     encoding: str = "utf-8"
     notes: tuple[str, ...] = ()
     caption_file: Path | None = None
+    file_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -268,7 +269,7 @@ def _checked(path: Path, folder: Path, captions: FolderCaptions, default_caption
     caption = caption or Caption(default_caption, own=False)
     repeats = folder_repeats(path.relative_to(folder))
     return Item(path, caption.text, width, height, repeats, caption.own, caption.encoding, tuple(notes),
-                caption.file)  # fmt: skip
+                caption.file, path.stat().st_size)  # fmt: skip
 
 
 def _notes_of(items: list[Item]) -> list[str]:

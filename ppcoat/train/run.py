@@ -44,7 +44,7 @@ from ppcoat.fp8 import backend
 from ppcoat.optim import ScheduleShape, lr_scheduler
 from ppcoat.plan.settings import with_earlier_plan, with_memory_plan
 from ppcoat.train.base_model import base_identity
-from ppcoat.train.checkpoint import check_run_folder, in_its_folder
+from ppcoat.train.checkpoint import check_resume, check_run_folder, in_its_folder
 from ppcoat.train.flux import FluxSpec
 from ppcoat.train.model_spec import ModelSpec
 from ppcoat.train.newbie import NewbieSpec
@@ -140,6 +140,8 @@ def train_lora(config: RunConfig) -> TrainingResult:
     config = with_steps_of_epochs(with_fitting_settings(spec, config, ranks), inputs)
     if ranks.is_first:
         check_run_folder(config.run_dir)
+        batches = ResumableBatches(inputs.examples, config.train.batch_size * ranks.size, config.seed)
+        check_resume(config, _compatible(config), batches)
     pipeline = spec.load_encoders(config, inputs.dtype)
     cache = encode_for_all(spec, config, inputs.examples, pipeline, ranks)
     validation = None
@@ -383,17 +385,15 @@ def _optimizer(
     return optimizer, schedule
 
 
-def _compatible(config: RunConfig, modules: list[str]) -> dict:
-    """What a checkpoint must share with the run that resumes from it; everything else may change."""
+def _compatible(config: RunConfig, modules: list[str] | None = None) -> dict:
+    """What a checkpoint must share with the run that resumes from it; everything else may change. modules:
+    that have an adapter, None: not known yet."""
     network = config.network
-    adapter = {"linear": network.linear, "linear_alpha": network.linear_alpha, "modules": modules}
+    adapter = {"linear": network.linear, "linear_alpha": network.linear_alpha}
+    adapter |= {} if modules is None else {"modules": modules}
     if network.type == "lokr":
         adapter["type"] = f"lokr, factor {network.lokr_factor}"
     optimizer = {"fp8": config.uses_fp8_optimizer}
     if config.uses_fp8_optimizer:
         optimizer |= config.coat.optimizer.model_dump()
-    return {
-        "base": base_identity(config.model.name_or_path),
-        "network": adapter,
-        "optimizer": optimizer,
-    }
+    return {"base": base_identity(config.model.name_or_path), "network": adapter, "optimizer": optimizer}
