@@ -29,6 +29,7 @@ from ppcoat.errors import ConfigError
 from ppcoat.infer.garment_scores import GarmentClassifier, classify, held_out_garments
 from ppcoat.models.flux.pipeline import FluxPipeline
 from ppcoat.models.loading import check_folder
+from ppcoat.train.checkpoint import check_run_folder
 from ppcoat.train.run import train_lora
 from ppcoat.train.trainer import TrainingResult
 
@@ -70,6 +71,7 @@ def quickstart(config_file: str, overrides: list[str], samples: int) -> None:
         config_file, [*overrides, f"name={with_coat.name}_off", "coat.enabled=false", "sample.sample_every=0"]
     )
     check_folder(with_coat.model.name_or_path, "model.name_or_path")  # before earlier results are removed
+    check_run_folder(with_coat.run_dir)
     folder = Path(with_coat.output_dir)
     for config in (with_coat, without):
         remove_earlier(config.run_dir, "config.yaml")
