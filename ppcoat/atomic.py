@@ -112,7 +112,7 @@ def check_writable(folder: str | Path) -> None:
         with _draft(_goal(folder / "writable")) as draft:
             draft.touch()
     except OSError as error:
-        error.filename = str(folder)  # nobody knows the draft
+        error.filename = str(folder)
         raise
     finally:
         for each in new:
@@ -169,7 +169,8 @@ def _goal(path: str | Path) -> Path:
 @contextmanager
 def _draft(goal: Path) -> Iterator[Path]:
     """A path, with nothing there, in a draft folder of its own, so that whatever a library writes beside it
-    goes with it and its ending is the goal's. An OSError without a file's name gets the goal's."""
+    goes with it and its ending is the goal's. An OSError without a file's name, or with the draft's, gets the
+    goal's."""
     name = f".{goal.name}.tmp-{_host()}-{os.getpid()}-{secrets.token_hex(4)}"
     own = goal.with_name(name)
     _own.add(name)
@@ -177,8 +178,8 @@ def _draft(goal: Path) -> Iterator[Path]:
         own.mkdir()
         yield own / goal.name
     except OSError as error:
-        if error.errno is not None and error.filename is None:
-            error.filename = str(goal)
+        if error.errno is not None and (error.filename is None or name in str(error.filename)):
+            error.filename = str(goal)  # nobody knows the draft
         raise
     finally:
         _clear(own, own / f"{goal.name}.old", goal)

@@ -453,3 +453,17 @@ def test_trying_to_write_leaves_nothing_and_names_the_folder(tmp_path):
     with pytest.raises(OSError) as caught:
         check_writable(tmp_path / "file" / "b")
     assert caught.value.filename == str(tmp_path / "file" / "b")
+
+
+def test_errors_name_the_goal_and_not_the_draft(monkeypatch, tmp_path):
+    make = Path.mkdir
+
+    def refuse(path, *arguments, **options):
+        if ".tmp-" in path.name:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        make(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(PermissionError) as caught, whole_file(tmp_path / "x.json"):
+        pass
+    assert caught.value.filename == str(tmp_path / "x.json")

@@ -30,6 +30,7 @@ from ppcoat.infer.garment_scores import GarmentClassifier, classify, held_out_ga
 from ppcoat.models.flux.files import FluxFiles
 from ppcoat.models.flux.pipeline import FluxPipeline
 from ppcoat.models.loading import check_folder
+from ppcoat.train.checkpoint import check_run_folder
 from ppcoat.train.run import train_lora
 from ppcoat.train.trainer import TrainingResult
 
@@ -70,10 +71,9 @@ def quickstart(config_file: str, overrides: list[str], samples: int) -> None:
     without = load_config(
         config_file, [*overrides, f"name={with_coat.name}_off", "coat.enabled=false", "sample.sample_every=0"]
     )
-    model = with_coat.model
-    check_folder(
-        FluxFiles.found(model.name_or_path, "model.name_or_path", **model.beside)
-    )  # before any removal
+    model = with_coat.model  # looked for before earlier results are removed
+    check_folder(FluxFiles.found(model.name_or_path, "model.name_or_path", **model.beside))
+    check_run_folder(with_coat.run_dir)
     folder = Path(with_coat.output_dir)
     for config in (with_coat, without):
         remove_earlier(config.run_dir, "config.yaml")

@@ -159,7 +159,7 @@ def _treat(location: Location, value: Any, document: Document, origins: Origins)
     if isinstance(rule, Warn) and not _is_one_of(value, rule.silent):
         _log.warning("%s: %s, which has no effect here: %s", where, said, rule.why)
     if isinstance(rule, Honour):
-        return {} if rule.null and value in (None, []) else {_target(location): value}
+        return {} if rule.null and value in (None, [], "") else {_target(location): value}
     if not isinstance(rule, Read):
         return {}
     try:

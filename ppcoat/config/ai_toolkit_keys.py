@@ -16,8 +16,8 @@ from ppcoat.config.ai_toolkit_values import Reader
 
 @dataclass(frozen=True)
 class Honour:
-    """Taken as it is, under the name `to` in our schema ("": its own). null: None, and an empty list, stand
-    for the default."""
+    """Taken as it is, under the name `to` in our schema ("": its own). null: None, an empty list and an empty
+    text stand for the default."""
 
     to: str = ""
     null: bool = False
@@ -76,10 +76,10 @@ _HUB = "nothing is uploaded; the LoRA file stays in the run folder"
 
 _PROCESS: dict[str, Treatment] = {
     "name": Honour(),
-    "type": Refuse("wanted type: sd_trainer", (None, "sd_trainer", "diffusion_trainer")),
+    "type": Refuse("wanted type: sd_trainer", (None, "sd_trainer", "diffusion_trainer", "ui_trainer")),
     "training_folder": Honour("output_dir", null=True),
     "device": Read(values.read_device, "device"),
-    "trigger_word": Honour(),
+    "trigger_word": Honour(null=True),
     "training_seed": Honour("seed", null=True),
     "performance_log_every": Warn("times are on the progress bar", (None, 0, 10)),
     "log_dir": Warn(_CURVES, (None,)),
@@ -278,7 +278,6 @@ _MODEL: dict[str, Treatment] = {
     "model.quantize": Honour(null=True),
     "model.qtype": Read(values.read_qtype),
     "model.quantize_te": Warn("text encoders stay in model.dtype and are released before training"),
-    "model.qtype_te": Read(values.read_qtype),
     "model.low_vram": Warn("weights are always read one by one; for smaller cards see model.blocks_to_swap"),
     "model.layer_offloading": Warn(_MEMORY),
     "model.assistant_lora_path": Refuse("no second LoRA is loaded; train on FLUX.1-dev without", (None,)),
@@ -363,6 +362,7 @@ _IDLE = {
         "train.min_batch_size train.max_batch_size train.batch_size_warmup_steps",
     "model.layer_offloading":
         "model.layer_offloading_transformer_percent model.layer_offloading_text_encoder_percent",
+    "model.quantize_te": "model.qtype_te",
     "model.compile": "model.compile_mode",
     "model.is_xl": "model.experimental_xl",
     "model.unet_path": "model.unet_sample_size",

@@ -107,6 +107,7 @@ def read_train_dtype(value: Any, document: Document) -> Reading:
 
 def read_trigger_word(value: Any, document: Document) -> Reading:
     """The word of one dataset. Where all have it and the run has none, it is the run's, for the previews."""
+    value = None if value == "" else value
     datasets = document.data.get("datasets")
     datasets = datasets if isinstance(datasets, list) else []
     shared = all(isinstance(each, dict) and each.get("trigger_word") == value for each in datasets)
@@ -248,9 +249,11 @@ def read_arch(value: Any, document: Document) -> Reading:
 
 
 def read_qtype(value: Any, document: Document) -> Reading:
-    """A way to store the frozen base; model.quantize has said that it stays as it is."""
+    """A way to store the frozen base: there is one here, FP8, for which model.quantize asks."""
     if isinstance(value, str) and "|" in value:
         raise ValueError("an accuracy recovery adapter is not loaded; leave out the part from '|' on")
+    if document.get("model", "quantize") and value not in (None, "", "qfloat8", "float8"):
+        return Reading(notes=("the base is stored in FP8 (E4M3) instead",))
     return Reading()
 
 

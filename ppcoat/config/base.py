@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import unicodedata
-from pathlib import Path
 from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict
@@ -14,7 +13,6 @@ Strings = Annotated[tuple[str, ...], Strict(False)]
 # one latent token covers 16 x 16 pixels (8 by the VAE, 2 by patchify)
 Pixels = Annotated[int, Field(ge=16, le=8192, multiple_of=16)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
-TINY_FLUX = str(Path(__file__).parents[1] / "assets" / "tiny_flux")  # the model that comes with ppcoat
 _CONTROLS = {"\n": "a line end", "\t": "a tab", "\r": "a carriage return", "\b": "a backspace",
              "\a": "a bell", "\f": "a form feed", "\v": "a vertical tab"}  # fmt: skip
 

@@ -153,11 +153,13 @@ class Origins:
 
     def where(self, location: Location) -> str:
         """Override, or file and line, of a setting under the user's name."""
-        start, override = _longest_start(self.overrides, location, None)
-        if override is not None:
-            return f"--set {override}"
+        _, override = _longest_start(self.overrides, location, None)
         start, place = _longest_start(self.moved, location, ())
-        return f"{self.path}:{line_of(self.root, place + location[len(start) :])}"
+        line, found = _line_of(self.root, place + location[len(start) :])
+        if override is None and not found:  # a section that is there because of an override
+            below = (each for at, each in self.overrides.items() if at[: len(location)] == location)
+            override = next(below, None) if location else None
+        return f"{self.path}:{line}" if override is None else f"--set {override}"
 
 
 def dotted(location: Location) -> str:
@@ -165,21 +167,22 @@ def dotted(location: Location) -> str:
     return ".".join(map(str, location))
 
 
-def line_of(root: yaml.Node | None, location: Location) -> int:
-    """Line number (from 1) of the deepest node on the way to location that the file has."""
+def _line_of(root: yaml.Node | None, location: Location) -> tuple[int, bool]:
+    """Line number (from 1) of the deepest node on the way to location that the file has, and whether that is
+    the node itself."""
     line, node = 1, root
     for part in location:
         if isinstance(node, yaml.MappingNode):
             pair = next((pair for pair in node.value if pair[0].value == str(part)), None)
             if pair is None:
-                break
+                return line, False
             line, node = pair[0].start_mark.line + 1, pair[1]
         elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
             node = node.value[part]
             line = node.start_mark.line + 1
         else:
-            break
-    return line
+            return line, False
+    return line, True
 
 
 def _longest_start(

@@ -6,14 +6,20 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 from collections.abc import Callable, Collection
+from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from ppcoat.atomic import check_writable
+from ppcoat.errors import ConfigError
 
 if TYPE_CHECKING:  # benchmark kernels runs where there is no pydantic
     from pydantic import BaseModel
 
 Fields = TypeVar("Fields")
+TINY_FLUX = str(Path(__file__).parents[1] / "assets" / "tiny_flux")  # the model that comes with ppcoat
 
 
 class TakesArguments(Protocol):
@@ -100,10 +106,37 @@ def add_section_flags(parser: TakesArguments, section: type[BaseModel]) -> None:
 
 def from_flags(fields_of: type[Fields], arguments: argparse.Namespace, **others: Any) -> Fields:
     """The dataclass with the values of its flags in the namespace; fields without a flag there keep their
-    defaults. others: fields by name, which count instead."""
+    defaults. others: fields by name, which count instead. Raises OSError or ConfigError where the file
+    `output` cannot be written.
+    """
     names = {name: _name_of(field) for name, field in _flag_fields(fields_of).items()}
-    given = {name: getattr(arguments, said) for name, said in names.items() if hasattr(arguments, said)}
+    given = {
+        name: _found(name, getattr(arguments, said))
+        for name, said in names.items()
+        if hasattr(arguments, said)
+    }
+    if given.get("output"):  # a file for results, which is written at the end: that must not fail then
+        if Path(given["output"]).is_dir():
+            raise ConfigError(f"--output {given['output']} is a folder; name a file")
+        check_writable(Path(given["output"]).parent)
     return fields_of(**given | others)
+
+
+def built_in_model(path: str) -> str:
+    """The folder of the tiny FLUX in the package where `path` is its name, or its path in a clone, and
+    nothing of that name is there; else `path`."""
+    names = ("tiny_flux", "ppcoat/assets/tiny_flux")
+    return TINY_FLUX if path in names and not Path(path).exists() else path
+
+
+def _found(name: str, value: Any) -> Any:
+    """The value of a flag, with ~/ as the home folder, for shells that leave it, and a built-in `model`."""
+    if isinstance(value, list | tuple):
+        return type(value)(_found(name, each) for each in value)
+    if not isinstance(value, str):
+        return value
+    value = os.path.expanduser(value) if value.startswith("~/") else value
+    return built_in_model(value) if name == "model" else value
 
 
 # Flags that switch a field of the config on: flag -> (field, help).

@@ -4,7 +4,6 @@ adapter that is trained on it), and those of `datasets` (folders of pictures wit
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal, get_args
 
 from pydantic import (
@@ -16,15 +15,8 @@ from pydantic import (
     model_validator,
 )
 
-from ppcoat.config.base import (
-    TINY_FLUX,
-    PathText,
-    PathTexts,
-    Pixels,
-    Section,
-    Strings,
-    checked_trigger_word,
-)
+from ppcoat.config.base import PathText, PathTexts, Pixels, Section, Strings, checked_trigger_word
+from ppcoat.config.flags import built_in_model
 from ppcoat.errors import unknown_name
 
 BlockRange = Annotated[tuple[int, ...], Strict(False)]
@@ -79,9 +71,7 @@ class ModelConfig(Section):
     @field_validator("name_or_path")
     @classmethod
     def _is_built_in(cls, value: str) -> str:
-        """The tiny FLUX of the package, by its name or its path in a clone, wherever ppcoat is installed."""
-        names = ("tiny_flux", "ppcoat/assets/tiny_flux")
-        return TINY_FLUX if value in names and not Path(value).exists() else value
+        return built_in_model(value)
 
     @model_validator(mode="after")
     def _multiplies_what_is_quantised(self) -> ModelConfig:

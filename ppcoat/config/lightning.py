@@ -12,8 +12,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from ppcoat.config.base import TINY_FLUX, PathText, PathTexts
+from ppcoat.config.base import PathText, PathTexts
 from ppcoat.config.explain import came_and_wanted
+from ppcoat.config.flags import TINY_FLUX
 from ppcoat.config.schema import BucketRule, PolicyName, RunConfig
 from ppcoat.config.training_sections import LoRAFormat
 from ppcoat.errors import ConfigError

@@ -23,11 +23,15 @@ from pydantic import ValidationError
 
 from ppcoat.config.ai_toolkit import drop_other_spellings, is_nested, translate, unnest, without_nesting
 from ppcoat.config.explain import Location, Origins, explain, printable
-from ppcoat.config.schema import RunConfig
+from ppcoat.config.schema import RunConfig, Section
 from ppcoat.errors import ConfigError
 
 MAX_CONFIG_BYTES = 1 << 20
 YAML_ENDINGS, JSON_ENDINGS = (".yaml", ".yml"), (".json", ".jsonc")
+# sections that may be left out, or have no key: all of them commented out
+OPTIONAL_SECTIONS = {
+    name for name, field in RunConfig.model_fields.items() if isinstance(field.default, Section)
+}
 BACKSLASH = "a path with backslashes wants single quotes, or forward slashes"
 # texts, comments and tabs of JSON
 _JSON_PARTS = re.compile(r'"(?:\\.|[^"\\])*"|//[^\n]*|/\*.*?\*/|\t', re.DOTALL)
@@ -45,7 +49,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     the nearest known one.
     """
     text = read_config_text(Path(path), (*YAML_ENDINGS, *JSON_ENDINGS))
-    root = _parse(_as_yaml(text) if Path(path).suffix in JSON_ENDINGS else text, str(path))
+    root = _parse(_as_yaml(text) if Path(path).suffix.lower() in JSON_ENDINGS else text, str(path))
     data = {} if root is None else _to_data(root, str(path))
     if not isinstance(data, dict):
         raise ConfigError(
@@ -59,6 +63,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         location = apply_override(data, override, nested)
         drop_other_spellings(data, location)
         origins.overrides[location] = override
+    data = {key: value for key, value in data.items() if value is not None or key not in OPTIONAL_SECTIONS}
     data = translate(_fill_in_name(data, data.get("name")), nested, origins)
     try:
         return RunConfig.model_validate(data)
@@ -73,14 +78,16 @@ def dump_config(config: RunConfig) -> str:
 
 
 def read_config_text(path: Path, endings: tuple[str, ...]) -> str:
-    """The text of a config file, UTF-8 with or without a byte order mark. endings: allowed, with their dot.
+    """The text of a config file, UTF-8 with or without a byte order mark. endings: allowed, with their dot,
+    in small letters; the file's may have capitals.
 
     At most MAX_CONFIG_BYTES and one more are read. Raises ConfigError for another ending, and for a file
     that is not there, larger or not UTF-8.
     """
-    if path.suffix not in endings:
+    if path.suffix.lower() not in endings:
         raise ConfigError(
-            f"config file {path}: came the ending '{path.suffix}', wanted {' or '.join(endings)}"
+            f"config file {path}: came the ending '{path.suffix}', wanted {' or '.join(endings)}; rename it, "
+            "or check the path"
         )
     try:
         with open(path, "rb") as file:
@@ -89,7 +96,10 @@ def read_config_text(path: Path, endings: tuple[str, ...]) -> str:
             raise ConfigError(
                 f"config file {path}: more than {MAX_CONFIG_BYTES} bytes; is this the right file?"
             )
-        return raw.decode("utf-8-sig")
+        text = raw.decode("utf-8-sig")
+        if "\0" in text[:4]:  # UTF-16 of plain letters, without its mark
+            raise UnicodeDecodeError("utf-8", raw, 0, 1, "a zero")
+        return text
     except OSError as error:
         raise ConfigError(f"cannot read the config file {path}: {error.strerror}; check the path") from None
     except UnicodeDecodeError as error:
@@ -169,12 +179,32 @@ def _parse(text: str, source: str) -> yaml.Node | None:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark else 1
-        advice = f"; {BACKSLASH}" if "escape" in str(error.problem) else ""
-        raise ConfigError(f"{source}:{line}: this is not YAML: {error.problem}{advice}") from None
+        advice = (
+            BACKSLASH
+            if "escape" in str(error.problem)
+            else _advice(text.splitlines()[max(0, line - 2) : line])
+        )
+        problem = str(error.problem).replace("\t", "\\t")
+        raise ConfigError(f"{source}:{line}: this is not YAML: {problem}; {advice}") from None
     except yaml.YAMLError as error:  # an unprintable character: no mark, several lines
-        raise ConfigError(f"{source}: this is not YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{source}: this is not YAML: {' '.join(str(error).split())}; remove it") from None
     except RecursionError:
         raise ConfigError(f"{source}: nested too deeply; wanted sections with keys") from None
+
+
+def _advice(lines: list[str]) -> str:
+    """What to look for in a line that is not YAML, and in the one before it, where the mistake may be."""
+    near = "\n".join(lines)
+    odd = next((mark for mark in near if not mark.isascii() and (mark.isspace() or mark in "：，“”‘’")), None)
+    if odd is not None:
+        return f"there is {odd!r}, a mark that only looks like one of YAML's: type it anew"
+    if re.search(r"(?m)^ *\t", near):
+        return "there is a tab: indent with spaces"
+    if re.search(r"(?m)^[^#:]*\w:[^\s/\\]", near):
+        return "a key wants a colon and a space before its value"
+    if re.search(r":\s+[@%`*&!|>]", near):
+        return "put the value in single quotes"
+    return "check the indentation, colons, quotes and brackets there and in the line before"
 
 
 def _as_yaml(text: str) -> str:

@@ -89,7 +89,7 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = (), family: str
     """
     forms = dict.fromkeys((*YAML_ENDINGS, *JSON_ENDINGS), load_config) | {".toml": load_newbie_config}
     other = load_newbie_config if family == "newbie" else load_config
-    return forms.get(Path(path).suffix, other)(path, overrides)
+    return forms.get(Path(path).suffix.lower(), other)(path, overrides)
 
 
 def load_newbie_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

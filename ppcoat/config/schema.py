@@ -54,10 +54,13 @@ __all__ = [
 ]
 
 
+MOST_NAME_BYTES = 160  # file systems take 255: the rest is for the step, the ending, and the draft's name
+
+
 class RunConfig(Section):
     """A whole run. Its files go to <output_dir>/<name>."""
 
-    name: str = Field(max_length=200, description="name of the run, its folder and its LoRA file")
+    name: str = Field(description="name of the run, its folder and its LoRA file")
     output_dir: PathText = Field("output", description="folder that holds the folder of the run")
     seed: Seed = Field(42, description="seed of initial weights, order, noise and dropout")
     device: str = Field("auto", pattern=r"^(auto|cpu|gpu|gpu:[0-9]+)$", description="auto, cpu, gpu or gpu:N")
@@ -115,6 +118,10 @@ class RunConfig(Section):
             raise ValueError("the name must be printable, not empty, without outer spaces or a leading dot")
         if any(mark in value for mark in "/\\:[]"):
             raise ValueError(r"the name must not hold any of / \ : [ ]")
+        if len(value.encode()) > MOST_NAME_BYTES:
+            raise ValueError(
+                f"the name has {len(value.encode())} bytes as UTF-8, wanted at most {MOST_NAME_BYTES}"
+            )
         return value
 
     @field_validator("trigger_word")

@@ -13,6 +13,14 @@ import numpy as np
 from ppcoat.data.examples import Example
 from ppcoat.errors import ConfigError
 
+# Fact -> what a user is told of it: the checkpoint's value and the one of now.
+_WORDS = {
+    "num_examples": "the number of pictures (each size and mirrored copy counts) was {} and is {} now",
+    "batch_size": "the batch of all processes was {} and is {} now",
+    "seed": "the seed was {} and is {} now",
+    "sizes_and_repeats": "sizes, repeats or regularisation of the pictures changed",
+}
+
 
 class ResumableBatches:
     """Endless iterator over lists of example numbers, each list `batch_size` long and of one bucket.
@@ -39,13 +47,15 @@ class ResumableBatches:
         self.seed = seed
         self.batches = 0  # returned so far
         self._streams = _streams(examples, batch_size, seed)
-        facts = [(each.size, each.repeats, each.is_reg) for each in examples]
+        shapes = [(each.size, each.repeats, each.is_reg) for each in examples]
+        contents = [(each.item.image_path.name, each.item.file_bytes, each.captions) for each in examples]
         self._facts = {
             "num_examples": len(examples),
             "batch_size": batch_size,
             "seed": seed,
-            "sizes_and_repeats": zlib.crc32(repr(facts).encode()),
+            "sizes_and_repeats": zlib.crc32(repr(shapes).encode()),
         }
+        self._contents = zlib.crc32(repr(contents).encode("utf-8", "surrogatepass"))
 
     def __iter__(self) -> Iterator[list[int]]:
         return self
@@ -64,16 +74,22 @@ class ResumableBatches:
         return self._streams[-1].batches_before(epochs) * len(self._streams)
 
     def state_dict(self) -> dict[str, int]:
-        """Position after the last batch, and the facts that `load_state_dict` compares; all are JSON
-        numbers."""
-        return {"batches": self.batches, **self._facts}
+        """Position after the last batch, the facts that `load_state_dict` compares, and a checksum of what
+        the examples hold; all are JSON numbers."""
+        return {"batches": self.batches, **self._facts, "contents": self._contents}
 
     def difference(self, state: dict[str, int]) -> str | None:
         """What of the examples and the batch was different when `state` was made; None: nothing."""
-        for name, value in self._facts.items():
-            if state.get(name) != value:
-                return f"{name} was {state.get(name)} in the checkpoint and is {value} now"
-        return None
+        changed = [name for name, value in self._facts.items() if state.get(name) != value]
+        if "num_examples" in changed and "sizes_and_repeats" in changed:
+            changed.remove("sizes_and_repeats")  # follows from the other
+        told = [_WORDS[name].format(state.get(name), self._facts[name]) for name in changed]
+        return " and ".join(told) or None
+
+    def has_other_contents(self, state: dict[str, int]) -> bool:
+        """Whether captions, names or bytes of picture files were different when `state` was made; the order
+        does not depend on them."""
+        return state.get("contents", self._contents) != self._contents
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue from the position in `state`. Raises ConfigError if the examples, their sizes or repeats,

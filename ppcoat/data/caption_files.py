@@ -28,7 +28,17 @@ TABLE_SUFFIXES = (".jsonl", ".csv", ".tsv", ".json", ".parquet")
 TEXT_SUFFIXES = (".txt", ".caption", ".cap", ".text", ".tags", ".prompt", ".md", *TABLE_SUFFIXES)
 # Keys of a picture's name and of its caption, those of the best known programs first.
 FILE_KEYS = ("file_name", "image", "filename", "image_path", "path", "file", "image_file", "file_path", "img")
-CAPTION_KEYS = ("text", "caption", "prompt", "description", "long_caption", "captions", "txt")
+CAPTION_KEYS = (
+    "text",
+    "caption",
+    "prompt",
+    "description",
+    "long_caption",
+    "captions",
+    "txt",
+    "caption_short",
+)
+_LIKE_JSON = re.compile(r"""[\[{\s]*(["'])[\w -]{1,40}\1\s*:""")  # damaged, or as Python prints it
 _TAGS = "tags"  # kohya puts them after the caption
 _WANTED = f"wanted rows with one of {', '.join(FILE_KEYS[:3])} and one of {', '.join(CAPTION_KEYS[:3])}"
 
@@ -68,13 +78,14 @@ class FolderCaptions:
                     self._near.setdefault((path.parent, name), []).append(path)
                     self._near.setdefault((None, name), []).append(path)
         self._of_table: dict[Path, Caption] = {}
-        self._unclear: dict[Path, str] = {}  # why a table's row is not this picture's for sure
+        self._why: dict[Path, str] = {}  # why a table gives this picture none, though it is named
+        self._no_tables: list[str] = []  # files that look like tables of captions and are none
         used = self._read_tables(lonely, pictures)
-        defaults = {path for path in lonely - used
-                    if path.stem == "default" and path.suffix.lower() in (suffix, ".txt")}  # fmt: skip
+        default = f"default{suffix}", "default.txt"
+        defaults = {path for path in lonely - used if path.name.lower() in default}
         self._defaults = {path.parent: _default(path) for path in sorted(defaults)}
-        own = {path for path in self._beside.values() if path in lonely} - defaults - used
-        self.unused = own  # caption files without a picture
+        # caption files without a picture
+        self.unused = {path for path in self._beside.values() if path in lonely} - defaults - used
         self._note_shared(pictures)
 
     def of(self, picture: Path) -> Caption | None:
@@ -102,26 +113,29 @@ class FolderCaptions:
         near = [each for place in (picture.parent, None) for name in (picture.stem, picture.name)
                 for each in self._near.get((place, _loose(name)), ())]  # fmt: skip
         wanted = f"no caption {picture.stem}{self.suffix}"
-        if not near and picture in self._unclear:
-            return f"{wanted}, and {self._unclear[picture]}"
         if not near:
-            return f"{wanted}, and no row in {self._table}" if self._table else wanted
+            self.notes, self._no_tables = [*self.notes, *self._no_tables[:3]], []
+            above = [f"{folder.name}/default.txt is for its own folder alone"
+                     for folder in self._defaults if folder in picture.parents]  # fmt: skip
+            reason = self._why.get(picture) or self._table or "".join(above[:1])
+            return f"{wanted}, and {reason}" if reason else wanted
         self.unused.discard(near[0])
         if near[0].parent != picture.parent:
             return f"{wanted} beside it, but there is {near[0].parent.name}/{near[0].name}: move it"
-        if normal(near[0].stem) == normal(picture.stem) and re.fullmatch(r"\.\w+", near[0].suffix):
-            return (
-                f"{wanted}, but there is {near[0].name}: rename it, or set caption_ext: {near[0].suffix[1:]}"
-            )
-        return f"{wanted}, but there is {near[0].name}: rename it"
+        same = normal(near[0].stem) == normal(picture.stem) and re.fullmatch(r"\.\w+", near[0].suffix)
+        also = f", or set caption_ext: {near[0].suffix[1:]}" if same else ""
+        return f"{wanted}, but there is {near[0].name}: rename it{also}"
 
     def _read_tables(self, files: Iterable[Path], pictures: Iterable[Path]) -> set[Path]:
         """Take the captions of all tables, of two that name a picture those of the later; gives the files
         that are tables. One whose name promises captions and that gives none is noted, as is damage after a
-        row with a picture; any other file is passed over."""
+        row with a picture; any other only where a picture has no caption (see missing)."""
         names, used = _Names(pictures), set()
-        for file in sorted(path for path in files if path.suffix.lower() in TABLE_SUFFIXES):
+        for file in sorted(files):
             promises = re.match(r"(?i)(metadata|caption|prompt|meta_)", file.name) is not None
+            ending = file.suffix.lower()
+            if ending not in TABLE_SUFFIXES and not (promises and ending == ".txt"):
+                continue
             rows, damage = [], ""
             try:
                 rows.extend(_rows(file))  # those before the damage stay in it
@@ -131,31 +145,26 @@ class FolderCaptions:
             known = any(fitting for fitting, _, _ in found)
             if known or promises:
                 used.add(file)
-            if damage:
-                self.notes += [damage] if known or promises else []
-            elif known:
+            if known and not damage:
                 self._take(file, found)
-            elif promises:
-                what = f"none of its {len(rows)} rows names a picture here" if rows else _WANTED
-                what = (
-                    "Parquet is not read here, write it as metadata.jsonl"
-                    if file.suffix == ".parquet"
-                    else what
-                )
-                self.notes.append(f"{file.name} gives no caption: {what}")
+                continue
+            what = f"none of its {len(rows)} rows names a picture here; {_WANTED}" if rows else _WANTED
+            what = "Parquet is not read here, write it as metadata.jsonl" if ending == ".parquet" else what
+            notes = self.notes if known or promises else self._no_tables
+            notes.append(damage or f"{file.name} gives no caption: {what}")
         return used
 
-    def _take(self, file: Path, found: Sequence[tuple[list[Path], str, Caption | None]]) -> None:
+    def _take(self, file: Path, found: Sequence[tuple[list[Path], str, Caption | str]]) -> None:
         """The captions of one table's rows, each with the pictures that its name fits. What is odd is noted:
         names that fit none or several, and pictures that another table names, too."""
-        self._table = file.name
+        self._table = f"no row in {file.name}"
         lost = [name for fitting, name, _ in found if not fitting]
         if lost:
             self.notes.append(f"{file.name} names {len(lost)} pictures that are not there: {lost[0]}, ...")
         unclear = {name: fitting for fitting, name, _ in found if len(fitting) > 1}
         for name, fitting in unclear.items():
             for picture in fitting:
-                self._unclear.setdefault(picture, f"{name} in {file.name} fits several pictures")
+                self._why.setdefault(picture, f"{name} in {file.name} fits several pictures")
         if unclear:
             name, fitting = next(iter(unclear.items()))
             some = " and ".join(path.relative_to(file.parent).as_posix() for path in fitting[:2])
@@ -164,7 +173,9 @@ class FolderCaptions:
                 f"{name} in {file.name} fits several pictures, e.g. {some}{more}: name each with its folder "
                 "and ending"
             )
-        captions = {fitting[0]: caption for fitting, _, caption in found if len(fitting) == 1 and caption}
+        certain = {fitting[0]: caption for fitting, _, caption in found if len(fitting) == 1}
+        self._why |= {picture: reason for picture, reason in certain.items() if isinstance(reason, str)}
+        captions = {picture: each for picture, each in certain.items() if isinstance(each, Caption)}
         twice: dict[Path, list[Path]] = {}
         for picture in captions.keys() & self._of_table.keys():
             twice.setdefault(self._of_table[picture].file, []).append(picture)
@@ -223,8 +234,10 @@ def _key(path: Path) -> tuple[Path, str]:
 
 
 def _loose(name: str) -> str:
-    """A stem without what is easily mistyped: case, blanks, dashes."""
-    return re.sub(r"[\s_-]+", "", normal(name)).casefold()
+    """A stem without what is easily mistyped or added: case, wide letters, blanks, dashes, zeros in front of
+    a number, the word caption or the like behind the name."""
+    name = re.sub(r"[\s_-]+", "", unicodedata.normalize("NFKC", name)).casefold()
+    return re.sub(r"(?<!\d)0+(?=\d)|(?<=.)(captions?|prompt|text|description)$", "", name)
 
 
 def normal(name: str) -> str:
@@ -246,18 +259,20 @@ def _bytes_of(path: Path, most: int) -> bytes:
 def _decoded(raw: bytes, path: Path) -> tuple[str, str]:
     try:
         text, encoding = decode(raw)
-    except UnicodeError:
+    except UnicodeDecodeError:
         raise BadCaption(f"the caption {path.name} is in no known encoding (save it as UTF-8)") from None
+    except UnicodeError as error:
+        raise BadCaption(f"the caption {path.name} is {error} (save it as UTF-8)") from None
     return text, encoding
 
 
 def _of_json(text: str, path: Path) -> str:
-    """The caption in a JSON text; a .txt that only looks like JSON, such as {a|b} or [red] dress, is a
-    caption itself."""
+    """The caption in a JSON text; a .txt with brackets but no key, such as {a|b} or [red] dress, is a caption
+    itself."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
-        if path.suffix.lower() != ".json":
+        if path.suffix.lower() != ".json" and not _LIKE_JSON.match(text):
             return text
         raise BadCaption(f"the caption {path.name} is no JSON (mend it, or write plain text)") from None
     caption = text_of(value)
@@ -270,19 +285,29 @@ def _of_json(text: str, path: Path) -> str:
     return caption
 
 
-def _rows(file: Path) -> Iterator[tuple[str, Caption | None]]:
-    """(name of a picture, its caption or None) of every row; nothing for a file that is no such table."""
+def _rows(file: Path) -> Iterator[tuple[str, Caption | str]]:
+    """(name of a picture, its caption or why there is none) of every row; nothing for a file that is no such
+    table."""
     if file.suffix.lower() == ".parquet":
         return
     text, encoding = _decoded(_bytes_of(file, MAX_TABLE_BYTES), file)
     try:
-        for name, caption in _READERS[file.suffix.lower()](text):
-            yield name, Caption(caption, encoding, file=file) if caption else None
+        for name, row in _READERS[file.suffix.lower()](text):
+            caption = text_of(row)
+            empty = isinstance(row, dict) and any(key in row and not row[key] for key in CAPTION_KEYS)
+            keys = f", not under {', '.join(map(str, list(row)[:5]))}" if isinstance(row, dict) else ""
+            reason = (
+                "is empty" if empty else f"was not found: wanted under {' or '.join(CAPTION_KEYS[:3])}{keys}"
+            )
+            none = f"the caption in its row of {file.name} {reason}"
+            yield name, Caption(caption, encoding, file=file) if caption else none
     except (ValueError, csv.Error, RecursionError) as error:
         raise BadCaption(f"{file.name} is damaged: {' '.join(str(error).split())}") from None
 
 
-def _json_lines(text: str) -> Iterator[tuple[str, str | None]]:
+def _json_lines(text: str) -> Iterator[tuple[str, Any]]:
+    if text.lstrip().startswith("["):
+        return (yield from _json_table(text))
     for number, line in enumerate(text.split("\n"), start=1):  # JSON may hold U+2028 and other line ends
         if line.strip():
             try:
@@ -292,21 +317,26 @@ def _json_lines(text: str) -> Iterator[tuple[str, str | None]]:
             yield from _row(row)
 
 
-def _json_table(text: str) -> Iterator[tuple[str, str | None]]:
-    data = json.loads(text)
+def _json_table(text: str) -> Iterator[tuple[str, Any]]:
+    try:
+        data = json.loads(text)
+    except json.JSONDecodeError as error:
+        if not error.msg.startswith("Extra data"):
+            raise
+        return (yield from _json_lines(text))
     if isinstance(data, dict) and len(data) == 1 and isinstance(next(iter(data.values())), list):
         (data,) = data.values()  # {"images": [...]}
     if isinstance(data, list):
         for row in data:
             yield from _row(row)
     elif isinstance(data, dict):
-        yield from ((name, text_of(value)) for name, value in data.items())
+        yield from data.items()
 
 
-def _separated(text: str) -> Iterator[tuple[str, str | None]]:
-    start = len(text) - len(text.lstrip("\r\n"))
+def _separated(text: str) -> Iterator[tuple[str, Any]]:
+    start = re.match(r"[\r\n]*(sep=.[\r\n]+)?", text).end()  # Excel's own first line
     first = text[start:].partition("\n")[0]
-    rows = csv.DictReader(io.StringIO(text[start:]), delimiter=max(",;\t", key=first.count))
+    rows = csv.DictReader(io.StringIO(text[start:]), delimiter=max(",;\t|", key=first.count))
     for row in rows:
         more = row.pop(None, ())
         yield from _row({key.strip(): value for key, value in row.items()})
@@ -315,16 +345,23 @@ def _separated(text: str) -> Iterator[tuple[str, str | None]]:
             raise ValueError(f"line {number}: more cells than the header has; put the caption in quotes")
 
 
-def _row(row: Any) -> Iterator[tuple[str, str | None]]:
-    """One row of a table, if it is one: an object with a picture's name."""
+def _row(row: Any) -> Iterator[tuple[str, Any]]:
+    """One row of a table, if it is one, an object with a picture's name -> the name, and what else it has
+    under keys in small letters."""
     if isinstance(row, dict):
-        key = next((key for key in FILE_KEYS if isinstance(row.get(key), str) and row[key].strip()), None)
-        if key is not None:
-            yield row[key], text_of({other: value for other, value in row.items() if other != key})
+        row = {str(key).lower(): value for key, value in row.items()}
+        for key in FILE_KEYS:
+            name = row.get(key)
+            name = (
+                name.get("path") if isinstance(name, dict) else name
+            )  # a picture of Hugging Face's datasets
+            if isinstance(name, str) and name.strip():
+                yield name, {other: value for other, value in row.items() if other != key}
+                return
 
 
-_READERS: dict[str, Callable[[str], Iterator[tuple[str, str | None]]]] = {
-    ".jsonl": _json_lines, ".json": _json_table, ".csv": _separated, ".tsv": _separated,
+_READERS: dict[str, Callable[[str], Iterator[tuple[str, Any]]]] = {
+    ".jsonl": _json_lines, ".json": _json_table, ".csv": _separated, ".tsv": _separated, ".txt": _separated,
 }  # fmt: skip
 
 
@@ -339,7 +376,7 @@ class _Names:
             self._paths[normal(path.as_posix())] = path
             for short in {path.name, path.stem}:
                 for key in (short, f"{path.parent.name}/{short}"):  # the second, as many may be called alike
-                    self._short.setdefault(normal(key), []).append(path)
+                    self._short.setdefault(normal(key).casefold(), []).append(path)
 
     def find(self, folder: Path, name: str) -> list[Path]:
         """The pictures whose last folders and name agree with most of `name`, read from its end: none, one,
@@ -352,7 +389,7 @@ class _Names:
         *folders, last = name.split("/")
         for key in ("/".join([*folders[-1:], last]), last):
             fits: dict[tuple, list[Path]] = {}
-            for path in self._short.get(key, ()):
+            for path in self._short.get(key.casefold(), ()):
                 if path.is_relative_to(folder):
                     pairs = zip(reversed(folders), map(normal, reversed(path.parent.parts)), strict=False)
                     equal = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))

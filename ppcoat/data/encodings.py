@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import lru_cache
 
 _SAMPLE = 64 * 1024  # bytes that a guess is made from; all of a long table would take many seconds
+_UNKNOWN = "in no known encoding"
 _ENOUGH = 0.3  # score below which a text is not one in that encoding
 # The commonest characters of Chinese (both scripts; kanji, too) and of Korean, and words of captions.
 _HAN = set(
@@ -27,6 +28,9 @@ _HANGUL = set(
 )  # fmt: skip
 _LATIN_MARKS = set("‘’“”–—…•°£€«»¿¡·´\xa0")
 _CONTROL = re.compile("[\0-\x08\x0e-\x1f\x7f-\x9f]")
+_BINARY = re.compile("[\0-\x08\x0e-\x1a\x1c-\x1f]")  # in no text: escape sequences of terminals may be
+_JIS = re.compile(rb"\x1b\$[@B]")  # where ISO-2022-JP, which is ASCII otherwise, turns to kanji
+_UTF8_MARK = re.compile(rb"[\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\xf0-\xf4][\x80-\xbf]{3}")
 _MARKS = ((codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
           (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))  # fmt: skip
 
@@ -34,16 +38,19 @@ _MARKS = ((codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
 def decode(raw: bytes) -> tuple[str, str]:
     """Bytes of a text -> (text, encoding).
 
-    UTF-8 is certain, as are UTF-16 and UTF-32 with their mark; others are guessed: the one that decodes all
-    and makes the first 64 KiB from where ASCII ends common characters and whole words of its languages.
-    Raises UnicodeError where none does.
+    UTF-8 without control characters is certain, as are UTF-16 and UTF-32 with their mark and ISO-2022-JP;
+    others are guessed: the one that decodes all and makes the first 64 KiB from where ASCII ends common
+    characters and whole words of its languages. Raises UnicodeError, whose text is the reason, where none
+    does, and for UTF-8 in which single bytes are damaged or cut off.
     """
     for mark, name in _MARKS:
         if raw.startswith(mark):
             return raw.decode(name), name
+    if _JIS.search(raw):
+        return raw.decode("iso2022_jp"), "iso2022_jp"
     try:
         text = raw.decode("utf-8-sig")
-        if "\0" not in text:
+        if not _BINARY.search(text):
             return text, "utf-8"
     except UnicodeDecodeError:
         pass
@@ -51,12 +58,13 @@ def decode(raw: bytes) -> tuple[str, str]:
         name = "utf-16-le" if raw[1::2].count(0) > raw[::2].count(0) else "utf-16-be"
         text = raw.decode(name)
         if _CONTROL.search(text):
-            raise UnicodeError("binary")
+            raise UnicodeError(_UNKNOWN)
         return text, name
     sample = _sample(raw)
     scores = {name: _score(sample, name, points) for name, points in _POINTS.items()}
+    whole = _share_of_utf8(sample)
     for name in sorted(scores, key=scores.get, reverse=True):  # of equals the first
-        if scores[name] < _ENOUGH:
+        if scores[name] < max(_ENOUGH, whole):
             break
         try:
             text = raw.decode(name)
@@ -64,15 +72,25 @@ def decode(raw: bytes) -> tuple[str, str]:
             continue
         if not _CONTROL.search(text):
             return text, name
-    raise UnicodeError("no known encoding")
+    raise UnicodeError("UTF-8 with damaged bytes" if whole > _ENOUGH else _UNKNOWN)
 
 
 def _sample(raw: bytes) -> bytes:
     """What a guess looks at: from the word before the first byte above ASCII on. All before that are whole
-    characters in every encoding here."""
+    characters in every encoding here. Raises UnicodeError where all is ASCII: it holds control characters."""
     above = re.search(rb"[\x80-\xff]", raw)
+    if above is None:
+        raise UnicodeError(_UNKNOWN)
     start = max(0, above.start() - 32)
     return raw[start : start + _SAMPLE]
+
+
+def _share_of_utf8(raw: bytes) -> float:
+    """How much of the bytes above ASCII are whole characters of UTF-8, 0..1. Other texts have few, and one
+    alone says nothing."""
+    characters = _UTF8_MARK.findall(raw)
+    above = sum(byte > 0x7F for byte in raw)
+    return sum(map(len, characters)) / above if len(characters) > 1 else 0.0
 
 
 def _score(raw: bytes, encoding: str, points: Callable[[str, str], float]) -> float:

@@ -152,7 +152,7 @@ def _bucket_table(examples: list[Example]) -> list[str]:
 
 
 def _crop_warning(examples: list[Example]) -> list[str]:
-    paths = {example.item.image_path for example in examples if _crop(example) > CROP_WARNING}
+    paths = {example.item.image_path for example in examples if _crop(example) > CROP_WARNING + 0.0005}
     if not paths:
         return []
     worst = max(examples, key=_crop)

@@ -33,16 +33,20 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp")
 OTHER_SUFFIXES = (".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif", ".jxl", ".jp2", ".psd", ".svg",
                   ".ico", ".tga", ".dng", ".cr2", ".nef", ".arw", ".mp4", ".mov", ".webm")  # fmt: skip
 # Folders that machines and other trainers leave in data folders: thumbnails, waste bins, caches.
-STRAY_FOLDERS = ("@eaDir", "@tmp", "@Recycle", "@Recently-Snapshot", "#recycle", "__MACOSX", "$RECYCLE.BIN",
-                 "System Volume Information", "lost+found", "__pycache__", "_controls")  # fmt: skip
+STRAY_FOLDERS = ("@eadir", "@tmp", "@recycle", "@recently-snapshot", "@synoresource", "#recycle", "#snapshot",
+                 "__macosx", "$recycle.bin", "system volume information", "lost+found", "__pycache__",
+                 "_controls", "_latent_cache", "_t_e_cache")  # fmt: skip
 # First bytes -> what a file is, whatever its name says.
 _KINDS = ((b"GIF8", "a GIF picture"), (b"BM", "a BMP picture"), (b"II*\0", "a TIFF picture"),
           (b"MM\0*", "a TIFF picture"), (b"8BPS", "a Photoshop file"), (b"%PDF", "a PDF file"),
-          (b"PK\3\4", "a ZIP archive"), (b"\xff\x0a", "a JPEG XL picture"),
-          (b"\0\0\0\x0cJXL", "a JPEG XL picture"),
+          (b"PK\3\4", "a ZIP archive"), (b"Rar!", "a RAR archive"), (b"7z\xbc\xaf", "a 7z archive"),
+          (b"\x1f\x8b", "a gzip archive"), (b"\xff\x0a", "a JPEG XL picture"),
+          (b"\0\0\0\x0cJXL", "a JPEG XL picture"), (b"\0\0\0\x0cjP", "a JPEG 2000 picture"),
+          (b"\x1aE\xdf\xa3", "a film"), (b"%!PS", "an EPS file"),
           (b"version https://git-lfs", "a Git LFS pointer: run git lfs pull"))  # fmt: skip
-_BRANDS = {b"avif": "an AVIF picture", b"avis": "an AVIF picture", b"heic": "a HEIC picture",
-           b"heix": "a HEIC picture", b"mif1": "a HEIC picture", b"msf1": "a HEIC picture"}  # fmt: skip
+_BRANDS = dict.fromkeys((b"avif", b"avis"), "an AVIF picture")
+_BRANDS |= dict.fromkeys((b"heic", b"heix", b"hevc", b"mif1", b"msf1"), "a HEIC picture")
+_TEXT = re.compile(rb"[\t\r\n -~]{5,}")
 NAMED_PROBLEMS = 10
 _ROUNDING = 3  # of 255: between sRGB and its many nearly equal profiles
 MAX_FOLDER_REPEATS = 1000  # a larger number in a folder's name is a year or a date
@@ -68,7 +72,7 @@ class Item:
 
     repeats: from the name of its subfolder, see folder_repeats. has_caption: False if the default is used.
     encoding: of the caption file; any but "utf-8" is a guess. notes: what its reader did to the picture.
-    caption_file: holds the caption, alone or with others; None for the default of the settings.
+    caption_file: holds the caption, alone or with others; None: a setting does. file_bytes: the picture's.
     """
 
     image_path: Path
@@ -80,6 +84,7 @@ class Item:
     encoding: str = "utf-8"
     notes: tuple[str, ...] = ()
     caption_file: Path | None = None
+    file_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -194,24 +199,25 @@ class _Files:
 
 def _walk(folder: Path, suffix: str) -> _Files:
     """All files below a folder by kind; unreadable folders go to `bad`, those left out to `notes`."""
-    found, followed, stray = _Files(), [folder.resolve()], set()
+    found, root, stray = _Files(), folder.resolve(), set()
+    walked = {root}  # real paths: links may lead to one folder twice
 
     def note_unreadable(error: OSError) -> None:
         found.bad.append(Problem(Path(error.filename), f"folder cannot be read ({error.strerror})"))
 
     def is_wanted(path: Path) -> bool:
-        if path.name in STRAY_FOLDERS:
+        if path.name.lower() in STRAY_FOLDERS:
             stray.add(path.name)
-        if path.name in STRAY_FOLDERS or path.name.startswith("."):
+        if path.name.lower() in STRAY_FOLDERS or path.name.startswith("."):
             return False
-        if path.is_symlink():
-            target = path.resolve()
-            if any(target.is_relative_to(each) or each.is_relative_to(target) for each in followed):
-                found.notes.append(
-                    f"the linked folder {path.relative_to(folder)} is left out: it is here already"
-                )
-                return False
-            followed.append(target)
+        target = path.resolve()
+        around = root.is_relative_to(target)
+        if target in walked or (path.is_symlink() and (around or target.is_relative_to(root))):
+            why = "it holds this data folder" if around and target != root else "it is here already"
+            kind = "linked folder" if path.is_symlink() else "folder"
+            found.notes.append(f"the {kind} {path.relative_to(folder)} is left out: {why}")
+            return False
+        walked.add(target)
         return True
 
     kinds = dict.fromkeys(OTHER_SUFFIXES, found.others) | dict.fromkeys((*TEXT_SUFFIXES, suffix), found.texts)
@@ -263,7 +269,7 @@ def _checked(path: Path, folder: Path, captions: FolderCaptions, default_caption
     caption = caption or Caption(default_caption, own=False)
     repeats = folder_repeats(path.relative_to(folder))
     return Item(path, caption.text, width, height, repeats, caption.own, caption.encoding, tuple(notes),
-                caption.file)  # fmt: skip
+                caption.file, path.stat().st_size)  # fmt: skip
 
 
 def _notes_of(items: list[Item]) -> list[str]:
@@ -310,12 +316,14 @@ def _open_rgb(path: Path, notes: list[str] | None = None, verify: bool = False) 
             if verify and opened.format == "PNG":
                 with Image.open(path, formats=("PNG",)) as again:
                     again.verify()
-            if opened.format != "JPEG" and getattr(opened, "n_frames", 1) > 1:
+            # a photo in MPO format has a second picture for depth or brightness
+            if opened.format in ("PNG", "WEBP") and getattr(opened, "n_frames", 1) > 1:
                 notes.append("animated, the first picture is trained")
             opened.load()
             return _on_white(ImageOps.exif_transpose(opened), opened.info.get("icc_profile"), notes)
     except _DECODE_ERRORS as error:
-        reason = " ".join(str(error).replace(repr(str(path)), "").split()) or type(error).__name__
+        said = getattr(error, "strerror", None) or str(error).replace(repr(str(path)), "")
+        reason = " ".join(said.split()) or type(error).__name__
         kind = _real_kind(path)
         reason = f"it is {kind}; wanted JPEG, PNG or WebP" if kind else reason
         raise _BadFile(f"the picture cannot be decoded ({reason})") from None
@@ -372,7 +380,9 @@ def _real_kind(path: Path) -> str | None:
         return _BRANDS.get(start[8:12], "a film or a picture in MP4's container")
     if re.match(rb"\s*(<!doctype html|<html)", start, re.IGNORECASE):
         return "a web page"
-    return next((kind for first, kind in _KINDS if start.startswith(first)), None)
+    text = "text, perhaps an error message of a download" if _TEXT.fullmatch(start) else None
+    unknown = "a file of zeros" if not start.strip(b"\0") else text
+    return next((kind for first, kind in _KINDS if start.startswith(first)), unknown)
 
 
 def _report(folder: Path, items: list[Item], bad: list[Problem], skip_bad: bool, notes: list[str]) -> None:

@@ -26,6 +26,7 @@ import safetensors.paddle
 
 from ppcoat.atomic import check_writable, remove_dead_drafts, whole_folder, write_text
 from ppcoat.config.schema import RunConfig
+from ppcoat.data.batches import ResumableBatches
 from ppcoat.errors import ConfigError
 from ppcoat.train.ranks import Ranks
 from ppcoat.train.run_state import ANEW, STRICT_FLAG, ResumeWords, RunState
@@ -329,21 +330,47 @@ def resume_run(
             raise _unwritable(config.run_dir, error) from None
 
 
-def _go_on(state: RunState, config: RunConfig, checkpoint: Checkpoint, words: ResumeWords) -> str:
-    """Bring the checkpoint into the run -> what is left to do, what changed, and what carries over. Raises
-    ConfigError for other decisive fields, and for other pictures without save.restart_data."""
-    facts, current, restart_flag = checkpoint.state, state.compatible, words.restart_flag
+def check_resume(config: RunConfig, compatible: dict, batches: ResumableBatches) -> None:
+    """Refuse what `resume_run` would refuse, before anything is loaded, as far as it can be told then.
+
+    compatible: decisive facts, as RunState has them, without network.modules. A checkpoint that cannot be
+    read is left to `resume_run`, which knows those before it.
+    """
+    root = config.run_dir / "checkpoints"
+    try:
+        facts = json.loads((root / (root / "latest").read_text("ascii").strip() / "state.json").read_bytes())
+        facts["compatible"]["network"].pop("modules", None)
+        facts["batches"].keys()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return
+    _what_moved(facts, compatible, batches, config, ResumeWords())
+
+
+def _what_moved(
+    facts: dict, current: dict, batches: ResumableBatches, config: RunConfig, words: ResumeWords
+) -> str | None:
+    """What of the pictures' order changed since the checkpoint with this state. Raises ConfigError as _go_on
+    does."""
+    restart_flag = words.restart_flag
     saved = {
         name: value for name, value in facts["compatible"].items() if name in current or name not in _EARLIER
     }
     # a checkpoint of an earlier version knows its base by the name of its folder only
     check_compatible({"base": current["base"]} | saved if "base" in current else saved, current, words.anew)
-    moved = state.batches.difference(facts["batches"])
+    moved = batches.difference(facts["batches"])
     if moved is not None and not (config.save.restart_data and restart_flag):
         advice = f", add {restart_flag} to go on with a new order of the pictures" if restart_flag else ""
         raise ConfigError(
             f"cannot resume the order of the data: {moved}; set it back{advice}, or {words.anew}"
         )
+    return moved
+
+
+def _go_on(state: RunState, config: RunConfig, checkpoint: Checkpoint, words: ResumeWords) -> str:
+    """Bring the checkpoint into the run -> what is left to do, what changed, and what carries over. Raises
+    ConfigError for other decisive fields, and for other pictures without save.restart_data."""
+    facts = checkpoint.state
+    moved = _what_moved(facts, state.compatible, state.batches, config, words)
     state.load(checkpoint.step, checkpoint.tensors, facts, restart_data=moved is not None)
     steps, step = config.train.steps, state.step
     left = f"{steps - step} of {steps} steps are" if step < steps else "nothing is"
@@ -353,6 +380,8 @@ def _go_on(state: RunState, config: RunConfig, checkpoint: Checkpoint, words: Re
     lines = [f"resuming from {checkpoint.path}: {left} left"]
     if moved is not None:
         changes.append(moved)
+    elif state.batches.has_other_contents(facts["batches"]):
+        changes.append("captions, names or files of the same number of pictures")
     if changes:
         anew = ["the order of the pictures"] if moved is not None else []
         anew += ["the running mean"] if state.ema is not None and "ema" not in checkpoint.tensors else []

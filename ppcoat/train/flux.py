@@ -27,9 +27,10 @@ from ppcoat.models.quantized_base import load_fp8_transformer
 from ppcoat.nn.swap import last_blocks
 from ppcoat.objective import FlowMatching
 from ppcoat.plan.phases import MemoryModel
-from ppcoat.train.base_model import drop_encoders, fields_of_start, load_frozen
+from ppcoat.train.base_model import drop_encoders, load_frozen
 from ppcoat.train.model_spec import ModelSpec
 from ppcoat.train.ranks import Ranks
+from ppcoat.train.start import fields_of_start
 from ppcoat.train.trainer import SaveWeights
 
 

@@ -38,9 +38,10 @@ from ppcoat.models.newbie.pipeline import PROMPT_PREFIX, NewbiePipeline, warn_of
 from ppcoat.nn.swap import last_blocks
 from ppcoat.objective import NewbieFlowMatching
 from ppcoat.plan.newbie import NewbieMemoryModel
-from ppcoat.train.base_model import drop_encoders, fields_of_start, load_frozen
+from ppcoat.train.base_model import drop_encoders, load_frozen
 from ppcoat.train.model_spec import ModelSpec
 from ppcoat.train.ranks import Ranks
+from ppcoat.train.start import fields_of_start
 from ppcoat.train.trainer import SaveWeights
 
 TEXT_NAMES = ("cap_feats", "cap_mask", "clip_text_pooled")

@@ -43,14 +43,8 @@ from ppcoat.errors import ConfigError
 from ppcoat.fp8 import backend
 from ppcoat.optim import ScheduleShape, lr_scheduler
 from ppcoat.plan.settings import with_earlier_plan, with_memory_plan
-from ppcoat.train.base_model import (
-    AdapterStart,
-    adapter_start,
-    as_it_started,
-    base_identity,
-    settings_before,
-)
-from ppcoat.train.checkpoint import check_run_folder, in_its_folder
+from ppcoat.train.base_model import compatible
+from ppcoat.train.checkpoint import check_resume, check_run_folder, in_its_folder
 from ppcoat.train.flux import FluxSpec
 from ppcoat.train.model_spec import ModelSpec
 from ppcoat.train.newbie import NewbieSpec
@@ -63,6 +57,7 @@ from ppcoat.train.previews import (
 )
 from ppcoat.train.ranks import Ranks, rank_scratch
 from ppcoat.train.run_state import RunningMean, RunState
+from ppcoat.train.start import AdapterStart, adapter_start, as_it_started, settings_before
 from ppcoat.train.trainer import Side, StepResult, Trainer, TrainingResult
 
 MODEL_SPECS: dict[str, ModelSpec] = {"flux": FluxSpec(), "newbie": NewbieSpec()}  # by model.family
@@ -148,6 +143,8 @@ def train_lora(config: RunConfig) -> TrainingResult:
     config = with_steps_of_epochs(with_fitting_settings(spec, as_it_started(config), ranks), inputs)
     if ranks.is_first:
         check_run_folder(config.run_dir)
+        batches = ResumableBatches(inputs.examples, config.train.batch_size * ranks.size, config.seed)
+        check_resume(config, compatible(config), batches)
     pipeline = spec.load_encoders(config, inputs.dtype)
     cache = encode_for_all(spec, config, inputs.examples, pipeline, ranks)
     validation = None
@@ -353,7 +350,7 @@ def build_trainer(
         ResumableBatches(cache.examples, global_batch, config.seed),
         side.bins,
         RunningMean(parameters, train.ema.ema_decay) if train.ema.use_ema else None,
-        _compatible(config, list(modules)),
+        compatible(config, list(modules)),
     )
     return Trainer(
         config=config,
@@ -386,15 +383,3 @@ def _optimizer(
         parameters, schedule, train.weight_decay, betas, train.epsilon, train.max_grad_norm, fp8_states=fp8
     )
     return optimizer, schedule
-
-
-def _compatible(config: RunConfig, modules: list[str]) -> dict:
-    """What a checkpoint must share with the run that resumes from it; everything else may change."""
-    network = config.network
-    adapter = {"linear": network.linear, "linear_alpha": network.linear_alpha, "modules": modules}
-    if network.type != "lora":
-        adapter["type"] = network.kind
-    optimizer = {"fp8": config.uses_fp8_optimizer}
-    if config.uses_fp8_optimizer:
-        optimizer |= config.coat.optimizer.model_dump()
-    return {"base": base_identity(config.model.name_or_path), "network": adapter, "optimizer": optimizer}

@@ -8,6 +8,7 @@ and computes its part of it, so one rank with the same global batch does the sam
 
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -341,7 +342,7 @@ class Trainer:
         checkpoint, unless that fails. Where the disk takes one of the two and not the other, the one is there
         before ConfigError is raised.
         """
-        done, failed = {}, {}
+        done, failed, advice = {}, {}, set()
 
         def attempt(what: str, write: Callable[[], Path | None]) -> None:
             try:
@@ -349,7 +350,10 @@ class Trainer:
             except (OSError, SafetensorError) as error:
                 if not is_disk_error(error):
                     raise
-                failed[what] = " ".join(str(getattr(error, "strerror", None) or error).split())
+                reason = " ".join(str(getattr(error, "strerror", None) or error).split())
+                full = getattr(error, "errno", errno.ENOSPC) in (errno.ENOSPC, errno.EDQUOT)
+                failed[what] = reason if full else f"{error.filename}: {reason}"
+                advice.add("make room on the disk" if full else "clear the way for it")
 
         if not (checkpoint and final):
             attempt("LoRA file", lambda: self._write_weights(report, final))
@@ -361,8 +365,8 @@ class Trainer:
             reasons = "; ".join(f"{what}: {reason}" for what, reason in failed.items())
             there = f"its {next(iter(done))} is" if done else "what was saved before is"
             raise ConfigError(
-                f"step {self.step} could not be saved ({reasons}); {there} unharmed; make room on the disk "
-                f"and {self.words.again}"
+                f"step {self.step} could not be saved ({reasons}); {there} unharmed; "
+                f"{', '.join(sorted(advice))} and {self.words.again}"
             )
         return done.get("LoRA file")
 

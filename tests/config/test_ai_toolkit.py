@@ -214,7 +214,7 @@ def test_mistakes_name_line_key_and_nearest(refusal, line, message):
         (nested().replace("shirts", "shirts\n  device: cpu"), "run.yaml:4: unknown key 'config.device'"),
         (nested().replace("name: shirts", "process_: 1"), "run.yaml:3: unknown key 'config.process_'"),
         (nested().replace("  name: shirts\n", ""), "the key 'name' is missing"),
-        (nested(sd_trainer="ui_trainer"), "run.yaml:5: type: came 'ui_trainer'"),
+        (nested(sd_trainer="concept_slider"), "run.yaml:5: type: came 'concept_slider'"),
     ],
 )  # fmt: skip
 def test_other_outer_forms_are_refused(refusal, text, part):
@@ -300,6 +300,19 @@ def test_keys_of_a_newer_version_that_ask_for_nothing_are_left_out_and_told(load
         text=nested("train: {gradient_checkpointng: false}")
     )
     assert "unknown key 'some_list'" in refusal(text=SHORT + "some_list: []\n")
+
+
+def test_emptied_boxes_of_the_web_interface_ask_for_nothing(load, warnings):
+    emptied = "trigger_word: ''", "training_folder: ''", "sample: null", "logging: null", "network: null"
+    assert load(text=nested(*emptied)) == load(text=nested())
+    assert not [line for line in warnings(text=nested(*emptied)) if "ai-toolkit also adapts" not in line]
+
+
+def test_another_kind_of_base_is_told_where_it_is_asked_for(warnings):
+    told = "model.qtype: came 'uint4', the base is stored in FP8 (E4M3) instead"
+    for quantize, number in (("true", 1), ("false", 0)):
+        said = warnings(f"model.quantize={quantize}", "model.qtype=uint4", text=nested())
+        assert sum(told in line for line in said) == number
 
 
 def test_all_unknown_keys_are_in_one_message(refusal):

@@ -128,7 +128,7 @@ WARNED = [
 ]  # fmt: skip
 # key, value that is refused, value (or none) that asks for nothing
 REFUSED = [
-    ("type", "ui_trainer", "diffusion_trainer"), ("guidance", "{a: 1}", "null"),
+    ("type", "concept_slider", "ui_trainer"), ("guidance", "{a: 1}", "null"),
     ("embedding", "{a: 1}", "null"),
     ("decorator", "{a: 1}", "null"), ("adapter", "{a: 1}", "null"), ("do_lorm", "true", "false"),
     ("network.transformer_only", "false", "true"),
@@ -159,7 +159,7 @@ REFUSED = [
     ("train.min_snr_gamma", "5", "null"), ("train.learnable_snr_gos", "true", "false"),
     ("model.is_flux", "false", "true"), ("model.arch", "wan21", "flux:1"),
     ("model.qtype", "uint3|a.st", "uint3"),
-    ("model.qtype_te", "uint3|a.st", "qfloat8"), ("model.assistant_lora_path", "a", "null"),
+    ("model.assistant_lora_path", "a", "null"),
     ("model.attn_masking", "true", "false"), ("model.split_model_over_gpus", "true", "false"),
     ("model.lora_path", "a", "null"), ("model.inference_lora_path", "a", "null"),
 ]  # fmt: skip
@@ -210,6 +210,7 @@ IDLE = {
     "model.layer_offloading_text_encoder_percent": "model.layer_offloading",
     "logging.project_name": "logging.use_wandb", "logging.run_name": "logging.use_wandb",
     "logging.use_ui_logger": "sqlite_db_path", "model.compile_mode": "model.compile",
+    "model.qtype_te": "model.quantize_te",
     **dict.fromkeys(("datasets[].shrink_video_to_frames", "datasets[].do_i2v", "datasets[].fps",
                      "datasets[].auto_frame_count"), "datasets[].num_frames"),
     **dict.fromkeys(("datasets[].audio_normalize", "datasets[].audio_preserve_pitch"), "datasets[].do_audio"),

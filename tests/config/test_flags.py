@@ -7,7 +7,8 @@ from typing import Literal
 
 import pytest
 
-from ppcoat.config.flags import add_flags, flag, from_flags, set_flag
+from ppcoat.config.flags import TINY_FLUX, add_flags, flag, from_flags, set_flag
+from ppcoat.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -66,3 +67,35 @@ def test_wrong_flags_are_refused(given, words, capsys):
     with pytest.raises(SystemExit):
         parse(*given.split())
     assert words in capsys.readouterr().err
+
+
+@dataclass(frozen=True)
+class _Files:
+    model: str = flag("a model", "")
+    lora: list[str] = flag("files", [])
+    output: str | None = flag("results", None)
+
+
+def _files(*given):
+    parser = argparse.ArgumentParser()
+    add_flags(parser, _Files)
+    return from_flags(_Files, parser.parse_args(given))
+
+
+def test_home_and_the_built_in_model_are_found_in_flags(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/me")
+    flags = _files("--model=tiny_flux", "--lora", "~/a", "b~/c")
+    assert (flags.model, flags.lora) == (TINY_FLUX, ["/home/me/a", "b~/c"])
+    (tmp_path / "tiny_flux").mkdir()
+    assert _files("--model=tiny_flux").model == "tiny_flux"
+
+
+def test_results_that_could_not_be_written_are_refused_at_the_start(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        _files("--output", str(tmp_path / "file" / "x.json"))
+    with pytest.raises(ConfigError, match="is a folder; name a file"):
+        _files("--output", str(tmp_path))
+    _files("--output", str(tmp_path / "new" / "x.json"))
+    assert not (tmp_path / "new").exists()

@@ -139,7 +139,7 @@ WRONG = [
         "'sigmoid', 'linear', 'shift' or 'weighted'",
     ),
     ("train: 5", "train", "5", "section"),
-    ("coat:", "coat", "nothing", "section"),
+    ("train: {ema: null}", "train.ema", "nothing", "section"),
     ("coat: {enabled: 1}", "coat.enabled", "1", "true or false"),
     ("coat: {enabled: 'true'}", "coat.enabled", "'true'", "true or false"),
     ("coat: {optimizer: {m1_format: e3m4}}", "coat.optimizer.m1_format", "'e3m4'", "'e4m3' or 'e5m2'"),
@@ -199,15 +199,59 @@ def test_names_that_are_no_folder_are_refused(tmp_path, name):
         ("#" * (1 << 20) + "\n", "more than"),
         (BASE.replace("folder_path", "folder_pth"), "unknown key 'datasets.0.folder_pth'"),
         (BASE.replace("  - folder_path: photos\n", "  []\n"), "at least 1 entry"),
+        (BASE + "train:\n\tsteps: 3", "run.yaml:7: this is not YAML: found character '\\t'"),
+        (BASE + "train:\n\tsteps: 3", "there is a tab: indent with spaces"),
+        (BASE + "seed:3\n", "a key wants a colon and a space before its value"),
+        (
+            BASE + "seed\uff1a3\n",
+            "there is '\uff1a', a mark that only looks like one of YAML's: type it anew",
+        ),
+        (BASE + "train:\n\u3000steps: 3\n  lr: 1", "there is '\\u3000', a mark that only looks"),
+        (BASE.replace("photos", "%HOME%/x"), "put the value in single quotes"),
+        (BASE + "train: [1, 2\nseed: 3", "check the indentation, colons, quotes and brackets"),
     ],
 )
 def test_yaml_traps(tmp_path, text, part):
     assert part in refusal(tmp_path, text)
 
 
+def test_a_section_without_keys_is_as_if_it_were_not_there(tmp_path):
+    """All of its keys commented out."""
+    assert load(tmp_path, BASE + "train:\n# lr: 1\nsample:\ncoat: null\n") == load(tmp_path, BASE)
+    assert load(tmp_path, BASE + "train:\n", "train.steps=3").train.steps == 3
+
+
+def test_a_name_that_is_too_long_for_its_files_is_refused_before_they_are_written(tmp_path):
+    load(tmp_path, BASE, "name=" + "x" * 160)
+    said = refusal(tmp_path, BASE, "name=" + "\u88d9" * 54)
+    assert "name: the name has 162 bytes as UTF-8, wanted at most 160" in said
+
+
+def test_the_ending_of_a_config_may_have_capitals(tmp_path):
+    for name, text in {"a.YAML": BASE, "a.Yml": BASE, "a.JSON": '{"name": "x"}'}.items():
+        (tmp_path / name).write_text(text)
+    assert load_config(tmp_path / "a.YAML") == load_config(tmp_path / "a.Yml")
+    with pytest.raises(ConfigError, match="the key 'model' is missing"):
+        load_config(tmp_path / "a.JSON")
+    with pytest.raises(
+        ConfigError, match="came the ending '.txt', wanted .yaml .* rename it, or check the path"
+    ):
+        load_config(tmp_path / "run.yaml.txt")
+
+
 @pytest.mark.parametrize(
     "override",
-    ["train", "=5", "train..lr=3", "name.x=3", "datasets.7.folder_path=x", "datasets.x=3", "0.a=1"],
+    [
+        "train",
+        "=5",
+        "train..lr=3",
+        "name.x=3",
+        "datasets.7.folder_path=x",
+        "datasets.x=3",
+        "0.a=1",
+        "Train.lr=3",
+        "datasets[0].folder_path=x",
+    ],
 )
 def test_bad_overrides_are_named(tmp_path, override):
     assert refusal(tmp_path, BASE, override).startswith(f"--set {override}: ")
@@ -303,7 +347,7 @@ def test_a_path_may_begin_at_home(tmp_path, monkeypatch):
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "gb18030"])
 def test_a_file_in_another_encoding_is_told_how_to_be_saved(tmp_path, encoding):
     path = tmp_path / "run.yaml"
-    path.write_bytes((BASE + "\n# \u7ea2").encode(encoding))
+    path.write_bytes((BASE + "\n# \u7ea2" * (encoding != "utf-16-le")).encode(encoding))
     with pytest.raises(ConfigError, match="it is UTF-16|line 7 is not UTF-8") as caught:
         load_config(path)
     assert ("UTF-16" in str(caught.value)) == encoding.startswith("utf-16")

@@ -2,7 +2,9 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ppcoat.data.batches import ResumableBatches
+from ppcoat.data.sources import Item
 from ppcoat.errors import ConfigError
 
 quick = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -98,14 +101,33 @@ def test_epochs_and_seeds_differ(example):
 def test_other_data_is_refused_by_name(example):
     state = ResumableBatches([example()] * 4, 2, 0).state_dict()
     others = {
-        "num_examples": ([example()] * 5, 2, 0),
-        "batch_size": ([example()] * 4, 3, 0),
-        "seed": ([example()] * 4, 2, 1),
-        "sizes_and_repeats": ([example()] * 3 + [example(repeats=2)], 2, 0),
+        r"pictures \(each size and mirrored copy counts\) was 4 and is 5 now;": ([example()] * 5, 2, 0),
+        "the batch of all processes was 2 and is 3 now and the seed was 0 and is 1 now": (
+            [example()] * 4,
+            3,
+            1,
+        ),
+        "sizes, repeats or regularisation of the pictures changed": (
+            [example()] * 3 + [example(repeats=2)],
+            2,
+            0,
+        ),
     }
-    for field, arguments in others.items():
-        with pytest.raises(ConfigError, match=f"{field} was"):
+    for said, arguments in others.items():
+        with pytest.raises(ConfigError, match=said):
             ResumableBatches(*arguments).load_state_dict(state)
+
+
+def test_other_captions_and_files_are_noticed_and_keep_the_order(example):
+    first = ResumableBatches([example()] * 4, 2, 0)
+    for changed in (
+        example(captions=("a hat",)),
+        replace(example(), item=Item(Path("none.png"), "", 1, 1, file_bytes=9)),
+    ):
+        other = ResumableBatches([*[example()] * 3, changed], 2, 0)
+        assert other.has_other_contents(first.state_dict()) and other.difference(first.state_dict()) is None
+    assert not first.has_other_contents(ResumableBatches([example()] * 4, 2, 0).state_dict())
+    assert not first.has_other_contents({"batches": 0})  # of an earlier version
 
 
 def test_positions_outside_and_empty_data_are_refused(example):

@@ -25,6 +25,7 @@ TEXTS = {
     "cp949": ["빨간 드레스", "흰 배경의 검은 고양이", "sks 원피스"],
     "big5": ["一件紅色的洋裝", "穿著藍色裙子的女孩站在海邊"],
     "euc_jp": ["赤いドレスの女性"],
+    "iso2022_jp": ["1girl, 赤いドレス"],
     "cp1251": ["красное платье", "Синяя рубашка, sks"],
     "koi8_r": ["красное платье"],
     "utf-16": ["red dress 红"],
@@ -38,6 +39,20 @@ TEXTS = {
 )
 def test_encodings_are_told_apart(encoding, text):
     assert decode(text.encode(encoding)) == (text, encoding)
+
+
+@pytest.mark.parametrize(
+    ("raw", "reason"),
+    [
+        ("红色连衣裙，白色圆点".encode()[:-1], "UTF-8 with damaged bytes"),
+        ("빨간 드레스".encode() + b"\xff", "UTF-8 with damaged bytes"),
+        ("ชุดเดรสสีแดง".encode("utf-16-le"), "in no known encoding"),  # UTF-8, but for control characters
+        ("빨간 드레스".encode("iso2022_kr"), "in no known encoding"),
+    ],
+)
+def test_nearly_utf8_is_refused_and_not_guessed(raw, reason):
+    with pytest.raises(UnicodeError, match=reason):
+        decode(raw)
 
 
 def test_bytes_that_are_no_text_are_refused():
@@ -101,6 +116,10 @@ TABLES = {
     "captions.json": json.dumps(dict(ROWS)),
     "meta_cap.json": json.dumps({f"D:\\pictures\\{name}": {"caption": text} for name, text in ROWS}),
     "meta_clean.json": json.dumps({name.removesuffix(".png"): {"tags": text} for name, text in ROWS}),
+    "list.jsonl": json.dumps([{"image": {"path": name}, "text": text} for name, text in ROWS]),
+    "lines.json": "\n".join(json.dumps({"File": name.upper(), "Caption": text}) for name, text in ROWS),
+    "table.csv": "sep=;\r\nImage;Caption\r\n" + "\r\n".join(f"{name};{text}" for name, text in ROWS),
+    "captions.txt": "image|caption\n" + "\n".join(f"{name}|{text}" for name, text in ROWS),
     "data.json": json.dumps({"images": [{"file": name, "captions": [text, "x"]} for name, text in ROWS]}),
 }
 
@@ -131,6 +150,18 @@ def test_kohyas_tags_follow_the_caption_and_a_file_beside_the_picture_counts_fir
             "no caption 1.txt, and no row in metadata.jsonl",
         ),
         ("metadata.parquet", "PAR1", "Parquet is not read here"),
+        (
+            "results.csv",
+            "picture,words\n0.png,a",
+            "results.csv gives no caption: wanted rows with one of file_name",
+        ),
+        ("captions.txt", "0.png a dress", "captions.txt gives no caption: wanted rows with one of file_name"),
+        (
+            "list.jsonl",
+            '{"image": "0.png", "en": "a"}',
+            "its row of list.jsonl was not found: wanted under text or caption or prompt, not under en",
+        ),
+        ("list.jsonl", '{"image": "0.png", "text": ""}', "the caption in its row of list.jsonl is empty"),
     ],
 )
 def test_a_table_that_does_not_help_is_named(folder, name, text, part):
@@ -253,6 +284,12 @@ def test_json_beside_a_picture_is_read_or_refused_and_never_a_prompt(draw, tmp_p
     assert f"0.{ending} holds JSON without a caption, no object" in refusal(tmp_path, caption_ext=ending)
 
 
+@pytest.mark.parametrize("text", ['{"caption": "a red dress"', "{'caption': 'a red dress'}", '[{"text" : 1'])
+def test_damaged_json_and_pythons_own_way_of_it_are_no_prompt(draw, tmp_path, text):
+    draw("0.png", (16, 16), text)
+    assert "the caption 0.txt is no JSON (mend it" in refusal(tmp_path)
+
+
 @pytest.mark.parametrize("text", ["[red] dress", "[trigger]", "[trigger] x", "[a, b]"])
 def test_brackets_that_are_no_json_are_a_caption(draw, tmp_path, text):
     draw("0.png", (16, 16), text)
@@ -267,6 +304,8 @@ def test_brackets_that_are_no_json_are_a_caption(draw, tmp_path, text):
         ("A.txt", "there is A.txt: rename it"),
         ("a .txt", "there is a .txt: rename it"),
         ("text/a.txt", "there is text/a.txt: move it"),
+        ("a_caption.txt", "there is a_caption.txt: rename it"),
+        ("\uff21.txt", "there is \uff21.txt: rename it"),
     ],
 )
 def test_a_name_that_is_nearly_right_is_named_once(draw, tmp_path, name, said):
@@ -277,8 +316,15 @@ def test_a_name_that_is_nearly_right_is_named_once(draw, tmp_path, name, said):
     assert message.startswith("1 problem in ") and said in message
 
 
+def test_zeros_before_a_number_are_easily_left_out(draw, tmp_path):
+    draw("007.png", (16, 16), None)
+    (tmp_path / "7.txt").write_text("a dress")
+    assert "no caption 007.txt, but there is 7.txt: rename it" in refusal(tmp_path)
+
+
 def test_default_text_is_the_caption_of_its_folder(folder):
-    (folder / "default.txt").write_text("a dress")
+    (folder / "Default.txt").write_text("a dress")
+    assert f"no caption 1.txt, and {folder.name}/default.txt is for its own folder alone" in refusal(folder)
     (folder / "sub/1.txt").write_text("a coat")
     assert [(item.caption_raw, item.has_caption) for item in scan_folder(folder).items] == [
         ("a dress", False),

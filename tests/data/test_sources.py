@@ -305,10 +305,13 @@ def test_alpha_palette_grey_and_cmyk(tmp_path):
         (b"\0\0\0\x18ftypheic", "a HEIC picture"),
         (b"\n<!DOCTYPE html><html>", "a web page"),
         (b"version https://git-lfs.github.com/spec/v1", "a Git LFS pointer: run git lfs pull"),
+        (b"\0\0\0\x18ftyphevc", "a HEIC picture"),
+        (b'{"error": "not found"}', "text, perhaps an error message of a download"),
+        (bytes(40), "a file of zeros"),
     ],
 )
 def test_what_a_wrong_picture_is_is_told_by_its_first_bytes(tmp_path, start, kind):
-    (tmp_path / "a.jpg").write_bytes(start + bytes(64))
+    (tmp_path / "a.jpg").write_bytes(start if kind.startswith("text") else start + bytes(64))
     (tmp_path / "a.txt").write_text("a")
     assert f"a.jpg: the picture cannot be decoded (it is {kind}; wanted" in refusal(tmp_path)
 
@@ -339,6 +342,24 @@ def test_strays_are_left_out_and_links_are_followed_once(tmp_path):
     assert sum("linked folder" in note and "left out" in note for note in found.notes) == 4
 
 
+def test_of_linked_folders_within_each_other_nothing_is_lost(tmp_path):
+    data = tmp_path / "data"
+    picture(data / "a.png")
+    picture(tmp_path / "elsewhere/b.png")
+    picture(tmp_path / "elsewhere/deep/c.png")
+    (data / "1").symlink_to("../elsewhere/deep")
+    (data / "2").symlink_to("../elsewhere")
+    found = scan_folder(data)
+    assert [item.image_path.name for item in found.items] == ["c.png", "b.png", "a.png"]
+    assert found.notes == ("the folder 2/deep is left out: it is here already",)
+
+
+def test_links_that_lead_nowhere_are_told_in_plain_words(tmp_path):
+    picture(tmp_path / "a.png")
+    (tmp_path / "b.png").symlink_to("nowhere.png")
+    assert "b.png: the picture cannot be decoded (No such file or directory);" in refusal(tmp_path)
+
+
 def test_colours_are_those_of_the_profile(tmp_path):
     """A profile with the primaries of sRGB, red and green exchanged, makes green of red; that of sRGB changes
     no pixel, and one that cannot be read is left out."""
@@ -358,6 +379,7 @@ def test_colours_are_those_of_the_profile(tmp_path):
 def test_animations_and_empty_pictures_are_noted(tmp_path):
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
     frames[0].save(tmp_path / "a.webp", save_all=True, append_images=frames[1:])
+    frames[0].save(tmp_path / "photo.jpg", "MPO", save_all=True, append_images=frames[1:])  # no animation
     picture(tmp_path / "b.png", mode="RGBA", color=(0, 0, 0, 0))
     notes = scan_folder(tmp_path, default_caption="x").notes
     assert [note.partition(": ")[2] for note in notes] == [

@@ -172,7 +172,7 @@ def draw_hat(pipeline, lora):
     ],
 )  # fmt: skip
 def test_another_kind_does_not_go_on(make_config, before, after, said):
-    found = [run_module._compatible(make_config(*each), []) for each in (before, after)]
+    found = [run_module.compatible(make_config(*each), []) for each in (before, after)]
     with pytest.raises(ConfigError, match=said):
         check_compatible(*found)
 
@@ -238,12 +238,18 @@ def test_training_lowers_the_loss_on_a_fixed_batch(make_config, monkeypatch):
             "network.ignore_if_contains=[proj]",
             "network.targets and what else chooses the Linears was .* is .* now",
         ),
-        ("datasets.0.resolution=32", "sizes_and_repeats was .* set it back, add --restart_data"),
-        ("train.batch_size=3", "order of the data: batch_size was 2 .* is 3 now.* add --restart_data"),
+        (
+            "datasets.0.resolution=32",
+            "sizes, repeats or regularisation of the pictures changed; set it back, add --restart_data",
+        ),
+        (
+            "train.batch_size=3",
+            "order of the data: the batch of all processes was 2 .* is 3 now.* add --restart_data",
+        ),
         ("coat.optimizer.block_size=32", "optimizer.block_size was 16 .* is 32 now"),
         ("coat.optimizer.use_fp8=false", r"FP8 optimizer states \(coat.enabled.* was True .* is False now"),
         ("coat.enabled=false", r"FP8 optimizer states \(coat.enabled.* was True .* is False now"),
-        ("seed=1", "order of the data: seed was 42 .* is 1 now"),
+        ("seed=1", "order of the data: the seed was 42 .* is 1 now"),
     ],
 )
 def test_resuming_with_other_settings_is_refused_by_name(finished, override, refusal):

@@ -209,7 +209,7 @@ def test_stopped_and_resumed_run_is_bit_equal_to_an_uninterrupted_one(make_confi
         ("network.linear=3", "network.linear was 2 .* is 3 now"),
         ("network.targets=[attention.qkv]", "network.targets and what else .* was .* is .* now"),
         ("network.type=lokr", "network.type was not recorded .* is 'lokr, factor -1' now"),
-        ("datasets.0.resolution=32", "sizes_and_repeats was .* is .* now"),
+        ("datasets.0.resolution=32", "sizes, repeats or regularisation of the pictures changed"),
     ],
 )
 def test_resuming_with_another_adapter_is_refused_by_name(finished, override, refusal):

@@ -1,6 +1,7 @@
 """Going on under other settings: what may change does at once, what may not is refused by name."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from ppcoat.errors import ConfigError
 from ppcoat.optim import lr_scheduler
 from ppcoat.train.base_model import base_identity
 from ppcoat.train.checkpoint import check_compatible, in_its_folder, load_latest
+from ppcoat.train.flux import FluxSpec
 from ppcoat.train.report import SigmaBins
 from ppcoat.train.run import train_lora
 from ppcoat.train.run_state import RunState
@@ -37,12 +39,30 @@ def test_a_moved_run_goes_on_with_another_rate_a_mean_and_one_picture_more(make_
     said = capfd.readouterr().out
     assert f"this run's folder was {config.run_dir}; it goes on in {moved}" in said
     assert f"resuming from {moved}/checkpoints/000000002: 1 of 3 steps are left" in said
-    for part in ("train.lr 0.001 -> 0.0001", "train.steps 2 -> 3", "num_examples was 6", "rate is now 0.0001",
-                 "; anew: the order of the pictures and the running mean"):  # fmt: skip
+    for part in ("train.lr 0.001 -> 0.0001", "train.steps 2 -> 3", "copy counts) was 6 and is 7 now",
+                 "rate is now 0.0001", "; anew: the order of the pictures and the running mean"):  # fmt: skip
         assert part in said, part
     rates = [json.loads(line)["lr"] for line in (moved / "log.jsonl").read_text().splitlines()]
     assert rates == [1e-3, 1e-3, 1e-4]  # the first resumed step has the new one
     assert load_latest(moved).step == 3 and (moved / "coats.safetensors").is_file()
+
+
+def test_what_changed_is_refused_before_anything_is_loaded_or_told(make_config, tmp_path, monkeypatch, capfd):
+    base = "seed=0", "train.batch_size=2", "network.linear=4"
+    train_lora(make_config("train.steps=1", *base))
+    next((tmp_path / "data").glob("*.txt")).write_text("a hat")
+    train_lora(make_config("train.steps=2", *base))
+    said = capfd.readouterr().out
+    assert "changed since then: train.steps 1 -> 2, captions, names or files of the same number" in said
+    monkeypatch.setattr(FluxSpec, "load_encoders", None)  # a call would be another error
+    for change, part in {
+        "network.linear=8": "network.linear was 4 in the checkpoint and is 8 now",
+        "train.batch_size=1": "batch of all processes was 2 and is 1 now; set it back, add --restart_data",
+        "seed=7": "the seed was 0 and is 7 now",
+        "coat.optimizer.use_fp8=false": "FP8 optimizer states",
+    }.items():
+        with pytest.raises(ConfigError, match=re.escape(part)):
+            train_lora(make_config("train.steps=2", *base, change))
 
 
 def test_only_the_own_config_of_a_moved_folder_is_followed(make_config, tmp_path):

@@ -170,8 +170,6 @@ def test_other_work_is_planned_anew(planned, make_config, changes):
 
 
 def test_deterministic_kernels_may_come_and_go(make_config):
-    first, second = (
-        run._compatible(make_config(f"train.deterministic={on}"), []) for on in ("true", "false")
-    )
+    first, second = (run.compatible(make_config(f"train.deterministic={on}"), []) for on in ("true", "false"))
     assert first == second  # settings_of_training tells of it
     assert "train.deterministic" in settings_of_training(make_config())

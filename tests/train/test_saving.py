@@ -54,6 +54,16 @@ def test_a_full_disk_ends_in_one_line_and_keeps_what_it_takes(
     assert (load_latest(config.run_dir) is not None) == (left == "checkpoint")
 
 
+def test_what_lies_in_the_way_is_named(make_config):
+    config = make_config("train.steps=1")
+    (config.run_dir / "run.safetensors").mkdir(parents=True)
+    with pytest.raises(ConfigError) as caught:
+        train_lora(config)
+    said = f"(LoRA file: {config.run_dir}/run.safetensors: Is a directory); what was saved before is unharmed"
+    assert f"{said}; clear the way for it and run" in str(caught.value)
+    assert load_latest(config.run_dir).step == 1
+
+
 def test_an_error_of_the_device_is_no_full_disk(make_config, monkeypatch):
     monkeypatch.setattr(trainer, "save_run", failing(OSError("(External) CUDA error(700)")))
     with pytest.raises(OSError, match="CUDA error"):

@@ -20,11 +20,11 @@ from ppcoat.lora import adapter_layers, read_lora_file
 from ppcoat.models.flux.pipeline import FluxPipeline
 from ppcoat.models.newbie.files import load_nextdit
 from ppcoat.train import run
-from ppcoat.train.base_model import adapter_start
 from ppcoat.train.checkpoint import load_latest
 from ppcoat.train.flux import FluxSpec
 from ppcoat.train.newbie import NewbieSpec
 from ppcoat.train.run import train_lora
+from ppcoat.train.start import adapter_start
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 ADAPTERS, NEWBIE = FIXTURES / "adapters", FIXTURES / "tiny_newbie"

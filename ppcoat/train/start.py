@@ -1,0 +1,184 @@
+"""What the adapter of a run starts from, if that is not a new one: the values of a file
+(network.pretrained_lora_path), or the checkpoint of an earlier start, with the settings that it had."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import paddle
+
+from ppcoat.coat import chosen_modules
+from ppcoat.config.newbie import load_run_config
+from ppcoat.config.schema import NetworkConfig, RunConfig
+from ppcoat.errors import ConfigError
+from ppcoat.lora import LoKrSettings, LoRAFile, LoRAModule, read_fitting, read_lora_file
+from ppcoat.lora.arithmetic import Loss, combined, fitted_lokr, rank_of, told
+from ppcoat.lora.files import check_known
+from ppcoat.lora.header import step_from_header
+from ppcoat.lora.keys import TRANSFORMER
+from ppcoat.lora.kinds import LoKr
+from ppcoat.lora.loading import shapes_of
+from ppcoat.lora.lokr import new_factors
+from ppcoat.lora.parse import Change, described
+from ppcoat.train.checkpoint import has_checkpoint
+
+START, PARTLY = "network.pretrained_lora_path", "network.pretrained_lora_partly"
+
+
+@dataclass(frozen=True)
+class AdapterStart:
+    """The first values of an adapter. factors: {path: {name of a parameter there: float32 in the parameter's
+    order}}, of a smaller rank where the file's is smaller. told: lines for the user."""
+
+    factors: dict[str, dict[str, np.ndarray]]
+    told: str
+
+    @paddle.no_grad()
+    def put(self, modules: Mapping[str, paddle.nn.Layer]) -> None:
+        """Give them to the adapter layers at these paths, and forget them. What a smaller rank leaves of a
+        parameter keeps its own first values, whose product is zero."""
+        while self.factors:
+            path, factors = self.factors.popitem()
+            for name, values in factors.items():
+                parameter = getattr(modules[path], name)
+                whole = parameter.numpy()
+                whole[tuple(map(slice, values.shape))] = values
+                parameter.set_value(whole)
+
+
+def adapter_start(config: RunConfig, unfilled: Callable[[RunConfig], paddle.nn.Layer]) -> AdapterStart | None:
+    """What network.pretrained_lora_path gives the adapter of a run: each delta-W as the file means it, cut to
+    the run's rank where that is smaller. None without such a path; a run that goes on from a checkpoint does
+    not read the file again.
+
+    unfilled: gives the transformer, whose parameters need no memory. Raises ConfigError for a file that
+    cannot be read, that fits another model, whose kind is not what the run trains, and, without
+    network.pretrained_lora_partly, for one that has more than what the run trains.
+    """
+    network, path = config.network, config.network.pretrained_lora_path
+    if path is None:
+        return None
+    if has_checkpoint(config.run_dir):
+        return AdapterStart({}, f"{START} is read at the start of a run only: this one goes on where it was")
+    transformer = unfilled(config)
+    shapes, chosen = shapes_of(transformer), chosen_modules(network, transformer)
+    try:
+        file = read_lora_file(path, {name.rpartition(".")[0] for name in shapes})
+        check_known(file, "it", network.pretrained_lora_partly, f"{PARTLY}: true leaves them out")
+        taken = _taken(file, network, chosen)
+        read_fitting(replace(file, changes=taken, unknown=[]), {TRANSFORMER: shapes})
+        fitted = {each.paths[0]: _fitted(each, network, shapes) for each in taken}
+    except ConfigError as error:
+        raise ConfigError(f"{START} {path}: {str(error).removeprefix(f'{path}: ')}") from None
+    factors = {path: values for path, (values, loss) in fitted.items() if loss.norm}
+    losses = {path: loss for path, (_, loss) in fitted.items()}
+    return AdapterStart(factors, _account(file, network, taken, losses, len(chosen) - len(factors)))
+
+
+def settings_before(config: RunConfig) -> RunConfig | None:
+    """The settings of a run that this one goes on from; None for a new run, and, told, where they cannot be
+    read."""
+    settings = config.run_dir / "config.yaml"
+    if not (settings.is_file() and has_checkpoint(config.run_dir)):
+        return None
+    try:
+        return load_run_config(str(settings))
+    except ConfigError as error:  # of another version
+        print(f"the settings with which this run began cannot be read: {error}")
+        return None
+
+
+def as_it_started(config: RunConfig) -> RunConfig:
+    """The config, in which a run that goes on from a checkpoint says what it did start from: that is what its
+    files tell."""
+    before = settings_before(config)
+    if before is None or before.network.pretrained_lora_path == config.network.pretrained_lora_path:
+        return config
+    own = {name: getattr(before.network, name) for name in ("pretrained_lora_path", "pretrained_lora_partly")}
+    return config.model_copy(update={"network": config.network.model_copy(update=own)})
+
+
+def fields_of_start(config: RunConfig) -> dict[str, str]:
+    """The header fields of a run's LoRA that say what it started from."""
+    path = config.network.pretrained_lora_path
+    return {} if path is None else {"pretrained_lora": Path(path).name}
+
+
+def _taken(file: LoRAFile, network: NetworkConfig, chosen: Collection[str]) -> list[Change]:
+    """The changes of a file that the run trains. Raises ConfigError for none, and for others where they may
+    not be left out."""
+    kind = LoKr if network.type == "lokr" else LoRAModule
+    taken = [each for each in file.changes
+             if isinstance(each.kind, kind) and each.part == TRANSFORMER and each.parameter == "weight"
+             and len(each.paths) == 1 and not each.swapped and each.paths[0] in chosen]  # fmt: skip
+    left = [each for each in file.changes if each not in taken]
+    odd = [each for each in left if each.parameter == "weight" and not isinstance(each.kind, kind)]
+    if odd and not (taken and network.pretrained_lora_partly):
+        raise ConfigError(
+            f"it has {described(odd)}, and {network.type} is what this run trains: {_way(odd, network)}"
+        )
+    if left and not (taken and network.pretrained_lora_partly):
+        leave = f", or {PARTLY}: true leaves that out" if taken else ""
+        raise ConfigError(
+            f"it has {described(left)}, e.g. {left[0].paths[0]}.{left[0].parameter}, which this run does not "
+            f"train: choose its layers with network.targets{leave}"
+        )
+    return taken
+
+
+def _way(odd: Sequence[Change], network: NetworkConfig) -> str:
+    """What to do with kinds that a run does not train."""
+    if network.type == "lokr":
+        return "set network.type: lora" if all(isinstance(each.kind, LoRAModule) for each in odd) else (
+            "start from a LoKr")  # fmt: skip
+    if any(rank_of(each.kind) is None for each in odd):
+        return "merge it into a model and take a LoRA out with `python -m ppcoat lora extract`"
+    return "make a LoRA of it with `python -m ppcoat lora resize IN OUT --rank N`"
+
+
+def _fitted(
+    change: Change, network: NetworkConfig, shapes: Mapping[str, Sequence[int]]
+) -> tuple[dict[str, np.ndarray], Loss]:
+    """The change as parameters of the run's adapter layer there, which its own alpha / rank multiplies."""
+    kind, path = change.kind, change.paths[0]
+    own_scale = network.linear_alpha / network.linear
+    if network.type != "lokr":
+        module, loss = combined([(kind, 1 / own_scale)], network.linear)
+        return {"lora_A": module.a.T, "lora_B": module.b.T}, loss
+    settings = LoKrSettings(network.linear, network.linear_alpha, network.lokr_factor)
+    rows, columns = shapes[f"{path}.weight"]
+    wanted = {name: values.shape for name, values in new_factors(columns, rows, settings, 0).items()}
+    found = fitted_lokr(kind, wanted, 1.0 if {"lokr_w1", "lokr_w2"} == wanted.keys() else own_scale)
+    if found is None:
+        raise ConfigError(
+            f"the LoKr of {path} divides its {rows} x {columns} otherwise than network.lokr_factor "
+            f"{network.lokr_factor}: set that to the factor with which it was trained"
+        )
+    return found
+
+
+def _account(
+    file: LoRAFile, network: NetworkConfig, taken: Sequence[Change], losses: Mapping[str, Loss], at_zero: int
+) -> str:
+    """What was taken, what that lost, what was left out, in one line, and the file's notes."""
+    step, ranks = step_from_header(file.header), [rank_of(each.kind) for each in taken]
+    said = [f"starting from {network.pretrained_lora_path}" + (f", step {step}" if step else "")]
+    said[0] += f": {described(taken)}"
+    cut = [rank for rank in ranks if rank > network.linear]
+    if network.type == "lokr":
+        said.append(told(losses))
+    elif cut:
+        before = f"{min(cut)}" if min(cut) == max(cut) else f"{min(cut)} to {max(cut)}"
+        said.append(f"rank {before} cut to {network.linear} on {len(cut)} layers: {told(losses)}")
+    else:
+        said.append("each delta-W as it is there")
+    if at_zero:
+        said.append(f"{at_zero} more layers of this run start at zero")
+    left = [each for each in file.changes if each not in taken]
+    if left or file.unknown:
+        unknown = f"{len(file.unknown)} unknown keys" if file.unknown else ""
+        said.append("left out: " + ", ".join(filter(None, (left and described(left), unknown))))
+    return "\n".join(["; ".join(said), *(f"note: {note}" for note in file.notes)])
