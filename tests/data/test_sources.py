@@ -382,10 +382,10 @@ def test_animations_and_empty_pictures_are_noted(tmp_path):
     frames[0].save(tmp_path / "photo.jpg", "MPO", save_all=True, append_images=frames[1:])  # no animation
     picture(tmp_path / "b.png", mode="RGBA", color=(0, 0, 0, 0))
     notes = scan_folder(tmp_path, default_caption="x").notes
-    assert [note.partition(": ")[2] for note in notes] == [
-        "animated, the first picture is trained, e.g. a.webp",
-        "wholly transparent, trained as white, e.g. b.png",
-    ]
+    assert notes == (
+        "1 of 3 pictures: animated, the first picture is trained, e.g. a.webp",
+        "1 of 3 pictures: wholly transparent, trained as white, e.g. b.png",
+    )
 
 
 def test_vanished_picture_is_named(tmp_path):
