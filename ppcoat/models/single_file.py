@@ -24,6 +24,7 @@ from ppcoat.errors import ConfigError
 from ppcoat.models.flux.original_names import part_of, renamed, told_config
 from ppcoat.models.gguf_files import PLAIN, is_gguf, read_gguf
 from ppcoat.models.tensor_files import (
+    FP8,
     PICKLES,
     FilePart,
     TensorInfo,
@@ -67,7 +68,7 @@ _SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 
 
 def components_in(file: Path, configs: Iterable[Path] = ()) -> dict[str, FilePart]:
-    """The components that one file holds, by their folders' names; empty tensors are none.
+    """The components that one file holds, by their folders' names.
 
     configs: folders whose config.json files count for what tensors do not tell, the first that fits. Raises
     ConfigError for a file that is no model of FLUX, is damaged, or is quantised in another way than FP8 with
@@ -149,7 +150,9 @@ def _with_scales(file: Path, tensors: Tensors, formats: Mapping[str, dict]) -> T
                 f"{file}: {layer} is quantised as {kind!r}, wanted {wanted}: take the file in FP8 or bfloat16"
             )
     for name, scale in scales.items():
-        if name not in found or not found[name].stored:
+        if scale == 1:
+            continue  # also beside weights that are not in FP8
+        if name not in found or found[name].stored not in FP8:
             raise ConfigError(f"{file}: there is a scale for {name}, which is not in FP8: fetch it again")
         found[name] = found[name]._replace(scale=scale)
     return found
@@ -183,8 +186,8 @@ def _config(part: str, infos: Tensors, file: Path, configs: Iterable[Path]) -> d
     for place in (file.parent / "config.json", *(folder / part / "config.json" for folder in configs)):
         if place.is_file():
             config = read_json(place)
-            agrees = all(config.get(key, value) == value for key, value in told.items())
-            if agrees and component_kind(config) == part:
+            is_its = isinstance(config, dict) and component_kind(config) == part
+            if is_its and all(config.get(key, value) == value for key, value in told.items()):
                 return config | told
     if unsure:
         _warn_once(

@@ -352,7 +352,9 @@ def test_components_of_different_models_are_refused():
 
 
 def test_tensors_of_no_component_are_left_out_with_a_word(tmp_path, caplog):
+    """A scale of 1 beside a weight that is not in FP8 changes nothing."""
     tensors = {f"model.diffusion_model.{name}": tensor for name, tensor in load_file(BF16).items()}
+    tensors["model.diffusion_model.img_in.scale_weight"] = np.ones([1], np.float32)
     file = saved(tmp_path / "a.safetensors", tensors | {"model_ema.decay": np.float32([1])})
     with caplog.at_level(logging.WARNING):
         assert list(components_in(file, [FOLDER])) == ["transformer"]
