@@ -196,6 +196,13 @@ def test_of_a_file_that_is_no_config_only_the_beginning_is_read(tmp_path):
     assert peak < 5_000_000
 
 
+def test_doras_are_trained_on_flux_only(load):
+    with pytest.raises(
+        ConfigError, match="network.type dora is for model.family flux only; use lora or lokr"
+    ):
+        load("", "network.type=dora")
+
+
 @pytest.mark.parametrize(
     ("override", "part"),
     [

@@ -8,6 +8,7 @@ from paddle import nn
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
+from ppcoat.cli.lora_files import carried_fields
 from ppcoat.cli.main import main
 from ppcoat.lora import (
     DoRALinear,
@@ -21,8 +22,7 @@ from ppcoat.lora import (
     save_lora,
 )
 from ppcoat.lora.layer import adapter_summary, values_of
-from ppcoat.nn import base_weight
-from ppcoat.nn.base_weight import FP8Weight, column_squares
+from ppcoat.nn.base_weight import SQUARED_AT_ONCE, FP8Weight, column_squares
 from ppcoat.nn.convert import quantize_linears
 from ppcoat.nn.linear import FrozenLinear, LinearParameters, LoRALinear
 from ppcoat.nn.saved_tensors import count_saved_tensors, fp8_saved_tensors
@@ -204,10 +204,9 @@ def test_dropout_drops_the_input_of_the_lora_in_both_directions():
 
 
 @pytest.mark.parametrize("fp8", [False, True])
-def test_lengths_are_found_in_pieces(fp8, monkeypatch):
+def test_lengths_are_found_in_pieces(fp8):
     """A weight of more rows than are squared at once, the last piece being smaller."""
-    monkeypatch.setattr(base_weight, "SQUARED_AT_ONCE", 256)
-    weight = paddle.to_tensor(random(1, 1200, 512))
+    weight = paddle.to_tensor(random(1, 8 * SQUARED_AT_ONCE + 100, 128))
     if fp8:
         weight = FP8Weight.of(weight)
     core = paddle.base.core
@@ -217,7 +216,9 @@ def test_lengths_are_found_in_pieces(fp8, monkeypatch):
     grown = core.host_memory_stat_peak_value("Allocated", 0) - before
     whole = weight.dequantized("float32") if fp8 else weight
     np.testing.assert_allclose(squares.numpy(), np.square(whole.numpy().astype(np.float64)).sum(0), rtol=1e-5)
-    assert grown < 5 * 4 * 256 * 512  # a few copies of a piece; the whole in float32 is 4.7 pieces
+    assert (
+        grown < 5 * 4 * SQUARED_AT_ONCE * 128
+    )  # a few copies of a piece; the whole in float32 is 8.2 pieces
 
 
 def test_norm_of_the_change_is_that_of_the_weights(model):
@@ -329,7 +330,9 @@ def test_a_file_for_comfyui_draws_there_as_the_model_that_wrote_it(trained, tmp_
     np.testing.assert_allclose(drawn, weight + np.concatenate(changes), rtol=2e-3, atol=2e-3)
     assert len(drawn) == 16 + 16 + 16 + 64
     remove_lora(trained)
-    assert len([note for note in read_lora_file(file).notes if "ComfyUI" in note]) == 1  # the rule is told
+    lora = read_lora_file(file)
+    assert len([note for note in lora.notes if "ComfyUI" in note]) == 1  # the rule is told
+    assert "dora_rule" in lora.header and "dora_rule" not in carried_fields(lora)
     load_lora(trained, file)
     assert_same(outputs(trained), wanted, rtol=5e-3, atol=5e-3)
     remove_lora(trained)

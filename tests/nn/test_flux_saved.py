@@ -105,6 +105,9 @@ def test_other_adapters_in_fp8_save_what_loras_save_and_learn_alike(flux, kind):
     for name, settings in {"lora": {}, kind: ADAPTERS[kind]}.items():
         model = flux.build(1, 1, policy="coat", **settings)
         replace_linear_with_fp8(model, "per_group", 64)
+        assert {(layer.policy, layer.group_size) for layer in adapter_layers(model).values()} == {
+            ("coat", 64)
+        }
         batch = flux.arguments(model)
         saved[name] = flux.counted(model, batch, ATTENTION).bytes_kept
     layers = adapter_layers(model).values()

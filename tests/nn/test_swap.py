@@ -5,6 +5,7 @@ import paddle
 import pytest
 
 from ppcoat.errors import ConfigError
+from ppcoat.lora import DoRALinear, LoKrSettings, adapter_layers
 from ppcoat.nn.convert import quantize_linears
 from ppcoat.nn.swap import last_blocks, swap_blocks
 
@@ -62,6 +63,18 @@ def test_results_are_bit_equal_with_two_blocks_at_most(flux, build_flux, count, 
         assert_same(flux.gradients(model, batch, *settings, fp8_checkpoints=True), wanted)
     assert transport.most == min(count, 2)
     assert len(transport.waited) == len(set(transport.waited))
+
+
+@pytest.mark.parametrize("settings", [{}, {"layer": DoRALinear}, {"lokr": LoKrSettings(2, 3.0)}])
+def test_adapters_never_move_not_even_those_that_are_drawn_with(flux, build_flux, settings):
+    model = flux.with_loras(build_flux(1, 2), **settings)
+    factors = [getattr(layer, name) for layer in adapter_layers(model).values() for name in layer.factors]
+    for factor in factors:
+        factor.stop_gradient = True
+    before = [factor.numpy() for factor in factors]
+    swapped(model, 3)
+    for factor, value in zip(factors, before, strict=True):
+        np.testing.assert_array_equal(factor.numpy(), value)
 
 
 @pytest.mark.parametrize("policy", ["none", "coat+recompute"])
