@@ -12,7 +12,6 @@ import platform
 import re
 import sys
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -33,13 +32,6 @@ def tune_host() -> None:
     keep_freed_memory()
     use_avx2_on_amd()
     use_all_cores()
-
-
-def ignore_warnings_of_libraries() -> None:
-    """Hide user warnings of Paddle, ppdiffusers and paddlenlp, which a user of ppcoat cannot act on."""
-    warnings.filterwarnings(
-        "ignore", category=UserWarning, module="paddle|ppdiffusers|paddlenlp|_distutils_hack"
-    )
 
 
 def keep_freed_memory() -> bool:
