@@ -7,6 +7,7 @@ needs it; the names below are imported when they are asked for.
 """
 
 import importlib
+import multiprocessing
 import sys
 import warnings
 from pathlib import Path
@@ -67,7 +68,9 @@ def __dir__() -> list[str]:
 
 def _is_for_a_command() -> bool:
     """Whether this process was started as one of our commands: by `python -m ppcoat`, by the program `ppcoat`
-    that pip installs, or by a script that says `__command__`."""
+    that pip installs, by a script that says `__command__`, or by device.ChildProcess."""
+    if multiprocessing.current_process().name.startswith(f"{__name__}: "):
+        return True
     started = sys.argv[0] if getattr(sys, "argv", None) else ""
     if started == "-m":  # until Python has found the module, which is after this import
         return sys.orig_argv[-len(sys.argv)].removeprefix("-m").split(".")[0] == __name__

@@ -1,6 +1,7 @@
 """`import ppcoat`: its names, FLUX made known to ppdiffusers, and commands that import what they need."""
 
 import ast
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -83,6 +84,13 @@ def test_a_command_is_told_by_how_the_process_was_started(argv, started, is_comm
     monkeypatch.setattr(sys, "orig_argv", started)
     monkeypatch.setitem(sys.modules, "__main__", ModuleType("__main__"))
     assert ppcoat._is_for_a_command() is is_command
+
+
+def test_a_process_of_ours_is_taken_for_a_command(monkeypatch):
+    monkeypatch.setattr(multiprocessing.current_process(), "name", "ppcoat: _serve")
+    assert ppcoat._is_for_a_command()
+    monkeypatch.setattr(multiprocessing.current_process(), "name", "SpawnProcess-1")
+    assert not ppcoat._is_for_a_command()
 
 
 @pytest.mark.parametrize(
