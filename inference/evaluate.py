@@ -8,8 +8,10 @@ or score the tiny FLUX on captions that it was not trained on:
     python inference/evaluate.py --model ppcoat/assets/tiny_flux --samples 2000
 """
 
+__command__ = "evaluate"
+
 import sys
 
 from ppcoat.cli.main import run
 
-sys.exit(run("evaluate"))
+sys.exit(run(__command__))

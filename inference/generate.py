@@ -4,8 +4,10 @@
         --path_to_lora output/quickstart/quickstart.safetensors --output_dir output/pictures
 """
 
+__command__ = "generate"
+
 import sys
 
 from ppcoat.cli.main import run
 
-sys.exit(run("generate"))
+sys.exit(run(__command__))

@@ -4,8 +4,10 @@ python inference/text_to_image_generation_flux_lightning.py --path_to_lora lora.
     --prompt "a beautiful girl" --output_dir ./
 """
 
+__command__ = "lightning"
+
 import sys
 
 from ppcoat.cli.main import run
 
-sys.exit(run("lightning"))
+sys.exit(run(__command__))

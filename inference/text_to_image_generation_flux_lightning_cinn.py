@@ -6,6 +6,8 @@ python inference/text_to_image_generation_flux_lightning_cinn.py --path_to_lora 
 Add FLAGS_use_cuda_managed_memory=true to the environment if the card is too small for the model.
 """
 
+__command__ = "lightning"
+
 import os
 import sys
 
@@ -16,4 +18,4 @@ os.environ.setdefault("FLAGS_prim_enable_dynamic", "true")
 
 from ppcoat.cli.main import run  # noqa: E402
 
-sys.exit(run("lightning", ["--repeat", "3", *sys.argv[1:]]))
+sys.exit(run(__command__, ["--repeat", "3", *sys.argv[1:]]))

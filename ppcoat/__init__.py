@@ -1,32 +1,30 @@
 """ppcoat: FLUX LoRAs on PaddlePaddle with FP8 optimizer states and FP8 saved activations (COAT, arXiv
 2410.19313).
 
-Importing it makes FLUX known to ppdiffusers where that has none (models/flux/registration.py); nothing else
-happens.
+Importing it makes FLUX known to ppdiffusers where that has none (models/flux/registration.py), so it imports
+ppdiffusers, which takes seconds. A command of ppcoat has no use for that and imports what it needs when it
+needs it; the names below are imported when they are asked for.
 """
 
+import importlib
+import multiprocessing
+import sys
 import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-with warnings.catch_warnings():  # notes of Paddle's own imports that mean nothing to a user
-    warnings.filterwarnings("ignore", message="No ccache|Setuptools is replacing|pkg_resources is deprecated")
-    try:
-        import ppdiffusers  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"{error.msg}: ppcoat needs paddlepaddle or paddlepaddle-gpu 3.3 and what requirements.txt names "
-            "(README.md, Install)", name=error.name,
-        ) from None  # fmt: skip
+from ppcoat.errors import ignore_warnings_of_libraries, not_installed
 
-from ppcoat.coat import COATConfig, COATTrainer
-from ppcoat.errors import ConfigError
-from ppcoat.lora import load_lora, save_lora
-from ppcoat.models.flux.pipeline import FluxPipeline
-from ppcoat.models.flux.registration import register
-from ppcoat.models.flux.scheduler import FlowMatchEulerDiscreteScheduler
-from ppcoat.models.flux.transformer import FluxTransformer2DModel
-from ppcoat.nn.convert import replace_linear_with_fp8
-from ppcoat.nn.saved_tensors import fp8_saved_tensors
-from ppcoat.optim import FP8AdamW, FP8QuantizationConfig
+if TYPE_CHECKING:
+    from ppcoat.coat import COATConfig, COATTrainer
+    from ppcoat.errors import ConfigError
+    from ppcoat.lora import load_lora, save_lora
+    from ppcoat.models.flux.pipeline import FluxPipeline
+    from ppcoat.models.flux.scheduler import FlowMatchEulerDiscreteScheduler
+    from ppcoat.models.flux.transformer import FluxTransformer2DModel
+    from ppcoat.nn.convert import replace_linear_with_fp8
+    from ppcoat.nn.saved_tensors import fp8_saved_tensors
+    from ppcoat.optim import FP8AdamW, FP8QuantizationConfig
 
 __all__ = [
     "COATConfig",
@@ -43,4 +41,47 @@ __all__ = [
     "save_lora",
 ]
 
-register()
+_HOMES = {  # module -> the names that are imported from it
+    "coat": ("COATConfig", "COATTrainer"),
+    "errors": ("ConfigError",),
+    "lora": ("load_lora", "save_lora"),
+    "models.flux.pipeline": ("FluxPipeline",),
+    "models.flux.scheduler": ("FlowMatchEulerDiscreteScheduler",),
+    "models.flux.transformer": ("FluxTransformer2DModel",),
+    "nn.convert": ("replace_linear_with_fp8",),
+    "nn.saved_tensors": ("fp8_saved_tensors",),
+    "optim": ("FP8AdamW", "FP8QuantizationConfig"),
+}
+
+
+def __getattr__(name: str) -> object:
+    for module, names in _HOMES.items():
+        if name in names:
+            globals()[name] = getattr(importlib.import_module(f"{__name__}.{module}"), name)
+            return globals()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _is_for_a_command() -> bool:
+    """Whether this process was started as one of our commands: by `python -m ppcoat`, by the program `ppcoat`
+    that pip installs, by a script that says `__command__`, or by device.ChildProcess."""
+    if multiprocessing.current_process().name.startswith(f"{__name__}: "):
+        return True
+    started = sys.argv[0] if getattr(sys, "argv", None) else ""
+    if started == "-m":  # until Python has found the module, which is after this import
+        return sys.orig_argv[-len(sys.argv)].removeprefix("-m").split(".")[0] == __name__
+    return hasattr(sys.modules["__main__"], "__command__") or Path(started).stem == __name__
+
+
+if not _is_for_a_command():
+    try:
+        with warnings.catch_warnings():
+            ignore_warnings_of_libraries()
+            from ppcoat.models.flux.registration import register
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(not_installed(error), name=error.name) from None
+    register()

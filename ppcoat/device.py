@@ -12,7 +12,6 @@ import platform
 import re
 import sys
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -29,17 +28,12 @@ GRACE = 30  # seconds between SIGTERM and SIGKILL
 
 
 def tune_host() -> None:
-    """Apply the three CPU settings below, where they apply. Call once, before the first tensor."""
+    """Apply the three CPU settings below, where they apply, and leave signals to Python: Paddle would print a
+    stack for SIGTERM. Call once, before the first tensor."""
+    paddle.disable_signal_handler()
     keep_freed_memory()
     use_avx2_on_amd()
     use_all_cores()
-
-
-def ignore_warnings_of_libraries() -> None:
-    """Hide user warnings of Paddle, ppdiffusers and paddlenlp, which a user of ppcoat cannot act on."""
-    warnings.filterwarnings(
-        "ignore", category=UserWarning, module="paddle|ppdiffusers|paddlenlp|_distutils_hack"
-    )
 
 
 def keep_freed_memory() -> bool:
@@ -212,7 +206,8 @@ class ChildProcess:
     """Runs function(pipe, *arguments) in a process of its own. Context manager: waits for the process on
     exit.
 
-    The process starts a new Python ("spawn"), so function and arguments must be picklable. If the block ends
+    The process starts a new Python ("spawn"), so function and arguments must be picklable. By its name ppcoat
+    knows that FLUX need not be made known to ppdiffusers there. If the block ends
     with an error, the process gets SIGTERM, and is killed after GRACE seconds. pipe: connection to the
     process; EOF means that it died.
     """
@@ -220,7 +215,9 @@ class ChildProcess:
     def __init__(self, function: Callable, *arguments: Any, daemon: bool = False) -> None:
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=function, args=(theirs, *arguments), daemon=daemon)
+        self.process = context.Process(
+            target=function, args=(theirs, *arguments), daemon=daemon, name=f"ppcoat: {function.__name__}"
+        )
         self.process.start()
         theirs.close()  # only the process has this end now, so EOF means that it died
 

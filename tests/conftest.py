@@ -22,8 +22,9 @@ from ppcoat.models.newbie import pipeline as newbie_pipeline
 
 FIXTURES = Path(__file__).parent / "fixtures"
 FIXTURE = FIXTURES / "tiny_flux_fp32"
-# What a process tells of itself that only a new one can tell; to import ppcoat takes one seconds.
+# What a process tells of itself that only a new one can tell. As a command it does not import ppdiffusers.
 FRESH = """
+__command__ = "none"
 import json, sys
 import paddle
 import ppcoat.train.report

@@ -5,8 +5,10 @@
         --output models/newbie-diffusers --dtype bf16
 """
 
+__command__ = "convert-newbie"
+
 import sys
 
 from ppcoat.cli.main import run
 
-sys.exit(run("convert-newbie"))
+sys.exit(run(__command__))

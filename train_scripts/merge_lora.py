@@ -4,8 +4,10 @@
         --output_path output/merged_model
 """
 
+__command__ = "merge-newbie"
+
 import sys
 
 from ppcoat.cli.main import run
 
-sys.exit(run("merge-newbie"))
+sys.exit(run(__command__))

@@ -6,8 +6,10 @@ With python -m paddle.distributed.launch --nproc_per_node 2 before the script th
 part, is trained by a process on each core.
 """
 
+__command__ = "pretrain-tiny-flux"
+
 import sys
 
 from ppcoat.cli.main import run
 
-sys.exit(run("pretrain-tiny-flux"))
+sys.exit(run(__command__))

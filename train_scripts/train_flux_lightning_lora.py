@@ -10,8 +10,10 @@ python -u -m paddle.distributed.launch --gpus "0,1,2,3,4,5,6,7" train_scripts/tr
     --use_dmd_loss --apply_reflow_loss --pre_alloc_memory 76 --resume_from_checkpoint latest
 """
 
+__command__ = "train-flux-lightning"
+
 import sys
 
 from ppcoat.cli.main import run
 
-sys.exit(run("train-flux-lightning"))
+sys.exit(run(__command__))

@@ -31,12 +31,11 @@ from ppcoat.device import (
     ChildProcess,
     GpuMeter,
     HostMeter,
-    ignore_warnings_of_libraries,
     on_gpu,
     set_device,
     tune_host,
 )
-from ppcoat.errors import ConfigError
+from ppcoat.errors import ConfigError, ignore_warnings_of_libraries
 from ppcoat.models.flux.transformer import FluxTransformer2DModel
 from ppcoat.models.pictures import TOKEN_SIDE
 from ppcoat.nn.policy import check_policy

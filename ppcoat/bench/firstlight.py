@@ -44,8 +44,8 @@ from ppcoat.bench.firstlight_report import (
 from ppcoat.cli import doctor
 from ppcoat.config.flags import add_flags, flag, from_flags
 from ppcoat.config.schema import RunConfig
-from ppcoat.device import ChildProcess, ignore_warnings_of_libraries, on_gpu, set_device, tune_host
-from ppcoat.errors import ConfigError
+from ppcoat.device import ChildProcess, on_gpu, set_device, tune_host
+from ppcoat.errors import ConfigError, ignore_warnings_of_libraries
 from ppcoat.fp8 import backend, truth
 from ppcoat.models.pictures import TOKEN_SIDE
 from ppcoat.plan.phases import MemoryModel

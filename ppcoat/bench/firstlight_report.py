@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ppcoat.bench import kernels
-from ppcoat.plan.settings import GB
+from ppcoat.plan import GB
 
 # Sections of the report; MACHINE is a part of the first, STEPS are those of LoRA steps.
 CHECKS, KERNELS, MACHINE = "self-checks", "kernels", "machine"

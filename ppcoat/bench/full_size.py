@@ -44,9 +44,10 @@ from ppcoat.models.loading import linear_weights
 from ppcoat.models.quantized_base import FP8Copy, fp8_model_bytes, load_fp8_transformer
 from ppcoat.models.tensor_files import read_json, tensor_infos
 from ppcoat.models.writing import INDEX, Layout, check_room, layout_bytes, shard_metadata, write_component
+from ppcoat.plan import GB
 from ppcoat.plan.model import FLUX_DEV
 from ppcoat.plan.phases import MemoryModel
-from ppcoat.plan.settings import GB, as_given
+from ppcoat.plan.settings import as_given
 from ppcoat.train.flux import FluxSpec
 from ppcoat.train.run import build_trainer
 from ppcoat.train.trainer import Trainer

@@ -21,8 +21,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from ppcoat.device import ChildProcess, core_count, ignore_warnings_of_libraries, tune_host, uses_gpu
-from ppcoat.errors import ConfigError
+from ppcoat.device import ChildProcess, core_count, tune_host, uses_gpu
+from ppcoat.errors import ConfigError, ignore_warnings_of_libraries
 
 PARALLEL_JOBS = 2  # trainings of a small model that commands run in parallel on a CPU
 MESSAGES = (ConfigError, FloatingPointError, SystemExit, KeyboardInterrupt)  # errors without a traceback

@@ -28,7 +28,6 @@ from ppcoat.fp8.constants import NORM_EPSILON
 from ppcoat.fp8.formats import E4M3, Groups, fp8_support
 from ppcoat.fp8.matmul import quantize_blocks
 from ppcoat.fp8.quantize import dequantize, quantize
-from ppcoat.models.flux.pipeline import FluxPipeline
 from ppcoat.nn.attention import EFFICIENT, FLASH, MATH, kernel_of_paddle
 
 PACKAGES = ("paddlepaddle", "paddlepaddle-gpu", "ppdiffusers", "paddlenlp", "safetensors", "numpy", "triton")
@@ -95,7 +94,7 @@ def doctor_table(findings: list[Finding]) -> str:
 
 
 def versions() -> list[Finding]:
-    """Python and the packages; absence of a needed one would have stopped the import of ppcoat."""
+    """Python and the packages. A needed one that is missing is told by `tiny_flux`, which imports them."""
     found = [
         Finding("ok", "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
     ]
@@ -196,7 +195,12 @@ def attention_row() -> Finding:
 
 
 def tiny_flux() -> Finding:
-    """The built-in model: there, and read by ppdiffusers' pipeline class."""
+    """The built-in model: there, and read by ppdiffusers' pipeline class, which must be there, too."""
+    try:
+        from ppcoat.models.flux.pipeline import FluxPipeline
+    except (ImportError, AttributeError) as error:  # missing, or of a version that does not fit the others
+        advice = "no model can be read: install the versions that requirements.txt names (README.md, Install)"
+        return Finding("fail", "ppdiffusers", f"cannot be imported: {error}", advice)
     folder = Path(TINY_FLUX)
     if not (folder / "model_index.json").is_file():
         advice = "quickstart has no model: install ppcoat from its repository (pip install --no-deps -e .)"

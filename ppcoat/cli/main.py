@@ -15,8 +15,7 @@ from dataclasses import dataclass
 
 from safetensors import SafetensorError
 
-from ppcoat.device import ignore_warnings_of_libraries
-from ppcoat.errors import ConfigError
+from ppcoat.errors import ConfigError, ignore_warnings_of_libraries, not_installed
 
 _FLAG = re.compile(r"(?<=^--)[a-z0-9]+(-[a-z0-9]+)+(?=$|=)")
 
@@ -37,10 +36,10 @@ COMMANDS = {
     "quickstart": Command(
         "draw data, train a LoRA with and without COAT, draw with it, measure", "ppcoat.bench.quickstart"
     ),
-    "train": Command("train a FLUX LoRA from a YAML file", "ppcoat.train.run", "add_flux_arguments"),
+    "train": Command("train a FLUX LoRA from a YAML file", "ppcoat.cli.train", "add_flux_arguments"),
     "train-flux-lightning": Command("distil FLUX to 4 steps", "ppcoat.distill.flux_lightning"),
     "train-newbie": Command(
-        "train a NewBie LoRA or LoKr from a TOML file", "ppcoat.train.run", "add_newbie_arguments"
+        "train a NewBie LoRA or LoKr from a TOML file", "ppcoat.cli.train", "add_newbie_arguments"
     ),
     "merge-newbie": Command(
         "write a NewBie folder with a LoRA or LoKr added",
@@ -132,8 +131,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(name: str, argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Run one command with the flags `argv` (default: the process's own), which may have - for _.
 
-    ConfigError and a file that cannot be read or written (exit status 2), FloatingPointError and
-    ChildProcessError (1) become one line on stderr.
+    ConfigError, a missing package and a file that cannot be read or written (exit status 2),
+    FloatingPointError and ChildProcessError (1) become one line on stderr.
     """
     command = COMMANDS[name]
     argv = [_FLAG.sub(lambda flag: flag.group().replace("-", "_"), each, count=1) for each in
@@ -150,6 +149,11 @@ def run(name: str, argv: Sequence[str] | None = None, prog: str | None = None) -
         getattr(module, command.run)(parse(argv))
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        if (error.name or "ppcoat").startswith("ppcoat"):
+            raise
+        print(f"error: {not_installed(error)}", file=sys.stderr)
         return 2
     except (OSError, SafetensorError) as error:
         if isinstance(error, OSError) and (error.errno is None or error.filename is None):

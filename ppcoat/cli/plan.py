@@ -3,6 +3,8 @@
 python -m ppcoat plan config.yaml [--vram 24]
 python -m ppcoat plan newbie_config.toml [--vram 16]
 python -m ppcoat plan lightning [--vram 48] [--resolution 1024]
+
+The memory models are imported, with Paddle and its models, only for a config without mistakes.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import yaml
 
@@ -20,10 +22,11 @@ from ppcoat.config.lightning import LightningConfig, lightning_config
 from ppcoat.config.newbie import load_run_config
 from ppcoat.config.schema import RunConfig
 from ppcoat.errors import ConfigError
-from ppcoat.plan.lightning import LightningMemoryModel
-from ppcoat.plan.phases import FLOPS, PCIE_RATE, Phase, Settings
-from ppcoat.plan.settings import GB, Plan, check_budget, plan
-from ppcoat.train.run import MODEL_SPECS
+from ppcoat.plan import GB, check_budget
+
+if TYPE_CHECKING:
+    from ppcoat.plan.phases import Phase, Settings
+    from ppcoat.plan.settings import Plan
 
 NAMES = {  # component -> its row in the table
     "context": "context and libraries",
@@ -71,11 +74,18 @@ def run_command(arguments: argparse.Namespace) -> None:
         return
     if flags.resolution is not None:
         raise ConfigError("--resolution is for plan lightning; a config file says it in its datasets")
-    config = load_run_config(flags.config, flags.overrides)
+    print_plan(load_run_config(flags.config, flags.overrides), check_budget(flags.vram))
+
+
+def print_plan(config: RunConfig, vram_gb: float | None) -> None:
+    """The plan of a run, with a budget that of the fastest settings and the lines for its config."""
+    from ppcoat.plan.settings import plan
+    from ppcoat.train.run import MODEL_SPECS
+
     spec = MODEL_SPECS[config.model.family]
-    planned = plan(config, spec.memory_model, flags.vram)
+    planned = plan(config, spec.memory_model, vram_gb)
     print(plan_table(planned))
-    if flags.vram is not None:
+    if vram_gb is not None:
         print(advice(config, planned, spec.config_format))
 
 
@@ -101,9 +111,13 @@ def phase_table(phases: Sequence[Phase]) -> list[str]:
 
 def lightning_plans(resolution: int, vram_gb: float | None = None) -> str:
     """A table each for a bfloat16 and an FP8 base."""
+    cases = [lightning_case(resolution, fp8_base) for fp8_base in (False, True)]
+
+    from ppcoat.plan.lightning import LightningMemoryModel
+
     lines = []
-    for fp8_base in (False, True):
-        memory = LightningMemoryModel(lightning_case(resolution, fp8_base), on_gpu=True)
+    for case in cases:
+        memory = LightningMemoryModel(case, on_gpu=True)
         settings, heads = memory.settings, memory.heads
         phases = memory.phases(settings)
         if not lines:
@@ -163,6 +177,8 @@ def _sections(settings: Settings) -> dict[str, dict]:
 
 def advice(config: RunConfig, planned: Plan, config_format: Literal["yaml", "toml"]) -> str:
     """The chosen settings as lines of a config in that format, and what they rest on."""
+    from ppcoat.plan.phases import FLOPS, PCIE_RATE
+
     allowed = (
         "An FP8 base is allowed by model.quantize: true."
         if config.model.quantize

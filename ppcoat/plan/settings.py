@@ -3,13 +3,11 @@
     plan(config, memory_model).total                    what the config as it is will hold at most, in bytes
     plan(config, memory_model, vram_gb=24).settings     the settings to take with 24 GB
 
-How bytes are counted: phases.py. GB is 1e9 bytes; a card sold as 24 GB has 25.8 of them, and the rest is
-what fragments and the desktop take.
+How bytes are counted: phases.py.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -17,9 +15,8 @@ import paddle
 
 from ppcoat.config.schema import RunConfig
 from ppcoat.errors import ConfigError
+from ppcoat.plan import GB, check_budget
 from ppcoat.plan.phases import MemoryModel, Phase, Settings
-
-GB = 1e9
 
 
 @dataclass(frozen=True)
@@ -62,13 +59,6 @@ def plan(config: RunConfig, memory_model: type[MemoryModel], vram_gb: float | No
     if not fitting:
         raise ConfigError(_nothing_fits(config, min(plans, key=lambda each: each.total), vram_gb))
     return replace(min(fitting, key=lambda each: (each.seconds, each.total)), vram_gb=vram_gb)
-
-
-def check_budget(vram_gb: float | None) -> float | None:
-    """The budget as it came; raises ConfigError unless it is a positive number or None."""
-    if vram_gb is not None and not (math.isfinite(vram_gb) and vram_gb > 0):
-        raise ConfigError(f"vram: came {vram_gb}, wanted the card's memory in GB, say 24")
-    return vram_gb
 
 
 def planned_for_gpu(config: RunConfig, vram_gb: float | None) -> bool:

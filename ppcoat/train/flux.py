@@ -37,7 +37,6 @@ from ppcoat.train.trainer import SaveWeights
 class FluxSpec(ModelSpec):
     """FLUX.1-dev and schnell. Captions of any length are taken: T5 and CLIP cut them."""
 
-    script = "train_scripts/train_flux_lora.py"
     config_format = "yaml"
     memory_model = MemoryModel
 

@@ -23,7 +23,6 @@ class ModelSpec(ABC):
     """What a run needs to know of its model. A pipeline has `vae`, `transformer` (None until it is loaded)
     and encode_image."""
 
-    script: ClassVar[str]  # that trains it
     config_format: ClassVar[Literal["yaml", "toml"]]  # in which a plan gives its advice
     memory_model: ClassVar[type[MemoryModel]]  # what a run holds, phase by phase
     preview_negatives: ClassVar[tuple[str, ...]] = ()  # prompts that previews need beside their own

@@ -56,7 +56,6 @@ _OF_FLUX = (
 class NewbieSpec(ModelSpec):
     """NewBie-image."""
 
-    script = "train_scripts/train_newbie_lora.py"
     config_format = "toml"
     memory_model = NewbieMemoryModel
     preview_negatives = ("",)

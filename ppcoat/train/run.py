@@ -1,15 +1,11 @@
 """An adapter run of any model: check every input, encode once, put in adapter and COAT, train, save.
 
-    python train_scripts/train_flux_lora.py config.yaml [--set train.steps=50] [--strict] [--dry_run]
-    python train_scripts/train_newbie_lora.py --config_file my.toml [--set a.b=c] [--strict] [--dry_run]
-
-The NewBie command also takes the config.yaml that a run leaves in its folder. What depends on the model is a
-ModelSpec (model_spec.py), looked up once in `MODEL_SPECS` and passed on.
+Its commands are in cli/train.py. What depends on the model is a ModelSpec (model_spec.py), looked up once in
+`MODEL_SPECS` and passed on.
 """
 
 from __future__ import annotations
 
-import argparse
 import logging
 import time
 from collections.abc import Iterator, Sequence
@@ -22,9 +18,7 @@ from PIL import Image
 
 from ppcoat.atomic import is_disk_error
 from ppcoat.coat import COATTrainer, prepare, trained_parameters
-from ppcoat.config.flags import RunFlags, add_run_flags, flag, from_flags
 from ppcoat.config.load import dump_config
-from ppcoat.config.newbie import load_run_config
 from ppcoat.config.schema import RunConfig
 from ppcoat.data.batches import ResumableBatches
 from ppcoat.data.cache import TrainingCache, build_cache
@@ -36,7 +30,6 @@ from ppcoat.device import (
     compute_dtype,
     on_gpu,
     set_device,
-    tune_host,
     use_deterministic_kernels,
 )
 from ppcoat.errors import ConfigError
@@ -44,7 +37,7 @@ from ppcoat.fp8 import backend
 from ppcoat.optim import ScheduleShape, lr_scheduler
 from ppcoat.plan.settings import with_earlier_plan, with_memory_plan
 from ppcoat.train.base_model import compatible
-from ppcoat.train.checkpoint import check_resume, check_run_folder, in_its_folder
+from ppcoat.train.checkpoint import check_resume, check_run_folder
 from ppcoat.train.flux import FluxSpec
 from ppcoat.train.model_spec import ModelSpec
 from ppcoat.train.newbie import NewbieSpec
@@ -64,57 +57,6 @@ MODEL_SPECS: dict[str, ModelSpec] = {"flux": FluxSpec(), "newbie": NewbieSpec()}
 DRY_STEPS = 2
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class FluxRunFlags(RunFlags):
-    """Settings of `train`."""
-
-    config: str = flag("YAML or JSON file, e.g. configs/quickstart.yaml", positional=True, named_too=True)
-
-
-@dataclass(frozen=True, kw_only=True)
-class NewbieRunFlags(RunFlags):
-    """Settings of `train-newbie`."""
-
-    config: str = flag("TOML file, e.g. configs/newbie_lora.toml", name="config_file")
-
-
-FLAGS = {"flux": FluxRunFlags, "newbie": NewbieRunFlags}  # family -> those of its command
-
-
-def add_flux_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `train_scripts/train_flux_lora.py`."""
-    parser.set_defaults(family="flux")
-    add_run_flags(parser, FluxRunFlags)
-
-
-def add_newbie_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `train_scripts/train_newbie_lora.py`."""
-    parser.set_defaults(family="newbie")
-    add_run_flags(parser, NewbieRunFlags)
-
-
-def run_command(arguments: argparse.Namespace) -> None:
-    """Train, or with --dry_run show the complete settings, the data report and two steps. Raises ConfigError
-    for a config of another kind of model."""
-    family = arguments.family
-    flags = from_flags(FLAGS[family], arguments)
-    config = load_run_config(flags.config, flags.overrides, family)
-    if config.model.family != family:
-        script = MODEL_SPECS[config.model.family].script
-        raise ConfigError(f"model.family is {config.model.family}: train it with {script}")
-    config = in_its_folder(config, Path(flags.config), flags.overrides)
-    tune_host()
-    if not flags.dry_run:
-        train_lora(config)
-        return
-    print(dump_config(config))
-    for number, (result, seconds) in enumerate(dry_run(config), start=1):
-        kept = "not counted" if result.saved is None else f"{result.saved.bytes_kept / 1e6:.2f} MB"
-        note = " (not finite: nothing was updated)" if result.skipped else ""
-        print(f"step {number}: loss {result.loss:.4f}{note}, activations kept {kept}, {seconds * 1e3:.0f} ms")
-    print("dry run: two steps done, nothing written")
 
 
 @dataclass(frozen=True)

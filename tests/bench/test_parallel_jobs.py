@@ -20,6 +20,7 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
 two_cores = pytest.mark.skipif(CORES < 2, reason="jobs run at once on two cores or more")
 # A process that starts two jobs and can only be ended: prints their process ids, then waits for them.
 PARENT = """
+__command__ = "none"
 import sys
 from pathlib import Path
 from ppcoat.bench.parallel_jobs import Job, run_parallel
@@ -39,13 +40,14 @@ def all_cores(monkeypatch):
 def test_results_come_in_order_from_processes_that_share_the_cores(tmp_path):
     # the first one ends last
     facts = "({}, __import__('time').sleep({}), __import__('os').getpid(), "
-    facts += "__import__('ppcoat.device').device.core_count())"
+    facts += "__import__('ppcoat.device').device.core_count(), 'ppdiffusers' in __import__('sys').modules)"
     jobs = [Job(str(i), eval, (facts.format(i, 1 - i),), tmp_path / str(i)) for i in range(2)]
     before = os.environ.get("OMP_NUM_THREADS")
-    (i, _, first, threads), (j, _, second, others) = run_parallel(jobs, "cpu")
+    (i, _, first, threads, *models), (j, _, second, others, *_) = run_parallel(jobs, "cpu")
     assert (i, j) == (0, 1)
     assert len({first, second, os.getpid()}) == 3
     assert threads == others == CORES // 2
+    assert models == [False]  # whose import takes seconds
     assert os.environ.get("OMP_NUM_THREADS") == before
 
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from pretended_gpu import PretendedGpu, bfloat16_noise
 
-from ppcoat.infer import cinn
+from ppcoat.infer import lightning
 from ppcoat.infer.generate import Drawing, generate
 from ppcoat.infer.lightning import LightningDrawing, draw_lightning
 from ppcoat.lora import inject_lora, save_lora
@@ -162,8 +162,8 @@ def test_the_graphs_of_cinn_are_traced_in_bfloat16(monkeypatch, assert_as_on_a_g
         eager = {
             name: getattr(model, name) for name in ("jit_transformer_blocks", "jit_single_transformer_blocks")
         }
-        cinn.compile_transformer(model)
-        monkeypatch.setattr(cinn.StaticGraph, "__call__", trace)
+        lightning.compile_transformer(model)
+        monkeypatch.setattr(lightning.StaticGraph, "__call__", trace)
         pipeline.set_progress_bar_config(disable=True)
         pipeline("a red dress", **{**CALL, "num_inference_steps": 1}, output_type="latent")
     assert_as_on_a_gpu(gpu)

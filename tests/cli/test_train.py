@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from ppcoat.cli.main import main
+from ppcoat.cli.train import add_flux_arguments, add_newbie_arguments
 from ppcoat.config.load import load_config
 from ppcoat.data import garments
 from ppcoat.train import checkpoint, run
@@ -136,8 +137,8 @@ def test_an_output_folder_that_cannot_be_written_is_named_before_the_model_is_lo
 @pytest.mark.parametrize(
     ("add_arguments", "config"),
     [
-        (run.add_flux_arguments, ["run.yaml"]),
-        (run.add_newbie_arguments, ["--config_file", "run.toml"]),
+        (add_flux_arguments, ["run.yaml"]),
+        (add_newbie_arguments, ["--config_file", "run.toml"]),
     ],
 )
 def test_strict_sets_its_key_and_later_flags_win(add_arguments, config):

@@ -16,8 +16,7 @@ from safetensors.paddle import load_file, save_file
 
 import ppcoat.infer.lightning as lightning
 from ppcoat.cli.main import run
-from ppcoat.infer.cinn import compile_transformer
-from ppcoat.infer.lightning import LightningDrawing, draw_lightning, draw_once
+from ppcoat.infer.lightning import LightningDrawing, compile_transformer, draw_lightning, draw_once
 from ppcoat.lora import inject_lora, merge_lora, read_lora_file, save_lora
 from ppcoat.models.flux.pipeline import FluxPipeline
 from ppcoat.models.loading import load_transformer

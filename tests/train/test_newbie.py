@@ -424,7 +424,7 @@ def test_a_dry_run_shows_settings_data_and_two_steps_and_writes_nothing(
     make_config, tmp_path, monkeypatch, capsys
 ):
     make_config()  # for its TOML
-    monkeypatch.setattr(train_run, "tune_host", lambda: None)
+    monkeypatch.setattr("ppcoat.device.tune_host", lambda: None)
     assert run("train-newbie", ["--config_file", str(tmp_path / "run.toml"), "--dry_run"]) == 0
     shown = capsys.readouterr().out
     assert "family: newbie" in shown and "data: " in shown and "dry run: two steps done" in shown

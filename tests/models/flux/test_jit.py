@@ -5,8 +5,8 @@ import paddle
 import pytest
 
 from ppcoat.errors import ConfigError
-from ppcoat.infer import cinn
-from ppcoat.infer.cinn import cinn_missing, compile_transformer
+from ppcoat.infer import lightning
+from ppcoat.infer.lightning import cinn_missing, compile_transformer
 from ppcoat.lora import inject_lora, lora_layers, merge_lora
 from ppcoat.models.loading import load_transformer
 
@@ -142,7 +142,7 @@ def test_why_cinn_is_missing(monkeypatch, built, device, environment, reason):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(cinn.paddle, "is_compiled_with_cinn", lambda: built)
-    monkeypatch.setattr(cinn.paddle, "get_device", lambda: device)
+    monkeypatch.setattr(lightning.paddle, "is_compiled_with_cinn", lambda: built)
+    monkeypatch.setattr(lightning.paddle, "get_device", lambda: device)
     found = cinn_missing()
     assert found is None if reason is None else reason in found

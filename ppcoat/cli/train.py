@@ -1,0 +1,80 @@
+"""Two commands that train an adapter from a config file.
+
+    python train_scripts/train_flux_lora.py config.yaml [--set train.steps=50] [--strict] [--dry_run]
+    python train_scripts/train_newbie_lora.py --config_file my.toml [--set a.b=c] [--strict] [--dry_run]
+
+The NewBie command also takes the config.yaml that a run leaves in its folder. The run itself is in
+train/run.py, which is imported, with Paddle and its models, only for a config without mistakes.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+from ppcoat.config.flags import RunFlags, add_run_flags, flag, from_flags
+from ppcoat.config.load import dump_config
+from ppcoat.config.newbie import load_run_config
+from ppcoat.config.schema import RunConfig
+from ppcoat.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class FluxRunFlags(RunFlags):
+    """Settings of `train`."""
+
+    config: str = flag("YAML or JSON file, e.g. configs/quickstart.yaml", positional=True, named_too=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewbieRunFlags(RunFlags):
+    """Settings of `train-newbie`."""
+
+    config: str = flag("TOML file, e.g. configs/newbie_lora.toml", name="config_file")
+
+
+FLAGS = {"flux": FluxRunFlags, "newbie": NewbieRunFlags}  # by model.family
+SCRIPTS = {"flux": "train_scripts/train_flux_lora.py", "newbie": "train_scripts/train_newbie_lora.py"}
+
+
+def add_flux_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `train_scripts/train_flux_lora.py`."""
+    parser.set_defaults(family="flux")
+    add_run_flags(parser, FluxRunFlags)
+
+
+def add_newbie_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `train_scripts/train_newbie_lora.py`."""
+    parser.set_defaults(family="newbie")
+    add_run_flags(parser, NewbieRunFlags)
+
+
+def run_command(arguments: argparse.Namespace) -> None:
+    """Train, or with --dry_run show the complete settings, the data report and two steps. Raises ConfigError
+    for a config of another kind of model."""
+    family = arguments.family
+    flags = from_flags(FLAGS[family], arguments)
+    config = load_run_config(flags.config, flags.overrides, family)
+    if config.model.family != family:
+        script = SCRIPTS[config.model.family]
+        raise ConfigError(f"model.family is {config.model.family}: train it with {script}")
+    _train(config, flags)
+
+
+def _train(config: RunConfig, flags: RunFlags) -> None:
+    from ppcoat.device import tune_host
+    from ppcoat.train.checkpoint import in_its_folder
+    from ppcoat.train.run import dry_run, train_lora
+
+    config = in_its_folder(config, Path(flags.config), flags.overrides)
+    tune_host()
+    if not flags.dry_run:
+        train_lora(config)
+        return
+    print(dump_config(config))
+    for number, (result, seconds) in enumerate(dry_run(config), start=1):
+        kept = "not counted" if result.saved is None else f"{result.saved.bytes_kept / 1e6:.2f} MB"
+        note = " (not finite: nothing was updated)" if result.skipped else ""
+        print(f"step {number}: loss {result.loss:.4f}{note}, activations kept {kept}, {seconds * 1e3:.0f} ms")
+    print("dry run: two steps done, nothing written")
