@@ -20,11 +20,11 @@ from pydantic import Field
 
 from ppcoat.config.schema import CoatConfig, ModelConfig, NetworkConfig
 from ppcoat.errors import ConfigError
-from ppcoat.lora import LoKrSettings, inject_lokr, inject_lora
+from ppcoat.lora import DoRALinear, LoKrSettings, inject_lokr, inject_lora
 from ppcoat.lora.layer import lora_parameters, target_paths
 from ppcoat.models.blocks import BlockModel
 from ppcoat.nn.convert import multiply_in_fp8, save_linears_in_fp8
-from ppcoat.nn.linear import FactorCopies
+from ppcoat.nn.linear import FactorCopies, LoRALinear
 from ppcoat.nn.ops import look_at_weights_again
 from ppcoat.nn.policy import granularity_groups
 from ppcoat.nn.saved_tensors import SavedTensors, fp8_saved_tensors
@@ -178,10 +178,12 @@ def _put_adapter(
     if network.type == "lokr":
         return inject_lokr(
             transformer,
-            LoKrSettings(network.linear, network.linear_alpha, network.lokr_factor),
+            lokr_settings(network),
             paths,
             (network.lokr_rank_dropout, network.lokr_module_dropout),
             seed,
+            coat.policy,
+            coat.linear_group_size,
         )
     return inject_lora(
         transformer,
@@ -192,7 +194,13 @@ def _put_adapter(
         policy=coat.policy,
         seed=seed,
         group_size=coat.linear_group_size,
+        layer=DoRALinear if network.type == "dora" else LoRALinear,
     )
+
+
+def lokr_settings(network: NetworkConfig) -> LoKrSettings:
+    """Of the LoKrs that a config asks for."""
+    return LoKrSettings(network.linear, network.linear_alpha, network.lokr_factor, network.lokr_full_rank)
 
 
 def trained_parameters(modules: dict[str, paddle.nn.Layer]) -> dict[str, paddle.Tensor]:

@@ -24,7 +24,7 @@ from multiprocessing.connection import Connection
 import numpy as np
 import paddle
 
-from ppcoat.coat import COATConfig, COATTrainer, factor_copies, prepare
+from ppcoat.coat import COATConfig, COATTrainer, factor_copies, prepare, trained_parameters
 from ppcoat.config.flags import flag
 from ppcoat.config.schema import CoatActivationConfig, CoatOptimizerConfig, NetworkConfig
 from ppcoat.device import (
@@ -37,7 +37,6 @@ from ppcoat.device import (
     tune_host,
 )
 from ppcoat.errors import ConfigError
-from ppcoat.lora.layer import lora_parameters
 from ppcoat.models.flux.transformer import FluxTransformer2DModel
 from ppcoat.models.pictures import TOKEN_SIDE
 from ppcoat.nn.policy import check_policy
@@ -261,8 +260,8 @@ def build_model(
     lora = None
     if not case.full_training:
         lora = NetworkConfig(linear=case.rank, linear_alpha=float(case.rank))
-    prepare(model, coat, lora, seed=case.seed)
-    return model, model.parameters() if case.full_training else lora_parameters(model)
+    modules = prepare(model, coat, lora, seed=case.seed)
+    return model, model.parameters() if case.full_training else list(trained_parameters(modules).values())
 
 
 def draw_batch(case: BenchmarkCase, rng: np.random.Generator, dtype: str) -> dict[str, paddle.Tensor]:

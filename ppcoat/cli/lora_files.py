@@ -28,6 +28,10 @@ from ppcoat.lora.writing import FORMATS, LORA_DTYPES
 
 SHOWN_PATHS = 10
 NOTABLE_ERROR = 0.01
+COMFYUI_MEASURES = (
+    "LyCORIS' loader draws this as PEFT does at strength 1; ComfyUI measures rows before the update, which "
+    "is a little different (a run with save.format kohya writes magnitudes for ComfyUI)"
+)
 
 
 @dataclass(frozen=True)
@@ -135,6 +139,8 @@ def run_convert(arguments: argparse.Namespace) -> None:
         print(summarize(lora.modules).line())
     if lora.others:
         print(f"beside it, as it was: {described(lora.others)}")
+    if flags.format == "kohya" and any(getattr(each.kind, "rule", "") == "PEFT" for each in lora.others):
+        print(f"note: {COMFYUI_MEASURES}")
     for note in (*lora.notes, *([f"left out: {len(lora.unknown)} keys"] if lora.unknown else [])):
         print(f"note: {note}")
     print(f"read back: every delta-W is that of the input within a relative error of {error:.1g}")

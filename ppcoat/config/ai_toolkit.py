@@ -287,6 +287,8 @@ def _fit_network(ours: dict[str, Any], origins: Origins) -> None:
     network, where = ours.get("network"), printable(origins.where(("network",)))
     if not isinstance(network, dict):
         return
+    if str(network.get("type")).lower() == "lokr":
+        network.setdefault("lokr_full_rank", True)
     rank = network.get("linear")
     if isinstance(rank, int):
         alpha = network.setdefault("linear_alpha", float(rank))

@@ -109,8 +109,9 @@ _NETWORK: dict[str, Treatment] = {
     "network.rank": Honour("network.linear", null=True),
     "network.linear_alpha": Honour(),
     "network.alpha": Honour("network.linear_alpha", null=True),
-    "network.conv": Warn("FLUX has no convolutions", (None, 0, 16)),  # 16: what the web interface writes
-    "network.conv_alpha": Warn("FLUX has no convolutions", (None, 0, 16)),
+    **dict.fromkeys(("network.conv", "network.conv_alpha"), Warn("FLUX has no convolutions", (None, 0, 16))),
+    **dict.fromkeys(("network.lokr_full_rank", "network.lokr_factor"), Honour(null=True)),
+    "network.old_lokr_format": Warn("the file has the names of its new format, transformer.X.lokr_w1"),
     "network.normalize": Refuse("the LoRA's weights are not scaled; leave it out"),
     "network.lorm_config": Refuse(_OTHER_TASK, (None,)),
     "network.dropout": Honour(null=True),
@@ -338,7 +339,6 @@ _LOGGING: dict[str, Treatment] = {
 
 # Switch -> keys that say something only where it is on.
 _IDLE = {
-    "network.type": "network.lokr_full_rank network.lokr_factor network.old_lokr_format",
     "save.push_to_hub": "save.hf_repo_id save.hf_private",
     "datasets[].mask_path": "datasets[].invert_mask datasets[].mask_min_value",
     "datasets[].clip_image_augmentations": "datasets[].clip_image_shuffle_augmentations",

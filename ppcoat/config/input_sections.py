@@ -5,7 +5,7 @@ adapter that is trained on it), and those of `datasets` (folders of pictures wit
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import (
     Field,
@@ -17,8 +17,10 @@ from pydantic import (
 )
 
 from ppcoat.config.base import TINY_FLUX, PathText, Pixels, Section, Strings, checked_trigger_word
+from ppcoat.errors import unknown_name
 
 BlockRange = Annotated[tuple[int, ...], Strict(False)]
+AdapterType = Literal["lora", "dora", "lokr"]
 BucketRule = Literal["aspect", "ai-toolkit", "square"]
 
 
@@ -65,10 +67,13 @@ class ModelConfig(Section):
 class NetworkConfig(Section):
     """The adapter and where it goes."""
 
-    type: Literal["lora", "lokr"] = Field("lora", description="kind of adapter; lokr is for newbie only")
+    type: AdapterType = Field(
+        "lora", description="kind of adapter: lora; dora (flux), a lora with a length for each output; lokr"
+    )
     linear: int = Field(16, ge=1, description="rank r of the LoRA")
     linear_alpha: float = Field(16.0, gt=0, description="LoRA alpha; the update is scaled by alpha / rank")
     dropout: float = Field(0.0, ge=0, lt=1, description="probability to drop an input element of the LoRA")
+    lokr_full_rank: bool = Field(False, description="both matrices of LoKr whole: linear has no effect")
     lokr_factor: int = Field(
         -1, ge=-1, description="largest side of LoKr's small matrix; -1: as square as the sizes allow"
     )
@@ -98,6 +103,21 @@ class NetworkConfig(Section):
     single_blocks: BlockRange | None = Field(
         None, description="[first, last] of the single blocks that get a LoRA, from 0; []: none of them"
     )
+
+    @field_validator("type", mode="before")
+    @classmethod
+    def _is_a_known_type(cls, value: object) -> object:
+        known = get_args(AdapterType)
+        if isinstance(value, str) and value.lower() not in known:
+            raise ValueError(unknown_name("kind of adapter", value, known))
+        return value.lower() if isinstance(value, str) else value
+
+    @property
+    def kind(self) -> str:
+        """The type, with what beside rank and alpha decides its parameters."""
+        if self.type != "lokr":
+            return self.type
+        return f"lokr, factor {self.lokr_factor}" + (", full rank" if self.lokr_full_rank else "")
 
     @field_validator("lokr_factor")
     @classmethod

@@ -152,11 +152,21 @@ class RunConfig(Section):
     def _settings_are_of_this_model(self) -> RunConfig:
         tokens, limit = self.train.max_sequence_length, 512
         if self.model.family == "newbie":
+            if self.network.type == "dora":
+                raise ValueError("network.type dora is for model.family flux only; use lora or lokr")
             return self
         if tokens is not None and tokens > limit:
             raise ValueError(f"train.max_sequence_length: came {tokens}, but FLUX's T5 reads at most {limit}")
-        if self.network.type != "lora":
-            raise ValueError("network.type lokr is for model.family newbie only; use lora")
+        if self.network.type == "lokr" and self.network.dropout:
+            raise ValueError(
+                "network.dropout has no effect with lokr: leave it out, or set lokr_rank_dropout"
+            )
+        if self.network.type == "lokr" and self.save.format != SaveConfig().format:
+            raise ValueError(
+                "save.format has no effect with lokr, whose file ComfyUI and ai-toolkit read: leave it out"
+            )
+        if self.network.type == "dora" and "paddle" in self.save.format:
+            raise ValueError("save.format paddle has no place for dora: use diffusers or kohya")
         if self.model.prompt_prefix is not None:
             raise ValueError("model.prompt_prefix is for model.family newbie only; leave it out")
         return self

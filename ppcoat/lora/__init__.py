@@ -10,6 +10,7 @@ or merging (loading.py, layer.py), or written for another program (writing.py, p
 
 from .adapters import Adapters
 from .delta import LoRAModule, LoRASummary, relative_difference, summarize
+from .dora import DoRALinear
 from .files import read_lora_file
 from .layer import (
     adapter_layers,
@@ -29,6 +30,7 @@ from .writing import lora_modules, save_lora, write_lora_file
 
 __all__ = [
     "Adapters",
+    "DoRALinear",
     "LoKrLinear",
     "LoKrSettings",
     "LoRAFile",

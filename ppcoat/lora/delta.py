@@ -65,9 +65,13 @@ class LoRASummary:
 
 def summarize(modules: Mapping[str, LoRAModule]) -> LoRASummary:
     """Norms of a LoRA's modules; NaN and inf stay visible in them."""
-    norms = {path: module.norm() for path, module in modules.items()}
+    return summary_of({path: module.norm() for path, module in modules.items()})
+
+
+def summary_of(norms: Mapping[str, float]) -> LoRASummary:
+    """The summary of modules whose delta-W have these norms, by path."""
     total = float(np.sqrt(np.sum(np.square(list(norms.values())))))
-    return LoRASummary(total, norms, [path for path, norm in norms.items() if norm == 0])
+    return LoRASummary(total, dict(norms), [path for path, norm in norms.items() if norm == 0])
 
 
 def relative_difference(got: LoRAModule | None, want: LoRAModule) -> float:

@@ -136,6 +136,12 @@ def fuse(modules: Mapping[str, LoRAModule]) -> dict[str, LoRAModule]:
     return {name: _fuse_parts(paths_of[name], parts) for name, parts in groups.items()}
 
 
+def is_module(path: str) -> bool:
+    """Whether FLUX has this path of diffusers, for a module that has a name of BFL's, too."""
+    found = find(path)
+    return found is not None and not found.of_bfl and not is_norm(path)
+
+
 def bfl_name(path: str) -> tuple[str, tuple[str, ...]]:
     """diffusers path -> BFL's dotted name of the module that holds it, and all diffusers paths of that one.
 

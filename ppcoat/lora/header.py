@@ -20,9 +20,10 @@ from collections.abc import Mapping, Sequence
 from ppcoat.errors import ConfigError
 
 ADAPTER_METADATA = "lora_adapter_metadata"
+DORA_RULE = "dora_rule"  # our field: by which of kinds.DORA_RULES the magnitudes are meant
 # Fields that speak of the tensors in a file. Whoever writes other tensors writes these anew or not at all.
 OF_TENSORS = (
-    *("format", "layout", "rank", "alpha", "software", ADAPTER_METADATA),
+    *("format", "layout", "rank", "alpha", "software", ADAPTER_METADATA, DORA_RULE),
     *("adapter_type", "lora_rank", "lora_alpha"),
     *("ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_args"),
     *("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256"),

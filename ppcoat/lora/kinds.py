@@ -297,7 +297,7 @@ def lycoris_tensors(kind: Kind, parameter: str) -> dict[str, np.ndarray] | None:
         folded = kind.folded()
         return {"lora_down.weight": folded.a, "lora_up.weight": folded.b, "alpha": np.float32(folded.alpha)}
     if isinstance(kind, DoRA):
-        inner = lycoris_tensors(kind.update, parameter) if kind.rule == "LyCORIS" else None
+        inner = lycoris_tensors(kind.update, parameter) if kind.rule in ("LyCORIS", "ComfyUI") else None
         return inner and inner | {"dora_scale": kind.magnitude}
     if isinstance(kind, LoKr):
         last = "lokr_w2" if "lokr_w2" in kind.factors else "lokr_w2_a"

@@ -1,6 +1,6 @@
-"""LoRA and LoKr put into a model from outside: choose Linears by name, replace them by LoRALinears or
-LoKrLinears (other kinds of a file: by ChangedLayers), take them out again, or merge them into the weights
-under them.
+"""LoRA, DoRA and LoKr put into a model from outside: choose Linears by name, replace them by LoRALinears,
+DoRALinears or LoKrLinears (other kinds of a file: by ChangedLayers), take them out again, or merge them into
+the weights under them.
 
 The default targets are the attention and feed-forward Linears of both FLUX block kinds; norms, modulation and
 embedders are left alone. The model needs to know nothing: its sublayers carry diffusers' names.
@@ -24,7 +24,10 @@ from ppcoat.nn.base_weight import FP8Weight
 from ppcoat.nn.convert import set_sublayer
 from ppcoat.nn.linear import FrozenLinear, LinearParameters, LoRALinear
 
-from .lokr import LoKrLinear, LoKrSettings, new_factors
+from .delta import LoRAModule, LoRASummary, summary_of
+from .dora import DoRALinear
+from .kinds import Kind, LoKr
+from .lokr import LoKrLinear, LoKrSettings, lokr_norm, new_factors
 
 _LINEARS = (nn.Linear, FrozenLinear)
 Deltas = Callable[[float], Mapping[str, np.ndarray]]
@@ -110,19 +113,21 @@ def inject_lora(
     policy: str = "none",
     seed: int = 0,
     group_size: int | None = 128,
+    layer: type[LoRALinear] = LoRALinear,
 ) -> dict[str, LoRALinear]:
     """Freeze `model` and put a LoRALinear in the place of each target Linear -> {path: LoRALinear}, in model
     order.
 
-    targets: path suffixes such as "attn.to_q" (whole dotted parts), None for FLUX_TARGETS. Only LoRA
-    parameters are trainable afterwards; the start depends on `seed` and the path alone. Raises ConfigError if
-    a target matches nothing (the nearest names are given) or the model already has a LoRA.
+    targets: path suffixes such as "attn.to_q" (whole dotted parts), None for FLUX_TARGETS. layer: DoRALinear
+    for DoRAs. Only their parameters are trainable afterwards; the start depends on `seed` and the path alone.
+    Raises ConfigError if a target matches nothing (the nearest names are given) or the model already has a
+    LoRA.
     """
     if not alpha > 0:
         raise ConfigError(f"LoRA alpha must be positive for training, got {alpha!r}")
 
     def make(path: str, base: nn.Layer) -> LoRALinear:
-        return LoRALinear(base, rank, alpha, dropout, policy, group_size, _seed_of(path, seed))
+        return layer(base, rank, alpha, dropout, policy, group_size, _seed_of(path, seed))
 
     return _inject(model, targets, make)
 
@@ -133,12 +138,14 @@ def inject_lokr(
     targets: Sequence[str] | None = None,
     dropout: tuple[float, float] = (0.0, 0.0),
     seed: int = 0,
+    policy: str = "none",
+    group_size: int | None = 128,
 ) -> dict[str, LoKrLinear]:
     """As `inject_lora`, with LoKrLinears. dropout: of output rows, and of whole modules."""
 
     def make(path: str, base: nn.Layer) -> LoKrLinear:
         factors = new_factors(*base.weight.shape, settings, _seed_of(path, seed))
-        return LoKrLinear(base, factors, settings, dropout)
+        return LoKrLinear(base, factors, settings, dropout, policy, group_size)
 
     return _inject(model, targets, make)
 
@@ -202,7 +209,7 @@ def put_layers(model: nn.Layer, layers: Mapping[str, AdapterLayer]) -> None:
 
 
 def lora_layers(model: nn.Layer) -> dict[str, LoRALinear]:
-    """{path: LoRALinear} in model order."""
+    """{path: LoRALinear or DoRALinear} in model order."""
     return {path: layer for path, layer in model.named_sublayers() if isinstance(layer, LoRALinear)}
 
 
@@ -211,9 +218,39 @@ def adapter_layers(model: nn.Layer) -> dict[str, AdapterLayer]:
     return {path: layer for path, layer in model.named_sublayers() if isinstance(layer, AdapterLayer)}
 
 
+def adapter_kinds(model: nn.Layer) -> dict[str, Kind]:
+    """{path: the LoRA, DoRA or LoKr there as a file has it, without `scale_multiplier`} in model order."""
+    return {
+        path: _kind(layer)
+        for path, layer in adapter_layers(model).items()
+        if not isinstance(layer, ChangedLayer)
+    }
+
+
+def adapter_summary(model: nn.Layer) -> LoRASummary:
+    """Norms of what a model's LoRA, DoRA or LoKr adds to the weights, without `scale_multiplier`."""
+    layers, norms = adapter_layers(model), {}
+    for path, kind in adapter_kinds(model).items():
+        if isinstance(kind, LoRAModule):
+            norms[path] = kind.norm()
+        else:
+            norms[path] = lokr_norm(kind) if isinstance(kind, LoKr) else layers[path].change()
+    return summary_of(norms)
+
+
+def _kind(layer: LoRALinear | LoKrLinear) -> Kind:
+    if isinstance(layer, DoRALinear):
+        return layer.kind()
+    arrays = {name: getattr(layer, name).numpy() for name in layer.factors}
+    if isinstance(layer, LoKrLinear):
+        return LoKr(arrays, layer.own_scale, layer.rank, layer.alpha)
+    a, b = (np.ascontiguousarray(arrays[name].T) for name in LoRALinear.factors)
+    return LoRAModule(a, b, layer.alpha)
+
+
 def lora_parameters(model: nn.Layer) -> list[paddle.Tensor]:
-    """lora_A [in, rank] and lora_B [rank, out] of every LoRALinear, float32, in model order: what the
-    optimizer gets."""
+    """lora_A [in, rank] and lora_B [rank, out] of every LoRALinear, DoRAs among them, float32, in model
+    order."""
     return [param for layer in lora_layers(model).values() for param in (layer.lora_A, layer.lora_B)]
 
 
@@ -297,6 +334,9 @@ def merge_lora(model: nn.Layer) -> dict[str, list[str]]:
             continue
         if isinstance(layer, LoKrLinear):
             delta = layer.delta()
+        elif isinstance(layer, DoRALinear):
+            weight = values_of(layer.base, "weight")
+            delta = paddle.to_tensor(_kind(layer).delta(weight, layer.scale_multiplier).T)
         else:
             delta = paddle.matmul(layer.lora_A, layer.lora_B) * layer.scale
         layer.weight.set_value((layer.weight.astype("float32") + delta).astype(layer.weight.dtype))

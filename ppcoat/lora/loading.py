@@ -1,9 +1,9 @@
 """Adapters of files put into models, for drawing and for merging. writing.py and peft.py are the way back.
 
-A LoRA becomes a LoRALinear, several on one Linear become one with their factors side by side, a LoKr alone on
-one Linear becomes a LoKrLinear; all three work on FP8 weights as they are. What is left (DoRA, LoHa, OFT, a
-LoKr of a fused module or beside others, biases, norms, ...) becomes a ChangedLayer, whose weight is made from
-the base's. Several adapters at once: each difference is
+A LoRA becomes a LoRALinear, several on one Linear become one with their factors side by side, a LoKr or a
+DoRA by PEFT's rule, alone on one Linear, a LoKrLinear or DoRALinear; all work on FP8 weights as they are.
+What is left (other DoRAs, LoHa, OFT, a LoKr of a fused module or beside others, biases, norms, ...) becomes a
+ChangedLayer, whose weight is made from the base's. Several adapters at once: each difference is
 taken from the base weight, and they are added.
 """
 
@@ -22,18 +22,19 @@ from paddle import nn
 
 from ppcoat.errors import ConfigError
 from ppcoat.nn.base_weight import FP8Weight
-from ppcoat.nn.linear import LoRALinear
+from ppcoat.nn.linear import AdaptedLinear, LoRALinear
 
 from .delta import LoRAModule
+from .dora import DoRALinear
 from .files import check_known, read_lora_file
 from .header import step_from_header
 from .keys import PART_NAMES, TRANSFORMER
-from .kinds import LoKr
+from .kinds import DoRA, LoKr
 from .layer import (
     ChangedLayer,
+    adapter_layers,
     base_of,
     linear_paths,
-    lora_parameters,
     norm_paths,
     put_layers,
     values_of,
@@ -101,8 +102,9 @@ def load_lora(
 
 
 def check_not_training(model: nn.Layer) -> None:
-    """Raises ConfigError for a model whose LoRA is in training."""
-    if any(not parameter.stop_gradient for parameter in lora_parameters(model)):
+    """Raises ConfigError for a model whose LoRA, DoRA or LoKr is in training."""
+    layers = [layer for layer in adapter_layers(model).values() if isinstance(layer, AdaptedLinear)]
+    if any(not getattr(layer, name).stop_gradient for layer in layers for name in layer.factors):
         raise ConfigError("the model has a LoRA in training: save it, then call remove_lora before load_lora")
 
 
@@ -260,7 +262,7 @@ def _adapter_layers(model: nn.Layer, active: Active, part: str) -> dict[str, nn.
     if dense:
         _log.warning(
             "%d FP8 weights, e.g. %s, are held unquantised beside their FP8 copy while this adapter is on: "
-            "on these Linears it is no LoRA or LoKr alone",
+            "on these Linears it is no LoRA, LoKr or DoRA of PEFT's rule alone",
             *(len(dense), dense[0]),
         )
     return built
@@ -327,6 +329,8 @@ def _layer(base: nn.Layer, path: str, differences: list[_Differences]) -> nn.Lay
         kind, by = weights[0]
         if isinstance(kind, LoKr):
             return _lokr_linear(base, kind, by)
+        if isinstance(kind, DoRA) and kind.rule == "PEFT" and isinstance(kind.update, LoRAModule):
+            return _dora_linear(base, kind, by)
     return ChangedLayer(base, partial(_deltas, path, differences))
 
 
@@ -349,6 +353,18 @@ def _lora_linear(base: nn.Layer, modules: list[tuple[LoRAModule, float]]) -> LoR
     layer.lora_A.set_value(_paddle_order(module.a))
     layer.lora_B.set_value(_paddle_order(module.b))
     layer.lora_A.stop_gradient = layer.lora_B.stop_gradient = True
+    return layer
+
+
+def _dora_linear(base: nn.Layer, kind: DoRA, by: float) -> DoRALinear:
+    """As it is trained: the strength weakens its LoRA, before lengths are set."""
+    module = kind.update
+    layer = DoRALinear(base, module.rank, module.alpha)
+    layer.scale_multiplier = by
+    values = (_paddle_order(module.a), _paddle_order(module.b), kind.magnitude.reshape([-1]))
+    for name, value in zip(layer.factors, values, strict=True):
+        getattr(layer, name).set_value(value)
+        getattr(layer, name).stop_gradient = True
     return layer
 
 

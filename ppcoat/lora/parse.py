@@ -284,6 +284,8 @@ class _Reading:
         return DoRA(kind, magnitude, rule), used | {role}
 
     def _dora_rule(self, program: str) -> str:
+        if self.header.get(header_.DORA_RULE) in DORA_RULES:
+            return self.header[header_.DORA_RULE]
         if any(field.startswith("ot_") for field in self.header):
             return "OneTrainer"
         return program if program in DORA_RULES and program != "PEFT" else "LyCORIS"

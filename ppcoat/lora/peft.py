@@ -23,11 +23,10 @@ from safetensors.paddle import save
 from ppcoat.atomic import whole_file, write_text
 from ppcoat.errors import ConfigError
 
-from .delta import LoRASummary, summarize
+from .delta import LoRASummary
 from .files import CONFIG, WEIGHTS, tensors_and_header
-from .layer import adapter_layers
-from .lokr import FACTORS, LoKrLinear
-from .writing import lora_modules
+from .layer import adapter_layers, adapter_summary
+from .lokr import LoKrLinear
 
 
 def save_peft(
@@ -80,19 +79,6 @@ def save_comfyui(
     header = _header("lokr" if _is_lokr(layers) else "lora", first.rank, first.rank)
     _write(Path(path), tensors, {**(extra or {}), **header}, dtype)
     return adapter_summary(model)
-
-
-def adapter_summary(model: nn.Layer) -> LoRASummary:
-    """Norms of the updates of a model's LoRA or LoKr, without `scale_multiplier`."""
-    layers = adapter_layers(model)
-    if not _is_lokr(layers):
-        return summarize(lora_modules(model))
-    norms = {}
-    for path, layer in layers.items():
-        w1, w2 = (np.linalg.norm(layer.matrix(name).numpy().astype(np.float64)) for name in FACTORS)
-        norms[path] = float(w1 * w2 * abs(layer.own_scale))
-    total = float(np.sqrt(np.sum(np.square(list(norms.values())))))
-    return LoRASummary(total, norms, [path for path, norm in norms.items() if norm == 0])
 
 
 def _is_lokr(layers: Mapping[str, nn.Layer]) -> bool:

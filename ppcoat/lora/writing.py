@@ -26,15 +26,20 @@ from ppcoat.atomic import whole_file
 from ppcoat.errors import ConfigError
 
 from . import flux_names
-from .delta import LoRAModule, LoRASummary, relative_difference, summarize, worst
+from .delta import LoRAModule, LoRASummary, relative_difference, worst
+from .dora import comfyui_doras, lycoris_doras
 from .files import tensors_and_header
-from .header import ADAPTER_METADATA
+from .header import ADAPTER_METADATA, DORA_RULE
 from .keys import CLIP, TRANSFORMER
-from .kinds import Absolute, Difference, DoRA, lycoris_tensors
-from .layer import lora_layers
+from .kinds import Absolute, Difference, DoRA, Kind, LoKr, lycoris_tensors
+from .layer import adapter_kinds, adapter_layers, adapter_summary
+from .lokr import lokr_difference
 from .parse import Change, LoRAFile, described, parse_lora
 
 FORMATS = ("diffusers", "kohya", "paddle")
+LYCORIS = "lycoris"  # of a trained LoKr: LyCORIS' tensors of diffusers' paths, as ai-toolkit names them
+# Rounding a length to 16 bits would change its row as much as training does.
+IN_FLOAT32 = (".alpha", ".lora_magnitude_vector", ".dora_scale")
 LORA_DTYPES = ("float32", "bfloat16", "float16")
 READ_BACK_ERROR = 1e-6  # of delta-W, relative
 ROUNDED_READ_BACK_ERROR = 0.05  # of kinds that are no LoRA, in a 16-bit dtype
@@ -60,21 +65,25 @@ def save_lora(
     fields. Returns norms of delta-W. Raises ConfigError for a wrong path, dtype or format, or if there is no
     LoRA; OSError if the file does not hold what was written.
     """
-    modules = lora_modules(model)
-    if not modules:
+    kinds = adapter_kinds(model)
+    if not kinds:
         raise ConfigError("the model has no LoRA to save")
-    alphas = [module.alpha for module in modules.values()]
+    modules = {path: kind for path, kind in kinds.items() if isinstance(kind, LoRAModule)}
+    others = [Change(TRANSFORMER, (path,), "weight", kind, path)
+              for path, kind in kinds.items() if path not in modules]  # fmt: skip
+    if any(isinstance(kind, LoKr) for kind in kinds.values()):
+        file_format = LYCORIS
+    if file_format == "kohya" and any(isinstance(kind, DoRA) for kind in kinds.values()):
+        others = comfyui_doras(model)
+    alphas = [layer.alpha for layer in adapter_layers(model).values()]
     fields = {**dict(extra or {}), **_header_of_training(trigger_word, step, base_model, alphas)}
-    error = write_lora_file(path, modules, fields, file_format, dtype)
-    return replace(summarize(modules), error=error)
+    error = write_lora_file(path, modules, fields, file_format, dtype, others)
+    return replace(adapter_summary(model), error=error)
 
 
 def lora_modules(model: nn.Layer) -> dict[str, LoRAModule]:
-    """The LoRA of `model` as {path: LoRAModule}, without `scale_multiplier`."""
-    return {
-        path: LoRAModule(_transposed(layer.lora_A), _transposed(layer.lora_B), layer.alpha)
-        for path, layer in lora_layers(model).items()
-    }
+    """The plain LoRAs of `model` as {path: LoRAModule}, without `scale_multiplier`."""
+    return {path: kind for path, kind in adapter_kinds(model).items() if isinstance(kind, LoRAModule)}
 
 
 def write_lora_file(
@@ -98,11 +107,13 @@ def write_lora_file(
     for each, module in modules.items():
         _check_numbers(each, module, dtype)
     named = _named(modules, file_format)
+    others = lycoris_doras(others) if file_format == "kohya" else others
     beside = _placed(others, modules, file_format)
-    header = {**fields, **_header_of_tensors(named, file_format, beside)}
+    header = {**fields, **_header_of_tensors(named, file_format, beside, others)}
     tensors = _to_tensors(named, file_format, dtype)
     tensors |= {
-        key: _tensor(values, "float32" if key.endswith(".alpha") else dtype) for key, values in beside.items()
+        key: _tensor(values, "float32" if key.endswith(IN_FLOAT32) else dtype)
+        for key, values in beside.items()
     }
     with whole_file(path) as draft:
         draft.write_bytes(save(tensors, header))
@@ -118,7 +129,7 @@ def write_lora_file(
 def _check_target(path: Path, modules: Sized, file_format: str, dtype: str) -> None:
     if path.suffix != ".safetensors":
         raise ConfigError(f"a LoRA is saved as .safetensors, got {path.name}")
-    if file_format not in FORMATS:
+    if file_format not in (*FORMATS, LYCORIS):
         raise ConfigError(f"LoRA format must be one of {', '.join(FORMATS)}, got {file_format!r}")
     if dtype not in LORA_DTYPES:
         raise ConfigError(f"LoRA dtype must be one of {', '.join(LORA_DTYPES)}, got {dtype!r}")
@@ -143,22 +154,29 @@ def _named(modules: Mapping[str, LoRAModule], file_format: str) -> dict[str, LoR
 
 
 def _header_of_tensors(
-    modules: Mapping[str, LoRAModule], file_format: str, beside: Mapping[str, np.ndarray] | None = None
+    modules: Mapping[str, LoRAModule],
+    file_format: str,
+    beside: Mapping[str, np.ndarray],
+    others: Sequence[Change],
 ) -> dict[str, str]:
     """The fields that speak of the tensors. `modules`: as they are written, names and all, alpha = rank
-    because the weights are folded. beside: what else is written, by key.
+    because the weights are folded. others: what else is written; beside: that by key.
     """
-    beside = beside or {}
     ranks = {name: module.rank for name, module in modules.items()}
     of_dora = re.compile(r"transformer\.(.*)\.lora_A\.weight")
     ranks |= {found[1]: len(values) for key, values in beside.items() if (found := of_dora.fullmatch(key))}
-    rank = Counter(ranks.values()).most_common(1)[0][0] if ranks else 1
+    inner = [each.kind.update if isinstance(each.kind, DoRA) else each.kind for each in others]
+    counted = [*ranks.values()] or [kind.rank for kind in inner if isinstance(kind, LoRAModule | LoKr)]
+    rank = Counter(counted).most_common(1)[0][0] if counted else 1
     header = {
         "format": "pt",
         "rank": str(rank),
         "alpha": str(rank),
         "software": json.dumps({"name": "ppcoat"}),
     }
+    rules = {each.kind.rule for each in others if isinstance(each.kind, DoRA)}
+    if file_format == "kohya" and "ComfyUI" in rules:  # else its magnitudes are LyCORIS'
+        header |= {DORA_RULE: "ComfyUI"}
     if file_format == "paddle":
         header |= {"format": "pd", "layout": IN_OUT}
     elif file_format == "kohya":
@@ -167,7 +185,7 @@ def _header_of_tensors(
             "ss_network_dim": str(rank),
             "ss_network_alpha": str(rank),
         }
-    else:
+    elif file_format == "diffusers":
         header[ADAPTER_METADATA] = _adapter_text(ranks, rank, beside)
     return header
 
@@ -236,6 +254,8 @@ def _placed(
             f"{first.paths[0]}.{first.parameter}: draw with the file as it is, or choose another --format"
         )
     tensors = {key: values for _, each in placed for key, values in each.items()}
+    if len({each.kind.rule for each in others if isinstance(each.kind, DoRA)}) > 1:
+        raise ConfigError("DoRAs by several rules have no place in one file: convert them one by one")
     if any(key.endswith(".lora_magnitude_vector") for key in tensors) and modules:
         raise ConfigError("diffusers' format has no place for LoRA and DoRA in one file")
     if any(key.endswith(".lora_B.bias") for key in tensors):  # PEFT wants one for each LoRA, or none
@@ -264,6 +284,9 @@ def _place(
         return {f"{stem}.{role}": values for role, values in lycoris_tensors(module, "weight").items()}
     if part != TRANSFORMER or file_format == "paddle":
         return None
+    if file_format == LYCORIS:
+        tensors = lycoris_tensors(kind, change.parameter)
+        return tensors and {f"transformer.{path}.{role}": values for role, values in tensors.items()}
     if file_format == "diffusers":
         return _place_in_diffusers(change, modules)
     try:
@@ -297,8 +320,12 @@ def _place_in_diffusers(change: Change, modules: Mapping[str, LoRAModule]) -> di
 def _compare_others(
     found: LoRAFile, others: Sequence[Change], modules: Mapping[str, LoRAModule], name: str, dtype: str
 ) -> float:
-    """As `_compare`, for what is no plain LoRA of the transformer: what it does to a weight of random
-    numbers."""
+    """As `_compare`, for what is no plain LoRA of the transformer: by its factors where they tell, else by
+    what it does to a weight of random numbers."""
+    written = {(each.part, each.paths, each.parameter): each.kind for each in found.others}
+    by_factors = [_difference(written.get((each.part, each.paths, each.parameter)), each.kind)
+                  for each in others]  # fmt: skip
+    others = [each for each, error in zip(others, by_factors, strict=True) if error is None]
 
     def done(changes: Iterable[Change]) -> dict[tuple[str, str, str], np.ndarray]:
         deltas = {}
@@ -314,8 +341,8 @@ def _compare_others(
                 deltas[(change.part, path, change.parameter)] = delta
         return deltas
 
-    errors = [0.0]
-    want, got = done(others), done(found.others)
+    errors = [0.0, *(error for error in by_factors if error is not None)]
+    want, got = (done(others), done(found.others)) if others else ({}, {})
     for key, delta in want.items():
         if key not in got or got[key].shape != delta.shape:
             raise OSError(
@@ -327,6 +354,18 @@ def _compare_others(
     if not max(errors) <= limit:
         raise OSError(f"{name}: what is no LoRA reads back within {max(errors):.1g} only; nothing was saved")
     return max(errors)
+
+
+def _difference(found: Kind | None, want: Kind) -> float | None:
+    """Relative error of what `found` adds, where factors tell it; None where only weights do."""
+    if isinstance(found, LoRAModule) and isinstance(want, LoRAModule):
+        return relative_difference(found, want)
+    if isinstance(found, DoRA) and isinstance(want, DoRA) and found.rule == want.rule:
+        inner, lengths = _difference(found.update, want.update), (found.magnitude, want.magnitude)
+        return inner if inner is None or np.array_equal(*lengths) else float("inf")
+    if isinstance(found, LoKr) and isinstance(want, LoKr):
+        return lokr_difference(found, want)
+    return None
 
 
 def _compare(found: LoRAFile, modules: Mapping[str, LoRAModule], name: str, dtype: str) -> float:
@@ -356,7 +395,3 @@ def _rounded(module: LoRAModule, dtype: str) -> LoRAModule:
 
 def _tensor(values: np.ndarray, dtype: str) -> paddle.Tensor:
     return paddle.to_tensor(np.array(values, order="C"), place=paddle.CPUPlace()).astype(dtype)
-
-
-def _transposed(parameter: paddle.Tensor) -> np.ndarray:
-    return np.ascontiguousarray(parameter.numpy().T)

@@ -16,6 +16,8 @@ from ppcoat.fp8.matmul import BLOCK, dequantize_blocks, quantize_blocks, scaled_
 
 from .saved_tensors import saver
 
+SQUARED_AT_ONCE = 4 * BLOCK  # rows of a weight
+
 
 def fp8_bytes(rows: int, columns: int) -> int:
     """Of an FP8Weight [rows, columns]: codes, and one float32 scale for each block."""
@@ -64,6 +66,12 @@ class FP8Weight(nn.Layer):
         """The weight [in, out] in `dtype`: a new tensor, exact in float32 and bfloat16."""
         return dequantize_blocks(self.codes, self.scale, dtype=dtype)
 
+    @paddle.no_grad()
+    def rows(self, own: slice) -> paddle.Tensor:
+        """Some rows, from the first of a block to the last of one, float32 [rows, out]."""
+        blocks = slice(own.start // BLOCK, -(-own.stop // BLOCK))
+        return dequantize_blocks(self.codes[own].contiguous(), self.scale[blocks].contiguous())
+
     def extra_repr(self) -> str:
         return f"shape={self.shape}, E4M3 in blocks of {BLOCK} x {BLOCK}"
 
@@ -90,6 +98,31 @@ def times_transposed(dy: paddle.Tensor, weight: Weight, update: LowRank | None =
         return _in_fp8(dy, weight, True, None, update)
     dx = paddle.matmul(dy, _dense(weight, dy.dtype), transpose_y=True)
     return dx if update is None else dx.add_(paddle.matmul(*update, transpose_y=True))
+
+
+def on_device(weight: Weight) -> Weight:
+    """A weight [in, out], for a product outside of its block's turn: of one that waits in page-locked main
+    memory a copy, any other itself."""
+    if not isinstance(weight, FP8Weight):
+        return weight.cuda() if weight.place.is_cuda_pinned_place() else weight
+    if not weight.codes.place.is_cuda_pinned_place():
+        return weight
+    copy = FP8Weight(weight.codes.cuda(), weight.scale.cuda())
+    copy.in_fp8 = weight.in_fp8
+    return copy
+
+
+@paddle.no_grad()
+def column_squares(weight: Weight) -> paddle.Tensor:
+    """Sum of squares of each column of a weight [in, out], float32 [out]; beside it there are SQUARED_AT_ONCE
+    rows in float32 at a time."""
+    weight = on_device(weight)
+    squares = paddle.zeros([weight.shape[1]])
+    for start in range(0, weight.shape[0], SQUARED_AT_ONCE):
+        own = slice(start, start + SQUARED_AT_ONCE)
+        rows = weight.rows(own) if isinstance(weight, FP8Weight) else weight[own]
+        squares.add_(rows.astype("float32").square().sum(0))
+    return squares
 
 
 @paddle.no_grad()

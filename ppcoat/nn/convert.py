@@ -12,7 +12,7 @@ from paddle import nn
 from ppcoat.errors import ConfigError
 
 from .base_weight import FP8Weight
-from .linear import FrozenLinear, LinearParameters, LoRALinear
+from .linear import AdaptedLinear, FrozenLinear, LinearParameters
 from .policy import granularity_groups
 
 _log = logging.getLogger(__name__)
@@ -24,11 +24,11 @@ def replace_linear_with_fp8(
     """Make the Linears inside `model` save for backward what COAT saves, in place; returns `model`.
 
     A frozen nn.Linear (weight and bias have stop_gradient) becomes a FrozenLinear, which saves nothing; a
-    LoRALinear whose policy is "none" saves its input in FP8 from now on, with one scale "per_tensor" or
-    "per_group" of `group_size` features. Parameters are shared, not copied, and keep their names in the
-    state_dict. Trainable Linears and subclasses of Linear stay as they are: what autograd saves of them is
-    turned into FP8 by `fp8_saved_tensors`; a warning says so where nothing is left to change. Raises
-    ConfigError for wrong values.
+    LoRALinear (or one of a DoRA or LoKr) whose policy is "none" saves its input in FP8 from now on, with one
+    scale "per_tensor" or "per_group" of `group_size` features. Parameters are shared, not copied, and keep
+    their names in the state_dict. Trainable Linears and subclasses of Linear stay as they are: what autograd
+    saves of them is turned into FP8 by `fp8_saved_tensors`; a warning says so where nothing is left to
+    change. Raises ConfigError for wrong values.
     """
     if not save_linears_in_fp8(model, granularity_groups(linear_granularity, group_size)):
         _log.warning(
@@ -43,12 +43,12 @@ def save_linears_in_fp8(model: nn.Layer, groups: int | None) -> bool:
     there is a Linear that saves as COAT does."""
     layers = list(model.named_sublayers())
     for path, layer in layers:
-        if isinstance(layer, LoRALinear):
+        if isinstance(layer, AdaptedLinear):
             layer.policy = "coat" if layer.policy == "none" else layer.policy
             layer.group_size = groups
         elif _is_frozen(layer):
             set_sublayer(model, path, FrozenLinear(layer))
-    return any(isinstance(layer, FrozenLinear | LoRALinear) or _is_frozen(layer) for _, layer in layers)
+    return any(isinstance(layer, FrozenLinear | AdaptedLinear) or _is_frozen(layer) for _, layer in layers)
 
 
 def _is_frozen(layer: nn.Layer) -> bool:
@@ -64,7 +64,7 @@ def quantize_linears(model: nn.Layer) -> list[str]:
     """
     layers = list(model.named_sublayers())
     for path, layer in layers:
-        if isinstance(layer, LoRALinear):
+        if isinstance(layer, AdaptedLinear):
             raise ConfigError(f"{path} carries a LoRA: quantise the base before inject_lora")
     paths = [path for path, layer in layers if type(layer) is nn.Linear]
     for path in paths:

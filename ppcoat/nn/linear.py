@@ -28,7 +28,7 @@ from paddle.autograd import PyLayer
 from ppcoat.errors import ConfigError
 from ppcoat.fp8.flat import FlatLayout
 from ppcoat.fp8.formats import E4M3
-from ppcoat.fp8.pointwise import dropout
+from ppcoat.fp8.pointwise import dropout, gated_residual
 
 from .base_weight import Weight, times, times_transposed
 from .policy import check_policy
@@ -51,18 +51,55 @@ class FrozenLinear(nn.Layer):
         return frozen_linear(x, self.weight, self.bias)
 
 
-class LoRALinear(nn.Layer):
+class AdaptedLinear(nn.Layer):
+    """A frozen Linear under a trainable adapter: x [..., in] -> [..., out]. Subclasses say what it does.
+
+    `weight` (float or FP8) and `bias` are those of `base` (not copies), so names in a state_dict stay.
+    policy: "none" saves x as the active Saver does, every other in E4M3, one scale per `group_size` features
+    (None: one per tensor); where an op offers x nothing is saved, and in what is computed again x is saved as
+    it is. The forward result and dx are exact; gradients of the adapter carry the rounding of x.
+
+    Set `enabled` to False to switch the adapter off, `scale_multiplier` to weaken or strengthen it.
+    """
+
+    factors: tuple[str, ...]  # names of what is trained, float32 whatever the weight's dtype
+
+    def __init__(self, base: nn.Linear | FrozenLinear, policy: str, group_size: int | None) -> None:
+        super().__init__()
+        self.__dict__["base"] = base  # not a sublayer: its parameters are registered here, under their names
+        self.weight, self.bias = base.weight, base.bias
+        _freeze(self)
+        self.policy, self.group_size = check_policy(policy), group_size
+        self.enabled, self.scale_multiplier = True, 1.0
+
+    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
+        if not self.enabled:
+            return frozen_linear(x, self.weight, self.bias)
+        factors = [getattr(self, name) for name in self.factors]
+        if paddle.is_grad_enabled() and not all(each.stop_gradient for each in (x, *factors)):
+            return _Adapted.apply(x, self.use(x.dtype), *factors)
+        with paddle.no_grad():
+            return self.use(x.dtype).forward(x)[0]
+
+    def use(self, dtype: paddle.dtype) -> LinearUse:
+        """For one forward pass of x [..., in] in `dtype`."""
+        raise NotImplementedError
+
+    def add_factor(self, name: str, value: np.ndarray) -> None:
+        """A trained parameter that starts at `value` (any shape), float32."""
+        start = nn.initializer.Assign(np.ascontiguousarray(value, dtype="float32"))
+        shape = list(value.shape)
+        self.add_parameter(name, self.create_parameter(shape, dtype="float32", default_initializer=start))
+
+
+class LoRALinear(AdaptedLinear):
     """A frozen Linear plus a trainable low-rank update: x [..., in] -> [..., out].
 
-    `weight` (float or FP8) and `bias` are those of `base` (not copies), so names in a state_dict stay;
-    `lora_A` [in, rank] (Kaiming-uniform as in the LoRA reference code) and `lora_B` [rank, out] (zeros) are
-    float32 whatever the weight's dtype. policy: "none" saves x as the active Saver does, every other in E4M3,
-    one scale per `group_size` features (None: one per tensor); where an op offers x nothing is saved, and in
-    what is computed again x is saved as it is. The forward result and dx are exact; dA carries the rounding.
-
-    Set `enabled` to False to switch the update off, `scale_multiplier` to weaken or strengthen it. Raises
-    ConfigError for wrong settings.
+    `lora_A` [in, rank] is Kaiming-uniform as in the LoRA reference code, `lora_B` [rank, out] zeros, both
+    float32. Raises ConfigError for wrong settings.
     """
+
+    factors = ("lora_A", "lora_B")
 
     def __init__(
         self,
@@ -74,45 +111,33 @@ class LoRALinear(nn.Layer):
         group_size: int | None = 128,
         seed: int = 0,
     ) -> None:
-        super().__init__()
         _check_settings(rank, alpha, dropout)
+        super().__init__(base, policy, group_size)
         width_in, width_out = base.weight.shape
-        self.__dict__["base"] = (
-            base  # not a sublayer: its parameters are registered here under their own names
-        )
-        self.weight, self.bias = base.weight, base.bias
-        _freeze(self)
         bound = 1.0 / math.sqrt(width_in)  # Kaiming-uniform with a = sqrt(5)
         start = np.random.default_rng(seed).uniform(-bound, bound, [width_in, rank]).astype("float32")
-        self.lora_A = self._parameter([width_in, rank], start)
-        self.lora_B = self._parameter([rank, width_out], np.zeros([rank, width_out], "float32"))
+        self.add_factor("lora_A", start)
+        self.add_factor("lora_B", np.zeros([rank, width_out], "float32"))
         self.rank, self.alpha, self.dropout = rank, float(alpha), float(dropout)
-        self.policy, self.group_size = check_policy(policy), group_size
-        self.enabled = True
-        self.scale_multiplier = 1.0
 
     @property
     def scale(self) -> float:
         """Factor of the low-rank update: alpha / rank * scale_multiplier."""
         return self.alpha / self.rank * self.scale_multiplier
 
-    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
-        trainable = not (self.lora_A.stop_gradient and self.lora_B.stop_gradient)
-        needs_graph = paddle.is_grad_enabled() and (trainable or not x.stop_gradient)
-        if not self.enabled:
-            return frozen_linear(x, self.weight, self.bias)
-        if needs_graph:
-            return _LoRALinear.apply(x, self.lora_A, self.lora_B, LinearUse.of(self))
-        with paddle.no_grad():
-            return LinearUse.of(self).forward(x)[0]
+    def use(self, dtype: paddle.dtype) -> LinearUse:
+        """For one forward pass of x [..., in] in `dtype`. With dropout this draws a number from the host's
+        generator (`paddle.seed` seeds it), so that nobody waits for the device."""
+        return LoRAUse(self, self.scale, self.new_seed())
+
+    def new_seed(self) -> int | None:
+        """Of a dropout mask; None where nothing is dropped."""
+        drops = self.training and self.dropout > 0
+        return paddle.framework.core.default_cpu_generator().random() >> 2 if drops else None
 
     def extra_repr(self) -> str:
         width_in, width_out = self.weight.shape
         return f"in={width_in}, out={width_out}, rank={self.rank}, alpha={self.alpha:g}, policy={self.policy}"
-
-    def _parameter(self, shape: list[int], value: np.ndarray) -> paddle.Tensor:
-        initializer = nn.initializer.Assign(value)
-        return self.create_parameter(shape, dtype="float32", default_initializer=initializer)
 
 
 def frozen_linear(x: paddle.Tensor, weight: Weight, bias: paddle.Tensor | None) -> paddle.Tensor:
@@ -146,18 +171,18 @@ class _FrozenLinear(PyLayer):
         return times_transposed(dy, ctx.weight)
 
 
-class _LoRALinear(PyLayer):
+class _Adapted(PyLayer):
     @staticmethod
-    def forward(
-        ctx, x: paddle.Tensor, lora_a: paddle.Tensor, lora_b: paddle.Tensor, use: LinearUse
-    ) -> paddle.Tensor:
+    def forward(ctx, x: paddle.Tensor, use: LinearUse, *factors: paddle.Tensor) -> paddle.Tensor:
         ctx.use, ctx.x_needs_grad, layer = use, not x.stop_gradient, use.layer
         ctx.x = ctx.xa = None
         y, xa = use.forward(x)
         # What is saved hangs on ctx, not in save_for_backward: the hooks would count and pack it once more.
+        ctx.statistics = [saver().save_plain(each, statistic=True) for each in use.statistics]
         if use.needs_x:
             fmt = None if layer.policy == "none" else E4M3
-            ctx.x, ctx.xa = saver().save_input(x, fmt, layer.group_size), saver().save_plain(xa)
+            ctx.x = saver().save_input(x, fmt, layer.group_size)
+            ctx.xa = None if xa is None else saver().save_plain(xa)
         return y
 
     @staticmethod
@@ -169,55 +194,66 @@ class _LoRALinear(PyLayer):
 
 @dataclass(frozen=True)
 class LinearUse:
-    """A Linear as one forward pass meets it, so that backward (or a second forward) meets the same.
+    """An AdaptedLinear as one forward pass meets it, so that backward (or a second forward) meets the same.
+    scale: factor of the update. Nothing here builds a graph."""
 
-    scale: factor of its LoRA, None where no LoRA takes part. seed: of the dropout mask, None without dropout;
-    the mask itself is drawn again where it is wanted, and never saved.
-    """
+    layer: AdaptedLinear
+    scale: float
 
-    layer: nn.Layer
-    scale: float | None = None
-    seed: int | None = None
-
-    @classmethod
-    def of(cls, layer: nn.Layer) -> LinearUse:
-        """`layer`: a Linear, FrozenLinear or LoRALinear. With dropout this draws a number from the host's
-        generator (`paddle.seed` seeds it), so that nobody waits for the device."""
-        if not isinstance(layer, LoRALinear) or not layer.enabled:
-            return cls(layer)
-        drops = layer.training and layer.dropout > 0
-        seed = paddle.framework.core.default_cpu_generator().random() >> 2 if drops else None
-        return cls(layer, layer.scale, seed)
+    @property
+    def statistics(self) -> tuple[paddle.Tensor, ...]:
+        """What it holds until backward besides, float32 of any shape."""
+        return ()
 
     @property
     def needs_x(self) -> bool:
-        """Whether backward wants the input: for the gradients of the LoRA."""
-        return self.scale is not None and not (
-            self.layer.lora_A.stop_gradient and self.layer.lora_B.stop_gradient
-        )
+        """Whether backward wants the input: for the gradients of what is trained."""
+        return not all(getattr(self.layer, name).stop_gradient for name in self.layer.factors)
 
     def forward(self, x: paddle.Tensor) -> tuple[paddle.Tensor, paddle.Tensor | None]:
-        """x [..., in] -> y [..., out], and s drop(x) A [..., rank] or None without LoRA. Builds no graph."""
-        layer = self.layer
-        if self.scale is None:
-            return times(x, layer.weight, layer.bias), None
-        xa = self._scaled_(paddle.matmul(self.drop(x), _in_dtype(layer.lora_A, x.dtype)))
-        return times(x, layer.weight, layer.bias, (xa, _in_dtype(layer.lora_B, x.dtype))), xa
+        """x [..., in] -> y [..., out], and what `gradients` wants beside x, of any shape."""
+        raise NotImplementedError
 
     def gradients(
         self, x: paddle.Tensor | None, dy: paddle.Tensor, needs_dx: bool, xa: paddle.Tensor | None
     ) -> tuple[paddle.Tensor | None, ...]:
-        """dy [..., out] -> dx, dA, dB; None for what needs no gradient.
+        """dy [..., out] -> dx, and those of the layer's `factors`; None for what needs no gradient.
 
-        x [..., in] is wanted where `needs_x`, and so is xa: s drop(x) A as `forward` gave it.
+        x [..., in] is wanted where `needs_x`, and so is xa, as `forward` gave it.
         """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class LoRAUse(LinearUse):
+    """seed: of the dropout mask, None without dropout; the mask itself is drawn again where it is wanted, and
+    never saved."""
+
+    layer: LoRALinear
+    seed: int | None
+
+    def forward(self, x: paddle.Tensor) -> tuple[paddle.Tensor, paddle.Tensor]:
+        """x [..., in] -> y [..., out], and s drop(x) A [..., rank]."""
+        xa = self.down(x)
+        return self.product(x, xa, self.layer.bias), xa
+
+    def down(self, x: paddle.Tensor) -> paddle.Tensor:
+        """x [..., in] -> s drop(x) A [..., rank]."""
+        return self._scaled_(paddle.matmul(self.drop(x), in_dtype(self.layer.lora_A, x.dtype)))
+
+    def product(self, x: paddle.Tensor, xa: paddle.Tensor, bias: paddle.Tensor | None) -> paddle.Tensor:
+        """x [..., in] and xa as `down` gives it -> x W + xa B + bias [..., out]."""
+        return times(x, self.layer.weight, bias, (xa, in_dtype(self.layer.lora_B, x.dtype)))
+
+    def gradients(
+        self, x: paddle.Tensor | None, dy: paddle.Tensor, needs_dx: bool, xa: paddle.Tensor | None
+    ) -> tuple[paddle.Tensor | None, ...]:
+        """dy [..., out] -> dx, dA, dB."""
         layer, da, db = self.layer, None, None
-        if self.scale is None:
-            return times_transposed(dy, layer.weight) if needs_dx else None, None, None
-        lora_a, lora_b = (_in_dtype(factor, dy.dtype) for factor in (layer.lora_A, layer.lora_B))
+        lora_a, lora_b = (in_dtype(factor, dy.dtype) for factor in (layer.lora_A, layer.lora_B))
         dyb = self._scaled_(paddle.matmul(dy, lora_b, transpose_y=True))
-        dropped = self.drop(x) if x is not None else None
         if not layer.lora_A.stop_gradient:
+            dropped = self.drop(x)
             da = paddle.matmul(_rows(dropped), _rows(dyb), transpose_x=True).astype(layer.lora_A.dtype)
         if not layer.lora_B.stop_gradient:
             db = paddle.matmul(_rows(xa), _rows(dy), transpose_x=True).astype(layer.lora_B.dtype)
@@ -290,11 +326,18 @@ class FactorCopies:
 _copies: ContextVar[FactorCopies | None] = ContextVar("ppcoat_factor_copies", default=None)
 
 
-def _in_dtype(factor: paddle.Tensor, dtype: paddle.dtype) -> paddle.Tensor:
+def in_dtype(factor: paddle.Tensor, dtype: paddle.dtype) -> paddle.Tensor:
+    """lora_A [in, rank] or lora_B [rank, out] in `dtype`: from the copies of the step where there are any."""
     if factor.dtype == dtype:
         return factor
     copies = _copies.get()
     return factor.astype(dtype) if copies is None else copies.of(factor, dtype)
+
+
+def grown(x: paddle.Tensor, by: paddle.Tensor) -> paddle.Tensor:
+    """x + by x, for x [..., D] and by [D] of one floating dtype."""
+    rows = x.reshape([1, -1, x.shape[-1]])
+    return gated_residual(rows, by.reshape([1, 1, -1]), rows).reshape(x.shape)
 
 
 def _rows(x: paddle.Tensor) -> paddle.Tensor:

@@ -21,7 +21,7 @@ from paddle import nn
 from ppcoat.device import on_gpu
 from ppcoat.errors import ConfigError
 
-from .linear import LoRALinear
+from .linear import AdaptedLinear
 
 FORWARD, BACKWARD = 1, -1
 
@@ -189,11 +189,11 @@ def move_to_host(x: paddle.Tensor) -> None:
 
 
 def _frozen_tensors(block: nn.Layer) -> list[paddle.Tensor]:
-    """Parameters and buffers (FP8 codes and scales) of a block, but for its LoRAs and what is trained."""
-    loras = {id(p) for layer in block.sublayers(include_self=True) if isinstance(layer, LoRALinear)
-             for p in (layer.lora_A, layer.lora_B)}  # fmt: skip
+    """Parameters and buffers (FP8 codes and scales) of a block, but for its adapters and what is trained."""
+    own = {id(p) for layer in block.sublayers(include_self=True) if isinstance(layer, AdaptedLinear)
+             for p in (getattr(layer, name) for name in layer.factors)}  # fmt: skip
     tensors = [*block.parameters(), *block.buffers()]
-    return [x for x in tensors if x.stop_gradient and id(x) not in loras]
+    return [x for x in tensors if x.stop_gradient and id(x) not in own]
 
 
 def _alias(x: paddle.Tensor) -> paddle.Tensor:

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import paddle
 
-from ppcoat.coat import chosen_modules
+from ppcoat.coat import chosen_modules, lokr_settings
 from ppcoat.config.schema import NetworkConfig, RunConfig
 from ppcoat.data.buckets import AREA_TOLERANCE
 from ppcoat.data.examples import all_examples, scan_datasets
 from ppcoat.lora.layer import linear_paths
-from ppcoat.lora.lokr import LoKrSettings, new_factors
+from ppcoat.lora.lokr import new_factors
 from ppcoat.models.flux.pipeline import MAX_T5_TOKENS
 from ppcoat.models.flux.transformer import FluxTransformer2DModel
 from ppcoat.models.tensor_files import read_json, tensor_infos
@@ -101,11 +101,14 @@ class BaseModel:
         return held[""], [held[path] for path in self.blocks]
 
     def adapter_shapes(self, network: NetworkConfig) -> list[tuple[int, int]]:
-        """Shapes of all that is trained: lora_A and lora_B, or the matrices of the LoKrs."""
+        """Shapes of all that is trained: lora_A and lora_B, and of DoRAs the lengths; or the matrices of the
+        LoKrs."""
         pairs, rank = [self.linears[path] for path in self.lora_paths], network.linear
         if network.type == "lora":
             return [shape for rows, columns in pairs for shape in ((rows, rank), (rank, columns))]
-        settings = LoKrSettings(rank, network.linear_alpha, network.lokr_factor)
+        if network.type == "dora":
+            return [shape for rows, columns in pairs for shape in ((rows, rank), (rank, columns), (columns,))]
+        settings = lokr_settings(network)
         of_pairs = {pair: [f.shape for f in new_factors(*pair, settings, 0).values()] for pair in set(pairs)}
         return [shape for pair in pairs for shape in of_pairs[pair]]
 

@@ -21,7 +21,7 @@ import numpy as np
 import paddle
 
 from ppcoat.coat import COATTrainer, chosen_modules, prepare
-from ppcoat.config.schema import NetworkConfig, RunConfig
+from ppcoat.config.schema import RunConfig
 from ppcoat.data.examples import all_examples, scan_datasets
 from ppcoat.models.newbie.files import check_newbie_vae, unfilled_nextdit
 from ppcoat.models.newbie.gemma3 import Gemma3Config, Gemma3TextEncoder
@@ -156,7 +156,6 @@ class NewbieMemoryModel(MemoryModel):
             policy = "none" if policy == "none" else "coat"
         return TracedNextDiT(
             **self.traced_facts(policy),
-            network=self.config.network,
             quantize=settings.quantize,
             hidden=self.model.linears[f"{self.model.blocks[0]}.feed_forward.w2"][0],
         )
@@ -192,10 +191,9 @@ def _encoders(folder: Path | None) -> EncoderSizes:
 
 @dataclass(frozen=True)
 class TracedNextDiT(TracedModel):
-    """settings: of NextDiT_CLIP. lora_paths: of block 0 of `layers`, and of all outside. network: the kind of
-    adapter. quantize: an FP8 base, whose Linears save nothing. hidden: inner width of a feed-forward."""
+    """settings: of NextDiT_CLIP. lora_paths: of block 0 of `layers`, and of all outside. quantize: an FP8
+    base, whose Linears save nothing. hidden: inner width of a feed-forward."""
 
-    network: NetworkConfig
     quantize: bool
     hidden: int
     own_sizes: ClassVar[tuple[str, ...]] = ("n_layers",)
@@ -240,9 +238,7 @@ class TracedNextDiT(TracedModel):
         if self.quantize:
             quantize_linears(model)
         others = [path.replace(".0.", ".1.", 1) for path in self.lora_paths if path.startswith("layers.")]
-        whole = dict.fromkeys(("dropout", "lokr_rank_dropout", "lokr_module_dropout"), 0.0)
-        network = self.network.model_copy(update=whole)  # what is dropped is counted as if it stayed
-        prepare(model, coat, network, paths=[*self.lora_paths, *others])
+        prepare(model, coat, self.without_dropout, paths=[*self.lora_paths, *others])
         return model
 
     def shapes(self, config: Mapping, columns: int, words: int) -> dict[str, tuple[int, ...]]:

@@ -43,6 +43,7 @@ WORKING = {
 FORWARD_WORKING = ((11.0, 2.0),)  # the same without gradients
 # What stands beside the tensors: CUDA's context and libraries; Python, Paddle and theirs.
 GPU_CONTEXT, HOST_PROCESS = 1_000_000_000, 450_000_000
+ADAPTERS = {"lora": "LoRA", "dora": "DoRA", "lokr": "LoKr"}
 # Rates of the time model, per second, of a card of the RTX 4090's class: arithmetic, its memory, PCIe.
 FLOPS, MEMORY_RATE, PCIE_RATE = 80e12, 0.9e12, 20e9
 
@@ -126,7 +127,9 @@ class MemoryModel:
         held = {"base": base[settings.blocks_to_swap], "LoRA": self.lora_bytes, "optimizer": self.optimizer}
         if self.config.train.ema.use_ema:
             held["EMA"] = self.lora_bytes
-        if self.half and self.config.network.type == "lora":
+        if self.config.network.type == "dora":  # |w|^2 of each column
+            held["LoRA"] += FLOAT32 * sum(self.model.linears[path][1] for path in self.model.lora_paths)
+        if self.half and self.config.network.type != "lokr":
             held["LoRA"] += self.lora_bytes // 2  # FactorCopies of nn/linear.py
         learning = held | {"gradients": self.lora_bytes}
         saved, working = self.activations(settings)
@@ -202,7 +205,7 @@ class MemoryModel:
         return {
             "settings": hashable(self.model.transformer),
             "lora_paths": small_lora_paths(self.model.lora_paths, self.model.blocks),
-            "rank": self.config.network.linear,
+            "network": self.config.network,
             "coat": coat.model_copy(update={"activation": activation}),
             "half": self.half,
             "kernel": self.kernel,
@@ -235,7 +238,8 @@ class MemoryModel:
         attention = 4 * rows * self.tokens * model.width * count
         # attention's backward takes 2.5 forwards; +recompute takes its forward again
         attentions = 3.5 + (again if "recompute" not in settings.policy else 1.0)
-        compute = (linears * (2 + again) + attention * attentions) / FLOPS
+        once_more = self.config.network.type == "dora"  # for the gradient of the lengths
+        compute = (linears * (2 + again + once_more) + attention * attentions) / FLOPS
         moved = 0
         if settings.policy != "none":
             moved += 3 * 2 * self.saved_by_all_blocks(settings) * settings.batch_size * (1 - again)
@@ -250,12 +254,13 @@ class MemoryModel:
         """What is planned, for the head of a table."""
         model, config = self.model, self.config
         source = f"{self.assumed_name}'s shapes, as the folder is not here" if model.assumed else "its shapes"
-        adapter = "LoRA" if config.network.type == "lora" else "LoKr"
+        rank = "full rank" if config.network.lokr_full_rank else f"rank {config.network.linear}"
+        adapter = f"{ADAPTERS[config.network.type]} {rank}"
         device = f"{'GPU' if self.on_gpu else 'CPU'}, {'bfloat16' if self.half else 'float32'}"
         facts = (
             f"{config.model.name_or_path} by {source}: {model.parameters:,} parameters; {device}",
             f"at most {self.image_tokens} image tokens and {self.text_tokens} text tokens a picture; "
-            f"{adapter} rank {config.network.linear} on {len(model.lora_paths)} Linears",
+            f"{adapter} on {len(model.lora_paths)} Linears",
         )
         if self.on_gpu:
             return *facts, self._attention_fact

@@ -38,12 +38,12 @@ SCORES_AT = 128  # tokens, and twice as many, from which the scores of any numbe
 class TracedModel:
     """What the trace wants to know. settings: of FluxTransformer2DModel, hashable; lora_paths: inside the
     blocks of a model of one block of each kind, from `small_lora_paths`. half: it computes in bfloat16, on a
-    GPU. kernel: of attention, by its name in nn/attention.py.
+    GPU. kernel: of attention, by its name in nn/attention.py. network: the kind of adapter.
     """
 
     settings: tuple[tuple[str, object], ...]
     lora_paths: tuple[str, ...]
-    rank: int
+    network: NetworkConfig
     coat: CoatConfig
     half: bool
     kernel: str
@@ -98,9 +98,14 @@ class TracedModel:
             for path in self.lora_paths
             if path.startswith("transformer_blocks.")
         ]
-        network = NetworkConfig(linear=self.rank, linear_alpha=float(self.rank))
-        prepare(flux, coat, network, paths=[*self.lora_paths, *others])
+        prepare(flux, coat, self.without_dropout, paths=[*self.lora_paths, *others])
         return flux
+
+    @property
+    def without_dropout(self) -> NetworkConfig:
+        """The adapter; what is dropped is counted as if it stayed."""
+        whole = dict.fromkeys(("dropout", "lokr_rank_dropout", "lokr_module_dropout"), 0.0)
+        return self.network.model_copy(update=whole)
 
     def shapes(self, config: Mapping, columns: int, words: int) -> dict[str, tuple[int, ...]]:
         """Of the batch of one picture that a small model of this config is given."""

@@ -392,8 +392,8 @@ def _compatible(config: RunConfig, modules: list[str]) -> dict:
     """What a checkpoint must share with the run that resumes from it; everything else may change."""
     network = config.network
     adapter = {"linear": network.linear, "linear_alpha": network.linear_alpha, "modules": modules}
-    if network.type == "lokr":
-        adapter["type"] = f"lokr, factor {network.lokr_factor}"
+    if network.type != "lora":
+        adapter["type"] = network.kind
     optimizer = {"fp8": config.uses_fp8_optimizer}
     if config.uses_fp8_optimizer:
         optimizer |= config.coat.optimizer.model_dump()

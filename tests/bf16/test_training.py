@@ -27,6 +27,10 @@ RUNS = {
         POLICY + "coat+recompute", "model.quantize=true", "model.quantize_matmul=true",
         "model.blocks_to_swap=3",
     ],
+    "DoRA on an FP8 base, swapped, dropout": [
+        POLICY + "coat+recompute", "network.type=dora", "network.dropout=0.1", "model.quantize=true",
+        "model.blocks_to_swap=3", "train.steps=1",
+    ],
 }  # fmt: skip
 MORE_RUNS = {
     "coat": [POLICY + "coat"],
@@ -36,6 +40,12 @@ MORE_RUNS = {
                           "coat.memory.enable_efficient_checkpoint=false"],
     "checkpoints of some blocks": [POLICY + "coat+recompute", "train.gradient_checkpointing=true",
                                    "coat.memory.checkpoint_blocks=2"],
+    "DoRA with FP8 products": [POLICY + "coat", "network.type=dora", "model.quantize=true",
+                               "model.quantize_matmul=true"],
+    "DoRA checkpointed": [POLICY + "none", "network.type=dora", "train.gradient_checkpointing=true",
+                          "train.gradient_accumulation=2"],
+    "LoKr": [POLICY + "coat+recompute", "network.type=lokr", "network.lokr_factor=8",
+             "network.lokr_rank_dropout=0.1"],
     "swapped": [POLICY + "coat", "model.blocks_to_swap=6"],
     "other losses": [POLICY + "coat", "train.timestep_type=weighted", "train.loss_type=pseudo_huber"],
 }  # fmt: skip

@@ -15,7 +15,11 @@ HONOURED = [
     ("training_seed", "7", "seed", 7),
     ("quantize", "true", "model.quantize", True),
     ("adam8bit", "true", "train.optimizer", "coat_fp8_adamw"),
-    ("network.type", "lora", "network.type", "lora"),
+    ("network.type", "LoRA", "network.type", "lora"),
+    ("network.type", "dora", "network.type", "dora"),
+    ("network.type", "LoKr", "network.type", "lokr"),
+    ("network.lokr_factor", "8", "network.lokr_factor", 8),
+    ("network.lokr_full_rank", "true", "network.lokr_full_rank", True),
     ("network.linear", "8", "network.linear", 8),
     ("network.rank", "8", "network.linear", 8),
     ("network.linear_alpha", "2", "network.linear_alpha", 2.0),
@@ -95,6 +99,7 @@ WARNED = [
     ("sqlite_db_path", "a.db", "./aitk_db.db"),
     ("torch_profiler", "true", "false"), ("first_sample", "{a: 1}", "null"), ("meta", "{a: 1}", "null"),
     ("network.conv", "4", "16"), ("network.conv_alpha", "4", "16"), ("monitoring", "{enabled: true}", "{}"),
+    ("network.old_lokr_format", "true", "false"),
     ("network.layer_offloading", "true", "false"), ("network.all_layers", "true", "false"),
     ("save.save_format", "pt", "diffusers"), ("save.push_to_hub", "true", "false"),
     ("datasets[].cache_latents", "false", "true"),
@@ -123,7 +128,7 @@ REFUSED = [
     ("type", "ui_trainer", "diffusion_trainer"), ("guidance", "{a: 1}", "null"),
     ("embedding", "{a: 1}", "null"),
     ("decorator", "{a: 1}", "null"), ("adapter", "{a: 1}", "null"), ("do_lorm", "true", "false"),
-    ("network.type", "dora", "lora"), ("network.transformer_only", "false", "true"),
+    ("network.transformer_only", "false", "true"),
     ("datasets[].random_crop", "true", "false"),
     ("datasets[].random_scale", "true", "false"), ("datasets[].scale", "1.5", "1.0"),
     ("datasets[].replacements", "[a|b]", "[]"),
@@ -191,8 +196,7 @@ REFUSED += [
 ]  # fmt: skip
 # keys that only tune another key, and that key, which is warned about or refused where it is on
 IDLE = {
-    "network.lokr_full_rank": "network.type", "network.lokr_factor": "network.type",
-    "network.old_lokr_format": "network.type", "save.hf_repo_id": "save.push_to_hub",
+    "save.hf_repo_id": "save.push_to_hub",
     "save.hf_private": "save.push_to_hub",
     "datasets[].invert_mask": "datasets[].mask_path",
     "datasets[].mask_min_value": "datasets[].mask_path", "train.text_encoder_lr": "train.train_text_encoder",
@@ -263,8 +267,28 @@ def test_keys_that_would_change_the_result_are_refused(load, refusal, warnings, 
     assert load(override(key, quiet)) == load()
 
 
-def test_lokr_is_refused_for_flux(refusal):
-    assert "network.type lokr is for model.family newbie only; use lora" in refusal("network.type=lokr")
+@pytest.mark.parametrize("name", ["locon", "lorm", "DoRAs"])
+def test_another_kind_of_adapter_is_answered_with_those_that_there_are(refusal, name):
+    said = refusal(f"network.type={name}")
+    assert f"network.type: unknown kind of adapter {name!r}" in said and "use one of lora, dora, lokr" in said
+
+
+def test_a_lokr_is_whole_unless_the_file_says_otherwise_as_in_ai_toolkit(load):
+    assert load("network.type=LoKr").network.lokr_full_rank
+    assert not load("network.type=lokr", "network.lokr_full_rank=false").network.lokr_full_rank
+    assert not load().network.lokr_full_rank
+
+
+@pytest.mark.parametrize(
+    ("overrides", "part"),
+    [
+        (["network.type=lokr", "network.dropout=0.1"], "network.dropout has no effect with lokr"),
+        (["network.type=lokr", "save.format=[kohya]"], "save.format has no effect with lokr"),
+        (["network.type=dora", "save.format=[diffusers, paddle]"], "paddle has no place for dora"),
+    ],
+)
+def test_settings_that_another_kind_of_adapter_lacks_are_refused(refusal, overrides, part):
+    assert part in refusal(*overrides)
 
 
 @pytest.mark.parametrize("key", sorted(IDLE))

@@ -199,7 +199,6 @@ def test_of_a_file_that_is_no_config_only_the_beginning_is_read(tmp_path):
 @pytest.mark.parametrize(
     ("override", "part"),
     [
-        ("network.type=lokr", "network.type lokr is for model.family newbie only"),
         ("model.prompt_prefix=a", "model.prompt_prefix is for model.family newbie only"),
         ("train.max_sequence_length=513", "came 513, but FLUX's T5 reads at most 512"),
         ("save.save_every_epochs=2", "save_every_epochs needs train.num_epochs"),

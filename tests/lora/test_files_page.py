@@ -2,12 +2,12 @@
 
 from functools import partial
 from pathlib import Path
-from typing import get_args
 
 import pytest
+from pydantic import ValidationError
 from safetensors.numpy import load_file, save_file
 
-from ppcoat.config.input_sections import NetworkConfig
+from ppcoat.config.schema import RunConfig
 from ppcoat.errors import ConfigError
 from ppcoat.lora import merge_lora, put_adapters, read_fitting, read_lora_file, remove_lora, write_lora_file
 from ppcoat.lora.writing import FORMATS
@@ -22,7 +22,7 @@ KINDS = {
     "LoRA of CLIP and T5": ("dense_kohya", None),
     "bias of a LoRA (`lora_bias`)": ("lora_bias", None),
     'whole bias (PEFT\'s `bias="lora_only"`)': ("bias_lora_only", None),
-    "DoRA, PEFT's rule": ("dora", None),
+    "DoRA, PEFT's rule": ("dora", "dora"),
     "DoRA, LyCORIS' rule": ("dora_out", None),
     "LoKr": ("lokr_unbalanced", "lokr"),
     "LoHa": ("loha", None),
@@ -57,6 +57,13 @@ def on_bfls_modules(name, folder):
     return folder / f"{name}.safetensors"
 
 
+def of_one_module(file, part, folder):
+    """What a file has of a module that Black Forest Labs have, too; its others are parts of fused ones."""
+    tensors = {key: value for key, value in load_file(file).items() if f".{part}." in key}
+    save_file(tensors, folder / file.name)
+    return folder / file.name
+
+
 def done(action):
     """ "yes", or "refused" where ConfigError is raised."""
     try:
@@ -68,9 +75,22 @@ def done(action):
 
 
 def trained(network):
-    """What network.type trains; FLUX's only type is lora (config/schema.py)."""
-    assert network is None or network in get_args(NetworkConfig.model_fields["type"].annotation)
-    return {"lora": "FLUX, NewBie", "lokr": "NewBie", None: "no"}[network]
+    """The families of models in which a config may ask for this network.type."""
+    found = []
+    for family, name in {"flux": "FLUX", "newbie": "NewBie"}.items() if network else ():
+        try:
+            RunConfig.model_validate(
+                {
+                    "name": "x",
+                    "model": {"name_or_path": "m", "family": family},
+                    "datasets": [{"folder_path": "d"}],
+                    "network": {"type": network},
+                }
+            )
+        except ValidationError:
+            continue
+        found.append(name)
+    return ", ".join(found) or "no"
 
 
 def row_of(kind, model, folder):
@@ -78,6 +98,8 @@ def row_of(kind, model, folder):
     file = FOLDER / f"{name}.safetensors"
     if next(iter(load_file(file))).startswith("lycoris_"):
         file = on_bfls_modules(name, folder)
+    if name == "dora":
+        file = of_one_module(file, "to_out.0", folder)
     lora = read_lora_file(file)
     shapes = parameter_shapes(BASE, "transformer", "text_encoder", "text_encoder_2")
 

@@ -9,7 +9,15 @@ from paddle import nn
 from safetensors.numpy import load_file
 
 from ppcoat.errors import ConfigError
-from ppcoat.lora import LoKrSettings, adapter_layers, inject_lokr, load_lora, merge_lora, remove_lora
+from ppcoat.lora import (
+    LoKrSettings,
+    adapter_layers,
+    inject_lokr,
+    load_lora,
+    merge_lora,
+    remove_lora,
+    save_lora,
+)
 from ppcoat.lora.lokr import LoKrLinear, kronecker_sides, new_factors
 from ppcoat.models.newbie.files import load_nextdit
 
@@ -32,7 +40,7 @@ def refs():
 
 
 @pytest.fixture(scope="module")
-def model():
+def nextdit():
     return load_nextdit(FOLDER / "transformer", "float32")
 
 
@@ -42,14 +50,14 @@ def inputs(refs):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_outputs_gradients_and_merge_are_those_of_lycoris(model, refs, kind):
+def test_outputs_gradients_and_merge_are_those_of_lycoris(nextdit, refs, kind):
     """The full file says alpha 1 of rank 100000, and still has scale 1."""
-    load_lora(model, FOLDER / kind)
-    layers = adapter_layers(model)
+    load_lora(nextdit, FOLDER / kind)
+    layers = adapter_layers(nextdit)
     for layer in layers.values():
         for name in layer.factors:
             getattr(layer, name).stop_gradient = False
-    out = model(*inputs(refs))
+    out = nextdit(*inputs(refs))
     np.testing.assert_allclose(out.numpy(), refs[f"{kind}_b2_out"], rtol=0, atol=TOLERANCE)
     out.square().mean().backward()
     checked = 0
@@ -65,7 +73,7 @@ def test_outputs_gradients_and_merge_are_those_of_lycoris(model, refs, kind):
     merge_lora(merged)
     assert not adapter_layers(merged)
     np.testing.assert_allclose(merged(*inputs(refs)).numpy(), refs[f"{kind}_b2_out"], rtol=0, atol=TOLERANCE)
-    remove_lora(model)
+    remove_lora(nextdit)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -121,6 +129,40 @@ def test_dropout_leaves_out_rows_or_the_whole_while_training():
     whole = LoKrLinear(base, factors, settings, (0.0, 0.5))
     found = {round(float((whole(x) - base(x)).mean())) for _ in range(40)}
     assert found == {0, 8}
+
+
+@pytest.mark.parametrize("settings", [LoKrSettings(2, 6.0, 4), LoKrSettings(2, 6.0, -1, full=True)])
+def test_a_file_of_flux_is_what_comfyui_and_ai_toolkit_read_and_draws_as_the_model(model, tmp_path, settings):
+    """Their names, and W + alpha / rank kron(w1, w2), alpha / rank being 1 where both are whole."""
+    rng, file = np.random.default_rng(0), tmp_path / "lokr.safetensors"
+    layers = inject_lokr(model, settings)
+    for layer in layers.values():
+        for name in layer.factors:
+            factor = getattr(layer, name)
+            factor.set_value(rng.standard_normal(factor.shape).astype("float32"))
+    deltas = {path: layer.delta().numpy() for path, layer in layers.items()}
+    summary = save_lora(file, model, file_format="kohya", dtype="bfloat16")
+    for path, delta in deltas.items():
+        assert summary.norms[path] == pytest.approx(np.linalg.norm(delta), rel=1e-5)
+    assert 1e-4 < summary.error < 0.02  # rounded to bfloat16
+    summary = save_lora(file, model)
+    assert summary.error < 1e-6
+    tensors = load_file(file)
+    for path, delta in deltas.items():
+        stem = f"transformer.{path}"
+        w2 = tensors.get(f"{stem}.lokr_w2")
+        if w2 is None:
+            w2 = tensors[f"{stem}.lokr_w2_a"] @ tensors[f"{stem}.lokr_w2_b"]
+            assert tensors[f"{stem}.alpha"] == len(tensors[f"{stem}.lokr_w2_b"])
+        np.testing.assert_allclose(np.kron(tensors[f"{stem}.lokr_w1"], w2).T, delta, rtol=1e-5, atol=1e-5)
+    assert all(key.rsplit(".", 1)[1] in ("alpha", *layers[path].factors) for key in tensors
+               for path in [key.removeprefix("transformer.").rsplit(".", 1)[0]])  # fmt: skip
+    remove_lora(model)
+    load_lora(model, file)
+    drawn = adapter_layers(model)
+    assert all(isinstance(layer, LoKrLinear) for layer in drawn.values()) and drawn.keys() == deltas.keys()
+    for path, delta in deltas.items():
+        np.testing.assert_allclose(drawn[path].delta().numpy(), delta, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,9 @@ import paddle.nn.functional as F
 import pytest
 from paddle import nn
 
-from ppcoat.lora import inject_lora, lora_layers
+from ppcoat.lora import DoRALinear, LoKrLinear, LoKrSettings, adapter_layers, inject_lokr, inject_lora
 from ppcoat.nn.convert import set_sublayer
+from ppcoat.nn.linear import LoRALinear
 from ppcoat.nn.policy import SavingPolicy
 from ppcoat.nn.saved_tensors import fp8_saved_tensors
 
@@ -27,12 +28,46 @@ class PlainLoRA(nn.Layer):
         return F.linear(x, self.weight, self.bias) + self.scale * (x @ self.lora_A @ self.lora_B)
 
 
-def with_loras(model: nn.Layer, seed: int = 1, **settings) -> nn.Layer:
-    """LoRAs whose B is not zero, and head norms whose weights are not one."""
+class PlainDoRA(PlainLoRA):
+    """The same, with PEFT's lengths."""
+
+    def __init__(self, layer):
+        super().__init__(layer)
+        self.lora_magnitude_vector = layer.lora_magnitude_vector
+
+    def forward(self, x):
+        changed = self.weight + self.scale * (self.lora_A @ self.lora_B)
+        lengths = changed.detach().square().sum(0).sqrt()
+        return F.linear(x, changed) * (self.lora_magnitude_vector / lengths) + self.bias
+
+
+class PlainLoKr(nn.Layer):
+    """The formula of LyCORIS."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.weight, self.bias, self.scale = layer.weight, layer.bias, layer.scale
+        for name in layer.factors:
+            setattr(self, name, getattr(layer, name))
+
+    def forward(self, x):
+        w2 = self.lokr_w2 if hasattr(self, "lokr_w2") else self.lokr_w2_a @ self.lokr_w2_b
+        return F.linear(x, self.weight + self.scale * paddle.kron(self.lokr_w1, w2).t(), self.bias)
+
+
+PLAIN = {LoRALinear: PlainLoRA, DoRALinear: PlainDoRA, LoKrLinear: PlainLoKr}
+
+
+def with_loras(model: nn.Layer, seed: int = 1, lokr: LoKrSettings | None = None, **settings) -> nn.Layer:
+    """LoRAs (or other adapters) that do something, and head norms whose weights are not one."""
     rng = np.random.default_rng(seed)
     settings = {"rank": 4, "alpha": 8.0, **settings}
-    for layer in inject_lora(model, **settings).values():
-        layer.lora_B.set_value((0.05 * rng.standard_normal(layer.lora_B.shape)).astype("float32"))
+    layers = inject_lora(model, **settings) if lokr is None else inject_lokr(model, lokr)
+    for layer in layers.values():
+        for name in layer.factors[1:]:
+            factor = getattr(layer, name)
+            random = (0.05 * rng.standard_normal(factor.shape)).astype("float32")
+            factor.set_value(factor.numpy() * (1 + random) if "magnitude" in name else random)
     for name, parameter in model.named_parameters():
         if name.split(".")[-2].startswith("norm_"):
             parameter.set_value(rng.uniform(0.5, 1.5, parameter.shape).astype("float32"))
@@ -79,10 +114,10 @@ def gradients(model, batch, policy=None, checkpoints=0, **settings) -> tuple[flo
 
 def plain_gradients(model, batch) -> tuple[float, dict[str, np.ndarray]]:
     """The same by Paddle's autograd alone: LoRAs are written out for the while."""
-    layers = lora_layers(model)
+    layers = adapter_layers(model)
     try:
         for path, layer in layers.items():
-            set_sublayer(model, path, PlainLoRA(layer))
+            set_sublayer(model, path, PLAIN[type(layer)](layer))
         return gradients(model, batch)
     finally:
         for path, layer in layers.items():

@@ -2,11 +2,11 @@
 
     python host_work.py CASE...         # "coat+recompute dropout"; TRITON_INTERPRET unset; prints JSON
 
-A case is a policy and any of: dropout, fp8 (an FP8 base), products (FP8 products with it), checkpoints. A
-FLUX of one double and two single blocks in bfloat16 takes two steps with a LoRA on every Linear of its
-blocks; the second is counted. Ops go to their Triton launchers, up to the launch; operators that Paddle has
-no bfloat16 kernel for on a CPU compute in float32, and attention is one operator, as flash attention is. Only
-counts are meant: what launchers return is not computed.
+A case is a policy and any of: dropout, fp8 (an FP8 base), products (FP8 products with it), checkpoints, dora,
+lokr. A FLUX of one double and two single blocks in bfloat16 takes two steps with a LoRA (or that) on every
+Linear of its blocks; the second is counted. Ops go to their Triton launchers, up to the launch; operators
+that Paddle has no bfloat16 kernel for on a CPU compute in float32, and attention is one operator, as flash
+attention is. Only counts are meant: what launchers return is not computed.
 """
 
 import json
@@ -17,10 +17,9 @@ from contextlib import contextmanager
 import paddle
 from triton.runtime.jit import JITFunction
 
-from ppcoat.coat import COATConfig, COATTrainer, factor_copies, prepare
+from ppcoat.coat import COATConfig, COATTrainer, factor_copies, prepare, trained_parameters
 from ppcoat.config.schema import CoatActivationConfig, NetworkConfig
 from ppcoat.fp8 import backend
-from ppcoat.lora import lora_parameters
 from ppcoat.models.flux.transformer import DoubleBlock, FluxTransformer2DModel, SingleBlock
 from ppcoat.nn import attention
 from ppcoat.nn.convert import multiply_in_fp8, quantize_linears
@@ -156,8 +155,10 @@ class Step:
             multiply_in_fp8(self.model)
         activation = CoatActivationConfig(policy=policy, linear_granularity="per_group")
         self.coat = COATTrainer(COATConfig(activation=activation), "checkpoints" in extras)
-        prepare(self.model, self.coat, NetworkConfig(linear=16, dropout=0.1 if "dropout" in extras else 0.0))
-        self.optimizer = self.coat.create_optimizer(lora_parameters(self.model))
+        kind = next((kind for kind in ("dora", "lokr") if kind in extras), "lora")
+        network = NetworkConfig(type=kind, linear=16, dropout=0.1 if "dropout" in extras else 0.0)
+        modules = prepare(self.model, self.coat, network)
+        self.optimizer = self.coat.create_optimizer(list(trained_parameters(modules).values()))
         self.factors = factor_copies(self.model, [self.optimizer])
         self.batch = {
             "hidden_states": paddle.ones([1, IMAGE, 16], "bfloat16"),

@@ -12,7 +12,7 @@ from paddle import nn
 
 import ppcoat.nn.attention as plain_attention
 from ppcoat.errors import ConfigError
-from ppcoat.lora import inject_lora, lora_layers, remove_lora
+from ppcoat.lora import DoRALinear, LoKrSettings, adapter_layers, inject_lora, lora_layers, remove_lora
 from ppcoat.models.loading import load_transformer
 from ppcoat.nn.convert import replace_linear_with_fp8
 from ppcoat.nn.policy import SavingPolicy
@@ -79,6 +79,44 @@ def test_training_of_all_parameters_without_packing_is_plain_autograd(flux, mode
     exact_loss, got = flux.gradients(model, batch, policy, checkpoints)
     assert exact_loss == loss
     assert_equal_gradients(flux, got, wanted)
+
+
+ADAPTERS = {
+    "dora": {"layer": DoRALinear, "alpha": 3.0},
+    "lokr": {"lokr": LoKrSettings(2, 3.0, 4)},
+    "whole lokr": {"lokr": LoKrSettings(2, 3.0, 4, full=True)},
+}
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+@pytest.mark.parametrize(("policy", "checkpoints"), [(EXACT, 0), (EXACT_VARIANTS[-1], 0), (EXACT, 3)])
+def test_other_adapters_are_plain_autograd_too(flux, kind, policy, checkpoints):
+    model = flux.build(1, 2, **ADAPTERS[kind])
+    batch = flux.arguments(model)
+    loss, wanted = flux.plain_gradients(model, batch)
+    exact_loss, got = flux.gradients(model, batch, policy, checkpoints)
+    assert exact_loss == pytest.approx(loss, rel=1e-6)
+    assert_equal_gradients(flux, got, wanted)
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_other_adapters_in_fp8_save_what_loras_save_and_learn_alike(flux, kind):
+    saved = {}
+    for name, settings in {"lora": {}, kind: ADAPTERS[kind]}.items():
+        model = flux.build(1, 1, policy="coat", **settings)
+        replace_linear_with_fp8(model, "per_group", 64)
+        batch = flux.arguments(model)
+        saved[name] = flux.counted(model, batch, ATTENTION).bytes_kept
+    layers = adapter_layers(model).values()
+    own = sum(4 * layer.weight.shape[1] for layer in layers) if kind == "dora" else 0
+    tokens = {layer: 2 * 48 if "single" in path else 2 * (12 if "context" in path or "add_" in path else 36)
+              for path, layer in adapter_layers(model).items()}  # fmt: skip
+    if kind != "dora":
+        own = -sum(4 * 4 * rows for rows in tokens.values())  # no x A
+    assert saved[kind] - saved["lora"] == own
+    _, wanted = flux.plain_gradients(model, batch)
+    _, got = flux.gradients(model, batch, ATTENTION)
+    assert 0.001 < flux.errors(got, wanted)[1] < 0.05
 
 
 @pytest.mark.parametrize("trains", [(True, True), (True, False), (False, True)])

@@ -23,6 +23,8 @@ BOUNDS = {  # case -> Paddle calls, those of them in the blocks' forward, launch
     "coat+recompute dropout checkpoints": (635, 265, 164),
     "coat+recompute+attention fp8": (530, 145, 139),
     "coat+recompute products": (570, 165, 169),  # W^T into scratch is one a Linear
+    "coat+recompute dora": (1320, 605, 114),  # 2 launches more a Linear, for what the lengths multiply
+    "coat+recompute lokr": (795, 230, 70),
 }
 COLUMNS = ("calls", "calls in blocks, forward", "launches", "call cast", "syncs", "copies")
 
@@ -60,10 +62,11 @@ def test_nobody_waits_for_the_device_and_nothing_is_copied_to_it(case, counts):
     assert counts[case].get("syncs", 0) == counts[case].get("copies", 0) == 0
 
 
-@pytest.mark.parametrize("case", [case for case in BOUNDS if case != "none"])
+@pytest.mark.parametrize("case", [case for case in BOUNDS if case != "none" and "lokr" not in case])
 def test_factors_are_cast_together(case, counts):
-    """The gradients of a LoRA are cast to float32, and a dozen small things outside of the blocks."""
-    assert counts[case]["call cast"] <= 2 * LINEARS + 12
+    """The gradients of a LoRA are cast to float32, and a dozen small things outside of the blocks. A DoRA has
+    one gradient more, and casts a product and g - 1, forward and backward."""
+    assert counts[case]["call cast"] <= (6 if "dora" in case else 2) * LINEARS + 12
 
 
 def test_dropout_is_one_launch_forward_and_two_backward(counts):

@@ -7,20 +7,22 @@ import math
 import subprocess
 import sys
 from dataclasses import asdict, replace
+from functools import partial
 from types import SimpleNamespace
 
 import paddle
 import pytest
 
+from ppcoat.bench import bench_worker
 from ppcoat.bench.bench_worker import HEAD_DIM, BenchmarkCase, MeasuredTraining, coat_of
 from ppcoat.coat import COATTrainer
-from ppcoat.config.schema import RunConfig
+from ppcoat.config.schema import NetworkConfig, RunConfig
 from ppcoat.data.cache import build_cache, pictures_at_once
 from ppcoat.errors import ConfigError
 from ppcoat.nn.attention import EFFICIENT, FLASH, MATH
 from ppcoat.plan import phases
 from ppcoat.plan import settings as settings_module
-from ppcoat.plan.phases import ENCODED_AT_ONCE, MemoryModel, Settings
+from ppcoat.plan.phases import ADAPTERS, ENCODED_AT_ONCE, MemoryModel, Settings
 from ppcoat.plan.saved_bytes import small_lora_paths
 from ppcoat.plan.settings import Plan, as_given, plan, with_earlier_plan, with_memory_plan, with_settings
 
@@ -70,13 +72,13 @@ def under(policy: str) -> Settings:
 class PlannedCase(MemoryModel):
     """A MemoryModel of a BenchmarkCase, which has no folder and no RunConfig."""
 
-    def __init__(self, case: BenchmarkCase) -> None:
+    def __init__(self, case: BenchmarkCase, kind: str = "lora") -> None:
         double, single = case.blocks
         heads = case.hidden_size // HEAD_DIM
         sizes = {"attention_head_dim": HEAD_DIM, "num_attention_heads": heads,
                  "axes_dims_rope": (8, 28, 28),
                  "num_layers": double, "num_single_layers": single}  # fmt: skip
-        config = dev_config(device="cpu", network={"linear": case.rank})
+        config = dev_config(device="cpu", network={"linear": case.rank, "type": kind})
         super().__init__(with_coat(config, case), on_gpu=False, transformer=sizes)
         self.image_tokens, self.text_tokens = case.tokens, case.text_tokens
         self.tokens = case.tokens + case.text_tokens
@@ -193,6 +195,23 @@ def test_flux_dev_by_its_shapes():
     assert sum(map(math.prod, planned.lora)) == 16 * sum(sum(model.linears[p]) for p in model.lora_paths)
 
 
+def test_other_adapters_by_their_shapes():
+    """A DoRA has a number for each output more, and as much again for the lengths of the base; no LoKr is
+    copied into the dtype of the model."""
+    plans = {kind: MemoryModel(dev_config(network={"type": kind}), on_gpu=True) for kind in ADAPTERS}
+    outputs = sum(plans["dora"].model.linears[path][1] for path in plans["dora"].model.lora_paths)
+    assert plans["dora"].lora_bytes - plans["lora"].lora_bytes == 4 * outputs
+    held = {}
+    for kind, planned in plans.items():
+        planned.activations = lambda settings: (0, 0)
+        held[kind] = planned.phases(under("coat"))[2].parts["LoRA"]
+    assert held["lora"] == 1.5 * plans["lora"].lora_bytes
+    assert held["dora"] - held["lora"] == 1.5 * 4 * outputs + 4 * outputs
+    assert held["lokr"] == plans["lokr"].lora_bytes < plans["lora"].lora_bytes
+    whole = MemoryModel(dev_config(network={"type": "lokr", "lokr_full_rank": True}), on_gpu=True)
+    assert whole.lora_bytes == 4 * sum(a * b for a, b in whole.lora) and len(whole.lora) == 2 * 418
+
+
 def test_no_memory_is_taken_for_the_large_model():
     # a block of FLUX.1-dev is 1.4 GB in float32; the small copies that are counted are far below it
     paddle.base.core.host_memory_stat_reset_peak_value("Allocated", 0)
@@ -201,13 +220,20 @@ def test_no_memory_is_taken_for_the_large_model():
     assert paddle.base.core.host_memory_stat_peak_value("Allocated", 0) - before < 100 * MB
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("size", SIZES)
-def test_allocated_memory_of_a_step_agrees(size, policy):
+@pytest.mark.parametrize(
+    ("size", "policy", "kind"),
+    [
+        *((size, policy, "lora") for size in SIZES for policy in POLICIES),
+        (SIZES[0], "coat+recompute", "dora"),
+        (SIZES[0], ATTENTION, "lokr"),
+    ],
+)
+def test_allocated_memory_of_a_step_agrees(size, policy, kind, monkeypatch):
     """By Paddle's own account of allocated bytes, without the noise of resident memory; and what training
     counts of them."""
+    monkeypatch.setattr(bench_worker, "NetworkConfig", partial(NetworkConfig, type=kind))
     case = case_of(size, policy)
-    planned = PlannedCase(case)
+    planned = PlannedCase(case, kind)
     training = MeasuredTraining(case)
     training.step()
     kept, _ = planned.activations(planned.settings)

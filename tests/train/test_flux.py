@@ -16,6 +16,9 @@ from ppcoat.cli.main import run
 from ppcoat.config.load import load_config
 from ppcoat.data import garments
 from ppcoat.errors import ConfigError
+from ppcoat.nn.convert import quantize_linears
+from ppcoat.train import run as run_module
+from ppcoat.train.checkpoint import check_compatible
 from ppcoat.train.run import train_lora
 from ppcoat.train.trainer import Trainer
 
@@ -101,6 +104,77 @@ def test_stopped_and_resumed_run_is_bit_equal_to_an_uninterrupted_one(
     assert manifests[0] == manifests[1] and "ema.safetensors" in manifests[0]["files"]
     for name, value in ours.items():
         np.testing.assert_array_equal(value, theirs[name], err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("DoRA", ["network.dropout=0.1", "train.gradient_checkpointing=true", "model.quantize=true",
+                  "coat.activation.policy=coat+recompute"]),
+        ("lokr", ["network.lokr_factor=4", "network.lokr_rank_dropout=0.2"]),
+    ],
+    ids=["dora", "lokr"],
+)  # fmt: skip
+def test_other_kinds_resume_bit_for_bit_and_their_file_draws_the_last_preview(
+    make_config, monkeypatch, kind, settings
+):
+    """The mean is what the file and the preview are made of."""
+    common = [f"network.type={kind}", "train.steps=2", "train.batch_size=1", "save.save_every=1",
+              "train.lr=0.05",
+              "train.ema.use_ema=true", "train.ema.ema_decay=0.3", *settings]  # fmt: skip
+    preview = ["sample.sample_every=2", "sample.prompts=[a hat]", "sample.sample_steps=2", "sample.width=64",
+               "sample.height=64", "sample.guidance_scale=3"]  # fmt: skip
+    whole, halves = make_config("name=whole", *common), make_config("name=halves", *common, *preview)
+    train_lora(whole)
+    step = Trainer.train_step
+
+    def interrupted(trainer):
+        result = step(trainer)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return result
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(Trainer, "train_step", interrupted)
+        train_lora(halves)
+    file = train_lora(halves).lora_file
+    manifests = [json.loads((each.run_dir / "checkpoints/000000002/manifest.json").read_text())
+                 for each in (whole, halves)]  # fmt: skip
+    assert (
+        manifests[0] == manifests[1]
+        and "ema.safetensors" in manifests[0]["files"]
+        and log(whole) == log(halves)
+    )
+    found, _ = tensors(file)
+    assert found and all(np.abs(value).max() > 0 for value in found.values())
+    pipeline = flux_lora.FluxPipeline.from_pretrained(whole.model.name_or_path, "float32")
+    if whole.model.quantize:
+        quantize_linears(pipeline.transformer)
+    plain, drawn = (draw_hat(pipeline, lora) for lora in (None, file))
+    with Image.open(halves.run_dir / "samples" / "000000002_00.png") as picture:
+        wanted = np.asarray(picture).astype(int)
+    assert np.abs(drawn - wanted).max() <= 1 and np.abs(plain - wanted).max() > 4
+
+
+def draw_hat(pipeline, lora):
+    if lora is not None:
+        pipeline.load_lora_weights(lora)
+    picture = pipeline("a hat", height=64, width=64, num_inference_steps=2, guidance_scale=3.0, seed=42,
+                       max_sequence_length=16).images[0]  # fmt: skip
+    return np.asarray(picture).astype(int)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        ([], ["network.type=dora"], "network.type was not recorded in the checkpoint and is 'dora' now"),
+        (["network.type=lokr"], ["network.type=lokr", "network.lokr_full_rank=true"],
+         "network.type was 'lokr, factor -1' in the checkpoint and is 'lokr, factor -1, full rank' now"),
+    ],
+)  # fmt: skip
+def test_another_kind_does_not_go_on(make_config, before, after, said):
+    found = [run_module._compatible(make_config(*each), []) for each in (before, after)]
+    with pytest.raises(ConfigError, match=said):
+        check_compatible(*found)
 
 
 def test_coat_keeps_fewer_bytes_and_follows_the_ordinary_run(make_config):
