@@ -81,22 +81,20 @@ def sum_of(
 
     file_format: to be written in. Kohya's has one LoRA for q, k and v together: there they are cut together.
     """
+    together = file_format == "kohya" and not (rank is None and energy is None)
     terms, found, losses = _terms_of(files), {}, {}
-    fused = {}
-    if file_format == "kohya" and not (rank is None and energy is None):
-        own = {
-            path: combined(terms.pop((part, path)))[0] for part, path in list(terms) if part == TRANSFORMER
-        }
-        fused = flux_names.fuse(own)
-    with tqdm(total=len(fused) + len(terms), desc="calculating", unit="layer", disable=None) as bar:
-        for name, module in fused.items():
-            module, losses[name] = combined([(module, 1.0)], rank, energy)
+    groups: dict[str, list[Place]] = {}
+    for part, path in terms:
+        is_fused = together and part == TRANSFORMER
+        groups.setdefault(flux_names.bfl_name(path)[0] if is_fused else path, []).append((part, path))
+    for name, places in tqdm(groups.items(), desc="calculating", unit="module", disable=None):
+        if together and places[0][0] == TRANSFORMER:
+            fused = flux_names.fuse({path: combined(terms[part, path])[0] for part, path in places})[name]
+            module, losses[name] = combined([(fused, 1.0)], rank, energy)
             parts = flux_names.split_fused(flux_names.find(name), module)
             found |= {(TRANSFORMER, path): each for path, each in parts.items()}
-            bar.update()
-        for (part, path), each in terms.items():
-            found[part, path], losses[path] = combined(each, rank, energy)
-            bar.update()
+        else:
+            found[places[0]], losses[name] = combined(terms[places[0]], rank, energy)
     return found, losses
 
 

@@ -121,6 +121,9 @@ def test_the_first_values_are_in_layers_mean_and_optimizer_and_draw_as_the_file_
         np.testing.assert_allclose(mean.numpy(), checkpoint.tensors["lora"][name].numpy(), atol=1e-7)
     for path, delta in of_file(file_of("split_peft")).items():
         np.testing.assert_allclose(written[path], delta, atol=1e-6, err_msg=path)
+        new_a, new_b = (checkpoint.tensors["lora"][f"{path}.lora_{side}"].numpy() for side in "AB")
+        new_a, new_b = new_a[:, 4:], new_b[4:]
+        assert np.abs(new_a).min() > 0 and np.abs(new_b).max() < 1e-9  # can be trained
     assert config.uses_fp8_optimizer  # whose parameters are views of one buffer
     with safe_open(config.run_dir / "run.safetensors", framework="np") as content:
         assert content.metadata()["pretrained_lora"] == "split_peft"
