@@ -71,6 +71,10 @@ class DoRALinear(LoRALinear):
         """Of the columns of W + s A B, float32 [out]; products are made in `dtype`."""
         return _lengths(self._squares + self._along(0.5, dtype) * 2.0)
 
+    def keep_lengths(self) -> None:
+        """The trained lengths become those of W + s A B: the layer computes as its LoRA alone does."""
+        self.lora_magnitude_vector.set_value(self.lengths(self._own_dtype))
+
     def rescaled(self, z: paddle.Tensor, lengths: paddle.Tensor) -> paddle.Tensor:
         """g z of z [..., out], in its dtype, as z + (g - 1) z: in 16 bits g itself would stay 1 for long."""
         return grown(z, (self.lora_magnitude_vector / lengths - 1.0).astype(z.dtype))

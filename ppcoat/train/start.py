@@ -10,22 +10,23 @@ from pathlib import Path
 import numpy as np
 import paddle
 
-from ppcoat.coat import chosen_modules
+from ppcoat.coat import chosen_modules, lokr_settings
 from ppcoat.config.newbie import load_run_config
 from ppcoat.config.schema import NetworkConfig, RunConfig
 from ppcoat.errors import ConfigError
-from ppcoat.lora import LoKrSettings, LoRAFile, LoRAModule, read_fitting, read_lora_file
+from ppcoat.lora import DoRALinear, LoRAFile, LoRAModule, read_fitting, read_lora_file
 from ppcoat.lora.arithmetic import Loss, combined, fitted_lokr, rank_of, told
 from ppcoat.lora.files import check_known
 from ppcoat.lora.header import step_from_header
 from ppcoat.lora.keys import TRANSFORMER
-from ppcoat.lora.kinds import LoKr
+from ppcoat.lora.kinds import DoRA, Kind, LoKr
 from ppcoat.lora.loading import shapes_of
 from ppcoat.lora.lokr import new_factors
 from ppcoat.lora.parse import Change, described
 from ppcoat.train.checkpoint import has_checkpoint
 
 START, PARTLY = "network.pretrained_lora_path", "network.pretrained_lora_partly"
+_LENGTHS = "lora_magnitude_vector"  # a DoRALinear's
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ class AdapterStart:
                 whole = parameter.numpy()
                 whole[tuple(map(slice, values.shape))] = values
                 parameter.set_value(whole)
+            if isinstance(modules[path], DoRALinear) and _LENGTHS not in factors:
+                modules[path].keep_lengths()  # a LoRA's delta-W is then what it was
 
 
 def adapter_start(config: RunConfig, unfilled: Callable[[RunConfig], paddle.nn.Layer]) -> AdapterStart | None:
@@ -73,7 +76,7 @@ def adapter_start(config: RunConfig, unfilled: Callable[[RunConfig], paddle.nn.L
         fitted = {each.paths[0]: _fitted(each, network, shapes) for each in taken}
     except ConfigError as error:
         raise ConfigError(f"{START} {path}: {str(error).removeprefix(f'{path}: ')}") from None
-    factors = {path: values for path, (values, loss) in fitted.items() if loss.norm}
+    factors = {path: values for path, (values, _) in fitted.items() if values}
     losses = {path: loss for path, (_, loss) in fitted.items()}
     return AdapterStart(factors, _account(file, network, taken, losses, len(chosen) - len(factors)))
 
@@ -110,12 +113,11 @@ def fields_of_start(config: RunConfig) -> dict[str, str]:
 def _taken(file: LoRAFile, network: NetworkConfig, chosen: Collection[str]) -> list[Change]:
     """The changes of a file that the run trains. Raises ConfigError for none, and for others where they may
     not be left out."""
-    kind = LoKr if network.type == "lokr" else LoRAModule
     taken = [each for each in file.changes
-             if isinstance(each.kind, kind) and each.part == TRANSFORMER and each.parameter == "weight"
+             if _is_trained(each.kind, network) and each.part == TRANSFORMER and each.parameter == "weight"
              and len(each.paths) == 1 and not each.swapped and each.paths[0] in chosen]  # fmt: skip
     left = [each for each in file.changes if each not in taken]
-    odd = [each for each in left if each.parameter == "weight" and not isinstance(each.kind, kind)]
+    odd = [each for each in left if each.parameter == "weight" and not _is_trained(each.kind, network)]
     if odd and not (taken and network.pretrained_lora_partly):
         raise ConfigError(
             f"it has {described(odd)}, and {network.type} is what this run trains: {_way(odd, network)}"
@@ -129,11 +131,21 @@ def _taken(file: LoRAFile, network: NetworkConfig, chosen: Collection[str]) -> l
     return taken
 
 
+def _is_trained(kind: Kind, network: NetworkConfig) -> bool:
+    """Whether an adapter of the run can begin as this kind. A DoRA measures rows of the changed weight."""
+    if isinstance(kind, DoRA) and network.type == "dora":
+        measures_alike = kind.magnitude.shape[1] == 1 and kind.rule != "ComfyUI"
+        return measures_alike and isinstance(kind.update, LoRAModule)
+    return isinstance(kind, LoKr if network.type == "lokr" else LoRAModule)
+
+
 def _way(odd: Sequence[Change], network: NetworkConfig) -> str:
     """What to do with kinds that a run does not train."""
     if network.type == "lokr":
         return "set network.type: lora" if all(isinstance(each.kind, LoRAModule) for each in odd) else (
             "start from a LoKr")  # fmt: skip
+    if network.type == "lora" and all(isinstance(each.kind, DoRA) for each in odd):
+        return "set network.type: dora, or merge it into a model and take a LoRA out with `lora extract`"
     if any(rank_of(each.kind) is None for each in odd):
         return "merge it into a model and take a LoRA out with `python -m ppcoat lora extract`"
     return "make a LoRA of it with `python -m ppcoat lora resize IN OUT --rank N`"
@@ -146,9 +158,10 @@ def _fitted(
     kind, path = change.kind, change.paths[0]
     own_scale = network.linear_alpha / network.linear
     if network.type != "lokr":
-        module, loss = combined([(kind, 1 / own_scale)], network.linear)
-        return {"lora_A": module.a.T, "lora_B": module.b.T}, loss
-    settings = LoKrSettings(network.linear, network.linear_alpha, network.lokr_factor)
+        lengths = {_LENGTHS: kind.magnitude.reshape([-1])} if isinstance(kind, DoRA) else {}
+        module, loss = combined([(kind.update if lengths else kind, 1 / own_scale)], network.linear)
+        return lengths | ({"lora_A": module.a.T, "lora_B": module.b.T} if loss.norm else {}), loss
+    settings = lokr_settings(network)
     rows, columns = shapes[f"{path}.weight"]
     wanted = {name: values.shape for name, values in new_factors(columns, rows, settings, 0).items()}
     found = fitted_lokr(kind, wanted, 1.0 if {"lokr_w1", "lokr_w2"} == wanted.keys() else own_scale)
@@ -157,14 +170,15 @@ def _fitted(
             f"the LoKr of {path} divides its {rows} x {columns} otherwise than network.lokr_factor "
             f"{network.lokr_factor}: set that to the factor with which it was trained"
         )
-    return found
+    return found if found[1].norm else ({}, found[1])
 
 
 def _account(
     file: LoRAFile, network: NetworkConfig, taken: Sequence[Change], losses: Mapping[str, Loss], at_zero: int
 ) -> str:
     """What was taken, what that lost, what was left out, in one line, and the file's notes."""
-    step, ranks = step_from_header(file.header), [rank_of(each.kind) for each in taken]
+    step = step_from_header(file.header)
+    ranks = [rank_of(each.kind.update if isinstance(each.kind, DoRA) else each.kind) for each in taken]
     said = [f"starting from {network.pretrained_lora_path}" + (f", step {step}" if step else "")]
     said[0] += f": {described(taken)}"
     cut = [rank for rank in ranks if rank > network.linear]

@@ -18,6 +18,7 @@ from ppcoat.config.newbie import load_newbie_config
 from ppcoat.errors import ConfigError
 from ppcoat.lora import adapter_layers, read_lora_file
 from ppcoat.models.flux.pipeline import FluxPipeline
+from ppcoat.models.loading import load_transformer
 from ppcoat.models.newbie.files import load_nextdit
 from ppcoat.train import run
 from ppcoat.train.checkpoint import load_latest
@@ -160,7 +161,6 @@ def test_a_run_that_goes_on_does_not_read_the_file_again_and_remembers_it(config
     ("name", "said"),
     [
         ("dense_kohya", "it has CLIP: LoRA on 18 layers, T5: LoRA on 21, LoRA on 3"),
-        ("dora", "it has DoRA by the rule of PEFT on 4 layers, and lora is what this run trains: merge it"),
         ("oft", "it has OFT on"),
         ("lokr_unbalanced", "it has LoKr on 2 layers, and lora is what this run trains: make a LoRA of it"),
         ("loha", "make a LoRA of it with `python -m ppcoat lora resize IN OUT --rank N`"),
@@ -247,6 +247,60 @@ config:
     file = tmp_path / "job.yaml"
     file.write_text(job)
     assert load_config(file).network.pretrained_lora_path == "hat.safetensors"
+
+
+@pytest.mark.parametrize(("name", "rank"), [("dora", 4), ("dora", 6), ("dora_out", 4), ("split_kohya", 4)])
+def test_a_dora_starts_from_doras_and_from_loras(config_of, name, rank):
+    """Its weights, at strength 1, are those of the file: with the file's lengths, or a LoRA's own."""
+    spec, file = FluxSpec(), file_of(name)
+    more = ["network.type=dora", f"network.linear={rank}", "network.linear_alpha=3"]
+    config = config_of(file, *more)
+    start = adapter_start(config, spec.unfilled)
+    model = load_transformer(FIXTURES / "tiny_flux_fp32" / "transformer", "float32")
+    modules, paths = prepare(model, COATTrainer(), config.network), list(start.factors)
+    start.put(modules)
+    kinds = {each.paths[0]: each.kind for each in read_lora_file(file).changes}
+    assert sorted(paths) == sorted(kinds) and "each delta-W as it is there" in start.told
+    for path, kind in kinds.items():
+        weight = modules[path].weight.numpy().T.astype("float64")
+        got, want = (each.delta(weight, 1.0) for each in (modules[path].kind(), kind))
+        np.testing.assert_allclose(got, want, atol=2e-6, err_msg=path)
+
+
+def test_kinds_that_a_dora_cannot_start_from_are_named(config_of):
+    for name, more, said in (
+        (
+            "dora",
+            [],
+            "it has DoRA by the rule of PEFT on 4 layers, and lora is what this run trains: set netw",
+        ),
+        ("dora_in", ["network.type=dora"], "and dora is what this run trains: merge it"),
+        ("lokr_unbalanced", ["network.type=dora"], "make a LoRA of it"),
+        ("dora", ["network.type=lokr"], "start from a LoKr"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            adapter_start(config_of(file_of(name), *more), FluxSpec().unfilled)
+
+
+@pytest.mark.parametrize("kind", ["dora", "lokr"])
+def test_a_run_goes_on_from_its_own_file_in_a_new_run(make_config, kind):
+    config = make_config("train.steps=1", f"network.type={kind}", "network.linear=3")
+    train_lora(config)
+    file = config.run_dir / "run.safetensors"
+    again = make_config(f"{KEY}={file}", f"network.type={kind}", "network.linear=3", "name=again")
+    start, trained = adapter_start(again, FluxSpec().unfilled), load_latest(config.run_dir).tensors["lora"]
+    found = {
+        f"{path}.{name}": values for path, each in start.factors.items() for name, values in each.items()
+    }
+    assert found.keys() == trained.keys()
+    model = load_transformer(FIXTURES / "tiny_flux_fp32" / "transformer", "float32")
+    modules = prepare(model, COATTrainer(), again.network)
+    start.put(modules)
+    want = {each.paths[0]: each.kind for each in read_lora_file(file).changes}
+    for path, layer in modules.items():
+        weight = layer.weight.numpy().T.astype("float64")
+        got = layer.kind().delta(weight, 1.0) if kind == "dora" else layer.delta().numpy().T
+        np.testing.assert_allclose(got, want[path].delta(weight, 1.0), atol=2e-6, err_msg=path)
 
 
 TOML = """
