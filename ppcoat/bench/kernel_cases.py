@@ -19,7 +19,7 @@ import numpy as np
 
 from ppcoat.fp8 import backend, truth
 from ppcoat.fp8.constants import NORM_EPSILON
-from ppcoat.fp8.formats import E4M3, E5M2, Epilogue, Groups
+from ppcoat.fp8.formats import E4M3, E5M2, INT8, Epilogue, Groups
 
 LAUNCHERS = {
     name: getattr(importlib.import_module(f"ppcoat.fp8.{module}"), name)
@@ -133,7 +133,8 @@ class Kernels:
         run, half, eager = self.run, self.library.half, self.library.eager()
         x = self._random([1, tokens, width], half)
         for name, fmt, group in (
-            ("", E4M3, GROUP), (", E5M2", E5M2, GROUP), (", per tensor", E4M3, None)
+            ("", E4M3, GROUP), (", E5M2", E5M2, GROUP), (", per tensor", E4M3, None),
+            (", INT8", INT8, GROUP),
         ):  # fmt: skip
             codes, scale = run["quantize"](x, fmt, group)
             known = (
