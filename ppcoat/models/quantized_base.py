@@ -30,7 +30,7 @@ from ppcoat.models.loading import linear_weights, load_transformer, set_paramete
 from ppcoat.models.tensor_files import TensorInfo, in_file_order, map_tensor, read_json, tensor_infos
 from ppcoat.models.writing import INDEX, Layout, check_room, layout_bytes, shard_metadata, write_component
 from ppcoat.nn.base_weight import BLOCK, FP8Weight
-from ppcoat.nn.convert import is_in_block, set_fp8_weight, set_sublayer, sublayer_at
+from ppcoat.nn.convert import is_in_block, set_base_weight, set_sublayer, sublayer_at
 from ppcoat.nn.swap import last_blocks, move_to_host
 
 _log = logging.getLogger(__name__)
@@ -222,7 +222,7 @@ def _fill_in_fp8(
             codes[path], filled = tensor, []
         elif kind == "scale":
             weight = FP8Weight(codes.pop(path), tensor)
-            set_fp8_weight(model, path, weight, sublayer_at(model, path).bias)
+            set_base_weight(model, path, weight, sublayer_at(model, path).bias)
             filled = [weight.codes, weight.scale]
         else:
             set_parameter(parameters[name], tensor)
