@@ -117,6 +117,8 @@ def test_products_are_those_of_the_dequantised_weight(base, bias):
     layers, rng = model(bias), np.random.default_rng(4)
     assert quantize_linears(layers, base) == ["0"]
     weight = layers[0].weight
+    if bias:
+        layers[0].bias.set_value(rng.standard_normal(OUT).astype("float32"))
     assert isinstance(weight, BaseWeight) and list(layers.parameters()) == ([layers[0].bias] if bias else [])
     x, dy, down = (rng.standard_normal([2, 3, width]).astype("float32") for width in (IN, OUT, 4))
     up_a, up_b = (rng.standard_normal(shape).astype("float32") for shape in ([IN, 4], [4, OUT]))
