@@ -29,8 +29,8 @@ from ppcoat.models.flux.transformer import FluxTransformer2DModel
 from ppcoat.models.loading import linear_weights, load_transformer, set_parameter, unfilled
 from ppcoat.models.tensor_files import TensorInfo, in_file_order, map_tensor, read_json, tensor_infos
 from ppcoat.models.writing import INDEX, Layout, check_room, layout_bytes, shard_metadata, write_component
-from ppcoat.nn.base_weight import BLOCK, FP8Weight
-from ppcoat.nn.convert import is_in_block, set_base_weight, set_sublayer, sublayer_at
+from ppcoat.nn.base_weight import BASES, BLOCK, FP8Weight
+from ppcoat.nn.convert import is_in_block, quantize_linears, set_base_weight, set_sublayer, sublayer_at
 from ppcoat.nn.swap import last_blocks, move_to_host
 
 _log = logging.getLogger(__name__)
@@ -43,8 +43,8 @@ FORMAT = f"E4M3, blocks of {BLOCK} x {BLOCK}, scales powers of two"
 
 
 class WeightError(NamedTuple):
-    """One Linear: its path, the shape [in, out] of its weight, RMS(FP8 - exact) / RMS(exact), and whether it
-    is inside a block.
+    """One Linear: its path, the shape [in, out] of its weight, RMS(quantised - exact) / RMS(exact), and
+    whether it is inside a block.
     """
 
     path: str
@@ -54,7 +54,8 @@ class WeightError(NamedTuple):
 
 
 class OutputErrors(NamedTuple):
-    """RMS(FP8 - exact) / RMS(exact) of the velocity: every Linear in FP8, and those of the blocks alone."""
+    """RMS(quantised - exact) / RMS(exact) of the velocity: every Linear quantised, and those of the blocks
+    alone."""
 
     all_linears: float
     in_blocks: float
@@ -126,8 +127,8 @@ def fp8_model_bytes(model: nn.Layer) -> int:
     return weights + sum(p.size * p.element_size() for p in model.parameters())
 
 
-def weight_errors(folder: str | Path) -> Iterator[WeightError]:
-    """What FP8 does to each Linear of a transformer folder, in the order of the files."""
+def weight_errors(folder: str | Path, base: str = "fp8") -> Iterator[WeightError]:
+    """What a format of `BASES` does to each Linear of a transformer folder, in the order of the files."""
     model, infos = unfilled(FluxTransformer2DModel, folder)
     weights = linear_weights(model)
     for name, info in in_file_order(infos):
@@ -136,7 +137,8 @@ def weight_errors(folder: str | Path) -> Iterator[WeightError]:
         wrong = total = 0.0
         for exact in _bands(info):
             exact = exact.astype("float32")
-            error = FP8Weight.of(exact).dequantized("float32") - exact
+            exact = exact.t() if info.torch_layout else exact
+            error = BASES[base].of(exact).dequantized("float32") - exact
             wrong += float(error.square().sum())
             total += float(exact.square().sum())
         shape = info.shape[::-1] if info.torch_layout else info.shape
@@ -146,12 +148,15 @@ def weight_errors(folder: str | Path) -> Iterator[WeightError]:
 
 
 @paddle.no_grad()
-def output_errors(folder: str | Path, tokens: int = 64, seeds: Iterable[int] = (0,)) -> OutputErrors:
-    """Means over random inputs, one for each seed, of a square picture of `tokens` tokens.
+def output_errors(
+    folder: str | Path, tokens: int = 64, seeds: Iterable[int] = (0,), base: str = "fp8"
+) -> OutputErrors:
+    """Means over random inputs, one for each seed, of a square picture of `tokens` tokens; base: of `BASES`.
 
-    Holds the exact and the quantised transformer of the folder in memory, in the compute dtype of the device.
+    Holds the transformer twice in memory, in the compute dtype of the device, before one is quantised.
     """
-    exact, rounded = load_transformer(folder), load_fp8_transformer(folder)
+    exact, rounded = load_transformer(folder), load_transformer(folder)
+    quantize_linears(rounded, base)
     inputs = [_random_inputs(exact, tokens, seed) for seed in seeds]
 
     def relative_errors() -> float:
