@@ -34,6 +34,7 @@ from ppcoat.device import tune_host
 from ppcoat.errors import ConfigError
 from ppcoat.fp8.adamw import decode_moments, dither, encode_moments
 from ppcoat.models.quantized_base import OutputErrors, WeightError, output_errors, weight_errors
+from ppcoat.nn.base_weight import BASES
 from ppcoat.optim import FP8QuantizationConfig
 
 GROUPS, BLOCK, STEPS = 96, 128, 200
@@ -68,6 +69,7 @@ class WeightFlags:
     """Settings of `accuracy weights`."""
 
     model: Path = flag("FLUX folder", Path(TINY_FLUX), shows_default=False)
+    base: str = flag("format of the weights", "fp8", choices=tuple(BASES))
     no_output: bool = flag("leave the output out, for large models", False)
     output: Path | None = flag("write the numbers as JSON, too", None, metavar="FILE")
 
@@ -270,16 +272,20 @@ def _run_weights(flags: WeightFlags) -> None:
     if not folder.is_dir():
         raise ConfigError(f"--model {flags.model} has no folder transformer: name a FLUX pipeline folder")
     tune_host()
-    rows = list(weight_errors(folder))
-    output = None if flags.no_output else output_errors(folder, seeds=range(SEEDS))
-    print(_weight_table(rows, output))
+    rows = list(weight_errors(folder, flags.base))
+    output = None if flags.no_output else output_errors(folder, seeds=range(SEEDS), base=flags.base)
+    print(_weight_table(rows, output, flags.base))
     if flags.output:
-        content = {"weights": [row._asdict() for row in rows], "output": output and output._asdict()}
+        content = {
+            "base": flags.base,
+            "weights": [row._asdict() for row in rows],
+            "output": output and output._asdict(),
+        }
         write_text(flags.output, json.dumps(content, indent=2) + "\n")
         print(f"\nwritten: {flags.output}")
 
 
-def _weight_table(rows: list[WeightError], output: OutputErrors | None) -> str:
+def _weight_table(rows: list[WeightError], output: OutputErrors | None, base: str) -> str:
     """One line per Linear in the order of the files, their mean, and the output."""
     width = max(len(row.path) for row in rows)
     lines = [f"{'Linear':{width}s}  {'[in, out]':>16s}  relative RMS error"]
@@ -292,7 +298,7 @@ def _weight_table(rows: list[WeightError], output: OutputErrors | None) -> str:
     )
     if output is not None:
         lines.append(
-            f"output, mean of {SEEDS} random inputs: {output.all_linears:.4f} with all Linears in FP8, "
+            f"output, mean of {SEEDS} random inputs: {output.all_linears:.4f} with all Linears in {base}, "
             f"{output.in_blocks:.4f} with those of the blocks"
         )
     return "\n".join(lines)

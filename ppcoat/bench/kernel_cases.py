@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from ppcoat.fp8 import backend, truth
-from ppcoat.fp8.constants import NORM_EPSILON
-from ppcoat.fp8.formats import E4M3, E5M2, Epilogue, Groups
+from ppcoat.fp8.constants import FP4_BLOCK, NF4_BLOCK, NF4_OUTER, NORM_EPSILON
+from ppcoat.fp8.formats import E4M3, E5M2, INT8, Epilogue, Groups
 
 LAUNCHERS = {
     name: getattr(importlib.import_module(f"ppcoat.fp8.{module}"), name)
@@ -133,7 +133,8 @@ class Kernels:
         run, half, eager = self.run, self.library.half, self.library.eager()
         x = self._random([1, tokens, width], half)
         for name, fmt, group in (
-            ("", E4M3, GROUP), (", E5M2", E5M2, GROUP), (", per tensor", E4M3, None)
+            ("", E4M3, GROUP), (", E5M2", E5M2, GROUP), (", per tensor", E4M3, None),
+            (", INT8", INT8, GROUP),
         ):  # fmt: skip
             codes, scale = run["quantize"](x, fmt, group)
             known = (
@@ -149,11 +150,27 @@ class Kernels:
         yield "dequantize_with_residual", (*state, E4M3, GROUP, half), (1, 1 + 0.5 * coded), None
         weight = truth.random_weight(self.library, self.rng, tokens, width)
         yield "dequantize_blocks", (weight.codes, weight.scale, E4M3, GROUP, half), (1, coded), None
+        yield from self._four_bit_cases(tokens, width)
         rows = self._random([tokens * width // GROUP, GROUP], "float32")
         for name, values in (("log", rows * rows), ("signed_log", rows)):
             state = run[f"{name}_encode"](values, E4M3)
             yield f"{name}_encode", (values, E4M3), (4 / itemsize, 1), None
             yield f"{name}_decode", (*state, E4M3), (4 / itemsize, 1), None
+
+    def _four_bit_cases(self, tokens: int, width: int) -> Iterator[tuple]:
+        """bytes of codes and scales count without the scale of a group of 128."""
+        half, shape, count, coded = self.library.half, [tokens, width], tokens * width, 1 / (1 + 4 / GROUP)
+
+        def random(size: int) -> Any:
+            return self.library.put(self.rng.integers(0, 127, [size], dtype=np.uint8))
+
+        codes, blocks = random(count // 2), -(-count // NF4_BLOCK)
+        scale = random(count // FP4_BLOCK)
+        yield "dequantize_fp4", (codes, scale, shape, half), (1, (0.5 + 1 / FP4_BLOCK) * coded), None
+        outer = self._random([-(-blocks // NF4_OUTER)], "float32")
+        double = random(blocks), outer, self._random([1], "float32")
+        bytes_ = (0.5 + (1 + 4 / NF4_OUTER) / NF4_BLOCK) * coded
+        yield "dequantize_nf4", (codes, double, shape, half), (1, bytes_), None
 
     def _norm_cases(self, tokens: int, width: int, heads: int) -> Iterator[tuple]:
         half, eager, gradient = self.library.half, self.library.eager(), self.library.gradient

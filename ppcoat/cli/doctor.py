@@ -26,6 +26,7 @@ from ppcoat.fp8 import backend, matmul, norm
 from ppcoat.fp8.adamw import AdamWHyper, MomentCodec, encode_moments
 from ppcoat.fp8.constants import NORM_EPSILON
 from ppcoat.fp8.formats import E4M3, Groups, fp8_support
+from ppcoat.fp8.four_bit import quantize_absmax, quantize_fp4, quantize_nf4
 from ppcoat.fp8.matmul import quantize_blocks
 from ppcoat.fp8.quantize import dequantize, quantize
 from ppcoat.nn.attention import EFFICIENT, FLASH, MATH, kernel_of_paddle
@@ -263,6 +264,11 @@ def _arguments(name: str) -> tuple:
     with backend.use(backend.REFERENCE):
         if name == "dequantize_blocks":
             return *quantize_blocks(x), E4M3, 128, "bfloat16"
+        if name == "dequantize_fp4":
+            return *quantize_fp4(x), list(x.shape), "bfloat16"
+        if name == "dequantize_nf4":
+            codes, absmax = quantize_nf4(x)
+            return codes, quantize_absmax(absmax), list(x.shape), "bfloat16"
         if name.startswith(("quantize", "dequantize")):
             coder = backend.OPS[name.removeprefix("de")]
             given = x.astype("bfloat16"), E4M3, 128

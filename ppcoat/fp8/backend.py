@@ -43,6 +43,8 @@ MODULES = {  # version -> op -> module in this package; a function of another na
         "quantize_with_residual": "quantize_triton",
         "dequantize_with_residual": "quantize_triton",
         "dequantize_blocks": "quantize_triton",
+        "dequantize_fp4": "four_bit_triton",
+        "dequantize_nf4": "four_bit_triton",
         "log_encode": "log_codes_triton",
         "log_decode": "log_codes_triton",
         "signed_log_encode": "log_codes_triton",

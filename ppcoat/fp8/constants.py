@@ -24,3 +24,14 @@ HASH_HIGH, HASH_SEED, HASH_FIRST, HASH_SECOND = 0x632BE5AB, 0x9E3779B9, 0x7FEB35
 
 NORM_EPSILON = 1e-6  # of all norms of FLUX
 GELU_LINEAR, GELU_CUBIC = 0.7978845608028654, 0.044715  # sqrt(2 / pi), and the factor of x^3
+
+# Weights in 4 bits, four_bit.py. NF4: values of a block, scales that share one, the levels of the codes.
+NF4_BLOCK, NF4_OUTER = 64, 256
+NF4_LEVELS = (
+    -1.0, -0.6961928, -0.52507305, -0.3949175, -0.28444138, -0.18477343, -0.091050036, 0.0,
+    0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0,
+)  # fmt: skip
+# FP4: values of a block; the code c has the level u + FP4_CUBIC * u^3, u = c - FP4_ZERO; sizes of a scale,
+# how many of them make an octave, and which of them is 1.
+FP4_BLOCK, FP4_ZERO, FP4_CUBIC = 16, 8.125, 0.00625
+FP4_SIZES, FP4_OCTAVE, FP4_ONE = 126, 6, 120

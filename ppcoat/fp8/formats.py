@@ -1,5 +1,5 @@
-"""The two FP8 formats as facts, what ops take beside plain tensors (how codes are read, a stored weight, what
-is added to a product), and what the present device can do with FP8.
+"""The two FP8 formats and INT8 as facts, what ops take beside plain tensors (how codes are read, a stored
+weight, what is added to a product), and what the present device can do with FP8.
 
 Kernels read the same objects with tensors of another library, too: importing this does not import Paddle.
 
@@ -52,6 +52,29 @@ class FP8Format:
 E4M3 = FP8Format("e4m3", 448.0, 2.0**-6, 2.0**-9, 3, "float8_e4m3fn")
 E5M2 = FP8Format("e5m2", 57344.0, 2.0**-14, 2.0**-16, 2, "float8_e5m2")
 FORMATS = {fmt.name: fmt for fmt in (E4M3, E5M2)}
+
+
+@dataclass(frozen=True)
+class IntegerFormat:
+    """Whole numbers from -max to max, two's complement in a byte: `quantize` and `dequantize` take it as they
+    take an FP8Format. mantissa_bits: of the largest number; kernels tell formats apart by it.
+    """
+
+    name: str
+    max: float
+    mantissa_bits: int
+    dtype: str
+
+    def numbers(self, codes: np.ndarray) -> np.ndarray:
+        """Bits, any shape -> the numbers, float64."""
+        return codes.astype(np.uint8).view(np.int8).astype(np.float64)
+
+    def half_steps(self, x: np.ndarray, scale: np.ndarray) -> np.ndarray:
+        """Half the distance between the two codes around each x / scale, times scale; float64."""
+        return 0.5 * scale + 0.0 * x
+
+
+INT8 = IntegerFormat("int8", 127.0, 7, "int8")
 
 
 def get_format(name: str) -> FP8Format:

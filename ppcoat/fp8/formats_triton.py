@@ -2,9 +2,10 @@
 its tensors.
 
 The kernels take Paddle tensors, torch tensors and whatever else has data_ptr, dtype, shape, is_contiguous and
-new_empty; nothing here imports Paddle. MANTISSA is the format's number of mantissa bits, 3 for E4M3 and 2 for
-E5M2: it tells the two apart. NATIVE: the device converts to and from FP8 itself (sm_89 and later);
-elsewhere, and under Triton's interpreter, the same conversion is written out in integers, bit for bit.
+new_empty; nothing here imports Paddle. MANTISSA is the format's number of mantissa bits, 3 for E4M3, 2 for
+E5M2 and 7 for INT8: it tells them apart. NATIVE: the device converts to and from FP8 itself (sm_89 and
+later); elsewhere, and under Triton's interpreter, the same conversion is written out in integers, bit for
+bit.
 """
 
 from __future__ import annotations
@@ -69,14 +70,16 @@ def larger(x, y):
 @triton.jit
 def scale_of(amax, MANTISSA: tl.constexpr):
     """amax, infinite for what is not finite -> scale of its codes; then NaN (inf * 0)."""
-    LARGEST: tl.constexpr = 448.0 if MANTISSA == 3 else 57344.0
+    LARGEST: tl.constexpr = 127.0 if MANTISSA == 7 else 448.0 if MANTISSA == 3 else 57344.0
     return tl.maximum(tl.div_rn(amax, tl.full(amax.shape, LARGEST, tl.float32)), _TINY) + amax * 0.0
 
 
 @triton.jit
 def to_codes(x, MANTISSA: tl.constexpr, NATIVE: tl.constexpr):
-    """float32 no larger than the largest FP8 number by more than its rounding -> bits of FP8, uint8; to
+    """float32 no larger than the format's largest number by more than its rounding -> its bits, uint8; to
     nearest, ties to even."""
+    if MANTISSA == 7:  # added to 1.5 * 2^23, a float32 holds the whole number in its last bits
+        return (x + 12582912.0).to(tl.int32, bitcast=True).to(tl.uint8)
     if NATIVE:
         FP8: tl.constexpr = tl.float8e4nv if MANTISSA == 3 else tl.float8e5
         return x.to(FP8).to(tl.uint8, bitcast=True)
@@ -97,7 +100,9 @@ def to_codes(x, MANTISSA: tl.constexpr, NATIVE: tl.constexpr):
 
 @triton.jit
 def from_codes(codes, MANTISSA: tl.constexpr, NATIVE: tl.constexpr):
-    """Bits of FP8, uint8 -> float32, exactly."""
+    """Bits of a number of the format, uint8 -> float32, exactly."""
+    if MANTISSA == 7:
+        return byte_number(codes, True)
     if MANTISSA == 2:  # the upper half of a float16
         return (codes.to(tl.uint16) << 8).to(tl.float16, bitcast=True).to(tl.float32)
     if NATIVE:

@@ -35,7 +35,7 @@ from .constants import (
     SPREAD,
     TINY,
 )
-from .formats import FP8Format, Groups
+from .formats import FP8Format, Groups, IntegerFormat
 
 PADDLE_GROUP, HALF_DTYPES = 128, (paddle.bfloat16, paddle.float16)  # of Paddle's own FP8 kernels
 
@@ -60,14 +60,14 @@ def expand_on_cpu(small: paddle.Tensor, x: paddle.Tensor) -> paddle.Tensor:
 
 @backend.op
 def quantize(
-    x: paddle.Tensor, fmt: FP8Format, group_size: int | None = None
+    x: paddle.Tensor, fmt: FP8Format | IntegerFormat, group_size: int | None = None
 ) -> tuple[paddle.Tensor, paddle.Tensor]:
     """x [..., D] float -> codes uint8 [..., D] and scale float32 [..., ceil(D / group_size)] ([1] without
     groups).
 
     scale = amax / fmt.max, so the largest value of a group is exact and no code saturates. The last group
-    may be shorter. Groups of zeros have codes 0. Source: COAT (arXiv 2410.19313) section 5.1, per-group and
-    per-tensor scaling.
+    may be shorter. Groups of zeros have codes 0. INT8 is for weights. Source: COAT (arXiv
+    2410.19313) section 5.1, per-group and per-tensor scaling.
     """
     values = x.astype("float32")
     if group_size is not None:
@@ -86,7 +86,7 @@ def quantize(
 def dequantize(
     codes: paddle.Tensor,
     scale: paddle.Tensor,
-    fmt: FP8Format,
+    fmt: FP8Format | IntegerFormat,
     group_size: int | None = None,
     dtype: str | paddle.dtype = "float32",
 ) -> paddle.Tensor:
@@ -246,14 +246,16 @@ def _amax(x: paddle.Tensor) -> paddle.Tensor:
     return amax + amax * 0.0
 
 
-def _to_codes(scaled: paddle.Tensor, fmt: FP8Format) -> paddle.Tensor:
-    """Round to FP8, return the bits. `scaled` exceeds fmt.max by a float32 ulp at most, which rounds back to
-    it.
+def _to_codes(scaled: paddle.Tensor, fmt: FP8Format | IntegerFormat) -> paddle.Tensor:
+    """Round to the format, return the bits. `scaled` exceeds fmt.max by a float32 ulp at most, which rounds
+    back to it.
     """
+    if isinstance(fmt, IntegerFormat):  # NaN, whose scale is NaN, has to become some number
+        scaled = paddle.nan_to_num(scaled).round()
     return scaled.astype(fmt.dtype).view("uint8")
 
 
-def _from_codes(codes: paddle.Tensor, fmt: FP8Format) -> paddle.Tensor:
+def _from_codes(codes: paddle.Tensor, fmt: FP8Format | IntegerFormat) -> paddle.Tensor:
     return codes.view(fmt.dtype).astype("float32")
 
 

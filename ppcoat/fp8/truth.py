@@ -5,9 +5,10 @@ An op has one generator of cases, under its name in CASES. A case is its name in
 of one call, and a function: result -> error in units of what is allowed; 1.0 passes, NaN fails. Truth is
 NumPy in float64 on the numbers that the op is given, after their rounding to its dtype.
 
-The ops of a block come here, codecs and AdamW in truth_codecs.py. A version of them computes in float32 and
-rounds once: allowed are ROUNDINGS of the largest number of the row, and half a step of the dtype that comes
-out. Nothing here imports Paddle: tensors are those of a library, PaddleTensors unless another is given.
+The ops of a block and weights in 4 bits come here, codecs and AdamW in truth_codecs.py. A version of them
+computes in float32 and rounds once: allowed are ROUNDINGS of the largest number of the row, and half a step
+of the dtype that comes out. Nothing here imports Paddle: tensors are those of a library, PaddleTensors unless
+another is given.
 """
 
 from __future__ import annotations
@@ -23,12 +24,20 @@ import numpy as np
 from . import truth_codecs as codecs
 from .backend import Unsuited
 from .constants import (
+    FP4_BLOCK,
+    FP4_CUBIC,
+    FP4_OCTAVE,
+    FP4_ONE,
+    FP4_ZERO,
     GELU_CUBIC,
     GELU_LINEAR,
     HASH_FIRST,
     HASH_HIGH,
     HASH_SECOND,
     HASH_SEED,
+    NF4_BLOCK,
+    NF4_LEVELS,
+    NF4_OUTER,
     NORM_EPSILON,
     TINY,
 )
@@ -262,6 +271,56 @@ def scaled_matmul(inputs: Inputs) -> Iterator[Case]:
                 yield f"{name}, bias and LoRA in {dtype}", arguments, _sum_of_products(inputs, every)
 
 
+def dequantize_fp4(inputs: Inputs) -> Iterator[Case]:
+    """Every scale and every code; numbers that end within a block and within a byte."""
+    sizes = np.exp2((np.arange(128.0) - FP4_ONE) / FP4_OCTAVE)
+    sizes[[0, 127]] = 0.0, np.nan
+    scales = np.concatenate([sizes, -sizes])
+    for shape, dtype in (([48, 100], "float32"), ([3, 5, 7], "bfloat16"), ([64, 64], "bfloat16")):
+        count, block = math.prod(shape), FP4_BLOCK
+        codes, packed = _nibbles(inputs, count)
+        scale = np.arange(-(-count // block)).astype(np.uint8)
+        u = codes - FP4_ZERO
+        want = (u + FP4_CUBIC * u**3) * np.repeat(scales[scale], block)[:count]
+        arguments = inputs.put(packed), inputs.put(scale), shape, dtype
+        want = want.reshape(shape)
+        yield f"dequantize_fp4, {dtype}", arguments, inputs.near(want, FLOAT_STEPS * np.abs(want))
+
+
+def dequantize_nf4(inputs: Inputs) -> Iterator[Case]:
+    """Every code; scales as floats, and every code of a scale, of three sizes; one is NaN."""
+    steps = [10.0 ** (i - 6) * (0.1 + 0.9 * (np.arange(2**i) + 0.5) / 2**i) for i in range(7)]
+    table = np.sort(np.concatenate([[0.0, 1.0], *steps, *(-each for each in steps)]))
+    for shape, dtype, double in (
+        ([300, 152], "float32", True), ([300, 149], "bfloat16", True), ([8, 40], "bfloat16", False)
+    ):  # fmt: skip
+        count, block = math.prod(shape), NF4_BLOCK
+        codes, packed = _nibbles(inputs, count)
+        blocks = np.arange(-(-count // block))
+        absmax = np.where(blocks == 3, np.nan, np.exp2(blocks % 9)).astype(np.float32)
+        scale, roundings = (inputs.put(absmax),), 0.0
+        if double:
+            outer = np.float32([0.75, 3.0, np.nan])[: -(-len(blocks) // NF4_OUTER)]
+            scale = inputs.put(blocks.astype(np.uint8)), inputs.put(outer), inputs.put(np.float32([0.25]))
+            each = np.float64(outer)[blocks // NF4_OUTER]
+            absmax = table[blocks % 256] * each + 0.25
+            roundings = FLOAT_STEPS * np.repeat(np.abs(each), block)[:count].reshape(shape)
+        want = np.float64(np.float32(NF4_LEVELS))[codes] * np.repeat(absmax, block)[:count]
+        want = want.reshape(shape)
+        allowed = FLOAT_STEPS * np.abs(want) + roundings
+        yield (
+            f"dequantize_nf4, {dtype}",
+            (inputs.put(packed), scale, shape, dtype),
+            inputs.near(want, allowed),
+        )
+
+
+def _nibbles(inputs: Inputs, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Random codes [count] of 4 bits, and the bytes that hold them, the first in the upper half."""
+    codes = inputs.rng.integers(0, 16, count + count % 2)
+    return codes[:count], (16 * codes[::2] + codes[1::2]).astype(np.uint8)
+
+
 _BOTH_WAYS = {
     "modulated_norm": modulated_norm,
     "rms_norm": rms_norm,
@@ -275,6 +334,8 @@ CASES: dict[str, Callable[[Inputs], Iterator[Case]]] = {
     "quantize_with_residual": partial(codecs.residual, inverse=False),
     "dequantize_with_residual": partial(codecs.residual, inverse=True),
     "dequantize_blocks": codecs.dequantize_blocks,
+    "dequantize_fp4": dequantize_fp4,
+    "dequantize_nf4": dequantize_nf4,
     "log_encode": partial(codecs.log_encode, signed=False),
     "log_decode": partial(codecs.log_decode, signed=False),
     "signed_log_encode": partial(codecs.log_encode, signed=True),

@@ -16,7 +16,7 @@ import numpy as np
 
 from . import constants
 from .constants import K_MAX, K_MIN, K_STEP, LEVELS, NEAR_ZERO, SIGNED_LEVELS, TINY
-from .formats import E4M3, E5M2, FORMATS, FP8Format
+from .formats import E4M3, E5M2, FORMATS, INT8, FP8Format
 
 if TYPE_CHECKING:
     from .truth import Case, Inputs
@@ -27,7 +27,8 @@ STEPS, SKIPPED, POWERS = 7, 2, (0.5, 0.9)  # before the step: counters, beta1^t 
 LINEAR = [  # name in the benchmark, format, group size, dtype of the floats; "": the dtype is the name
     (name or dtype, fmt, group, dtype)
     for name, fmt, group in (
-        ("", E4M3, GROUP), ("per tensor", E4M3, None), ("E5M2", E5M2, GROUP), ("E5M2 per tensor", E5M2, None)
+        ("", E4M3, GROUP), ("per tensor", E4M3, None), ("E5M2", E5M2, GROUP), ("E5M2 per tensor", E5M2, None),
+        ("INT8", INT8, GROUP),
     )
     for dtype in ("float32", "bfloat16")
 ]  # fmt: skip
@@ -62,6 +63,8 @@ def quantize(inputs: Inputs, inverse: bool) -> Iterator[Case]:
 def residual(inputs: Inputs, inverse: bool) -> Iterator[Case]:
     """Residuals are the nearest step to the place of x, cut to 1..15; the inverse is rounded once."""
     for name, fmt, group, dtype in LINEAR:
+        if fmt is INT8:
+            continue
         rows = edge_rows(256)[: None if group else -2]
         codes, scale = encode(rows, fmt, group)
         coarse = fmt.numbers(codes) * per_value(scale, 256, group)
@@ -268,9 +271,11 @@ def encode(x: np.ndarray, fmt: FP8Format, group: int | None) -> tuple[np.ndarray
         else:
             amax = size.max().reshape(1)
         scale = (np.maximum(amax / fmt.max, TINY) + amax * 0.0).astype(np.float32)
-        table = fmt.numbers(np.arange(127 if fmt is E4M3 else 124))  # up to the largest finite one
+        last = {E4M3: 126, E5M2: 123, INT8: 127}[fmt]  # of the largest finite one
+        table = fmt.numbers(np.arange(last + 1))
         codes = np.searchsorted((table[1:] + table[:-1]) / 2, size / per_value(scale, x.shape[-1], group))
-    return (codes + 128 * np.signbit(x)).astype(np.uint8), scale
+    codes = np.where(np.signbit(x), -codes if fmt is INT8 else codes + 128, codes)
+    return codes.astype(np.uint8), scale
 
 
 def per_value(scale: np.ndarray, width: int, group: int | None) -> np.ndarray:

@@ -28,7 +28,7 @@ import numpy as np
 import paddle
 from paddle import nn
 
-from ppcoat.nn.base_weight import FP8Weight, column_squares, on_device, times
+from ppcoat.nn.base_weight import BaseWeight, column_squares, on_device, times
 from ppcoat.nn.linear import FrozenLinear, LinearUse, LoRALinear, LoRAUse, grown, in_dtype
 
 from . import flux_names
@@ -103,7 +103,7 @@ class DoRALinear(LoRALinear):
     @property
     def _own_dtype(self) -> paddle.dtype:
         """In which W multiplies by itself."""
-        return paddle.float32 if isinstance(self.weight, FP8Weight) else self.weight.dtype
+        return paddle.float32 if isinstance(self.weight, BaseWeight) else self.weight.dtype
 
     def _along(self, share: float, dtype: paddle.dtype) -> paddle.Tensor:
         """w d + share d d of each column w of W and d of s A B, float32 [out]."""

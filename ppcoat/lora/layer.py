@@ -20,7 +20,7 @@ from paddle import nn
 
 from ppcoat.errors import ConfigError
 from ppcoat.models.flux import ATTENTION_AND_MLP
-from ppcoat.nn.base_weight import FP8Weight
+from ppcoat.nn.base_weight import BaseWeight
 from ppcoat.nn.convert import set_sublayer
 from ppcoat.nn.linear import FrozenLinear, LinearParameters, LoRALinear
 
@@ -79,7 +79,7 @@ class ChangedLayer(nn.Layer):
 def values_of(layer: nn.Layer, name: str) -> np.ndarray:
     """A parameter of a Linear or norm as float32 in torch's order, [out, in] or [n]."""
     parameter = getattr(layer, name)
-    if isinstance(parameter, FP8Weight):
+    if isinstance(parameter, BaseWeight):
         return parameter.dequantized("float32").numpy().T
     values = parameter.astype("float32").numpy()
     return values.T if values.ndim == 2 else values
@@ -87,7 +87,7 @@ def values_of(layer: nn.Layer, name: str) -> np.ndarray:
 
 def changed_parameter(layer: nn.Layer, name: str, delta: np.ndarray) -> paddle.Tensor:
     """The parameter plus delta [out, in] or [n], float32 in torch's order, as a new frozen one in Paddle's
-    order: rounded once to the parameter's dtype, to the bias's where the weight is FP8."""
+    order: rounded once to the parameter's dtype, to the bias's where the weight is quantised."""
     return _like_parameter(layer, name, values_of(layer, name) + delta)
 
 
@@ -113,7 +113,7 @@ def with_inputs(base: nn.Layer, inputs: int) -> nn.Layer:
 def _like_parameter(layer: nn.Layer, name: str, values: np.ndarray) -> paddle.Tensor:
     """A new frozen parameter in Paddle's order, in the dtype that `changed_parameter` says."""
     old = getattr(layer, name)
-    like = getattr(layer, "bias", None) if isinstance(old, FP8Weight) else old
+    like = getattr(layer, "bias", None) if isinstance(old, BaseWeight) else old
     dtype = paddle.get_default_dtype() if like is None else like.dtype
     values = np.ascontiguousarray(values.T if values.ndim == 2 else values)
     new = paddle.create_parameter(
@@ -344,13 +344,16 @@ def merge_lora(model: nn.Layer) -> dict[str, list[str]]:
     adapters likewise, with what they do to biases and norms. Returns {path: names of its changed parameters}.
 
     The sum is taken in float32 and rounded once to the weight's own dtype. LoRAs that are switched off
-    (`enabled`) are merged too. Raises ConfigError, and merges nothing, if a weight is stored in FP8: most of
+    (`enabled`) are merged too. Raises ConfigError, and merges nothing, if a weight is quantised: most of
     a LoRA would be lost in its rounding.
     """
     layers = adapter_layers(model)
     for path, layer in layers.items():
-        if isinstance(getattr(layer, "weight", None), FP8Weight):
-            raise ConfigError(f"{path}.weight is stored in FP8: load the model unquantised to merge a LoRA")
+        weight = getattr(layer, "weight", None)
+        if isinstance(weight, BaseWeight):
+            raise ConfigError(
+                f"{path}.weight is stored in {weight.name}: load the model unquantised to merge a LoRA"
+            )
     # All before the first: what a fused module does to one Linear is made from the weights of the others too.
     changed = {path: layer.changed() for path, layer in layers.items() if isinstance(layer, ChangedLayer)}
     merged = {}

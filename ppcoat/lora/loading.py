@@ -21,7 +21,7 @@ import paddle
 from paddle import nn
 
 from ppcoat.errors import ConfigError
-from ppcoat.nn.base_weight import FP8Weight
+from ppcoat.nn.base_weight import BaseWeight
 from ppcoat.nn.linear import LoRALinear
 
 from .delta import LoRAModule
@@ -263,12 +263,12 @@ def _adapter_layers(model: nn.Layer, active: Active, part: str) -> dict[str, nn.
         path
         for path, new in built.items()
         if isinstance(new, ChangedLayer)
-        and isinstance(getattr(new, "weight", None), FP8Weight)
+        and isinstance(getattr(new, "weight", None), BaseWeight)
         and any(each.change.parameter == "weight" for each in by_path[path])
     ]
     if dense:
         _log.warning(
-            "%d FP8 weights, e.g. %s, are held unquantised beside their FP8 copy while this adapter is on: "
+            "%d quantised weights, e.g. %s, are held unquantised beside them while this adapter is on: "
             "on these Linears it is no LoRA, LoKr or DoRA of PEFT's rule alone",
             *(len(dense), dense[0]),
         )

@@ -14,7 +14,7 @@ from paddle.base.core import Generator, default_cpu_generator
 
 from ppcoat.device import COMPUTE_DTYPES, compute_dtype, set_device
 from ppcoat.errors import ConfigError, unknown_name
-from ppcoat.nn.base_weight import FP8Weight
+from ppcoat.nn.base_weight import BaseWeight
 
 TOKEN_SIDE = 16  # pixels that a token stands for, each way: the VAE's 8 times the transformers' patches of 2
 
@@ -150,7 +150,7 @@ class LatentPictures:
 
         where: a device, a dtype, or both. The device becomes Paddle's current one, where drawing makes its
         tensors. Raises ConfigError for a device that is not there, a dtype in which it does not compute, and
-        to cast FP8 weights.
+        to cast quantised weights.
         """
         for each in (*where, device, dtype):
             text = str(each).removeprefix("Place(").removesuffix(")").replace("cuda", "gpu")
@@ -163,8 +163,8 @@ class LatentPictures:
                 device = paddle.get_device()
         models = [part for part in self.components.values() if isinstance(part, paddle.nn.Layer)]
         layers = (layer for model in models for layer in model.sublayers())
-        if dtype is not None and any(isinstance(layer, FP8Weight) for layer in layers):
-            raise ConfigError(f"to: FP8 weights are not cast to {dtype}; load the model in that dtype")
+        if dtype is not None and any(isinstance(layer, BaseWeight) for layer in layers):
+            raise ConfigError(f"to: quantised weights are not cast to {dtype}; load the model in that dtype")
         for model in models:
             model.to(device=device, dtype=dtype)
         return self

@@ -37,8 +37,8 @@ from ppcoat.models.tensor_files import (
     tensor_infos,
 )
 from ppcoat.models.writing import INDEX, Layout, check_room, layout_bytes, shard_metadata, write_component
-from ppcoat.nn.base_weight import BLOCK, FP8Weight
-from ppcoat.nn.convert import is_in_block, set_fp8_weight, set_sublayer, sublayer_at
+from ppcoat.nn.base_weight import BASES, BLOCK, FP8Weight
+from ppcoat.nn.convert import is_in_block, quantize_linears, set_base_weight, set_sublayer, sublayer_at
 from ppcoat.nn.swap import last_blocks, move_to_host
 
 _log = logging.getLogger(__name__)
@@ -51,8 +51,8 @@ FORMAT = f"E4M3, blocks of {BLOCK} x {BLOCK}, scales powers of two"
 
 
 class WeightError(NamedTuple):
-    """One Linear: its path, the shape [in, out] of its weight, RMS(FP8 - exact) / RMS(exact), and whether it
-    is inside a block.
+    """One Linear: its path, the shape [in, out] of its weight, RMS(quantised - exact) / RMS(exact), and
+    whether it is inside a block.
     """
 
     path: str
@@ -62,7 +62,8 @@ class WeightError(NamedTuple):
 
 
 class OutputErrors(NamedTuple):
-    """RMS(FP8 - exact) / RMS(exact) of the velocity: every Linear in FP8, and those of the blocks alone."""
+    """RMS(quantised - exact) / RMS(exact) of the velocity: every Linear quantised, and those of the blocks
+    alone."""
 
     all_linears: float
     in_blocks: float
@@ -134,8 +135,8 @@ def fp8_model_bytes(model: nn.Layer) -> int:
     return weights + sum(p.size * p.element_size() for p in model.parameters())
 
 
-def weight_errors(folder: Component) -> Iterator[WeightError]:
-    """What FP8 does to each Linear of a transformer folder, in the order of the files."""
+def weight_errors(folder: Component, base: str = "fp8") -> Iterator[WeightError]:
+    """What a format of `BASES` does to each Linear of a transformer folder, in the order of the files."""
     model, infos = unfilled(FluxTransformer2DModel, folder)
     weights = linear_weights(model)
     for name, info in in_file_order(infos):
@@ -144,7 +145,8 @@ def weight_errors(folder: Component) -> Iterator[WeightError]:
         wrong = total = 0.0
         for exact in _bands(info):
             exact = exact.astype("float32")
-            error = FP8Weight.of(exact).dequantized("float32") - exact
+            exact = exact.t() if info.torch_layout else exact
+            error = BASES[base].of(exact).dequantized("float32") - exact
             wrong += float(error.square().sum())
             total += float(exact.square().sum())
         shape = info.shape[::-1] if info.torch_layout else info.shape
@@ -154,12 +156,15 @@ def weight_errors(folder: Component) -> Iterator[WeightError]:
 
 
 @paddle.no_grad()
-def output_errors(folder: Component, tokens: int = 64, seeds: Iterable[int] = (0,)) -> OutputErrors:
-    """Means over random inputs, one for each seed, of a square picture of `tokens` tokens.
+def output_errors(
+    folder: Component, tokens: int = 64, seeds: Iterable[int] = (0,), base: str = "fp8"
+) -> OutputErrors:
+    """Means over random inputs, one for each seed, of a square picture of `tokens` tokens; base: of `BASES`.
 
-    Holds the exact and the quantised transformer of the folder in memory, in the compute dtype of the device.
+    Holds the transformer twice in memory, in the compute dtype of the device, before one is quantised.
     """
-    exact, rounded = load_transformer(folder), load_fp8_transformer(folder)
+    exact, rounded = load_transformer(folder), load_transformer(folder)
+    quantize_linears(rounded, base)
     inputs = [_random_inputs(exact, tokens, seed) for seed in seeds]
 
     def relative_errors() -> float:
@@ -229,7 +234,7 @@ def _fill_in_fp8(
             codes[path], filled = tensor, []
         elif kind == "scale":
             weight = FP8Weight(codes.pop(path), tensor)
-            set_fp8_weight(model, path, weight, sublayer_at(model, path).bias)
+            set_base_weight(model, path, weight, sublayer_at(model, path).bias)
             filled = [weight.codes, weight.scale]
         else:
             set_parameter(parameters[name], tensor)

@@ -27,7 +27,7 @@ from ppcoat.atomic import remove_dead_drafts, whole_file, whole_folder, write_te
 from ppcoat.errors import ConfigError
 from ppcoat.models.flux.files import FLUX_CLASSES
 from ppcoat.models.loading import TIED, linear_weights
-from ppcoat.nn.base_weight import FP8Weight
+from ppcoat.nn.base_weight import BaseWeight
 
 SHARD_BYTES = 10_000_000_000
 DIFFUSERS_VERSION = "0.32.2"  # the version whose folder layout is written
@@ -134,16 +134,16 @@ def save_weights(model: nn.Layer, folder: Path, stem: str, dtype: str | None = N
     """The parameters of `model` in torch's layout: one safetensors file, or shards of 10 GB and an index.
 
     dtype: float32, bfloat16 or float16 (None: as they are). Raises ConfigError for another dtype, and if the
-    model carries adapters or FP8 weights, which have no place in such a folder.
+    model carries adapters or quantised weights, which have no place in such a folder.
     """
     if dtype not in (None, "float32", "bfloat16", "float16"):
         raise ConfigError(f"dtype {dtype!r} cannot be saved: choose float32, bfloat16 or float16")
     adapted = [name for name, layer in model.named_sublayers() if hasattr(layer, "scale_multiplier")]
     if adapted:
         raise ConfigError(f"{adapted[0]} carries an adapter: unload or merge the LoRA before saving")
-    quantised = [name for name, layer in model.named_sublayers() if isinstance(layer, FP8Weight)]
-    if quantised:
-        raise ConfigError(f"{quantised[0]} is stored in FP8: load the model unquantised to save it")
+    quantised = [(name, layer) for name, layer in model.named_sublayers() if isinstance(layer, BaseWeight)]
+    for name, weight in quantised[:1]:
+        raise ConfigError(f"{name} is stored in {weight.name}: load the model unquantised to save it")
     folder.mkdir(parents=True, exist_ok=True)
     linears = linear_weights(model)
     tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in TIED}

@@ -1,18 +1,41 @@
-"""A frozen weight in FP8: what stands in a Linear where a float parameter stood; and products with either.
+"""A frozen weight in one of four formats: what stands in a Linear where a float parameter stood; and products
+with any of them or with floats.
 
-A product with an FP8 weight turns it into the compute dtype first or, where `in_fp8` is set, rounds the other
-factor to FP8 too and multiplies the codes (fp8/matmul.py): faster on a GPU that multiplies FP8, less exact.
+| format | bits a weight | stored |
+|---|---|---|
+| fp8 | 8.002 | E4M3, a power of two for each 128 x 128 values |
+| int8 | 8.25 | whole numbers, a float32 scale for each 128 inputs of an output |
+| nf4 | 4.127 | bitsandbytes' NF4, doubly quantised |
+| fp4 | 4.5 | our levels, a scale of a byte for 16 inputs of an output |
+
+A product makes the weight anew in the compute dtype for each use and keeps nothing. An FP8 weight can, where
+`in_fp8` is set, be multiplied as it is: the other factor is rounded to FP8 too and the codes are multiplied
+(fp8/matmul.py), which is faster on a GPU that multiplies FP8, and less exact. FP8 lies as [in, out]; the
+other formats as [out, in], so that the values of a scale are neighbours, and the product transposes them.
 """
 
 from __future__ import annotations
+
+import copy
+import math
+from typing import ClassVar
 
 import paddle
 import paddle.nn.functional as F
 from paddle import nn
 
 from ppcoat.errors import ConfigError
-from ppcoat.fp8.formats import E4M3, BlockMatrix, Epilogue
+from ppcoat.fp8.formats import E4M3, INT8, BlockMatrix, Epilogue
+from ppcoat.fp8.four_bit import (
+    dequantize_fp4,
+    dequantize_nf4,
+    fp4_scales,
+    quantize_absmax,
+    quantize_fp4,
+    quantize_nf4,
+)
 from ppcoat.fp8.matmul import BLOCK, dequantize_blocks, quantize_blocks, scaled_matmul
+from ppcoat.fp8.quantize import dequantize, quantize
 
 from .saved_tensors import saver
 
@@ -24,14 +47,53 @@ def fp8_bytes(rows: int, columns: int) -> int:
     return rows * columns + 4 * -(-rows // BLOCK) * -(-columns // BLOCK)
 
 
-class FP8Weight(nn.Layer):
-    """A weight [in, out] as E4M3 codes and a scale for each 128 x 128 block; never trained.
+class BaseWeight(nn.Layer):
+    """A weight [in, out] in a format of its own; never trained. Its tensors are buffers.
 
-    codes uint8 [in, out], scale float32 [ceil(in / 128), ceil(out / 128)], both buffers: 1.0002 bytes for
-    each number. `dequantized` makes the values anew for each use and stores nothing. in_fp8: see above.
+    A format says how its `shape` is known, how a float weight becomes one (`of`) and how it is made anew
+    (`matrix`).
     """
 
     stop_gradient = True
+    name: ClassVar[str]  # the format's, for users
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all it holds."""
+        return sum(buffer.size * buffer.element_size() for buffer in self.buffers())
+
+    @classmethod
+    def of(cls, weight: paddle.Tensor) -> BaseWeight:
+        """A float weight [in, out] -> its quantised form. Raises ConfigError if it holds NaN, infinities or
+        what the format cannot hold."""
+        raise NotImplementedError
+
+    def matrix(self, dtype: str | paddle.dtype) -> tuple[paddle.Tensor, bool]:
+        """The weight in `dtype`, a new tensor, and whether it is [out, in]; else it is [in, out]."""
+        raise NotImplementedError
+
+    def dequantized(self, dtype: str | paddle.dtype) -> paddle.Tensor:
+        """The weight [in, out] in `dtype`: a new tensor."""
+        matrix, transposed = self.matrix(dtype)
+        return matrix.t().contiguous() if transposed else matrix
+
+    def extra_repr(self) -> str:
+        return f"shape={self.shape}, {self.name}"
+
+
+def _require_finite(scale: paddle.Tensor) -> None:
+    if not paddle.isfinite(scale).all().item():
+        raise ConfigError("a weight with NaN or infinities cannot be quantised: fetch the model again")
+
+
+class FP8Weight(BaseWeight):
+    """A weight [in, out] as E4M3 codes and a scale for each 128 x 128 block.
+
+    codes uint8 [in, out], scale float32 [ceil(in / 128), ceil(out / 128)], both buffers: 1.0002 bytes for
+    each number. Exact in float32 and bfloat16. in_fp8: see above.
+    """
+
+    name = "FP8"
     in_fp8 = False
 
     def __init__(self, codes: paddle.Tensor, scale: paddle.Tensor) -> None:
@@ -45,10 +107,8 @@ class FP8Weight(nn.Layer):
     @classmethod
     @paddle.no_grad()
     def of(cls, weight: paddle.Tensor) -> FP8Weight:
-        """A float weight [in, out] -> its FP8 form. Raises ConfigError if it holds NaN or infinities."""
         codes, scale = quantize_blocks(weight.detach())
-        if not paddle.isfinite(scale).all().item():
-            raise ConfigError("a weight with NaN or infinities cannot be quantised: fetch the model again")
+        _require_finite(scale)
         return cls(codes, scale)
 
     @property
@@ -56,15 +116,9 @@ class FP8Weight(nn.Layer):
         """[in, out]."""
         return list(self.codes.shape)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of codes and scales."""
-        return fp8_bytes(*self.shape)
-
     @paddle.no_grad()
-    def dequantized(self, dtype: str | paddle.dtype) -> paddle.Tensor:
-        """The weight [in, out] in `dtype`: a new tensor, exact in float32 and bfloat16."""
-        return dequantize_blocks(self.codes, self.scale, dtype=dtype)
+    def matrix(self, dtype: str | paddle.dtype) -> tuple[paddle.Tensor, bool]:
+        return dequantize_blocks(self.codes, self.scale, dtype=dtype), False
 
     @paddle.no_grad()
     def rows(self, own: slice) -> paddle.Tensor:
@@ -72,11 +126,120 @@ class FP8Weight(nn.Layer):
         blocks = slice(own.start // BLOCK, -(-own.stop // BLOCK))
         return dequantize_blocks(self.codes[own].contiguous(), self.scale[blocks].contiguous())
 
-    def extra_repr(self) -> str:
-        return f"shape={self.shape}, E4M3 in blocks of {BLOCK} x {BLOCK}"
+
+class Int8Weight(BaseWeight):
+    """A weight [in, out] as whole numbers of 8 bits.
+
+    codes uint8 [out, in], the bits of int8; scale float32 [out, ceil(in / 128)]: 1.03 bytes for each number.
+    """
+
+    name = "INT8"
+
+    def __init__(self, codes: paddle.Tensor, scale: paddle.Tensor) -> None:
+        super().__init__()
+        wanted = [codes.shape[0], -(-codes.shape[1] // BLOCK)]
+        if scale.shape != wanted:
+            raise ConfigError(f"an INT8 weight {codes.shape} has scales {scale.shape}, wanted {wanted}")
+        self.register_buffer("codes", codes)
+        self.register_buffer("scale", scale)
+
+    @classmethod
+    @paddle.no_grad()
+    def of(cls, weight: paddle.Tensor) -> Int8Weight:
+        codes, scale = quantize(weight.detach().t().contiguous(), INT8, BLOCK)
+        _require_finite(scale)
+        return cls(codes, scale)
+
+    @property
+    def shape(self) -> list[int]:
+        """[in, out]."""
+        return list(self.codes.shape[::-1])
+
+    @paddle.no_grad()
+    def matrix(self, dtype: str | paddle.dtype) -> tuple[paddle.Tensor, bool]:
+        return dequantize(self.codes, self.scale, INT8, BLOCK, dtype), True
 
 
-Weight = paddle.Tensor | FP8Weight
+class FP4Weight(BaseWeight):
+    """A weight [in, out] as `quantize_fp4` of fp8/four_bit.py makes it of [out, in].
+
+    codes uint8 [ceil(N / 2)], scale uint8 [ceil(N / 16)], N = in * out: 0.5625 bytes for each number.
+    """
+
+    name = "FP4"
+
+    def __init__(self, shape: list[int], codes: paddle.Tensor, scale: paddle.Tensor) -> None:
+        super().__init__()
+        self.shape = list(shape)
+        _require_sizes(self, {"codes": (codes, 2), "scale": (scale, 16)})
+
+    @classmethod
+    @paddle.no_grad()
+    def of(cls, weight: paddle.Tensor) -> FP4Weight:
+        codes, scale = quantize_fp4(weight.detach().t())
+        if not paddle.isfinite(fp4_scales(scale)).all().item():
+            raise ConfigError(
+                "a weight with NaN, infinities or a number above 22.9 cannot be stored in FP4: fetch the "
+                "model again, or take int8"
+            )
+        return cls(weight.shape, codes, scale)
+
+    @paddle.no_grad()
+    def matrix(self, dtype: str | paddle.dtype) -> tuple[paddle.Tensor, bool]:
+        return dequantize_fp4(self.codes, self.scale, self.shape[::-1], dtype), True
+
+
+class NF4Weight(BaseWeight):
+    """A weight [in, out] as bitsandbytes stores [out, in] in NF4 with double quantisation.
+
+    codes uint8 [ceil(N / 2)], absmax uint8 [n], n = ceil(N / 64), absmax_scale float32 [ceil(n / 256)],
+    absmax_offset float32 [1], N = in * out: 0.516 bytes for each number.
+    """
+
+    name = "NF4"
+
+    def __init__(
+        self,
+        shape: list[int],
+        codes: paddle.Tensor,
+        absmax: paddle.Tensor,
+        absmax_scale: paddle.Tensor,
+        absmax_offset: paddle.Tensor,
+    ) -> None:
+        super().__init__()
+        self.shape = list(shape)
+        _require_sizes(self, {"codes": (codes, 2), "absmax": (absmax, 64),
+                              "absmax_scale": (absmax_scale, 64 * 256),
+                              "absmax_offset": (absmax_offset, math.prod(shape))})  # fmt: skip
+
+    @classmethod
+    @paddle.no_grad()
+    def of(cls, weight: paddle.Tensor) -> NF4Weight:
+        codes, absmax = quantize_nf4(weight.detach().t())
+        _require_finite(absmax)
+        return cls(weight.shape, codes, *quantize_absmax(absmax))
+
+    @paddle.no_grad()
+    def matrix(self, dtype: str | paddle.dtype) -> tuple[paddle.Tensor, bool]:
+        scale = self.absmax, self.absmax_scale, self.absmax_offset
+        return dequantize_nf4(self.codes, scale, self.shape[::-1], dtype), True
+
+
+def _require_sizes(weight: BaseWeight, parts: dict[str, tuple[paddle.Tensor, int]]) -> None:
+    """Make parts, (tensor, weights that share a number of it) by name, buffers of `weight`. Raises
+    ConfigError for another size."""
+    count = math.prod(weight.shape)
+    for part, (tensor, shared) in parts.items():
+        wanted = [-(-count // shared)]
+        if tensor.shape != wanted:
+            raise ConfigError(
+                f"{part} of an {weight.name} weight {weight.shape} is {list(tensor.shape)}, wanted {wanted}"
+            )
+        weight.register_buffer(part, tensor)
+
+
+BASES = {"fp8": FP8Weight, "int8": Int8Weight, "nf4": NF4Weight, "fp4": FP4Weight}
+Weight = paddle.Tensor | BaseWeight
 LowRank = tuple[paddle.Tensor, paddle.Tensor]  # two factors whose product is added
 
 
@@ -87,7 +250,12 @@ def times(
     x W + bias + down up [..., out] in x's dtype. Builds no graph."""
     if isinstance(weight, FP8Weight) and weight.in_fp8:
         return _in_fp8(x, weight, False, bias, update)
-    y = F.linear(x, _dense(weight, x.dtype), bias)
+    matrix, transposed = _matrix(weight, x.dtype)
+    if transposed:
+        y = paddle.matmul(x, matrix, transpose_y=True)
+        y = y if bias is None else y.add_(bias)
+    else:
+        y = F.linear(x, matrix, bias)
     return y if update is None else y.add_(paddle.matmul(*update))
 
 
@@ -96,27 +264,30 @@ def times_transposed(dy: paddle.Tensor, weight: Weight, update: LowRank | None =
     [..., in] in dy's dtype. Builds no graph."""
     if isinstance(weight, FP8Weight) and weight.in_fp8:
         return _in_fp8(dy, weight, True, None, update)
-    dx = paddle.matmul(dy, _dense(weight, dy.dtype), transpose_y=True)
+    matrix, transposed = _matrix(weight, dy.dtype)
+    dx = paddle.matmul(dy, matrix, transpose_y=not transposed)
     return dx if update is None else dx.add_(paddle.matmul(*update, transpose_y=True))
 
 
 def on_device(weight: Weight) -> Weight:
     """A weight [in, out], for a product outside of its block's turn: of one that waits in page-locked main
     memory a copy, any other itself."""
-    if not isinstance(weight, FP8Weight):
+    if not isinstance(weight, BaseWeight):
         return weight.cuda() if weight.place.is_cuda_pinned_place() else weight
-    if not weight.codes.place.is_cuda_pinned_place():
+    if not any(buffer.place.is_cuda_pinned_place() for buffer in weight.buffers()):
         return weight
-    copy = FP8Weight(weight.codes.cuda(), weight.scale.cuda())
-    copy.in_fp8 = weight.in_fp8
-    return copy
+    moved = copy.copy(weight)
+    moved.__dict__["_buffers"] = {name: buffer.cuda() for name, buffer in weight.named_buffers()}
+    return moved
 
 
 @paddle.no_grad()
 def column_squares(weight: Weight) -> paddle.Tensor:
     """Sum of squares of each column of a weight [in, out], float32 [out]; beside it there are SQUARED_AT_ONCE
-    rows in float32 at a time."""
+    rows in float32 at a time, or all of them of a format that is not made anew in rows."""
     weight = on_device(weight)
+    if isinstance(weight, BaseWeight) and not isinstance(weight, FP8Weight):
+        weight = weight.dequantized("float32")
     squares = paddle.zeros([weight.shape[1]])
     for start in range(0, weight.shape[0], SQUARED_AT_ONCE):
         own = slice(start, start + SQUARED_AT_ONCE)
@@ -138,6 +309,6 @@ def _in_fp8(
     return y.reshape([*x.shape[:-1], y.shape[-1]])
 
 
-def _dense(weight: Weight, dtype: paddle.dtype) -> paddle.Tensor:
-    """A weight to multiply with: itself, or for FP8 a transient in `dtype`."""
-    return weight.dequantized(dtype) if isinstance(weight, FP8Weight) else weight
+def _matrix(weight: Weight, dtype: paddle.dtype) -> tuple[paddle.Tensor, bool]:
+    """A weight to multiply with, itself or a transient in `dtype`, and whether it is [out, in]."""
+    return weight.matrix(dtype) if isinstance(weight, BaseWeight) else (weight, False)

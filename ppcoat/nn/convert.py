@@ -1,5 +1,5 @@
-"""Put Linears that save nothing for backward, or whose weights are FP8, into a model from outside: the model
-file does not know about FP8.
+"""Put Linears that save nothing for backward, or whose weights are quantised, into a model from outside: the
+model file does not know about either.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from paddle import nn
 
 from ppcoat.errors import ConfigError
 
-from .base_weight import FP8Weight
+from .base_weight import BASES, BaseWeight, FP8Weight
 from .linear import AdaptedLinear, FrozenLinear, LinearParameters
 from .policy import granularity_groups
 
@@ -55,27 +55,32 @@ def _is_frozen(layer: nn.Layer) -> bool:
     return type(layer) is nn.Linear and all(param.stop_gradient for param in layer.parameters())
 
 
-def quantize_linears(model: nn.Layer) -> list[str]:
-    """Store the weight of every nn.Linear inside `model` in FP8, in place -> their paths.
+def quantize_linears(model: nn.Layer, base: str = "fp8") -> list[str]:
+    """Store the weight of every nn.Linear inside `model` quantised, in place -> their paths.
 
-    Each becomes a FrozenLinear with an FP8Weight under its old name and with its old bias; call it before
-    inject_lora. Raises ConfigError for a Linear that already carries a LoRA, and for weights that are not
-    finite. (models/quantized_base.py does the same while it reads a model from disk.)
+    base: "fp8", "int8", "nf4" or "fp4". Each becomes a FrozenLinear with a BaseWeight under its old name and
+    with its old bias; call it before inject_lora. Raises ConfigError for another base, a Linear that already
+    carries a LoRA or is quantised, and for weights that are not finite. (models/quantized_base.py does the
+    same for FP8 while it reads a model from disk.)
     """
+    if base not in BASES:
+        raise ConfigError(f"unknown format of base weights {base!r}; use one of {', '.join(BASES)}")
     layers = list(model.named_sublayers())
     for path, layer in layers:
         if isinstance(layer, AdaptedLinear):
             raise ConfigError(f"{path} carries a LoRA: quantise the base before inject_lora")
+        if isinstance(layer, BaseWeight):
+            raise ConfigError(f"{path} is stored in {layer.name} already: load the model unquantised")
     paths = [path for path, layer in layers if type(layer) is nn.Linear]
     for path in paths:
         layer = sublayer_at(model, path)
-        set_fp8_weight(model, path, FP8Weight.of(layer.weight), layer.bias)
+        set_base_weight(model, path, BASES[base].of(layer.weight), layer.bias)
     return paths
 
 
-def set_fp8_weight(model: nn.Layer, path: str, weight: FP8Weight, bias: paddle.Tensor | None) -> None:
-    """Put a FrozenLinear with FP8 `weight` [in, out] and float `bias` [out] in the place of the Linear
-    model.<path>."""
+def set_base_weight(model: nn.Layer, path: str, weight: BaseWeight, bias: paddle.Tensor | None) -> None:
+    """Put a FrozenLinear with a quantised `weight` [in, out] and float `bias` [out] in the place of the
+    Linear model.<path>."""
     frozen = FrozenLinear(LinearParameters(weight, bias))
     frozen.training = sublayer_at(model, path).training
     set_sublayer(model, path, frozen)

@@ -1,6 +1,7 @@
 """`accuracy weights`: a line per Linear and the output's error, printed and as JSON."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,15 @@ def test_every_linear_has_a_line_and_the_output_has_one(tmp_path, capsys):
         assert 0.015 < row["relative_rms"] < 0.035  # of E4M3: 2^-4 / sqrt(3) / 1.36, rounding of 3 bits
     assert 0 < found["output"]["in_blocks"] < found["output"]["all_linears"] < 0.3
     assert f"{found['output']['all_linears']:.4f} with all Linears" in shown
+
+
+def test_formats_keep_their_order(capsys):
+    """Of the mean error of all Linears: int8, fp8, fp4, nf4."""
+    means = []
+    for base in ("int8", "fp8", "fp4", "nf4"):
+        assert main(["accuracy", "weights", "--model", str(FOLDER), "--no_output", "--base", base]) == 0
+        means.append(float(re.search(r"mean (\d\.\d+)", capsys.readouterr().out)[1]))
+    assert means == sorted(means) and means[2] < 0.85 * means[3]
 
 
 def test_the_output_can_be_left_out(capsys):

@@ -16,6 +16,8 @@ KERNELS = {
     "quantize_with_residual_kernel",
     "dequantize_with_residual_kernel",
     "dequantize_blocks_kernel",
+    "dequantize_fp4_kernel",
+    "dequantize_nf4_kernel",
     "amax_kernel",
     "encode_kernel",
     "decode_kernel",
@@ -89,5 +91,7 @@ def check_bounds(row, capability):
         most, least = (5.5 if capability >= 89 else 10), 1
         if row["kernel"] == "quantize_with_residual":  # a reciprocal, two limits and a choice for each value
             most, least = (6.1, 1) if capability >= 89 else (11.5, 0.92)
+        if row["kernel"] == "dequantize_nf4":  # 15 choices a value, between levels that no formula gives
+            most, least = 8, 0.9
         assert row["instructions_per_element"] <= most * row["bytes_per_element"], row
         assert row["reachable_share"] >= least, row

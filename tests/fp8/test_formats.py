@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from ppcoat.errors import ConfigError
-from ppcoat.fp8.formats import E4M3, E5M2, fp8_support, get_format
+from ppcoat.fp8.formats import E4M3, E5M2, INT8, fp8_support, get_format
 
 
 @pytest.mark.parametrize(("fmt", "dtype"), [(E4M3, ml_dtypes.float8_e4m3fn), (E5M2, ml_dtypes.float8_e5m2)])
@@ -15,6 +15,13 @@ def test_facts_agree_with_ml_dtypes(fmt, dtype):
     assert fmt.min_normal == float(info.smallest_normal)
     assert fmt.min_subnormal == float(info.smallest_subnormal)
     assert fmt.mantissa_bits == info.nmant
+
+
+def test_int8_is_two_complement_and_no_format_of_activations():
+    numbers = np.arange(-128, 128).astype(np.int8)
+    np.testing.assert_array_equal(INT8.numbers(numbers.view(np.uint8)), numbers)
+    with pytest.raises(ConfigError, match="'int8'"):
+        get_format("int8")
 
 
 def test_unknown_format_is_named():

@@ -1,11 +1,13 @@
 """Both codecs against float64 numpy and ml_dtypes emulations, and their edge cases."""
 
+from pathlib import Path
+
 import ml_dtypes
 import numpy as np
 import paddle
 import pytest
 
-from ppcoat.fp8.formats import E4M3, E5M2
+from ppcoat.fp8.formats import E4M3, E5M2, INT8
 from ppcoat.fp8.quantize import (
     dequantize,
     log_decode,
@@ -15,6 +17,7 @@ from ppcoat.fp8.quantize import (
     signed_log_encode,
 )
 
+NF4 = Path(__file__).parents[1] / "fixtures" / "nf4" / "refs.npz"
 DTYPES = {"e4m3": ml_dtypes.float8_e4m3fn, "e5m2": ml_dtypes.float8_e5m2}
 BOTH = pytest.mark.parametrize("fmt", [E4M3, E5M2], ids=["e4m3", "e5m2"])
 
@@ -64,6 +67,41 @@ def test_groups_agree_with_the_emulation(fmt, width):
     np.testing.assert_allclose(
         got, want, rtol=2.0**-fmt.mantissa_bits, atol=np.abs(x).max() * 2 * fmt.min_subnormal / fmt.max
     )
+
+
+@pytest.mark.parametrize("width", [256, 200, 1])
+def test_int8_is_the_nearest_whole_number_of_a_127th(width):
+    x = (np.random.default_rng(width).standard_normal([6, width]) * 10).astype("float32")
+    codes, scale = quantize(paddle.to_tensor(x), INT8, 128)
+    numbers = codes.numpy().view(np.int8)
+    for start in range(0, width, 128):
+        part = x[:, start : start + 128].astype("float64")
+        want = np.abs(part).max(1, keepdims=True) / 127
+        np.testing.assert_allclose(scale.numpy()[:, start // 128, None], want, rtol=2.0**-23)
+        np.testing.assert_array_less(np.abs(numbers[:, start : start + 128] - part / want), 0.5001)
+    assert np.abs(numbers).max() == 127 and codes.shape == [6, width]
+    decoded = dequantize(codes, scale, INT8, 128).numpy()
+    factors = np.repeat(scale.numpy(), 128, 1)[:, :width]
+    np.testing.assert_allclose(decoded, numbers * factors, rtol=2.0**-23)
+
+
+def test_int8_has_the_errors_of_the_fixture():
+    """Computed by another program, the same in each kind of weights to its third digit."""
+    refs = np.load(NF4)
+    column = list(refs["formats"]).index("int8 group 128")
+    for kind, want in zip(refs["kinds"], refs["rel_rms"][:, column], strict=True):
+        w = (refs[f"{kind}/w_bf16"].astype(np.uint16).astype(np.uint32) << 16).view(np.float32)
+        got = dequantize(*quantize(paddle.to_tensor(w), INT8, 128), INT8, 128).numpy()
+        error = np.sqrt(((got - w) ** 2).sum() / (w.astype("float64") ** 2).sum())
+        assert error == pytest.approx(want, rel=1e-3)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_int8_keeps_what_is_not_finite_visible(bad):
+    x = np.ones([1, 64], "float32")
+    x[0, 5] = bad
+    decoded = dequantize(*quantize(paddle.to_tensor(x), INT8, 32), INT8, 32).numpy()
+    assert np.isnan(decoded[:, :32]).all() and (decoded[:, 32:] == 1).all()
 
 
 def test_per_tensor_has_one_scale():

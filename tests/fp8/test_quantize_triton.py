@@ -10,7 +10,7 @@ import pytest
 from ppcoat.fp8 import backend
 from ppcoat.fp8 import quantize as references
 from ppcoat.fp8.backend import Unsuited
-from ppcoat.fp8.formats import E4M3, E5M2
+from ppcoat.fp8.formats import E4M3, E5M2, INT8
 from ppcoat.fp8.matmul import dequantize_blocks
 
 kernels = pytest.importorskip("ppcoat.fp8.quantize_triton", reason="Triton is not installed")
@@ -95,6 +95,20 @@ def test_two_stages_with_many_tiles_in_a_part(quantize, monkeypatch):
         codes, scale = quantize(paddle.to_tensor(x.reshape(13, 1000)), E4M3)
         assert scale.numpy().tolist() == [2.0]
         assert codes.numpy().reshape(-1)[place] == 0xFE  # -448
+
+
+@pytest.mark.parametrize(
+    ("shape", "group"), [([3, 256], 128), ([7, 300], 128), ([5, 5], 128), ([2, 96], None)]
+)
+def test_int8_is_the_references_bit_for_bit(shape, group, quantize, dequantize):
+    x = paddle.to_tensor(np.random.default_rng(5).standard_normal(shape).astype(np.float32))
+    got, want = quantize(x, INT8, group), references.quantize.reference(x, INT8, group)
+    for part, wanted in zip(got, want, strict=True):
+        np.testing.assert_array_equal(part.numpy(), wanted.numpy())
+    every = paddle.to_tensor(np.arange(256, dtype=np.uint8)[None])
+    values = dequantize(every, paddle.to_tensor(np.float32([[0.5]])), INT8, 256, "bfloat16")
+    want = np.arange(256, dtype=np.uint8).view(np.int8) * 0.5
+    np.testing.assert_array_equal(values.astype("float32").numpy()[0], want)
 
 
 @BOTH

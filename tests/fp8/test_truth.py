@@ -6,17 +6,24 @@ import numpy as np
 import paddle
 import pytest
 
-from ppcoat.fp8 import adamw, backend, matmul, norm, pointwise, truth
+from ppcoat.fp8 import adamw, backend, four_bit, matmul, norm, pointwise, truth
 from ppcoat.fp8.backend import Unsuited
 from ppcoat.fp8.formats import E4M3, E5M2, Groups
 from ppcoat.fp8.quantize import dequantize, floats, quantize
 
-for op in (adamw.adamw_step, norm.modulated_norm, pointwise.gelu, matmul.scaled_matmul):
+for op in (
+    adamw.adamw_step,
+    norm.modulated_norm,
+    pointwise.gelu,
+    matmul.scaled_matmul,
+    four_bit.dequantize_fp4,
+):
     assert op.name in backend.OPS
 ENCODERS, DECODERS = ("log_encode", "signed_log_encode"), ("log_decode", "signed_log_decode")
 NORMS = ("modulated_norm", "modulated_norm_grad", "rms_norm", "rms_norm_grad")
 POINTWISE = ("gelu", "gelu_grad", "silu", "silu_grad", "gated_residual")
-DEQUANTISED = ("dropout", "dequantize_blocks", "dequantize_with_residual")
+FOUR_BITS = ("dequantize_fp4", "dequantize_nf4")
+DEQUANTISED = ("dropout", "dequantize_blocks", "dequantize_with_residual", *FOUR_BITS)
 LAYERS = (*NORMS, *POINTWISE, "rms_norm_rotated", "rms_norm_rotated_grad")
 
 

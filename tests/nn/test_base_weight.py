@@ -1,4 +1,4 @@
-"""FP8 frozen weights under Linears and LoRAs, against float64 with the dequantised weight."""
+"""Frozen weights in all formats under Linears and LoRAs, against float64 with the dequantised weight."""
 
 from contextlib import nullcontext
 
@@ -9,9 +9,9 @@ import pytest
 from paddle import nn
 
 from ppcoat.errors import ConfigError
-from ppcoat.lora import inject_lora, remove_lora
+from ppcoat.lora import inject_lora, merge_lora, remove_lora
 from ppcoat.nn import saved_forms
-from ppcoat.nn.base_weight import FP8Weight, times, times_transposed
+from ppcoat.nn.base_weight import BASES, BaseWeight, FP4Weight, FP8Weight, NF4Weight, times, times_transposed
 from ppcoat.nn.convert import multiply_in_fp8, quantize_linears, replace_linear_with_fp8
 from ppcoat.nn.linear import FrozenLinear, LoRALinear
 from ppcoat.nn.saved_tensors import count_saved_tensors, saved_as_they_are
@@ -92,6 +92,107 @@ def test_a_lora_stands_on_it_and_comes_off_again(policy):
     np.testing.assert_allclose(layers(x).numpy(), x.numpy() @ w + frozen.bias.numpy(), atol=1e-5)
     remove_lora(layers)
     assert layers[0] is frozen
+
+
+FORMATS = pytest.mark.parametrize("base", ["fp8", "int8", "nf4", "fp4"])
+# Errors of normal weights, in percent, and bits a weight at this size: of the shared fixture and formats.
+PROMISED = {"fp8": (2.8, 8.01), "int8": (0.75, 8.33), "nf4": (9.5, 4.15), "fp4": (7.1, 4.5)}
+
+
+@FORMATS
+def test_each_format_has_its_error_and_its_bits(base):
+    w = np.random.default_rng(3).standard_normal([IN, OUT]).astype("float32") * 0.02
+    weight = BASES[base].of(paddle.to_tensor(w))
+    assert weight.shape == [IN, OUT] and weight.stop_gradient
+    got = weight.dequantized("float32").numpy()
+    error, bits = PROMISED[base]
+    assert 0.8 * error < 100 * np.sqrt(((got - w) ** 2).sum() / (w**2).sum()) < error
+    assert 8 * weight.nbytes <= bits * w.size
+    assert weight.dequantized("bfloat16").dtype == paddle.bfloat16
+
+
+@FORMATS
+@pytest.mark.parametrize("bias", [True, False])
+def test_products_are_those_of_the_dequantised_weight(base, bias):
+    layers, rng = model(bias), np.random.default_rng(4)
+    assert quantize_linears(layers, base) == ["0"]
+    weight = layers[0].weight
+    if bias:
+        layers[0].bias.set_value(rng.standard_normal(OUT).astype("float32"))
+    assert isinstance(weight, BaseWeight) and list(layers.parameters()) == ([layers[0].bias] if bias else [])
+    x, dy, down = (rng.standard_normal([2, 3, width]).astype("float32") for width in (IN, OUT, 4))
+    up_a, up_b = (rng.standard_normal(shape).astype("float32") for shape in ([IN, 4], [4, OUT]))
+    given = [paddle.to_tensor(each) for each in (x, dy, down, up_a, up_b)]
+    w = weight.dequantized("float32").numpy().astype("float64")
+    offset = layers[0].bias.numpy() if bias else 0
+    y = times(given[0], weight, layers[0].bias, (given[2], given[4]))
+    dx = times_transposed(given[1], weight, (given[2], given[3]))
+    np.testing.assert_allclose(y.numpy(), x @ w + offset + down @ up_b, atol=2e-5)
+    np.testing.assert_allclose(dx.numpy(), dy @ w.T + down @ up_a.T, atol=2e-5)
+
+
+@FORMATS
+def test_a_lora_on_it_has_the_gradients_of_the_dequantised_weight(base):
+    """Those of Paddle's autograd on a Linear that holds the dequantised weight."""
+    quantised, plain = model(), model()
+    quantize_linears(quantised, base)
+    plain[0].weight.set_value(quantised[0].weight.dequantized("float32"))
+    dense = plain[0]
+    grads = []
+    for each in (quantised, plain):
+        layer = inject_lora(each, 4, 8.0, targets=["0"])["0"]
+        layer.lora_A.set_value(np.random.default_rng(1).standard_normal([IN, 4]).astype("float32"))
+        layer.lora_B.set_value(np.random.default_rng(2).standard_normal([4, OUT]).astype("float32"))
+        x = rows()
+        with count_saved_tensors() as saved:
+            y = each(x)
+        (y * y).sum().backward()
+        grads.append((y, x.grad, layer.lora_A.grad, layer.lora_B.grad, saved.bytes_kept))
+        assert not any(isinstance(p, BaseWeight) for p in each.parameters())
+    for got, want in zip(*grads, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5 * float(np.abs(np.asarray(want)).max()))
+    remove_lora(quantised)
+    assert isinstance(quantised[0].weight, BASES[base]) and dense.weight.stop_gradient
+
+
+@FORMATS
+def test_no_format_takes_what_is_not_finite(base):
+    for bad in (np.nan, np.inf):
+        with pytest.raises(ConfigError, match="NaN"):
+            BASES[base].of(paddle.to_tensor([[1.0, bad]]))
+
+
+def test_wrong_formats_sizes_and_second_quantising_are_one_line():
+    with pytest.raises(ConfigError, match="'int4'; use one of fp8, int8, nf4, fp4"):
+        quantize_linears(model(), "int4")
+    layers = model()
+    quantize_linears(layers, "nf4")
+    with pytest.raises(ConfigError, match="0.weight is stored in NF4 already"):
+        quantize_linears(layers, "fp4")
+    inject_lora(layers, 2, 2.0, targets=["0"])
+    with pytest.raises(ConfigError, match="0.weight is stored in NF4: load the model unquantised to merge"):
+        merge_lora(layers)
+    with pytest.raises(ConfigError, match=r"scale of an FP4 weight \[4, 8\] is \[1\], wanted \[2\]"):
+        FP4Weight([4, 8], paddle.zeros([16], "uint8"), paddle.zeros([1], "uint8"))
+    with pytest.raises(ConfigError, match="above 22.9 cannot be stored in FP4.*int8"):
+        FP4Weight.of(paddle.full([4, 8], 30.0))
+    assert NF4Weight.of(paddle.full([4, 8], 30.0)).dequantized("float32").numpy().max() == 30.0
+
+
+@FORMATS
+def test_a_small_flux_on_it_has_the_gradients_of_autograd(flux, build_flux, base):
+    sizes = {"channels": 16, "text": 24, "pooled": 12, "guidance": True}
+    quantised, plain = (build_flux(1, 1, 2, 32, **sizes) for _ in range(2))
+    for layer in plain.sublayers():
+        if isinstance(layer, nn.Linear):
+            layer.weight.set_value(BASES[base].of(layer.weight).dequantized("float32"))
+    quantize_linears(quantised, base)
+    for each in (quantised, plain):
+        flux.with_loras(each)
+    batch = flux.arguments(plain)
+    loss, wanted = flux.plain_gradients(plain, batch)
+    got_loss, got = flux.gradients(quantised, batch, "none", 0)
+    assert abs(got_loss - loss) < 1e-5 * loss and flux.errors(got, wanted)[1] < 1e-5
 
 
 def test_only_the_bias_is_a_parameter_and_only_the_lora_trains():

@@ -383,7 +383,7 @@ def test_fp8_weights_are_not_cast(fp32_folder, pipeline, monkeypatch):
     fp8 = FluxPipeline(**{**pipeline.components, "transformer": transformer})
     assert fp8.to("cpu") is fp8
     with pytest.raises(
-        ConfigError, match="FP8 weights are not cast to float32; load the model in that dtype"
+        ConfigError, match="quantised weights are not cast to float32; load the model in that dtype"
     ):
         fp8.to("float32")
 
