@@ -31,6 +31,7 @@ from ppcoat.lora.files import check_known
 from ppcoat.lora.keys import CLIP, T5, TRANSFORMER, KeyReader
 from ppcoat.lora.parse import Change, described, is_plain
 from ppcoat.lora.writing import FORMATS, LORA_DTYPES
+from ppcoat.models.flux.files import FLUX_CLASSES, FluxFiles
 from ppcoat.models.flux.transformer import FluxTransformer2DModel
 from ppcoat.models.loading import linear_weights, parameter_shapes, read_tensors, unfilled
 from ppcoat.models.newbie.files import unfilled_nextdit
@@ -42,7 +43,7 @@ from .merge import strengths
 ENCODERS = (CLIP, T5)
 # What a folder's JSON file calls a pipeline or its transformer -> whether it is FLUX's, or else NewBie's.
 _OF_FLUX = {
-    "FluxPipeline": True,
+    **dict.fromkeys(FLUX_CLASSES, True),
     "FluxTransformer2DModel": True,
     "NewbiePipeline": False,
     "nextdit_clip": False,
@@ -61,7 +62,7 @@ class WriteFlags:
 class ReadFlags(WriteFlags):
     """What is read."""
 
-    model: str | None = flag("folder of the LoRA's model, wanted for NewBie; shapes are held to it", None)
+    model: str | None = flag("model of the LoRA, wanted for NewBie; shapes are held to it", None)
     ignore_unknown: bool = flag("leave keys out that name no module", False)
 
 
@@ -93,7 +94,9 @@ class ExtractFlags(WriteFlags):
     """Settings of `lora extract`."""
 
     base: Path = flag(
-        "folder of a FLUX or NewBie pipeline, or of its transformer", positional=True, metavar="BASE"
+        "folder of a FLUX or NewBie pipeline, or of its transformer, or a FLUX file",
+        positional=True,
+        metavar="BASE",
     )
     tuned: Path = flag("the same model after training", positional=True, metavar="TUNED")
     output: Path = flag("file to write, .safetensors", positional=True, metavar="OUT")
@@ -196,8 +199,11 @@ def read_lora(path: Path, flags: ReadFlags) -> LoRAFile:
             raise ConfigError(f"{path} is {file.foreign}: give NewBie's folder with --model")
         check_known(file, str(path), flags.ignore_unknown)
     else:
-        parts = (TRANSFORMER, *(ENCODERS if _is_flux(Path(flags.model)) else ()))
-        shapes = parameter_shapes(flags.model, *parts)
+        model, parts = Path(flags.model), (TRANSFORMER,)
+        if _is_flux(model):
+            model = _flux_files(model)
+            parts = [part for part in (*parts, *ENCODERS) if part in model.components]
+        shapes = parameter_shapes(model, *parts)
         file = read_fitting(path, shapes, None, flags.ignore_unknown)
     refused = [each for each in file.changes if each.parameter == "weight" and rank_of(each.kind) is None]
     if refused:
@@ -314,27 +320,33 @@ def pair_of(base: Path, tuned: Path, part: str) -> Pair:
     return Pair(part, first[0], second[0], first[1])
 
 
-def _infos_and_linears(folder: Path, part: str) -> tuple[dict[str, TensorInfo], set[str]]:
-    own = folder / part if (folder / part).is_dir() else folder
+def _infos_and_linears(model: Path, part: str) -> tuple[dict[str, TensorInfo], set[str]]:
+    own = _flux_files(model)[part] if _is_flux(model) else model / part if (model / part).is_dir() else model
     if part != TRANSFORMER:
         infos, reader = tensor_infos(own), KeyReader(None)
         named = {name: reader.read(f"{part}.{name.removesuffix('.weight')}.lora_A.weight") for name in infos}
         return infos, {name for name, key in named.items() if key and f"{key.name}.weight" == name}
-    if _is_flux(folder):
-        model, infos = unfilled(FluxTransformer2DModel, own)
-        return infos, linear_weights(model)
+    if _is_flux(model):
+        transformer, infos = unfilled(FluxTransformer2DModel, own)
+        return infos, linear_weights(transformer)
     return tensor_infos(own), linear_weights(unfilled_nextdit(own))
 
 
-def _is_flux(folder: Path) -> bool:
-    """Whether the folder of a pipeline, or of a transformer alone, is FLUX's. Raises ConfigError unless it is
-    that or NewBie's."""
-    alone = not (folder / "model_index.json").is_file() and (folder / "config.json").is_file()
-    why = "wanted the folder of a FLUX or NewBie pipeline, or of its transformer"
-    config = read_json(folder / ("config.json" if alone else "model_index.json"), why)
+def _flux_files(model: Path) -> FluxFiles:
+    return FluxFiles.found(model, "the command")
+
+
+def _is_flux(model: Path) -> bool:
+    """Whether a file (held to be FLUX's until it is read), the folder of a pipeline, or of a transformer
+    alone, is FLUX's. Raises ConfigError unless it is that or NewBie's."""
+    if model.is_file():
+        return True
+    alone = not (model / "model_index.json").is_file() and (model / "config.json").is_file()
+    why = "wanted the folder of a FLUX or NewBie pipeline, or of its transformer, or a FLUX file"
+    config = read_json(model / ("config.json" if alone else "model_index.json"), why)
     found = config.get("model_type", config.get("_class_name"))
     if found not in _OF_FLUX:
-        raise ConfigError(f"{folder} is of a {found}: {why}")
+        raise ConfigError(f"{model} is of a {found}: {why}")
     return _OF_FLUX[found]
 
 

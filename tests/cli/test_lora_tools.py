@@ -258,6 +258,30 @@ def test_extract_takes_folders_of_transformers_and_names_numbers_that_are_none(t
     assert "vae is of a AutoencoderKL: wanted the folder of a FLUX or NewBie pipeline" in one_line(capsys)
 
 
+def test_extract_takes_files_of_models_too(tmp_path, out, capsys):
+    """The middle third of a fused weight under Black Forest Labs' names is changed."""
+    folder, changed, other = (
+        FIXTURES / "single_file",
+        tmp_path / "tuned.safetensors",
+        tmp_path / "b.safetensors",
+    )
+    base = folder / "flux_bfl_bf16.safetensors"
+    tensors = {name: values.astype("float32") for name, values in load_file(base).items()}
+    delta = 0.01 * np.outer(np.arange(32) - 15.5, np.ones(32))
+    tensors["double_blocks.0.img_attn.qkv.weight"][32:64] += delta
+    save_file(tensors, changed)
+    assert main(["lora", "extract", str(base), str(changed), str(out), "--rank", "1"]) == 0
+    assert "1 of their modules differ" in capsys.readouterr().out
+    found = deltas(out)
+    assert found.keys() == {"transformer_blocks.0.attn.to_k.weight"}
+    np.testing.assert_allclose(*found.values(), delta, atol=1e-6)
+    resize = ["lora", "resize", str(out), str(other), "--rank", "1", "--model"]
+    assert main([*resize, str(folder / "flux_bfl_fp8_e4m3.safetensors")]) == 0
+    lora = ADAPTERS / "dora.safetensors"
+    assert main(["lora", "extract", str(lora), str(changed), f"{out}2.safetensors", "--rank", "1"]) == 2
+    assert "is a LoRA, not a base model" in one_line(capsys)
+
+
 def test_adapters_of_two_models_are_not_added_up(tmp_path, out, capsys):
     small = tmp_path / "small.safetensors"
     key = "transformer.transformer_blocks.0.attn.to_q.lora_{}.weight"
