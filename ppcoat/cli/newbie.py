@@ -39,7 +39,9 @@ class ConvertNewbieFlags:
     gemma3: str = flag("folder of Gemma3 with its tokenizer")
     jina: str = flag("folder of Jina CLIP v2 with its tokenizer")
     vae: str = flag("folder of FLUX.1's VAE, or a FLUX folder with vae/ in it")
-    output: str | None = flag("folder to write; it may not exist (default: diffusers/ beside it)", None)
+    folder: str | None = flag(
+        "folder to write; it may not exist (default: diffusers/ beside it)", None, name="output"
+    )
     dtype: str = flag("of all weights", "bf16", choices=list(WEIGHT_DTYPES))
     transformer_config: str | None = flag("config.json of a transformer that is not the 3B one", None)
 
@@ -64,7 +66,7 @@ def run_convert_newbie(arguments: argparse.Namespace) -> None:
     tune_host()
     paddle.set_device("cpu")  # only bytes are moved
     checkpoint = Path(flags.checkpoint)
-    output = Path(flags.output) if flags.output else checkpoint.parent / "diffusers"
+    output = Path(flags.folder) if flags.folder else checkpoint.parent / "diffusers"
     if output.exists():
         raise ConfigError(f"--output {output} exists: remove it, or choose another name")
     vae = Path(flags.vae)

@@ -116,10 +116,17 @@ def from_flags(fields_of: type[Fields], arguments: argparse.Namespace, **others:
         if hasattr(arguments, said)
     }
     if given.get("output"):  # a file for results, which is written at the end: that must not fail then
-        if Path(given["output"]).is_dir():
-            raise ConfigError(f"--output {given['output']} is a folder; name a file")
-        check_writable(Path(given["output"]).parent)
+        _check_file(Path(given["output"]))
     return fields_of(**given | others)
+
+
+def _check_file(output: Path) -> None:
+    if output.is_dir():
+        raise ConfigError(f"--output {output} is a folder; name a file")
+    above = next(parent for parent in output.absolute().parents if parent.exists())
+    if not above.is_dir():
+        raise ConfigError(f"--output {output}: {above} is a file; name another folder")
+    check_writable(output.parent)
 
 
 def built_in_model(path: str) -> str:

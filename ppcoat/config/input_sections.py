@@ -64,9 +64,10 @@ class ModelConfig(Section):
     )
 
     @property
-    def beside(self) -> dict[str, tuple[str, ...] | str | None]:
-        """Where what a model file lacks is, as `FluxFiles.found` takes it."""
-        return {"text_encoders": self.text_encoders, "vae": self.vae, "tokenizers": self.tokenizers}
+    def beside(self) -> dict[str, tuple[str, ...] | str]:
+        """Where what a model file lacks is, as `FluxFiles.found` takes it; only what is set."""
+        places = {"text_encoders": self.text_encoders, "vae": self.vae, "tokenizers": self.tokenizers}
+        return {name: place for name, place in places.items() if place is not None}
 
     @field_validator("name_or_path")
     @classmethod

@@ -148,6 +148,9 @@ def test_generate_hands_every_flag_on(monkeypatch):
         "max_sequence_length": 9,
         "negative_prompt": "",
         "true_cfg_scale": 1.0,
+        "text_encoders": None,
+        "vae": None,
+        "tokenizers": None,
         "device": "cpu",
         "dtype": "float32",
     }

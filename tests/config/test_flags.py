@@ -93,7 +93,7 @@ def test_home_and_the_built_in_model_are_found_in_flags(tmp_path, monkeypatch):
 
 def test_results_that_could_not_be_written_are_refused_at_the_start(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(OSError, match="file"):
+    with pytest.raises(ConfigError, match="file is a file; name another folder"):
         _files("--output", str(tmp_path / "file" / "x.json"))
     with pytest.raises(ConfigError, match="is a folder; name a file"):
         _files("--output", str(tmp_path))
