@@ -41,7 +41,7 @@ from ppcoat.errors import ConfigError
 from ppcoat.lora import load_lora, lora_modules, remove_lora
 from ppcoat.models.flux.transformer import FluxTransformer2DModel
 from ppcoat.models.loading import linear_weights
-from ppcoat.models.quantized_base import FP8Copy, fp8_model_bytes, load_fp8_transformer
+from ppcoat.models.quantized_base import QuantizedCopy, load_quantized_transformer, quantized_model_bytes
 from ppcoat.models.tensor_files import read_json, tensor_infos
 from ppcoat.models.writing import INDEX, Layout, check_room, layout_bytes, shard_metadata, write_component
 from ppcoat.plan import GB
@@ -139,13 +139,13 @@ def full_size(case: FullSizeCase) -> dict:
     report["planned"] = {phase.name: phase.parts | {"total": phase.total} for phase in planned}
     written = ensure_random_transformer(case.weights, case.settings, case.seed, _copy_bytes(planned, case))
     report["weights"] = watch.note("random weights", "written" if written else "found")
-    copy = FP8Copy.beside_or_in(
+    copy = QuantizedCopy.beside_or_in(
         case.folder, config.cache_folder, folder_identity(case.weights), config.model.quantized_beside_model
     )
     had_copy = copy.is_usable()
-    transformer = load_fp8_transformer(case.weights, copy=copy)
+    transformer = load_quantized_transformer(case.weights, copy=copy)
     report["loading"] = watch.note("FP8 base loaded", "from its copy" if had_copy else "quantised, copied")
-    report["fp8_model_bytes"] = fp8_model_bytes(transformer)
+    report["quantized_model_bytes"] = quantized_model_bytes(transformer)
     trainer = build_trainer(FluxSpec(), config, SimpleNamespace(transformer=transformer), random_cache(case))
     watch.note("LoRA and optimizer made")
     report["steps"] = []
@@ -213,7 +213,7 @@ def full_size_summary(report: dict) -> str:
     return "\n".join(
         [
             "",
-            f"FP8 base {report['fp8_model_bytes'] / GB:.2f} GB, {report['loading']['what']} in "
+            f"FP8 base {report['quantized_model_bytes'] / GB:.2f} GB, {report['loading']['what']} in "
             f"{report['loading']['seconds']:.0f} s",
             f"steps: {', '.join(format(step['seconds'], '.0f') for step in steps)} s; losses "
             f"{', '.join(format(step['loss'], '.4f') for step in steps)}; kept for backward "

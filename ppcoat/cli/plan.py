@@ -179,10 +179,11 @@ def advice(config: RunConfig, planned: Plan, config_format: Literal["yaml", "tom
     """The chosen settings as lines of a config in that format, and what they rest on."""
     from ppcoat.plan.phases import FLOPS, PCIE_RATE
 
+    base = config.model.quantize
     allowed = (
-        "An FP8 base is allowed by model.quantize: true."
-        if config.model.quantize
-        else "An FP8 base was not considered: model.quantize: true would allow it."
+        f"A base in {base} is allowed by model.quantize: {base}."
+        if base
+        else "A quantised base was not considered: model.quantize: fp8 (int8, nf4, fp4) would allow it."
     )
     lines = {"yaml": settings_yaml, "toml": settings_toml}[config_format](planned.settings)
     return (
@@ -195,9 +196,13 @@ def advice(config: RunConfig, planned: Plan, config_format: Literal["yaml", "tom
 def _settings(settings: Settings) -> str:
     return (
         f"policy {settings.policy}, {settings.checkpoint_blocks} blocks checkpointed, "
-        f"{settings.blocks_to_swap} swapped, {'FP8 base' if settings.quantize else 'base not quantised'}, "
+        f"{settings.blocks_to_swap} swapped, {_base(settings.quantize)}, "
         f"batch {settings.batch_size} x {settings.gradient_accumulation}"
     )
+
+
+def _base(quantize: str | bool) -> str:
+    return f"{quantize.upper()} base" if quantize else "base not quantised"
 
 
 def _gb(count: int | None) -> str:

@@ -292,7 +292,7 @@ _MODEL: dict[str, Treatment] = {
     "model.extras_name_or_path": Honour("model.tokenizers", null=True),  # a FLUX folder gives all that lacks
     "model.unet_path": Refuse("make it model.name_or_path, and the folder text_encoders", (None,)),
     "model.model_kwargs": Refuse("there is nothing to pass on; leave it out", (None, {})),
-    "model.quantize_kwargs": Refuse("all Linears of the blocks are stored in FP8; leave it out",
+    "model.quantize_kwargs": Refuse("all Linears are quantised; leave it out",
                                     (None, {}, {"exclude": []})),
     "model.accuracy_recovery_adapter": Refuse("no second LoRA is loaded; leave it out", (None, "")),
     "model.auto_memory": Warn(_MEMORY),

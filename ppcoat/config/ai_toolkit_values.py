@@ -1,11 +1,9 @@
 """ai-toolkit's values that need more than another name: what each says in the terms of our schema.
 
 A reader gets the value and the whole run as written, and gives our settings. It raises ValueError for what
-cannot be done; values of a wrong type it passes on, for the schema to refuse.
-
-At the end: what ai-toolkit draws and measures while it trains, previews in its two forms and validation
-pictures. Prompts may carry flags, as in "a red dress --w 768 --seed 7"; `samples` is the newer form of the
-same. Both become `sample.samples` of our schema; prompts without flags stay prompts.
+cannot be done; values of a wrong type it passes on, for the schema to refuse. At the end are those of
+validation pictures and previews: prompts with flags ("a dress --w 768") and `samples` become `sample.samples`
+of our schema; prompts without flags stay prompts.
 """
 
 from __future__ import annotations
@@ -16,6 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
+
+from ppcoat.config.input_sections import base_format
 
 _FLAG = re.compile(r"(?:^|\s)--(\w+)(?=\s|$)")
 # flag of a prompt or key of a sample -> our setting; "": FLUX takes no negative prompt
@@ -249,12 +249,14 @@ def read_arch(value: Any, document: Document) -> Reading:
 
 
 def read_qtype(value: Any, document: Document) -> Reading:
-    """A way to store the frozen base: there is one here, FP8, for which model.quantize asks."""
+    """A way to store the frozen base, for which model.quantize asks."""
     if isinstance(value, str) and "|" in value:
         raise ValueError("an accuracy recovery adapter is not loaded; leave out the part from '|' on")
-    if document.get("model", "quantize") and value not in (None, "", "qfloat8", "float8"):
-        return Reading(notes=("the base is stored in FP8 (E4M3) instead",))
-    return Reading()
+    if not document.get("model", "quantize") or value in (None, ""):
+        return Reading()
+    known = base_format(str(value))
+    own = known or ("fp4" if "4" in str(value) else "fp8")
+    return Reading({"model.quantize": own}, () if known else (f"the base is stored in {own} instead",))
 
 
 def in_updates(count: Any, document: Document) -> Any:

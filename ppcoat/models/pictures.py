@@ -35,7 +35,7 @@ _NEEDLESS = (
 _INSTEAD = {
     **dict.fromkeys(("device_map", "max_memory", "offload_folder"), "call paddle.set_device first"),
     **dict.fromkeys(("custom_pipeline", "custom_revision", "use_onnx", "provider"), "leave it out"),
-    "quantization_config": "give transformer=load_fp8_transformer(...) of ppcoat.models.quantized_base",
+    "quantization_config": "give transformer=load_quantized_transformer(...) of ppcoat.models.quantized_base",
     **dict.fromkeys(
         ("image_encoder", "feature_extractor", "safety_checker"), "FLUX.1 has none; leave it out"
     ),

@@ -1,7 +1,7 @@
-"""A transformer with its Linears in FP8, read tensor by tensor: never in memory unquantised.
+"""A transformer with its Linears quantised, read tensor by tensor: never in memory unquantised.
 
-`load_fp8` quantises while it reads, or reads the FP8 copy that an earlier start left on disk;
-`load_fp8_transformer` is that for FLUX, newbie/files.py has it for NewBie-image. `weight_errors` and
+`load_quantized` quantises while it reads, or reads the copy that an earlier start left on disk;
+`load_quantized_transformer` is that for FLUX, newbie/files.py has it for NewBie-image. `weight_errors` and
 `output_errors` say what the quantisation costs FLUX.
 
 The copy is there so that the next start need not quantise again. It is a folder in the layout of the model's
@@ -37,7 +37,7 @@ from ppcoat.models.tensor_files import (
     tensor_infos,
 )
 from ppcoat.models.writing import INDEX, Layout, check_room, layout_bytes, shard_metadata, write_component
-from ppcoat.nn.base_weight import BASES, BLOCK, FP8Weight
+from ppcoat.nn.base_weight import BASES, BLOCK, BaseWeight
 from ppcoat.nn.convert import is_in_block, quantize_linears, set_base_weight, set_sublayer, sublayer_at
 from ppcoat.nn.swap import last_blocks, move_to_host
 
@@ -46,8 +46,6 @@ _log = logging.getLogger(__name__)
 # A model whose parameters have no memory yet, with its `source_config`, and where its tensors lie.
 Unfilled = Callable[[], tuple[nn.Layer, dict[str, TensorInfo]]]
 BAND = 8 * BLOCK  # rows quantised at a time: what is in float32 beside the codes
-
-FORMAT = f"E4M3, blocks of {BLOCK} x {BLOCK}, scales powers of two"
 
 
 class WeightError(NamedTuple):
@@ -69,69 +67,82 @@ class OutputErrors(NamedTuple):
     in_blocks: float
 
 
-def load_fp8_transformer(
-    folder: Component, dtype: str | None = None, copy: FP8Copy | None = None, blocks_to_swap: int = 0
+def load_quantized_transformer(
+    folder: Component,
+    dtype: str | None = None,
+    copy: QuantizedCopy | None = None,
+    blocks_to_swap: int = 0,
+    base: str = "fp8",
 ) -> FluxTransformer2DModel:
-    """The FLUX transformer of a component folder in eval mode, the weight of every Linear in FP8.
+    """The FLUX transformer of a component folder in eval mode, the weight of every Linear in a format of
+    `BASES`.
 
     All 504 Linears of FLUX.1-dev are quantised, 494 of them in its blocks; biases and norms are in `dtype`
-    (None: float32 on CPU, bfloat16 on GPU). copy, and what else is raised: see `load_fp8`. blocks_to_swap:
-    the last so many blocks are left in host memory, for nn/swap.py. Raises ConfigError as `load_transformer`,
-    and for more blocks_to_swap than blocks.
+    (None: float32 on CPU, bfloat16 on GPU). copy, and what else is raised: see `load_quantized`.
+    blocks_to_swap: the last so many blocks are left in host memory, for nn/swap.py. Raises ConfigError as
+    `load_transformer`, and for more blocks_to_swap than blocks.
     """
-    return load_fp8(
+    return load_quantized(
         lambda: unfilled(FluxTransformer2DModel, folder, dtype),
         copy,
         lambda model: last_blocks(model, blocks_to_swap),
+        base,
     )
 
 
-def load_fp8(
-    unfilled_model: Unfilled, copy: FP8Copy | None, swapped: Callable[[nn.Layer], Iterable[str]]
+def load_quantized(
+    unfilled_model: Unfilled,
+    copy: QuantizedCopy | None,
+    swapped: Callable[[nn.Layer], Iterable[str]],
+    base: str = "fp8",
 ) -> nn.Layer:
-    """The model in eval mode, the weight of every Linear in FP8 and all else in the dtype of its parameter.
+    """The model in eval mode, the weight of every Linear in a format of `BASES` and all else in the dtype of
+    its parameter.
 
-    copy: where the FP8 weights are kept for the next start; a stale or damaged one is made anew, with one
-    warning. swapped: a model -> paths of the blocks that are left in host memory. Peak memory: the FP8 model,
-    one tensor and a band of `BAND` rows in float32. Raises ConfigError naming a tensor that is not finite,
-    and for a disk too full for the copy.
+    copy: where the weights in this format are kept for the next start; a stale or damaged one is made anew,
+    with one warning. swapped: a model -> paths of the blocks that are left in host memory. Peak memory: the
+    quantised model, one tensor and a band of `BAND` rows in float32. Raises ConfigError naming a tensor that
+    the format cannot hold, and for a disk too full for the copy.
     """
+    assert copy is None or copy.base == base
     model, infos = unfilled_model()
     on_host = tuple(f"{path}." for path in swapped(model))
     if copy is None:
-        _fill_in_fp8(model, quantised_tensors(infos, model), on_host)
+        _fill(model, quantised_tensors(infos, model, base), on_host, base)
         return model.eval()
     if not copy.is_usable():
         _write(copy, model, infos)
     try:
-        _fill_in_fp8(model, copy.tensors(), on_host)
+        _fill(model, copy.tensors(), on_host, base)
     except DamagedCopyError as error:
         _log.warning("%s: the copy is made anew", error)
         model, infos = unfilled_model()
         _write(copy, model, infos)
-        _fill_in_fp8(model, copy.tensors(), on_host)
+        _fill(model, copy.tensors(), on_host, base)
     return model.eval()
 
 
-def quantised_tensors(infos: dict[str, TensorInfo], model: nn.Layer) -> Iterator[tuple[str, paddle.Tensor]]:
+def quantised_tensors(
+    infos: dict[str, TensorInfo], model: nn.Layer, base: str = "fp8"
+) -> Iterator[tuple[str, paddle.Tensor]]:
     """The tensors of a folder one by one, under the names in the state_dict of a quantised model.
 
-    The weight of a Linear comes as <path>.weight.codes uint8 [in, out] and <path>.weight.scale float32 [in /
-    BLOCK, out / BLOCK], both rounded up; everything else as it lies on disk.
+    The weight of a Linear comes in parts, in FP8 <path>.weight.codes uint8 [in, out] and <path>.weight.scale
+    float32 [in / BLOCK, out / BLOCK], both rounded up (see `BaseWeight.layout`); everything else as it lies
+    on disk.
     """
     weights = linear_weights(model)
     for name, info in in_file_order(infos):
         if name in weights:
-            codes, scale = _quantised(name, info)
-            yield f"{name}.codes", codes
-            yield f"{name}.scale", scale
+            for part, tensor in _quantised(name, info, base).named_buffers():
+                yield f"{name}.{part}", tensor
         else:
             yield name, paddle.to_tensor(map_tensor(info))
 
 
-def fp8_model_bytes(model: nn.Layer) -> int:
-    """Bytes of a model's FP8 weights and of its parameters."""
-    weights = sum(layer.nbytes for layer in model.sublayers() if isinstance(layer, FP8Weight))
+def quantized_model_bytes(model: nn.Layer) -> int:
+    """Bytes of a model's quantised weights and of its parameters."""
+    weights = sum(layer.nbytes for layer in model.sublayers() if isinstance(layer, BaseWeight))
     return weights + sum(p.size * p.element_size() for p in model.parameters())
 
 
@@ -144,8 +155,7 @@ def weight_errors(folder: Component, base: str = "fp8") -> Iterator[WeightError]
             continue
         wrong = total = 0.0
         for exact in _bands(info):
-            exact = exact.astype("float32")
-            exact = exact.t() if info.torch_layout else exact
+            exact = exact.astype("float32").t()
             error = BASES[base].of(exact).dequantized("float32") - exact
             wrong += float(error.square().sum())
             total += float(exact.square().sum())
@@ -201,41 +211,44 @@ def _random_inputs(model: FluxTransformer2DModel, tokens: int, seed: int) -> dic
 
 
 def _bands(info: TensorInfo) -> Iterator[paddle.Tensor]:
-    """A matrix on disk in bands of BAND rows, as it lies there: blocks are square, either layout will do."""
-    for start in range(0, info.shape[0], BAND):
-        yield paddle.to_tensor(np.ascontiguousarray(rows_of(info, start, start + BAND)))
+    """A matrix on disk as [out, in], in bands of BAND rows."""
+    columns = None if info.torch_layout else map_tensor(info).T
+    for start in range(0, info.shape[0] if columns is None else len(columns), BAND):
+        own = slice(start, start + BAND)
+        band = rows_of(info, own.start, own.stop) if columns is None else columns[own]
+        yield paddle.to_tensor(np.ascontiguousarray(band))
 
 
-def _quantised(name: str, info: TensorInfo) -> tuple[paddle.Tensor, paddle.Tensor]:
-    """Codes [in, out] and scales of a Linear's weight."""
+def _quantised(name: str, info: TensorInfo, base: str) -> BaseWeight:
     try:
-        parts = [FP8Weight.of(band) for band in _bands(info)]
+        return BASES[base].of_rows(_bands(info))
     except ConfigError as error:
         raise ConfigError(f"tensor {name} in {info.file}: {error}") from error
-    codes = paddle.concat([part.codes for part in parts], axis=0)
-    scale = paddle.concat([part.scale for part in parts], axis=0)
-    return (codes.t().contiguous(), scale.t().contiguous()) if info.torch_layout else (codes, scale)
 
 
-def _write(copy: FP8Copy, model: nn.Layer, infos: dict[str, TensorInfo]) -> None:
-    copy.write(model.source_config, infos, quantised_tensors(infos, model), linear_weights(model))
+def _write(copy: QuantizedCopy, model: nn.Layer, infos: dict[str, TensorInfo]) -> None:
+    tensors = quantised_tensors(infos, model, copy.base)
+    copy.write(model.source_config, infos, tensors, linear_weights(model))
 
 
-def _fill_in_fp8(
-    model: nn.Layer, tensors: Iterable[tuple[str, paddle.Tensor]], on_host: tuple[str, ...]
+def _fill(
+    model: nn.Layer, tensors: Iterable[tuple[str, paddle.Tensor]], on_host: tuple[str, ...], base: str
 ) -> None:
-    """Give every parameter its value, and every Linear its FP8Weight in the place of its own. Names that
-    begin with one of `on_host` stay in host memory.
+    """Give every parameter its value, and every Linear its quantised weight in the place of its own. Names
+    that begin with one of `on_host` stay in host memory.
     """
-    parameters, codes = dict(model.named_parameters()), {}
+    parameters, weights = dict(model.named_parameters()), linear_weights(model)
+    parts: dict[str, paddle.Tensor] = {}  # of one weight; they come one after the other
     for name, tensor in tensors:
-        path, _, kind = name.rpartition(".weight.")
-        if kind == "codes":
-            codes[path], filled = tensor, []
-        elif kind == "scale":
-            weight = FP8Weight(codes.pop(path), tensor)
+        weight_name, _, part = name.rpartition(".")
+        if weight_name in weights:
+            parts[part] = tensor
+            path, shape = weight_name.removesuffix(".weight"), parameters[weight_name].shape
+            if parts.keys() != BASES[base].layout(shape).keys():
+                continue
+            weight, parts = BASES[base](shape, **parts), {}
             set_base_weight(model, path, weight, sublayer_at(model, path).bias)
-            filled = [weight.codes, weight.scale]
+            filled = weight.buffers()
         else:
             set_parameter(parameters[name], tensor)
             filled = [parameters[name]]
@@ -249,25 +262,32 @@ class DamagedCopyError(ConfigError):
 
 
 @dataclass(frozen=True)
-class FP8Copy:
+class QuantizedCopy:
     """folder: where the copy lies or shall lie. source: what stands for the contents of the model's files
-    (say, ppcoat.data.cache.folder_identity), by which a copy of other weights is known.
+    (say, ppcoat.data.cache.folder_identity), by which a copy of other weights is known. base: its format.
     """
 
     folder: Path
     source: str
+    base: str = "fp8"
 
     @classmethod
-    def beside_or_in(cls, model: Path, cache_dir: Path, source: str, beside_model: bool = False) -> FP8Copy:
+    def beside_or_in(
+        cls, model: Path, cache_dir: Path, source: str, beside_model: bool = False, base: str = "fp8"
+    ) -> QuantizedCopy:
         """In the pipeline folder `model`, or beside it if it is a file, if that is asked for and can be
         written; else in `cache_dir`."""
         folder = model.parent if model.is_file() else model
-        name = f"{model.resolve().name}-transformer-fp8"
+        name = f"{model.resolve().name}-transformer-{base}"
         if beside_model and os.access(folder, os.W_OK):
-            return cls(folder / (name if model.is_file() else "transformer-fp8"), source)
+            return cls(folder / (name if model.is_file() else f"transformer-{base}"), source, base)
+        copy = cls(cache_dir / name, source, base)
         if beside_model:
-            _log.warning("%s cannot be written: the transformer's FP8 copy goes to %s", folder, cache_dir)
-        return cls(cache_dir / name, source)
+            _log.warning("%s cannot be written: %s goes to %s", folder, copy, cache_dir)
+        return copy
+
+    def __str__(self) -> str:
+        return f"the transformer's {BASES[self.base].name} copy"
 
     def is_usable(self) -> bool:
         """Whether there is a complete copy of this source; one that is stale or broken is warned of, once."""
@@ -279,10 +299,10 @@ class FP8Copy:
                 raise ConfigError(f"{self.folder}: its index has not a checksum for each tensor")
             said = {shard_metadata(file).get("source") for file in {info.file for info in infos.values()}}
         except (ConfigError, OSError) as error:
-            _log.warning("the FP8 copy is damaged (%s): it is made anew", error)
+            _log.warning("%s is damaged (%s): it is made anew", self, error)
             return False
         if said != {self._stamp}:
-            _log.warning("the FP8 copy %s is of other weights: it is made anew", self.folder)
+            _log.warning("%s %s is of other weights: it is made anew", self, self.folder)
             return False
         return True
 
@@ -293,7 +313,7 @@ class FP8Copy:
         for name, info in in_file_order(infos):
             data = np.array(map_tensor(info))
             if zlib.crc32(data.reshape(-1).view(np.uint8)) != sums.get(name):
-                raise DamagedCopyError(f"tensor {name} in the FP8 copy {info.file} is damaged")
+                raise DamagedCopyError(f"tensor {name} in {self} {info.file} is damaged")
             yield name, paddle.to_tensor(data)
 
     def write(
@@ -309,29 +329,28 @@ class FP8Copy:
         quantised tensors in `infos`. Raises ConfigError with both numbers if the disk has not enough room,
         before anything is written.
         """
-        layout = _layout(infos, weights)
+        layout = _layout(infos, weights, self.base)
         advice = "make room there, or set cache_dir to another disk"
         place, wanted = self.folder.parent, layout_bytes(layout)
-        check_room(place, wanted, "the FP8 copy of the transformer takes", advice)
+        check_room(place, wanted, f"{self} takes", advice)
         values = ((name, tensor.numpy()) for name, tensor in tensors)
         write_component(self.folder, config, layout, values, {"format": "pd", "source": self._stamp})
 
     @property
     def _stamp(self) -> str:
-        return f"{FORMAT}; {self.source}"
+        return f"{BASES[self.base].about}; {self.source}"
 
     def _sums(self) -> dict[str, int]:
         return read_json(self.folder / INDEX).get("metadata", {}).get("crc32", {})
 
 
-def _layout(infos: dict[str, TensorInfo], weights: set[str]) -> Layout:
+def _layout(infos: dict[str, TensorInfo], weights: set[str], base: str) -> Layout:
     """What quantised_tensors will yield, in its order."""
     layout: Layout = {}
     for name, info in in_file_order(infos):
         if name in weights:
             shape = info.shape[::-1] if info.torch_layout else info.shape
-            layout[f"{name}.codes"] = "U8", shape
-            layout[f"{name}.scale"] = "F32", [-(-side // BLOCK) for side in shape]
+            layout |= {f"{name}.{part}": said for part, said in BASES[base].layout(shape).items()}
         else:
             layout[name] = info.dtype, info.shape
     return layout

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable, Iterable, Sequence
 from typing import ClassVar
 
 import paddle
@@ -42,30 +43,56 @@ from .saved_tensors import saver
 SQUARED_AT_ONCE = 4 * BLOCK  # rows of a weight
 
 
-def fp8_bytes(rows: int, columns: int) -> int:
-    """Of an FP8Weight [rows, columns]: codes, and one float32 scale for each block."""
-    return rows * columns + 4 * -(-rows // BLOCK) * -(-columns // BLOCK)
+Layout = dict[str, tuple[str, list[int]]]  # part -> its dtype as safetensors names it, and its shape
 
 
 class BaseWeight(nn.Layer):
-    """A weight [in, out] in a format of its own; never trained. Its tensors are buffers.
+    """A weight [in, out] in a format of its own; never trained. Its parts are buffers.
 
-    A format says how its `shape` is known, how a float weight becomes one (`of`) and how it is made anew
-    (`matrix`).
+    A format says which parts there are (`layout`), how a float weight becomes them (`of_rows`) and how it is
+    made anew (`matrix`).
     """
 
     stop_gradient = True
     name: ClassVar[str]  # the format's, for users
+    about: ClassVar[str]  # the format's, in files: with another text the parts mean something else
+
+    def __init__(self, shape: Sequence[int], **parts: paddle.Tensor) -> None:
+        """shape: [in, out]. Raises ConfigError for parts that are not as in `layout`."""
+        super().__init__()
+        self.shape = list(shape)
+        for part, (_, wanted) in self.layout(self.shape).items():
+            if parts[part].shape != wanted:
+                came = list(parts[part].shape)
+                raise ConfigError(f"{part} of an {self.name} weight {self.shape} is {came}, wanted {wanted}")
+            self.register_buffer(part, parts[part])
+
+    @classmethod
+    def layout(cls, shape: Sequence[int]) -> Layout:
+        """The parts of a weight [in, out], in the order in which they are stored."""
+        raise NotImplementedError
+
+    @classmethod
+    def bytes_of(cls, shape: Sequence[int]) -> int:
+        """Bytes that a weight [in, out] takes."""
+        parts = cls.layout(shape).values()
+        return sum(math.prod(part) * (4 if dtype == "F32" else 1) for dtype, part in parts)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all it holds."""
-        return sum(buffer.size * buffer.element_size() for buffer in self.buffers())
+        return self.bytes_of(self.shape)
 
     @classmethod
     def of(cls, weight: paddle.Tensor) -> BaseWeight:
         """A float weight [in, out] -> its quantised form. Raises ConfigError if it holds NaN, infinities or
         what the format cannot hold."""
+        return cls.of_rows([weight.detach().t()])
+
+    @classmethod
+    def of_rows(cls, bands: Iterable[paddle.Tensor]) -> BaseWeight:
+        """`of` for a weight that comes as float [out, in], some rows at a time: a multiple of BLOCK, but the
+        last ones. A band is not held after its turn."""
         raise NotImplementedError
 
     def matrix(self, dtype: str | paddle.dtype) -> tuple[paddle.Tensor, bool]:
@@ -81,6 +108,17 @@ class BaseWeight(nn.Layer):
         return f"shape={self.shape}, {self.name}"
 
 
+def _by_band(
+    quantized: Callable[[paddle.Tensor], tuple[paddle.Tensor, ...]], bands: Iterable[paddle.Tensor]
+) -> tuple[list[int], list[paddle.Tensor]]:
+    """The shape [in, out] of a weight, and what `quantized` makes of each band, one after the other."""
+    made, rows, columns = [], 0, 0
+    for band in bands:
+        made.append(quantized(band))
+        rows, columns = rows + band.shape[0], band.shape[1]
+    return [columns, rows], [paddle.concat(list(each)) for each in zip(*made, strict=True)]
+
+
 def _require_finite(scale: paddle.Tensor) -> None:
     if not paddle.isfinite(scale).all().item():
         raise ConfigError("a weight with NaN or infinities cannot be quantised: fetch the model again")
@@ -89,32 +127,30 @@ def _require_finite(scale: paddle.Tensor) -> None:
 class FP8Weight(BaseWeight):
     """A weight [in, out] as E4M3 codes and a scale for each 128 x 128 block.
 
-    codes uint8 [in, out], scale float32 [ceil(in / 128), ceil(out / 128)], both buffers: 1.0002 bytes for
-    each number. Exact in float32 and bfloat16. in_fp8: see above.
+    codes uint8 [in, out], scale float32 [ceil(in / 128), ceil(out / 128)]: 1.0002 bytes for each number.
+    Exact in float32 and bfloat16. in_fp8: see above.
     """
 
-    name = "FP8"
+    name, about = "FP8", f"E4M3, blocks of {BLOCK} x {BLOCK}, scales powers of two"
     in_fp8 = False
 
-    def __init__(self, codes: paddle.Tensor, scale: paddle.Tensor) -> None:
-        super().__init__()
-        wanted = [-(-side // BLOCK) for side in codes.shape]
-        if scale.shape != wanted:
-            raise ConfigError(f"an FP8 weight {codes.shape} has scales {scale.shape}, wanted {wanted}")
-        self.register_buffer("codes", codes)
-        self.register_buffer("scale", scale)
+    @classmethod
+    def layout(cls, shape: Sequence[int]) -> Layout:
+        return {"codes": ("U8", list(shape)), "scale": ("F32", [-(-side // BLOCK) for side in shape])}
 
     @classmethod
     @paddle.no_grad()
     def of(cls, weight: paddle.Tensor) -> FP8Weight:
         codes, scale = quantize_blocks(weight.detach())
         _require_finite(scale)
-        return cls(codes, scale)
+        return cls(weight.shape, codes=codes, scale=scale)
 
-    @property
-    def shape(self) -> list[int]:
-        """[in, out]."""
-        return list(self.codes.shape)
+    @classmethod
+    @paddle.no_grad()
+    def of_rows(cls, bands: Iterable[paddle.Tensor]) -> FP8Weight:
+        shape, (codes, scale) = _by_band(quantize_blocks, bands)
+        _require_finite(scale)
+        return cls(shape, codes=codes.t().contiguous(), scale=scale.t().contiguous())
 
     @paddle.no_grad()
     def matrix(self, dtype: str | paddle.dtype) -> tuple[paddle.Tensor, bool]:
@@ -133,27 +169,19 @@ class Int8Weight(BaseWeight):
     codes uint8 [out, in], the bits of int8; scale float32 [out, ceil(in / 128)]: 1.03 bytes for each number.
     """
 
-    name = "INT8"
+    name, about = "INT8", f"INT8, groups of {BLOCK} inputs"
 
-    def __init__(self, codes: paddle.Tensor, scale: paddle.Tensor) -> None:
-        super().__init__()
-        wanted = [codes.shape[0], -(-codes.shape[1] // BLOCK)]
-        if scale.shape != wanted:
-            raise ConfigError(f"an INT8 weight {codes.shape} has scales {scale.shape}, wanted {wanted}")
-        self.register_buffer("codes", codes)
-        self.register_buffer("scale", scale)
+    @classmethod
+    def layout(cls, shape: Sequence[int]) -> Layout:
+        columns, rows = shape
+        return {"codes": ("U8", [rows, columns]), "scale": ("F32", [rows, -(-columns // BLOCK)])}
 
     @classmethod
     @paddle.no_grad()
-    def of(cls, weight: paddle.Tensor) -> Int8Weight:
-        codes, scale = quantize(weight.detach().t().contiguous(), INT8, BLOCK)
+    def of_rows(cls, bands: Iterable[paddle.Tensor]) -> Int8Weight:
+        shape, (codes, scale) = _by_band(lambda band: quantize(band.contiguous(), INT8, BLOCK), bands)
         _require_finite(scale)
-        return cls(codes, scale)
-
-    @property
-    def shape(self) -> list[int]:
-        """[in, out]."""
-        return list(self.codes.shape[::-1])
+        return cls(shape, codes=codes, scale=scale)
 
     @paddle.no_grad()
     def matrix(self, dtype: str | paddle.dtype) -> tuple[paddle.Tensor, bool]:
@@ -166,23 +194,23 @@ class FP4Weight(BaseWeight):
     codes uint8 [ceil(N / 2)], scale uint8 [ceil(N / 16)], N = in * out: 0.5625 bytes for each number.
     """
 
-    name = "FP4"
+    name, about = "FP4", "FP4 of ppcoat, 16 values a scale"
 
-    def __init__(self, shape: list[int], codes: paddle.Tensor, scale: paddle.Tensor) -> None:
-        super().__init__()
-        self.shape = list(shape)
-        _require_sizes(self, {"codes": (codes, 2), "scale": (scale, 16)})
+    @classmethod
+    def layout(cls, shape: Sequence[int]) -> Layout:
+        count = math.prod(shape)
+        return {"codes": ("U8", [-(-count // 2)]), "scale": ("U8", [-(-count // 16)])}
 
     @classmethod
     @paddle.no_grad()
-    def of(cls, weight: paddle.Tensor) -> FP4Weight:
-        codes, scale = quantize_fp4(weight.detach().t())
+    def of_rows(cls, bands: Iterable[paddle.Tensor]) -> FP4Weight:
+        shape, (codes, scale) = _by_band(quantize_fp4, bands)
         if not paddle.isfinite(fp4_scales(scale)).all().item():
             raise ConfigError(
                 "a weight with NaN, infinities or a number above 22.9 cannot be stored in FP4: fetch the "
                 "model again, or take int8"
             )
-        return cls(weight.shape, codes, scale)
+        return cls(shape, codes=codes, scale=scale)
 
     @paddle.no_grad()
     def matrix(self, dtype: str | paddle.dtype) -> tuple[paddle.Tensor, bool]:
@@ -196,46 +224,31 @@ class NF4Weight(BaseWeight):
     absmax_offset float32 [1], N = in * out: 0.516 bytes for each number.
     """
 
-    name = "NF4"
+    name, about = "NF4", "NF4 of bitsandbytes, doubly quantised"
 
-    def __init__(
-        self,
-        shape: list[int],
-        codes: paddle.Tensor,
-        absmax: paddle.Tensor,
-        absmax_scale: paddle.Tensor,
-        absmax_offset: paddle.Tensor,
-    ) -> None:
-        super().__init__()
-        self.shape = list(shape)
-        _require_sizes(self, {"codes": (codes, 2), "absmax": (absmax, 64),
-                              "absmax_scale": (absmax_scale, 64 * 256),
-                              "absmax_offset": (absmax_offset, math.prod(shape))})  # fmt: skip
+    @classmethod
+    def layout(cls, shape: Sequence[int]) -> Layout:
+        count = math.prod(shape)
+        scales = -(-count // 64)
+        return {
+            "codes": ("U8", [-(-count // 2)]),
+            "absmax": ("U8", [scales]),
+            "absmax_scale": ("F32", [-(-scales // 256)]),
+            "absmax_offset": ("F32", [1]),
+        }
 
     @classmethod
     @paddle.no_grad()
-    def of(cls, weight: paddle.Tensor) -> NF4Weight:
-        codes, absmax = quantize_nf4(weight.detach().t())
+    def of_rows(cls, bands: Iterable[paddle.Tensor]) -> NF4Weight:
+        shape, (codes, absmax) = _by_band(quantize_nf4, bands)
         _require_finite(absmax)
-        return cls(weight.shape, codes, *quantize_absmax(absmax))
+        absmax, scale, offset = quantize_absmax(absmax)
+        return cls(shape, codes=codes, absmax=absmax, absmax_scale=scale, absmax_offset=offset)
 
     @paddle.no_grad()
     def matrix(self, dtype: str | paddle.dtype) -> tuple[paddle.Tensor, bool]:
         scale = self.absmax, self.absmax_scale, self.absmax_offset
         return dequantize_nf4(self.codes, scale, self.shape[::-1], dtype), True
-
-
-def _require_sizes(weight: BaseWeight, parts: dict[str, tuple[paddle.Tensor, int]]) -> None:
-    """Make parts, (tensor, weights that share a number of it) by name, buffers of `weight`. Raises
-    ConfigError for another size."""
-    count = math.prod(weight.shape)
-    for part, (tensor, shared) in parts.items():
-        wanted = [-(-count // shared)]
-        if tensor.shape != wanted:
-            raise ConfigError(
-                f"{part} of an {weight.name} weight {weight.shape} is {list(tensor.shape)}, wanted {wanted}"
-            )
-        weight.register_buffer(part, tensor)
 
 
 BASES = {"fp8": FP8Weight, "int8": Int8Weight, "nf4": NF4Weight, "fp4": FP4Weight}

@@ -23,7 +23,7 @@ from ppcoat.models.flux.files import FluxFiles
 from ppcoat.models.flux.pipeline import MAX_T5_TOKENS
 from ppcoat.models.flux.transformer import FluxTransformer2DModel
 from ppcoat.models.tensor_files import Component, component_config, read_json, tensor_infos
-from ppcoat.nn.base_weight import fp8_bytes
+from ppcoat.nn.base_weight import BASES
 from ppcoat.nn.convert import sublayer_at
 from ppcoat.optim import FP8QuantizationConfig
 
@@ -93,12 +93,14 @@ class BaseModel:
         """Values of the transformer."""
         return sum(self.others.values()) + sum(a * b for a, b in self.linears.values())
 
-    def weight_bytes(self, fp8: bool, itemsize: int) -> tuple[int, list[int]]:
-        """Bytes of the base outside its blocks, and of each block. fp8: Linear weights in FP8."""
+    def weight_bytes(self, quantize: str | bool, itemsize: int) -> tuple[int, list[int]]:
+        """Bytes of the base outside its blocks, and of each block. quantize: the format of Linears' weights,
+        False for itemsize bytes each."""
         held = {path: count * itemsize for path, count in self.others.items()}
         for path, (rows, columns) in self.linears.items():
             block = _block_of(path, self.blocks)
-            held[block] += fp8_bytes(rows, columns) if fp8 else rows * columns * itemsize
+            one = (rows, columns)
+            held[block] += BASES[quantize].bytes_of(one) if quantize else itemsize * math.prod(one)
         return held[""], [held[path] for path in self.blocks]
 
     def adapter_shapes(self, network: NetworkConfig) -> list[tuple[int, int]]:

@@ -191,10 +191,10 @@ def _encoders(folder: Path | None) -> EncoderSizes:
 
 @dataclass(frozen=True)
 class TracedNextDiT(TracedModel):
-    """settings: of NextDiT_CLIP. lora_paths: of block 0 of `layers`, and of all outside. quantize: an FP8
-    base, whose Linears save nothing. hidden: inner width of a feed-forward."""
+    """settings: of NextDiT_CLIP. lora_paths: of block 0 of `layers`, and of all outside. quantize: the format
+    of the base, whose Linears save nothing, or False. hidden: inner width of a feed-forward."""
 
-    quantize: bool
+    quantize: str | bool
     hidden: int
     own_sizes: ClassVar[tuple[str, ...]] = ("n_layers",)
 
@@ -236,7 +236,7 @@ class TracedNextDiT(TracedModel):
         sizes["ffn_dim_multiplier"] = self.hidden / (4 * own["dim"])
         model, coat = NextDiT_CLIP(**sizes), COATTrainer(self.coat)
         if self.quantize:
-            quantize_linears(model)
+            quantize_linears(model, self.quantize)
         others = [path.replace(".0.", ".1.", 1) for path in self.lora_paths if path.startswith("layers.")]
         prepare(model, coat, self.without_dropout, paths=[*self.lora_paths, *others])
         return model

@@ -51,12 +51,12 @@ FLOPS, MEMORY_RATE, PCIE_RATE = 80e12, 0.9e12, 20e9
 @dataclass(frozen=True)
 class Settings:
     """The settings that decide memory. checkpoint_blocks: from the first one; blocks_to_swap: the last ones;
-    quantize: an FP8 base.
+    quantize: the format of the base's weights, False for none.
     """
 
     policy: str
     checkpoint_blocks: int
-    quantize: bool
+    quantize: str | bool
     blocks_to_swap: int
     batch_size: int
     gradient_accumulation: int
@@ -155,7 +155,7 @@ class MemoryModel:
             ("pictures", {"encoders": self._vae_bytes, "working": seeing}),
         ]
 
-    def base_by_swapped(self, quantize: bool) -> list[int]:
+    def base_by_swapped(self, quantize: str | bool) -> list[int]:
         """Bytes of the frozen weights on the device if 0, 1, ... all blocks are swapped, the last ones first;
         those have room for RESIDENT_SWAPPED of them.
         """
@@ -243,9 +243,9 @@ class MemoryModel:
         moved = 0
         if settings.policy != "none":
             moved += 3 * 2 * self.saved_by_all_blocks(settings) * settings.batch_size * (1 - again)
-        if settings.quantize:
-            moved += 3 * (2 + again) * model.parameters
-        _, blocks = self.model.weight_bytes(settings.quantize, self.itemsize)
+        outside, blocks = self.model.weight_bytes(settings.quantize, self.itemsize)
+        if settings.quantize:  # read as stored, written as it is multiplied
+            moved += (2 + again) * (outside + sum(blocks) + 2 * model.parameters)
         swapped = 2 * sum(blocks[count - settings.blocks_to_swap :])
         return passes * (compute + moved / MEMORY_RATE + swapped / PCIE_RATE)
 

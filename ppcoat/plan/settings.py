@@ -46,9 +46,9 @@ def plan(config: RunConfig, memory_model: type[MemoryModel], vram_gb: float | No
     """Without vram_gb the plan of the config as it is; with it, of the fastest settings that fit.
 
     Chosen are the saving policy (FP8 only where coat.enabled), checkpointed blocks, swapped blocks, and the
-    batch size with gradient_accumulation such that an update sees the same number of pictures. An FP8 base is
-    taken only where model.quantize allows it, and only if it is faster or needed. Raises ConfigError if
-    nothing fits, naming the smallest need, and for what the config asks of a model that lacks it.
+    batch size with gradient_accumulation such that an update sees the same number of pictures. A quantised
+    base is taken only where model.quantize allows it, and only if it is faster or needed. Raises ConfigError
+    if nothing fits, naming the smallest need, and for what the config asks of a model that lacks it.
     """
     check_budget(vram_gb)
     memory = memory_model(config, planned_for_gpu(config, vram_gb))
@@ -138,7 +138,7 @@ def _candidates(memory: MemoryModel, budget: float) -> Iterator[Settings]:
     config = memory.config
     pictures = config.train.batch_size * config.train.gradient_accumulation
     for batch in (n for n in range(1, pictures + 1) if pictures % n == 0):
-        for quantize in (False, True) if config.model.quantize else (False,):
+        for quantize in dict.fromkeys((False, config.model.quantize)):
             for policy in memory.policies:
                 for checkpointed in memory.checkpoint_counts:
                     bare = Settings(policy, checkpointed, quantize, 0, batch, pictures // batch)
@@ -155,7 +155,7 @@ def _with_fewest_swapped(memory: MemoryModel, bare: Settings, budget: float) -> 
 
 
 def _nothing_fits(config: RunConfig, smallest: Plan, vram_gb: float) -> str:
-    hint = "" if config.model.quantize else "; model.quantize: true would allow an FP8 base"
+    hint = "" if config.model.quantize else "; model.quantize: fp8 or fp4 would allow a smaller base"
     settings = smallest.settings
     return (
         f"nothing fits into {vram_gb:g} GB: the smallest possible need is {smallest.total / GB:.1f} GB, in "

@@ -14,35 +14,35 @@ import paddle
 from ppcoat.config.schema import RunConfig
 from ppcoat.data.cache import folder_identity
 from ppcoat.device import on_gpu
-from ppcoat.models.quantized_base import FP8Copy
+from ppcoat.models.quantized_base import QuantizedCopy
 from ppcoat.models.tensor_files import Component
 from ppcoat.train.ranks import Ranks
 
 
 def load_frozen(
     plain: Callable[..., paddle.nn.Layer],
-    in_fp8: Callable[..., paddle.nn.Layer],
+    quantized: Callable[..., paddle.nn.Layer],
     component: Component,
     config: RunConfig,
     dtype: str | None,
     ranks: Ranks,
     keep_copy: bool,
 ) -> paddle.nn.Layer:
-    """The transformer by plain(component, dtype) or, with model.quantize, by in_fp8(component, dtype, copy,
-    blocks_to_swap); the copy is the first rank's to write, None without keep_copy."""
+    """The transformer by plain(component, dtype) or, with model.quantize, by quantized(component, dtype,
+    copy, blocks_to_swap, base); the copy is the first rank's to write, None without keep_copy."""
     if not config.model.quantize:
         return plain(component, dtype)
-    copy = fp8_copy_of(config) if keep_copy else None
+    copy = quantized_copy_of(config) if keep_copy else None
     with ranks.first_ahead():
-        return in_fp8(component, dtype, copy, config.model.blocks_to_swap)
+        return quantized(component, dtype, copy, config.model.blocks_to_swap, config.model.quantize)
 
 
-def fp8_copy_of(config: RunConfig) -> FP8Copy:
-    """Where the FP8 weights of the config's transformer are kept for the next start. Reads pieces of the
-    model's files, to know whose copy it is."""
+def quantized_copy_of(config: RunConfig) -> QuantizedCopy:
+    """Where the quantised weights of the config's transformer are kept for the next start. Pieces of the
+    model's files are read, to know whose copy it is."""
     model = Path(config.model.name_or_path)
-    source = folder_identity(_weights(model))
-    return FP8Copy.beside_or_in(model, config.cache_folder, source, config.model.quantized_beside_model)
+    source, beside_model = folder_identity(_weights(model)), config.model.quantized_beside_model
+    return QuantizedCopy.beside_or_in(model, config.cache_folder, source, beside_model, config.model.quantize)
 
 
 def base_identity(model: str | Path) -> str:

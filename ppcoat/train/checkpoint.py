@@ -374,7 +374,9 @@ def _go_on(state: RunState, config: RunConfig, checkpoint: Checkpoint, words: Re
     state.load(checkpoint.step, checkpoint.tensors, facts, restart_data=moved is not None)
     steps, step = config.train.steps, state.step
     left = f"{steps - step} of {steps} steps are" if step < steps else "nothing is"
-    before, now = facts.get("settings", {}), settings_of_training(config)
+    before, now = dict(facts.get("settings", {})), settings_of_training(config)
+    if before.get("model.quantize") is True:  # so earlier versions called their only format
+        before["model.quantize"] = "fp8"
     changes = [f"{key} {_shown(before[key])} -> {_shown(now[key])}"
                for key in now if before.get(key, now[key]) != now[key]]  # fmt: skip
     lines = [f"resuming from {checkpoint.path}: {left} left"]

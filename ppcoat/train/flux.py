@@ -23,7 +23,7 @@ from ppcoat.models.flux.files import FluxFiles
 from ppcoat.models.flux.pipeline import FluxPipeline
 from ppcoat.models.flux.transformer import FluxTransformer2DModel
 from ppcoat.models.loading import check_folder, load_transformer, unfilled
-from ppcoat.models.quantized_base import load_fp8_transformer
+from ppcoat.models.quantized_base import load_quantized_transformer
 from ppcoat.nn.swap import last_blocks
 from ppcoat.objective import FlowMatching
 from ppcoat.plan.phases import MemoryModel
@@ -82,7 +82,7 @@ class FluxSpec(ModelSpec):
         drop_encoders(pipeline, ("text_encoder", "text_encoder_2"), config.sample.wanted)
         pipeline.transformer = load_frozen(
             load_transformer,
-            load_fp8_transformer,
+            load_quantized_transformer,
             _files(config)["transformer"],
             config,
             dtype,

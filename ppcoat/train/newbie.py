@@ -29,8 +29,8 @@ from ppcoat.lora import LoRASummary, save_comfyui, save_peft
 from ppcoat.lora.files import CONFIG, WEIGHTS
 from ppcoat.models.newbie.files import (
     check_newbie_folder,
-    load_fp8_nextdit,
     load_nextdit,
+    load_quantized_nextdit,
     unfilled_nextdit,
 )
 from ppcoat.models.newbie.jina_clip import load_gemma3_tokenizer
@@ -125,7 +125,7 @@ class NewbieSpec(ModelSpec):
         drop_encoders(pipeline, ("text_encoder", "clip_model"), config.sample.wanted)
         pipeline.transformer = load_frozen(
             load_nextdit,
-            load_fp8_nextdit,
+            load_quantized_nextdit,
             Path(config.model.name_or_path) / "transformer",
             config,
             dtype,

@@ -15,9 +15,9 @@ from ppcoat.infer.lightning import LightningDrawing, draw_lightning
 from ppcoat.lora import inject_lora, save_lora
 from ppcoat.models.flux.pipeline import FluxPipeline
 from ppcoat.models.loading import load_transformer
-from ppcoat.models.newbie.files import load_fp8_nextdit
+from ppcoat.models.newbie.files import load_quantized_nextdit
 from ppcoat.models.newbie.pipeline import NewbiePipeline
-from ppcoat.models.quantized_base import load_fp8_transformer
+from ppcoat.models.quantized_base import load_quantized_transformer
 
 ROOT = Path(__file__).parents[2]
 FLUX, NEWBIE = ROOT / "ppcoat" / "assets" / "tiny_flux", ROOT / "tests" / "fixtures" / "tiny_newbie"
@@ -32,7 +32,7 @@ def flux(dtype, **parts):
 
 
 def fp8_flux(dtype):
-    return flux(dtype, transformer=load_fp8_transformer(FLUX / "transformer", dtype))
+    return flux(dtype, transformer=load_quantized_transformer(FLUX / "transformer", dtype))
 
 
 def newbie(dtype, **parts):
@@ -40,7 +40,7 @@ def newbie(dtype, **parts):
 
 
 def fp8_newbie(dtype):
-    return newbie(dtype, transformer=load_fp8_nextdit(NEWBIE / "transformer", dtype))
+    return newbie(dtype, transformer=load_quantized_nextdit(NEWBIE / "transformer", dtype))
 
 
 @pytest.fixture(scope="module")

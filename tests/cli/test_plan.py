@@ -13,7 +13,7 @@ from ppcoat.plan.phases import MemoryModel, Settings
 from ppcoat.plan.settings import as_given, plan, with_settings
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("flux_lora_*gb.yaml"))
-SETTINGS = Settings("coat+recompute", 12, True, 30, 2, 3)
+SETTINGS = Settings("coat+recompute", 12, "fp8", 30, 2, 3)
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)

@@ -308,8 +308,18 @@ def test_emptied_boxes_of_the_web_interface_ask_for_nothing(load, warnings):
     assert not [line for line in warnings(text=nested(*emptied)) if "ai-toolkit also adapts" not in line]
 
 
+@pytest.mark.parametrize(
+    ("qtype", "base"),
+    [("qfloat8", "fp8"), ("FLOAT_8", "fp8"), ("qint8", "int8"), ("NFLOAT_4", "nf4"), ("", "fp8"),
+     ("uint4", "fp4"), ("uint6", "fp8")],
+)  # fmt: skip
+def test_names_of_formats_of_the_base_are_taken(load, qtype, base):
+    assert load("model.quantize=true", f"model.qtype='{qtype}'", text=nested()).model.quantize == base
+    assert load("model.quantize=false", f"model.qtype='{qtype}'", text=nested()).model.quantize is False
+
+
 def test_another_kind_of_base_is_told_where_it_is_asked_for(warnings):
-    told = "model.qtype: came 'uint4', the base is stored in FP8 (E4M3) instead"
+    told = "model.qtype: came 'uint4', the base is stored in fp4 instead"
     for quantize, number in (("true", 1), ("false", 0)):
         said = warnings(f"model.quantize={quantize}", "model.qtype=uint4", text=nested())
         assert sum(told in line for line in said) == number

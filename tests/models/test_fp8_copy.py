@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from ppcoat.errors import ConfigError
 from ppcoat.models import writing
-from ppcoat.models.quantized_base import FP8Copy, load_fp8_transformer
+from ppcoat.models.quantized_base import QuantizedCopy, load_quantized_transformer
 
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
 
@@ -22,7 +22,7 @@ def source(bf16_folder):
 
 @pytest.fixture
 def copy(tmp_path):
-    return FP8Copy(tmp_path / "deep/copy", "weights 1")
+    return QuantizedCopy(tmp_path / "deep/copy", "weights 1")
 
 
 def said(caplog):
@@ -32,18 +32,18 @@ def said(caplog):
 def test_the_second_start_reads_the_copy_and_no_weight_of_the_model(
     assert_same, source, copy, tmp_path, caplog, monkeypatch
 ):
-    plain = load_fp8_transformer(source)
-    assert_same(load_fp8_transformer(source, copy=copy), plain)
+    plain = load_quantized_transformer(source)
+    assert_same(load_quantized_transformer(source, copy=copy), plain)
     monkeypatch.setattr("ppcoat.models.quantized_base.quantised_tensors", None)
-    assert_same(load_fp8_transformer(source, copy=copy), plain)
+    assert_same(load_quantized_transformer(source, copy=copy), plain)
     assert not said(caplog)
     assert [path.name for path in copy.folder.parent.iterdir()] == ["copy"]  # nothing temporary is left
 
 
 def test_it_is_a_folder_of_shards_that_safetensors_reads(assert_same, source, copy, monkeypatch):
     monkeypatch.setattr(writing, "SHARD_BYTES", 200_000)
-    plain = {name: tensor.numpy() for name, tensor in load_fp8_transformer(source).state_dict().items()}
-    assert_same(load_fp8_transformer(source, copy=copy), load_fp8_transformer(source))
+    plain = {name: tensor.numpy() for name, tensor in load_quantized_transformer(source).state_dict().items()}
+    assert_same(load_quantized_transformer(source, copy=copy), load_quantized_transformer(source))
     names = json.loads((copy.folder / INDEX).read_text())["weight_map"]
     shards = sorted(copy.folder.glob("*.safetensors"))
     assert len(shards) == len(set(names.values())) > 2
@@ -60,10 +60,10 @@ def test_it_is_a_folder_of_shards_that_safetensors_reads(assert_same, source, co
 def test_a_copy_of_other_weights_is_made_anew_with_one_message(
     assert_same, source, fp32_folder, copy, caplog
 ):
-    load_fp8_transformer(fp32_folder / "transformer", copy=FP8Copy(copy.folder, "weights 0"))
-    assert_same(load_fp8_transformer(source, copy=copy), load_fp8_transformer(source))
+    load_quantized_transformer(fp32_folder / "transformer", copy=QuantizedCopy(copy.folder, "weights 0"))
+    assert_same(load_quantized_transformer(source, copy=copy), load_quantized_transformer(source))
     assert len(said(caplog)) == 1 and "of other weights: it is made anew" in said(caplog)[0]
-    load_fp8_transformer(source, copy=copy)
+    load_quantized_transformer(source, copy=copy)
     assert len(said(caplog)) == 1
 
 
@@ -95,13 +95,13 @@ def garbage(folder):
 
 @pytest.mark.parametrize("damage", [cut, flip, without_index, without_sums, garbage, shutil.rmtree])
 def test_a_damaged_copy_is_made_anew_with_one_message(assert_same, source, copy, caplog, damage):
-    plain = load_fp8_transformer(source, copy=copy)
+    plain = load_quantized_transformer(source, copy=copy)
     damage(copy.folder)
     if damage is shutil.rmtree:
         copy.folder.mkdir()
-    assert_same(load_fp8_transformer(source, copy=copy), plain)
+    assert_same(load_quantized_transformer(source, copy=copy), plain)
     assert len(said(caplog)) == 1 and "made anew" in said(caplog)[0]
-    load_fp8_transformer(source, copy=copy)
+    load_quantized_transformer(source, copy=copy)
     assert len(said(caplog)) == 1
 
 
@@ -109,11 +109,11 @@ def test_a_disk_that_is_too_full_is_told_before_anything_is_written(source, copy
     monkeypatch.setattr(
         shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(10**9, 10**9, 12_345_678_9)
     )
-    load_fp8_transformer(source, copy=copy)
+    load_quantized_transformer(source, copy=copy)
     shutil.rmtree(copy.folder)
     monkeypatch.setattr(shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(10**9, 10**9, 100_000))
     with pytest.raises(ConfigError, match=r"takes 0\.00 GB, and .* has 0\.00 GB free"):
-        load_fp8_transformer(source, copy=copy)
+        load_quantized_transformer(source, copy=copy)
     assert not list(copy.folder.parent.iterdir())
 
 
@@ -123,17 +123,19 @@ def test_a_failure_while_writing_leaves_nothing(source, copy, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
-        load_fp8_transformer(source, copy=copy)
+        load_quantized_transformer(source, copy=copy)
     assert not list(copy.folder.parent.iterdir())
 
 
 def test_it_lies_beside_the_model_only_if_asked_and_possible(tmp_path, caplog):
     model, cache = tmp_path / "FLUX.1-dev", tmp_path / "cache"
     model.mkdir()
-    inside = FP8Copy.beside_or_in(model, cache, "s")
+    inside = QuantizedCopy.beside_or_in(model, cache, "s")
     assert inside.folder == cache / "FLUX.1-dev-transformer-fp8"
-    assert FP8Copy.beside_or_in(model, cache, "s", beside_model=True).folder == model / "transformer-fp8"
+    assert (
+        QuantizedCopy.beside_or_in(model, cache, "s", beside_model=True).folder == model / "transformer-fp8"
+    )
     assert not said(caplog)
-    missing = FP8Copy.beside_or_in(tmp_path / "FLUX.1-dev/none", cache, "s", beside_model=True)
+    missing = QuantizedCopy.beside_or_in(tmp_path / "FLUX.1-dev/none", cache, "s", beside_model=True)
     assert missing.folder == cache / "none-transformer-fp8"
     assert len(said(caplog)) == 1 and "cannot be written" in said(caplog)[0]

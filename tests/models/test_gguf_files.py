@@ -89,7 +89,7 @@ import json, sys
 import paddle
 from ppcoat.models.flux.files import FluxFiles
 from ppcoat.models.loading import load_transformer
-from ppcoat.models.quantized_base import fp8_model_bytes, load_fp8_transformer
+from ppcoat.models.quantized_base import quantized_model_bytes, load_quantized_transformer
 
 def status(key):
     return next(int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.startswith(key))
@@ -97,8 +97,8 @@ def status(key):
 (paddle.ones([4, 4]) @ paddle.ones([4, 4])).numpy()
 component = FluxFiles.found(sys.argv[1])["transformer"]
 before = status("VmRSS")
-model = {"fp8": load_fp8_transformer, "plain": load_transformer}[sys.argv[2]](component, "bfloat16")
-print(json.dumps([before, status("VmHWM"), fp8_model_bytes(model)]))
+model = {"fp8": load_quantized_transformer, "plain": load_transformer}[sys.argv[2]](component, "bfloat16")
+print(json.dumps([before, status("VmHWM"), quantized_model_bytes(model)]))
 """
 
 

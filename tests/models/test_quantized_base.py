@@ -13,9 +13,15 @@ from safetensors.numpy import load_file, save_file
 from ppcoat.errors import ConfigError
 from ppcoat.lora import inject_lora, merge_lora
 from ppcoat.lora.layer import linear_paths, lora_parameters
+from ppcoat.models import quantized_base
 from ppcoat.models.flux.transformer import FluxTransformer2DModel
 from ppcoat.models.loading import load_transformer
-from ppcoat.models.quantized_base import load_fp8_transformer, output_errors, weight_errors
+from ppcoat.models.quantized_base import (
+    QuantizedCopy,
+    load_quantized_transformer,
+    output_errors,
+    weight_errors,
+)
 from ppcoat.models.writing import save_weights
 from ppcoat.nn.convert import multiply_in_fp8, quantize_linears
 
@@ -45,16 +51,40 @@ def test_flux_dev_has_504_linears_494_of_them_in_blocks():
 @pytest.mark.parametrize("folder", ["fp32_folder", "bf16_folder"])
 def test_every_linear_is_rounded_once_and_all_else_is_as_it_was(request, folder, assert_rounded_once):
     folder = request.getfixturevalue(folder) / "transformer"
-    exact, model = load_transformer(folder), load_fp8_transformer(folder)
+    exact, model = load_transformer(folder), load_quantized_transformer(folder)
     fp8 = assert_rounded_once(model, exact)
     assert [path.removesuffix(".weight") for path in fp8] == linear_paths(exact)
+
+
+@pytest.mark.parametrize("base", ["int8", "nf4", "fp4"])
+@pytest.mark.parametrize("layout", ["pt", "pd"])
+def test_other_formats_read_in_bands_are_what_they_make_of_whole_weights(
+    fp32_folder, tmp_path, monkeypatch, assert_same, base, layout
+):
+    """Bands of 128 rows, with Paddle's order of a Linear's weight too, and from the copy on disk."""
+    monkeypatch.setattr(quantized_base, "BAND", 128)
+    exact = load_transformer(fp32_folder / "transformer")
+    save_weights(exact, tmp_path, "diffusion_pytorch_model")
+    if layout == "pd":
+        linears = {f"{path}.weight" for path in linear_paths(exact)}
+        tensors = load_file(tmp_path / WEIGHTS)
+        turned = {n: np.ascontiguousarray(t.T) if n in linears else t for n, t in tensors.items()}
+        save_file(turned, tmp_path / WEIGHTS, {"format": "pd"})
+    (tmp_path / "config.json").write_bytes((fp32_folder / "transformer/config.json").read_bytes())
+    model, copy = load_quantized_transformer(tmp_path, base=base), QuantizedCopy(tmp_path / "c", "w", base)
+    assert len(quantize_linears(exact, base)) == len(linear_paths(model))
+    assert_same(model, exact)
+    load_quantized_transformer(tmp_path, copy=copy, base=base)
+    monkeypatch.setattr(quantized_base, "quantised_tensors", None)
+    assert_same(load_quantized_transformer(tmp_path, copy=copy, base=base), exact)
+    assert not QuantizedCopy(copy.folder, "w", "fp8").is_usable()  # of another format
 
 
 def test_float16_sources_are_read(fp32_folder, tmp_path, rounded):
     tensors = load_file(fp32_folder / "transformer" / WEIGHTS)
     save_file({n: t.astype("float16") for n, t in tensors.items()}, tmp_path / WEIGHTS, {"format": "pt"})
     (tmp_path / "config.json").write_bytes((fp32_folder / "transformer/config.json").read_bytes())
-    weight = load_fp8_transformer(tmp_path).proj_out.weight.dequantized("float32").numpy()
+    weight = load_quantized_transformer(tmp_path).proj_out.weight.dequantized("float32").numpy()
     np.testing.assert_array_equal(
         weight, rounded(tensors["proj_out.weight"].astype("float16").astype("float32").T)
     )
@@ -66,12 +96,12 @@ def test_a_tensor_that_is_not_finite_is_named(fp32_folder, tmp_path):
     save_file(tensors, tmp_path / WEIGHTS, {"format": "pt"})
     (tmp_path / "config.json").write_bytes((fp32_folder / "transformer/config.json").read_bytes())
     with pytest.raises(ConfigError, match="proj_out.weight in .*NaN or infinities"):
-        load_fp8_transformer(tmp_path)
+        load_quantized_transformer(tmp_path)
 
 
 def test_more_swapped_blocks_than_blocks_are_refused(fp32_folder):
     with pytest.raises(ConfigError, match="came 99, but this model has"):
-        load_fp8_transformer(fp32_folder / "transformer", blocks_to_swap=99)
+        load_quantized_transformer(fp32_folder / "transformer", blocks_to_swap=99)
 
 
 def test_errors_of_weights_are_those_of_e4m3(tiny_flux, rounded):
@@ -94,7 +124,7 @@ def test_the_output_of_the_tiny_flux_stays_near(tiny_flux):
 
 
 def test_an_fp8_base_is_neither_merged_nor_saved(fp32_folder, tmp_path):
-    model = load_fp8_transformer(fp32_folder / "transformer")
+    model = load_quantized_transformer(fp32_folder / "transformer")
     with pytest.raises(ConfigError, match="weight is stored in FP8"):
         save_weights(model, tmp_path, "model")
     inject_lora(model, 2, 2.0)
@@ -143,8 +173,8 @@ def test_a_lora_learns_as_well_on_an_fp8_base(build_flux):
 @pytest.mark.slow
 def test_a_lora_learns_as_well_on_the_fp8_base_of_the_tiny_flux(tiny_flux):
     plain = trained_loss(load_transformer(tiny_flux), 60)
-    quantised = trained_loss(load_fp8_transformer(tiny_flux), 60)
-    multiplying = load_fp8_transformer(tiny_flux)
+    quantised = trained_loss(load_quantized_transformer(tiny_flux), 60)
+    multiplying = load_quantized_transformer(tiny_flux)
     multiply_in_fp8(multiplying)
     in_fp8 = trained_loss(multiplying, 60)
     print(f"loss {plain:.4f}, on the FP8 base {quantised:.4f}, multiplying in FP8 too {in_fp8:.4f}")
@@ -155,7 +185,7 @@ CHILD = """
 import json, sys
 import numpy as np, paddle
 from ppcoat.device import keep_freed_memory
-from ppcoat.models.quantized_base import load_fp8_transformer
+from ppcoat.models.quantized_base import load_quantized_transformer
 from ppcoat.nn.base_weight import FP8Weight
 
 def status(key):
@@ -163,7 +193,7 @@ def status(key):
 
 (paddle.ones([4, 4]) @ paddle.ones([4, 4])).numpy()
 before = status("VmRSS")
-model = load_fp8_transformer(sys.argv[1])
+model = load_quantized_transformer(sys.argv[1])
 fp8 = sum(layer.nbytes for layer in model.sublayers() if isinstance(layer, FP8Weight))
 fp8 += sum(p.size * p.element_size() for p in model.parameters())
 print(json.dumps([before, status("VmHWM"), fp8]))

@@ -16,7 +16,7 @@ from ppcoat.models.flux.files import FluxFiles
 from ppcoat.models.flux.original_names import told_config
 from ppcoat.models.flux.pipeline import FluxPipeline
 from ppcoat.models.loading import check_folder, load_component, load_transformer
-from ppcoat.models.quantized_base import load_fp8_transformer
+from ppcoat.models.quantized_base import load_quantized_transformer
 from ppcoat.models.single_file import components_in
 from ppcoat.models.tensor_files import TensorInfo, map_tensor, read_header, rows_of
 
@@ -123,7 +123,7 @@ def test_rows_are_those_of_the_whole_also_where_halves_are_swapped(file):
 )
 def test_an_fp8_base_is_the_decoded_file_rounded_once(file, assert_rounded_once):
     component = FluxFiles.found(FOLDER / file)["transformer"]
-    assert len(assert_rounded_once(load_fp8_transformer(component), load_transformer(component))) == 44
+    assert len(assert_rounded_once(load_quantized_transformer(component), load_transformer(component))) == 44
 
 
 def test_scales_in_the_header_are_those_beside_the_weights(refs, tmp_path):

@@ -53,7 +53,15 @@ def test_weights_that_are_not_finite_are_refused(bad):
 
 def test_scales_of_another_shape_are_refused():
     with pytest.raises(ConfigError, match=r"\[2, 2\].*wanted \[1, 1\]"):
-        FP8Weight(paddle.zeros([3, 3], "uint8"), paddle.ones([2, 2]))
+        FP8Weight([3, 3], codes=paddle.zeros([3, 3], "uint8"), scale=paddle.ones([2, 2]))
+
+
+@pytest.mark.parametrize("shape", [(130, 70), (64, 3), (1, 1)])
+@pytest.mark.parametrize("base", BASES)
+def test_bytes_of_a_format_are_those_that_its_tensors_take(base, shape):
+    weight = BASES[base].of(paddle.randn(shape))
+    held = sum(buffer.size * buffer.element_size() for buffer in weight.buffers())
+    assert BASES[base].bytes_of(shape) == weight.nbytes == held
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -173,7 +181,7 @@ def test_wrong_formats_sizes_and_second_quantising_are_one_line():
     with pytest.raises(ConfigError, match="0.weight is stored in NF4: load the model unquantised to merge"):
         merge_lora(layers)
     with pytest.raises(ConfigError, match=r"scale of an FP4 weight \[4, 8\] is \[1\], wanted \[2\]"):
-        FP4Weight([4, 8], paddle.zeros([16], "uint8"), paddle.zeros([1], "uint8"))
+        FP4Weight([4, 8], codes=paddle.zeros([16], "uint8"), scale=paddle.zeros([1], "uint8"))
     with pytest.raises(ConfigError, match="above 22.9 cannot be stored in FP4.*int8"):
         FP4Weight.of(paddle.full([4, 8], 30.0))
     assert NF4Weight.of(paddle.full([4, 8], 30.0)).dequantized("float32").numpy().max() == 30.0

@@ -95,10 +95,10 @@ def planned(config: RunConfig, case: Case) -> NewbieMemoryModel:
 class Training:
     """Steps of the real model with the real parts of a run."""
 
-    def __init__(self, config: RunConfig, case: Case, checkpointed: int = 0, quantize: bool = False):
+    def __init__(self, config: RunConfig, case: Case, checkpointed: int = 0, quantize: str | bool = False):
         self.model = NextDiT_CLIP(**case.settings)
         if quantize:
-            quantize_linears(self.model)
+            quantize_linears(self.model, quantize)
         memory = config.coat.memory.model_copy(update={"checkpoint_blocks": checkpointed or None})
         self.coat = COATTrainer(config.coat.model_copy(update={"memory": memory}), checkpointed > 0)
         prepare(self.model, self.coat, config.network)
@@ -131,10 +131,11 @@ class Training:
         (WIDE, COAT, False, "lora"),
         (WIDE, RECOMPUTE, False, "lora"),
         (WIDE, ATTENTION, False, "lora"),
-        (SIZES[1], NONE, True, "lora"),
+        (SIZES[1], NONE, "fp8", "lora"),
+        (SIZES[1], NONE, "fp4", "lora"),
         (WIDE, COAT, False, "lokr"),
     ],
-    ids=["none", "coat", "recompute", "attention", "FP8 base", "lokr"],
+    ids=["none", "coat", "recompute", "attention", "FP8 base", "FP4 base", "lokr"],
 )
 def test_kept_bytes_are_those_that_training_counts(small_config, case, policy, quantize, kind):
     config = small_config(policy, kind)
@@ -190,7 +191,7 @@ def test_newbie_3b_by_its_shapes(make_config):
     assert model.assumed and model.parameters == 3_486_636_096
     assert len(model.blocks) == 36 and len(model.linears) == 246 and model.width == 2304
     assert memory.base_by_swapped(False)[0] == 2 * 3_486_636_096
-    assert memory.base_by_swapped(True)[0] == pytest.approx(3_486_636_096, rel=0.002)
+    assert memory.base_by_swapped("fp8")[0] == pytest.approx(3_486_636_096, rel=0.002)
     # of 10 swapped layers two stay: qkv, out, three of the feed-forward, modulation, norms
     layer = 2304 * (2304 + 2 * 768) + 2304**2 + 3 * 2304 * 9216 + 1024 * 4 * 2304
     saved = memory.base_by_swapped(False)[0] - memory.base_by_swapped(False)[10]
@@ -254,7 +255,7 @@ def test_without_coat_nothing_is_packed(make_config):
 
 
 @pytest.mark.parametrize(
-    "settings", [Settings(COAT, 0, True, 7, 1, 3), Settings(ATTENTION, 12, False, 0, 2, 1)]
+    "settings", [Settings(COAT, 0, "fp8", 7, 1, 3), Settings(ATTENTION, 12, False, 0, 2, 1)]
 )
 def test_the_advice_is_read_back_as_the_choice(make_config, tmp_path, settings):
     file = tmp_path / "advised.toml"

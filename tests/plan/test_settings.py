@@ -186,7 +186,7 @@ def test_flux_dev_by_its_shapes():
     values = sum(a * b for a, b in model.linears.values())
     scales = sum(4 * math.ceil(a / 128) * math.ceil(b / 128) for a, b in model.linears.values())
     rest = 11_901_408_320 - values
-    assert planned.base_by_swapped(True)[0] == values + scales + 2 * rest
+    assert planned.base_by_swapped("fp8")[0] == values + scales + 2 * rest
     assert planned.base_by_swapped(False)[0] == 2 * 11_901_408_320
     # 12 d^2 + 3 d^2 of modulation per single block: two of them stay of 38 that are swapped
     single = 15 * 3072**2 * 2
@@ -282,7 +282,7 @@ def test_the_choice_fits_and_nothing_faster_does(card_24):
     assert card_24.total <= 24e9
     planned = MemoryModel(dev_config(model={"quantize": True}), on_gpu=True)
     for policy in ("none", "coat", "coat+recompute"):
-        for quantize in (False, True):
+        for quantize in (False, "fp8"):
             for checkpointed in (0, 10, 57):
                 for swapped in (0, 20, 57):
                     other = Settings(policy, checkpointed, quantize, swapped, 1, 1)
@@ -290,7 +290,7 @@ def test_the_choice_fits_and_nothing_faster_does(card_24):
                     assert total > 24e9 or planned.seconds(other) >= card_24.seconds
 
 
-@pytest.mark.parametrize(("pixels", "gb", "quantize"), [(768, 24, True), (1024, 48, False)])
+@pytest.mark.parametrize(("pixels", "gb", "quantize"), [(768, 24, "fp8"), (1024, 48, False)])
 def test_without_checkpointing_or_swapping(pixels, gb, quantize):
     """768 x 768 on 24 GB with an FP8 base, 1024 x 1024 on 48 GB without."""
     config = dev_config(model={"quantize": quantize}, coat={"activation": {"policy": "coat+recompute"}})
@@ -328,7 +328,7 @@ def test_more_swapped_blocks_than_there_are():
 
 
 def test_a_choice_goes_into_the_config_and_out_again():
-    settings = Settings("coat+recompute", 12, True, 30, 2, 3)
+    settings = Settings("coat+recompute", 12, "fp8", 30, 2, 3)
     assert as_given(with_settings(dev_config(), settings), 57) == settings
     bare = replace(settings, checkpoint_blocks=0)
     assert as_given(with_settings(dev_config(), bare), 57) == bare

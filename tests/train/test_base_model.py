@@ -55,6 +55,21 @@ def test_fp8_base_is_kept_for_the_next_start(make_config, monkeypatch, caplog):
         assert (value.numpy() == pipeline.transformer.state_dict()[name].numpy()).all(), name
 
 
+@pytest.mark.parametrize("base", ["int8", "nf4", "fp4"])
+def test_a_run_on_another_format_follows_the_float_run_resumes_and_keeps_a_copy_of_its_own(
+    make_config, base, capsys
+):
+    plain = train_lora(make_config("name=plain", "train.steps=4")).losses
+    config = make_config(f"name={base}", f"model.quantize={base}", "train.steps=4")
+    whole = train_lora(config).losses
+    assert whole != plain and whole == pytest.approx(plain, rel=0.1)
+    assert list(config.cache_folder.glob(f"*-transformer-{base}/*.safetensors"))
+    stopped = make_config("name=stopped", f"model.quantize={base}", "train.steps=2", "model.blocks_to_swap=2")
+    losses = train_lora(stopped).losses
+    again = make_config("name=stopped", f"model.quantize={base}", "train.steps=4")
+    assert losses + train_lora(again).losses == whole
+
+
 def test_without_a_copy_nothing_is_written(make_config):
     config = make_config("model.quantize=true")
     loaded(config, keep_copy=False)

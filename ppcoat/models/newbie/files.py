@@ -31,7 +31,7 @@ from ppcoat.models.loading import (
 from ppcoat.models.newbie.gemma3 import Gemma3Config, Gemma3TextEncoder
 from ppcoat.models.newbie.jina_clip import JinaClipConfig, JinaClipTextModel
 from ppcoat.models.newbie.nextdit import NextDiT_CLIP
-from ppcoat.models.quantized_base import FP8Copy, load_fp8
+from ppcoat.models.quantized_base import QuantizedCopy, load_quantized
 from ppcoat.models.tensor_files import TensorInfo, check_index, check_there, read_json, tensor_infos
 from ppcoat.nn.swap import last_blocks
 
@@ -120,17 +120,21 @@ def load_nextdit(folder: str | Path, dtype: str | None = None) -> NextDiT_CLIP:
     return _loaded(_nextdit, _nextdit_source, folder, dtype)
 
 
-def load_fp8_nextdit(
-    folder: str | Path, dtype: str | None = None, copy: FP8Copy | None = None, blocks_to_swap: int = 0
+def load_quantized_nextdit(
+    folder: str | Path,
+    dtype: str | None = None,
+    copy: QuantizedCopy | None = None,
+    blocks_to_swap: int = 0,
+    base: str = "fp8",
 ) -> NextDiT_CLIP:
-    """The transformer of a component folder in eval mode, the weight of every Linear in FP8.
+    """The transformer of a component folder in eval mode, the weight of every Linear in a format of `BASES`.
 
     All 246 Linears of the 3B model are quantised; biases and norms are in `dtype` (None: float32 on CPU,
-    bfloat16 on GPU). copy, and what else is raised: see `load_fp8`. blocks_to_swap: the last so many `layers`
-    are left in host memory. Raises ConfigError as `open_nextdit` and `last_blocks`.
+    bfloat16 on GPU). copy, and what else is raised: see `load_quantized`. blocks_to_swap: the last so many
+    `layers` are left in host memory. Raises ConfigError as `open_nextdit` and `last_blocks`.
     """
-    return load_fp8(
-        lambda: open_nextdit(folder, dtype), copy, lambda model: last_blocks(model, blocks_to_swap)
+    return load_quantized(
+        lambda: open_nextdit(folder, dtype), copy, lambda model: last_blocks(model, blocks_to_swap), base
     )
 
 

@@ -323,7 +323,7 @@ def test_options_of_diffusers_and_ppdiffusers_that_ask_for_nothing_more(fp32_fol
     [
         ({"use_safetensors": False}, "only safetensors are read; leave it out"),
         ({"device_map": "balanced"}, r"device_map=...\) is not done here: call paddle.set_device"),
-        ({"quantization_config": object()}, "give transformer=load_fp8_transformer"),
+        ({"quantization_config": object()}, "give transformer=load_quantized_transformer"),
         (
             {"map_locaton": "cpu"},
             "unknown option of from_pretrained 'map_locaton', the nearest is 'map_location'",
