@@ -109,7 +109,7 @@ def _check_widths(transformer: FluxTransformer2DModel, files: FluxFiles, parts: 
 
 
 def check_without_control(transformer: FluxTransformer2DModel, files: FluxFiles) -> None:
-    """Raise ConfigError for a transformer that takes more inputs than FLUX.1-dev's, which cannot be trained."""
+    """Raise ConfigError for a transformer of more inputs than FLUX.1-dev's, which cannot be trained."""
     inputs, channels = transformer.config.in_channels, transformer.out_channels
     if inputs != channels:
         raise ConfigError(
