@@ -26,7 +26,17 @@ from ppcoat.atomic import check_writable
 from ppcoat.config.flags import add_flags, flag, from_flags
 from ppcoat.errors import ConfigError
 from ppcoat.lora import LoRAFile, LoRAModule, flux_names, read_fitting, read_lora_file, write_lora_file
-from ppcoat.lora.arithmetic import Loss, Place, biases_of, in_parts, of_matrix, rank_of, sum_of, told
+from ppcoat.lora.arithmetic import (
+    Loss,
+    Place,
+    in_parts,
+    is_vector,
+    of_matrix,
+    rank_of,
+    sum_of,
+    told,
+    vectors_of,
+)
 from ppcoat.lora.files import check_known
 from ppcoat.lora.keys import CLIP, T5, TRANSFORMER, KeyReader
 from ppcoat.lora.parse import Change, described, is_plain
@@ -205,11 +215,11 @@ def read_lora(path: Path, flags: ReadFlags) -> LoRAFile:
             parts = [part for part in (*parts, *ENCODERS) if part in model.components]
         shapes = parameter_shapes(model, *parts)
         file = read_fitting(path, shapes, None, flags.ignore_unknown)
-    refused = [each for each in file.changes if each.parameter == "weight" and rank_of(each.kind) is None]
+    refused = [each for each in file.changes if not is_vector(each) and rank_of(each.kind) is None]
     if refused:
         raise ConfigError(
             f"{path} has {described(refused)}, e.g. {refused[0].paths[0]}: what that adds depends on the "
-            "base's weights or is no matrix; merge it into a model (`merge`) and take a LoRA out with "
+            "base's weights; merge it into a model (`merge`) and take a LoRA out with "
             "`lora extract`"
         )
     for note in file.notes:
@@ -229,37 +239,41 @@ def write_sum(
     file_format = flags.format or (first if first in FORMATS else "diffusers")
     dtypes = {stored_dtype(file) for file, _ in files}
     dense = [change for file, _ in files for change in file.changes
-             if change.parameter == "weight" and not is_plain(change)]  # fmt: skip
+             if not is_vector(change) and not is_plain(change)]  # fmt: skip
     if dense and flags.rank is None and energy is None:
         raise ConfigError(f"{described(dense)}: only LoRAs are added up without a cut; give --rank")
     if dense:
         print(f"note: {described(dense)} become LoRAs")
     sums, losses = sum_of(files, flags.rank, energy, file_format)
     dtype = flags.dtype or (dtypes.pop() if len(dtypes) == 1 else "float32")
-    write(sums, losses, biases_of(files), flags, output, fields, file_format, dtype)
+    write(sums, losses, vectors_of(files), flags, output, fields, file_format, dtype)
 
 
 def write(
     found: Mapping[Place, LoRAModule],
     losses: Mapping[str, Loss],
-    biases: Sequence[Change],
+    vectors: Sequence[Change],
     flags: WriteFlags,
     output: Path,
     fields: Mapping[str, str],
     file_format: str,
     dtype: str,
 ) -> None:
-    """Write LoRAs, text encoders' among them, and biases; print what was lost."""
+    """Write LoRAs, text encoders' among them, with biases and norms; print what was lost."""
     file_format = flags.format or file_format
     modules = {path: module for (part, path), module in found.items() if part == TRANSFORMER}
     others = [Change(part, (path,), "weight", module, path)
               for (part, path), module in found.items() if part != TRANSFORMER]  # fmt: skip
-    rounding = write_lora_file(output, modules, fields, file_format, dtype, [*others, *biases])
+    rounding = write_lora_file(output, modules, fields, file_format, dtype, [*others, *vectors])
     ranks = counts(module.rank for module in found.values())
+    beside = f", and as they were {described(vectors)}" if vectors else ""
     size = output.stat().st_size / 1e6
-    print(f"-> {output} ({file_format}, {dtype}, {size:.1f} MB): LoRA on {len(found)} layers, rank {ranks}")
+    held = f"LoRA on {len(found)} layers, rank {ranks}{beside}"
+    print(f"-> {output} ({file_format}, {dtype}, {size:.1f} MB): {held}")
     print(told(losses))
-    print(f"read back: every delta-W as it was written within a relative error of {rounding:.1g}, {dtype}'s")
+    print(
+        f"read back: every delta-W as it was calculated, within a relative error of {rounding:.1g} ({dtype})"
+    )
 
 
 def fields_of_sum(sources: Sequence[Path], files: Sequence[tuple[LoRAFile, float]]) -> dict[str, str]:
@@ -321,6 +335,10 @@ def pair_of(base: Path, tuned: Path, part: str) -> Pair:
 
 
 def _infos_and_linears(model: Path, part: str) -> tuple[dict[str, TensorInfo], set[str]]:
+    if part != TRANSFORMER and not (_is_flux(model) and part in _flux_files(model).components):
+        raise ConfigError(
+            f"{model} has no {part}: give models with FLUX's CLIP and T5, or leave --text_encoders out"
+        )
     own = _flux_files(model)[part] if _is_flux(model) else model / part if (model / part).is_dir() else model
     if part != TRANSFORMER:
         infos, reader = tensor_infos(own), KeyReader(None)
@@ -333,7 +351,7 @@ def _infos_and_linears(model: Path, part: str) -> tuple[dict[str, TensorInfo], s
 
 
 def _flux_files(model: Path) -> FluxFiles:
-    return FluxFiles.found(model, "the command")
+    return FluxFiles.found(model, "the name of the model")
 
 
 def _is_flux(model: Path) -> bool:

@@ -73,7 +73,7 @@ class Adapters:
     def fuse(self, names: Sequence[str] | None, factor: float, parts: Collection[str]) -> None:
         """Add the active ones (or these, which are then active), at `factor` times their strengths, to the
         weights of these parts; in the others they stay beside them. Raises ConfigError where that is nothing,
-        and for FP8 weights."""
+        and for quantised weights."""
         self._check_not_fused()
         self._check_loaded(names or ())
         active = self.strengths if names is None else {name: self.strengths.get(name, 1.0) for name in names}

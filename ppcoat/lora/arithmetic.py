@@ -98,16 +98,23 @@ def sum_of(
     return found, losses
 
 
-def biases_of(files: WithStrengths) -> list[Change]:
-    """The changes of biases, added up. Raises ConfigError for whole biases, which stand in the place of the
-    model's, if there is more than one file or a strength."""
+def is_vector(change: Change) -> bool:
+    """Whether it is of a bias or of a norm's weight, which no LoRA holds."""
+    return change.parameter == "bias" or len(change.kind.shape) == 1
+
+
+def vectors_of(files: WithStrengths) -> list[Change]:
+    """The changes of biases and norms, added up. Raises ConfigError for whole ones, which stand in the place
+    of the model's, if there is more than one file or a strength."""
     found: dict[tuple, Change] = {}
     alone = len(files) == 1 and files[0][1] == 1
     for file, by in files:
-        for change in (each for each in file.changes if each.parameter == "bias"):
+        for change in filter(is_vector, file.changes):
             if not alone and not isinstance(change.kind, Difference):
-                raise ConfigError("whole biases cannot be added up: leave out the file that has them")
-            key = (change.part, change.paths, change.swapped)
+                raise ConfigError(
+                    "whole biases and norms cannot be added up: leave out the file that has them"
+                )
+            key = (change.part, change.paths, change.parameter, change.swapped)
             if not alone:
                 before = found[key].kind.values if key in found else np.float32(0)
                 change = replace(change, kind=Difference(before + change.kind.values * np.float32(by)))
@@ -203,7 +210,7 @@ def _terms_of(files: WithStrengths) -> dict[Place, Terms]:
     adapters of different shapes."""
     found: dict[Place, list] = {}
     for file, by in files:
-        for change in (each for each in file.changes if each.parameter == "weight"):
+        for change in (each for each in file.changes if not is_vector(each)):
             kinds = {change.paths[0]: change.kind}
             if len(change.paths) > 1 or change.swapped:
                 name = flux_names.FluxName(change.paths, True)

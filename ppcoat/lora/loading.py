@@ -143,7 +143,8 @@ def _fitted(file: LoRAFile, shapes: Shapes, name: str, ignore_unknown: bool) -> 
         raise ConfigError(f"{name} fits no layer of the model: it has {described(absent)}")
     for change in kept:
         _check_shape(change, shapes[change.part], name)
-    if any(_is_of_control(change, shapes[change.part]) for change in kept):
+    is_told = NOTE_OF_CONTROL in file.notes  # to one who read it before
+    if not is_told and any(_is_of_control(change, shapes[change.part]) for change in kept):
         file = replace(file, notes=(*file.notes, NOTE_OF_CONTROL))
     if not absent:
         return file

@@ -88,7 +88,7 @@ def check_folder(
     if "transformer" in models:
         _check_widths(models["transformer"], files, parts)
         if not control:
-            _check_without_control(models["transformer"], files)
+            check_without_control(models["transformer"], files)
     return where
 
 
@@ -108,7 +108,8 @@ def _check_widths(transformer: FluxTransformer2DModel, files: FluxFiles, parts: 
             )
 
 
-def _check_without_control(transformer: FluxTransformer2DModel, files: FluxFiles) -> None:
+def check_without_control(transformer: FluxTransformer2DModel, files: FluxFiles) -> None:
+    """Raise ConfigError for a transformer of more inputs than FLUX.1-dev's, which cannot be trained."""
     inputs, channels = transformer.config.in_channels, transformer.out_channels
     if inputs != channels:
         raise ConfigError(

@@ -50,7 +50,7 @@ _PREFIXES = {
 }
 _FOREIGN = [  # whose names these are
     (r"lora_[AB]\b|lora[._](?:up|down)\b|lokr_w|hada_w|\.oft_|\.lora\.",
-     "a LoRA, not a base model: give it as the LoRA (--path_to_lora)"),
+     "a LoRA, not a base model: give a model here, and this file where a LoRA is asked for"),
     (r"controlnet_(?:blocks|single_blocks|x_embedder)", "a ControlNet, wanted a FLUX.1 model"),
     (r"(?:double|single)_stream_modulation", "a FLUX.2 model, wanted FLUX.1"),
     (r"distilled_guidance_layer", "a Chroma model, wanted FLUX.1"),

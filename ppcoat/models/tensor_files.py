@@ -240,7 +240,8 @@ def check_index(folder: Path, *classes: str) -> None:
     index = read_json(folder / "model_index.json", f"the folder of a {classes[0]} has one")
     if index.get("_class_name") not in classes:
         raise ConfigError(
-            f"{folder}/model_index.json is of a {index.get('_class_name')}, not of a {classes[0]}"
+            f"{folder}/model_index.json is of a {index.get('_class_name')}, not of a {classes[0]}: "
+            "give the folder of one"
         )
 
 

@@ -22,6 +22,7 @@ from ppcoat.lora.lokr import new_factors
 from ppcoat.models.flux.files import FluxFiles
 from ppcoat.models.flux.pipeline import MAX_T5_TOKENS
 from ppcoat.models.flux.transformer import FluxTransformer2DModel
+from ppcoat.models.loading import check_without_control
 from ppcoat.models.tensor_files import Component, component_config, read_json, tensor_infos
 from ppcoat.nn.base_weight import BASES
 from ppcoat.nn.convert import sublayer_at
@@ -120,7 +121,8 @@ def read_model(config: RunConfig, transformer: dict | None = None) -> BaseModel:
     """The model of a run; with `transformer`, one of these settings instead of the folder's, and FLUX.1-dev's
     encoders.
 
-    Raises ConfigError for a model that is there but not complete, and for a LoRA that fits no Linear.
+    Raises ConfigError for a model that is there but not complete or cannot be trained, and for a LoRA that
+    fits no Linear.
     """
     assumed, given, files = not Path(config.model.name_or_path).exists(), transformer is not None, None
     if not assumed and not given:
@@ -129,6 +131,8 @@ def read_model(config: RunConfig, transformer: dict | None = None) -> BaseModel:
         transformer = component_config(files["transformer"]) if files else FLUX_DEV
     with paddle.LazyGuard():  # parameters get a shape and no memory
         model = FluxTransformer2DModel.from_config(transformer)
+    if files:
+        check_without_control(model, files)
     blocks = tuple(model.named_blocks())
     linears, others = weights_by_block(model, blocks)
     return BaseModel(

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,13 +15,21 @@ from ppcoat.coat import chosen_modules, lokr_settings
 from ppcoat.config.newbie import load_run_config
 from ppcoat.config.schema import NetworkConfig, RunConfig
 from ppcoat.errors import ConfigError
-from ppcoat.lora import DoRALinear, LoRAFile, LoRAModule, read_fitting, read_lora_file
+from ppcoat.lora import (
+    DoRALinear,
+    LoRAFile,
+    LoRAModule,
+    flux_names,
+    inputs_of,
+    read_fitting,
+    read_lora_file,
+)
 from ppcoat.lora.arithmetic import Loss, combined, fitted_lokr, rank_of, told
 from ppcoat.lora.files import check_known
 from ppcoat.lora.header import step_from_header
 from ppcoat.lora.keys import TRANSFORMER
 from ppcoat.lora.kinds import DoRA, Kind, LoKr
-from ppcoat.lora.loading import shapes_of
+from ppcoat.lora.loading import SHAPE_OF_INPUTS, shapes_of
 from ppcoat.lora.lokr import new_factors
 from ppcoat.lora.parse import Change, described
 from ppcoat.train.checkpoint import has_checkpoint
@@ -71,11 +80,13 @@ def adapter_start(config: RunConfig, unfilled: Callable[[RunConfig], paddle.nn.L
     try:
         file = read_lora_file(path, {name.rpartition(".")[0] for name in shapes})
         check_known(file, "it", network.pretrained_lora_partly, f"{PARTLY}: true leaves them out")
-        taken = _taken(file, network, chosen)
+        file = replace(file, changes=[part for each in file.changes for part in _by_layer(each, shapes)])
+        taken = _taken(file, network, chosen, shapes)
         read_fitting(replace(file, changes=taken, unknown=[]), {TRANSFORMER: shapes})
         fitted = {each.paths[0]: _fitted(each, network, shapes) for each in taken}
     except ConfigError as error:
-        raise ConfigError(f"{START} {path}: {str(error).removeprefix(f'{path}: ')}") from None
+        reason = str(error).removeprefix(str(path)).removeprefix(":").strip()
+        raise ConfigError(f"{START} {path}: {reason}") from None
     factors = {path: values for path, (values, _) in fitted.items() if values}
     losses = {path: loss for path, (_, loss) in fitted.items()}
     return AdapterStart(factors, _account(file, network, taken, losses, len(chosen) - len(factors)))
@@ -110,25 +121,64 @@ def fields_of_start(config: RunConfig) -> dict[str, str]:
     return {} if path is None else {"pretrained_lora": Path(path).name}
 
 
-def _taken(file: LoRAFile, network: NetworkConfig, chosen: Collection[str]) -> list[Change]:
+def _by_layer(change: Change, shapes: Mapping[str, Sequence[int]]) -> list[Change]:
+    """A DoRA of rows on a fused module (q, k and v in one) as those of its layers, whose rows they are; any
+    other change as it is."""
+    kind, paths = change.kind, change.paths
+    if not (_is_fused(change) and isinstance(kind, DoRA) and isinstance(kind.update, LoRAModule)):
+        return [change]
+    if kind.magnitude.shape[1] != 1 or not all(f"{path}.weight" in shapes for path in paths):
+        return [change]
+    updates = flux_names.split_fused(flux_names.FluxName(paths, True), kind.update)
+    lengths = np.concatenate(np.split(kind.magnitude, 2)[::-1]) if change.swapped else kind.magnitude
+    sizes = [shapes[f"{path}.weight"][:2] for path in paths]
+    parts = zip(paths, sizes, np.split(lengths, np.cumsum([rows for rows, _ in sizes])[:-1]), strict=True)
+    found = []
+    for path, (rows, columns), own in parts:
+        nothing = LoRAModule(np.zeros([1, columns], "float32"), np.zeros([rows, 1], "float32"), 1.0)
+        part = DoRA(updates.get(path, nothing), own, kind.rule)
+        found.append(replace(change, paths=(path,), kind=part, swapped=False))
+    return found
+
+
+def _taken(
+    file: LoRAFile, network: NetworkConfig, chosen: Collection[str], shapes: Mapping[str, Sequence[int]]
+) -> list[Change]:
     """The changes of a file that the run trains. Raises ConfigError for none, and for others where they may
     not be left out."""
+    sees_more = inputs_of(file) > shapes.get(f"{SHAPE_OF_INPUTS}.weight", [0, math.inf])[1]
+    too_wide = SHAPE_OF_INPUTS if sees_more else None  # what a control or Fill LoRA changes
     taken = [each for each in file.changes
              if _is_trained(each.kind, network) and each.part == TRANSFORMER and each.parameter == "weight"
-             and len(each.paths) == 1 and not each.swapped and each.paths[0] in chosen]  # fmt: skip
+             and not _is_fused(each) and each.paths[0] in chosen and each.paths[0] != too_wide]  # fmt: skip
     left = [each for each in file.changes if each not in taken]
+    if not left or (taken and network.pretrained_lora_partly):
+        return taken
     odd = [each for each in left if each.parameter == "weight" and not _is_trained(each.kind, network)]
-    if odd and not (taken and network.pretrained_lora_partly):
-        raise ConfigError(
-            f"it has {described(odd)}, and {network.type} is what this run trains: {_way(odd, network)}"
-        )
-    if left and not (taken and network.pretrained_lora_partly):
-        leave = f", or {PARTLY}: true leaves that out" if taken else ""
-        raise ConfigError(
-            f"it has {described(left)}, e.g. {left[0].paths[0]}.{left[0].parameter}, which this run does not "
-            f"train: choose its layers with network.targets{leave}"
-        )
-    return taken
+    if odd:
+        of_rows = network.type == "dora" and any(isinstance(each.kind, DoRA) for each in odd)
+        own = "DoRA of rows by PEFT's rule" if of_rows else network.type
+        raise ConfigError(f"it has {described(odd)}, and {own} is what this run trains: {_way(odd, network)}")
+    leave = f"{PARTLY}: true leaves that out" if taken else "start from another file"
+    of_model = [each for each in left if each.part == TRANSFORMER and each.parameter == "weight"]
+    first = (of_model or left)[0]
+    if not of_model:
+        way = f"no run trains biases or text encoders; {leave}"
+    elif _is_fused(first):
+        way = f"it is of several layers in one, which cannot be divided; {leave}"
+    elif first.paths[0] == too_wide:
+        way = f"a control or Fill LoRA sees a picture there, too; {leave}"
+    else:
+        way = "choose its layers with network.targets" + (f", or {leave}" if taken else "")
+    raise ConfigError(
+        f"it has {described(left)}, e.g. {first.paths[0]}.{first.parameter}, which this run does not "
+        f"train: {way}"
+    )
+
+
+def _is_fused(change: Change) -> bool:
+    """Whether it is of several layers in one, or of one whose halves the file has the other way round."""
+    return len(change.paths) > 1 or change.swapped
 
 
 def _is_trained(kind: Kind, network: NetworkConfig) -> bool:

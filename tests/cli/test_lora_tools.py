@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from ppcoat.cli.main import COMMANDS, main
-from ppcoat.lora import read_lora_file
+from ppcoat.lora import LoRAModule, read_lora_file
 from ppcoat.models.tensor_files import read_header
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -143,7 +143,7 @@ def test_energy_chooses_a_rank_for_each_layer(out, capsys):
         (["resize", "oft.safetensors", "--rank", "4"], "has OFT on"),
         (["resize", "glora.safetensors", "--rank", "4"], "has GLoRA on"),
         (["resize", "ia3.safetensors", "--rank", "4"], "has IA3 on"),
-        (["resize", "control_bfl.safetensors", "--rank", "4"], "norm on"),
+        (["combine", "control_bfl.safetensors", "split_peft"], "whole biases and norms cannot be added up"),
         (["resize", "split_peft"], "give --rank, --energy, or both"),
         (["resize", "split_peft", "--rank", "0"], "--rank: came 0, wanted at least 1"),
         (["resize", "split_peft", "--energy", "95"], "--energy: came 95, wanted a share above 0 and up to 1"),
@@ -151,7 +151,7 @@ def test_energy_chooses_a_rank_for_each_layer(out, capsys):
         (["combine", "split_peft", "loha.safetensors"], "LoHa on 4 layers: only LoRAs are added up"),
         (["combine", "split_peft", "--scale", "1", "2"], "came 2 strengths for 1 LoRAs, wanted one each"),
         (["combine", "split_peft", "--scale", "nan"], "must be a finite number"),
-        (["combine", "bias_lora_only.safetensors", "split_peft"], "whole biases cannot be added up"),
+        (["combine", "bias_lora_only.safetensors", "split_peft"], "whole biases and norms cannot be added"),
         (["extract", "tiny", "tiny", "--rank", "4"], "model_index.json is missing: wanted the folder"),
     ],
 )  # fmt: skip
@@ -182,6 +182,23 @@ def test_a_bias_is_carried_and_added_up(out, tmp_path, capsys):
         source_key = next(name for name in before if name.endswith(key))
         np.testing.assert_allclose(once[key], scale * before[source_key], rtol=1e-6)
         np.testing.assert_allclose(both[key], 1.5 * scale * before[source_key], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["control_bfl", "control_diffusers"])
+def test_a_control_lora_is_resized_and_keeps_its_norms_and_biases(out, capsys, name):
+    source = ADAPTERS / f"{name}.safetensors"
+    assert main(["lora", "resize", str(source), str(out), "--rank", "1"]) == 0
+    shown = capsys.readouterr().out
+    assert "and as they were" in shown and "norm on" in shown and "bias on" in shown
+    before, after = (read_lora_file(file).changes for file in (source, out))
+    after = {(each.paths, each.parameter): each.kind for each in after}
+    for change in (each for each in before if not isinstance(each.kind, LoRAModule)):
+        got = np.concatenate([after[(path,), change.parameter].values for path in change.paths])
+        want = np.concatenate(np.split(change.kind.values, 2)[::-1]) if change.swapped else change.kind.values
+        np.testing.assert_allclose(got, want, rtol=1e-6, err_msg=str(change.paths))
+    embedder = after[("x_embedder",), "weight"]
+    assert embedder.rank == 1 and embedder.shape == (64, 128)
+    assert 0 < error_told(shown) < 1
 
 
 def tuned(folder, base, part, change):
@@ -254,6 +271,9 @@ def test_extract_takes_folders_of_transformers_and_names_numbers_that_are_none(t
     for base, other in ((FLUX, folder), (FLUX / "transformer", folder / "transformer")):
         assert main(["lora", "extract", str(base), str(other), str(out), "--rank", "1"]) == 2
         assert f"{broken} holds NaN or infinity in" in one_line(capsys)
+    first, other = str(FLUX / "transformer"), str(FLUX)
+    assert main(["lora", "extract", first, other, str(out), "--rank", "1", "--text_encoders"]) == 2
+    assert "has no text_encoder: give models with FLUX's CLIP and T5, or leave --text" in one_line(capsys)
     assert main(["lora", "extract", str(FLUX / "vae"), str(FLUX), str(out), "--rank", "1"]) == 2
     assert "vae is of a AutoencoderKL: wanted the folder of a FLUX or NewBie pipeline" in one_line(capsys)
 

@@ -1,5 +1,7 @@
 """The plan command: its table is the one in the configs, and its advice is lines that a config takes."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -89,6 +91,16 @@ def test_flags_that_do_not_fit_are_one_line(arguments, said, capsys):
     assert main(["plan", *arguments]) == 2
     shown = capsys.readouterr()
     assert shown.out == "" and said in shown.err and shown.err.count("\n") == 1
+
+
+def test_a_model_that_draws_after_a_picture_is_refused_as_in_training(tmp_path, capsys):
+    folder = shutil.copytree(Path(__file__).parents[1] / "fixtures" / "tiny_flux_fp32", tmp_path / "control")
+    file = folder / "transformer" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"in_channels": 128, "out_channels": 64}))
+    assert main(["plan", str(CONFIGS[0]), "--set", f"model.name_or_path={folder}"]) == 2
+    error = capsys.readouterr().err
+    assert "sees a picture beside the noise (128 inputs a token, wanted 64)" in error
+    assert error.count("\n") == 1
 
 
 def test_a_plan_for_a_cpu_says_what_its_allocator_adds(capsys):

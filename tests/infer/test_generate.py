@@ -160,7 +160,7 @@ def test_damaged_files_stop_before_a_model_is_loaded(drawing, no_model_is_loaded
     index = tmp_path / "other" / "model_index.json"
     index.parent.mkdir()
     index.write_text('{"_class_name": "StableDiffusionPipeline"}')
-    with pytest.raises(ConfigError, match="of a StableDiffusionPipeline, not of a FluxPipeline"):
+    with pytest.raises(ConfigError, match="of a StableDiffusionPipeline, not of a FluxPipeline: give"):
         generate(dataclasses.replace(drawing, model=str(index.parent)))
 
 

@@ -270,7 +270,7 @@ def bf16(*shape):
         (with_changes(time_in__in_layer__weight=None), "missing time_text_embed.timestep_embedder.linear_1"),
         (with_changes(txt_in__weight=None), "tensors of its transformer are incomplete .*context_embedder"),
         ({"img_in.weight": bf16(32, 64)}, "the tensors of its transformer are incomplete .*: fetch it again"),
-        (with_changes(img_in__lora_A__weight=bf16(4, 64)), "is a LoRA, not a base model: give it as the"),
+        (with_changes(img_in__lora_A__weight=bf16(4, 64)), "is a LoRA, not a base model: give a model"),
         (with_changes(strange__weight=bf16(3)), r"unexpected strange.weight \[3\]"),
         (with_changes(**{"double_blocks.0.img_attn.qkv.bias": bf16(95)}), r"qkv.bias \[95\] is not 3 parts"),
         ({"model.diffusion_model.input_blocks.0.0.weight": bf16(4)}, "is a Stable Diffusion 1, 2 or XL"),

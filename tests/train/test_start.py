@@ -165,7 +165,7 @@ def test_a_run_that_goes_on_does_not_read_the_file_again_and_remembers_it(config
         ("lokr_unbalanced", "it has LoKr on 2 layers, and lora is what this run trains: make a LoRA of it"),
         ("loha", "make a LoRA of it with `python -m ppcoat lora resize IN OUT --rank N`"),
         ("lora_bias", "it has bias on"),
-        ("clip_diffusers", "it has CLIP: LoRA on"),
+        ("clip_diffusers", "does not train: no run trains biases or text encoders; start from another file"),
         ("nowhere", "no LoRA file at"),
         ("../tiny_newbie/lora", "it is a LoRA of Z-Image, Lumina or NewBie"),
         ("../tiny_flux_fp32/transformer", "is a whole model, not a LoRA"),
@@ -274,12 +274,61 @@ def test_kinds_that_a_dora_cannot_start_from_are_named(config_of):
             [],
             "it has DoRA by the rule of PEFT on 4 layers, and lora is what this run trains: set netw",
         ),
-        ("dora_in", ["network.type=dora"], "and dora is what this run trains: merge it"),
+        ("dora_in", ["network.type=dora"], "DoRA of rows by PEFT's rule is what this run trains: merge it"),
         ("lokr_unbalanced", ["network.type=dora"], "make a LoRA of it"),
         ("dora", ["network.type=lokr"], "start from a LoKr"),
     ):
         with pytest.raises(ConfigError, match=said):
             adapter_start(config_of(file_of(name), *more), FluxSpec().unfilled)
+
+
+def test_a_dora_starts_from_the_fused_modules_of_kohyas_format(make_config, tmp_path):
+    """Rows of q, k and v in one are those of its parts, also of a part without update."""
+    rng, file = np.random.default_rng(0), tmp_path / "fused.safetensors"
+    tensors, width = {}, 64
+    for name, out in (
+        ("double_blocks_0_img_attn_qkv", 3 * width),
+        ("final_layer_adaLN_modulation_1", 2 * width),
+    ):
+        b = rng.standard_normal([out, 2])
+        if "qkv" in name:  # the first column is q's, the second k's, v has none
+            b[width:, 0] = b[:width, 1] = b[2 * width :, 1] = 0
+        arrays = {
+            "lora_down.weight": rng.standard_normal([2, width]),
+            "lora_up.weight": b,
+            "alpha": np.array(2),
+        }
+        arrays["dora_scale"] = rng.uniform(0.5, 1.5, [out, 1])
+        tensors |= {f"lora_unet_{name}.{role}": np.asarray(each, "float32") for role, each in arrays.items()}
+    save_file(tensors, file)
+    targets = ["transformer_blocks.0.attn.to_q", "attn.to_k", "attn.to_v", "norm_out.linear"]
+    settings = ["network.type=dora", "network.linear=2", f"network.targets={json.dumps(targets)}"]
+    config = make_config(f"{KEY}={file}", *settings)
+    start = adapter_start(config, FluxSpec().unfilled)
+    model = load_transformer(FIXTURES / "tiny_flux_fp32" / "transformer", "float32")
+    modules = prepare(model, COATTrainer(), config.network)
+    assert "DoRA by the rule of LyCORIS on 4 layers" in start.told
+    start.put(modules)
+    for change in read_lora_file(file).changes:
+        weights = [modules[path].weight.numpy().T.astype("float64") for path in change.paths]
+        for path, weight, want in zip(change.paths, weights, change.deltas(weights, 1.0), strict=True):
+            got = modules[path].kind().delta(weight, 1.0)
+            np.testing.assert_allclose(got, want, atol=2e-6, err_msg=path)
+
+
+@pytest.mark.parametrize("name", ["control_bfl", "control_diffusers"])
+def test_a_control_loras_embedder_is_left_out_by_name(make_config, name):
+    """It takes 128 inputs, those of a picture too, and a run trains on 64."""
+    more = ['network.targets=["x_embedder", "attn.to_q"]', "network.linear=4"]
+    partly = make_config(f"{KEY}={file_of(name)}", *more, "network.pretrained_lora_partly=true")
+    start = adapter_start(partly, FluxSpec().unfilled)
+    assert start.factors and "x_embedder" not in start.factors
+    tensors = {key: each for key, each in load_file(file_of("control_diffusers")).items()
+               if "x_embedder.lora_A" in key or "x_embedder.lora_B.weight" in key}  # fmt: skip
+    alone = partly.run_dir.parent / "alone.safetensors"
+    save_file(tensors, alone)
+    with pytest.raises(ConfigError, match="a control or Fill LoRA sees a picture there, too; start from"):
+        adapter_start(make_config(f"{KEY}={alone}", *more), FluxSpec().unfilled)
 
 
 @pytest.mark.parametrize("kind", ["dora", "lokr"])

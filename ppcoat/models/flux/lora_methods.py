@@ -105,7 +105,7 @@ class LoRAMethods:
         components: of the pipeline, whose weights are to change (default: all that the adapters change); in
         the others the adapters stay beside the weights, at their own strengths. safe_fusing is diffusers',
         without effect: no LoRA with NaN is ever loaded. Raises ConfigError, and changes nothing, where none
-        is active, where they change none of the components, and for FP8 weights.
+        is active, where they change none of the components, and for quantised weights.
         """
         if components is not None and not set(components) <= set(_PARTS):
             raise ConfigError(f"fuse_lora: components are of {', '.join(_PARTS)}, got {list(components)}")

@@ -228,7 +228,7 @@ def test_generate_draws_after_a_picture(tmp_path, capsys, pipeline, picture):
         == 0
     )
     said = capsys.readouterr().out
-    assert "note: a control LoRA" in said
+    assert said.count("note: a control LoRA") == 1
     assert "edges.png is 64x64 and is stretched to 64x48: --width and --height" in said
     pipeline.load_lora_weights(file_of("control_bfl"))
     want = pipeline("x", height=48, width=64, num_inference_steps=1, seed=42, max_sequence_length=16,
