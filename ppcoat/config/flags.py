@@ -107,7 +107,7 @@ def add_section_flags(parser: TakesArguments, section: type[BaseModel]) -> None:
 def from_flags(fields_of: type[Fields], arguments: argparse.Namespace, **others: Any) -> Fields:
     """The dataclass with the values of its flags in the namespace; fields without a flag there keep their
     defaults. others: fields by name, which count instead. Raises OSError or ConfigError where the file
-    `output` cannot be written.
+    `output` or `sheet` cannot be written.
     """
     names = {name: _name_of(field) for name, field in _flag_fields(fields_of).items()}
     given = {
@@ -115,10 +115,11 @@ def from_flags(fields_of: type[Fields], arguments: argparse.Namespace, **others:
         for name, said in names.items()
         if hasattr(arguments, said)
     }
-    if given.get("output"):  # a file for results, which is written at the end: that must not fail then
-        if Path(given["output"]).is_dir():
-            raise ConfigError(f"--output {given['output']} is a folder; name a file")
-        check_writable(Path(given["output"]).parent)
+    for name in ("output", "sheet"):  # files for results, which are written at the end: that must not fail then
+        if given.get(name):
+            if Path(given[name]).is_dir():
+                raise ConfigError(f"--{name} {given[name]} is a folder; name a file")
+            check_writable(Path(given[name]).parent)
     return fields_of(**given | others)
 
 
