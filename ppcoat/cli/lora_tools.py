@@ -321,7 +321,13 @@ def pair_of(base: Path, tuned: Path, part: str) -> Pair:
 
 
 def _infos_and_linears(model: Path, part: str) -> tuple[dict[str, TensorInfo], set[str]]:
-    own = _flux_files(model)[part] if _is_flux(model) else model / part if (model / part).is_dir() else model
+    if _is_flux(model):
+        files = _flux_files(model)
+        if part in ENCODERS and part not in files.components:
+            raise ConfigError(f"{model} holds no {part}: leave --text_encoders out, or give whole models")
+        own = files[part]
+    else:
+        own = model / part if (model / part).is_dir() else model
     if part != TRANSFORMER:
         infos, reader = tensor_infos(own), KeyReader(None)
         named = {name: reader.read(f"{part}.{name.removesuffix('.weight')}.lora_A.weight") for name in infos}

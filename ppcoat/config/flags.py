@@ -115,7 +115,7 @@ def from_flags(fields_of: type[Fields], arguments: argparse.Namespace, **others:
         for name, said in names.items()
         if hasattr(arguments, said)
     }
-    for name in ("output", "sheet"):  # files for results, which are written at the end: that must not fail then
+    for name in ("output", "sheet"):  # files that are written at the end: that must not fail then
         if given.get(name):
             if Path(given[name]).is_dir():
                 raise ConfigError(f"--{name} {given[name]} is a folder; name a file")
