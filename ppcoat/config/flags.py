@@ -131,13 +131,15 @@ def built_in_model(path: str) -> str:
 
 
 def _found(name: str, value: Any) -> Any:
-    """The value of a flag, with ~/ as the home folder, for shells that leave it, and a built-in `model`."""
+    """The value of a flag, with ~/ as the home folder, for shells that leave it, and the built-in model where
+    the flag names one."""
     if isinstance(value, list | tuple):
         return type(value)(_found(name, each) for each in value)
-    if not isinstance(value, str):
+    if not isinstance(value, str | Path):
         return value
-    value = os.path.expanduser(value) if value.startswith("~/") else value
-    return built_in_model(value) if name == "model" else value
+    text = str(value)
+    text = os.path.expanduser(text) if text.startswith("~/") else text
+    return type(value)(built_in_model(text) if name in ("model", "base", "tuned") else text)
 
 
 # Flags that switch a field of the config on: flag -> (field, help).
