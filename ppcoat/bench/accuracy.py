@@ -31,8 +31,8 @@ from ppcoat.config.flags import add_flags, flag, from_flags
 from ppcoat.config.lightning import TINY_FLUX
 from ppcoat.data import garments
 from ppcoat.device import tune_host
-from ppcoat.errors import ConfigError
 from ppcoat.fp8.adamw import decode_moments, dither, encode_moments
+from ppcoat.models.flux.files import FluxFiles
 from ppcoat.models.quantized_base import OutputErrors, WeightError, output_errors, weight_errors
 from ppcoat.nn.base_weight import BASES
 from ppcoat.optim import FP8QuantizationConfig
@@ -68,7 +68,7 @@ class AccuracyFlags:
 class WeightFlags:
     """Settings of `accuracy weights`."""
 
-    model: Path = flag("FLUX folder", Path(TINY_FLUX), shows_default=False)
+    model: Path = flag("FLUX folder or file", Path(TINY_FLUX), shows_default=False)
     base: str = flag("format of the weights", "fp8", choices=tuple(BASES))
     no_output: bool = flag("leave the output out, for large models", False)
     output: Path | None = flag("write the numbers as JSON, too", None, metavar="FILE")
@@ -77,7 +77,7 @@ class WeightFlags:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_flags(parser, AccuracyFlags)
     weights = parser.add_subparsers(dest="other", title="another table, with flags of its own").add_parser(
-        "weights", help="errors of weights in FP8, and of the transformer's output"
+        "weights", help="errors of weights in a smaller format, and of the transformer's output"
     )
     add_flags(weights, WeightFlags)
 
@@ -268,9 +268,7 @@ def _gradients_of_a_step(trainer: object, groups: int) -> np.ndarray:
 
 
 def _run_weights(flags: WeightFlags) -> None:
-    folder = flags.model / "transformer"
-    if not folder.is_dir():
-        raise ConfigError(f"--model {flags.model} has no folder transformer: name a FLUX pipeline folder")
+    folder = FluxFiles.found(flags.model, "--model")["transformer"]
     tune_host()
     rows = list(weight_errors(folder, flags.base))
     output = None if flags.no_output else output_errors(folder, seeds=range(SEEDS), base=flags.base)

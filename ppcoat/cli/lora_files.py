@@ -79,7 +79,8 @@ def describe_model(file: Path, parts: Mapping[str, FilePart]) -> str:
         stored = Counter(info.stored or info.dtype for info in infos)
         kinds = ", ".join(f"{count} {kind}" for kind, count in stored.most_common())
         rows.append((name, f"{sum(math.prod(info.shape) for info in infos):,} values in tensors of {kinds}"))
-    return _table([*rows, ("lacks", ", ".join(name for name in FLUX_COMPONENTS if name not in parts))])
+    lacks = [name for name in FLUX_COMPONENTS if name not in parts and name != "scheduler"]  # needs no file
+    return _table([*rows, ("lacks", ", ".join(lacks))])
 
 
 def describe(file: Path, lora: LoRAFile) -> str:

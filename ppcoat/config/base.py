@@ -30,11 +30,11 @@ def _path(value: str) -> str:
 
 
 PathText = Annotated[str, Field(min_length=1), AfterValidator(_path)]
-# one path, or a list of several
+# one path, or a list of several; null: none
 PathTexts = Annotated[
     tuple[PathText, ...],
     Strict(False),
-    BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
+    BeforeValidator(lambda value: [] if value is None else [value] if isinstance(value, str) else value),
 ]
 
 

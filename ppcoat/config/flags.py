@@ -107,7 +107,7 @@ def add_section_flags(parser: TakesArguments, section: type[BaseModel]) -> None:
 def from_flags(fields_of: type[Fields], arguments: argparse.Namespace, **others: Any) -> Fields:
     """The dataclass with the values of its flags in the namespace; fields without a flag there keep their
     defaults. others: fields by name, which count instead. Raises OSError or ConfigError where the file
-    `output` cannot be written.
+    `output` or `sheet` cannot be written.
     """
     names = {name: _name_of(field) for name, field in _flag_fields(fields_of).items()}
     given = {
@@ -115,18 +115,19 @@ def from_flags(fields_of: type[Fields], arguments: argparse.Namespace, **others:
         for name, said in names.items()
         if hasattr(arguments, said)
     }
-    if given.get("output"):  # a file for results, which is written at the end: that must not fail then
-        _check_file(Path(given["output"]))
+    for name in ("output", "sheet"):  # files that are written at the end: that must not fail then
+        if given.get(name):
+            _check_file(f"--{name}", Path(given[name]))
     return fields_of(**given | others)
 
 
-def _check_file(output: Path) -> None:
-    if output.is_dir():
-        raise ConfigError(f"--output {output} is a folder; name a file")
-    above = next(parent for parent in output.absolute().parents if parent.exists())
+def _check_file(flag: str, file: Path) -> None:
+    if file.is_dir():
+        raise ConfigError(f"{flag} {file} is a folder; name a file")
+    above = next(parent for parent in file.absolute().parents if parent.exists())
     if not above.is_dir():
-        raise ConfigError(f"--output {output}: {above} is a file; name another folder")
-    check_writable(output.parent)
+        raise ConfigError(f"{flag} {file}: {above} is a file; name another folder")
+    check_writable(file.parent)
 
 
 def built_in_model(path: str) -> str:
@@ -137,13 +138,15 @@ def built_in_model(path: str) -> str:
 
 
 def _found(name: str, value: Any) -> Any:
-    """The value of a flag, with ~/ as the home folder, for shells that leave it, and a built-in `model`."""
+    """The value of a flag, with ~/ as the home folder, for shells that leave it, and the built-in model where
+    the flag names one."""
     if isinstance(value, list | tuple):
         return type(value)(_found(name, each) for each in value)
-    if not isinstance(value, str):
+    if not isinstance(value, str | Path):
         return value
-    value = os.path.expanduser(value) if value.startswith("~/") else value
-    return built_in_model(value) if name == "model" else value
+    text = str(value)
+    text = os.path.expanduser(text) if text.startswith("~/") else text
+    return type(value)(built_in_model(text) if name in ("model", "base", "tuned") else text)
 
 
 # Flags that switch a field of the config on: flag -> (field, help).

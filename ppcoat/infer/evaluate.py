@@ -104,10 +104,12 @@ def _checked(given: EvaluateFlags) -> EvaluateFlags:
     flags = replace(
         given, **{name: value for name, value in defaults.items() if getattr(given, name) is None}
     )
-    for name in ("samples", "batch_size"):
-        if getattr(flags, name) < 1:
-            raise ConfigError(f"{name}: came {getattr(flags, name)}, wanted at least 1")
+    for name, least in (("samples", 2), ("batch_size", 1)):  # one sample has no covariance
+        if getattr(flags, name) < least:
+            raise ConfigError(f"{name}: came {getattr(flags, name)}, wanted at least {least}")
     if flags.model:
+        if Path(flags.model).is_file():
+            raise ConfigError(f"--model {flags.model} is a file, wanted a FLUX folder: `merge` writes one")
         check_folder(flags.model, "--model")
     if flags.student:
         read_lora_file(flags.student)

@@ -98,10 +98,10 @@ def read_tensors_and_header(file: Path) -> tuple[dict[str, paddle.Tensor], dict[
     file."""
     if file.suffix in PICKLES:
         raise ConfigError(f"{file.name} is a pickle, and reading it can run code: convert it to .safetensors")
-    if file.suffix not in (".safetensors", ".sft") and (file.suffix or file.exists()):
-        raise ConfigError(f"a LoRA file is a .safetensors, got {file}: rename it if it is one")
     if not file.is_file():
         raise ConfigError(f"no LoRA file at {file}: check the path")
+    if file.suffix not in (".safetensors", ".sft"):
+        raise ConfigError(f"a LoRA file is a .safetensors, got {file}: rename it if it is one")
     try:
         return tensors_and_header(file)
     except SafetensorError as error:

@@ -143,10 +143,13 @@ def pretrained_transformer(
     variant: str | None = None,
     **options: Any,
 ) -> FluxTransformer2DModel:
-    """`load_transformer` with the options of FluxPipeline.from_pretrained. Raises ConfigError for those that
-    ask for something else, and for a dtype that the device does not compute in, before anything is read."""
+    """`load_transformer`, also of a model file, with the options of FluxPipeline.from_pretrained. Raises
+    ConfigError for those that ask for something else, and for a dtype that the device does not compute in,
+    before anything is read."""
     check_options(options, ("subfolder", "paddle_dtype", "torch_dtype", "variant"))
     dtype = compute_dtype(torch_dtype if paddle_dtype is None else paddle_dtype)
+    if folder.is_file():
+        return load_transformer(FluxFiles.found(folder)["transformer"], dtype)
     check_there(folder, "the first argument")
     return load_transformer(chosen_weights(folder, variant)[1], dtype)
 

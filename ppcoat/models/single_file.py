@@ -11,11 +11,9 @@ flux/files.py says where the other components are.
 from __future__ import annotations
 
 import json
-import logging
 import math
 import re
 from collections.abc import Iterable, Mapping
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -31,9 +29,9 @@ from ppcoat.models.tensor_files import (
     map_tensor,
     read_header_and_metadata,
     read_json,
+    warn_once,
 )
 
-_log = logging.getLogger(__name__)
 Tensors = dict[str, TensorInfo]
 
 # What ComfyUI puts before a component's names -> the component; the longest that fits counts.
@@ -88,7 +86,7 @@ def components_in(file: Path, configs: Iterable[Path] = ()) -> dict[str, FilePar
         )
     left = [name for name in left if name not in ("logit_scale", "scaled_fp8")]
     if left:
-        _warn_once(f"{file}: {len(left)} tensors of no component of FLUX are left out, e.g. {left[0]}")
+        warn_once(f"{file}: {len(left)} tensors of no component of FLUX are left out, e.g. {left[0]}")
     return found
 
 
@@ -190,16 +188,11 @@ def _config(part: str, infos: Tensors, file: Path, configs: Iterable[Path]) -> d
             if is_its and all(config.get(key, value) == value for key, value in told.items()):
                 return config | told
     if unsure:
-        _warn_once(
+        warn_once(
             f"{file}: {unsure} of its {part}, which is not of FLUX.1's size, are a guess: a folder with "
             f"{part}/config.json beside it would tell them"
         )
     return published | told
-
-
-@cache
-def _warn_once(text: str) -> None:
-    _log.warning(text)
 
 
 def component_kind(config: Mapping[str, object]) -> str | None:

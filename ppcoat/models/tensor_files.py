@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -156,10 +157,16 @@ def check_variants(
         raise ConfigError(f"variant: came {variant!r}, but {base} has no such files; leave it out")
     for other in sorted(variants - {variant}, key=str):
         named = ", ".join(part for part, (each, _) in found.items() if each == other)
-        _log.warning(
-            "%s: the %s files of %s are read, for there are no %s ones",
-            *(base, other or "plain", named, variant or "plain"),
+        warn_once(
+            f"{base}: the {other or 'plain'} files of {named} are read, for there are no "
+            f"{variant or 'plain'} ones"
         )
+
+
+@cache
+def warn_once(text: str) -> None:
+    """A warning of a model's files, which are looked at several times, the first time."""
+    _log.warning(text)
 
 
 def _variants(folder: Path) -> dict[str | None, Path]:

@@ -50,4 +50,13 @@ def test_the_output_can_be_left_out(capsys):
 def test_a_folder_that_is_no_pipeline_is_one_line(tmp_path, capsys):
     assert main(["accuracy", "weights", "--model", str(tmp_path)]) == 2
     shown = capsys.readouterr().err
-    assert "has no folder transformer" in shown and shown.count("\n") == 1
+    assert "model_index.json is missing" in shown and shown.count("\n") == 1
+
+
+def test_a_model_file_has_the_errors_of_its_folder(capsys):
+    tables = []
+    for name in ("transformer", "flux_bfl_bf16.safetensors"):
+        model = str(FOLDER.parent / "single_file" / name)
+        assert main(["accuracy", "weights", "--model", model, "--no_output", "--base", "nf4"]) == 0
+        tables.append(sorted(capsys.readouterr().out.splitlines()))
+    assert tables[0] == tables[1] and len(tables[0]) > 30

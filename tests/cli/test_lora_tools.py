@@ -297,6 +297,9 @@ def test_extract_takes_files_of_models_too(tmp_path, out, capsys):
     np.testing.assert_allclose(*found.values(), delta, atol=1e-6)
     resize = ["lora", "resize", str(out), str(other), "--rank", "1", "--model"]
     assert main([*resize, str(folder / "flux_bfl_fp8_e4m3.safetensors")]) == 0
+    whole = ["lora", "extract", str(base), str(changed), f"{out}1.safetensors", "--rank", "1"]
+    assert main([*whole, "--text_encoders"]) == 2
+    assert "has no text_encoder: give models with FLUX" in one_line(capsys)
     lora = ADAPTERS / "dora.safetensors"
     assert main(["lora", "extract", str(lora), str(changed), f"{out}2.safetensors", "--rank", "1"]) == 2
     assert "is a LoRA, not a base model" in one_line(capsys)

@@ -87,7 +87,7 @@ def test_what_is_missing_is_told_in_one_line(tmp_path, capsys):
     assert main([*asked, "--output_dir", str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: ") and said.count("\n") == 1
-    assert "but no text_encoder, text_encoder_2, tokenizer, tokenizer_2, vae: set --text_encoders (" in said
+    assert " hold transformer, but no text_encoder, text_encoder_2, tokenizer, tokenizer_2, vae: set" in said
 
 
 def test_inspect_says_what_a_base_model_holds_and_lacks(capsys):
@@ -96,6 +96,8 @@ def test_inspect_says_what_a_base_model_holds_and_lacks(capsys):
     stored = load_file(FOLDER / "flux_bfl_bf16.safetensors").values()
     values = sum(tensor.size for tensor in stored)
     assert f"transformer     {values:,} values in tensors of 98 F8_E4M3" in said
-    assert said[-1] == "lacks           scheduler, tokenizer, tokenizer_2"
+    assert said[-1] == "lacks           tokenizer, tokenizer_2"
     assert main(["inspect", str(FOLDER / "flux_Q4_0.gguf")]) == 0
     assert "values in tensors of 62 F32, 33 Q4_0, 3 F16" in capsys.readouterr().out
+    assert main(["inspect", "none.gguf"]) == 2
+    assert "no LoRA file at none.gguf: check the path" in capsys.readouterr().err

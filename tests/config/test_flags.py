@@ -72,6 +72,7 @@ def test_wrong_flags_are_refused(given, words, capsys):
 @dataclass(frozen=True)
 class _Files:
     model: str = flag("a model", "")
+    base: Path | None = flag("another model", None)
     lora: list[str] = flag("files", [])
     output: str | None = flag("results", None)
 
@@ -85,8 +86,9 @@ def _files(*given):
 def test_home_and_the_built_in_model_are_found_in_flags(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", "/home/me")
-    flags = _files("--model=tiny_flux", "--lora", "~/a", "b~/c")
-    assert (flags.model, flags.lora) == (TINY_FLUX, ["/home/me/a", "b~/c"])
+    flags = _files("--model=tiny_flux", "--base=tiny_flux", "--lora", "~/a", "b~/c")
+    assert (flags.model, flags.base, flags.lora) == (TINY_FLUX, Path(TINY_FLUX), ["/home/me/a", "b~/c"])
+    assert _files("--base=~/a").base == Path("/home/me/a")
     (tmp_path / "tiny_flux").mkdir()
     assert _files("--model=tiny_flux").model == "tiny_flux"
 

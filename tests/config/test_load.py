@@ -336,6 +336,12 @@ def test_backslashes_in_double_quotes_are_explained(tmp_path, written, part):
     assert message.startswith("/run.yaml:5: ") and part in message
 
 
+def test_no_places_beside_the_model_may_be_written_as_null(tmp_path):
+    nothing = ["model.text_encoders=null", "model.tokenizers=null", "model.vae=null"]
+    config = load(tmp_path, BASE, *nothing)
+    assert config.model.beside == {"text_encoders": (), "vae": None, "tokenizers": ()}
+
+
 def test_a_path_may_begin_at_home(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     config = load(

@@ -546,8 +546,16 @@ def test_the_calls_of_diffusers_users(clean_pipeline, weights):
     pipeline.unfuse_lora()
     np.testing.assert_array_equal(values_of(layer().base, "weight"), base)
     assert pipeline.get_active_adapters() == ["a", "b"] and layer().rank == 8
+    for _ in range(2):
+        pipeline.disable_lora()
+        assert pipeline.get_active_adapters() == [] and not hasattr(layer(), "rank")
     pipeline.delete_adapters("b")
+    pipeline.enable_lora()
     assert pipeline.get_active_adapters() == ["a"] and layer().rank == 4
+    pipeline.disable_lora()
+    pipeline.set_adapters("a", 2.0)
+    pipeline.enable_lora()
+    assert pipeline._lora_adapters().strengths == {"a": 2.0}
     pipeline.load_lora_weights(file_of("parts_diffusers"), 0.25)  # a number there is the scale, as it was
     assert pipeline.get_active_adapters() == ["default_0"] and layer().scale == 0.25
     for call, said in (

@@ -305,6 +305,7 @@ def test_the_only_variant_is_read_and_told(sharded_copy, bf16_folder, caplog):
     assert (sharded_copy / "transformer/diffusion_pytorch_model.safetensors.index.bf16.json").is_file()
     assert (sharded_copy / "transformer/diffusion_pytorch_model.bf16-00001-of-00004.safetensors").is_file()
     check_folder(sharded_copy)
+    check_folder(sharded_copy)
     (told,) = caplog.messages
     parts = "text_encoder, text_encoder_2, transformer, vae"
     assert told.endswith(f": the bf16 files of {parts} are read, for there are no plain ones")

@@ -15,6 +15,7 @@ from ppcoat.errors import ConfigError
 from ppcoat.models.flux.files import FluxFiles
 from ppcoat.models.flux.original_names import told_config
 from ppcoat.models.flux.pipeline import FluxPipeline
+from ppcoat.models.flux.transformer import FluxTransformer2DModel
 from ppcoat.models.loading import check_folder, load_component, load_transformer
 from ppcoat.models.quantized_base import load_quantized_transformer
 from ppcoat.models.single_file import components_in
@@ -172,6 +173,9 @@ def test_encoders_and_autoencoder_are_taken_as_files_too(tmp_path):
 
 def test_a_pipeline_is_put_together_and_written_as_a_folder(tmp_path):
     pipeline = FluxPipeline.from_single_file(ALL_IN_ONE, "float32", tokenizers=FULL)
+    alone = FluxTransformer2DModel.from_pretrained(ALL_IN_ONE, paddle_dtype="float32")
+    for name, tensor in pipeline.transformer.state_dict().items():
+        np.testing.assert_array_equal(alone.state_dict()[name].numpy(), tensor.numpy())
     pipeline.set_progress_bar_config(disable=True)
     asked = {"height": 32, "width": 32, "num_inference_steps": 2, "seed": 1, "output_type": "np"}
     picture = pipeline("a red dress", **asked).images
@@ -321,9 +325,7 @@ def test_files_that_are_no_model_are_named_as_what_they_are(tmp_path, name, cont
 
 def test_what_is_missing_is_named_with_what_to_do():
     files = FluxFiles.found(SCALED, "model.name_or_path", vae=FULL / "vae")
-    with pytest.raises(
-        ConfigError, match="hold scheduler, transformer, vae, but no text_encoder, .*: set "
-    ) as error:
+    with pytest.raises(ConfigError, match="hold transformer, vae, but no text_encoder, .*: set ") as error:
         check_folder(files)
     assert "model.text_encoders (a FLUX folder, or the files clip_l" in str(error.value)
     assert "model.tokenizers (" in str(error.value) and "model.vae" not in str(error.value)

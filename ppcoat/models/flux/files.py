@@ -129,7 +129,8 @@ class FluxFiles:
         missing = [name for name in names if name not in self.components]
         if not missing:
             return
-        there = f"{self.base} and what is given beside it hold {_listed(self.components)}, but no "
+        held = [name for name, part in self.components.items() if getattr(part, "tensors", True)]
+        there = f"{self.base} and what is given beside it hold {_listed(held)}, but no "
         if is_pipeline:
             there = f"{self.base / missing[0]} is missing: {there}"
         own = [name for name in missing if name not in _SETTINGS]

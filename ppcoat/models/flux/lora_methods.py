@@ -73,6 +73,19 @@ class LoRAMethods:
             )
         self._lora_adapters().set_active(names, weights)
 
+    def disable_lora(self) -> None:
+        """Draws without adapters, which stay loaded, until `enable_lora` or `set_adapters`."""
+        state = self._lora_adapters()
+        self.__dict__["_resting"] = state.strengths or self.__dict__.get("_resting", {})
+        state.set_active([], [])
+
+    def enable_lora(self) -> None:
+        """Makes active again what `disable_lora` found active; nothing where others became active since."""
+        state, resting = self._lora_adapters(), self.__dict__.pop("_resting", {})
+        if not state.strengths:
+            again = {name: by for name, by in resting.items() if name in state.files}
+            state.set_active(list(again), list(again.values()))
+
     def get_active_adapters(self) -> list[str]:
         """Names of the adapters that take part in drawing."""
         return list(self._lora_adapters().strengths)

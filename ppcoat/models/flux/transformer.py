@@ -77,8 +77,8 @@ class FluxTransformer2DModel(BlockModel, ModelMixin, ConfigMixin):
     def from_pretrained(
         cls, folder: str | os.PathLike, subfolder: str = "", paddle_dtype: Any = None, **options: Any
     ) -> "FluxTransformer2DModel":
-        """The transformer of a component folder, or of one in a pipeline's folder: subfolder="transformer".
-        paddle_dtype and options: as for FluxPipeline.from_pretrained."""
+        """Of its folder, of a pipeline's (subfolder="transformer"), or of a model file. paddle_dtype and
+        options: as for FluxPipeline.from_pretrained."""
         from ppcoat.models.loading import pretrained_transformer
 
         return pretrained_transformer(Path(folder) / subfolder, paddle_dtype, **options)
@@ -383,8 +383,7 @@ def sinusoid(t: paddle.Tensor) -> paddle.Tensor:
     """t [B] -> float32 [B, 256]: cosines, then sines, of t at 128 frequencies from 1 to almost 1/10000."""
     half = SINUSOID_CHANNELS // 2
     exponents = -math.log(10000.0) / half * paddle.arange(half, dtype="float32")
-    # Rounded once, as torch's exp is: Paddle's float32 exp on CPU is one digit off, and t = 1000 makes much
-    # of it.
+    # Rounded once, as torch's exp is: Paddle's float32 exp on CPU is one digit off, which t = 1000 enlarges.
     frequencies = exponents.astype("float64").exp().astype("float32")
     angles = t.astype("float32").unsqueeze(-1) * frequencies
     return paddle.concat([angles.cos(), angles.sin()], axis=-1)
