@@ -12,8 +12,10 @@ READY  := $(VENV)/.ready
 quickstart: $(READY)
 	$(VENV)/bin/python -m ppcoat quickstart
 
+# Python may write what it compiles, whatever the environment says: each worker reads all tests, and tests start
+# processes.
 test: $(READY)
-	$(VENV)/bin/python -m pytest -q -n 2 --dist worksteal
+	PYTHONDONTWRITEBYTECODE= $(VENV)/bin/python -m pytest -q -n 2 --dist worksteal
 
 test-all: $(READY)
 	$(VENV)/bin/python -m pytest -q -m "not gpu"

@@ -1,7 +1,9 @@
 """What tests of several parts need: a small random FLUX transformer, and the config file of a small run."""
 
+import gc
 import json
 import os
+import shutil
 import subprocess
 import sys
 from functools import cache
@@ -16,6 +18,7 @@ import yaml
 if not paddle.get_device().startswith("gpu"):
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from ppcoat.data import garments
 from ppcoat.models import loading
 from ppcoat.models.flux.transformer import FluxTransformer2DModel
 from ppcoat.models.newbie import pipeline as newbie_pipeline
@@ -44,26 +47,53 @@ print(json.dumps({"modules": modules, "left": left}))
 """
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """What is imported and collected stays to the end. To look through it for circles again and again takes a
+    fifth of the start, so nobody does; later only what the tests make is looked at."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
 @pytest.fixture(scope="module")
 def encoders_read_once():
-    """Runs on the reference models share their encoders, which no run changes. How they are loaded is tested
-    in tests/models."""
+    """Runs on the reference models share their encoders, which no run changes, and what a check of their
+    folders builds. How they are loaded and checked is tested in tests/models."""
 
     def read_once(load):
         known = cache(load)
 
-        def found(folder, dtype=None):
-            return (known if FIXTURES in Path(folder).parents else load)(folder, dtype)
+        def found(*given):
+            unchanged = any(isinstance(each, Path) and FIXTURES in each.parents for each in given)
+            return (known if unchanged else load)(*given)
 
         return found
 
-    names = {loading: ("load_vae", "load_clip", "load_t5"),
+    names = {loading: ("load_vae", "load_clip", "load_t5", "unfilled"),
              newbie_pipeline: ("load_newbie_vae", "load_gemma3", "load_jina_clip")}  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         for module, functions in names.items():
             for name in functions:
                 patch.setattr(module, name, read_once(getattr(module, name)))
         yield
+
+
+@pytest.fixture(scope="session")
+def drawings(tmp_path_factory):
+    """drawings(folder, count): `folder` gets a copy of so many drawings of 64 x 64 with captions, the same in
+    every test."""
+
+    @cache
+    def drawn(count: int) -> Path:
+        folder = tmp_path_factory.mktemp("drawings")
+        garments.write_folder(folder, count, seed=1, motif="gold star", prefix="[trigger] ")
+        return folder
+
+    return lambda folder, count: shutil.copytree(drawn(count), folder)
 
 
 @pytest.fixture(scope="session")

@@ -39,7 +39,7 @@ def assert_as_before(policy, losses, saved):
 
 @pytest.mark.parametrize("policy", ["off", "coat+recompute+attention"])
 def test_the_first_losses_of_quickstart_are_those_of_before(policy, tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "DRY_STEPS", 8)
+    monkeypatch.setattr(run, "DRY_STEPS", 4)
     steps = [step for step, _ in run.dry_run(config_of(policy, tmp_path))]
     assert_as_before(policy, [step.loss for step in steps], steps[0].saved.bytes_kept)
 

@@ -13,16 +13,17 @@ import yaml
 from ppcoat.cli.main import main
 from ppcoat.cli.train import add_flux_arguments, add_newbie_arguments
 from ppcoat.config.load import load_config
-from ppcoat.data import garments
 from ppcoat.train import checkpoint, run
 from ppcoat.train import flux as flux_lora
 
+pytestmark = pytest.mark.usefixtures("encoders_read_once")
+
 
 @pytest.fixture
-def file(tmp_path, write_run):
+def file(tmp_path, write_run, drawings):
     """Config of a run on 8 drawings, more than two steps need, with everything that writes switched on."""
     data = tmp_path / "data"
-    garments.write_folder(data, 8, seed=1, motif="gold star", prefix="[trigger] ")
+    drawings(data, 8)
     return write_run(
         tmp_path,
         data,

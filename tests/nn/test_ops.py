@@ -437,7 +437,6 @@ def test_nothing_is_held_after_backward(case, policy):
         assert allocated() - before < 64
     finally:
         gc.enable()
-        gc.unfreeze()
 
 
 def test_memory_that_is_used_again_is_another_tensor():

@@ -9,7 +9,6 @@ import time
 import pytest
 
 from ppcoat.config.load import load_config
-from ppcoat.data import garments
 from ppcoat.train import ranks
 
 CONTEXT = multiprocessing.get_context("fork")  # a fork has Paddle imported already
@@ -21,10 +20,10 @@ def shared_encoders(encoders_read_once):
 
 
 @pytest.fixture
-def make_config(tmp_path, write_run):
+def make_config(tmp_path, write_run, drawings):
     """make_config("train.steps=3", ...) -> RunConfig; runs are named by `name=`, all in tmp_path."""
     data = tmp_path / "data"
-    garments.write_folder(data, 6, seed=1, motif="gold star", prefix="[trigger] ")
+    drawings(data, 6)
     train = {"steps": 4, "batch_size": 2, "lr": 1e-2}
     file = write_run(
         tmp_path, data, train=train, coat={"optimizer": {"block_size": 16}}, save={"save_every": 2}

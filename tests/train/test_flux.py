@@ -58,7 +58,10 @@ def test_a_run_leaves_lora_config_checkpoints_log_and_previews(make_config):
     assert all(np.isfinite(line["loss"]) and line["kept_bytes"] > 0 for line in log(config))
 
 
-@pytest.mark.parametrize(("coat", "checkpointing"), [("true", "false"), ("false", "false"), ("true", "true")])
+@pytest.mark.parametrize(
+    ("coat", "checkpointing"),
+    [pytest.param("true", "false", marks=pytest.mark.slow), ("false", "false"), ("true", "true")],
+)
 def test_stopped_and_resumed_run_is_bit_equal_to_an_uninterrupted_one(
     make_config, monkeypatch, coat, checkpointing
 ):
@@ -180,12 +183,12 @@ def test_another_kind_does_not_go_on(make_config, before, after, said):
 
 
 def test_coat_keeps_fewer_bytes_and_follows_the_ordinary_run(make_config):
-    steps = "train.steps=20"
+    steps = "train.steps=10"
     off = train_lora(make_config("name=plain", "coat.enabled=false", steps))
     on = train_lora(make_config("name=packed", steps, "coat.optimizer.block_size=128"))
     assert on.bytes_kept < 0.6 * off.bytes_kept
     assert on.optimizer_bytes < 0.5 * off.optimizer_bytes
-    assert np.mean(on.losses[-10:]) == pytest.approx(np.mean(off.losses[-10:]), rel=0.03)
+    assert np.mean(on.losses[-5:]) == pytest.approx(np.mean(off.losses[-5:]), rel=0.03)
 
 
 def test_policies_and_checkpointing_keep_fewer_and_fewer_bytes_and_follow_the_ordinary_run(
@@ -227,7 +230,7 @@ def test_training_lowers_the_loss_on_a_fixed_batch(make_config, monkeypatch):
             np.random.default_rng(0).standard_normal((2, 16, 64), dtype=np.float32),
         ),
     )
-    losses = train_lora(make_config("train.steps=40", "train.batch_size=2", "save.save_every=40")).losses
+    losses = train_lora(make_config("train.steps=20", "train.batch_size=2", "save.save_every=20")).losses
     assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5])
 
 
