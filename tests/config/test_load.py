@@ -339,7 +339,7 @@ def test_backslashes_in_double_quotes_are_explained(tmp_path, written, part):
 def test_no_places_beside_the_model_may_be_written_as_null(tmp_path):
     nothing = ["model.text_encoders=null", "model.tokenizers=null", "model.vae=null"]
     config = load(tmp_path, BASE, *nothing)
-    assert config.model.beside == {"text_encoders": (), "vae": None, "tokenizers": ()}
+    assert config.model.beside == {"text_encoders": (), "tokenizers": ()}
 
 
 def test_a_path_may_begin_at_home(tmp_path, monkeypatch):

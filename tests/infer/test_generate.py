@@ -141,7 +141,7 @@ def no_model_is_loaded(monkeypatch):
         ),
         ({"path_to_lora": "nowhere.safetensors"}, "no LoRA file at nowhere.safetensors"),
         ({"path_to_lora": "lora.ckpt"}, "lora.ckpt is a pickle"),
-        ({"path_to_lora": "lora.txt"}, "a LoRA file is a .safetensors"),
+        ({"path_to_lora": __file__}, "a LoRA file is a .safetensors"),
         ({"device": "gpu:99"}, "Paddle sees"),
     ],
 )

@@ -49,7 +49,7 @@ def test_two_steps_of_the_published_config_with_nothing_replaced_but_its_folders
     losses = re.findall(r"^step (\d): loss (\S+), activations kept", said, re.MULTILINE)
     assert [number for number, _ in losses] == ["1", "2"]
     assert all(0 < float(loss) < 10 for _, loss in losses)
-    for line in ("steps: 2000", "sample_steps: 20", "width: 1024", "quantize: true"):
+    for line in ("steps: 2000", "sample_steps: 20", "width: 1024", "quantize: fp8"):
         assert line in said
     assert sorted(tmp_path.rglob("*")) == before  # a dry run leaves nothing
 
