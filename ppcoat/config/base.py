@@ -50,3 +50,20 @@ def checked_trigger_word(value: str | None) -> str | None:
     if value is not None and ("[trigger]" in value or "[name]" in value):
         raise ValueError("the trigger word must not hold [trigger] or [name], which it replaces")
     return value
+
+
+# Where the components of a model are that its file lacks.
+TextEncoderPlaces = Annotated[
+    PathTexts,
+    Field(description="where CLIP and T5 are that a FLUX file lacks: a FLUX folder, or a file for each"),
+]
+VAEPlace = Annotated[
+    PathText | None,
+    Field(description="where the autoencoder is that a FLUX file lacks: a FLUX folder, or a file"),
+]
+TokenizerPlaces = Annotated[
+    PathTexts,
+    Field(
+        description="where the tokenizers are, if not in one of these: a FLUX folder, or a folder for each"
+    ),
+]

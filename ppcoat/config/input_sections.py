@@ -15,7 +15,16 @@ from pydantic import (
     model_validator,
 )
 
-from ppcoat.config.base import PathText, PathTexts, Pixels, Section, Strings, checked_trigger_word
+from ppcoat.config.base import (
+    PathText,
+    Pixels,
+    Section,
+    Strings,
+    TextEncoderPlaces,
+    TokenizerPlaces,
+    VAEPlace,
+    checked_trigger_word,
+)
 from ppcoat.config.flags import built_in_model
 from ppcoat.errors import unknown_name
 
@@ -43,16 +52,9 @@ class ModelConfig(Section):
         description="folder of a pipeline in the diffusers layout, a FLUX file (.safetensors, .gguf), or "
         "tiny_flux"
     )
-    text_encoders: PathTexts = Field(
-        (), description="where CLIP and T5 are that a FLUX file lacks: a FLUX folder, or a file for each"
-    )
-    vae: PathText | None = Field(
-        None, description="where the autoencoder is that a FLUX file lacks: a FLUX folder, or a file"
-    )
-    tokenizers: PathTexts = Field(
-        (),
-        description="where the tokenizers are, if not in one of these: a FLUX folder, or a folder for each",
-    )
+    text_encoders: TextEncoderPlaces = ()
+    vae: VAEPlace = None
+    tokenizers: TokenizerPlaces = ()
     family: Literal["flux", "newbie"] = Field("flux", description="which model it is: FLUX.1 or NewBie-image")
     prompt_prefix: str | None = Field(
         None, description="what NewBie's Gemma reads before a caption; none: as its base model was trained"

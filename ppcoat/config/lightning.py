@@ -12,7 +12,12 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from ppcoat.config.base import PathText, PathTexts
+from ppcoat.config.base import (
+    PathText,
+    TextEncoderPlaces,
+    TokenizerPlaces,
+    VAEPlace,
+)
 from ppcoat.config.explain import came_and_wanted
 from ppcoat.config.flags import TINY_FLUX
 from ppcoat.config.schema import BucketRule, PolicyName, RunConfig
@@ -59,16 +64,9 @@ class LightningConfig(BaseModel):
     pretrained_teacher_model: PathText = Field(
         TINY_FLUX, description="folder of a FLUX pipeline in the diffusers layout, or a FLUX file"
     )  # fmt: skip
-    text_encoders: PathTexts = Field(
-        (), description="where CLIP and T5 are that a FLUX file lacks: a FLUX folder, or a file for each"
-    )
-    vae: PathText | None = Field(
-        None, description="where the autoencoder is that a FLUX file lacks: a FLUX folder, or a file"
-    )
-    tokenizers: PathTexts = Field(
-        (),
-        description="where the tokenizers are, if not in one of these: a FLUX folder, or a folder for each",
-    )
+    text_encoders: TextEncoderPlaces = ()
+    vae: VAEPlace = None
+    tokenizers: TokenizerPlaces = ()
     output_dir: PathText = Field(
         "outputs/lora_flux_lightning", min_length=1, description="folder of the run's folder"
     )

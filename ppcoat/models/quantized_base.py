@@ -38,7 +38,7 @@ from ppcoat.models.tensor_files import (
 )
 from ppcoat.models.writing import INDEX, Layout, check_room, layout_bytes, shard_metadata, write_component
 from ppcoat.nn.base_weight import BASES, BLOCK, BaseWeight
-from ppcoat.nn.convert import is_in_block, quantize_linears, set_base_weight, set_sublayer, sublayer_at
+from ppcoat.nn.convert import is_in_block, set_base_weight, set_sublayer, sublayer_at
 from ppcoat.nn.swap import last_blocks, move_to_host
 
 _log = logging.getLogger(__name__)
@@ -171,10 +171,9 @@ def output_errors(
 ) -> OutputErrors:
     """Means over random inputs, one for each seed, of a square picture of `tokens` tokens; base: of `BASES`.
 
-    Holds the transformer twice in memory, in the compute dtype of the device, before one is quantised.
+    Holds the exact and the quantised transformer of the folder in memory, in the compute dtype of the device.
     """
-    exact, rounded = load_transformer(folder), load_transformer(folder)
-    quantize_linears(rounded, base)
+    exact, rounded = load_transformer(folder), load_quantized_transformer(folder, base=base)
     inputs = [_random_inputs(exact, tokens, seed) for seed in seeds]
 
     def relative_errors() -> float:

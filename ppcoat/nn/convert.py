@@ -61,7 +61,7 @@ def quantize_linears(model: nn.Layer, base: str = "fp8") -> list[str]:
     base: "fp8", "int8", "nf4" or "fp4". Each becomes a FrozenLinear with a BaseWeight under its old name and
     with its old bias; call it before inject_lora. Raises ConfigError for another base, a Linear that already
     carries a LoRA or is quantised, and for weights that are not finite. (models/quantized_base.py does the
-    same for FP8 while it reads a model from disk.)
+    same while it reads a model from disk.)
     """
     if base not in BASES:
         raise ConfigError(f"unknown format of base weights {base!r}; use one of {', '.join(BASES)}")
