@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from ppcoat.config.input_sections import base_format
+from ppcoat.config.base import base_format
 
 _FLAG = re.compile(r"(?:^|\s)--(\w+)(?=\s|$)")
 # flag of a prompt or key of a sample -> our setting; "": FLUX takes no negative prompt

@@ -18,6 +18,7 @@ from pydantic import (
 from ppcoat.config.base import (
     PathText,
     Pixels,
+    Quantize,
     Section,
     Strings,
     TextEncoderPlaces,
@@ -30,19 +31,7 @@ from ppcoat.errors import unknown_name
 
 BlockRange = Annotated[tuple[int, ...], Strict(False)]
 AdapterType = Literal["lora", "dora", "lokr"]
-BaseFormat = Literal["fp8", "int8", "nf4", "fp4"]
-# Names that ai-toolkit, diffusers and OneTrainer have, in small letters without underscores.
-_BASE_NAMES: dict[str, BaseFormat] = {
-    **dict.fromkeys(("float8", "qfloat8", "float8e4m3fn"), "fp8"),
-    **{"qint8": "int8", "nfloat4": "nf4"},
-}
 BucketRule = Literal["aspect", "ai-toolkit", "square"]
-
-
-def base_format(name: str) -> BaseFormat | None:
-    """The format of base weights that is called so here or in another program; None for an unknown name."""
-    plain = name.lower().replace("_", "")
-    return plain if plain in get_args(BaseFormat) else _BASE_NAMES.get(plain)
 
 
 class ModelConfig(Section):
@@ -64,11 +53,7 @@ class ModelConfig(Section):
         description="compute dtype; auto is float32 on CPU and bfloat16 on GPU; products of float32 are TF32 "
         "on a GPU unless the process starts with NVIDIA_TF32_OVERRIDE=0",
     )
-    quantize: Literal[False, "fp8", "int8", "nf4", "fp4"] = Field(
-        False,
-        description="store the frozen Linears in fp8 (true; 8 bits a weight), int8 (8.25), nf4 (4.13) or fp4 "
-        "(4.5); their errors: docs/kernels.md",
-    )
+    quantize: Quantize = False
     quantize_matmul: bool = Field(
         False, description="with quantize: fp8, multiply in FP8 too, which rounds activations; wants sm_89 on"
     )
@@ -90,14 +75,6 @@ class ModelConfig(Section):
     @classmethod
     def _is_built_in(cls, value: str) -> str:
         return built_in_model(value)
-
-    @field_validator("quantize", mode="before")
-    @classmethod
-    def _named(cls, value: object) -> object:
-        """true is fp8; capitals and underscores do not matter."""
-        if value is True:
-            return "fp8"
-        return base_format(value) or value if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _multiplies_what_is_quantised(self) -> ModelConfig:
