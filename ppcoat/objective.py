@@ -18,6 +18,8 @@ from dataclasses import dataclass
 import numpy as np
 import paddle
 
+from ppcoat.data.cache import CLASS
+from ppcoat.lora import lora_disabled
 from ppcoat.models.flux.scheduler import calculate_shift
 from ppcoat.models.pictures import latent_image_ids, pack_latents
 
@@ -41,7 +43,7 @@ class FlowLoss:
 
 
 class Objective:
-    """What any objective can do that has `draw` and `losses_at`."""
+    """What any objective can do that has `draw`, `predict` and `losses_at`."""
 
     def noise_levels(self, levels: np.ndarray) -> np.ndarray:
         """What `draw` gives -> share of noise, 1 for noise alone; and back."""
@@ -54,6 +56,20 @@ class Objective:
     def loss_at(self, transformer, batch: dict, levels: np.ndarray, noise: np.ndarray) -> paddle.Tensor:
         """The mean of `losses_at`, scalar float32."""
         return self.losses_at(transformer, batch, levels, noise).mean
+
+    def preservation_at(
+        self, transformer, batch: dict, levels: np.ndarray, noise: np.ndarray
+    ) -> paddle.Tensor:
+        """How far the adapter moves what the model predicts for the class captions of a batch, scalar
+        float32: the mean square between its predictions with the adapter and without, for the pictures,
+        noise levels and noise of `losses_at`. Source: differential output preservation of ai-toolkit.
+        """
+        of_class = [name for name in batch if name.startswith(CLASS)]
+        batch = batch | {name.removeprefix(CLASS): batch[name] for name in of_class}
+        with paddle.no_grad(), lora_disabled(transformer):
+            wanted, _ = self.predict(transformer, batch, levels, noise)
+        found, _ = self.predict(transformer, batch, levels, noise)
+        return (found - wanted).square().mean()
 
 
 @dataclass(frozen=True)
@@ -85,17 +101,25 @@ class FlowMatching(Objective):
         number, 1 by default, that multiplies the loss); noise levels [B] in 0..1 and noise
         [B, tokens, C * 4].
         """
-        noise = paddle.to_tensor(noise, dtype="float32")
-        mix = paddle.to_tensor(sigma, dtype="float32").reshape([-1, 1, 1])
-        clean = pack_latents(batch["latents"]).astype("float32")
-        noisy = (1 - mix) * clean + mix * noise
-        predicted = velocity(transformer, batch, noisy, sigma, self.guidance)
-        distance = self._distance(predicted.astype("float32") - (noise - clean))
+        predicted, target = self.predict(transformer, batch, sigma, noise)
+        distance = self._distance(predicted - target)
         mean = distance.mean()
         if self.timestep_type == "weighted":
             mean = (distance.mean([1, 2]) * paddle.to_tensor(level_weights(sigma))).mean()
         weight = batch.get("loss_weight", 1.0)
         return FlowLoss(mean if weight == 1.0 else mean * weight, distance.detach().mean([1, 2]))
+
+    def predict(
+        self, transformer, batch: dict, sigma: np.ndarray, noise: np.ndarray
+    ) -> tuple[paddle.Tensor, paddle.Tensor]:
+        """The velocity that the transformer predicts and the true one, float32 [B, tokens, C * 4]; arguments
+        as in `losses_at`."""
+        noise = paddle.to_tensor(noise, dtype="float32")
+        mix = paddle.to_tensor(sigma, dtype="float32").reshape([-1, 1, 1])
+        clean = pack_latents(batch["latents"]).astype("float32")
+        noisy = (1 - mix) * clean + mix * noise
+        predicted = velocity(transformer, batch, noisy, sigma, self.guidance)
+        return predicted.astype("float32"), noise - clean
 
     def draw_sigma(self, rng: np.random.Generator, count: int, tokens: int) -> np.ndarray:
         """Noise levels, float32 [count] in 0..1."""
@@ -162,6 +186,16 @@ class NewbieFlowMatching(Objective):
         """batch: latents [B, C, h, w], cap_feats [B, L, D], cap_mask [B, L], clip_text_pooled [B, P] and, if
         wanted, loss_weight (a number that multiplies the mean); times [B] in 0..1 and noise [B, C, h, w].
         """
+        predicted, target = self.predict(transformer, batch, times, noise)
+        of_pictures = (predicted - target).square().mean([1, 2, 3])
+        mean, weight = of_pictures.mean(), batch.get("loss_weight", 1.0)
+        return FlowLoss(mean if weight == 1.0 else mean * weight, of_pictures.detach())
+
+    def predict(
+        self, transformer, batch: dict, times: np.ndarray, noise: np.ndarray
+    ) -> tuple[paddle.Tensor, paddle.Tensor]:
+        """The velocity that the transformer predicts and the true one, float32 [B, C, h, w]; arguments as in
+        `losses_at`."""
         latents = batch["latents"]
         times = paddle.to_tensor(times, dtype="float32")
         noisy, target = interpolate(latents, paddle.to_tensor(noise, dtype="float32"), times)
@@ -172,9 +206,7 @@ class NewbieFlowMatching(Objective):
             batch["cap_mask"],
             batch["clip_text_pooled"],
         )
-        of_pictures = (velocity.astype("float32") - target).square().mean([1, 2, 3])
-        mean, weight = of_pictures.mean(), batch.get("loss_weight", 1.0)
-        return FlowLoss(mean if weight == 1.0 else mean * weight, of_pictures.detach())
+        return velocity.astype("float32"), target
 
     def times(self, raw: np.ndarray, tokens: int) -> np.ndarray:
         """Normal draws [B] -> times, float32 [B] in 0..1: their sigmoid, moved towards noise, the more the

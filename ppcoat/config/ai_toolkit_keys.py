@@ -230,8 +230,9 @@ _TRAIN: dict[str, Treatment] = {
         "released after the captions are encoded"
     ),
     "train.cache_text_embeddings": Warn(_ONCE, (None, True, False)),
-    "train.diff_output_preservation": Refuse(_SWITCH_OFF),
-    "train.blank_prompt_preservation": Refuse(_SWITCH_OFF),
+    **dict.fromkeys(("train.diff_output_preservation", "train.diff_output_preservation_class",
+                     "train.diff_output_preservation_multiplier", "train.blank_prompt_preservation",
+                     "train.blank_prompt_preservation_multiplier"), Honour(null=True)),  # fmt: skip
     "train.validation_config": Read(values.read_validation_config, "train.validation"),
     "train.reg_weight": Honour("reg_weight", null=True),
     "train.start_step": Refuse("a run goes on from the checkpoint in its folder; leave it out", (None,)),
@@ -347,9 +348,6 @@ _IDLE = {
     "model.arch": "train.refiner_lr train.switch_boundary_every",
     "embedding": "train.embedding_lr",
     "adapter": "train.adapter_lr sample.adapter_conditioning_scale",
-    "train.diff_output_preservation":
-        "train.diff_output_preservation_class train.diff_output_preservation_multiplier",
-    "train.blank_prompt_preservation": "train.blank_prompt_preservation_multiplier",
     "train.max_loss": "train.max_loss_debug",
     "train.do_differential_guidance": "train.differential_guidance_scale",
     "train.do_guidance_loss": "train.guidance_loss_target",

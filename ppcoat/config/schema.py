@@ -156,6 +156,22 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _preserves_something(self) -> RunConfig:
+        train = self.train
+        if train.diff_output_preservation and train.blank_prompt_preservation:
+            raise ValueError(
+                "train.diff_output_preservation and train.blank_prompt_preservation exclude each other: "
+                "set one"
+            )
+        triggers = [data.trigger_word or self.trigger_word for data in self.datasets if not data.is_reg]
+        if train.diff_output_preservation and not all(triggers):
+            raise ValueError(
+                "train.diff_output_preservation puts the class word in the place of the trigger word: set "
+                "trigger_word, or train.blank_prompt_preservation instead"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _settings_are_of_this_model(self) -> RunConfig:
         tokens, limit = self.train.max_sequence_length, 512
         if self.model.family == "newbie":

@@ -104,11 +104,33 @@ class TrainConfig(Section):
     loss_type: Literal["mse", "mae", "pseudo_huber"] = Field(
         "mse", description="distance between predicted and true velocity: square, absolute, or in between"
     )
+    diff_output_preservation: bool = Field(
+        False,
+        description="keep what the model draws without the trigger word: it also learns to predict for each "
+        "caption with the class word what it predicts without the adapter; two more forward passes, one more "
+        "backward pass",
+    )
+    diff_output_preservation_class: str = Field(
+        "",
+        description="what stands in the place of the trigger word, such as person; empty: nothing",
+    )
+    diff_output_preservation_multiplier: float = Field(1.0, gt=0, description="weight of that loss")
+    blank_prompt_preservation: bool = Field(
+        False, description="the same with the empty caption in the place of the class word's"
+    )
+    blank_prompt_preservation_multiplier: float = Field(1.0, gt=0, description="weight of that loss")
     max_skipped_in_a_row: int = Field(
         5, ge=1, description="stop after this many consecutive steps whose loss or gradient is not finite"
     )
     ema: EMAConfig = Field(EMAConfig(), description="running mean of the LoRA's weights")
     validation: ValidationConfig = Field(ValidationConfig(), description="loss on pictures kept aside")
+
+    @property
+    def preservation_weight(self) -> float:
+        """Weight of the loss that keeps the model's own output; 0 without."""
+        if self.diff_output_preservation:
+            return self.diff_output_preservation_multiplier
+        return self.blank_prompt_preservation_multiplier if self.blank_prompt_preservation else 0.0
 
     @model_validator(mode="after")
     def _schedule_has_what_it_needs(self) -> TrainConfig:

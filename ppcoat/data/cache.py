@@ -38,6 +38,7 @@ Embedding = tuple[paddle.Tensor, ...]  # FLUX: prompt_embeds [T, D], pooled [P]
 
 # Limits of one encoder call: captions (or pictures of one size), and pixels of all its pictures together.
 ENCODED_AT_ONCE, ENCODED_PIXELS = 8, 1024 * 1024
+CLASS = "class_"  # begins the names of a batch's tensors that are of class captions
 _SAMPLED_BYTES = 2**20
 
 
@@ -73,7 +74,8 @@ class TrainingCache:
 
     def batch(self, indices: Sequence[int], rng: np.random.Generator) -> dict[str, paddle.Tensor | float]:
         """B example numbers of one bucket -> {"latents": [B, C, h, w], each of text_names: as `text` returns
-        it, "loss_weight": float}. Tensors are on the current device, in the dtype of the encoders.
+        it, "loss_weight": float}, and with class captions those tensors of them under "class_" and the name.
+        Tensors are on the current device, in the dtype of the encoders.
 
         rng decides which captions are dropped: it draws B numbers, and B more to choose variants if any
         example of the run has several captions.
@@ -81,14 +83,21 @@ class TrainingCache:
         chosen = [self.examples[i] for i in indices]
         rates = np.array([example.caption_dropout_rate for example in chosen])
         dropped = dropped_captions(len(chosen), rates, rng)
-        captions = [example.captions[0] for example in chosen]
+        picks = [0] * len(chosen)
         if any(len(example.captions) > 1 for example in self.examples):
-            picks = rng.random(len(chosen))
-            captions = [e.captions[int(u * len(e.captions))] for e, u in zip(chosen, picks, strict=True)]
-        captions = ["" if drop else text for text, drop in zip(captions, dropped, strict=True)]
+            draws = rng.random(len(chosen))
+            picks = [int(u * len(e.captions)) for e, u in zip(chosen, draws, strict=True)]
+
+        def text(captions: Sequence[tuple[str, ...]], prefix: str = "") -> dict[str, paddle.Tensor]:
+            each = zip(captions, picks, dropped, strict=True)
+            tensors = self.text(["" if drop else several[pick] for several, pick, drop in each])
+            return {prefix + name: tensor for name, tensor in zip(self.text_names, tensors, strict=True)}
+
+        of_class = [example.class_captions for example in chosen]
         return {
             "latents": _stack([self.latents[i] for i in indices]),
-            **dict(zip(self.text_names, self.text(captions), strict=True)),
+            **text([example.captions for example in chosen]),
+            **(text(of_class, CLASS) if of_class[0] else {}),
             "loss_weight": self.reg_weight if chosen[0].is_reg else 1.0,
         }
 
@@ -116,7 +125,7 @@ def build_cache(
     there. Raises ConfigError naming a picture or caption whose encoding is not finite.
     """
     blank = [""] if any(example.caption_dropout_rate > 0 for example in examples) else []
-    captions = [caption for example in examples for caption in example.captions]
+    captions = [caption for each in examples for caption in (*each.captions, *each.class_captions)]
     latents = _latents(examples, encoders, batch_size, store)
     embeddings = _embeddings(
         list(dict.fromkeys([*captions, *blank, *extra_captions])), encoders, batch_size, store

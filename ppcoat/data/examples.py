@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 
 from ppcoat.config.explain import printable
-from ppcoat.config.schema import DatasetConfig, RunConfig
+from ppcoat.config.schema import DatasetConfig, RunConfig, TrainConfig
 from ppcoat.data.buckets import Size, bucket_size, crop_share
-from ppcoat.data.captions import CaptionRules, caption_variants, holds_trigger
+from ppcoat.data.captions import CaptionRules, caption_variants, class_caption, holds_trigger
 from ppcoat.data.sources import ImageFolder, Item, scan_folder
 
 CROP_WARNING = 0.10  # of the picture
@@ -30,7 +30,8 @@ _CAPTION_MARKS = 90
 @dataclass(frozen=True)
 class Example:
     """One picture as it is trained. size: (width, height) in pixels; captions: final ones, of which each step
-    draws one; repeats: how often it is seen in an epoch."""
+    draws one; class_captions: what stands for each of them where the model's own output is preserved, none
+    elsewhere; repeats: how often it is seen in an epoch."""
 
     item: Item
     size: Size
@@ -40,6 +41,7 @@ class Example:
     flip_y: bool = False
     is_reg: bool = False
     caption_dropout_rate: float = 0.0
+    class_captions: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ def scan_datasets(config: RunConfig) -> list[Dataset]:
             scanned[asked] = scan_folder(*asked)
         trigger = data.trigger_word or config.trigger_word
         examples = _examples_of(scanned[asked].items, data, trigger, config.seed)
+        examples = [_with_class_captions(each, config.train, trigger) for each in examples]
         datasets.append(Dataset(data, scanned[asked], trigger, examples))
     return datasets
 
@@ -102,6 +105,15 @@ def _examples_of(items: list[Item], data: DatasetConfig, trigger: str | None, se
     if data.flip_y:
         examples += [replace(example, flip_y=True) for example in examples]
     return examples
+
+
+def _with_class_captions(example: Example, train: TrainConfig, trigger: str | None) -> Example:
+    if train.blank_prompt_preservation:
+        return replace(example, class_captions=("",) * len(example.captions))
+    if not train.diff_output_preservation:
+        return example
+    word = train.diff_output_preservation_class
+    return replace(example, class_captions=tuple(class_caption(c, trigger, word) for c in example.captions))
 
 
 def data_report(datasets: Sequence[Dataset]) -> str:

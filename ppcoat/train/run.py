@@ -284,7 +284,7 @@ def build_trainer(
     def draw() -> tuple[list[Image.Image], list[str]]:
         return draw_previews(config, pipeline, lambda preview: spec.draw(pipeline, preview, cache))
 
-    side = Side(parameters, spec.objective(config), optimizer, schedule, coat)
+    side = Side(parameters, spec.objective(config), optimizer, schedule, coat, train.preservation_weight)
     state = RunState(
         parameters,
         optimizer,

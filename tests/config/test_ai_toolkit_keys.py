@@ -153,7 +153,6 @@ REFUSED = [
     ("train.loss_type", "wavelet", "mse"), ("train.bypass_guidance_embedding", "true", "false"),
     ("train.ema_config.use_feedback", "true", "false"),
     ("train.ema_config.param_multiplier", "1.1", "1.0"), ("train.unload_text_encoder", "true", "false"),
-    ("train.diff_output_preservation", "true", "false"), ("train.blank_prompt_preservation", "true", "false"),
     ("train.start_step", "10", "null"), ("train.max_loss", "1.0", "null"),
     ("train.noise_offset", "0.1", "0.0"), ("train.snr_gamma", "5", "null"),
     ("train.min_snr_gamma", "5", "null"), ("train.learnable_snr_gos", "true", "false"),
@@ -202,9 +201,6 @@ IDLE = {
     "datasets[].invert_mask": "datasets[].mask_path",
     "datasets[].mask_min_value": "datasets[].mask_path", "train.text_encoder_lr": "train.train_text_encoder",
     "train.refiner_lr": "model.arch", "train.embedding_lr": "embedding", "train.adapter_lr": "adapter",
-    "train.diff_output_preservation_class": "train.diff_output_preservation",
-    "train.diff_output_preservation_multiplier": "train.diff_output_preservation",
-    "train.blank_prompt_preservation_multiplier": "train.blank_prompt_preservation",
     "train.max_loss_debug": "train.max_loss",
     "model.layer_offloading_transformer_percent": "model.layer_offloading",
     "model.layer_offloading_text_encoder_percent": "model.layer_offloading",
@@ -312,3 +308,15 @@ def test_every_honoured_key_leads_to_a_setting_that_exists():
         if isinstance(rule, Honour) or (isinstance(rule, Read) and rule.to):
             assert (rule.to or key).replace("[]", ".0") in ours, key
     assert set(DEFAULTS) <= ours
+
+
+def test_output_preservation_takes_its_keys(load, refusal):
+    word = ["trigger_word=sks", "train.diff_output_preservation=true"]
+    train = load(
+        *word, "train.diff_output_preservation_class=person", "train.diff_output_preservation_multiplier=2"
+    ).train
+    assert (train.diff_output_preservation_class, train.preservation_weight) == ("person", 2)
+    assert load("train.blank_prompt_preservation=true").train.preservation_weight == 1
+    assert load("train.diff_output_preservation_class=person").train.preservation_weight == 0
+    assert "set one" in refusal(*word, "train.blank_prompt_preservation=true")
+    assert "set trigger_word" in refusal("trigger_word=null", "train.diff_output_preservation=true")

@@ -253,3 +253,18 @@ def test_the_identity_of_a_folder_is_its_content(tmp_path):
         folder("e", changed),
     ]
     assert len({first, *map(folder_identity, others)}) == 5
+
+
+def test_class_captions_follow_the_variant_that_was_drawn_and_dropout(examples):
+    captions = {"captions": ("a sks", "b sks b"), "class_captions": ("a", "b c b")}
+    several = [replace(example, **captions, caption_dropout_rate=0.3) for example in examples]
+    recorder = Recorder()
+    cache, lengths = build(several, recorder), set()
+    assert set(recorder.captions) == {"a sks", "b sks b", "a", "b c b", ""}
+    for seed in range(8):
+        batch = cache.batch([0, 1, 2, 3], np.random.default_rng(seed))
+        pairs = zip(batch["pooled"].tolist(), batch["class_pooled"].tolist(), strict=True)
+        lengths |= {(-int(own[0]), -int(of_class[0])) for own, of_class in pairs}
+        assert batch["class_prompt_embeds"].shape == batch["prompt_embeds"].shape
+    assert lengths == {(5, 1), (7, 5), (0, 0)}
+    assert "class_pooled" not in build(examples, Recorder()).batch([0], np.random.default_rng(0))
