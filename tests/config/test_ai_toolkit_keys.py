@@ -28,6 +28,10 @@ HONOURED = [
     ("network.pretrained_lora_path", "a.safetensors", "network.pretrained_lora_path", "a.safetensors"),
     ("network.network_kwargs.only_if_contains", "[proj_out]", "network.only_if_contains", ("proj_out",)),
     ("network.network_kwargs.ignore_if_contains", "[ff]", "network.ignore_if_contains", ("ff",)),
+    ("train.diff_output_preservation_class", "person", "train.diff_output_preservation_class", "person"),
+    ("train.diff_output_preservation_multiplier", "2", "train.diff_output_preservation_multiplier", 2.0),
+    ("train.blank_prompt_preservation", "true", "train.blank_prompt_preservation", True),
+    ("train.blank_prompt_preservation_multiplier", "2", "train.blank_prompt_preservation_multiplier", 2.0),
     ("save.dtype", "bf16", "save.dtype", "bfloat16"),
     ("save.save_every", "5", "save.save_every", 5),
     ("save.max_step_saves_to_keep", "2", "save.max_step_saves_to_keep", 2),
@@ -299,6 +303,7 @@ def test_keys_that_only_tune_another_one_are_silent(load, warnings, key):
 
 def test_the_lists_above_hold_every_key_of_the_table_and_no_other():
     tried = {row[0] for row in (*HONOURED, *WARNED, *REFUSED)} | set(IDLE) | ALWAYS_SO
+    tried.add("train.diff_output_preservation")  # wants a trigger word: below
     assert tried == set(KEYS)
 
 
