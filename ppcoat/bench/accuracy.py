@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -283,6 +284,11 @@ def _run_weights(flags: WeightFlags) -> None:
         print(f"\nwritten: {flags.output}")
 
 
+def seconds_a_gb(rows: list[WeightError]) -> float:
+    """CPU time for reading and quantising 10^9 bytes of bfloat16 weights: the sum over all `rows`."""
+    return 1e9 * sum(row.seconds for row in rows) / sum(2 * math.prod(row.shape) for row in rows)
+
+
 def _weight_table(rows: list[WeightError], output: OutputErrors | None, base: str) -> str:
     """One line per Linear in the order of the files, their mean, and the output."""
     width = max(len(row.path) for row in rows)
@@ -294,6 +300,7 @@ def _weight_table(rows: list[WeightError], output: OutputErrors | None, base: st
         f"{len(rows)} Linears, {inside} of them in blocks: mean {errors.mean():.5f}, least "
         f"{errors.min():.5f}, largest {errors.max():.5f}"
     )
+    lines.append(f"reading and quantising: {seconds_a_gb(rows):.1f} s of CPU time a GB of bfloat16")
     if output is not None:
         lines.append(
             f"output, mean of {SEEDS} random inputs: {output.all_linears:.4f} with all Linears in {base}, "

@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from ppcoat.bench import accuracy
@@ -29,6 +30,8 @@ def test_every_linear_has_a_line_and_the_output_has_one(tmp_path, capsys):
         line = next(line for line in shown.splitlines() if line.startswith(f"{row['path']} "))
         assert line.endswith(f"{row['relative_rms']:.5f}") and str(row["shape"]) in line
         assert 0.015 < row["relative_rms"] < 0.035  # of E4M3: 2^-4 / sqrt(3) / 1.36, rounding of 3 bits
+    seconds = sum(row["seconds"] for row in rows) / sum(2e-9 * np.prod(row["shape"]) for row in rows)
+    assert seconds > 0 and f"reading and quantising: {seconds:.1f} s of CPU time a GB" in shown
     assert 0 < found["output"]["in_blocks"] < found["output"]["all_linears"] < 0.3
     assert f"{found['output']['all_linears']:.4f} with all Linears" in shown
 
@@ -58,5 +61,7 @@ def test_a_model_file_has_the_errors_of_its_folder(capsys):
     for name in ("transformer", "flux_bfl_bf16.safetensors"):
         model = str(FOLDER.parent / "single_file" / name)
         assert main(["accuracy", "weights", "--model", model, "--no_output", "--base", "nf4"]) == 0
-        tables.append(sorted(capsys.readouterr().out.splitlines()))
+        lines = capsys.readouterr().out.splitlines()
+        assert sum("s of CPU time a GB" in line for line in lines) == 1
+        tables.append(sorted(line for line in lines if "CPU time" not in line))
     assert tables[0] == tables[1] and len(tables[0]) > 30
