@@ -26,7 +26,7 @@ from ppcoat.models.loading import check_without_control
 from ppcoat.models.tensor_files import Component, component_config, read_json, tensor_infos
 from ppcoat.nn.base_weight import BASES
 from ppcoat.nn.convert import sublayer_at
-from ppcoat.optim import FP8QuantizationConfig
+from ppcoat.optim import FP8QuantizationConfig, update_bytes
 
 DEV_TOKEN_SIDE = 16  # pixels along a side of the square that a token of FLUX.1-dev stands for
 FLOAT32, BFLOAT16 = 4, 2  # bytes of a value
@@ -34,7 +34,6 @@ FLUX_DEV = {"guidance_embeds": True}  # all else is FluxTransformer2DModel's def
 # Parameters of FLUX.1-dev's encoders, T5's heads and inner width, the VAE's channels at full resolution.
 _DEV_TEXT, DEV_VAE = 4_762_310_656 + 123_060_480, 83_819_683
 _DEV_T5, DEV_VAE_CHANNELS = (64, 10240), 128
-FP8_STEP = 9.31  # transient bytes of an FP8AdamW step per byte of float32 parameter, measured
 
 
 @dataclass(frozen=True)
@@ -173,7 +172,7 @@ def image_tokens(config: RunConfig, token_side: int) -> int:
     return int(largest * max(data.resolution for data in config.datasets) ** 2) // token_side**2
 
 
-def optimizer_bytes(config: RunConfig, shapes: list[tuple[int, int]]) -> tuple[int, int]:
+def optimizer_bytes(config: RunConfig, shapes: list[tuple[int, int]], on_gpu: bool) -> tuple[int, int]:
     """States of AdamW or FP8AdamW for parameters of these shapes; transient bytes of an update."""
     parameters = FLOAT32 * sum(map(math.prod, shapes))
     if not config.uses_fp8_optimizer:
@@ -182,7 +181,7 @@ def optimizer_bytes(config: RunConfig, shapes: list[tuple[int, int]]) -> tuple[i
     fp8 = FP8QuantizationConfig(
         block_size=states.block_size, use_dynamic_range_expansion=states.use_dynamic_range_expansion
     )
-    return fp8.state_bytes(shapes, config.train.beta1), int(FP8_STEP * parameters)
+    return fp8.state_bytes(shapes, config.train.beta1), update_bytes(parameters // FLOAT32, on_gpu)
 
 
 def _block_of(name: str, blocks: tuple[str, ...]) -> str:

@@ -99,7 +99,7 @@ class MemoryModel:
         self.vae_itemsize = self.itemsize
         self.lora = self.model.adapter_shapes(config.network)
         self.lora_bytes = FLOAT32 * sum(map(math.prod, self.lora))
-        self.optimizer, self.update_working = optimizer_bytes(config, self.lora)
+        self.optimizer, self.update_working = optimizer_bytes(config, self.lora, on_gpu)
         self.previews = config.sample.previews if config.sample.wanted else []
         self._base: dict[bool, list[int]] = {}
         self._saved: dict[tuple[TracedModel, bool], SavedBytes] = {}
