@@ -89,7 +89,7 @@ class Trials:
         layers = {path: sublayer_at(model, path) for path in linear_paths(model)}
         try:
             trainer = build_trainer(self.spec, config, self.pipeline, self.cache, start=start)
-            if trainer.state.ema is None and _falls(config):
+            if takes_mean(config):
                 trainer.state.ema = RecentMean(trainer.side.parameters, lambda: trainer.step)
             yield trainer
         finally:
@@ -109,7 +109,7 @@ class Trials:
         with self.trainer(candidate, last) as trainer:
             try:
                 _train(trainer, steps)
-                if steps == last and not trainer.config.train.ema.use_ema:
+                if steps == last and takes_mean(trainer.config):
                     trainer.state.ema = None  # the schedule is at its end
                 with trainer.final_weights():
                     loss = validation.losses(trainer.model)["validation_loss"]
@@ -117,6 +117,15 @@ class Trials:
                 _log.warning("%s: %s", candidate.name, error)
                 return math.inf
         return loss if math.isfinite(loss) else math.inf
+
+    def write(self, candidate: Candidate, last: int) -> Path:
+        """The LoRA file of one that has trained all its updates."""
+        with self.trainer(candidate, last) as trainer:
+            _train(trainer, 0)  # from its checkpoint
+            if takes_mean(trainer.config):
+                trainer.state.ema = None
+            with trainer.final_weights():
+                return trainer.save_weights(trainer.step, True)[0][0]
 
     def measured(self, candidate: Candidate) -> Costs:
         """Seconds of a few updates and of one validation, both after one that does not count."""
@@ -128,10 +137,12 @@ class Trials:
         return Costs(sorted(steps)[TIMED_UPDATES // 2], evaluation, 2 * start)  # it is saved, too
 
 
-def _falls(config: RunConfig) -> bool:
-    """Whether the learning rate falls to the end of a run, and the optimizer takes no mean itself."""
-    constant = config.train.lr_scheduler in ("constant", "constant_with_warmup")
-    return not constant and not config.train.optimizer.startswith("schedulefree")
+def takes_mean(config: RunConfig) -> bool:
+    """Whether trials need a mean of their weights: the learning rate falls towards the end of a run, and the
+    run has no mean, nor an optimizer that takes one."""
+    train, constant = config.train, ("constant", "constant_with_warmup")
+    own = train.ema.use_ema or train.optimizer.startswith("schedulefree")
+    return train.lr_scheduler not in constant and not own
 
 
 def _seconds_of(call: Callable[[], object]) -> float:

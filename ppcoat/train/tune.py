@@ -1,7 +1,7 @@
 """Learning rate, rank and saving policy by the validation loss, within a time: successive halving.
 
     python -m ppcoat tune run.yaml --budget 60m
-    <output_dir>/<name>_tune/best.yaml, journal.json, cache/, trials/<settings>/checkpoints/
+    <output_dir>/<name>_tune/best.yaml, journal.json, cache/, trials/<settings>/
 
 The base is loaded once, in this process. An adapter is put in, trains, is measured and saved, and leaves; who
 is promoted goes on from its checkpoint. Every adapter sees the same pictures, noise and noise levels in the
@@ -52,7 +52,7 @@ from ppcoat.train.search import (
     table,
     told_seconds,
 )
-from ppcoat.train.trials import Trials, with_candidate
+from ppcoat.train.trials import Trials, takes_mean, with_candidate
 
 WANTED_LOSSES = 256  # of a validation; how far they tell settings apart: docs/training.md
 
@@ -73,8 +73,8 @@ def tune(config: RunConfig, flags: TuneFlags) -> None:
     if inputs.ranks.size > 1:
         raise ConfigError(f"tune runs in one process, came {inputs.ranks.size}: leave out the launcher")
     check_run_folder(folder)
-    journal = Journal.of(folder / "journal.json", _settings(config, flags))
     apart = with_steps_of_epochs(with_fitting_settings(spec, apart, inputs.ranks), inputs)
+    journal = Journal.of(folder / "journal.json", _settings(config, flags, apart))
     space = search_space(spec, apart, flags)
     trials = Trials(spec, apart, inputs, flags.hold_out)
     search = Search(trials, space, journal, budget, began - journal.seconds)
@@ -83,6 +83,8 @@ def tune(config: RunConfig, flags: TuneFlags) -> None:
     best = folder / "best.yaml"
     write_text(best, _best_yaml(config, flags, winner, lines))
     script = {"flux": "train", "newbie": "train-newbie --config_file"}[config.model.family]
+    for file in sorted(trials.folder(winner).glob("*.safetensors")):
+        lines.append(f"the best one's adapter, as the last round left it: {file}")
     print(*lines, f"train with the best: python -m ppcoat {script} {best}", sep="\n")
 
 
@@ -111,10 +113,15 @@ def check_flags(config: RunConfig, flags: TuneFlags) -> None:
         )
 
 
-def _settings(config: RunConfig, flags: TuneFlags) -> dict:
-    """Which search it is: all that decides what is tried, and its losses."""
+def _settings(config: RunConfig, flags: TuneFlags, planned: RunConfig) -> dict:
+    """Which search it is: all that decides what is tried, and its losses. planned: with what memory: auto
+    chose now."""
+    model, train = planned.model, planned.train
+    memory = [model.quantize, model.blocks_to_swap, train.batch_size, train.gradient_accumulation,
+              train.gradient_checkpointing, planned.coat.model_dump(mode="json")]  # fmt: skip
     decisive = {name: getattr(flags, name) for name in ("lr_span", "ranks", "policies", "hold_out")}
-    return {"config": dump_config(config), "base model": base_identity(config.model.name_or_path)} | decisive
+    base = base_identity(config.model.name_or_path)
+    return {"config": dump_config(config), "base model": base, "choice of memory: auto": memory} | decisive
 
 
 def _apart(config: RunConfig, folder: Path) -> RunConfig:
@@ -161,6 +168,9 @@ def _that_fit(spec: ModelSpec, config: RunConfig, ranks: list[int]) -> list[int]
     free = (GpuMeter() if on_gpu() else HostMeter()).free_memory() if config.vram_gb is None else None
     room = free if config.vram_gb is None else config.vram_gb * GB
     fitting = list(ranks)
+    if takes_mean(config):
+        with_mean = {"ema": config.train.ema.model_copy(update={"use_ema": True})}
+        config = config.model_copy(update={"train": config.train.model_copy(update=with_mean)})
     while room is not None and fitting:
         candidate = Candidate(config.train.lr, fitting[-1], config.coat.activation.policy)
         needed = plan(with_candidate(config, candidate), spec.memory_model).total
@@ -196,6 +206,8 @@ class Search:
             if not is_over:
                 return ranking[0], "the budget is used up: give more and the rounds go on from here"
             journal.winner = ranking[0]
+            self.trials.open()
+            self.trials.write(journal.winner, journal.rounds.steps[-1])
             self._note()
         total = self.trials.config.train.steps
         last = journal.rounds.steps[-1]
@@ -263,11 +275,10 @@ class Search:
         validation = replace(self.trials.validation, draws=journal.draws)
         try:
             loss = self.trials.loss(candidate, steps, journal.rounds.steps[-1], validation)
+            result = Result(steps, loss, time.perf_counter() - began)
+            journal.results.setdefault(candidate, []).append(result)
         finally:
-            self._note()
-        result = Result(steps, loss, time.perf_counter() - began)
-        journal.results.setdefault(candidate, []).append(result)
-        self._note()
+            self._note()  # the time, also where a signal ends it
         policy = f", {candidate.policy}" if len(self.space.policies) > 1 else ""
         print(
             f"round {number + 1}: lr {candidate.lr:.4g}, rank {candidate.rank}{policy}: validation loss "

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import paddle
 import pytest
+from safetensors.numpy import load_file
 
 from ppcoat.config.load import load_config
 from ppcoat.errors import ConfigError
@@ -89,6 +90,9 @@ def test_a_trial_in_rounds_is_the_run_that_train_makes(opened, tmp_path, constan
     wanted, found = load_latest(alone.run_dir).tensors["lora"], trained(trials, OWN, 2)
     assert wanted.keys() == found.keys()
     assert all(wanted[name].numpy().tobytes() == found[name].tobytes() for name in wanted)
+    files = trials.write(OWN, 2), alone.run_dir / "alone.safetensors"
+    one, other = (load_file(file) for file in files)
+    assert one and all(one[name].tobytes() == other[name].tobytes() for name in one | other)
 
 
 def test_a_schedule_is_drawn_together(opened):
@@ -200,6 +204,9 @@ class FakeTrials:
     def folder(self, candidate):
         return self.root / candidate.name
 
+    def write(self, candidate, last):
+        self.written = candidate
+
     def loss(self, candidate, steps, last, validation):
         if len(self.trained) == self.stop_after:
             raise SystemExit(143)
@@ -221,6 +228,7 @@ def search(folder, budget=1e9, stop_after=10**9, seconds=0.0):
 def test_rounds_find_the_best_beyond_the_edge_and_drop_the_others(tmp_path, capsys):
     found, fake = search(tmp_path)
     winner, told = found.run()
+    assert fake.written == winner
     assert 2e-2 < winner.lr < 8e-2 and told.endswith("160 updates in the last round, those of the config")
     rounds = {steps: [each for each, done in fake.trained if done == steps] for steps in (20, 40, 80, 160)}
     # those of the lattice end at 1e-2; six more are tried beyond; then the better halves go on
@@ -232,18 +240,22 @@ def test_rounds_find_the_best_beyond_the_edge_and_drop_the_others(tmp_path, caps
     assert len(capsys.readouterr().out.splitlines()) == len(fake.trained) == 33
 
 
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """What a search that nobody stops chooses, and what it trains."""
+    found, fake = search(tmp_path_factory.mktemp("straight"))
+    return found.run()[0], fake.trained
+
+
 @pytest.mark.parametrize("stop_after", [0, 17, 31])
-def test_a_stopped_search_goes_on_as_if_it_had_not(tmp_path, stop_after):
-    whole, straight = search(make(tmp_path / "a"))
-    wanted = whole.run()[0]
-    first, before = search(make(tmp_path / "b"), stop_after=stop_after)
+def test_a_stopped_search_goes_on_as_if_it_had_not(tmp_path, straight, stop_after):
+    first, before = search(tmp_path, stop_after=stop_after)
     with pytest.raises(SystemExit):
         first.run()
-    second, after = search(tmp_path / "b")
-    assert second.run()[0] == wanted
-    assert before.trained + after.trained == straight.trained
-    third, nothing = search(tmp_path / "b")
-    assert third.run()[0] == wanted and nothing.trained == []
+    second, after = search(tmp_path)
+    assert (second.run()[0], before.trained + after.trained) == straight
+    third, nothing = search(tmp_path)
+    assert third.run()[0] == straight[0] and nothing.trained == []
 
 
 def make(folder):
@@ -339,6 +351,7 @@ def test_the_best_settings_are_a_whole_config(make_config, tmp_path, monkeypatch
     rows = [line for line in out.splitlines() if "steps" in line or "best" in line]
     comment = (folder / "best.yaml").read_text().partition("\nname:")[0]
     assert "python -m ppcoat tune run.yaml --budget 600s" in comment and rows[-1] in out
+    assert f"{folder}/trials/lr0.01_r{rank}_coat/lr0.01_r{rank}_coat.safetensors" in out
     assert f"train with the best: python -m ppcoat train {folder / 'best.yaml'}" in out
 
     (folder / "best.yaml").unlink()
