@@ -312,7 +312,7 @@ class Trainer:
         if report.is_point(self.step):
             points |= self.state.bins.take()
         if self.validation and (self.step == train.steps or self.step % train.validation.every == 0):
-            with self._final_weights():
+            with self.final_weights():
                 points |= self.validation.losses(self.model)
         images = train.batch_size * train.gradient_accumulation * self.ranks.size
         report.step(self.step, scalars, points, images)
@@ -334,7 +334,7 @@ class Trainer:
             return
         began = time.perf_counter()
         try:
-            with self._final_weights():
+            with self.final_weights():
                 pictures, prompts = self.draw_previews()
             report.images(self.step, pictures, prompts)
         except _PREVIEW_ERRORS as error:
@@ -347,7 +347,7 @@ class Trainer:
         drawn = f"{len(pictures)} preview{'' if len(pictures) == 1 else 's'}"
         report.message(f"step {self.step}: {drawn} in {seconds:.1f} s")
 
-    def _final_weights(self) -> AbstractContextManager[None]:
+    def final_weights(self) -> AbstractContextManager[None]:
         """Context manager: the model has the weights that are written, the mean where there is one."""
         mean = self.state.ema
         return nullcontext() if mean is None else mean.in_place_of_parameters()
@@ -389,7 +389,7 @@ class Trainer:
 
     def _write_weights(self, report: Report, final: bool) -> Path:
         """The LoRA files of this step or of the end; the first of them."""
-        with self._final_weights():
+        with self.final_weights():
             written = self.save_weights(self.step, final)
         for path, summary in written:
             report.message(f"LoRA file: {path}: {summary.line()}")
