@@ -72,8 +72,9 @@ class FP8AdamW(FlatOptimizer):
         adamw_step(param, grad.tensor, self._state, self._codecs, hyper, grad.finite, stored)
 
     def _layout(self) -> dict:
-        first = {} if "m1" in self.kinds else {"m1_format": "none (beta1 = 0)"}
-        return first | super()._layout()
+        layout = super()._layout()
+        del layout["optimizer"]  # so states that were saved before there were others are still its own
+        return layout if "m1" in self.kinds else layout | {"m1_format": "none (beta1 = 0)"}
 
 
 def update_bytes(parameters: int, on_gpu: bool) -> int:

@@ -280,6 +280,7 @@ class FlatOptimizer(paddle.optimizer.Optimizer):
     def _layout(self) -> dict:
         codecs = self.fp8_config.by_name(self.kinds)
         return {
+            "optimizer": type(self).__name__,
             "block_size": self.fp8_config.block_size,
             **{f"{name}_format": codec.name for name, codec in codecs.items()},
             "dtype": str(self.space.params[0].dtype).removeprefix("paddle."),
