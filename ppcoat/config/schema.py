@@ -106,9 +106,9 @@ class RunConfig(Section):
 
     @property
     def uses_fp8_optimizer(self) -> bool:
-        """Whether AdamW keeps its moments in FP8."""
+        """Whether the optimizer keeps its states in FP8."""
         coat_asks = self.coat.enabled and self.coat.optimizer.use_fp8
-        return coat_asks or self.train.optimizer == "coat_fp8_adamw"
+        return coat_asks or self.train.fp8_states or self.train.optimizer == "coat_fp8_adamw"
 
     @field_validator("name")
     @classmethod
@@ -149,10 +149,10 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _optimizer_agrees_with_coat(self) -> RunConfig:
-        if self.train.optimizer == "coat_fp8_adamw" and not self.coat.optimizer.use_fp8:
-            raise ValueError(
-                "train.optimizer coat_fp8_adamw contradicts coat.optimizer.use_fp8: false; change one of them"
-            )
+        fp8_by_name = self.train.optimizer == "coat_fp8_adamw"
+        if (fp8_by_name or self.train.fp8_states) and not self.coat.optimizer.use_fp8:
+            asked = "optimizer coat_fp8_adamw" if fp8_by_name else "fp8_states: true"
+            raise ValueError(f"train.{asked} contradicts coat.optimizer.use_fp8: false; change one of them")
         return self
 
     @model_validator(mode="after")

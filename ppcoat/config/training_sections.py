@@ -54,6 +54,60 @@ class ValidationConfig(Section):
         return self.folder_path is not None or bool(self.items)
 
 
+class ProdigyConfig(Section):
+    """What only train.optimizer: prodigy reads; the names are those of prodigyopt."""
+
+    d0: float = Field(1e-6, gt=0, le=1, description="first estimate of the learning rate")
+    d_coef: float = Field(1.0, gt=0, description="what all estimates are multiplied by")
+    growth_rate: float | None = Field(None, gt=1, description="most that the rate grows in a step; none: any")
+    beta3: float | None = Field(None, ge=0, lt=1, description="decay of the estimate; none: sqrt(beta2)")
+    use_bias_correction: bool = Field(False, description="correct the bias of the moments, as Adam does")
+    safeguard_warmup: bool = Field(False, description="for learning rates that begin at 0")
+    slice_p: int = Field(
+        1, ge=1, description="estimate from every slice_p-th value: 11 saves most of the memory of that"
+    )
+
+
+class ScheduleFreeConfig(Section):
+    """What only train.optimizer: schedulefree_adamw reads; the names are those of schedulefree."""
+
+    r: float = Field(0.0, ge=0, description="weight of a step in the average: its number to this power")
+    weight_lr_power: float = Field(2.0, ge=0, description="and the largest rate so far to this power")
+
+
+class AdafactorConfig(Section):
+    """What only train.optimizer: adafactor reads; the names are those of transformers."""
+
+    beta1: float = Field(0.0, ge=0, lt=1, description="decay of a momentum; 0: none")
+    eps1: float = Field(1e-30, ge=0, description="added to squares")
+    eps2: float = Field(1e-3, gt=0, description="least size of a parameter for scale_parameter")
+    clip_threshold: float = Field(1.0, gt=0, description="largest root mean square of an update")
+    decay_rate: float = Field(-0.8, lt=0, description="beta2 is 1 - step^decay_rate")
+    scale_parameter: bool = Field(False, description="multiply the rate by the size of a parameter")
+    relative_step: bool = Field(
+        False, description="the rate is min(1e-2, 1 / sqrt(step)), whatever train.lr says"
+    )
+    warmup_init: bool = Field(False, description="with relative_step: its 1e-2 is 1e-6 times the step")
+
+    @model_validator(mode="after")
+    def _warmup_is_of_the_relative_step(self) -> AdafactorConfig:
+        if self.warmup_init and not self.relative_step:
+            raise ValueError("warmup_init has no effect without relative_step: true")
+        return self
+
+
+# What an optimizer's authors recommend where that is not the default of the section `train`.
+_OWN_DEFAULTS = {
+    "prodigy": {"lr": 1.0, "weight_decay": 0.0},
+    "schedulefree_adamw": {"weight_decay": 0.0},
+    "lion": {"beta2": 0.99, "weight_decay": 0.0},
+    "adafactor": {"weight_decay": 0.0},
+}
+# Settings that some optimizers do not read.
+_UNREAD = {"lion": ("epsilon",), "adafactor": ("epsilon", "beta1", "beta2")}
+_OF_ONE = {"prodigy": "prodigy", "schedulefree": "schedulefree_adamw", "adafactor": "adafactor"}
+
+
 class TrainConfig(Section):
     """Steps, learning rate, optimizer, loss."""
 
@@ -63,7 +117,7 @@ class TrainConfig(Section):
     )
     batch_size: int = Field(1, ge=1, description="pictures in one forward pass")
     gradient_accumulation: int = Field(1, ge=1, description="forward passes in one optimizer update")
-    lr: float = Field(1e-4, gt=0, le=1, description="peak learning rate")
+    lr: float = Field(1e-4, gt=0, le=1, description="peak learning rate; of prodigy: 1, and rarely another")
     lr_scheduler: Literal[
         "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "step"
     ] = Field("constant", description="course of the learning rate")
@@ -72,13 +126,23 @@ class TrainConfig(Section):
     lr_power: float = Field(1.0, gt=0, description="exponent of polynomial; 1 is linear")
     lr_step_size: int | None = Field(None, ge=1, description="updates between two drops of step")
     lr_gamma: float = Field(0.1, gt=0, le=1, description="factor of one drop of step")
-    optimizer: Literal["adamw", "coat_fp8_adamw"] = Field(
-        "adamw", description="adamw keeps FP8 states where coat.enabled; coat_fp8_adamw keeps them always"
+    optimizer: Literal["adamw", "coat_fp8_adamw", "prodigy", "schedulefree_adamw", "lion", "adafactor"] = (
+        Field("adamw", description="all keep FP8 states where coat.enabled; coat_fp8_adamw, AdamW, always")
     )
-    weight_decay: float = Field(0.01, ge=0, le=1, description="decoupled weight decay")
+    fp8_states: bool = Field(False, description="FP8 optimizer states without coat.enabled, too")
+    weight_decay: float = Field(
+        0.01, ge=0, le=1, description="decoupled weight decay; where none is given, 0 for all but AdamW"
+    )
     beta1: float = Field(0.9, ge=0, lt=1, description="decay of the first moment")
-    beta2: float = Field(0.999, ge=0, lt=1, description="decay of the second moment")
+    beta2: float = Field(
+        0.999, ge=0, lt=1, description="decay of the second moment; where none is given, 0.99 for lion"
+    )
     epsilon: float = Field(1e-8, gt=0, le=1, description="added to the root of the second moment")
+    prodigy: ProdigyConfig = Field(ProdigyConfig(), description="settings of prodigy alone")
+    schedulefree: ScheduleFreeConfig = Field(
+        ScheduleFreeConfig(), description="settings of schedulefree_adamw alone"
+    )
+    adafactor: AdafactorConfig = Field(AdafactorConfig(), description="settings of adafactor alone")
     max_grad_norm: float = Field(1.0, ge=0, description="clip the global gradient norm to this; 0 is off")
     timestep_type: Literal["sigmoid", "linear", "shift", "weighted"] = Field(
         "sigmoid",
@@ -131,6 +195,31 @@ class TrainConfig(Section):
         if self.diff_output_preservation:
             return self.diff_output_preservation_multiplier
         return self.blank_prompt_preservation_multiplier if self.blank_prompt_preservation else 0.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_the_optimizer(cls, values: object) -> object:
+        own = _OWN_DEFAULTS.get(values.get("optimizer"), {}) if isinstance(values, dict) else {}
+        return own | values if own else values
+
+    @model_validator(mode="after")
+    def _optimizer_reads_what_is_set(self) -> TrainConfig:
+        name, fields = self.optimizer, type(self).model_fields
+        set_here = {key for key in fields if getattr(self, key) != fields[key].default}
+        for key in _UNREAD.get(name, ()):
+            if key in set_here:
+                instead = "; adafactor.beta1 is its momentum" if key == "beta1" else ""
+                raise ValueError(f"{key} has no effect with optimizer {name}; leave it out{instead}")
+        for section, owner in _OF_ONE.items():
+            if name != owner and section in set_here:
+                raise ValueError(
+                    f"{section} has no effect with optimizer {name}; leave it out or use optimizer: {owner}"
+                )
+        if name == "schedulefree_adamw" and self.ema.use_ema:
+            raise ValueError(f"ema.use_ema: optimizer {name} writes an average by itself; leave it out")
+        if name == "schedulefree_adamw" and self.beta1 == 0:
+            raise ValueError(f"beta1 must be above 0 with optimizer {name}; 0.9 is usual")
+        return self
 
     @model_validator(mode="after")
     def _schedule_has_what_it_needs(self) -> TrainConfig:

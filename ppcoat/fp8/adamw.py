@@ -29,7 +29,7 @@ State = dict[str, paddle.Tensor]
 @dataclass(frozen=True)
 class MomentCodec:
     """How one moment is stored. `fmt=None`: float32. `expand`: dynamic range expansion. `positive`: values
-    have no sign.
+    have no sign. alone: a moment with sign is stored as it is, as there is no second one to divide it by.
 
     State tensors: `values` float32 [G, B]; or `codes` uint8 [G, B] with `scale` float32 [G, 1] (linear); or
     `codes` with `amax` float32 [G, 1] and `k` uint8 [G, 1] (expanded).
@@ -38,18 +38,21 @@ class MomentCodec:
     fmt: FP8Format | None
     expand: bool
     positive: bool
+    alone: bool = False
 
     @property
     def name(self) -> str:
         """float32, e4m3, e5m2, e4m3+log, e4m3+signed_log/root ...: what a saved state says about itself."""
         if self.fmt is None or not self.expand:
             return "float32" if self.fmt is None else self.fmt.name
-        return self.fmt.name + ("+log" if self.positive else "+signed_log/root")
+        return self.fmt.name + (
+            "+log" if self.positive else "+signed_log/root" if self.relative else "+signed_log"
+        )
 
     @property
     def relative(self) -> bool:
         """Whether this first moment is stored divided by the root of the second."""
-        return self.fmt is not None and self.expand and not self.positive
+        return self.fmt is not None and self.expand and not self.positive and not self.alone
 
     def group_bytes(self, block_size: int) -> int:
         """Bytes of one group of `block_size` elements."""
@@ -162,17 +165,17 @@ def adamw_step(
     powers = {"beta1": old["beta1"] * hyper.beta1, "beta2": old["beta2"] * hyper.beta2}
     step = {"finite": finite, "dither": dither(count["steps"], param.shape[-1]), **powers}
     for rows in row_pieces(*param.shape):
-        moments = {part: _rows(states[part], rows) for part in ("m1", "m2") if part in states}
+        moments = {part: part_of(states[part], rows) for part in ("m1", "m2") if part in states}
         values = param[rows] if param.dtype == paddle.float32 else param[rows].astype("float32")
-        step |= {"lr": _of_rows(hyper.lr, rows), "weight_decay": _of_rows(hyper.weight_decay, rows)}
+        step |= {"lr": number_of(hyper.lr, rows), "weight_decay": number_of(hyper.weight_decay, rows)}
         new = _moved(values, grad[rows], moments, codecs, hyper, step)
         for part, state in new.items():
             for name, tensor in moments[part].items():
-                _select(finite, state[name], tensor)
+                replace_where(finite, state[name], tensor)
         if stored is not None or param.dtype != paddle.float32:
             round_into((param if stored is None else stored)[rows], values, stochastic=stored is None)
     for name, tensor in old.items():
-        _select(finite, powers[name], tensor)
+        replace_where(finite, powers[name], tensor)
     count["steps"].add_(finite.astype("int64"))
     count["skipped"].add_(1 - finite.astype("int64"))
 
@@ -200,17 +203,18 @@ def _moved(
     rate = step["lr"] * root2 / (1.0 - step["beta1"])
     update = (rate * m1).divide_(paddle.sqrt(m2).add_(hyper.epsilon * root2))
     kept = 1.0 - step["lr"] * step["weight_decay"]
-    _select(step["finite"], (values * kept).subtract_(update), values)
+    replace_where(step["finite"], (values * kept).subtract_(update), values)
     return encode_moments(m1 if "m1" in moments else None, m2, codecs, step["dither"])
 
 
-def _of_rows(value: float | paddle.Tensor, rows: slice) -> float | paddle.Tensor:
+def number_of(value: float | paddle.Tensor, rows: slice) -> float | paddle.Tensor:
     """A number of all groups or float32 [G, 1] -> the same of these groups."""
     return value[rows] if isinstance(value, paddle.Tensor) else value
 
 
-def _rows(state: State, rows: slice) -> State:
-    """The part of a moment's state tensors that these groups have; it shares their memory."""
+def part_of(state: State, rows: slice) -> State:
+    """The part of a moment's state tensors [G, ...], any dtype, that these groups have; it shares their
+    memory."""
     return {name: tensor[rows] for name, tensor in state.items()}
 
 
@@ -219,8 +223,8 @@ def _root(m2: paddle.Tensor) -> paddle.Tensor:
     return paddle.sqrt(paddle.clip(m2, min=TINY))
 
 
-def _select(finite: paddle.Tensor, new: paddle.Tensor, old: paddle.Tensor) -> None:
-    """old <- new where finite, keeping the storage of `old`.
+def replace_where(finite: paddle.Tensor, new: paddle.Tensor, old: paddle.Tensor) -> None:
+    """old <- new where finite (bool [1]), keeping the storage of `old`; any shape and dtype.
 
     Paddle's CPU `where` lacks uint8: four codes go as one int32, and single bytes are widened. Of a slice
     Paddle 3.3 takes the int32 from the wrong place, hence the copy.

@@ -4,7 +4,7 @@ small ones.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import paddle
@@ -73,6 +73,11 @@ class FlatLayout:
             elements[int(start) : int(start) + param.size].reshape(param.shape)
             for param, start in zip(self.params, self._offsets[:-1], strict=True)
         ]
+
+    def rows_of_each(self) -> list[slice]:
+        """Rows of each parameter."""
+        ends = np.cumsum(self.groups).tolist()
+        return [slice(end - int(count), end) for end, count in zip(ends, self.groups, strict=True)]
 
     def _within(self, tensors: list[paddle.Tensor], rows: slice) -> list[paddle.Tensor]:
         """The parts of tensors that lie in these rows, [n] each; they share memory."""
@@ -210,7 +215,7 @@ class FlatGradient:
         self.finite = paddle.isfinite(squares).all().reshape([1])
         self._factor = _FACTORS[type(clip)](clip, squares, space) if type(clip) in _FACTORS else None
         if self._whole is not None:
-            self._whole = self._clipped(self._whole, slice(None))
+            self._whole = self._clipped(self._whole, slice(0, self.shape[0]))
 
     def __getitem__(self, rows: slice) -> paddle.Tensor:
         return (
@@ -223,6 +228,15 @@ class FlatGradient:
     def tensor(self) -> paddle.Tensor | FlatGradient:
         """The buffer as one tensor where there is one, else this object, which has the same rows."""
         return self if self._whole is None else self._whole
+
+    def of(self, space: FlatLayout, parts: Callable[[list], list]) -> FlatGradient:
+        """The same of a part of each gradient, float32 [G', B]: clipped with the factor of the whole."""
+        part = FlatGradient(space, parts(self._grads))
+        part.finite, factor = self.finite, self._factor
+        if factor is not None and part._whole is not None:
+            part._whole.multiply_(factor)
+        part._factor = factor
+        return part
 
     def _clipped(self, grad: paddle.Tensor, rows: slice) -> paddle.Tensor:
         if type(self._clip) is ClipGradByValue:

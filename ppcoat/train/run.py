@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import paddle
 from PIL import Image
 
 from ppcoat.atomic import is_disk_error
@@ -34,13 +33,13 @@ from ppcoat.device import (
 )
 from ppcoat.errors import ConfigError
 from ppcoat.fp8 import backend
-from ppcoat.optim import ScheduleShape, lr_scheduler
 from ppcoat.plan.settings import with_earlier_plan, with_memory_plan
 from ppcoat.train.base_model import compatible
 from ppcoat.train.checkpoint import check_resume, check_run_folder
 from ppcoat.train.flux import FluxSpec
 from ppcoat.train.model_spec import ModelSpec
 from ppcoat.train.newbie import NewbieSpec
+from ppcoat.train.optimizers import run_optimizer
 from ppcoat.train.previews import (
     Validation,
     draw_previews,
@@ -279,7 +278,7 @@ def build_trainer(
     if start is not None:
         start.put(modules)
     parameters = trained_parameters(modules)
-    optimizer, schedule = _optimizer(config, coat, list(parameters.values()))
+    optimizer, schedule = run_optimizer(config, coat, list(parameters.values()))
 
     def draw() -> tuple[list[Image.Image], list[str]]:
         return draw_previews(config, pipeline, lambda preview: spec.draw(pipeline, preview, cache))
@@ -311,17 +310,3 @@ def build_trainer(
 def _without_permissions(config: RunConfig) -> RunConfig:
     """The config to go on with: what was allowed for one start only is not allowed for the next."""
     return config.model_copy(update={"save": config.save.model_copy(update={"restart_data": False})})
-
-
-def _optimizer(
-    config: RunConfig, coat: COATTrainer, parameters: list[paddle.Tensor]
-) -> tuple[paddle.optimizer.Optimizer, paddle.optimizer.lr.LRScheduler]:
-    """AdamW as the section `train` wants it, and the schedule of its learning rate."""
-    train = config.train
-    shape = ScheduleShape(train.lr_num_cycles, train.lr_power, train.lr_step_size or 1, train.lr_gamma)
-    schedule = lr_scheduler(train.lr_scheduler, train.lr, train.steps, train.lr_warmup_steps, shape)
-    betas, fp8 = (train.beta1, train.beta2), config.uses_fp8_optimizer
-    optimizer = coat.create_optimizer(
-        parameters, schedule, train.weight_decay, betas, train.epsilon, train.max_grad_norm, fp8_states=fp8
-    )
-    return optimizer, schedule

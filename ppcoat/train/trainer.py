@@ -30,6 +30,7 @@ from ppcoat.lora import LoRASummary
 from ppcoat.nn.linear import FactorCopies
 from ppcoat.nn.saved_tensors import SavedTensors
 from ppcoat.objective import Objective
+from ppcoat.optim import ScheduleFreeAdamW
 from ppcoat.train.checkpoint import resume_run, save_run
 from ppcoat.train.previews import Validation
 from ppcoat.train.ranks import Ranks
@@ -348,9 +349,12 @@ class Trainer:
         report.message(f"step {self.step}: {drawn} in {seconds:.1f} s")
 
     def final_weights(self) -> AbstractContextManager[None]:
-        """Context manager: the model has the weights that are written, the mean where there is one."""
-        mean = self.state.ema
-        return nullcontext() if mean is None else mean.in_place_of_parameters()
+        """Context manager: the model has the weights that are written: the running mean where there is one,
+        the average of a schedule-free optimizer."""
+        if self.state.ema is not None:
+            return self.state.ema.in_place_of_parameters()
+        optimizer = self.state.optimizer
+        return optimizer.evaluation_weights() if isinstance(optimizer, ScheduleFreeAdamW) else nullcontext()
 
     def _save(self, report: Report, checkpoint: bool, final: bool) -> Path | None:
         """The checkpoint and the LoRA files of this step -> the first of the files, None without them.
