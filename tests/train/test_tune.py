@@ -152,6 +152,7 @@ def test_a_signal_saves_and_the_trial_goes_on(opened, monkeypatch, capsys):
         stopped.value.code == 143
         and "stopped at step 1; run the same command again" in capsys.readouterr().err
     )
+    assert load_latest(trials.folder(OTHER)).step == 1
     monkeypatch.setattr(Trainer, "train_step", step)
     assert trials.loss(OTHER, 2, 2, trials.validation) == whole
     monkeypatch.setattr(Trainer, "train_step", lambda self: pytest.fail("trained again"))
@@ -164,6 +165,8 @@ def test_what_diverges_is_the_worst(opened, monkeypatch):
         np.full((1, 1), np.nan), np.zeros(2), np.zeros(1)))  # fmt: skip
     assert trials.loss(OWN, 2, 4, trials.validation) == math.inf
     assert not adapter_layers(trials.pipeline.transformer)
+    nothing = SimpleNamespace(losses=lambda model: {"validation_loss": math.nan})
+    assert trials.loss(OTHER, 0, 4, nothing) == math.inf
 
 
 def test_held_out_pictures_are_not_trained_on(opened):
