@@ -338,7 +338,6 @@ def test_flags_without_sense_are_answered(make_config, overrides, given, words):
 
 def test_the_best_settings_are_a_whole_config(make_config, tmp_path, monkeypatch, capsys):
     """From flags to best.yaml, with few losses and without a budget's worth of updates."""
-    monkeypatch.setattr(tune_module, "WANTED_LOSSES", 1)
     monkeypatch.setattr(Trials, "measured", lambda *_: Costs(0.001, 0.001, 0.001))
     config = make_config("train.steps=2", "datasets.0.cache_to_disk=true", "network.linear_alpha=6")
     wanted = flags(hold_out=1, lr_span=1.0, budget="600s")
