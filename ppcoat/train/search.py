@@ -25,6 +25,7 @@ LEAST_UPDATES = 20  # of the first round: fewer do not tell settings apart
 WANTED_UPDATES = 40  # of the first round, for more settings rather than fewer
 BEYOND = (10 ** (1 / 3), 10 ** (2 / 3), 10.0)  # factors of a learning rate at the edge that was the best
 EXTENSIONS = 2  # how often the edge may move
+WANTED_LOSSES = 256  # of a validation; how far they tell settings apart: docs/training.md
 RESERVE = 0.1  # of the budget, for steps that are slower than those that were measured
 FORMAT = "ppcoat-tune-1"
 _UNITS = {"s": 1, "m": 60, "h": 3600}
@@ -172,9 +173,9 @@ def plan_rounds(space: Space, costs: Costs, seconds: float, steps: int, least: i
         shortest = halving(count, min(steps, ((least - 1) << doubled) + 1))
         wanted = shortest.seconds(costs, more) / (1 - RESERVE)
         raise ConfigError(
-            f"--budget is too short: {count} settings with a first round of {least} updates at "
-            f"{costs.step:.2g} s (measured) and their validation want {told_seconds(wanted)} beside what "
-            "is used already; give more, or fewer --ranks"
+            f"--budget is too short: {count} settings with a first round of {shortest.steps[0]} updates at "
+            f"{costs.step:.2g} s and validations of {costs.evaluation:.2g} s (measured) want "
+            f"{told_seconds(wanted)} beside what is used already; give more, or fewer --ranks"
         )
     return rounds
 
@@ -187,6 +188,13 @@ def _longest(count: int, costs: Costs, seconds: float, steps: int, more: int) ->
         fits = halving(count, middle).seconds(costs, more) <= seconds
         low, high = (middle, high) if fits else (low, middle - 1)
     return halving(count, low)
+
+
+def draws_of(losses: int, costs: Costs) -> int:
+    """Noises for each picture of a validation which with one has so many losses and these costs: enough for
+    WANTED_LOSSES, but no more than take as long as WANTED_UPDATES."""
+    affordable = int(WANTED_UPDATES * costs.step / costs.evaluation)
+    return max(1, min(math.ceil(WANTED_LOSSES / losses), affordable))
 
 
 def seconds_of(budget: str) -> float:

@@ -46,6 +46,7 @@ from ppcoat.train.search import (
     Result,
     Space,
     TuneFlags,
+    draws_of,
     plan_rounds,
     ranked,
     seconds_of,
@@ -53,8 +54,6 @@ from ppcoat.train.search import (
     told_seconds,
 )
 from ppcoat.train.trials import Trials, takes_mean, with_candidate
-
-WANTED_LOSSES = 256  # of a validation; how far they tell settings apart: docs/training.md
 
 
 class _OutOfTime(Exception):
@@ -220,8 +219,8 @@ class Search:
         trials, journal, space = self.trials, self.journal, self.space
         trials.open()
         costs = trials.measured(replace(space.own, rank=max(space.ranks)))
-        pictures = trials.validation.pictures
-        journal.draws = max(1, math.ceil(WANTED_LOSSES / (len(pictures) * len(trials.validation.sigmas))))
+        validation = trials.validation
+        journal.draws = draws_of(len(validation.pictures) * len(validation.sigmas), costs)
         journal.costs = replace(costs, evaluation=costs.evaluation * journal.draws)
         total = trials.config.train.steps
         rounds = plan_rounds(space, journal.costs, self.budget - self._seconds(), total)

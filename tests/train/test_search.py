@@ -13,6 +13,7 @@ from ppcoat.train.search import (
     Result,
     Rounds,
     Space,
+    draws_of,
     halving,
     plan_rounds,
     ranked,
@@ -68,12 +69,20 @@ def test_time_makes_settings_many_and_their_rounds_long():
 
 
 def test_too_short_a_budget_is_told_what_would_do():
-    with pytest.raises(ConfigError, match="0.5 s .measured.* want ([0-9]+s)") as error:
+    with pytest.raises(
+        ConfigError, match="at 0.5 s and validations of 2 s .measured. want ([0-9]+s)"
+    ) as error:
         plan_rounds(SPACE, COSTS, 100, steps=600)
     wanted = seconds_of(str(error.value).partition(" want ")[2].split()[0])
     assert plan_rounds(SPACE, COSTS, wanted, steps=600).steps[0] == 20
     with pytest.raises(ConfigError):
         plan_rounds(SPACE, COSTS, wanted - 2, steps=600)
+
+
+def test_a_validation_has_enough_losses_and_takes_no_longer_than_a_round():
+    assert draws_of(96, COSTS) == 3 and draws_of(300, COSTS) == 1  # for 256
+    assert draws_of(8, COSTS) == 10  # 40 updates take 20 s
+    assert draws_of(8, Costs(0.01, 2.0, 0.0)) == 1
 
 
 @pytest.mark.parametrize("count", [8, 16, 32])

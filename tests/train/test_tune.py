@@ -152,6 +152,7 @@ def test_a_signal_saves_and_the_trial_goes_on(opened, monkeypatch, capsys):
         stopped.value.code == 143
         and "stopped at step 1; run the same command again" in capsys.readouterr().err
     )
+    assert load_latest(trials.folder(OTHER)).step == 1
     monkeypatch.setattr(Trainer, "train_step", step)
     assert trials.loss(OTHER, 2, 2, trials.validation) == whole
     monkeypatch.setattr(Trainer, "train_step", lambda self: pytest.fail("trained again"))
@@ -164,6 +165,8 @@ def test_what_diverges_is_the_worst(opened, monkeypatch):
         np.full((1, 1), np.nan), np.zeros(2), np.zeros(1)))  # fmt: skip
     assert trials.loss(OWN, 2, 4, trials.validation) == math.inf
     assert not adapter_layers(trials.pipeline.transformer)
+    nothing = SimpleNamespace(losses=lambda model: {"validation_loss": math.nan})
+    assert trials.loss(OTHER, 0, 4, nothing) == math.inf
 
 
 def test_held_out_pictures_are_not_trained_on(opened):
@@ -335,7 +338,6 @@ def test_flags_without_sense_are_answered(make_config, overrides, given, words):
 
 def test_the_best_settings_are_a_whole_config(make_config, tmp_path, monkeypatch, capsys):
     """From flags to best.yaml, with few losses and without a budget's worth of updates."""
-    monkeypatch.setattr(tune_module, "WANTED_LOSSES", 1)
     monkeypatch.setattr(Trials, "measured", lambda *_: Costs(0.001, 0.001, 0.001))
     config = make_config("train.steps=2", "datasets.0.cache_to_disk=true", "network.linear_alpha=6")
     wanted = flags(hold_out=1, lr_span=1.0, budget="600s")
