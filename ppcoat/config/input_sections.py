@@ -58,6 +58,10 @@ class ModelConfig(Section):
     vae: VAEPlace = None
     tokenizers: TokenizerPlaces = ()
     family: Literal["flux", "newbie"] = Field("flux", description="which model it is: FLUX.1 or NewBie-image")
+    arch: Literal["auto", "flux", "flux_kontext"] = Field(
+        "auto",
+        description="flux_kontext: FLUX.1 Kontext, whose LoRA is marked as one; auto: as the folder says",
+    )
     prompt_prefix: str | None = Field(
         None, description="what NewBie's Gemma reads before a caption; none: as its base model was trained"
     )
