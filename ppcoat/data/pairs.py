@@ -38,7 +38,7 @@ from ppcoat.data.sources import (
 from ppcoat.errors import ConfigError
 
 SIDE_STEP = 16  # pixels: a token of FLUX
-NOTHING = 1e-4  # share of a picture that is as good as none
+_NOTHING = 1e-4  # share of a picture that is as good as none
 _ASPECT_TOLERANCE = 0.02  # of a mask's aspect, for the rounding of another program's sizes
 
 
@@ -188,8 +188,9 @@ def pair_lines(
         lacking = [item for item in items if len(found[item.image_path].references) < want]
         size = "at the size of the picture" if data.full_size_control_images else "at their own size"
         what = "a reference" if want == 1 else f"{want} references"
+        without = "trained without" if want == 1 else "trained with fewer"
         lines.append(f"    {what} {size} beside {len(items) - len(lacking)} of {len(items)} pictures"
-                     + _named("trained with fewer or none", lacking))  # fmt: skip
+                     + _named(without, lacking))  # fmt: skip
         if data.full_size_control_images:
             lines += _cropped(items, found, sizes)
     if data.mask_path or data.alpha_mask:
@@ -198,15 +199,15 @@ def pair_lines(
         shares = [found[item.image_path].mask.share for item in masked]
         lines.append(f"    masks of {len(masked)} of {len(items)} pictures, white {min(shares):.0%} to "
                      f"{max(shares):.0%}" + _named("without one, all counts", lacking))  # fmt: skip
-        for wrong, what in ((0.0, "empty: all counts"), (1.0, "full")):
-            odd = [item for item in masked if abs(found[item.image_path].mask.share - wrong) < NOTHING]
+        for wrong, what in ((0.0, "empty, as if there were none"), (1.0, "full")):
+            odd = [item for item in masked if abs(found[item.image_path].mask.share - wrong) < _NOTHING]
             if odd:
                 lines.append(f"    warning: masks that are {what}" + _named("of", odd))
     return lines
 
 
 class _Stems:
-    """The pictures below a folder by stem, with and without the folders that they lie in."""
+    """The pictures below a folder by stem, with the folders that they lie in and without."""
 
     def __init__(self, folder: str, key: str, pictures: Path) -> None:
         self.folder, self.key = Path(folder), key
@@ -220,27 +221,29 @@ class _Stems:
             raise ConfigError(
                 f"datasets[].{key} {printable(folder)} is the folder of the pictures; give another one"
             )
-        self._paths: dict[str, list[Path]] = {}
+        self._inner: dict[str, list[Path]] = {}
+        self._stems: dict[str, list[Path]] = {}
         for parent, folders, names in os.walk(self.folder, followlinks=False):
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             for name in sorted(names):
                 path = Path(parent, name)
                 if path.suffix.lower() in IMAGE_SUFFIXES and not name.startswith("."):
-                    inner = path.relative_to(self.folder).with_suffix("").as_posix()
-                    for stem in {normal(inner), normal(path.stem)}:
-                        self._paths.setdefault(stem, []).append(path)
+                    self._inner.setdefault(_inner(path, self.folder), []).append(path)
+                    self._stems.setdefault(normal(path.stem), []).append(path)
 
     def find(self, item: Item, pictures: Path) -> Path | None:
         """The file for a picture below `pictures`; None where there is none. Raises BadFile for several."""
-        inner = item.image_path.relative_to(pictures).with_suffix("").as_posix()
-        for stem in (normal(inner), normal(item.image_path.stem)):
-            paths = self._paths.get(stem, ())
-            if len(paths) > 1:
-                names = " and ".join(each.relative_to(self.folder).as_posix() for each in paths[:2])
-                raise BadFile(f"{names} in {self.folder} both have its name: keep one")
-            if paths:
-                return paths[0]
-        return None
+        paths = self._inner.get(_inner(item.image_path, pictures))
+        paths = paths or self._stems.get(normal(item.image_path.stem), [])
+        if len(paths) > 1:
+            names = " and ".join(each.relative_to(self.folder).as_posix() for each in paths[:2])
+            raise BadFile(f"{names} in {self.folder} both have its name: keep one")
+        return paths[0] if paths else None
+
+
+def _inner(path: Path, folder: Path) -> str:
+    """The path inside a folder, without its ending."""
+    return normal(path.relative_to(folder).with_suffix("").as_posix())
 
 
 def _references(
@@ -296,7 +299,7 @@ def _check_any(data: DatasetConfig, all_found: Sequence[Companions]) -> None:
         key = "mask_path" if data.mask_path else "alpha_mask"
         raise ConfigError(f"no picture in {named} has a mask {where}: check datasets[].{key}")
     for wrong, what in ((0.0, "empty"), (1.0, "full")):
-        if all(abs(mask.share - wrong) < NOTHING for mask in masks):
+        if all(abs(mask.share - wrong) < _NOTHING for mask in masks):
             counts = "black" if data.invert_mask else "white"
             raise ConfigError(
                 f"all {len(masks)} masks of {named} are {what}: {counts} marks what counts, here "

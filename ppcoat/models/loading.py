@@ -42,6 +42,7 @@ from ppcoat.nn.linear import FrozenLinear
 _IGNORED = {"text_model.embeddings.position_ids", "vision_model.embeddings.position_ids"}
 # T5 reads one table under two names; the file has the first.
 TIED = {"encoder.embed_tokens.weight": "shared.weight"}
+FILL_INPUTS = 6  # times FLUX.1-dev's: noise, masked latents, and four times as many of the mask
 MOST_NAMED = 4  # tensors of one kind that an error names
 # What the tokenizers' own classes read; transformers 5 writes tokenizer.json instead.
 _TOKENIZERS = {"tokenizer": ("vocab.json", "merges.txt"), "tokenizer_2": ("spiece.model",)}
@@ -108,10 +109,11 @@ def _check_widths(transformer: FluxTransformer2DModel, files: FluxFiles, parts: 
             )
 
 
-def check_without_control(transformer: FluxTransformer2DModel, files: FluxFiles) -> None:
-    """Raise ConfigError for a transformer of more inputs than FLUX.1-dev's, which cannot be trained."""
+def check_without_control(transformer: FluxTransformer2DModel, files: FluxFiles, fill: bool = False) -> None:
+    """Raise ConfigError for a transformer of more inputs than FLUX.1-dev's, which cannot be trained; fill:
+    take FLUX.1 Fill's, too."""
     inputs, channels = transformer.config.in_channels, transformer.out_channels
-    if inputs != channels:
+    if inputs not in (channels, FILL_INPUTS * channels if fill else channels):
         raise ConfigError(
             f"{files.base} sees a picture beside the noise ({inputs} inputs a token, wanted {channels}), and "
             "only generate and merge take such a model: take FLUX.1-dev or -schnell"

@@ -113,7 +113,13 @@ def dry_run(config: RunConfig) -> Iterator[tuple[StepResult, float]]:
     config = config.model_copy(update={"datasets": in_memory})
     cache = encode_dataset(spec, config, [examples[i] for i in needed], pipeline)
     latents = dict(zip(needed, cache.latents, strict=True))
-    cache = replace(cache, examples=examples, latents=[latents.get(i) for i in range(len(examples))])
+    beside = dict(zip(needed, cache.beside, strict=False))  # or empty
+    cache = replace(
+        cache,
+        examples=examples,
+        latents=[latents.get(i) for i in range(len(examples))],
+        beside=[beside.get(i, {}) for i in range(len(examples))],
+    )
     spec.load_base(pipeline, config, inputs.dtype, ranks, keep_copy=False)
     trainer = build_trainer(spec, config, pipeline, cache, ranks=ranks, start=inputs.start)
     for _ in range(DRY_STEPS):
@@ -129,6 +135,7 @@ def check_inputs(spec: ModelSpec, config: RunConfig) -> RunInputs:
     start = adapter_start(config, spec.unfilled)
     datasets = scan_datasets(config)
     validation = validation_pairs(config)
+    spec.check_examples(config, all_examples(datasets))
     captions = [caption for each in all_examples(datasets) for caption in each.captions]
     captions += [*preview_prompts(config), *(caption for _, caption in validation)]
     spec.check_captions(config, list(dict.fromkeys(captions)))

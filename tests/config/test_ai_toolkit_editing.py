@@ -19,7 +19,7 @@ def test_the_published_kontext_file_says_here_what_it_says_there():
     assert config.train.timestep_type == "weighted" and config.train.cfg_scale == 1
     assert len(config.sample.previews) == 10 and config.sample.guidance_scale == 4
     assert {each.ctrl_img for each in config.sample.previews} == {("/path/to/control/folder/person1.jpg",)}
-    assert config.sample.previews[0].prompt == "make the person smile"
+    assert config.sample.previews[0].prompt == "make the coat blue"
 
 
 def test_numbered_folders_follow_the_first(load):
