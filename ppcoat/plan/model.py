@@ -21,7 +21,7 @@ from ppcoat.data.pairs import aside
 from ppcoat.lora.layer import linear_paths
 from ppcoat.lora.lokr import new_factors
 from ppcoat.models.flux.files import FluxFiles
-from ppcoat.models.flux.pipeline import MAX_T5_TOKENS
+from ppcoat.models.flux.prompt_encoding import MAX_T5_TOKENS
 from ppcoat.models.flux.transformer import FluxTransformer2DModel
 from ppcoat.models.loading import check_without_control
 from ppcoat.models.tensor_files import Component, component_config, read_json, tensor_infos

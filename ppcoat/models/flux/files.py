@@ -23,8 +23,11 @@ FLUX_COMPONENTS = (
     "transformer",
     "vae",
 )
-# diffusers' classes of FLUX.1 folders that FluxPipeline draws with; the second sees a control picture.
-FLUX_CLASSES = ("FluxPipeline", "FluxControlPipeline")
+# diffusers' classes of FLUX.1 folders that can be drawn with; and how many times as many inputs a transformer
+# has that sees more with each token than the noise.
+FLUX_CLASSES = ("FluxPipeline", "FluxControlPipeline", "FluxKontextPipeline", "FluxFillPipeline",
+                "FluxImg2ImgPipeline", "FluxInpaintPipeline")  # fmt: skip
+INPUTS_OF_CLASS = {"FluxControlPipeline": 2, "FluxFillPipeline": 6}
 OF_FILE = "that a FLUX file lacks: a FLUX folder"  # what the help of the flags beside says
 # Component -> the setting that says where it lies if the model has none.
 _SETTINGS = {
