@@ -30,7 +30,8 @@ _PREVIEW_KEYS = {
 }
 # of a film: there is nothing to follow, and nothing is asked of FLUX
 _FILM_KEYS = ("fps", "num_frames", "ctrl_idx")
-_REFERENCES = ("ctrl_img", "ctrl_img_1", "ctrl_img_2", "ctrl_img_3")
+# pictures that a preview is drawn after; mask_img is our own
+_REFERENCES, _MASK = ("ctrl_img", "ctrl_img_1", "ctrl_img_2", "ctrl_img_3"), "mask_img"
 # key of validation_config -> our setting and what ai-toolkit takes where it is absent
 _VALIDATION = {
     "validation_items": ("items", []),
@@ -336,11 +337,13 @@ def _split_flags(prompt: str, notes: list[str]) -> _Preview:
 def _settings(given: dict[str, Any], notes: list[str], strict: bool = False) -> _Preview:
     """What a preview can follow. notes: gets the rest; a preview must not stop a training. strict: what has
     our own name is left to the schema."""
-    references = [given[key] for key in _REFERENCES if given.get(key)]
+    given_as = [given[key] for key in _REFERENCES if given.get(key)]
+    references = [path for each in given_as for path in (each if isinstance(each, list) else [each])]
     settings: _Preview = {"ctrl_img": references} if references else {}
+    settings |= {_MASK: given[_MASK]} if given.get(_MASK) else {}
     for key, value in given.items():
         name = _PREVIEW_KEYS.get(key)
-        if key in ("prompt", *_FILM_KEYS, *_REFERENCES) or value is None or (name == "" and not value):
+        if key in ("prompt", *_FILM_KEYS, *_REFERENCES, _MASK) or value is None or (name == "" and not value):
             continue
         if name is None:
             notes.append(f"'{key}' is nothing that a preview can follow and is left out")

@@ -198,7 +198,7 @@ def _pictures_of(example: Example, encoders: Encoders) -> dict[str, Picture]:
     own = Picture(item.image_path, example.size, *flips, background, item.notes)
     pictures = {"latents": own}
     for number, (each, size) in enumerate(example.references):
-        pictures[f"reference_{number}"] = Picture(each.path, size, *flips, each.background, each.notes)
+        pictures[f"reference_{number}"] = each.picture(size, *flips)
     if mask and encoders.masked:
         pictures["masked_latents"] = replace(own, hole=mask)
     return pictures

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -32,8 +32,8 @@ from ppcoat.data.sources import (
     Item,
     Problem,
     load_image,
-    open_picture,
     report_problems,
+    upright_picture,
 )
 from ppcoat.errors import ConfigError
 
@@ -44,29 +44,25 @@ _ASPECT_TOLERANCE = 0.02  # of a mask's aspect, for the rounding of another prog
 
 @dataclass(frozen=True)
 class Mask:
-    """A mask's file. from_alpha: it is that picture's opacity. invert: black is what counts. share: of the
-    picture that counts, 0..1."""
+    """A mask's file. from_alpha: it is that picture's opacity. invert: black is what counts. size: of the
+    file, upright; share: of it that counts, 0..1."""
 
     path: Path
     from_alpha: bool = False
     invert: bool = False
+    size: Size = (0, 0)
     share: float = 1.0
 
-    def load(self, size: Size, flip_x: bool, flip_y: bool) -> np.ndarray:
+    def load(self, size: Size, flip_x: bool = False, flip_y: bool = False) -> np.ndarray:
         """float32 [height, width] in 0..1, cut and resized as `load_image` does it with its picture."""
         width, height = size
-        values = load_image(self.path, height, width, flip_x, flip_y, self._convert)
+        values = load_image(self.path, height, width, flip_x, flip_y, self.convert)
         return (1 - values if self.invert else 1 + values) / 2
 
     @property
-    def _convert(self) -> Convert:
+    def convert(self) -> Convert:
+        """What makes grey of its file."""
         return opacity if self.from_alpha else grey
-
-    def measured(self) -> tuple[Size, float]:
-        """The size of its file, and the share. Raises BadFile."""
-        image = open_picture(self.path, self._convert, verify=not self.from_alpha)
-        white = float(np.asarray(image, dtype=np.float64).mean()) / 255
-        return image.size, 1 - white if self.invert else white
 
 
 @dataclass(frozen=True)
@@ -78,6 +74,10 @@ class Reference:
     height: int
     background: Colour = WHITE
     notes: tuple[str, ...] = ()
+
+    def picture(self, size: Size, flip_x: bool = False, flip_y: bool = False) -> Picture:
+        """It as an encoder is given it."""
+        return Picture(self.path, size, flip_x, flip_y, self.background, self.notes)
 
     def own_size(self, resolution: int) -> Size:
         """Width and height at which it is shown if not at its picture's: its own, made smaller where it has
@@ -154,6 +154,29 @@ def with_companions(images: ImageFolder, data: DatasetConfig) -> tuple[ImageFold
     report_problems(images.folder, items, bad, data.skip_bad)
     _check_any(data, [found[item.image_path] for item in items])
     return ImageFolder(images.folder, items, [*images.bad, *bad], images.notes), found
+
+
+def found_reference(path: Path, background: Colour) -> Reference:
+    """The reference in a file. Raises BadFile for one that cannot be read or is too small."""
+    notes: list[str] = []
+    try:
+        width, height = upright_picture(path, on_colour(background), notes, verify=True).size
+    except BadFile as error:
+        raise BadFile(f"its reference {path}: {error}") from None
+    if min(width, height) < SIDE_STEP:
+        raise BadFile(f"its reference {path} is {width} x {height}; wanted at least {SIDE_STEP} each way")
+    return Reference(path, width, height, background, tuple(notes))
+
+
+def found_mask(path: Path, from_alpha: bool = False, invert: bool = False) -> Mask:
+    """The mask in a file. Raises BadFile for one that cannot be read."""
+    mask = Mask(path, from_alpha, invert)
+    try:
+        image = upright_picture(path, mask.convert, verify=not from_alpha)
+    except BadFile as error:
+        raise BadFile(f"its mask {path}: {error}") from None
+    white = float(np.asarray(image, dtype=np.float64).mean()) / 255
+    return replace(mask, size=image.size, share=1 - white if invert else white)
 
 
 def aside(data: DatasetConfig) -> tuple[str, ...]:
@@ -253,14 +276,7 @@ def _references(
         path = folder.find(item, pictures)
         if path is None:
             continue
-        notes: list[str] = []
-        try:
-            width, height = open_picture(path, on_colour(background), notes, verify=True).size
-        except BadFile as error:
-            raise BadFile(f"its reference {path}: {error}") from None
-        if min(width, height) < SIDE_STEP:
-            raise BadFile(f"its reference {path} is {width} x {height}; wanted at least {SIDE_STEP} each way")
-        yield Reference(path, width, height, background, tuple(notes))
+        yield found_reference(path, background)
 
 
 def _mask(item: Item, pictures: Path, folder: _Stems | None, data: DatasetConfig) -> Mask | None:
@@ -269,11 +285,8 @@ def _mask(item: Item, pictures: Path, folder: _Stems | None, data: DatasetConfig
     path = folder.find(item, pictures) if folder else item.image_path
     if path is None:
         return None
-    mask = Mask(path, folder is None, data.invert_mask)
-    try:
-        (width, height), share = mask.measured()
-    except BadFile as error:
-        raise BadFile(f"its mask {path}: {error}") from None
+    mask = found_mask(path, folder is None, data.invert_mask)
+    (width, height), share = mask.size, mask.share
     if mask.from_alpha and share == (0.0 if data.invert_mask else 1.0):
         return None  # opaque, or without an alpha channel: it says nothing
     if abs(width * item.height / (height * item.width) - 1) > _ASPECT_TOLERANCE + 1 / min(width, height):
@@ -281,7 +294,7 @@ def _mask(item: Item, pictures: Path, folder: _Stems | None, data: DatasetConfig
             f"its mask {path} is {width} x {height} and the picture {item.width} x {item.height}: wanted the "
             "same aspect"
         )
-    return Mask(path, folder is None, data.invert_mask, share)
+    return mask
 
 
 def _check_any(data: DatasetConfig, all_found: Sequence[Companions]) -> None:

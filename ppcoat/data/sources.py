@@ -180,7 +180,7 @@ def load_image(
     [height, width], or on another colour. Raises ConfigError naming the file.
     """
     try:
-        image = open_picture(Path(path), convert)
+        image = upright_picture(Path(path), convert)
     except BadFile as error:
         raise ConfigError(
             f"{printable(path)}: {error}; was it changed since the folder was checked?"
@@ -275,7 +275,7 @@ def _unread(others: list[Path], captions: FolderCaptions, bad: list[Problem]) ->
 def _checked(path: Path, folder: Path, captions: FolderCaptions, default_caption: str | None) -> Item:
     """A picture that decodes to its end, with its caption. Raises BadFile and BadCaption."""
     notes: list[str] = []
-    width, height = open_picture(path, notes=notes, verify=True).size
+    width, height = upright_picture(path, notes=notes, verify=True).size
     caption = captions.of(path)
     if caption is None and default_caption is None:
         advice = 'write one or set default_caption, e.g. "[trigger]"'
@@ -319,7 +319,7 @@ def _warn_of_guesses(folder: Path, items: list[Item]) -> None:
     )  # fmt: skip
 
 
-def open_picture(
+def upright_picture(
     path: Path,
     convert: Convert = on_white,
     notes: list[str] | None = None,

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 
 from ppcoat.device import compute_dtype, default_dtype
 from ppcoat.errors import ConfigError
-from ppcoat.models.flux.files import FLUX_COMPONENTS, FluxFiles
+from ppcoat.models.flux.files import FLUX_COMPONENTS, INPUTS_OF_CLASS, FluxFiles
 from ppcoat.models.flux.scheduler import FlowMatchEulerDiscreteScheduler
 from ppcoat.models.flux.transformer import FluxTransformer2DModel
 from ppcoat.models.pictures import check_options
@@ -42,7 +42,6 @@ from ppcoat.nn.linear import FrozenLinear
 _IGNORED = {"text_model.embeddings.position_ids", "vision_model.embeddings.position_ids"}
 # T5 reads one table under two names; the file has the first.
 TIED = {"encoder.embed_tokens.weight": "shared.weight"}
-FILL_INPUTS = 6  # times FLUX.1-dev's: noise, masked latents, and four times as many of the mask
 MOST_NAMED = 4  # tensors of one kind that an error names
 # What the tokenizers' own classes read; transformers 5 writes tokenizer.json instead.
 _TOKENIZERS = {"tokenizer": ("vocab.json", "merges.txt"), "tokenizer_2": ("spiece.model",)}
@@ -113,7 +112,7 @@ def check_without_control(transformer: FluxTransformer2DModel, files: FluxFiles,
     """Raise ConfigError for a transformer of more inputs than FLUX.1-dev's, which cannot be trained; fill:
     take FLUX.1 Fill's, too."""
     inputs, channels = transformer.config.in_channels, transformer.out_channels
-    if inputs not in (channels, FILL_INPUTS * channels if fill else channels):
+    if inputs not in (channels, INPUTS_OF_CLASS["FluxFillPipeline"] * channels if fill else channels):
         raise ConfigError(
             f"{files.base} sees a picture beside the noise ({inputs} inputs a token, wanted {channels}), and "
             "only generate and merge take such a model: take FLUX.1-dev or -schnell"

@@ -51,8 +51,10 @@ class FluxSpec(ModelSpec):
         check_without_control(transformer, files, fill=True)
         if config.model.blocks_to_swap:
             last_blocks(transformer, config.model.blocks_to_swap)
-        if editing.is_fill(files):
+        fill = editing.is_fill(files)
+        if fill:
             editing.check_fill(config)
+        editing.check_previews(config, fill)
 
     def check_examples(self, config: RunConfig, examples: Sequence[Example]) -> None:
         """Masks of a Fill model."""
@@ -65,7 +67,9 @@ class FluxSpec(ModelSpec):
 
     def load_encoders(self, config: RunConfig, dtype: str | None) -> FluxPipeline:
         """T5, CLIP and the VAE."""
-        return FluxPipeline.from_pretrained(_files(config), dtype, without=("transformer",))
+        files = _files(config)
+        pipeline = editing.pipeline_class(config, files)
+        return pipeline.from_pretrained(files, dtype, without=("transformer",))
 
     def encoders(self, config: RunConfig, pipeline: FluxPipeline) -> Encoders:
         """The VAE; T5 and CLIP."""
@@ -111,8 +115,10 @@ class FluxSpec(ModelSpec):
         """LoRA files in the formats of save.format."""
         return LoRAFiles(config, transformer).write
 
-    def draw(self, pipeline: FluxPipeline, preview: PreviewConfig, cache: TrainingCache) -> list[Image.Image]:
-        """One preview."""
+    def draw(
+        self, config: RunConfig, pipeline: FluxPipeline, preview: PreviewConfig, cache: TrainingCache
+    ) -> list[Image.Image]:
+        """One preview, after its references or in its picture."""
         embeds, pooled = cache.text([preview.prompt])
         return pipeline(
             prompt_embeds=embeds,
@@ -122,6 +128,7 @@ class FluxSpec(ModelSpec):
             num_inference_steps=preview.sample_steps,
             guidance_scale=preview.guidance_scale,
             seed=preview.seed,
+            **editing.preview_pictures(config, preview),
         ).images
 
 

@@ -71,5 +71,7 @@ class ModelSpec(ABC):
         """What writes the adapter of a step; see Trainer."""
 
     @abstractmethod
-    def draw(self, pipeline: Any, preview: PreviewConfig, cache: TrainingCache) -> list[Image.Image]:
+    def draw(
+        self, config: RunConfig, pipeline: Any, preview: PreviewConfig, cache: TrainingCache
+    ) -> list[Image.Image]:
         """One preview from cached text."""

@@ -289,7 +289,7 @@ def build_trainer(
     optimizer, schedule = _optimizer(config, coat, list(parameters.values()))
 
     def draw() -> tuple[list[Image.Image], list[str]]:
-        return draw_previews(config, pipeline, lambda preview: spec.draw(pipeline, preview, cache))
+        return draw_previews(config, pipeline, lambda preview: spec.draw(config, pipeline, preview, cache))
 
     side = Side(parameters, spec.objective(config), optimizer, schedule, coat)
     state = RunState(
