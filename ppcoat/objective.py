@@ -20,6 +20,7 @@ import paddle
 
 from ppcoat.data.cache import CLASS
 from ppcoat.lora import lora_disabled
+from ppcoat.models.flux.editing_inputs import fill_latents, pack_references
 from ppcoat.models.flux.scheduler import calculate_shift
 from ppcoat.models.pictures import latent_image_ids, pack_latents
 
@@ -98,11 +99,14 @@ class FlowMatching(Objective):
 
     def losses_at(self, transformer, batch: dict, sigma: np.ndarray, noise: np.ndarray) -> FlowLoss:
         """batch: latents [B, C, h, w], prompt_embeds [B, T, D], pooled [B, P] and, if wanted, loss_weight (a
-        number, 1 by default, that multiplies the loss); noise levels [B] in 0..1 and noise
-        [B, tokens, C * 4].
+        number, 1 by default, that multiplies the loss), loss_mask [B, h, w] (what each latent's error is
+        multiplied by) and what `velocity` takes; noise levels [B] in 0..1 and noise [B, tokens, C * 4].
         """
         predicted, target = self.predict(transformer, batch, sigma, noise)
         distance = self._distance(predicted - target)
+        if "loss_mask" in batch:  # of a token's 2 x 2 latents, the same for all channels
+            weights = pack_latents(batch["loss_mask"].astype("float32").unsqueeze(1))
+            distance = distance * weights.tile([1, 1, distance.shape[2] // 4])
         mean = distance.mean()
         if self.timestep_type == "weighted":
             mean = (distance.mean([1, 2]) * paddle.to_tensor(level_weights(sigma))).mean()
@@ -145,22 +149,33 @@ def velocity(
     """What a FLUX transformer predicts for noisy latents x [B, tokens, C * 4] at noise levels [B] in 0..1, of
     the shape of x, in the dtype of the model.
 
-    batch: see FlowMatching.losses_at; x is cast to the dtype of its latents. guidance: for the guidance
-    embedding, where the model has one.
+    batch: see FlowMatching.losses_at; x is cast to the dtype of its latents. It is shown, after the noisy
+    tokens, the references that there are: reference_0, reference_1, ..., latents [B, C, h', w'] each; and a
+    Fill model, beside the noise, masked_latents [B, C, h, w] and mask uint8 [B, 1, 8h, 8w]. guidance: for the
+    guidance embedding, where the model has one.
     """
     height, width = (side // 2 for side in batch["latents"].shape[-2:])
     embeds = batch["prompt_embeds"]
     with_guidance = transformer.config.guidance_embeds
-    return transformer(
-        hidden_states=x.astype(batch["latents"].dtype),
+    seen, ids = x.astype(batch["latents"].dtype), latent_image_ids(height, width)
+    if "masked_latents" in batch:
+        beside = fill_latents(batch["masked_latents"], batch["mask"])
+        seen = paddle.concat([seen, pack_latents(beside)], axis=-1)
+    references = [batch[name] for name in sorted(batch) if name.startswith("reference_")]
+    if references:
+        tokens, places = pack_references(references)
+        seen, ids = paddle.concat([seen, tokens], axis=1), paddle.concat([ids, places])
+    predicted = transformer(
+        hidden_states=seen,
         encoder_hidden_states=embeds,
         pooled_projections=batch["pooled"],
         timestep=paddle.to_tensor(levels, dtype="float32"),
-        img_ids=latent_image_ids(height, width),
+        img_ids=ids,
         txt_ids=paddle.zeros([embeds.shape[1], 3]),
         guidance=paddle.full([x.shape[0]], guidance, dtype="float32") if with_guidance else None,
         return_dict=False,
     )[0]
+    return predicted[:, : x.shape[1]] if references else predicted
 
 
 def level_weights(sigma: np.ndarray) -> np.ndarray:

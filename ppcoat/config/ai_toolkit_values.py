@@ -28,8 +28,10 @@ _PREVIEW_KEYS = {
     **dict.fromkeys(("m", "network_multiplier"), "network_multiplier"),
     **dict.fromkeys(("n", "n2", "p2", "neg"), ""),
 }
-# of a film, or of a model that is given a picture: there is nothing to follow, and nothing is asked of FLUX
-_FILM_KEYS = ("fps", "num_frames", "ctrl_idx", "ctrl_img", "ctrl_img_1", "ctrl_img_2", "ctrl_img_3")
+# of a film: there is nothing to follow, and nothing is asked of FLUX
+_FILM_KEYS = ("fps", "num_frames", "ctrl_idx")
+# pictures that a preview is drawn after; mask_img is our own
+_REFERENCES, _MASK = ("ctrl_img", "ctrl_img_1", "ctrl_img_2", "ctrl_img_3"), "mask_img"
 # key of validation_config -> our setting and what ai-toolkit takes where it is absent
 _VALIDATION = {
     "validation_items": ("items", []),
@@ -241,13 +243,6 @@ def read_disable_sampling(value: Any, document: Document) -> Reading:
     return Reading({"sample.sample_every": 0} if value else {})
 
 
-def read_arch(value: Any, document: Document) -> Reading:
-    """flux, or flux:<tag>."""
-    if value is not None and (not isinstance(value, str) or value.partition(":")[0] != "flux"):
-        raise ValueError("only FLUX.1 is trained here; wanted flux")
-    return Reading()
-
-
 def read_qtype(value: Any, document: Document) -> Reading:
     """A way to store the frozen base, for which model.quantize asks."""
     if isinstance(value, str) and "|" in value:
@@ -342,10 +337,13 @@ def _split_flags(prompt: str, notes: list[str]) -> _Preview:
 def _settings(given: dict[str, Any], notes: list[str], strict: bool = False) -> _Preview:
     """What a preview can follow. notes: gets the rest; a preview must not stop a training. strict: what has
     our own name is left to the schema."""
-    settings: _Preview = {}
+    given_as = [given[key] for key in _REFERENCES if given.get(key)]
+    references = [path for each in given_as for path in (each if isinstance(each, list) else [each])]
+    settings: _Preview = {"ctrl_img": references} if references else {}
+    settings |= {_MASK: given[_MASK]} if given.get(_MASK) else {}
     for key, value in given.items():
         name = _PREVIEW_KEYS.get(key)
-        if key in ("prompt", *_FILM_KEYS) or value is None or (name == "" and not value):
+        if key in ("prompt", *_FILM_KEYS, *_REFERENCES, _MASK) or value is None or (name == "" and not value):
             continue
         if name is None:
             notes.append(f"'{key}' is nothing that a preview can follow and is left out")

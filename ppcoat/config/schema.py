@@ -177,6 +177,10 @@ class RunConfig(Section):
         if self.model.family == "newbie":
             if self.network.type == "dora":
                 raise ValueError("network.type dora is for model.family flux only; use lora or lokr")
+            if any(data.control_path or data.mask_path or data.alpha_mask for data in self.datasets):
+                raise ValueError("datasets[]: references and masks are for model.family flux only")
+            if any(preview.ctrl_img or preview.mask_img for preview in self.sample.samples):
+                raise ValueError("sample.samples: ctrl_img and mask_img are for model.family flux only")
             return self
         if tokens is not None and tokens > limit:
             raise ValueError(f"train.max_sequence_length: came {tokens}, but FLUX's T5 reads at most {limit}")

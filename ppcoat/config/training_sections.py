@@ -9,7 +9,7 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import Field, Strict, field_validator, model_validator
 
-from ppcoat.config.base import PathText, Pixels, Section, Seed, Strings
+from ppcoat.config.base import PathText, PathTexts, Pixels, Section, Seed, Strings
 from ppcoat.errors import unknown_name
 
 NoiseLevel = Annotated[float, Field(ge=0, le=1)]
@@ -350,6 +350,10 @@ class PreviewConfig(Section):
     seed: Seed | None = Field(None, description="seed of this picture")
     guidance_scale: float | None = Field(None, ge=0, description="guidance of this picture")
     sample_steps: int | None = Field(None, ge=1, le=1000, description="denoising steps of this picture")
+    ctrl_img: PathTexts = Field((), description="references that it is drawn after: a picture, or several")
+    mask_img: PathText | None = Field(
+        None, description="of a Fill model: mask of what is painted anew in the picture ctrl_img"
+    )
 
 
 class SampleConfig(Section):

@@ -17,6 +17,7 @@ from ppcoat.coat import chosen_modules, lokr_settings
 from ppcoat.config.schema import NetworkConfig, RunConfig
 from ppcoat.data.buckets import AREA_TOLERANCE
 from ppcoat.data.examples import all_examples, scan_datasets
+from ppcoat.data.pairs import aside
 from ppcoat.lora.layer import linear_paths
 from ppcoat.lora.lokr import new_factors
 from ppcoat.models.flux.files import FluxFiles
@@ -131,7 +132,7 @@ def read_model(config: RunConfig, transformer: dict | None = None) -> BaseModel:
     with paddle.LazyGuard():  # parameters get a shape and no memory
         model = FluxTransformer2DModel.from_config(transformer)
     if files:
-        check_without_control(model, files)
+        check_without_control(model, files, fill=True)
     blocks = tuple(model.named_blocks())
     linears, others = weights_by_block(model, blocks)
     return BaseModel(
@@ -162,14 +163,20 @@ def weights_by_block(
     return linears, others
 
 
-def image_tokens(config: RunConfig, token_side: int) -> int:
-    """Of the largest picture that is trained; token_side as in EncoderSizes. Where a folder of pictures is
-    not there, the resolution tells, and the 5 % that a bucket may be larger."""
-    if all(Path(data.folder_path).exists() for data in config.datasets):
-        sizes = [example.size for example in all_examples(scan_datasets(config))]
-        return max(width * height for width, height in sizes) // token_side**2
-    largest = 1 + (AREA_TOLERANCE if any(d.bucket_rule == "aspect" for d in config.datasets) else 0)
-    return int(largest * max(data.resolution for data in config.datasets) ** 2) // token_side**2
+def image_tokens(config: RunConfig, token_side: int) -> tuple[int, int]:
+    """Of the picture that has most together with its references, and how many of these are the references'
+    beside the largest picture; token_side as in EncoderSizes. Where a folder is not there, the resolution
+    tells, and the 5 % that a bucket may be larger."""
+    if all(Path(folder).exists() for data in config.datasets for folder in (data.folder_path, *aside(data))):
+        examples = all_examples(scan_datasets(config))
+        sizes = [[each.size, *(size for _, size in each.references)] for each in examples]
+        tokens = [[width * height // token_side**2 for width, height in each] for each in sizes]
+        most = max(map(sum, tokens))
+        return most, most - max(own for own, *_ in tokens)
+    larger = 1 + (AREA_TOLERANCE if any(d.bucket_rule == "aspect" for d in config.datasets) else 0)
+    of_picture = int(larger * max(data.resolution for data in config.datasets) ** 2) // token_side**2
+    references = of_picture * max(len(data.control_path) for data in config.datasets)
+    return of_picture + references, references
 
 
 def optimizer_bytes(config: RunConfig, shapes: list[tuple[int, int]], on_gpu: bool) -> tuple[int, int]:

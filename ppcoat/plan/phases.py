@@ -85,6 +85,7 @@ class MemoryModel:
     assumed_name = "FLUX.1-dev"
     forward_working = FORWARD_WORKING
     drawn_at_once = 1  # pictures that the transformer sees in a step of a preview
+    reference_tokens = 0  # of the image tokens
 
     def __init__(self, config: RunConfig, on_gpu: bool, transformer: dict | None = None) -> None:
         self.config, self.on_gpu = config, on_gpu
@@ -93,7 +94,7 @@ class MemoryModel:
         self.model: BaseModel = self.read_model(transformer)
         self.kernel, self.kernel_is_assumed = self._attention_kernel()
         self.token_side = self.model.encoders.token_side
-        self.image_tokens = image_tokens(config, self.token_side)
+        self.image_tokens, self.reference_tokens = image_tokens(config, self.token_side)
         self.text_tokens = self.model.text_tokens
         self.tokens = self.image_tokens + self.text_tokens
         self.vae_itemsize = self.itemsize
@@ -145,7 +146,8 @@ class MemoryModel:
 
     def preparing(self, settings: Settings) -> list[tuple[str, dict[str, int]]]:
         """What encoders hold, by phase, before the transformer comes: beside the context."""
-        encoders, largest = self.model.encoders, self.token_side**2 * self.image_tokens
+        encoders = self.model.encoders
+        largest = self.token_side**2 * (self.image_tokens - self.reference_tokens)
         reading = encoders.text_working(ENCODED_AT_ONCE, self.text_tokens, self.itemsize)
         # one of the largest pictures, or smaller ones up to the limit
         pixels = max(largest, min(ENCODED_AT_ONCE * largest, ENCODED_PIXELS))
@@ -257,9 +259,10 @@ class MemoryModel:
         rank = "full rank" if config.network.lokr_full_rank else f"rank {config.network.linear}"
         adapter = f"{ADAPTERS[config.network.type]} {rank}"
         device = f"{'GPU' if self.on_gpu else 'CPU'}, {'bfloat16' if self.half else 'float32'}"
+        shown = f" ({self.reference_tokens} of references)" if self.reference_tokens else ""
         facts = (
             f"{config.model.name_or_path} by {source}: {model.parameters:,} parameters; {device}",
-            f"at most {self.image_tokens} image tokens and {self.text_tokens} text tokens a picture; "
+            f"at most {self.image_tokens} image tokens{shown} and {self.text_tokens} text tokens a picture; "
             f"{adapter} on {len(model.lora_paths)} Linears",
         )
         if self.on_gpu:
@@ -306,9 +309,10 @@ class MemoryModel:
         return self.itemsize * max(a * b for a, b in self.model.linears.values()) if settings.quantize else 0
 
     def _preview_working(self, settings: Settings) -> int:
-        pixels = max(preview.width * preview.height for preview in self.previews)
+        areas = [(preview.width * preview.height, 1 + len(preview.ctrl_img)) for preview in self.previews]
+        pixels, most = max(areas)[0], max(area * pictures for area, pictures in areas)
         denoise = self._working(
-            self.forward_working, self.drawn_at_once, pixels // self.token_side**2 + self.text_tokens
+            self.forward_working, self.drawn_at_once, most // self.token_side**2 + self.text_tokens
         )
         decode = self.model.encoders.vae_working(pixels, self.vae_itemsize, True, self.on_gpu)
         return max(denoise + self._largest_weight(settings), decode)

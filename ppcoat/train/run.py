@@ -112,7 +112,13 @@ def dry_run(config: RunConfig) -> Iterator[tuple[StepResult, float]]:
     config = config.model_copy(update={"datasets": in_memory})
     cache = encode_dataset(spec, config, [examples[i] for i in needed], pipeline)
     latents = dict(zip(needed, cache.latents, strict=True))
-    cache = replace(cache, examples=examples, latents=[latents.get(i) for i in range(len(examples))])
+    beside = dict(zip(needed, cache.beside, strict=False))  # or empty
+    cache = replace(
+        cache,
+        examples=examples,
+        latents=[latents.get(i) for i in range(len(examples))],
+        beside=[beside.get(i, {}) for i in range(len(examples))],
+    )
     spec.load_base(pipeline, config, inputs.dtype, ranks, keep_copy=False)
     trainer = build_trainer(spec, config, pipeline, cache, ranks=ranks, start=inputs.start)
     for _ in range(DRY_STEPS):
@@ -128,6 +134,7 @@ def check_inputs(spec: ModelSpec, config: RunConfig) -> RunInputs:
     start = adapter_start(config, spec.unfilled)
     datasets = scan_datasets(config)
     validation = validation_pairs(config)
+    spec.check_examples(config, all_examples(datasets))
     captions = [caption for each in all_examples(datasets) for caption in each.captions]
     captions += [*preview_prompts(config), *(caption for _, caption in validation)]
     spec.check_captions(config, list(dict.fromkeys(captions)))
@@ -281,7 +288,7 @@ def build_trainer(
     optimizer, schedule = run_optimizer(config, coat, list(parameters.values()))
 
     def draw() -> tuple[list[Image.Image], list[str]]:
-        return draw_previews(config, pipeline, lambda preview: spec.draw(pipeline, preview, cache))
+        return draw_previews(config, pipeline, lambda preview: spec.draw(config, pipeline, preview, cache))
 
     side = Side(parameters, spec.objective(config), optimizer, schedule, coat, train.preservation_weight)
     state = RunState(

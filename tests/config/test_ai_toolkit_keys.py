@@ -57,6 +57,13 @@ HONOURED = [
     ("datasets[].is_reg", "false", "datasets.0.is_reg", False),
     ("datasets[].flip_x", "true", "datasets.0.flip_x", True),
     ("datasets[].flip_y", "true", "datasets.0.flip_y", True),
+    ("datasets[].control_path", "before", "datasets.0.control_path", ("before",)),
+    ("datasets[].control_path", "[a, b]", "datasets.0.control_path", ("a", "b")),
+    ("datasets[].control_path_1", "a", "datasets.0.control_path", ("a",)),
+    ("datasets[].control_path_2", "a", "datasets.0.control_path", ("a",)),
+    ("datasets[].control_path_3", "a", "datasets.0.control_path", ("a",)),
+    ("datasets[].mask_path", "masks", "datasets.0.mask_path", "masks"),
+    ("datasets[].alpha_mask", "true", "datasets.0.alpha_mask", True),
     ("train.reg_weight", "0.5", "reg_weight", 0.5),
     ("train.batch_size", "3", "train.batch_size", 3),
     ("train.steps", "12", "train.steps", 12),
@@ -140,9 +147,8 @@ REFUSED = [
     ("datasets[].random_scale", "true", "false"), ("datasets[].scale", "1.5", "1.0"),
     ("datasets[].replacements", "[a|b]", "[]"),
     ("datasets[].prior_reg", "true", "false"), ("datasets[].loss_multiplier", "2.0", "1.0"),
-    ("datasets[].network_weight", "0.5", "1.0"), ("datasets[].mask_path", "masks", "null"),
-    ("datasets[].alpha_mask", "true", "false"), ("datasets[].augments", "[a]", "[]"),
-    ("datasets[].augmentations", "[{a: 1}]", "[]"), ("datasets[].control_path", "a", "null"),
+    ("datasets[].network_weight", "0.5", "1.0"), ("datasets[].augments", "[a]", "[]"),
+    ("datasets[].augmentations", "[{a: 1}]", "[]"), 
     ("datasets[].clip_image_path", "a", "null"), ("datasets[].num_frames", "9", "1"),
     ("datasets[].do_audio", "true", "false"), ("datasets[].poi", "face", "null"),
     ("train.gradient_accumulation_steps", "-1", "1"), ("train.train_unet", "false", "true"),
@@ -178,8 +184,7 @@ REFUSED += [
     ("slider", "{a: 1}", "null"), ("network.normalize", "true", "false"),
     ("network.lorm_config", "{a: 1}", "null"),
     ("datasets[].type", "slider", "image"), ("datasets[].controls", "[depth]", "[]"),
-    ("datasets[].control_path_1", "a", "null"), ("datasets[].control_path_2", "a", "null"),
-    ("datasets[].control_path_3", "a", "''"), ("datasets[].inpaint_path", "a", "null"),
+    ("datasets[].inpaint_path", "a", "null"),
     ("datasets[].unconditional_path", "a", "null"),
     ("datasets[].clip_image_from_same_folder", "true", "false"),
     ("datasets[].standardize_images", "true", "false"),
@@ -202,8 +207,7 @@ REFUSED += [
 IDLE = {
     "save.hf_repo_id": "save.push_to_hub",
     "save.hf_private": "save.push_to_hub",
-    "datasets[].invert_mask": "datasets[].mask_path",
-    "datasets[].mask_min_value": "datasets[].mask_path", "train.text_encoder_lr": "train.train_text_encoder",
+    "train.text_encoder_lr": "train.train_text_encoder",
     "train.refiner_lr": "model.arch", "train.embedding_lr": "embedding", "train.adapter_lr": "adapter",
     "train.max_loss_debug": "train.max_loss",
     "model.layer_offloading_transformer_percent": "model.layer_offloading",
@@ -214,8 +218,6 @@ IDLE = {
     **dict.fromkeys(("datasets[].shrink_video_to_frames", "datasets[].do_i2v", "datasets[].fps",
                      "datasets[].auto_frame_count"), "datasets[].num_frames"),
     **dict.fromkeys(("datasets[].audio_normalize", "datasets[].audio_preserve_pitch"), "datasets[].do_audio"),
-    **dict.fromkeys(("datasets[].full_size_control_images", "datasets[].control_transparent_color"),
-                    "datasets[].control_path"),
     "datasets[].clip_image_shuffle_augmentations": "datasets[].clip_image_augmentations",
     "datasets[].shuffle_augmentations": "datasets[].augmentations",
     "datasets[].random_triggers_max": "datasets[].random_triggers",
@@ -234,6 +236,18 @@ IDLE = {
     "sample.refiner_start_at": "model.refiner_name_or_path",
 }  # fmt: skip
 ALWAYS_SO = {"network.split_multistage_loras"}
+# key, value, our setting and its value, and what it tunes, without which it is left out: ai-toolkit's web
+# interface always writes it
+TUNING = [
+    ("datasets[].full_size_control_images", "false", "datasets.0.full_size_control_images", False,
+     "datasets.0.control_path=a"),
+    ("datasets[].control_transparent_color", "[9, 8, 7]", "datasets.0.control_transparent_color", (9, 8, 7),
+     "datasets.0.control_path=a"),
+    ("datasets[].invert_mask", "true", "datasets.0.invert_mask", True, "datasets.0.alpha_mask=true"),
+    ("datasets[].mask_min_value", "0.1", "datasets.0.mask_min_value", 0.1, "datasets.0.mask_path=m"),
+    ("datasets[].conditioning_data_dir", "m", "datasets.0.mask_path", "m", "train.masked_loss=true"),
+    ("train.masked_loss", "true", "datasets.0.mask_path", "m", "datasets.0.mask_path=m"),
+]  # fmt: skip
 
 
 def setting(config, dotted):
@@ -301,8 +315,16 @@ def test_keys_that_only_tune_another_one_are_silent(load, warnings, key):
     assert IDLE[key] in {row[0] for row in WARNED + REFUSED}
 
 
+@pytest.mark.parametrize(("key", "value", "ours", "expected", "tuned"), TUNING, ids=lambda each: str(each))
+def test_what_tunes_references_and_masks_needs_them(load, warnings, key, value, ours, expected, tuned):
+    assert setting(load(override(key, value), tuned), ours) == expected
+    if key.endswith(("_images", "_color", "_mask", "_value")):
+        assert load(override(key, value)) == load() and not warnings(override(key, value))
+
+
 def test_the_lists_above_hold_every_key_of_the_table_and_no_other():
-    tried = {row[0] for row in (*HONOURED, *WARNED, *REFUSED)} | set(IDLE) | ALWAYS_SO
+    rows = (*HONOURED, *WARNED, *REFUSED, *TUNING)
+    tried = {row[0] for row in rows} | set(IDLE) | ALWAYS_SO
     tried.add("train.diff_output_preservation")  # wants a trigger word: below
     assert tried == set(KEYS)
 

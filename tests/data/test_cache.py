@@ -8,11 +8,11 @@ import paddle
 import pytest
 from PIL import Image
 
-import ppcoat.data.cache as cache_module
 from ppcoat.data.cache import Encoders, build_cache, folder_identity
 from ppcoat.data.captions import CaptionRules, caption_variants, final_caption
 from ppcoat.data.embedding_store import EmbeddingStore
 from ppcoat.data.examples import Example
+from ppcoat.data.pairs import Picture
 from ppcoat.data.sources import Item
 from ppcoat.errors import ConfigError
 
@@ -70,7 +70,7 @@ def test_everything_is_encoded_once(examples):
 )  # fmt: skip
 def test_pictures_in_a_call_have_a_million_pixels_at_most(examples, monkeypatch, side, batch_size, calls):
     """Or one picture that has more; and never more than batch_size."""
-    monkeypatch.setattr(cache_module, "_pixels", lambda example: np.zeros((3, 4, 4), np.float32))
+    monkeypatch.setattr(Picture, "pixels", lambda picture: np.zeros((3, 4, 4), np.float32))
     same = [replace(examples[0], size=(side, side))] * sum(calls)
     sizes = []
 
