@@ -165,7 +165,7 @@ def adamw_step(
     powers = {"beta1": old["beta1"] * hyper.beta1, "beta2": old["beta2"] * hyper.beta2}
     step = {"finite": finite, "dither": dither(count["steps"], param.shape[-1]), **powers}
     for rows in row_pieces(*param.shape):
-        moments = {part: part_of(states[part], rows) for part in ("m1", "m2") if part in states}
+        moments = {part: rows_of_state(states[part], rows) for part in ("m1", "m2") if part in states}
         values = param[rows] if param.dtype == paddle.float32 else param[rows].astype("float32")
         step |= {"lr": number_of(hyper.lr, rows), "weight_decay": number_of(hyper.weight_decay, rows)}
         new = _moved(values, grad[rows], moments, codecs, hyper, step)
@@ -212,7 +212,7 @@ def number_of(value: float | paddle.Tensor, rows: slice) -> float | paddle.Tenso
     return value[rows] if isinstance(value, paddle.Tensor) else value
 
 
-def part_of(state: State, rows: slice) -> State:
+def rows_of_state(state: State, rows: slice) -> State:
     """The part of a moment's state tensors [G, ...], any dtype, that these groups have; it shares their
     memory."""
     return {name: tensor[rows] for name, tensor in state.items()}
