@@ -70,9 +70,8 @@ def test_schedule_free_writes_its_average_and_trains_on(make_config, monkeypatch
 
 
 def test_another_optimizer_cannot_go_on_from_a_checkpoint(make_config):
-    train_lora(
-        make_config("name=run", "train.optimizer=lion", "train.steps=1", "train.batch_size=1", PREVIEWS_OFF)
-    )
-    with pytest.raises(ConfigError, match="optimizer") as caught:
+    short = ("name=run", "train.steps=1", "train.batch_size=1", PREVIEWS_OFF)
+    train_lora(make_config(*short, "train.optimizer=lion"))
+    with pytest.raises(ConfigError) as caught:
         train_lora(make_config(*short, "train.optimizer=prodigy", "train.lr=1"))
     assert "train.optimizer was 'lion' in the checkpoint and is 'prodigy' now" in str(caught.value)
