@@ -243,3 +243,42 @@ def test_wrong_settings_are_one_line():
     ):
         with pytest.raises(ConfigError, match=said):
             wrong()
+
+
+@pytest.mark.parametrize("config", [FLOAT32, FP8], ids=["float32", "fp8"])
+@pytest.mark.parametrize(
+    "name", ["prodigy", "prodigy_growth", "schedulefree", "lion", "adafactor_momentum", "adafactor"]
+)
+def test_state_bytes_are_those_that_are_planned(name, config):
+    params = start()
+    optimizer = RUNS[name][0](params, fp8_config=config)
+    planned = type(optimizer).planned_bytes(
+        [p.shape for p in params], config, getattr(optimizer, "rule", None)
+    )
+    assert optimizer.state_bytes() == planned > 0
+
+
+def test_states_of_low_precision_parameters_are_those_of_their_master_copy():
+    """bfloat16 parameters follow a float32 copy: after 5 steps it equals float32 training on the same
+    gradients, and the average that is shown is the rounded one."""
+    for name in ("prodigy_big_d0", "schedulefree", "lion", "adafactor_momentum"):
+        values = {}
+        for dtype in ("float32", "bfloat16"):
+            params = [p.detach().astype("bfloat16").astype(dtype) for p in start()]
+            for param in params:
+                param.stop_gradient = False
+            optimizer = RUNS[name][0](params, fp8_config=FP8)
+            for step in range(5):
+                set_grads(params, step)
+                for param in params:
+                    param.grad = param.grad.astype("bfloat16").astype(dtype)
+                optimizer.step()
+            values[dtype] = optimizer.space.values().numpy()
+            if isinstance(optimizer, ScheduleFreeAdamW):
+                before = [param.astype("float32").numpy() for param in params]
+                with optimizer.evaluation_weights():
+                    shown = [param.astype("float32").numpy() for param in params]
+                assert all((a != b).any() for a, b in zip(before, shown, strict=True))
+                after = [param.astype("float32").numpy() for param in params]
+                assert all((a == b).all() for a, b in zip(before, after, strict=True))
+        np.testing.assert_allclose(values["bfloat16"], values["float32"], rtol=1e-6)

@@ -1,10 +1,13 @@
-"""Errors that FP8 causes in stored Adam moments: our codec, the published COAT rule and three others. Beside
-it `accuracy weights` and `accuracy bases`, which are in base_quality.py.
+"""Errors that FP8 causes: in stored Adam moments (our codec, the published COAT rule and three others), and
+in what each optimizer does with its states in FP8. Beside it `accuracy weights` and `accuracy bases`, which
+are in base_quality.py.
 
     sets of gradients (random, and recorded from a LoRA training)  ->  AdamW's moments in float64  ->
     the same moments stored by each codec: once at the end, and after every step  ->  relative RMS errors
 
-The update is m / (sqrt(v) + 1e-8). Errors are relative RMS errors, see `relative_rms`. All seeds are fixed.
+The update is m / (sqrt(v) + 1e-8). The second table lets every optimizer take the same gradients
+twice, once with states in FP8 and once in float32, and compares the last step and the whole way. Errors are
+relative RMS errors, see `relative_rms`. All seeds are fixed.
 """
 
 from __future__ import annotations
@@ -26,13 +29,35 @@ from ppcoat.config.flags import add_flags, flag, from_flags
 from ppcoat.data import garments
 from ppcoat.device import tune_host
 from ppcoat.fp8.adamw import decode_moments, dither, encode_moments
-from ppcoat.optim import FP8QuantizationConfig
+from ppcoat.optim import (
+    Adafactor,
+    AdafactorSettings,
+    FlatSettings,
+    FP8AdamW,
+    FP8QuantizationConfig,
+    Lion,
+    Prodigy,
+    ScheduleFreeAdamW,
+)
 
 GROUPS, BLOCK, STEPS = 96, 128, 200
 RECORDED_STEPS, RECORDED_BATCH, PICTURES = 20, 4, 12
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
 SIZE = 1e-3  # of a typical random gradient
 OURS = "ours"
+
+WAY = 40  # steps of the table of optimizers
+OPTIMIZERS = {  # of parameters and FlatSettings
+    "adamw": lambda params, settings: FP8AdamW(
+        1e-3, params, fp8_config=settings.fp8_config, weight_decay=0.0
+    ),
+    "prodigy": lambda params, settings: Prodigy(1.0, params, settings=settings),
+    "schedulefree": lambda params, settings: ScheduleFreeAdamW(1e-3, params, settings=settings),
+    "lion": lambda params, settings: Lion(1e-3, params, settings=settings),
+    "adafactor": lambda params, settings: Adafactor(
+        1e-3, params, AdafactorSettings(beta1=0.9), settings=settings
+    ),
+}
 
 Pair = tuple[np.ndarray, np.ndarray]
 Store = Callable[[np.ndarray, np.ndarray, int | None], Pair]  # (m, v, step or None) -> decoded m and v
@@ -75,8 +100,11 @@ def run_command(arguments: argparse.Namespace) -> None:
     sets = {**drawn_sets(), "recorded": recorded_gradients()}
     results = {name: compare(gradients) for name, gradients in sets.items()}
     print(moment_table(results))
+    ways = {name: optimizer_errors(gradients[:WAY]) for name, gradients in sets.items()}
+    print(f"\n{optimizer_table(ways)}")
     if flags.output:
-        write_text(flags.output, json.dumps(_as_json(results), indent=2) + "\n")
+        content = _as_json(results) | {"optimizers": ways}
+        write_text(flags.output, json.dumps(content, indent=2) + "\n")
         print(f"\nwritten: {flags.output}")
 
 
@@ -142,6 +170,45 @@ def compare(gradients: np.ndarray) -> dict[str, tuple[MomentErrors, MomentErrors
             once = store(exact[0].astype(np.float32), exact[1].astype(np.float32), None)
             results[name] = (moment_errors(once, exact), moment_errors(moments(gradients, store), exact))
     return results
+
+
+def optimizer_errors(gradients: np.ndarray) -> dict[str, tuple[float, float]]:
+    """Gradients float32 [steps, groups, BLOCK] -> {optimizer: relative RMS errors that FP8 states cause, of
+    the last step and of the whole way}, over the groups."""
+    ways = {}
+    for name in OPTIMIZERS:
+        exact, stored = (_way(name, gradients, fp8) for fp8 in (False, True))
+        ways[name] = tuple(relative_rms(b, a) for a, b in zip(exact, stored, strict=True))
+    return ways
+
+
+def _way(name: str, gradients: np.ndarray, fp8: bool) -> tuple[np.ndarray, np.ndarray]:
+    """What an optimizer does in its last step, and in all [groups, BLOCK]."""
+    start = np.random.default_rng(3).standard_normal(gradients.shape[1:]).astype(np.float32)
+    param = paddle.to_tensor(0.02 * start)
+    param.stop_gradient = False
+    states = FP8QuantizationConfig(use_fp8_m1=fp8, use_fp8_m2=fp8, block_size=BLOCK)
+    optimizer, values = OPTIMIZERS[name]([param], FlatSettings(0.0, fp8_config=states)), []
+    for gradient in gradients:
+        values = [*values[-1:], param.numpy().astype(np.float64)]
+        param.grad = paddle.to_tensor(gradient)
+        optimizer.step()
+    last = param.numpy().astype(np.float64)
+    return last - values[-1], last - 0.02 * start
+
+
+def optimizer_table(ways: dict[str, dict[str, tuple[float, float]]]) -> str:
+    """One row for each set of gradients: errors of the last step and of the whole way of each optimizer."""
+    names = list(OPTIMIZERS)
+    lines = [
+        f"relative RMS errors that FP8 states cause, against float32 states; at most {WAY} steps",
+        f"{'':17s}{'last step':^{14 * len(names)}s} |{'whole way':^{14 * len(names)}s}",
+        f"{'gradients':17s}" + " |".join("".join(f"{name:>14s}" for name in names) for _ in range(2)),
+    ]
+    for set_name, errors in ways.items():
+        halves = ("".join(f"{errors[name][half]:14.4f}" for name in names) for half in range(2))
+        lines.append(f"{set_name:17s}" + " |".join(halves))
+    return "\n".join(lines)
 
 
 def moments(gradients: np.ndarray, store: Store) -> Pair:

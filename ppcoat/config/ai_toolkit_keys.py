@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ppcoat.config import ai_toolkit_optimizers as optimizers
 from ppcoat.config import ai_toolkit_values as values
 from ppcoat.config.ai_toolkit_editing import EDITING, read_arch
 from ppcoat.config.ai_toolkit_treatments import Honour, Idle, Read, Refuse, Treatment, Warn
@@ -50,7 +51,7 @@ _PROCESS: dict[str, Treatment] = {
     "precompute_image_embeddings": Warn(_CACHED, (None, True)),
     "save_cache_on_disk": Honour("datasets[].cache_to_disk", null=True),
     "quantize": Honour("model.quantize", null=True),
-    "adam8bit": Read(values.read_adam8bit),
+    "adam8bit": Read(optimizers.read_adam8bit),
     "slider": Refuse(_OTHER_TASK, (None, {})),
     "monitoring": Warn("there is no web interface", (None, {})),
     "meta": Warn(
@@ -148,13 +149,12 @@ _TRAIN: dict[str, Treatment] = {
     "train.train_text_encoder": Refuse("text encoders stay frozen; set it to false"),
     "train.gradient_checkpointing": Honour(),
     "train.noise_scheduler": Refuse("FLUX is trained by flow matching: flowmatch", (None, "flowmatch")),
-    "train.optimizer": Read(values.read_optimizer, "train.optimizer"),
-    "train.adam8bit": Read(values.read_adam8bit),
-    "train.optimizer_params.weight_decay": Honour("train.weight_decay"),
-    "train.optimizer_params.eps": Honour("train.epsilon"),
-    "train.optimizer_params.betas": Read(values.read_betas),
-    "train.lr": Honour(),
-    "train.unet_lr": Honour("train.lr", null=True),
+    "train.optimizer": Read(optimizers.read_optimizer, "train.optimizer"),
+    "train.adam8bit": Read(optimizers.read_adam8bit),
+    **{f"train.optimizer_params.{key}": Honour(to) for key, to in optimizers.SAME.items()},
+    **{f"train.optimizer_params.{key}": Read(reader) for key, reader in optimizers.READERS.items()},
+    "train.lr": Read(optimizers.read_lr),
+    "train.unet_lr": Read(optimizers.read_unet_lr, "train.lr"),
     "train.lr_scheduler": Read(values.read_lr_scheduler, "train.lr_scheduler"),
     "train.lr_scheduler_params": Read(values.read_lr_scheduler_params),
     "train.dtype": Read(values.read_train_dtype, "model.dtype"),

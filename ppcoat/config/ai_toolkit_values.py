@@ -77,7 +77,6 @@ _SHAPE: dict[Any, dict[str, str]] = {
     "polynomial": {"power": "train.lr_power"},
     "step": {"step_size": "train.lr_step_size", "gamma": "train.lr_gamma"},
 }
-_OPTIMIZERS = ("adamw", "adamw8bit", "adam8bit", "coat_fp8_adamw")
 
 
 def read_device(value: Any, document: Document) -> Reading:
@@ -131,36 +130,6 @@ def read_square_crop(value: Any, document: Document) -> Reading:
     if value is not None and not isinstance(value, bool):
         raise ValueError("wanted true or false")
     return Reading({"datasets[].bucket_rule": "square"} if value else {})
-
-
-def read_optimizer(value: Any, document: Document) -> Reading:
-    """adamw8bit and adam8bit keep their moments in 8 bits: here that is FP8, unless coat.optimizer.use_fp8
-    forbids it."""
-    name = value.lower() if isinstance(value, str) else value
-    if name in ("adamw8bit", "adam8bit"):
-        states = document.get("coat", "optimizer", {})
-        if isinstance(states, dict) and states.get("use_fp8") is False:
-            note = "read as adamw: coat.optimizer.use_fp8 is false, so both moments are kept in full"
-            return Reading({"train.optimizer": "adamw"}, (note,))
-        note = "read as coat_fp8_adamw: both moments are kept in FP8 instead of bitsandbytes' 8-bit codes"
-        return Reading({"train.optimizer": "coat_fp8_adamw"}, (note,))
-    if isinstance(name, str) and name not in _OPTIMIZERS:
-        raise ValueError(f"there is no such optimizer here; wanted {', '.join(_OPTIMIZERS)}")
-    return Reading({"train.optimizer": name})
-
-
-def read_adam8bit(value: Any, document: Document) -> Reading:
-    """true: as optimizer: adamw8bit."""
-    if value is not None and not isinstance(value, bool):
-        raise ValueError("wanted true or false")
-    return read_optimizer("adamw8bit", document) if value else Reading()
-
-
-def read_betas(value: Any, document: Document) -> Reading:
-    """[beta1, beta2] -> two settings."""
-    if not isinstance(value, list) or len(value) != 2:
-        raise ValueError("wanted two numbers, for example [0.9, 0.999]")
-    return Reading({"train.beta1": value[0], "train.beta2": value[1]})
 
 
 def read_lr_scheduler(value: Any, document: Document) -> Reading:

@@ -103,8 +103,8 @@ _OWN_DEFAULTS = {
     "lion": {"beta2": 0.99, "weight_decay": 0.0},
     "adafactor": {"weight_decay": 0.0},
 }
-# Settings that some optimizers do not read.
-_UNREAD = {"lion": ("epsilon",), "adafactor": ("epsilon", "beta1", "beta2")}
+# Settings that some optimizers do not read; epsilon may stand, for ai-toolkit writes it for all.
+_UNREAD = {"adafactor": ("beta1", "beta2")}
 _OF_ONE = {"prodigy": "prodigy", "schedulefree": "schedulefree_adamw", "adafactor": "adafactor"}
 
 
@@ -117,7 +117,7 @@ class TrainConfig(Section):
     )
     batch_size: int = Field(1, ge=1, description="pictures in one forward pass")
     gradient_accumulation: int = Field(1, ge=1, description="forward passes in one optimizer update")
-    lr: float = Field(1e-4, gt=0, le=1, description="peak learning rate; of prodigy: 1, and rarely another")
+    lr: float = Field(1e-4, gt=0, le=1, description="peak learning rate")
     lr_scheduler: Literal[
         "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "step"
     ] = Field("constant", description="course of the learning rate")
@@ -199,7 +199,7 @@ class TrainConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _defaults_of_the_optimizer(cls, values: object) -> object:
-        own = _OWN_DEFAULTS.get(values.get("optimizer"), {}) if isinstance(values, dict) else {}
+        own = _OWN_DEFAULTS.get(str(values.get("optimizer")), {}) if isinstance(values, dict) else {}
         return own | values if own else values
 
     @model_validator(mode="after")

@@ -61,8 +61,9 @@ class MomentCodec:
         return block_size + (5 if self.expand else 4)  # codes; amax and k, or scale
 
     def zeros(self, groups: int, block_size: int) -> State:
-        """State tensors of a moment [groups, block_size] that is 0."""
-        return self.encode(paddle.zeros([groups, block_size], dtype="float32"))
+        """State tensors of a moment [groups, block_size] that is 0. All its groups are like one."""
+        one = self.encode(paddle.zeros([1, block_size], dtype="float32"))
+        return {name: part.tile([groups, 1]) for name, part in one.items()}
 
     def encode(self, values: paddle.Tensor, dither: paddle.Tensor | float = 0.5) -> State:
         """float32 [G, B] -> state tensors. `dither` in [0, 1), [1, B] or a number: see `log_encode`."""
@@ -165,7 +166,7 @@ def adamw_step(
     powers = {"beta1": old["beta1"] * hyper.beta1, "beta2": old["beta2"] * hyper.beta2}
     step = {"finite": finite, "dither": dither(count["steps"], param.shape[-1]), **powers}
     for rows in row_pieces(*param.shape):
-        moments = {part: part_of(states[part], rows) for part in ("m1", "m2") if part in states}
+        moments = {part: rows_of_state(states[part], rows) for part in ("m1", "m2") if part in states}
         values = param[rows] if param.dtype == paddle.float32 else param[rows].astype("float32")
         step |= {"lr": number_of(hyper.lr, rows), "weight_decay": number_of(hyper.weight_decay, rows)}
         new = _moved(values, grad[rows], moments, codecs, hyper, step)
@@ -212,7 +213,7 @@ def number_of(value: float | paddle.Tensor, rows: slice) -> float | paddle.Tenso
     return value[rows] if isinstance(value, paddle.Tensor) else value
 
 
-def part_of(state: State, rows: slice) -> State:
+def rows_of_state(state: State, rows: slice) -> State:
     """The part of a moment's state tensors [G, ...], any dtype, that these groups have; it shares their
     memory."""
     return {name: tensor[rows] for name, tensor in state.items()}

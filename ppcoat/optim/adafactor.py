@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import paddle
 
 from ppcoat.errors import ConfigError
-from ppcoat.fp8.adamw import dither, number_of, part_of, replace_where
+from ppcoat.fp8.adamw import dither, number_of, replace_where, rows_of_state
 from ppcoat.fp8.flat import FlatGradient, round_into
 from ppcoat.optim.flat_optimizer import FlatOptimizer
-from ppcoat.optim.settings import SIGNED, FlatSettings, check_number
+from ppcoat.optim.settings import SIGNED, FlatSettings, FP8QuantizationConfig, check_number
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,14 @@ class Adafactor(FlatOptimizer):
         super().__init__(learning_rate, parameters, settings if settings is not None else FlatSettings(0.0))
         counts = factored_counts([param.shape for param in self.space.params])
         self._state["squares"] = {name: paddle.zeros([count]) for name, count in counts.items() if count}
+
+    @classmethod
+    def planned_bytes(
+        cls, shapes: list[Sequence[int]], config: FP8QuantizationConfig, rule: AdafactorSettings | None = None
+    ) -> int:
+        """As FlatOptimizer.planned_bytes."""
+        kinds = {"m1": SIGNED} if rule is not None and rule.beta1 > 0 else {}
+        return 4 * sum(factored_counts(shapes).values()) + config.state_bytes(shapes, kinds=kinds)
 
     def update(self, grad: FlatGradient) -> None:
         """Move parameters and states, where grad.finite (bool [1]), by the gradients [G, B], float32."""
@@ -124,7 +132,7 @@ class Adafactor(FlatOptimizer):
         self, update: paddle.Tensor, rows: slice, spread: paddle.Tensor, finite: paddle.Tensor
     ) -> paddle.Tensor:
         codec = self.fp8_config.by_name(self.kinds)["m1"]
-        state, flat = part_of(self._state["m1"], rows), update.reshape([-1])
+        state, flat = rows_of_state(self._state["m1"], rows), update.reshape([-1])
         missing = (rows.stop - rows.start) * self.space.block_size - flat.size
         padded = paddle.concat([flat, paddle.zeros([missing])]) if missing else flat
         new = codec.decode(state) * self.rule.beta1

@@ -77,13 +77,23 @@ class FP8AdamW(FlatOptimizer):
         return layout if "m1" in self.kinds else layout | {"m1_format": "none (beta1 = 0)"}
 
 
-def update_bytes(parameters: int, on_gpu: bool) -> int:
-    """What a step of FP8AdamW allocates besides for so many float32 parameters. Measured on a CPU, where it
-    works in pieces; calculated for a GPU, whose kernel needs the gradients as one buffer, and their squares
-    before."""
+# Bytes a parameter that a step allocates besides with FP8 states, where all parameters are one piece and
+# where there are several; with float32 states it is less. Measured on a CPU.
+_TRANSIENT = {
+    "adamw": (37.2, 39.3), "lion": (32.2, 33.2), "schedulefree_adamw": (33.1, 37.1), "prodigy": (45.2, 46.3),
+    "adafactor": (8.1, 10.8),
+}  # fmt: skip
+
+
+def update_bytes(parameters: int, on_gpu: bool, optimizer: str = "adamw") -> int:
+    """What a step allocates besides for so many float32 parameters. On a CPU all works in pieces. Calculated
+    for a GPU: the gradients as one buffer, and their squares before; then AdamW's kernel needs no more, and
+    the others, which are plain Paddle, go through pieces."""
+    one, several = _TRANSIENT[optimizer]
+    piece = int(one * parameters if parameters <= PIECE else several * PIECE)
     if on_gpu:
-        return 8 * parameters
-    return int(37.2 * parameters if parameters <= PIECE else 39.3 * PIECE)
+        return 8 * parameters + (0 if optimizer == "adamw" else piece)
+    return piece
 
 
 def _rate_and_parameters(learning_rate: Any, parameters: Any, lr: Any) -> tuple[Any, Any]:

@@ -9,7 +9,7 @@ bfloat16 and float16 parameters. A subclass names its states and says how a piec
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,8 +22,8 @@ from ppcoat.fp8.adamw import (
     dither,
     encode_moments,
     number_of,
-    part_of,
     replace_where,
+    rows_of_state,
 )
 from ppcoat.fp8.flat import CLIPS, LOW_PRECISION, FlatGradient, FlatSpace, round_into, row_pieces
 from ppcoat.optim.settings import (
@@ -108,6 +108,14 @@ class FlatOptimizer(paddle.optimizer.Optimizer):
                 name: paddle.full([1], value, dtype="float64") for name, value in self.numbers.items()
             }
 
+    @classmethod
+    def planned_bytes(
+        cls, shapes: list[Sequence[int]], config: FP8QuantizationConfig, rule: object | None = None
+    ) -> int:
+        """Bytes that state_bytes() gives for parameters of these shapes; allocates nothing. rule: the
+        optimizer's own settings, where they matter."""
+        return config.state_bytes(shapes, kinds=cls.kinds)
+
     @property
     def skipped_steps(self) -> int:
         """Steps skipped so far for a non-finite gradient. Reading it waits for the device."""
@@ -159,7 +167,7 @@ class FlatOptimizer(paddle.optimizer.Optimizer):
         small = {name: number.astype("float32") for name, number in numbers.items()}
         spread, lr = dither(self._state["count"]["steps"], param.shape[-1]), self.get_lr() * self._lr_scale
         for rows in row_pieces(*param.shape):
-            states = {name: part_of(self._state[name], rows) for name in self.kinds}
+            states = {name: rows_of_state(self._state[name], rows) for name in self.kinds}
             values = param[rows] if param.dtype == paddle.float32 else param[rows].astype("float32")
             decay = number_of(self._weight_decay, rows)
             piece = Piece(values, grad[rows], self._decoded(states), number_of(lr, rows), decay)

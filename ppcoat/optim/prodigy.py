@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import paddle
 from paddle.nn import ClipGradByGlobalNorm
 
 from ppcoat.errors import ConfigError
-from ppcoat.fp8.adamw import dither, part_of, replace_where
+from ppcoat.fp8.adamw import dither, replace_where, rows_of_state
 from ppcoat.fp8.flat import FlatGradient, FlatLayout, row_pieces
 from ppcoat.optim.flat_optimizer import FlatOptimizer, Piece
-from ppcoat.optim.settings import POSITIVE, RELATIVE, SIGNED, WEIGHTS, FlatSettings, check_number
+from ppcoat.optim.settings import (
+    POSITIVE,
+    RELATIVE,
+    SIGNED,
+    WEIGHTS,
+    FlatSettings,
+    FP8QuantizationConfig,
+    check_number,
+)
+
+ESTIMATE = {"s": SIGNED, "p0": WEIGHTS}  # how the states are stored that d is estimated from
 
 
 @dataclass(frozen=True)
@@ -76,11 +87,20 @@ class Prodigy(FlatOptimizer):
         if self.rule.slice_p > 1:
             self._sliced = FlatLayout(self._slices(self.space.params), self.fp8_config.block_size)
             self._sliced.params.clear()  # copies, of which it needs the sizes only
-        self._estimate = self.fp8_config.by_name({"s": SIGNED, "p0": WEIGHTS})
+        self._estimate = self.fp8_config.by_name(ESTIMATE)
         self._state |= {name: codec.zeros(*self._sliced.shape) for name, codec in self._estimate.items()}
         with paddle.no_grad():
             start = self._sliced.gather(self._slices(self.space.views(self.space.current())))
             paddle.assign(start, output=self._state["p0"]["values"])
+
+    @classmethod
+    def planned_bytes(
+        cls, shapes: list[Sequence[int]], config: FP8QuantizationConfig, rule: ProdigySettings | None = None
+    ) -> int:
+        """As FlatOptimizer.planned_bytes."""
+        step = 1 if rule is None else rule.slice_p
+        slices = [(-(-math.prod(shape) // step),) for shape in shapes]
+        return config.state_bytes(shapes) + config.state_bytes(slices, kinds=ESTIMATE)
 
     def numbers_of_step(self, grad: FlatGradient) -> dict[str, paddle.Tensor]:
         """As FlatOptimizer.numbers_of_step, float64 scalars [1]: and moves the averaged gradient."""
@@ -143,7 +163,7 @@ class Prodigy(FlatOptimizer):
         for rows in row_pieces(*self._sliced.shape):
             piece = grad[rows]
             values = param[rows].astype("float32") if whole else self._sliced.gather(views, rows)
-            states = part_of(self._state["s"], rows)
+            states = rows_of_state(self._state["s"], rows)
             s = (codec.decode(states) * beta3).add_(piece * small)
             added.append((piece * (self._state["p0"]["values"][rows] - values)).sum(dtype="float64"))
             total.append(s.abs().sum(dtype="float64"))

@@ -7,14 +7,16 @@ model folder that is not there is taken for FLUX.1-dev.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import paddle
 
-from ppcoat.coat import chosen_modules, lokr_settings
+from ppcoat.coat import chosen_modules, lokr_settings, state_config
 from ppcoat.config.schema import NetworkConfig, RunConfig
+from ppcoat.config.training_sections import TrainConfig
 from ppcoat.data.buckets import AREA_TOLERANCE
 from ppcoat.data.examples import all_examples, scan_datasets
 from ppcoat.data.pairs import aside
@@ -27,7 +29,16 @@ from ppcoat.models.loading import check_without_control
 from ppcoat.models.tensor_files import Component, component_config, read_json, tensor_infos
 from ppcoat.nn.base_weight import BASES
 from ppcoat.nn.convert import sublayer_at
-from ppcoat.optim import FP8QuantizationConfig, update_bytes
+from ppcoat.optim import (
+    Adafactor,
+    AdafactorSettings,
+    FP8QuantizationConfig,
+    Lion,
+    Prodigy,
+    ProdigySettings,
+    ScheduleFreeAdamW,
+    update_bytes,
+)
 
 DEV_TOKEN_SIDE = 16  # pixels along a side of the square that a token of FLUX.1-dev stands for
 FLOAT32, BFLOAT16 = 4, 2  # bytes of a value
@@ -179,9 +190,22 @@ def image_tokens(config: RunConfig, token_side: int) -> tuple[int, int]:
     return of_picture + references, references
 
 
+_OTHERS: dict[str, tuple[type, Callable[[TrainConfig], object] | None]] = {
+    "lion": (Lion, None),
+    "schedulefree_adamw": (ScheduleFreeAdamW, None),
+    "prodigy": (Prodigy, lambda train: ProdigySettings(slice_p=train.prodigy.slice_p)),
+    "adafactor": (Adafactor, lambda train: AdafactorSettings(beta1=train.adafactor.beta1)),
+}
+
+
 def optimizer_bytes(config: RunConfig, shapes: list[tuple[int, int]], on_gpu: bool) -> tuple[int, int]:
-    """States of AdamW or FP8AdamW for parameters of these shapes; transient bytes of an update."""
-    parameters = FLOAT32 * sum(map(math.prod, shapes))
+    """States of the config's optimizer for parameters of these shapes; transient bytes of an update."""
+    parameters, train = FLOAT32 * sum(map(math.prod, shapes)), config.train
+    if train.optimizer in _OTHERS:
+        states = state_config(config.coat, config.uses_fp8_optimizer)
+        optimizer, rule = _OTHERS[train.optimizer]
+        held = optimizer.planned_bytes(shapes, states, None if rule is None else rule(train))
+        return held, update_bytes(parameters // FLOAT32, on_gpu, train.optimizer)
     if not config.uses_fp8_optimizer:
         return 2 * parameters, parameters if config.train.max_grad_norm else 0
     states = config.coat.optimizer

@@ -153,7 +153,7 @@ REFUSED = [
     ("datasets[].do_audio", "true", "false"), ("datasets[].poi", "face", "null"),
     ("train.gradient_accumulation_steps", "-1", "1"), ("train.train_unet", "false", "true"),
     ("train.train_text_encoder", "true", "false"), ("train.noise_scheduler", "ddpm", "flowmatch"),
-    ("train.optimizer", "prodigy", "adamw"), ("train.lr_scheduler", "linear", "constant"),
+    ("train.optimizer", "dadaptadam", "adamw"), ("train.lr_scheduler", "linear", "constant"),
     ("train.lr_scheduler", "step", "constant"),
     ("train.lr_scheduler_params", "{factor: 0.5}", "{factor: 1.0}"),
     ("train.dtype", "fp16", "bf16"),
@@ -322,9 +322,40 @@ def test_what_tunes_references_and_masks_needs_them(load, warnings, key, value, 
         assert load(override(key, value)) == load() and not warnings(override(key, value))
 
 
+# optimizer, key of train.optimizer_params, value -> our setting in train and its value
+OF_OPTIMIZERS = [
+    ("prodigy", "d0", "1e-5", "prodigy.d0", 1e-5),
+    ("prodigy", "d_coef", "0.5", "prodigy.d_coef", 0.5),
+    ("prodigy", "growth_rate", "1.02", "prodigy.growth_rate", 1.02),
+    ("prodigy", "beta3", "0.99", "prodigy.beta3", 0.99),
+    ("prodigy", "slice_p", "11", "prodigy.slice_p", 11),
+    ("prodigy", "use_bias_correction", "true", "prodigy.use_bias_correction", True),
+    ("prodigy", "safeguard_warmup", "true", "prodigy.safeguard_warmup", True),
+    ("prodigy", "decouple", "true", "optimizer", "prodigy"),
+    ("Prodigy8bit", "eps", "1e-7", "epsilon", 1e-7),
+    ("AdaFactor", "clip_threshold", "0.8", "adafactor.clip_threshold", 0.8),
+    ("adafactor", "decay_rate", "-0.7", "adafactor.decay_rate", -0.7),
+    ("adafactor", "scale_parameter", "true", "adafactor.scale_parameter", True),
+    ("adafactor", "relative_step", "true", "adafactor.relative_step", True),
+    ("adafactor", "warmup_init", "false", "adafactor.warmup_init", False),
+    ("adafactor", "beta1", "0.9", "adafactor.beta1", 0.9),
+    ("adafactor", "eps", "[1e-28, 0.01]", "adafactor.eps2", 0.01),
+    ("AdamWScheduleFree", "r", "0.5", "schedulefree.r", 0.5),
+    ("schedulefree_adamw", "weight_lr_power", "1.0", "schedulefree.weight_lr_power", 1.0),
+    ("AdamWScheduleFree", "warmup_steps", "7", "lr_warmup_steps", 7),
+]
+
+
+@pytest.mark.parametrize(("optimizer", "key", "value", "ours", "expected"), OF_OPTIMIZERS)
+def test_parameters_of_optimizers_reach_our_settings(load, optimizer, key, value, ours, expected):
+    found = setting(load(f"train.optimizer={optimizer}", f"train.optimizer_params.{key}={value}").train, ours)
+    assert found == expected and type(found) is type(expected)
+
+
 def test_the_lists_above_hold_every_key_of_the_table_and_no_other():
     rows = (*HONOURED, *WARNED, *REFUSED, *TUNING)
     tried = {row[0] for row in rows} | set(IDLE) | ALWAYS_SO
+    tried |= {f"train.optimizer_params.{row[1]}" for row in OF_OPTIMIZERS}
     tried.add("train.diff_output_preservation")  # wants a trigger word: below
     assert tried == set(KEYS)
 
