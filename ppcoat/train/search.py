@@ -13,7 +13,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from ppcoat.atomic import write_text
@@ -54,6 +54,15 @@ class TuneFlags:
         shows_default=False,
     )  # fmt: skip
     overrides: list[str] = set_flag()
+
+    def command(self) -> str:
+        """As it was called, without flags that say the default."""
+        said = ["python -m ppcoat tune", self.config, "--budget", self.budget]
+        for each in fields(self)[2:-1]:
+            value, default = getattr(self, each.name), getattr(type(self)(config=""), each.name)
+            if value != default:
+                said += [f"--{each.name}", *map(str, value if isinstance(value, list) else [value])]
+        return " ".join([*said, *(f"--set {each}" for each in self.overrides)])
 
 
 @dataclass(frozen=True, order=True)
@@ -168,13 +177,14 @@ def plan_rounds(space: Space, costs: Costs, seconds: float, steps: int, least: i
     found = [_longest(count, costs, seconds * (1 - RESERVE), steps, more) for count in space.counts()]
     good = [each for each in found if each.steps[0] >= max(least, WANTED_UPDATES)]
     rounds = good[0] if good else found[-1]
-    if rounds.steps[0] < min(least, steps):
-        count, doubled = space.counts()[-1], len(rounds.keep) - 1
-        shortest = halving(count, min(steps, ((least - 1) << doubled) + 1))
+    shortest = halving(space.counts()[-1], steps)
+    if shortest.steps[0] > least:
+        shortest = halving(shortest.keep[0], ((least - 1) << (len(shortest.keep) - 1)) + 1)
+    if rounds.steps[-1] < shortest.steps[-1]:
         wanted = shortest.seconds(costs, more) / (1 - RESERVE)
         raise ConfigError(
-            f"--budget is too short: {count} settings with a first round of {shortest.steps[0]} updates at "
-            f"{costs.step:.2g} s and validations of {costs.evaluation:.2g} s (measured) want "
+            f"--budget is too short: {shortest.keep[0]} settings with a first round of {shortest.steps[0]} "
+            f"updates at {costs.step:.2g} s and validations of {costs.evaluation:.2g} s (measured) want "
             f"{told_seconds(wanted)} beside what is used already; give more, or fewer --ranks"
         )
     return rounds
@@ -190,10 +200,10 @@ def _longest(count: int, costs: Costs, seconds: float, steps: int, more: int) ->
     return halving(count, low)
 
 
-def draws_of(losses: int, costs: Costs) -> int:
+def draws_of(losses: int, costs: Costs, seconds: float) -> int:
     """Noises for each picture of a validation which with one has so many losses and these costs: enough for
-    WANTED_LOSSES, but no more than take as long as WANTED_UPDATES."""
-    affordable = int(WANTED_UPDATES * costs.step / costs.evaluation)
+    WANTED_LOSSES, but no more than take as long as WANTED_UPDATES or a hundredth of all seconds."""
+    affordable = int(min(WANTED_UPDATES * costs.step, seconds / 100) / costs.evaluation)
     return max(1, min(math.ceil(WANTED_LOSSES / losses), affordable))
 
 

@@ -79,10 +79,17 @@ def test_too_short_a_budget_is_told_what_would_do():
         plan_rounds(SPACE, COSTS, wanted - 2, steps=600)
 
 
+def test_a_short_run_has_short_rounds():
+    assert plan_rounds(SPACE, COSTS, 100, steps=8).steps == (2, 4, 8)
+    with pytest.raises(ConfigError, match="8 settings with a first round of 2 updates"):
+        plan_rounds(SPACE, COSTS, 60, steps=8)
+
+
 def test_a_validation_has_enough_losses_and_takes_no_longer_than_a_round():
-    assert draws_of(96, COSTS) == 3 and draws_of(300, COSTS) == 1  # for 256
-    assert draws_of(8, COSTS) == 10  # 40 updates take 20 s
-    assert draws_of(8, Costs(0.01, 2.0, 0.0)) == 1
+    assert draws_of(96, COSTS, 3600) == 3 and draws_of(300, COSTS, 3600) == 1  # for 256
+    assert draws_of(8, COSTS, 3600) == 10  # 40 updates take 20 s
+    assert draws_of(8, COSTS, 600) == 3
+    assert draws_of(8, Costs(0.01, 2.0, 0.0), 60) == 1
 
 
 @pytest.mark.parametrize("count", [8, 16, 32])

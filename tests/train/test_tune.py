@@ -352,8 +352,12 @@ def test_the_best_settings_are_a_whole_config(make_config, tmp_path, monkeypatch
     assert best.cache_folder == config.cache_folder and any(config.cache_folder.iterdir())
     rows = [line for line in out.splitlines() if "steps" in line or "best" in line]
     comment = (folder / "best.yaml").read_text().partition("\nname:")[0]
-    assert "python -m ppcoat tune run.yaml --budget 600s" in comment and rows[-1] in out
-    assert f"{folder}/trials/lr0.01_r{rank}_coat/lr0.01_r{rank}_coat.safetensors" in out
+    assert (
+        "tune run.yaml --budget 600s --lr_span 1.0 --ranks 2 4 --hold_out 1: train.lr" in comment
+        and rows[-1] in out
+    )
+    name = f"lr0.01_r{rank}_coat"
+    assert (folder / "trials" / name / f"{name}.safetensors").exists() and f"{folder}/trials/{name}\n" in out
     assert f"train with the best: python -m ppcoat train {folder / 'best.yaml'}" in out
 
     (folder / "best.yaml").unlink()
