@@ -23,7 +23,7 @@ from ppcoat.errors import ConfigError
 MOST_SETTINGS = 32
 LEAST_UPDATES = 20  # of the first round: fewer do not tell settings apart
 WANTED_UPDATES = 40  # of the first round, for more settings rather than fewer
-BEYOND = (10 ** (1 / 3), 10 ** (2 / 3), 10.0)  # factors of a learning rate at the edge that was the best
+BEYOND = (1 / 3, 2 / 3, 1)  # powers of the span, beyond a learning rate at the edge that was the best
 EXTENSIONS = 2  # how often the edge may move
 WANTED_LOSSES = 256  # of a validation; how far they tell settings apart: docs/training.md
 RESERVE = 0.1  # of the budget, for steps that are slower than those that were measured
@@ -117,13 +117,13 @@ class Space:
 
     def beyond(self, losses: Mapping[Candidate, float]) -> list[Candidate]:
         """More settings where the best of these has the smallest or largest learning rate of all: others
-        like it, up to ten times beyond."""
+        like it, up to a span beyond."""
         best = min(losses, key=lambda each: (losses[each], each))
         lrs = {each.lr for each in losses}
         if self.span == 1 or not math.isfinite(losses[best]) or min(lrs) < best.lr < max(lrs):
             return []
-        factors = BEYOND if best.lr == max(lrs) else [1 / factor for factor in BEYOND]
-        more = [rounded(best.lr * factor) for factor in factors]
+        sign = 1 if best.lr == max(lrs) else -1
+        more = [rounded(best.lr * self.span ** (sign * power)) for power in BEYOND]
         return [Candidate(lr, best.rank, best.policy) for lr in more if lr <= 1]
 
 

@@ -131,6 +131,7 @@ def test_the_edge_moves_while_the_best_stands_there():
     assert SPACE.beyond(losses | {more[0]: math.inf}) == []
     falling = {each: -loss for each, loss in losses.items()}
     assert [each.lr for each in SPACE.beyond(falling)] == [4.642e-5, 2.154e-5, 1e-5]
+    assert [each.lr for each in replace(SPACE, span=8.0).beyond(losses)] == [0.02, 0.04, 0.08]
     assert SPACE.beyond({each: math.inf for each in losses}) == []
     assert SPACE.beyond({Candidate(0.5, 8, "coat"): 1.0, OWN: 2.0}) == []  # none up to 1
 

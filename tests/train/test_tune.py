@@ -1,10 +1,12 @@
 """`tune`: what a trial learns is what `train` teaches, the base stays as it was, and a search that was
 stopped anywhere takes the same decisions. A slow test searches for real."""
 
+import gc
 import json
 import math
 import os
 import signal
+import weakref
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -124,8 +126,8 @@ def test_the_recent_mean_weighs_with_the_fourth_power():
     mean = RecentMean({"w": parameter}, lambda: done)
     for value in np.random.default_rng(0).standard_normal([9, 3]).astype("float32"):
         paddle.assign(paddle.to_tensor(value), output=parameter)
-        mean.update()
         done += 1
+        mean.update()
         history.append(value)
     # polynomial decay: of update t the weight t (t + 1) (t + 2) (t + 3), made to sum to one
     weights = np.array([math.prod(range(t, t + 4)) for t in range(1, 10)], dtype=np.float64)
@@ -167,6 +169,22 @@ def test_what_diverges_is_the_worst(opened, monkeypatch):
     assert not adapter_layers(trials.pipeline.transformer)
     nothing = SimpleNamespace(losses=lambda model: {"validation_loss": math.nan})
     assert trials.loss(OTHER, 0, 4, nothing) == math.inf
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_an_adapter_that_left_takes_no_memory(opened, schedule):
+    """At once: a card has no room for two."""
+    trials = opened(f"train.lr_scheduler={schedule}", hold_out=1)
+    gc.disable()
+    try:
+        with trials.trainer(OWN, 4) as trainer:
+            trainer.train_step()
+            layer = next(iter(adapter_layers(trainer.model).values()))
+            left = [weakref.ref(each) for each in (trainer, layer, trainer.state)]
+        del trainer, layer
+        assert [each() for each in left] == [None, None, None]
+    finally:
+        gc.enable()
 
 
 def test_held_out_pictures_are_not_trained_on(opened):
