@@ -188,7 +188,7 @@ class RunningMean:
 class RecentMean(RunningMean):
     """A mean over about the last third of all updates, however many they are: weights grow with the fourth
     power of the number of the update (polynomial decay, arXiv 1212.1824). parameters as RunningMean has them;
-    updates(): those done before this one."""
+    updates(): those done, with this one."""
 
     def __init__(self, parameters: Mapping[str, paddle.Tensor], updates: Callable[[], int]) -> None:
         super().__init__(parameters, 0.0)
@@ -197,7 +197,7 @@ class RecentMean(RunningMean):
     def update(self) -> None:
         """After an update of the parameters."""
         done = self._updates()
-        self.decay = done / (done + 5)
+        self.decay = (done - 1) / (done + 4)
         super().update()
 
 

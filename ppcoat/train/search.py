@@ -13,7 +13,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from ppcoat.atomic import write_text
@@ -23,7 +23,7 @@ from ppcoat.errors import ConfigError
 MOST_SETTINGS = 32
 LEAST_UPDATES = 20  # of the first round: fewer do not tell settings apart
 WANTED_UPDATES = 40  # of the first round, for more settings rather than fewer
-BEYOND = (10 ** (1 / 3), 10 ** (2 / 3), 10.0)  # factors of a learning rate at the edge that was the best
+BEYOND = (1 / 3, 2 / 3, 1)  # powers of the span, beyond a learning rate at the edge that was the best
 EXTENSIONS = 2  # how often the edge may move
 WANTED_LOSSES = 256  # of a validation; how far they tell settings apart: docs/training.md
 RESERVE = 0.1  # of the budget, for steps that are slower than those that were measured
@@ -54,6 +54,15 @@ class TuneFlags:
         shows_default=False,
     )  # fmt: skip
     overrides: list[str] = set_flag()
+
+    def command(self) -> str:
+        """As it was called, without flags that say the default."""
+        said = ["python -m ppcoat tune", self.config, "--budget", self.budget]
+        for each in fields(self)[2:-1]:
+            value, default = getattr(self, each.name), getattr(type(self)(config=""), each.name)
+            if value != default:
+                said += [f"--{each.name}", *map(str, value if isinstance(value, list) else [value])]
+        return " ".join([*said, *(f"--set {each}" for each in self.overrides)])
 
 
 @dataclass(frozen=True, order=True)
@@ -108,13 +117,13 @@ class Space:
 
     def beyond(self, losses: Mapping[Candidate, float]) -> list[Candidate]:
         """More settings where the best of these has the smallest or largest learning rate of all: others
-        like it, up to ten times beyond."""
+        like it, up to a span beyond."""
         best = min(losses, key=lambda each: (losses[each], each))
         lrs = {each.lr for each in losses}
         if self.span == 1 or not math.isfinite(losses[best]) or min(lrs) < best.lr < max(lrs):
             return []
-        factors = BEYOND if best.lr == max(lrs) else [1 / factor for factor in BEYOND]
-        more = [rounded(best.lr * factor) for factor in factors]
+        sign = 1 if best.lr == max(lrs) else -1
+        more = [rounded(best.lr * self.span ** (sign * power)) for power in BEYOND]
         return [Candidate(lr, best.rank, best.policy) for lr in more if lr <= 1]
 
 
@@ -168,13 +177,14 @@ def plan_rounds(space: Space, costs: Costs, seconds: float, steps: int, least: i
     found = [_longest(count, costs, seconds * (1 - RESERVE), steps, more) for count in space.counts()]
     good = [each for each in found if each.steps[0] >= max(least, WANTED_UPDATES)]
     rounds = good[0] if good else found[-1]
-    if rounds.steps[0] < min(least, steps):
-        count, doubled = space.counts()[-1], len(rounds.keep) - 1
-        shortest = halving(count, min(steps, ((least - 1) << doubled) + 1))
+    shortest = halving(space.counts()[-1], steps)
+    if shortest.steps[0] > least:
+        shortest = halving(shortest.keep[0], ((least - 1) << (len(shortest.keep) - 1)) + 1)
+    if rounds.steps[-1] < shortest.steps[-1]:
         wanted = shortest.seconds(costs, more) / (1 - RESERVE)
         raise ConfigError(
-            f"--budget is too short: {count} settings with a first round of {shortest.steps[0]} updates at "
-            f"{costs.step:.2g} s and validations of {costs.evaluation:.2g} s (measured) want "
+            f"--budget is too short: {shortest.keep[0]} settings with a first round of {shortest.steps[0]} "
+            f"updates at {costs.step:.2g} s and validations of {costs.evaluation:.2g} s (measured) want "
             f"{told_seconds(wanted)} beside what is used already; give more, or fewer --ranks"
         )
     return rounds
@@ -190,10 +200,10 @@ def _longest(count: int, costs: Costs, seconds: float, steps: int, more: int) ->
     return halving(count, low)
 
 
-def draws_of(losses: int, costs: Costs) -> int:
+def draws_of(losses: int, costs: Costs, seconds: float) -> int:
     """Noises for each picture of a validation which with one has so many losses and these costs: enough for
-    WANTED_LOSSES, but no more than take as long as WANTED_UPDATES."""
-    affordable = int(WANTED_UPDATES * costs.step / costs.evaluation)
+    WANTED_LOSSES, but no more than take as long as WANTED_UPDATES or a hundredth of all seconds."""
+    affordable = int(min(WANTED_UPDATES * costs.step, seconds / 100) / costs.evaluation)
     return max(1, min(math.ceil(WANTED_LOSSES / losses), affordable))
 
 

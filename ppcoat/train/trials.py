@@ -90,7 +90,8 @@ class Trials:
         try:
             trainer = build_trainer(self.spec, config, self.pipeline, self.cache, start=start)
             if takes_mean(config):
-                trainer.state.ema = RecentMean(trainer.side.parameters, lambda: trainer.step)
+                schedule = trainer.side.schedule  # not the trainer: a circle would outlive the trial
+                trainer.state.ema = RecentMean(trainer.side.parameters, lambda: schedule.last_epoch)
             yield trainer
         finally:
             for path, layer in layers.items():

@@ -82,8 +82,8 @@ def tune(config: RunConfig, flags: TuneFlags) -> None:
     best = folder / "best.yaml"
     write_text(best, _best_yaml(config, flags, winner, lines))
     script = {"flux": "train", "newbie": "train-newbie --config_file"}[config.model.family]
-    for file in sorted(trials.folder(winner).glob("*.safetensors")):
-        lines.append(f"the best one's adapter, as the last round left it: {file}")
+    if any(trials.folder(winner).glob("*.safetensors")):
+        lines.append(f"its adapter, as the last round left it: {trials.folder(winner)}")
     print(*lines, f"train with the best: python -m ppcoat {script} {best}", sep="\n")
 
 
@@ -220,7 +220,7 @@ class Search:
         trials.open()
         costs = trials.measured(replace(space.own, rank=max(space.ranks)))
         validation = trials.validation
-        journal.draws = draws_of(len(validation.pictures) * len(validation.sigmas), costs)
+        journal.draws = draws_of(len(validation.pictures) * len(validation.sigmas), costs, self.budget)
         journal.costs = replace(costs, evaluation=costs.evaluation * journal.draws)
         total = trials.config.train.steps
         rounds = plan_rounds(space, journal.costs, self.budget - self._seconds(), total)
@@ -301,8 +301,7 @@ def _best_yaml(config: RunConfig, flags: TuneFlags, winner: Candidate, lines: li
     new = {"name": name if len(name.encode()) <= MOST_NAME_BYTES else config.name}
     if any(data.cache_to_disk for data in config.datasets):
         new["cache_dir"] = str(config.cache_folder)  # the encodings are there already
-    overrides = "".join(f" --set {each}" for each in flags.overrides)
-    said = [f"python -m ppcoat tune {flags.config} --budget {flags.budget}{overrides} chose train.lr,"
-            f" network.linear, linear_alpha and coat.activation.policy", *lines]  # fmt: skip
+    said = [f"found by {flags.command()}: train.lr, network.linear and linear_alpha"
+            + (", coat.activation.policy" if flags.policies else ""), *lines]  # fmt: skip
     comment = "".join(f"# {printable(line)}\n" for line in said)
     return comment + dump_config(with_candidate(config, winner).model_copy(update=new))

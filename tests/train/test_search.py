@@ -79,10 +79,17 @@ def test_too_short_a_budget_is_told_what_would_do():
         plan_rounds(SPACE, COSTS, wanted - 2, steps=600)
 
 
+def test_a_short_run_has_short_rounds():
+    assert plan_rounds(SPACE, COSTS, 100, steps=8).steps == (2, 4, 8)
+    with pytest.raises(ConfigError, match="8 settings with a first round of 2 updates"):
+        plan_rounds(SPACE, COSTS, 60, steps=8)
+
+
 def test_a_validation_has_enough_losses_and_takes_no_longer_than_a_round():
-    assert draws_of(96, COSTS) == 3 and draws_of(300, COSTS) == 1  # for 256
-    assert draws_of(8, COSTS) == 10  # 40 updates take 20 s
-    assert draws_of(8, Costs(0.01, 2.0, 0.0)) == 1
+    assert draws_of(96, COSTS, 3600) == 3 and draws_of(300, COSTS, 3600) == 1  # for 256
+    assert draws_of(8, COSTS, 3600) == 10  # 40 updates take 20 s
+    assert draws_of(8, COSTS, 600) == 3
+    assert draws_of(8, Costs(0.01, 2.0, 0.0), 60) == 1
 
 
 @pytest.mark.parametrize("count", [8, 16, 32])
@@ -124,6 +131,7 @@ def test_the_edge_moves_while_the_best_stands_there():
     assert SPACE.beyond(losses | {more[0]: math.inf}) == []
     falling = {each: -loss for each, loss in losses.items()}
     assert [each.lr for each in SPACE.beyond(falling)] == [4.642e-5, 2.154e-5, 1e-5]
+    assert [each.lr for each in replace(SPACE, span=8.0).beyond(losses)] == [0.02, 0.04, 0.08]
     assert SPACE.beyond({each: math.inf for each in losses}) == []
     assert SPACE.beyond({Candidate(0.5, 8, "coat"): 1.0, OWN: 2.0}) == []  # none up to 1
 

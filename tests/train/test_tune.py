@@ -1,10 +1,12 @@
 """`tune`: what a trial learns is what `train` teaches, the base stays as it was, and a search that was
 stopped anywhere takes the same decisions. A slow test searches for real."""
 
+import gc
 import json
 import math
 import os
 import signal
+import weakref
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -124,8 +126,8 @@ def test_the_recent_mean_weighs_with_the_fourth_power():
     mean = RecentMean({"w": parameter}, lambda: done)
     for value in np.random.default_rng(0).standard_normal([9, 3]).astype("float32"):
         paddle.assign(paddle.to_tensor(value), output=parameter)
-        mean.update()
         done += 1
+        mean.update()
         history.append(value)
     # polynomial decay: of update t the weight t (t + 1) (t + 2) (t + 3), made to sum to one
     weights = np.array([math.prod(range(t, t + 4)) for t in range(1, 10)], dtype=np.float64)
@@ -167,6 +169,22 @@ def test_what_diverges_is_the_worst(opened, monkeypatch):
     assert not adapter_layers(trials.pipeline.transformer)
     nothing = SimpleNamespace(losses=lambda model: {"validation_loss": math.nan})
     assert trials.loss(OTHER, 0, 4, nothing) == math.inf
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_an_adapter_that_left_takes_no_memory(opened, schedule):
+    """At once: a card has no room for two."""
+    trials = opened(f"train.lr_scheduler={schedule}", hold_out=1)
+    gc.disable()
+    try:
+        with trials.trainer(OWN, 4) as trainer:
+            trainer.train_step()
+            layer = next(iter(adapter_layers(trainer.model).values()))
+            left = [weakref.ref(each) for each in (trainer, layer, trainer.state)]
+        del trainer, layer
+        assert [each() for each in left] == [None, None, None]
+    finally:
+        gc.enable()
 
 
 def test_held_out_pictures_are_not_trained_on(opened):
@@ -352,8 +370,12 @@ def test_the_best_settings_are_a_whole_config(make_config, tmp_path, monkeypatch
     assert best.cache_folder == config.cache_folder and any(config.cache_folder.iterdir())
     rows = [line for line in out.splitlines() if "steps" in line or "best" in line]
     comment = (folder / "best.yaml").read_text().partition("\nname:")[0]
-    assert "python -m ppcoat tune run.yaml --budget 600s" in comment and rows[-1] in out
-    assert f"{folder}/trials/lr0.01_r{rank}_coat/lr0.01_r{rank}_coat.safetensors" in out
+    assert (
+        "tune run.yaml --budget 600s --lr_span 1.0 --ranks 2 4 --hold_out 1: train.lr" in comment
+        and rows[-1] in out
+    )
+    name = f"lr0.01_r{rank}_coat"
+    assert (folder / "trials" / name / f"{name}.safetensors").exists() and f"{folder}/trials/{name}\n" in out
     assert f"train with the best: python -m ppcoat train {folder / 'best.yaml'}" in out
 
     (folder / "best.yaml").unlink()
