@@ -6,7 +6,8 @@ loaded.
     a red dress --w 1024 --h 768 --d 7 --s 28 --n blurry
 
 A column is a field of Drawing, under any of its names in COLUMNS; what a line leaves out is as the command's
-flags say. The flags in a line of text are those of kohya's and ai-toolkit's sample prompts. Theirs that mean
+flags say; several references stand in a list of JSON. The flags in a line of text are those of kohya's and
+ai-toolkit's sample prompts. Theirs that mean
 another thing in each (--l), or ask for what is not done here, are refused by name.
 """
 
@@ -39,6 +40,10 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "guidance_scale": ("guidance", "g"),
     "true_cfg_scale": ("true_cfg",),
     "lora_scale": ("lora_strength", "network_multiplier", "m", "am"),
+    "image": ("init_image",),
+    "mask": ("mask_image",),
+    "strength": ("denoising_strength",),
+    "reference": ("ctrl_img",),
 }
 SIZE, NAME = "size", "name"  # columns that are no field
 RESERVED = re.compile(r"contact(_\d+)?")  # names of the contact sheets
@@ -240,8 +245,9 @@ def _read(name: str, value: Any, kind: Any) -> Any:
     """The value of a field of Drawing whose type is `kind`, of one for list[...], or None."""
     kinds = str(kind)
     if "str" in kinds:
-        text = _text(name, value)
-        return [text] if "list" in kinds else text
+        several = value if name == "reference" and isinstance(value, list) else [value]
+        texts = [_text(name, each) for each in several]
+        return texts if "list" in kinds else texts[0]
     if "list" in kinds:
         values = value if isinstance(value, list) else re.split(r"[\s,;]+", str(value).strip())
         return [_number(name, each) for each in values]
