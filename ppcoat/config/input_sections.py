@@ -47,7 +47,7 @@ class ModelConfig(Section):
     vae: VAEPlace = None
     tokenizers: TokenizerPlaces = ()
     family: Literal["flux", "newbie"] = Field("flux", description="which model it is: FLUX.1 or NewBie-image")
-    arch: Literal["auto", "flux", "flux_kontext"] = Field(
+    arch: Literal["auto", "flux_kontext"] = Field(
         "auto",
         description="flux_kontext: FLUX.1 Kontext, whose LoRA is marked as one; auto: as the folder says",
     )

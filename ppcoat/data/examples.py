@@ -78,7 +78,7 @@ def scan_datasets(config: RunConfig) -> list[Dataset]:
     datasets = []
     for data in config.datasets:
         asked = data.folder_path, data.caption_ext, data.default_caption, data.skip_bad, aside(data)
-        beside = *asked, data.control_transparent_color, data.alpha_mask, data.invert_mask
+        beside = *asked, data.control_path, data.control_transparent_color, data.alpha_mask, data.invert_mask
         if asked not in scanned:
             scanned[asked] = scan_folder(*asked)
         if beside not in paired:
@@ -158,11 +158,7 @@ def data_report(datasets: Sequence[Dataset]) -> str:
     examples = all_examples(datasets)
     per_epoch = sum(example.repeats for example in examples)
     lines = [f"data: {_count(len(examples), 'picture')} to encode, {per_epoch} per epoch"]
-    lines += _shortened([_dataset_line(each) for each in datasets], _DATASET_ROWS, "dataset")
-    pairs = [line for each in datasets for line in pair_lines(
-        each.config, each.images.items, each.companions,
-        {example.item.image_path: example.size for example in each.examples})]  # fmt: skip
-    lines += _shortened(pairs, _PAIR_ROWS, "line of pairs")
+    lines += _dataset_lines(datasets)
     lines += _bucket_table(examples)
     lines += _crop_warning(examples)
     lines += _small_warning(examples)
@@ -170,6 +166,21 @@ def data_report(datasets: Sequence[Dataset]) -> str:
     lines += _shortened([f"  note: {printable(note)}" for note in notes], _NOTES, "note")
     lines += _captions(examples)
     return "\n".join(lines)
+
+
+def _dataset_lines(datasets: Sequence[Dataset]) -> list[str]:
+    """A line for each dataset, and below it what goes with its pictures, once for all sizes of a folder."""
+    rows, beside = [], {}
+    for each in datasets[:_DATASET_ROWS]:
+        sizes = {example.item.image_path: example.size for example in each.examples}
+        own = [(each.config.folder_path, line)
+               for line in pair_lines(each.config, each.images.items, each.companions, sizes)]  # fmt: skip
+        new = [key for key in own if key not in beside]
+        beside |= dict.fromkeys(new)
+        rows += [_dataset_line(each), *(line for _, line in new)]
+    rows = _shortened(rows, _DATASET_ROWS + _PAIR_ROWS, "line")
+    more = len(datasets) - _DATASET_ROWS
+    return rows if more <= 0 else [*rows, f"  ... and {_count(more, 'more dataset')}"]
 
 
 def _dataset_line(dataset: Dataset) -> str:

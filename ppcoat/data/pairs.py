@@ -328,8 +328,9 @@ def _cropped(items: Sequence[Item], found: dict[Path, Companions], sizes: dict[P
     if not cut:
         return []
     share, worst = max(shares, key=lambda pair: pair[0])
+    are = "reference is" if len(cut) == 1 else "references are"
     return [
-        f"    warning: {len(cut)} references are cropped by more than 10%, most {printable(worst.path.name)} "
+        f"    warning: {len(cut)} {are} cropped by more than 10%, most {printable(worst.path.name)} "
         f"({share:.0%}); full_size_control_images: false shows them whole"
     ]
 

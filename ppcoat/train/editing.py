@@ -39,9 +39,8 @@ def is_fill(files: FluxFiles) -> bool:
 def is_kontext(config: RunConfig, files: FluxFiles) -> bool:
     """Whether the model is FLUX.1 Kontext, as model.arch says or the folder itself."""
     index = files.base / "model_index.json"
-    if config.model.arch != "auto" or not index.is_file():
-        return config.model.arch == "flux_kontext"
-    return read_json(index).get("_class_name") == "FluxKontextPipeline"
+    said = read_json(index).get("_class_name") if index.is_file() else None
+    return config.model.arch == "flux_kontext" or said == "FluxKontextPipeline"
 
 
 def check_fill(config: RunConfig) -> None:
@@ -88,7 +87,7 @@ def masked_encoder(pipeline: Any) -> EncodeMasked:
     return encode
 
 
-def pipeline_class(config: RunConfig, files: FluxFiles) -> type[FluxPipeline]:
+def drawing_class(config: RunConfig, files: FluxFiles) -> type[FluxPipeline]:
     """What encodes, and draws the run's previews."""
     if is_fill(files):
         return FluxFillPipeline

@@ -68,7 +68,7 @@ class FluxSpec(ModelSpec):
     def load_encoders(self, config: RunConfig, dtype: str | None) -> FluxPipeline:
         """T5, CLIP and the VAE."""
         files = _files(config)
-        pipeline = editing.pipeline_class(config, files)
+        pipeline = editing.drawing_class(config, files)
         return pipeline.from_pretrained(files, dtype, without=("transformer",))
 
     def encoders(self, config: RunConfig, pipeline: FluxPipeline) -> Encoders:

@@ -240,7 +240,7 @@ def test_the_report_says_what_is_there_what_lacks_and_what_looks_odd(draw, noise
     assert lines[2:7] == [
         "    a reference at the size of the picture beside 2 of 8 pictures; trained without: 2.png, 3.png, "
         "4.png, 5.png, 6.png and 1 more",
-        "    warning: 1 references are cropped by more than 10%, most 0.png (50%); full_size_control_images: "
+        "    warning: 1 reference is cropped by more than 10%, most 0.png (50%); full_size_control_images: "
         "false shows them whole",
         "    masks of 3 of 8 pictures, white 0% to 100%; without one, all counts: 3.png, 4.png, 5.png, "
         "6.png, 7.png",
