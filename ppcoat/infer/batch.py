@@ -27,7 +27,7 @@ from ppcoat.data.cache import folder_identity
 from ppcoat.data.embedding_store import content_key, file_digest
 from ppcoat.device import default_dtype
 from ppcoat.infer.drawers import Drawer
-from ppcoat.infer.prompts import COLUMNS, Picture
+from ppcoat.infer.prompts import COLUMNS, ListedPicture
 from ppcoat.lora.files import CONFIG, adapter_file
 from ppcoat.models.flux.files import FluxFiles
 
@@ -47,7 +47,7 @@ class Batch:
     def __init__(
         self,
         drawing: Any,
-        pictures: Sequence[Picture],
+        pictures: Sequence[ListedPicture],
         folder: Path,
         model: FluxFiles | Path,
         dtype: str | None,
@@ -74,7 +74,7 @@ class Batch:
             print(page)
         return files
 
-    def settings(self, picture: Picture) -> dict[str, Any]:
+    def settings(self, picture: ListedPicture) -> dict[str, Any]:
         """What decides the picture, as it stands in its PNG."""
         left_out = (*_DECIDES_NOTHING, *_MODEL, _LORAS, *_PICTURE_FILES)
         own = {f.name: getattr(picture.drawing, f.name) for f in fields(picture.drawing)}
@@ -94,7 +94,9 @@ class Batch:
                 found[name] = found.get(name, "") + self._digests[file]
         return found
 
-    def _draw(self, pictures: Sequence[Picture], files: Sequence[Path], load: Callable[[], Drawer]) -> None:
+    def _draw(
+        self, pictures: Sequence[ListedPicture], files: Sequence[Path], load: Callable[[], Drawer]
+    ) -> None:
         start, done = time.perf_counter(), 0
         try:
             drawer = load()

@@ -1,5 +1,5 @@
-"""A list of pictures to draw, .jsonl, .csv or .txt -> one `Picture` each, all of it checked before a model is
-loaded.
+"""A list of pictures to draw, .jsonl, .csv or .txt -> one `ListedPicture` each, all of it checked before a
+model is loaded.
 
     {"prompt": "a red dress", "seed": 7, "size": "1024x768", "lora_scale": [0.8, 0.5], "name": "dress-red"}
     prompt,seed,width,height,lora_scale
@@ -62,7 +62,7 @@ _Drawing = TypeVar("_Drawing")
 
 
 @dataclass(frozen=True)
-class Picture:
+class ListedPicture:
     """One picture of a list. drawing: the settings of the command with those of its line, one prompt and one
     picture. name: of its file, without ending."""
 
@@ -70,7 +70,9 @@ class Picture:
     name: str
 
 
-def read_pictures(file: str | Path, drawing: _Drawing, check: Callable[[_Drawing], None]) -> list[Picture]:
+def read_pictures(
+    file: str | Path, drawing: _Drawing, check: Callable[[_Drawing], None]
+) -> list[ListedPicture]:
     """The pictures of a list in its order; num_images of each line, from its seed on.
 
     drawing: an infer.generate.Drawing, for what lines leave out. check: raises ConfigError for settings that
@@ -109,7 +111,7 @@ def slug(prompt: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40] or "picture"
 
 
-def _named(file: Path, drawings: list[tuple[int, Any, str | None]]) -> list[Picture]:
+def _named(file: Path, drawings: list[tuple[int, Any, str | None]]) -> list[ListedPicture]:
     """With a name for each: its own, or number, prompt and seed. Raises ConfigError for one name twice."""
     digits, pictures, lines = max(3, len(str(len(drawings) - 1))), [], {}
     for i, (number, drawing, own) in enumerate(drawings):
@@ -120,7 +122,7 @@ def _named(file: Path, drawings: list[tuple[int, Any, str | None]]) -> list[Pict
                 f"{file}, line {number}: the name {name!r} is that of line {lines[key]}, too; give another"
             )
         lines[key] = number
-        pictures.append(Picture(drawing, name))
+        pictures.append(ListedPicture(drawing, name))
     return pictures
 
 
