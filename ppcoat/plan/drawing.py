@@ -166,8 +166,9 @@ class _DrawingMemory:
     @cached_property
     def vae(self) -> AutoencoderKL:
         """That of the model, without memory."""
+        config = {key: value for key, value in self.vae_config().items() if key != "mid_block_add_attention"}
         with paddle.LazyGuard():
-            return AutoencoderKL.from_config(self.vae_config())
+            return AutoencoderKL.from_config(config)
 
     @property
     def drawing_facts(self) -> tuple[str, ...]:
