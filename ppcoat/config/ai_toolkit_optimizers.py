@@ -72,7 +72,7 @@ def read_lr(value: Any, document: Document) -> Reading:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     prodigy = str(document.get("train", "optimizer")).lower().startswith("prodigy")
     if prodigy and number and 0 < value < PRODIGY_RATE:
-        note = "read as 1: prodigy finds the rate by itself; train.optimizer_params.d_coef makes it smaller"
+        note = "read as 1: prodigy finds the rate by itself; train.prodigy.d_coef makes it smaller"
         return Reading({"train.lr": 1.0}, (note,))
     return Reading({"train.lr": value})
 

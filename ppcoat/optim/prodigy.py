@@ -93,6 +93,11 @@ class Prodigy(FlatOptimizer):
             start = self._sliced.gather(self._slices(self.space.views(self.space.current())))
             paddle.assign(start, output=self._state["p0"]["values"])
 
+    @property
+    def d(self) -> float:
+        """The estimate that the learning rate is multiplied by. Reading it waits for the device."""
+        return float(self._state["numbers"]["d"])
+
     @classmethod
     def planned_bytes(
         cls, shapes: list[Sequence[int]], config: FP8QuantizationConfig, rule: ProdigySettings | None = None

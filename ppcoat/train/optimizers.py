@@ -22,6 +22,8 @@ from ppcoat.optim import (
     lr_scheduler,
 )
 
+SMALL_FOR_PRODIGY = 0.1
+
 _log = logging.getLogger(__name__)
 
 
@@ -48,6 +50,9 @@ def _by_name(
     if train.optimizer == "lion":
         return Lion(schedule, parameters, (train.beta1, train.beta2), settings)
     if train.optimizer == "prodigy":
+        if train.lr < SMALL_FOR_PRODIGY:
+            said = "train.lr %g: prodigy finds the rate and multiplies it by this; 1 is usual"
+            _log.warning(said, train.lr)
         rule = ProdigySettings(**betas, epsilon=train.epsilon, **train.prodigy.model_dump())
         return Prodigy(schedule, parameters, rule, settings)
     if train.optimizer == "schedulefree_adamw":

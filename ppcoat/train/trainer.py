@@ -30,7 +30,7 @@ from ppcoat.lora import LoRASummary
 from ppcoat.nn.linear import FactorCopies
 from ppcoat.nn.saved_tensors import SavedTensors
 from ppcoat.objective import Objective
-from ppcoat.optim import ScheduleFreeAdamW
+from ppcoat.optim import Prodigy, ScheduleFreeAdamW
 from ppcoat.train.checkpoint import resume_run, save_run
 from ppcoat.train.previews import Validation
 from ppcoat.train.ranks import Ranks
@@ -312,6 +312,8 @@ class Trainer:
         train, points = self.config.train, {}
         if report.is_point(self.step):
             points |= self.state.bins.take()
+            if isinstance(self.state.optimizer, Prodigy):
+                points["prodigy_d"] = self.state.optimizer.d
         if self.validation and (self.step == train.steps or self.step % train.validation.every == 0):
             with self.final_weights():
                 points |= self.validation.losses(self.model)

@@ -1,5 +1,7 @@
 """A run with each optimizer: what it writes, going on from a checkpoint, what is refused there."""
 
+import json
+
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -20,7 +22,7 @@ PREVIEWS_OFF = "sample.sample_every=0"
 def test_a_run_that_stops_and_goes_on_writes_the_bits_of_one_that_did_not(make_config, monkeypatch, name):
     """Two steps and one more, FP8 states in the checkpoint. The files are not empty: the LoRA has moved."""
     options = [f"train.optimizer={name}", "train.lr=0.5", "coat.enabled=true", PREVIEWS_OFF]
-    options += ["train.steps=3", "train.batch_size=1"]
+    options += ["train.steps=3", "train.batch_size=1", "logging.log_every=1"]
     options += ["train.prodigy.d0=1e-3"] if name == "prodigy" else []
     whole = load_file(train_lora(make_config("name=whole", *options)).lora_file)
     step = Trainer.train_step
@@ -40,6 +42,8 @@ def test_a_run_that_stops_and_goes_on_writes_the_bits_of_one_that_did_not(make_c
     for key, value in whole.items():
         np.testing.assert_array_equal(parts[key], value)
         assert np.isfinite(value).all() and np.abs(value).max() > 0
+    lines = [json.loads(line) for line in (result.lora_file.parent / "log.jsonl").read_text().splitlines()]
+    assert any("prodigy_d" in line for line in lines) == (name == "prodigy")
 
 
 def test_schedule_free_writes_its_average_and_trains_on(make_config, monkeypatch):
