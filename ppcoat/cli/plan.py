@@ -170,8 +170,8 @@ def phase_table(phases: Sequence[Phase]) -> list[str]:
 
 
 def lightning_plans(resolution: int, vram_gb: float | None = None) -> str:
-    """A table each for a bfloat16 and an FP8 base."""
-    cases = [lightning_case(resolution, fp8_base) for fp8_base in (False, True)]
+    """A table each for a base in bfloat16, FP8 and FP4."""
+    cases = [lightning_case(resolution, base) for base in (False, "fp8", "fp4")]
 
     from ppcoat.plan.lightning import LightningMemoryModel
 
@@ -189,7 +189,7 @@ def lightning_plans(resolution: int, vram_gb: float | None = None) -> str:
     return "\n".join(lines)
 
 
-def lightning_case(resolution: int, fp8_base: bool) -> LightningConfig:
+def lightning_case(resolution: int, quantize: str | bool) -> LightningConfig:
     """The published recipe at a resolution, on FLUX.1-dev. Raises ConfigError for a wrong resolution."""
     return lightning_config(
         {
@@ -200,7 +200,7 @@ def lightning_case(resolution: int, fp8_base: bool) -> LightningConfig:
             "gradient_checkpointing": True,
             "use_dmd_loss": True,
             "apply_reflow_loss": True,
-            "fp8_base": fp8_base,
+            "quantize": quantize,
         }
     )
 

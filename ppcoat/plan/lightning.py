@@ -14,8 +14,8 @@ import math
 from dataclasses import dataclass
 
 from ppcoat.config.lightning import LightningConfig
-from ppcoat.optim import FP8QuantizationConfig
-from ppcoat.plan.model import FLOAT32, FP8_STEP
+from ppcoat.optim import FP8QuantizationConfig, update_bytes
+from ppcoat.plan.model import FLOAT32
 from ppcoat.plan.phases import MemoryModel, Phase, Settings
 from ppcoat.plan.settings import as_given
 
@@ -74,7 +74,7 @@ class LightningMemoryModel(MemoryModel):
         named = [("captions", own["captions"]), ("pictures", own["pictures"])]
         named.append(("window", learner | self._encoding(settings)))
         if self.heads.count:
-            transient = int(FP8_STEP * one) if self.lightning.fp8_optimizer else one
+            transient = update_bytes(one // FLOAT32, self.on_gpu) if self.lightning.fp8_optimizer else one
             named += [
                 ("heads' step", judging | {"working": self._judging(settings)}),
                 ("their update", judging | {"working": transient}),

@@ -99,6 +99,7 @@ class MemoryModel:
     # which a block is at its fullest without such a weight. Measured.
     before_product, fullest_without_weight = 10.0, ("coat",)
     drawn_at_once = 1  # pictures that the transformer sees in a step of a preview
+    reference_tokens = 0  # of the image tokens
 
     def __init__(self, config: RunConfig, on_gpu: bool, transformer: dict | None = None) -> None:
         self.config, self.on_gpu = config, on_gpu
@@ -107,13 +108,13 @@ class MemoryModel:
         self.model: BaseModel = self.read_model(transformer)
         self.kernel, self.kernel_is_assumed = self._attention_kernel()
         self.token_side = self.model.encoders.token_side
-        self.image_tokens = image_tokens(config, self.token_side)
+        self.image_tokens, self.reference_tokens = image_tokens(config, self.token_side)
         self.text_tokens = self.model.text_tokens
         self.tokens = self.image_tokens + self.text_tokens
         self.vae_itemsize = self.itemsize
         self.lora = self.model.adapter_shapes(config.network)
         self.lora_bytes = FLOAT32 * sum(map(math.prod, self.lora))
-        self.optimizer, self.update_working = optimizer_bytes(config, self.lora)
+        self.optimizer, self.update_working = optimizer_bytes(config, self.lora, on_gpu)
         self.previews = config.sample.previews if config.sample.wanted else []
         self._base: dict[bool, list[int]] = {}
         self._weights: dict[str | bool, tuple[int, list[int]]] = {}
@@ -166,7 +167,8 @@ class MemoryModel:
 
     def preparing(self, settings: Settings) -> list[tuple[str, dict[str, int]]]:
         """What encoders hold, by phase, before the transformer comes: beside the context."""
-        encoders, largest = self.model.encoders, self.token_side**2 * self.image_tokens
+        encoders = self.model.encoders
+        largest = self.token_side**2 * (self.image_tokens - self.reference_tokens)
         reading = encoders.text_working(ENCODED_AT_ONCE, self.text_tokens, self.itemsize)
         # one of the largest pictures, or smaller ones up to the limit
         pixels = max(largest, min(ENCODED_AT_ONCE * largest, ENCODED_PIXELS))
@@ -285,9 +287,10 @@ class MemoryModel:
         rank = "full rank" if config.network.lokr_full_rank else f"rank {config.network.linear}"
         adapter = f"{ADAPTERS[config.network.type]} {rank}"
         device = f"{'GPU' if self.on_gpu else 'CPU'}, {'bfloat16' if self.half else 'float32'}"
+        shown = f" ({self.reference_tokens} of references)" if self.reference_tokens else ""
         facts = (
             f"{config.model.name_or_path} by {source}: {model.parameters:,} parameters; {device}",
-            f"at most {self.image_tokens} image tokens and {self.text_tokens} text tokens a picture; "
+            f"at most {self.image_tokens} image tokens{shown} and {self.text_tokens} text tokens a picture; "
             f"{adapter} on {len(model.lora_paths)} Linears",
         )
         if self.on_gpu:
@@ -348,8 +351,9 @@ class MemoryModel:
         return self._working(self.forward_working, batch, tokens) + making
 
     def _preview_working(self, settings: Settings) -> int:
-        pixels = max(preview.width * preview.height for preview in self.previews)
-        tokens = pixels // self.token_side**2 + self.text_tokens
+        areas = [(preview.width * preview.height, 1 + len(preview.ctrl_img)) for preview in self.previews]
+        pixels, most = max(areas)[0], max(area * pictures for area, pictures in areas)
+        tokens = most // self.token_side**2 + self.text_tokens
         denoise = self._drawing_working(settings, self.drawn_at_once, tokens)
         decode = self.model.encoders.vae_working(pixels, self.vae_itemsize, True, self.on_gpu)
         return max(denoise, decode)

@@ -73,9 +73,14 @@ def test_a_budget_that_nothing_fits_is_one_line(capsys):
 def test_lightning_has_a_table_for_each_base(capsys):
     assert main(["plan", "lightning", "--resolution", "512", "--vram", "48"]) == 0
     shown = capsys.readouterr().out
-    assert shown.count("\nplanned peak: ") == 2 and "FP8 base" in shown and "base not quantised" in shown
+    assert (
+        shown.count("\nplanned peak: ") == 3
+        and "FP8 base" in shown
+        and "FP4 base" in shown
+        and "base not quantised" in shown
+    )
     assert "57 heads of 18,895,873 parameters" in shown and "at most 1024 image tokens" in shown
-    assert shown.count("fits into 48 GB: ") == 2
+    assert shown.count("fits into 48 GB: ") == 3
 
 
 @pytest.mark.parametrize(
