@@ -26,6 +26,7 @@ from ppcoat.models.flux.files import FluxFiles
 from ppcoat.models.flux.prompt_encoding import MAX_T5_TOKENS
 from ppcoat.models.flux.transformer import FluxTransformer2DModel
 from ppcoat.models.loading import check_without_control
+from ppcoat.models.quantized_base import BAND
 from ppcoat.models.tensor_files import Component, component_config, read_json, tensor_infos
 from ppcoat.nn.base_weight import BASES
 from ppcoat.nn.convert import sublayer_at
@@ -46,6 +47,13 @@ FLUX_DEV = {"guidance_embeds": True}  # all else is FluxTransformer2DModel's def
 # Parameters of FLUX.1-dev's encoders, T5's heads and inner width, the VAE's channels at full resolution.
 _DEV_TEXT, DEV_VAE = 4_762_310_656 + 123_060_480, 83_819_683
 _DEV_T5, DEV_VAE_CHANNELS = (64, 10240), 128
+# While a product makes a quantised weight anew: weights, and bytes beside them. A kernel holds one weight;
+# this is the reference, measured with Paddle's allocator on the CPU, as what follows.
+DECODING = {"fp8": (2.0, 0), "int8": (3.0, 0), "nf4": (2.0, 2_300_000), "fp4": (2.0, 2_300_000)}
+# While the base is read, beside it: bands of rows of the largest weight in float32, and bytes, to quantise
+# it; of a base that is not quantised the largest weight, read and cast.
+QUANTISING = {"fp8": (2.0, 0), "int8": (2.0, 0), "nf4": (0.1, 4_500_000), "fp4": (0.1, 5_500_000)}
+CASTING = 2.0
 
 
 @dataclass(frozen=True)
@@ -114,6 +122,44 @@ class BaseModel:
             one = (rows, columns)
             held[block] += BASES[quantize].bytes_of(one) if quantize else itemsize * math.prod(one)
         return held[""], [held[path] for path in self.blocks]
+
+    @cached_property
+    def of_tokens(self) -> dict[str, int]:
+        """Values of the Linears that every token goes through."""
+        return {
+            path: rows * columns
+            for path, (rows, columns) in self.linears.items()
+            if not any(part in path for part in self.of_picture)
+        }
+
+    @cached_property
+    def largest_weight(self) -> int:
+        """Values of the largest of these in a block."""
+        return max(values for path, values in self.of_tokens.items() if _block_of(path, self.blocks))
+
+    @cached_property
+    def largest_read(self) -> tuple[int, int]:
+        """Values of the largest weight in a block, and the most that are quantised at once: others are read
+        before the blocks are there."""
+        shapes = [shape for path, shape in self.linears.items() if _block_of(path, self.blocks)]
+        return max(map(math.prod, shapes)), max(rows * min(BAND, columns) for rows, columns in shapes)
+
+    def decoding_bytes(self, quantize: str | bool, itemsize: int, by_kernel: bool) -> tuple[int, int]:
+        """Of the largest weight that is made anew for a product, itemsize bytes a value: of itself, and all
+        while it is made. Zeros for a base that is not quantised."""
+        if not quantize:
+            return 0, 0
+        made = itemsize * self.largest_weight
+        weights, beside = (1.0, 0) if by_kernel else DECODING[quantize]
+        return made, int(weights * made) + beside
+
+    def reading_bytes(self, quantize: str | bool, itemsize: int) -> int:
+        """What is there beside the base while that is read from disk."""
+        whole, band = self.largest_read
+        if not quantize:
+            return int(CASTING * itemsize * whole)
+        bands, beside = QUANTISING[quantize]
+        return int(bands * FLOAT32 * band) + beside
 
     def adapter_shapes(self, network: NetworkConfig) -> list[tuple[int, int]]:
         """Shapes of all that is trained: lora_A and lora_B, and of DoRAs the lengths; or the matrices of the

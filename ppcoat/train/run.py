@@ -33,7 +33,7 @@ from ppcoat.device import (
 )
 from ppcoat.errors import ConfigError
 from ppcoat.fp8 import backend
-from ppcoat.plan.settings import with_earlier_plan, with_memory_plan
+from ppcoat.plan.settings import allowed_bases, line_of_plan, with_earlier_plan, with_memory_plan
 from ppcoat.train.base_model import compatible
 from ppcoat.train.checkpoint import check_resume, check_run_folder
 from ppcoat.train.flux import FluxSpec
@@ -153,8 +153,11 @@ def with_fitting_settings(spec: ModelSpec, config: RunConfig, ranks: Ranks) -> R
     that is free when it starts, the least of all ranks; a run that goes on keeps what was planned then, where
     all ranks see its folder. Raises ConfigError as `with_memory_plan` does.
     """
-    if config.memory == "as_given" or config.vram_gb is not None:
-        return with_memory_plan(config, spec.memory_model)
+    if config.memory == "as_given":
+        return config
+    if config.vram_gb is not None:
+        planned, note = with_memory_plan(config, spec.memory_model), f"the {config.vram_gb:g} GB of vram_gb"
+        return _tell_plan(config, planned, note, ranks)
     # CUDA's context, which asking makes, is counted here and in the plan: that is on the safe side.
     meter = GpuMeter() if on_gpu() else HostMeter()
     free, total = meter.free_memory(), meter.total_memory()
@@ -168,8 +171,12 @@ def with_fitting_settings(spec: ModelSpec, config: RunConfig, ranks: Ranks) -> R
         free = int(table[:, 0].min())
         planned = with_memory_plan(config, spec.memory_model, free)
         note = f"the {free / 1e9:.1f} GB that are free of {total / 1e9:.1f}"
+    return _tell_plan(config, planned, note, ranks)
+
+
+def _tell_plan(config: RunConfig, planned: RunConfig, note: str, ranks: Ranks) -> RunConfig:
     if ranks.is_first:
-        print(f"memory: auto takes {note}")
+        print(f"memory: auto takes {note}: {line_of_plan(config, planned)}")
     return planned
 
 
@@ -181,7 +188,7 @@ def _planned_before(config: RunConfig) -> RunConfig | None:
         return None
     if earlier.memory != "auto" or earlier.vram_gb is not None or _load(earlier) != _load(config):
         return None
-    return earlier if config.model.quantize or not earlier.model.quantize else None
+    return earlier if earlier.model.quantize in allowed_bases(config) else None
 
 
 def _load(config: RunConfig) -> tuple:

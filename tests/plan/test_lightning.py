@@ -111,7 +111,7 @@ def test_phases_of_flux_dev_at_1024():
     assert update["working"] == 2 * update["heads"] // 57  # of one head
     features = phase(memory, "LoRA's step")["head features"]
     assert features == 57 * 4096 * 3072 * 2
-    lora = MemoryModel(memory.config, on_gpu=True).phases(memory.settings)[2].parts
+    lora = MemoryModel(memory.config, on_gpu=True).phases(memory.settings)[3].parts
     assert phase(memory, "LoRA's step")["kept"] == 3 * lora["kept"]
     assert max(p.total for p in memory.phases(memory.settings)) < 40e9
     fp8 = planned(quantize="fp8", apply_reflow_loss=True, max_sequence_length=512, **flags)
