@@ -79,7 +79,7 @@ class BaseFlags:
     config: str = flag("settings of the runs (default: quickstart's)", str(CONFIG), shows_default=False)
     steps: int = flag("of each LoRA", 150)
     seeds: list[int] = flag("of the LoRAs (default: 0 1 2)", [0, 1, 2], shows_default=False)
-    samples: int = flag("pictures per Frechet distance", 300)
+    samples: int = flag("pictures per Frechet distance", 200)
     output_dir: str = flag("", "output/bases")
     overrides: list[str] = set_flag()
 
@@ -122,7 +122,7 @@ def run_bases(flags: BaseFlags) -> None:
         if key not in results:
             print(key, flush=True)
             results[key] = measure(results)
-            write_text(file, json.dumps({"settings": settings, "results": results}, indent=2) + "\n")
+            write_text(file, json.dumps({"settings": settings, "results": results}) + "\n")
     print(base_table(results, flags))
 
 
