@@ -1,6 +1,8 @@
 """What the base does in a run: encoders leave, FP8 weights are kept for the next start, blocks travel."""
 
+import gc
 import logging
+import weakref
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from ppcoat.models.flux.pipeline import FluxPipeline
 from ppcoat.nn.base_weight import FP8Weight
 from ppcoat.plan.phases import MemoryModel
 from ppcoat.plan.settings import plan
+from ppcoat.train.base_model import drop_encoders
 from ppcoat.train.flux import FluxSpec
 from ppcoat.train.ranks import Ranks
 from ppcoat.train.run import train_lora
@@ -23,14 +26,19 @@ def loaded(config, **keywords):
     return pipeline
 
 
-def test_encoders_encode_as_in_a_whole_pipeline_and_leave(make_config):
-    config = make_config()
+@pytest.mark.parametrize("streamed", ["false", "true"])
+def test_encoders_encode_as_in_a_whole_pipeline_and_leave(make_config, streamed):
+    config = make_config(f"model.stream_encoders={streamed}")
     whole = FluxPipeline.from_pretrained(config.model.name_or_path, "float32")
     encoders = FluxSpec().load_encoders(config, "float32")
     for ours, theirs in zip(
         encoders.encode_prompt(["a red dress"]), whole.encode_prompt(["a red dress"]), strict=True
     ):
         assert (ours == theirs).all() and ours.dtype == theirs.dtype
+    t5 = weakref.ref(encoders.text_encoder_2)
+    drop_encoders(encoders, ("text_encoder", "text_encoder_2"), keep_vae=True)
+    gc.collect()
+    assert t5() is None and encoders.text_encoder is None and encoders.vae is not None
     pipeline = loaded(config)
     assert pipeline.text_encoder is None and pipeline.text_encoder_2 is None
     assert pipeline.vae is None  # no previews in this run
