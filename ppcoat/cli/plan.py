@@ -276,8 +276,9 @@ def settings_toml(settings: Settings) -> str:
 def _sections(settings: Settings) -> dict[str, dict]:
     blocks = settings.checkpoint_blocks
     memory = {"memory": {"checkpoint_blocks": blocks}} if blocks else {}
+    streamed = {"stream_encoders": True} if settings.stream_encoders else {}
     return {
-        "model": {"quantize": settings.quantize, "blocks_to_swap": settings.blocks_to_swap},
+        "model": {"quantize": settings.quantize, "blocks_to_swap": settings.blocks_to_swap} | streamed,
         "train": {
             "batch_size": settings.batch_size,
             "gradient_accumulation": settings.gradient_accumulation,

@@ -67,6 +67,11 @@ class ModelConfig(Section):
         False,
         description="keep the quantised copy for the next start in the model's folder, not cache_dir",
     )
+    stream_encoders: bool = Field(
+        False,
+        description="text encoders lie in host memory, and their blocks visit the device while captions are "
+        "read: for cards below 12 GB",
+    )
     blocks_to_swap: int = Field(
         0, ge=0, description="last blocks whose frozen weights stay in host memory until they compute"
     )

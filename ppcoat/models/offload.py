@@ -207,6 +207,16 @@ class Offloading:
         if "_offload" in self.__dict__:
             self.__dict__["_offload"].enter(None)
 
+    def drop_parts(self, *names: str) -> None:
+        """Take these models out for good, with what waits of them in host memory. The others stay where they
+        are: in host memory after `enable_model_cpu_offload`, which ends here."""
+        self.maybe_free_model_hooks()
+        for name in names:
+            self.__dict__.get("_swappers", {}).pop(name, None)
+            setattr(self, name, None)
+        if "_offload" in self.__dict__:
+            self.__dict__.pop("_offload").remove()
+
     def _offloaded(self, wanted: bool) -> Any:
         """The pipeline, offloading if that is wanted."""
         if wanted:

@@ -7,6 +7,8 @@ model folder that is not there is taken for FLUX.1-dev.
 from __future__ import annotations
 
 import math
+import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -47,6 +49,8 @@ FLUX_DEV = {"guidance_embeds": True}  # all else is FluxTransformer2DModel's def
 # Parameters of FLUX.1-dev's encoders, T5's heads and inner width, the VAE's channels at full resolution.
 _DEV_TEXT, DEV_VAE = 4_762_310_656 + 123_060_480, 83_819_683
 _DEV_T5, DEV_VAE_CHANNELS = (64, 10240), 128
+_DEV_T5_BLOCK = 4 * 4096**2 + 3 * 4096 * 10240 + 2 * 4096
+RESIDENT_SWAPPED = 2  # of the swapped blocks one computes while the next one comes
 # While a product makes a quantised weight anew: weights, and bytes beside them. A kernel holds one weight;
 # this is the reference, measured with Paddle's allocator on the CPU, as what follows.
 DECODING = {"fp8": (2.0, 0), "int8": (3.0, 0), "nf4": (2.0, 2_300_000), "fp4": (2.0, 2_300_000)}
@@ -60,7 +64,8 @@ CASTING = 2.0
 class EncoderSizes:
     """Parameters of both text encoders and of the VAE; what decides their working memory: heads and inner
     width of the larger text encoder, the VAE's channels at full resolution. token_side: pixels along a side
-    of the square that an image token stands for."""
+    of the square that an image token stands for. streamed: parameters of the text encoders that are on the
+    device while the blocks of the larger one visit it."""
 
     text: int
     vae: int
@@ -68,6 +73,7 @@ class EncoderSizes:
     text_inner: int
     vae_channels: int
     token_side: int = DEV_TOKEN_SIDE
+    streamed: int = 0
 
     def text_working(self, captions: int, tokens: int, itemsize: int) -> int:
         """Bytes while T5 or Gemma3 reads so many captions: its scores (before, after softmax, bias) and inner
@@ -268,7 +274,13 @@ def _block_of(name: str, blocks: tuple[str, ...]) -> str:
 
 
 def _dev_encoders() -> EncoderSizes:
-    return EncoderSizes(_DEV_TEXT, DEV_VAE, *_DEV_T5, DEV_VAE_CHANNELS)
+    streamed = text_streamed(_DEV_TEXT, [_DEV_T5_BLOCK] * 24)
+    return EncoderSizes(_DEV_TEXT, DEV_VAE, *_DEV_T5, DEV_VAE_CHANNELS, streamed=streamed)
+
+
+def text_streamed(text: int, blocks: list[int]) -> int:
+    """Of so many parameters of text encoders those on the device while these blocks visit it."""
+    return text - sum(sorted(blocks)[:-RESIDENT_SWAPPED])
 
 
 def stored_values(component: Component) -> int:
@@ -278,8 +290,14 @@ def stored_values(component: Component) -> int:
 
 def _encoders(files: FluxFiles) -> EncoderSizes:
     t5, vae = (component_config(files[name]) for name in ("text_encoder_2", "vae"))
+    text = stored_values(files["text_encoder"]) + stored_values(files["text_encoder_2"])
+    blocks: Counter[str] = Counter()
+    for name, info in tensor_infos(files["text_encoder_2"]).items():
+        if block := re.match(r".*\bblock\.\d+\.", name):
+            blocks[block[0]] += math.prod(info.shape)
     return EncoderSizes(
-        text=stored_values(files["text_encoder"]) + stored_values(files["text_encoder_2"]),
+        text=text,
+        streamed=text_streamed(text, list(blocks.values())),
         vae=stored_values(files["vae"]),
         text_heads=t5["num_heads"],
         text_inner=t5["d_ff"],

@@ -45,6 +45,7 @@ from ppcoat.plan.model import (
     BaseModel,
     EncoderSizes,
     stored_values,
+    text_streamed,
     weights_by_block,
 )
 from ppcoat.plan.phases import MemoryModel, Settings
@@ -105,12 +106,12 @@ class NewbieMemoryModel(MemoryModel):
         )
 
     def preparing(self, settings: Settings) -> list[tuple[str, dict[str, int]]]:
-        """Encoding with all encoders on the device."""
-        text = self.model.encoders.text * self.itemsize
-        return [
-            (name, parts | {"encoders": text + self._vae_bytes})
-            for name, parts in super().preparing(settings)
-        ]
+        """Encoding with all encoders on the device, or in turns where they are streamed."""
+        phases = super().preparing(settings)
+        if settings.stream_encoders and self.on_gpu:
+            return phases
+        together = self._text_bytes(settings) + self._vae_bytes
+        return [(name, parts | {"encoders": together}) for name, parts in phases]
 
     def activations(self, settings: Settings) -> tuple[int, int]:
         """Bytes saved for backward and working memory at the fullest moment of a step: at the end of the
@@ -187,8 +188,14 @@ def _encoders(folder: Path | None) -> EncoderSizes:
         )
     with paddle.LazyGuard():
         models = Gemma3TextEncoder(gemma3), JinaClipTextModel(jina_clip)
-    text = sum(math.prod(p.shape) for model in models for p in model.parameters())
-    return EncoderSizes(text, vae, gemma3.num_attention_heads, gemma3.intermediate_size, channels)
+    text, *layers = (
+        sum(math.prod(p.shape) for model in some for p in model.parameters())
+        for some in (models, *([layer] for layer in models[0].layers))
+    )
+    streamed = text_streamed(text, layers)
+    return EncoderSizes(
+        text, vae, gemma3.num_attention_heads, gemma3.intermediate_size, channels, streamed=streamed
+    )
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from ppcoat.nn.swap import check_count
 from ppcoat.plan.model import (
     BFLOAT16,
     FLOAT32,
+    RESIDENT_SWAPPED,
     BaseModel,
     image_tokens,
     optimizer_bytes,
@@ -30,7 +31,6 @@ from ppcoat.plan.model import (
 )
 from ppcoat.plan.saved_bytes import SavedBytes, TracedModel, count_saved_bytes, small_lora_paths
 
-RESIDENT_SWAPPED = 2  # of the swapped blocks one computes while the next one comes
 # Working memory of the block that goes backward, in tensors of tokens x width (a) and, where attention is
 # written out, in scores (b): the larger of the two a + b * scores. Measured with Paddle's allocator.
 WORKING = {
@@ -60,11 +60,13 @@ class Settings:
     blocks_to_swap: int
     batch_size: int
     gradient_accumulation: int
+    stream_encoders: bool = False
 
     def __str__(self) -> str:
         return (
             f"policy {self.policy}, {self.checkpoint_blocks} blocks checkpointed, {self.blocks_to_swap} "
             f"swapped, {base_name(self.quantize)}, batch {self.batch_size} x {self.gradient_accumulation}"
+            f"{', text encoders streamed' * self.stream_encoders}"
         )
 
 
@@ -174,7 +176,7 @@ class MemoryModel:
         pixels = max(largest, min(ENCODED_AT_ONCE * largest, ENCODED_PIXELS))
         seeing = encoders.vae_working(pixels, self.vae_itemsize, False, self.on_gpu)
         return [
-            ("captions", {"encoders": encoders.text * self.itemsize, "working": reading}),
+            ("captions", {"encoders": self._text_bytes(settings), "working": reading}),
             ("pictures", {"encoders": self._vae_bytes, "working": seeing}),
         ]
 
@@ -327,6 +329,12 @@ class MemoryModel:
         scores = self.model.heads * tokens**2 if self.kernel == MATH else 0
         values = max(a * tokens * self.model.width + b * scores for a, b in lines)
         return int(batch * self.itemsize * values)
+
+    def _text_bytes(self, settings: Settings) -> int:
+        """Of the text encoders while they read; on a CPU host and device are one."""
+        encoders = self.model.encoders
+        streams = settings.stream_encoders and self.on_gpu
+        return self.itemsize * (encoders.streamed if streams else encoders.text)
 
     @property
     def _vae_bytes(self) -> int:

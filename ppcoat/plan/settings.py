@@ -109,12 +109,17 @@ def as_given(config: RunConfig, blocks: int) -> Settings:
         blocks_to_swap=config.model.blocks_to_swap,
         batch_size=train.batch_size,
         gradient_accumulation=train.gradient_accumulation,
+        stream_encoders=config.model.stream_encoders,
     )
 
 
 def with_settings(config: RunConfig, settings: Settings) -> RunConfig:
     """The config with these settings in it."""
-    model = {"quantize": settings.quantize, "blocks_to_swap": settings.blocks_to_swap}
+    model = {
+        "quantize": settings.quantize,
+        "blocks_to_swap": settings.blocks_to_swap,
+        "stream_encoders": settings.stream_encoders,
+    }
     train = {
         "batch_size": settings.batch_size,
         "gradient_accumulation": settings.gradient_accumulation,
@@ -178,15 +183,17 @@ def _plan(memory: MemoryModel, settings: Settings) -> Plan:
 
 def _candidates(memory: MemoryModel, budget: float) -> Iterator[Settings]:
     """Every base, batch, policy and number of checkpointed blocks, each with the fewest swapped blocks that
-    fit; with all, where none do.
+    fit; with all, where none do. Text encoders are streamed where they do not fit whole.
     """
     config = memory.config
     pictures = config.train.batch_size * config.train.gradient_accumulation
+    whole = replace(as_given(config, 0), blocks_to_swap=0, stream_encoders=False)
+    stream = max(phase.total for phase in memory.phases(whole)[:2]) > budget
     for batch in (n for n in range(1, pictures + 1) if pictures % n == 0):
         for quantize in allowed_bases(config):
             for policy in memory.policies:
                 for checkpointed in memory.checkpoint_counts:
-                    bare = Settings(policy, checkpointed, quantize, 0, batch, pictures // batch)
+                    bare = Settings(policy, checkpointed, quantize, 0, batch, pictures // batch, stream)
                     yield _with_fewest_swapped(memory, bare, budget)
 
 

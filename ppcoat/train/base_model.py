@@ -72,11 +72,20 @@ def _weights(model: Path) -> Path:
     return model / "transformer" if (model / "transformer").is_dir() else model
 
 
+def load_encoders(kind: Any, model: Any, dtype: str | None, streamed: str | None) -> Any:
+    """The pipeline of this class without its transformer, in `dtype`. streamed: name of the text encoder
+    whose blocks are on the device only while they compute; no part is there before it computes then."""
+    pipeline = kind.from_pretrained(model, dtype, without=("transformer",), offload=streamed is not None)
+    if streamed:
+        pipeline.enable_block_swap(part=streamed)
+        pipeline.enable_model_cpu_offload()
+    return pipeline
+
+
 def drop_encoders(pipeline: Any, names: tuple[str, ...], keep_vae: bool) -> None:
     """Take these parts out of a pipeline (from here on, all text comes from the cache) and give their memory
     back. keep_vae: it waits in main memory instead of leaving too."""
-    for name in (*names, *(() if keep_vae else ("vae",))):
-        setattr(pipeline, name, None)
+    pipeline.drop_parts(*names, *(() if keep_vae else ("vae",)))
     if on_gpu():
         if keep_vae:
             pipeline.vae.to("cpu")

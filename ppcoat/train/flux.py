@@ -30,7 +30,7 @@ from ppcoat.nn.swap import last_blocks
 from ppcoat.objective import FlowMatching
 from ppcoat.plan.phases import MemoryModel
 from ppcoat.train import editing
-from ppcoat.train.base_model import drop_encoders, load_frozen
+from ppcoat.train.base_model import drop_encoders, load_encoders, load_frozen
 from ppcoat.train.model_spec import ModelSpec
 from ppcoat.train.ranks import Ranks
 from ppcoat.train.start import fields_of_start
@@ -68,8 +68,8 @@ class FluxSpec(ModelSpec):
     def load_encoders(self, config: RunConfig, dtype: str | None) -> FluxPipeline:
         """T5, CLIP and the VAE."""
         files = _files(config)
-        pipeline = editing.drawing_class(config, files)
-        return pipeline.from_pretrained(files, dtype, without=("transformer",))
+        streamed = "text_encoder_2" if config.model.stream_encoders else None
+        return load_encoders(editing.drawing_class(config, files), files, dtype, streamed)
 
     def encoders(self, config: RunConfig, pipeline: FluxPipeline) -> Encoders:
         """The VAE; T5 and CLIP."""

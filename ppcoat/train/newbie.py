@@ -38,7 +38,7 @@ from ppcoat.models.newbie.pipeline import PROMPT_PREFIX, NewbiePipeline, warn_of
 from ppcoat.nn.swap import last_blocks
 from ppcoat.objective import NewbieFlowMatching
 from ppcoat.plan.newbie import NewbieMemoryModel
-from ppcoat.train.base_model import drop_encoders, load_frozen
+from ppcoat.train.base_model import drop_encoders, load_encoders, load_frozen
 from ppcoat.train.model_spec import ModelSpec
 from ppcoat.train.ranks import Ranks
 from ppcoat.train.start import fields_of_start
@@ -92,7 +92,8 @@ class NewbieSpec(ModelSpec):
 
     def load_encoders(self, config: RunConfig, dtype: str | None) -> NewbiePipeline:
         """Gemma3, Jina CLIP and the VAE."""
-        return NewbiePipeline.from_pretrained(config.model.name_or_path, dtype, without=("transformer",))
+        streamed = "text_encoder" if config.model.stream_encoders else None
+        return load_encoders(NewbiePipeline, config.model.name_or_path, dtype, streamed)
 
     def encoders(self, config: RunConfig, pipeline: NewbiePipeline) -> Encoders:
         """The VAE (float32); Gemma3 with the prefix and Jina CLIP without. Rows have no padding."""

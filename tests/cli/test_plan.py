@@ -31,7 +31,19 @@ def test_the_table_in_a_config_is_what_the_command_makes(file, monkeypatch):
 
 
 def test_there_is_a_config_for_each_card():
-    assert [file.stem for file in CONFIGS] == [f"flux_lora_{gb}gb" for gb in (12, 16, 24, 48)]
+    stems = {file.stem for file in CONFIGS}
+    assert stems == {f"flux_lora_{gb}gb" for gb in (8, 12, 16, 24, 48)}
+
+
+def test_the_table_of_cards_is_what_the_command_makes(capsys, monkeypatch):
+    """Of its rows those of 1024 px on 8, 12 and 24 GB."""
+    monkeypatch.setattr(phases, "gpu_place", lambda device: None)
+    page = (CONFIGS[0].parents[1] / "docs" / "small_cards.md").read_text(encoding="utf-8").splitlines()
+    config = CONFIGS[0].with_name("flux_lora_12gb.yaml")
+    given = ["--set", "train.gradient_accumulation=1", "--cards", "8", "12", "24", "--pictures", "1024"]
+    assert main(["plan", str(config), *given]) == 0
+    head, line, *rows = capsys.readouterr().out.splitlines()
+    assert page[page.index(head) + 1] == line and len(rows) == 3 and set(rows) <= set(page)
 
 
 def test_the_rows_add_up_to_the_total():
@@ -90,6 +102,8 @@ def test_lightning_has_a_table_for_each_base(capsys):
         (["lightning", "--vram", "0"], "vram: came 0"),
         (["lightning", "--set", "train.steps=3"], "--set, --cards and --pictures are for a config file"),
         ([str(CONFIGS[0]), "--resolution", "512"], "--resolution is for plan lightning"),
+        ([str(CONFIGS[0]), "--pictures", "512"], "--pictures is for the table of --cards"),
+        ([str(CONFIGS[0]), "--cards", "12", "0"], "vram: came 0"),
     ],
 )
 def test_flags_that_do_not_fit_are_one_line(arguments, said, capsys):
@@ -117,6 +131,7 @@ def test_a_plan_for_a_cpu_says_what_its_allocator_adds(capsys):
 def test_a_newbie_config_has_its_own_table_and_advice(capsys):
     file = CONFIGS[0].with_name("newbie_lora.toml")
     flags = ["--set", "datasets.0.resolution=512", "--set", "model.name_or_path=no/such/model"]
+    flags += ["--set", "model.quantize=false"]
     assert main(["plan", str(file), "--vram", "24", *flags]) == 0
     shown = capsys.readouterr().out
     assert "NewBie-image 3B's shapes" in shown and "3,486,636,096 parameters" in shown

@@ -405,6 +405,19 @@ def test_without_swapping_blocks_are_computed_twice_instead():
     assert staying.settings.quantize == "fp4" and memory.sent_bytes(swapping) > 3e9
 
 
+def test_text_encoders_are_streamed_where_they_do_not_fit():
+    """On 8 GB two blocks of T5-XXL's 24, its table and CLIP are there; on 12 GB all."""
+    config = dev_config(datasets=[{"folder_path": "no/such", "resolution": 1024, "bucket_rule": "square"}])
+    memory = MemoryModel(config, on_gpu=True)
+    small, larger = (best_that_fits(memory, gb) for gb in (8, 12))
+    assert small.settings.stream_encoders and not larger.settings.stream_encoders
+    t5 = 2 * (4 * 4096**2 + 3 * 4096 * 10240) + 32128 * 4096
+    held = [each.phases[0].parts["encoders"] / 2 for each in (small, larger)]
+    assert held[0] == pytest.approx(t5 + 123_060_480, rel=0.001) and held[1] == memory.model.encoders.text
+    assert small.settings.quantize == "fp4" and small.settings.blocks_to_swap > 0
+    assert as_given(with_settings(config, small.settings), 57) == small.settings
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
 def test_as_much_is_sent_as_the_swapper_sends(count):
     """Over a step that begins where one ended."""

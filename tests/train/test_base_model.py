@@ -11,6 +11,7 @@ from ppcoat.models.flux.pipeline import FluxPipeline
 from ppcoat.nn.base_weight import FP8Weight
 from ppcoat.plan.phases import MemoryModel
 from ppcoat.plan.settings import plan
+from ppcoat.train.base_model import drop_encoders
 from ppcoat.train.flux import FluxSpec
 from ppcoat.train.ranks import Ranks
 from ppcoat.train.run import train_lora
@@ -23,14 +24,19 @@ def loaded(config, **keywords):
     return pipeline
 
 
-def test_encoders_encode_as_in_a_whole_pipeline_and_leave(make_config):
-    config = make_config()
+@pytest.mark.parametrize("streamed", ["false", "true"])
+def test_encoders_encode_as_in_a_whole_pipeline_and_leave(make_config, streamed):
+    config = make_config(f"model.stream_encoders={streamed}")
     whole = FluxPipeline.from_pretrained(config.model.name_or_path, "float32")
     encoders = FluxSpec().load_encoders(config, "float32")
     for ours, theirs in zip(
         encoders.encode_prompt(["a red dress"]), whole.encode_prompt(["a red dress"]), strict=True
     ):
         assert (ours == theirs).all() and ours.dtype == theirs.dtype
+    assert list(encoders.__dict__.get("_swappers", {})) == ["text_encoder_2"] * (streamed == "true")
+    drop_encoders(encoders, ("text_encoder", "text_encoder_2"), keep_vae=True)
+    assert encoders.text_encoder_2 is encoders.text_encoder is None and encoders.vae is not None
+    assert "_offload" not in encoders.__dict__ and not encoders.__dict__.get("_swappers")
     pipeline = loaded(config)
     assert pipeline.text_encoder is None and pipeline.text_encoder_2 is None
     assert pipeline.vae is None  # no previews in this run
