@@ -29,7 +29,7 @@ from ppcoat.nn.ops import look_at_weights_again
 from ppcoat.nn.policy import granularity_groups
 from ppcoat.nn.saved_tensors import SavedTensors, fp8_saved_tensors
 from ppcoat.nn.swap import last_blocks, swap_blocks
-from ppcoat.optim import FP8AdamW, FP8QuantizationConfig
+from ppcoat.optim import FlatOptimizer, FP8AdamW, FP8QuantizationConfig
 
 
 class COATConfig(CoatConfig):
@@ -127,17 +127,21 @@ class COATTrainer:
             fp8_states = self.config.enabled and self.config.optimizer.use_fp8
         if not fp8_states:
             return paddle.optimizer.AdamW(**shared)
-        states = self.config.optimizer
-        return FP8AdamW(
-            **shared,
-            fp8_config=FP8QuantizationConfig(
-                m1_format=states.m1_format,
-                m2_format=states.m2_format,
-                block_size=states.block_size,
-                use_dynamic_range_expansion=states.use_dynamic_range_expansion,
-            ),
-            stochastic_rounding=states.stochastic_rounding,
-        )
+        rounding = self.config.optimizer.stochastic_rounding
+        return FP8AdamW(**shared, fp8_config=state_config(self.config, True), stochastic_rounding=rounding)
+
+
+def state_config(coat: CoatConfig, fp8: bool) -> FP8QuantizationConfig:
+    """How optimizer states are stored under these settings: in FP8, or all in float32."""
+    states = coat.optimizer
+    return FP8QuantizationConfig(
+        use_fp8_m1=fp8,
+        use_fp8_m2=fp8,
+        m1_format=states.m1_format,
+        m2_format=states.m2_format,
+        block_size=states.block_size,
+        use_dynamic_range_expansion=states.use_dynamic_range_expansion,
+    )
 
 
 def prepare(
@@ -215,12 +219,12 @@ def trained_parameters(modules: dict[str, paddle.nn.Layer]) -> dict[str, paddle.
 
 
 def factor_copies(model: paddle.nn.Layer, optimizers: Sequence[paddle.optimizer.Optimizer]) -> FactorCopies:
-    """For steps that train LoRAs in `model`: their factors are cast from the flat buffer of the FP8AdamW that
-    updates them all, or gathered first where none does."""
+    """For steps that train LoRAs in `model`: their factors are cast from the flat buffer of the optimizer
+    that updates them all, or gathered first where none does."""
     factors = lora_parameters(model)
     wanted = set(map(id, factors))
     for optimizer in optimizers:
-        if isinstance(optimizer, FP8AdamW) and wanted <= set(map(id, optimizer.space.params)):
+        if isinstance(optimizer, FlatOptimizer) and wanted <= set(map(id, optimizer.space.params)):
             return FactorCopies(factors, optimizer.space)
     return FactorCopies(factors)
 

@@ -18,6 +18,9 @@ from dataclasses import dataclass
 import numpy as np
 import paddle
 
+from ppcoat.data.cache import CLASS
+from ppcoat.lora import lora_disabled
+from ppcoat.models.flux.editing_inputs import fill_latents, pack_references
 from ppcoat.models.flux.scheduler import calculate_shift
 from ppcoat.models.pictures import latent_image_ids, pack_latents
 
@@ -41,7 +44,7 @@ class FlowLoss:
 
 
 class Objective:
-    """What any objective can do that has `draw` and `losses_at`."""
+    """What any objective can do that has `draw`, `predict` and `losses_at`."""
 
     def noise_levels(self, levels: np.ndarray) -> np.ndarray:
         """What `draw` gives -> share of noise, 1 for noise alone; and back."""
@@ -54,6 +57,20 @@ class Objective:
     def loss_at(self, transformer, batch: dict, levels: np.ndarray, noise: np.ndarray) -> paddle.Tensor:
         """The mean of `losses_at`, scalar float32."""
         return self.losses_at(transformer, batch, levels, noise).mean
+
+    def preservation_at(
+        self, transformer, batch: dict, levels: np.ndarray, noise: np.ndarray
+    ) -> paddle.Tensor:
+        """How far the adapter moves what the model predicts for the class captions of a batch, scalar
+        float32: the mean square between its predictions with the adapter and without, for the pictures,
+        noise levels and noise of `losses_at`. Source: differential output preservation of ai-toolkit.
+        """
+        of_class = [name for name in batch if name.startswith(CLASS)]
+        batch = batch | {name.removeprefix(CLASS): batch[name] for name in of_class}
+        with paddle.no_grad(), lora_disabled(transformer):
+            wanted, _ = self.predict(transformer, batch, levels, noise)
+        found, _ = self.predict(transformer, batch, levels, noise)
+        return (found - wanted).square().mean()
 
 
 @dataclass(frozen=True)
@@ -82,20 +99,31 @@ class FlowMatching(Objective):
 
     def losses_at(self, transformer, batch: dict, sigma: np.ndarray, noise: np.ndarray) -> FlowLoss:
         """batch: latents [B, C, h, w], prompt_embeds [B, T, D], pooled [B, P] and, if wanted, loss_weight (a
-        number, 1 by default, that multiplies the loss); noise levels [B] in 0..1 and noise
-        [B, tokens, C * 4].
+        number, 1 by default, that multiplies the loss), loss_mask [B, h, w] (what each latent's error is
+        multiplied by) and what `velocity` takes; noise levels [B] in 0..1 and noise [B, tokens, C * 4].
         """
-        noise = paddle.to_tensor(noise, dtype="float32")
-        mix = paddle.to_tensor(sigma, dtype="float32").reshape([-1, 1, 1])
-        clean = pack_latents(batch["latents"]).astype("float32")
-        noisy = (1 - mix) * clean + mix * noise
-        predicted = velocity(transformer, batch, noisy, sigma, self.guidance)
-        distance = self._distance(predicted.astype("float32") - (noise - clean))
+        predicted, target = self.predict(transformer, batch, sigma, noise)
+        distance = self._distance(predicted - target)
+        if "loss_mask" in batch:  # of a token's 2 x 2 latents, the same for all channels
+            weights = pack_latents(batch["loss_mask"].astype("float32").unsqueeze(1))
+            distance = distance * weights.tile([1, 1, distance.shape[2] // 4])
         mean = distance.mean()
         if self.timestep_type == "weighted":
             mean = (distance.mean([1, 2]) * paddle.to_tensor(level_weights(sigma))).mean()
         weight = batch.get("loss_weight", 1.0)
         return FlowLoss(mean if weight == 1.0 else mean * weight, distance.detach().mean([1, 2]))
+
+    def predict(
+        self, transformer, batch: dict, sigma: np.ndarray, noise: np.ndarray
+    ) -> tuple[paddle.Tensor, paddle.Tensor]:
+        """The velocity that the transformer predicts and the true one, float32 [B, tokens, C * 4]; arguments
+        as in `losses_at`."""
+        noise = paddle.to_tensor(noise, dtype="float32")
+        mix = paddle.to_tensor(sigma, dtype="float32").reshape([-1, 1, 1])
+        clean = pack_latents(batch["latents"]).astype("float32")
+        noisy = (1 - mix) * clean + mix * noise
+        predicted = velocity(transformer, batch, noisy, sigma, self.guidance)
+        return predicted.astype("float32"), noise - clean
 
     def draw_sigma(self, rng: np.random.Generator, count: int, tokens: int) -> np.ndarray:
         """Noise levels, float32 [count] in 0..1."""
@@ -121,22 +149,33 @@ def velocity(
     """What a FLUX transformer predicts for noisy latents x [B, tokens, C * 4] at noise levels [B] in 0..1, of
     the shape of x, in the dtype of the model.
 
-    batch: see FlowMatching.losses_at; x is cast to the dtype of its latents. guidance: for the guidance
-    embedding, where the model has one.
+    batch: see FlowMatching.losses_at; x is cast to the dtype of its latents. It is shown, after the noisy
+    tokens, the references that there are: reference_0, reference_1, ..., latents [B, C, h', w'] each; and a
+    Fill model, beside the noise, masked_latents [B, C, h, w] and mask uint8 [B, 1, 8h, 8w]. guidance: for the
+    guidance embedding, where the model has one.
     """
     height, width = (side // 2 for side in batch["latents"].shape[-2:])
     embeds = batch["prompt_embeds"]
     with_guidance = transformer.config.guidance_embeds
-    return transformer(
-        hidden_states=x.astype(batch["latents"].dtype),
+    seen, ids = x.astype(batch["latents"].dtype), latent_image_ids(height, width)
+    if "masked_latents" in batch:
+        beside = fill_latents(batch["masked_latents"], batch["mask"])
+        seen = paddle.concat([seen, pack_latents(beside)], axis=-1)
+    references = [batch[name] for name in sorted(batch) if name.startswith("reference_")]
+    if references:
+        tokens, places = pack_references(references)
+        seen, ids = paddle.concat([seen, tokens], axis=1), paddle.concat([ids, places])
+    predicted = transformer(
+        hidden_states=seen,
         encoder_hidden_states=embeds,
         pooled_projections=batch["pooled"],
         timestep=paddle.to_tensor(levels, dtype="float32"),
-        img_ids=latent_image_ids(height, width),
+        img_ids=ids,
         txt_ids=paddle.zeros([embeds.shape[1], 3]),
         guidance=paddle.full([x.shape[0]], guidance, dtype="float32") if with_guidance else None,
         return_dict=False,
     )[0]
+    return predicted[:, : x.shape[1]] if references else predicted
 
 
 def level_weights(sigma: np.ndarray) -> np.ndarray:
@@ -162,6 +201,16 @@ class NewbieFlowMatching(Objective):
         """batch: latents [B, C, h, w], cap_feats [B, L, D], cap_mask [B, L], clip_text_pooled [B, P] and, if
         wanted, loss_weight (a number that multiplies the mean); times [B] in 0..1 and noise [B, C, h, w].
         """
+        predicted, target = self.predict(transformer, batch, times, noise)
+        of_pictures = (predicted - target).square().mean([1, 2, 3])
+        mean, weight = of_pictures.mean(), batch.get("loss_weight", 1.0)
+        return FlowLoss(mean if weight == 1.0 else mean * weight, of_pictures.detach())
+
+    def predict(
+        self, transformer, batch: dict, times: np.ndarray, noise: np.ndarray
+    ) -> tuple[paddle.Tensor, paddle.Tensor]:
+        """The velocity that the transformer predicts and the true one, float32 [B, C, h, w]; arguments as in
+        `losses_at`."""
         latents = batch["latents"]
         times = paddle.to_tensor(times, dtype="float32")
         noisy, target = interpolate(latents, paddle.to_tensor(noise, dtype="float32"), times)
@@ -172,9 +221,7 @@ class NewbieFlowMatching(Objective):
             batch["cap_mask"],
             batch["clip_text_pooled"],
         )
-        of_pictures = (velocity.astype("float32") - target).square().mean([1, 2, 3])
-        mean, weight = of_pictures.mean(), batch.get("loss_weight", 1.0)
-        return FlowLoss(mean if weight == 1.0 else mean * weight, of_pictures.detach())
+        return velocity.astype("float32"), target
 
     def times(self, raw: np.ndarray, tokens: int) -> np.ndarray:
         """Normal draws [B] -> times, float32 [B] in 0..1: their sigmoid, moved towards noise, the more the

@@ -22,7 +22,7 @@ ALLOWED = {
     "data": ("config",),
     "infer": ("models", "lora", "data", "config.flags", "plan.GB", "plan.drawing"),
     "coat": ("config", "lora", "nn", "optim", "models.blocks"),
-    "objective": ("models",),
+    "objective": ("models", "lora", "data.cache.CLASS"),
     "plan": ("config", "data", "models", "lora", "nn", "optim", "coat", "objective"),
     "train": ("config", "data", "models", "lora", "nn", "optim", "fp8", "coat", "objective",
               "plan.settings", "plan.phases", "plan.newbie"),

@@ -7,6 +7,8 @@ import numpy as np
 import paddle
 import pytest
 
+from ppcoat.lora import inject_lora, lora_disabled
+from ppcoat.lora.layer import lora_parameters
 from ppcoat.models.flux.scheduler import FlowMatchEulerDiscreteScheduler
 from ppcoat.objective import FlowMatching, level_weights
 
@@ -232,3 +234,34 @@ def test_weights_of_noise_levels_follow_the_published_curve():
     assert level_weights(np.linspace(1, 1000, 1000) / 1000).mean() == pytest.approx(1, abs=0.005)
     drawn = FlowMatching("weighted").draw_sigma(np.random.default_rng(0), 200_000, 64)
     np.testing.assert_allclose(np.quantile(drawn, QUANTILES), QUANTILES, atol=5e-3)
+
+
+def test_preservation_compares_the_adapter_on_and_off_for_the_class(build_flux):
+    """With the velocities of two calls of the model, in float64; its gradient is the adapter's alone."""
+    flux = build_flux()
+    inject_lora(flux, rank=2, alpha=2, seed=0)
+    factors = lora_parameters(flux)
+    rng = np.random.default_rng(5)
+    draw = lambda *shape: paddle.to_tensor(rng.standard_normal(shape, dtype=np.float32))  # noqa: E731
+    text, pooled = flux.config.joint_attention_dim, flux.config.pooled_projection_dim
+    channels = flux.config.in_channels
+    batch = {
+        "latents": draw(2, channels // 4, 4, 4),
+        "prompt_embeds": draw(2, 3, text),
+        "pooled": draw(2, pooled),
+    }
+    batch |= {"class_prompt_embeds": draw(2, 3, text), "class_pooled": draw(2, pooled)}
+    objective, sigma = FlowMatching(), np.array([0.3, 0.8], "float32")
+    noise = rng.standard_normal((2, 4, channels), dtype=np.float32)
+    assert float(objective.preservation_at(flux, batch, sigma, noise)) == 0  # B is 0
+    for factor in factors:
+        factor.set_value(0.3 * draw(*factor.shape))
+    loss = objective.preservation_at(flux, batch, sigma, noise)
+    of_class = {"latents": batch["latents"], "prompt_embeds": batch["class_prompt_embeds"],
+                "pooled": batch["class_pooled"]}  # fmt: skip
+    on = objective.predict(flux, of_class, sigma, noise)[0].numpy().astype("float64")
+    with lora_disabled(flux):
+        off = objective.predict(flux, of_class, sigma, noise)[0].numpy().astype("float64")
+    assert float(loss) == pytest.approx(((on - off) ** 2).mean(), rel=1e-5) and float(loss) > 1e-6
+    loss.backward()
+    assert all(factor.grad is not None and float(factor.grad.abs().max()) > 0 for factor in factors)

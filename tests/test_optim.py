@@ -1,5 +1,6 @@
 """FP8AdamW against paddle.optimizer.AdamW, its memory, its faults and its files."""
 
+import gc
 import math
 
 import numpy as np
@@ -8,7 +9,8 @@ import pytest
 from safetensors.paddle import load_file, save_file
 
 from ppcoat.errors import ConfigError
-from ppcoat.optim import FP8AdamW, FP8QuantizationConfig, ScheduleShape, lr_scheduler
+from ppcoat.fp8 import flat
+from ppcoat.optim import FP8AdamW, FP8QuantizationConfig, ScheduleShape, adamw, lr_scheduler
 
 FLOAT32 = FP8QuantizationConfig(use_fp8_m1=False, use_fp8_m2=False)
 SHAPES = [[40, 16], [16, 33], [1], [130], [128]]
@@ -178,6 +180,49 @@ def test_number_of_paddle_calls_does_not_grow_with_the_parameters(monkeypatch):
     few = paddle_calls(parameters(5, [[128, 1]] * 4), monkeypatch)
     many = paddle_calls(parameters(5, [[128, 1]] * 988), monkeypatch)
     assert few == many and few > 10
+
+
+@pytest.mark.parametrize("clip", [paddle.nn.ClipGradByGlobalNorm(1.0), paddle.nn.ClipGradByNorm(0.5), None])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("config", [FP8QuantizationConfig(), FLOAT32])
+def test_a_step_in_pieces_has_the_bits_of_a_step_at_once(clip, dtype, config, monkeypatch):
+    """Parameters that cross pieces, several in a piece, rates that differ, and a step that is skipped."""
+    shapes = [[30, 128], [77], [64, 64], [1], [133, 100]]
+    shared = {"learning_rate": 1e-2, "grad_clip": clip, "fp8_config": config}
+    shared["stochastic_rounding"] = dtype == "bfloat16"
+
+    def trained() -> dict[str, bytes]:
+        paddle.seed(5)
+        params = parameters(0, shapes, dtype)
+        groups = [{"params": params[:2]}, {"params": params[2:], "learning_rate": 0.5, "weight_decay": 0.1}]
+        optimizer, rng = FP8AdamW(parameters=groups, **shared), np.random.default_rng(1)
+        for step in range(4):
+            set_grads(params, rng)
+            if step == 2:
+                params[1].grad = paddle.full([77], math.nan, dtype)
+            optimizer.step()
+        assert optimizer.skipped_steps == 1
+        return bits(optimizer.state_dict() | {str(i): p.astype("float32") for i, p in enumerate(params)})
+
+    at_once = trained()
+    monkeypatch.setattr(flat, "PIECE", 32 * 128)
+    assert trained() == at_once
+
+
+def test_memory_of_a_step_is_bounded_as_planned(monkeypatch):
+    core = paddle.base.core
+    for count in (40_000, 400_000):
+        monkeypatch.setattr(flat, "PIECE", 1 << 16)
+        monkeypatch.setattr(adamw, "PIECE", 1 << 16)
+        params = parameters(0, [[count // 128, 128]])
+        optimizer = FP8AdamW(parameters=params, grad_clip=paddle.nn.ClipGradByGlobalNorm(1.0))
+        set_grads(params, np.random.default_rng(0))
+        gc.collect()
+        before = core.host_memory_stat_current_value("Allocated", 0)
+        core.host_memory_stat_reset_peak_value("Allocated", 0)
+        optimizer.step()
+        grown = core.host_memory_stat_peak_value("Allocated", 0) - before
+        assert grown == pytest.approx(adamw.update_bytes(count, on_gpu=False), rel=0.05)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e30])

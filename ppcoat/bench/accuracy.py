@@ -1,16 +1,13 @@
-"""Errors that FP8 causes: of stored Adam moments (our codec, the published COAT rule and three others), and,
-with `accuracy weights`, of the weights and the output of an FP8 base.
+"""Errors that FP8 causes: in stored Adam moments (our codec, the published COAT rule and three others), and
+in what each optimizer does with its states in FP8. Beside it `accuracy weights` and `accuracy bases`, which
+are in base_quality.py.
 
     sets of gradients (random, and recorded from a LoRA training)  ->  AdamW's moments in float64  ->
     the same moments stored by each codec: once at the end, and after every step  ->  relative RMS errors
 
-The update is m / (sqrt(v) + 1e-8). Errors are relative RMS errors, see `relative_rms`. All seeds are fixed.
-
-    python -m ppcoat accuracy weights --model ppcoat/assets/tiny_flux
-
-shows RMS(FP8 - exact) / RMS(exact) of each Linear's weight and of the transformer's output. The output is a
-velocity for random inputs, once with all Linears in FP8, once with those of the blocks alone. It needs the
-transformer in memory twice.
+The update is m / (sqrt(v) + 1e-8). The second table lets every optimizer take the same gradients
+twice, once with states in FP8 and once in float32, and compares the last step and the whole way. Errors are
+relative RMS errors, see `relative_rms`. All seeds are fixed.
 """
 
 from __future__ import annotations
@@ -26,16 +23,22 @@ import numpy as np
 import paddle
 
 from ppcoat.atomic import write_text
+from ppcoat.bench.base_quality import BaseFlags, WeightFlags, run_bases, run_weights
 from ppcoat.bench.published import PUBLISHED
 from ppcoat.config.flags import add_flags, flag, from_flags
-from ppcoat.config.lightning import TINY_FLUX
 from ppcoat.data import garments
 from ppcoat.device import tune_host
 from ppcoat.fp8.adamw import decode_moments, dither, encode_moments
-from ppcoat.models.flux.files import FluxFiles
-from ppcoat.models.quantized_base import OutputErrors, WeightError, output_errors, weight_errors
-from ppcoat.nn.base_weight import BASES
-from ppcoat.optim import FP8QuantizationConfig
+from ppcoat.optim import (
+    Adafactor,
+    AdafactorSettings,
+    FlatSettings,
+    FP8AdamW,
+    FP8QuantizationConfig,
+    Lion,
+    Prodigy,
+    ScheduleFreeAdamW,
+)
 
 GROUPS, BLOCK, STEPS = 96, 128, 200
 RECORDED_STEPS, RECORDED_BATCH, PICTURES = 20, 4, 12
@@ -43,9 +46,25 @@ BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
 SIZE = 1e-3  # of a typical random gradient
 OURS = "ours"
 
+WAY = 40  # steps of the table of optimizers
+OPTIMIZERS = {  # of parameters and FlatSettings
+    "adamw": lambda params, settings: FP8AdamW(
+        1e-3, params, fp8_config=settings.fp8_config, weight_decay=0.0
+    ),
+    "prodigy": lambda params, settings: Prodigy(1.0, params, settings=settings),
+    "schedulefree": lambda params, settings: ScheduleFreeAdamW(1e-3, params, settings=settings),
+    "lion": lambda params, settings: Lion(1e-3, params, settings=settings),
+    "adafactor": lambda params, settings: Adafactor(
+        1e-3, params, AdafactorSettings(beta1=0.9), settings=settings
+    ),
+}
+
 Pair = tuple[np.ndarray, np.ndarray]
 Store = Callable[[np.ndarray, np.ndarray, int | None], Pair]  # (m, v, step or None) -> decoded m and v
-SEEDS = 3  # random inputs over which the output's error is averaged
+OTHERS = {  # name -> its flags, its function, what it shows
+    "weights": (WeightFlags, run_weights, "errors of weights in a smaller format, and of the output"),
+    "bases": (BaseFlags, run_bases, "errors, pictures and training with every format of the base"),
+}
 
 
 @dataclass(frozen=True)
@@ -64,35 +83,28 @@ class AccuracyFlags:
     output: Path | None = flag("write the numbers as JSON, too", None, metavar="FILE")
 
 
-@dataclass(frozen=True)
-class WeightFlags:
-    """Settings of `accuracy weights`."""
-
-    model: Path = flag("FLUX folder or file", Path(TINY_FLUX), shows_default=False)
-    base: str = flag("format of the weights", "fp8", choices=tuple(BASES))
-    no_output: bool = flag("leave the output out, for large models", False)
-    output: Path | None = flag("write the numbers as JSON, too", None, metavar="FILE")
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_flags(parser, AccuracyFlags)
-    weights = parser.add_subparsers(dest="other", title="another table, with flags of its own").add_parser(
-        "weights", help="errors of weights in a smaller format, and of the transformer's output"
-    )
-    add_flags(weights, WeightFlags)
+    others = parser.add_subparsers(dest="other", title="other tables, with flags of their own")
+    for name, (settings, _, what) in OTHERS.items():
+        add_flags(others.add_parser(name, help=what), settings)
 
 
 def run_command(arguments: argparse.Namespace) -> None:
-    if arguments.other == "weights":
-        _run_weights(from_flags(WeightFlags, arguments))
+    if arguments.other:
+        settings, command, _ = OTHERS[arguments.other]
+        command(from_flags(settings, arguments))
         return
     flags = from_flags(AccuracyFlags, arguments)
     tune_host()
     sets = {**drawn_sets(), "recorded": recorded_gradients()}
     results = {name: compare(gradients) for name, gradients in sets.items()}
     print(moment_table(results))
+    ways = {name: optimizer_errors(gradients[:WAY]) for name, gradients in sets.items()}
+    print(f"\n{optimizer_table(ways)}")
     if flags.output:
-        write_text(flags.output, json.dumps(_as_json(results), indent=2) + "\n")
+        content = _as_json(results) | {"optimizers": ways}
+        write_text(flags.output, json.dumps(content, indent=2) + "\n")
         print(f"\nwritten: {flags.output}")
 
 
@@ -158,6 +170,45 @@ def compare(gradients: np.ndarray) -> dict[str, tuple[MomentErrors, MomentErrors
             once = store(exact[0].astype(np.float32), exact[1].astype(np.float32), None)
             results[name] = (moment_errors(once, exact), moment_errors(moments(gradients, store), exact))
     return results
+
+
+def optimizer_errors(gradients: np.ndarray) -> dict[str, tuple[float, float]]:
+    """Gradients float32 [steps, groups, BLOCK] -> {optimizer: relative RMS errors that FP8 states cause, of
+    the last step and of the whole way}, over the groups."""
+    ways = {}
+    for name in OPTIMIZERS:
+        exact, stored = (_way(name, gradients, fp8) for fp8 in (False, True))
+        ways[name] = tuple(relative_rms(b, a) for a, b in zip(exact, stored, strict=True))
+    return ways
+
+
+def _way(name: str, gradients: np.ndarray, fp8: bool) -> tuple[np.ndarray, np.ndarray]:
+    """What an optimizer does in its last step, and in all [groups, BLOCK]."""
+    start = np.random.default_rng(3).standard_normal(gradients.shape[1:]).astype(np.float32)
+    param = paddle.to_tensor(0.02 * start)
+    param.stop_gradient = False
+    states = FP8QuantizationConfig(use_fp8_m1=fp8, use_fp8_m2=fp8, block_size=BLOCK)
+    optimizer, values = OPTIMIZERS[name]([param], FlatSettings(0.0, fp8_config=states)), []
+    for gradient in gradients:
+        values = [*values[-1:], param.numpy().astype(np.float64)]
+        param.grad = paddle.to_tensor(gradient)
+        optimizer.step()
+    last = param.numpy().astype(np.float64)
+    return last - values[-1], last - 0.02 * start
+
+
+def optimizer_table(ways: dict[str, dict[str, tuple[float, float]]]) -> str:
+    """One row for each set of gradients: errors of the last step and of the whole way of each optimizer."""
+    names = list(OPTIMIZERS)
+    lines = [
+        f"relative RMS errors that FP8 states cause, against float32 states; at most {WAY} steps",
+        f"{'':17s}{'last step':^{14 * len(names)}s} |{'whole way':^{14 * len(names)}s}",
+        f"{'gradients':17s}" + " |".join("".join(f"{name:>14s}" for name in names) for _ in range(2)),
+    ]
+    for set_name, errors in ways.items():
+        halves = ("".join(f"{errors[name][half]:14.4f}" for name in names) for half in range(2))
+        lines.append(f"{set_name:17s}" + " |".join(halves))
+    return "\n".join(lines)
 
 
 def moments(gradients: np.ndarray, store: Store) -> Pair:
@@ -265,38 +316,3 @@ def _gradients_of_a_step(trainer: object, groups: int) -> np.ndarray:
     everything = np.concatenate([rows[name] for name in trainer.side.parameters])
     chosen = np.linspace(0, len(everything) - 1, min(groups, len(everything))).astype(int)
     return everything[chosen]
-
-
-def _run_weights(flags: WeightFlags) -> None:
-    folder = FluxFiles.found(flags.model, "--model")["transformer"]
-    tune_host()
-    rows = list(weight_errors(folder, flags.base))
-    output = None if flags.no_output else output_errors(folder, seeds=range(SEEDS), base=flags.base)
-    print(_weight_table(rows, output, flags.base))
-    if flags.output:
-        content = {
-            "base": flags.base,
-            "weights": [row._asdict() for row in rows],
-            "output": output and output._asdict(),
-        }
-        write_text(flags.output, json.dumps(content, indent=2) + "\n")
-        print(f"\nwritten: {flags.output}")
-
-
-def _weight_table(rows: list[WeightError], output: OutputErrors | None, base: str) -> str:
-    """One line per Linear in the order of the files, their mean, and the output."""
-    width = max(len(row.path) for row in rows)
-    lines = [f"{'Linear':{width}s}  {'[in, out]':>16s}  relative RMS error"]
-    lines += [f"{row.path:{width}s}  {str(row.shape):>16s}  {row.relative_rms:.5f}" for row in rows]
-    errors = np.array([row.relative_rms for row in rows])
-    inside = sum(row.in_block for row in rows)
-    lines.append(
-        f"{len(rows)} Linears, {inside} of them in blocks: mean {errors.mean():.5f}, least "
-        f"{errors.min():.5f}, largest {errors.max():.5f}"
-    )
-    if output is not None:
-        lines.append(
-            f"output, mean of {SEEDS} random inputs: {output.all_linears:.4f} with all Linears in {base}, "
-            f"{output.in_blocks:.4f} with those of the blocks"
-        )
-    return "\n".join(lines)

@@ -1,11 +1,11 @@
-"""LoRA steps on a FLUX of FLUX.1-dev's size with an FP8 base, on a CPU, with random weights.
+"""LoRA steps on a FLUX of FLUX.1-dev's size with a quantised base, on a CPU, with random weights.
 
     python -m ppcoat benchmark full_size --steps 2
 
-Writes a transformer folder of 23.8 GB (three shards, bfloat16) and its FP8 copy of 11.9 GB, or uses those of
-an earlier call; trains on random latents of a picture of 128 x 128 pixels and random text embeddings, so that
-no encoder is needed; writes one LoRA file and loads it again. Prints seconds and the peak memory of the whole
-process beside what `plan` says, and writes them as JSON. It takes tens of minutes.
+Writes a transformer folder of 23.8 GB (three shards, bfloat16) and its quantised copy (6.7 GB as FP4, 11.9 as
+FP8), or uses those of an earlier call; trains on random latents of a picture of 128 x 128 pixels and random
+text embeddings, so that no encoder is needed; writes one LoRA file and loads it again. Prints seconds and the
+peak memory of the whole process beside what `plan` says, and writes them as JSON. It takes tens of minutes.
 
 Nothing need be downloaded: the folder has the layout of a real one, with the names, shapes, bfloat16 and
 shards of a FluxTransformer2DModel with the given settings. Linear weights are normal with a standard
@@ -44,6 +44,7 @@ from ppcoat.models.loading import linear_weights
 from ppcoat.models.quantized_base import QuantizedCopy, load_quantized_transformer, quantized_model_bytes
 from ppcoat.models.tensor_files import read_json, tensor_infos
 from ppcoat.models.writing import INDEX, Layout, check_room, layout_bytes, shard_metadata, write_component
+from ppcoat.nn.base_weight import BASES
 from ppcoat.plan import GB
 from ppcoat.plan.model import FLUX_DEV
 from ppcoat.plan.phases import MemoryModel
@@ -67,8 +68,11 @@ class FullSizeCase:
     ConfigError for a number out of range."""
 
     folder: Path = flag(
-        "holds the weights; 36 GB must be free", Path("output/full_size"), shows_default=False
+        "holds the weights; 31 GB must be free, 36 GB for a base of 8 bits",
+        Path("output/full_size"),
+        shows_default=False,
     )
+    base: str = flag("format of the base weights", "fp4", choices=tuple(BASES))
     steps: int = flag("LoRA steps", 2)
     text_tokens: int = flag("text tokens beside the 64 image tokens", 64)
     seed: int = flag("seed of weights and data", 0)
@@ -92,7 +96,11 @@ class FullSizeCase:
                 "output_dir": str(self.folder),
                 "seed": self.seed,
                 "device": "cpu",
-                "model": {"name_or_path": str(self.folder), "quantize": True, "quantized_beside_model": True},
+                "model": {
+                    "name_or_path": str(self.folder),
+                    "quantize": self.base,
+                    "quantized_beside_model": True,
+                },
                 "network": {"linear": 16, "linear_alpha": 16},
                 "datasets": [{"folder_path": "none", "resolution": PIXELS, "bucket_rule": "square"}],
                 "train": {"steps": self.steps, "max_sequence_length": self.text_tokens},
@@ -140,11 +148,13 @@ def full_size(case: FullSizeCase) -> dict:
     written = ensure_random_transformer(case.weights, case.settings, case.seed, _copy_bytes(planned, case))
     report["weights"] = watch.note("random weights", "written" if written else "found")
     copy = QuantizedCopy.beside_or_in(
-        case.folder, config.cache_folder, folder_identity(case.weights), config.model.quantized_beside_model
+        case.folder, config.cache_folder, folder_identity(case.weights), True, case.base
     )
     had_copy = copy.is_usable()
-    transformer = load_quantized_transformer(case.weights, copy=copy)
-    report["loading"] = watch.note("FP8 base loaded", "from its copy" if had_copy else "quantised, copied")
+    transformer = load_quantized_transformer(case.weights, copy=copy, base=case.base)
+    report["loading"] = watch.note(
+        f"{case.base} base loaded", "from its copy" if had_copy else "quantised, copied"
+    )
     report["quantized_model_bytes"] = quantized_model_bytes(transformer)
     trainer = build_trainer(FluxSpec(), config, SimpleNamespace(transformer=transformer), random_cache(case))
     watch.note("LoRA and optimizer made")
@@ -199,7 +209,7 @@ def save_and_load(trainer: Trainer, transformer: FluxTransformer2DModel) -> dict
 
 def delete(case: FullSizeCase) -> None:
     """Remove the files of this command, and the folder if it is then empty."""
-    for name in (case.weights.name, "transformer-fp8", case.config().name):
+    for name in (case.weights.name, *(f"transformer-{base}" for base in BASES), case.config().name):
         shutil.rmtree(case.folder / name, ignore_errors=True)
     if case.folder.exists() and not any(case.folder.iterdir()):
         case.folder.rmdir()
@@ -213,8 +223,8 @@ def full_size_summary(report: dict) -> str:
     return "\n".join(
         [
             "",
-            f"FP8 base {report['quantized_model_bytes'] / GB:.2f} GB, {report['loading']['what']} in "
-            f"{report['loading']['seconds']:.0f} s",
+            f"{report['case']['base']} base {report['quantized_model_bytes'] / GB:.2f} GB, "
+            f"{report['loading']['what']} in {report['loading']['seconds']:.0f} s",
             f"steps: {', '.join(format(step['seconds'], '.0f') for step in steps)} s; losses "
             f"{', '.join(format(step['loss'], '.4f') for step in steps)}; kept for backward "
             f"{steps[-1]['bytes_kept'] / GB:.3f} GB",
@@ -253,8 +263,8 @@ def _settings(case: FullSizeCase) -> dict:
 
 
 def _copy_bytes(planned: list, case: FullSizeCase) -> int:
-    """Bytes that the FP8 copy will take on the disk; 0 if there is one."""
-    exists = (case.folder / "transformer-fp8").exists()
+    """Bytes that the quantised copy will take on the disk; 0 if there is one."""
+    exists = (case.folder / f"transformer-{case.base}").exists()
     return 0 if exists else max(phase.parts["base"] for phase in planned)
 
 

@@ -62,7 +62,7 @@ def run_command(arguments: argparse.Namespace) -> None:
         "overrides": flags.overrides,
         "steps": flags.steps,
     }
-    results = _earlier_results(folder / "parity.json", settings)
+    results = earlier_results(folder / "parity.json", settings)
     missing = {}
     for seed in flags.seeds:
         for policy in (FLOAT32, *POLICIES[1:]):
@@ -79,7 +79,7 @@ def run_command(arguments: argparse.Namespace) -> None:
     print(parity_table(results, flags.seeds))
 
 
-def _earlier_results(file: Path, settings: dict) -> dict[str, dict]:
+def earlier_results(file: Path, settings: dict) -> dict[str, dict]:
     """Results that an earlier call wrote. Raises ConfigError if it had other settings."""
     if not file.exists():
         return {}
@@ -139,8 +139,8 @@ def parity_table(results: dict[str, dict], seeds: list[int]) -> str:
         runs, exact = ([results[f"{p}/{seed}"] for seed in seeds] for p in (policy, FLOAT32))
         losses = [run["loss"] / other["loss"] - 1 for run, other in zip(runs, exact, strict=True)]
         rates = [run["motif"] - other["motif"] for run, other in zip(runs, exact, strict=True)]
-        row = f"{policy:26s}{np.mean([run['loss'] for run in runs]):8.4f}{100 * _furthest(losses):+8.2f}%"
-        row += f"{np.mean([run['motif'] for run in runs]):8.1%}{100 * _furthest(rates):+8.1f}"
+        row = f"{policy:26s}{np.mean([run['loss'] for run in runs]):8.4f}{100 * furthest(losses):+8.2f}%"
+        row += f"{np.mean([run['motif'] for run in runs]):8.1%}{100 * furthest(rates):+8.1f}"
         lines.append(f"{row}{100 * np.mean(rates):+8.1f}{np.mean([run['kept_mib'] for run in runs]):10.2f}")
     lines.append(
         f"{len(seeds)} seeds; losses wanted within {WANTED_LOSS:.0%} of float32, motif rates within "
@@ -149,6 +149,6 @@ def parity_table(results: dict[str, dict], seeds: list[int]) -> str:
     return "\n".join(lines)
 
 
-def _furthest(differences: list[float]) -> float:
+def furthest(differences: list[float]) -> float:
     """The one furthest from zero."""
     return max(differences, key=abs)

@@ -37,6 +37,12 @@ COMMANDS = {
         "draw data, train a LoRA with and without COAT, draw with it, measure", "ppcoat.bench.quickstart"
     ),
     "train": Command("train a FLUX LoRA from a YAML file", "ppcoat.cli.train", "add_flux_arguments"),
+    "tune": Command(
+        "find learning rate and rank for a config within a time",
+        "ppcoat.cli.train",
+        "add_tune_arguments",
+        "run_tune",
+    ),
     "train-flux-lightning": Command("distil FLUX to 4 steps", "ppcoat.distill.flux_lightning"),
     "train-newbie": Command(
         "train a NewBie LoRA or LoKr from a TOML file", "ppcoat.cli.train", "add_newbie_arguments"

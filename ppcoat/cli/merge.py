@@ -182,7 +182,7 @@ def name_class(file: Path, transformer: paddle.nn.Layer | None) -> None:
     control LoRA changes."""
     index = read_json(file)
     if transformer is not None and index.get("_class_name") in FLUX_CLASSES:
-        own = index | {"_class_name": pipeline_class(transformer)}
+        own = index | {"_class_name": pipeline_class(transformer, index["_class_name"])}
         if own != index:
             write_json(file, own)
 

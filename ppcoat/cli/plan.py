@@ -1,6 +1,7 @@
 """The memory a run will need, before anything is allocated.
 
 python -m ppcoat plan config.yaml [--vram 24]
+python -m ppcoat plan config.yaml --cards 8 12 16 --pictures 512 1024
 python -m ppcoat plan newbie_config.toml [--vram 16]
 python -m ppcoat plan lightning [--vram 48] [--resolution 1024]
 python -m ppcoat plan generate [--model FOLDER] [--vram 12] [--height 1024 --width 1024]
@@ -60,6 +61,14 @@ class PlanFlags:
         positional=True,
     )
     vram: float | None = flag("choose the fastest settings that fit into so many GB", None, metavar="GB")
+    cards: list[float] | None = flag(
+        "instead: a table in Markdown of what fits on cards with so many GB", None, metavar="GB"
+    )
+    pictures: list[int] | None = flag(
+        "with --cards: sides of pictures, in training and previews (default: the config's)",
+        None,
+        metavar="PIXELS",
+    )
     resolution: int | None = flag(f"of lightning's pictures (default: {RESOLUTION})", None, metavar="PIXELS")
     overrides: list[str] = set_flag()
 
@@ -94,13 +103,24 @@ def run_command(arguments: argparse.Namespace) -> None:
     if drawn != DrawingFlags():
         raise ConfigError("--model, --height, --quantize and their like are for plan generate")
     if flags.config == LIGHTNING:
-        if flags.overrides:
-            raise ConfigError("--set changes a config file; plan lightning takes --vram and --resolution")
+        if flags.overrides or flags.cards or flags.pictures:
+            raise ConfigError(
+                "--set, --cards and --pictures are for a config file; plan lightning takes --vram and "
+                "--resolution"
+            )
         print(lightning_plans(flags.resolution or RESOLUTION, check_budget(flags.vram)))
         return
     if flags.resolution is not None:
         raise ConfigError("--resolution is for plan lightning; a config file says it in its datasets")
-    print_plan(load_run_config(flags.config, flags.overrides), check_budget(flags.vram))
+    if flags.cards is None and flags.pictures is not None:
+        raise ConfigError("--pictures is for the table of --cards; a config file says it in its datasets")
+    config = load_run_config(flags.config, flags.overrides)
+    if flags.cards is None:
+        print_plan(config, check_budget(flags.vram))
+        return
+    for gigabytes in flags.cards:
+        check_budget(gigabytes)
+    print("\n".join(cards_table(config, flags.cards, flags.pictures or [])))
 
 
 def print_plan(config: RunConfig, vram_gb: float | None) -> None:
@@ -117,7 +137,47 @@ def print_plan(config: RunConfig, vram_gb: float | None) -> None:
 
 def plan_table(planned: Plan) -> str:
     """What a plan says, as text of at most 108 columns: facts, settings, GB by component and phase."""
-    return "\n".join([*planned.facts, _settings(planned.settings), *phase_table(planned.phases)])
+    return "\n".join([*planned.facts, str(planned.settings), *phase_table(planned.phases)])
+
+
+def cards_table(config: RunConfig, cards: Sequence[float], sides: Sequence[int]) -> list[str]:
+    """The fastest settings of a run for each card (GB) and side of its pictures (none: the config's own), as
+    the lines of a table in Markdown; sent: GB of base weights that go to the card in an update."""
+    from ppcoat.plan.settings import best_that_fits
+    from ppcoat.train.run import MODEL_SPECS
+
+    model = MODEL_SPECS[config.model.family].memory_model
+    memories = {side: model(with_side(config, side), on_gpu=True) for side in sides or [None]}
+    rows = [("card", "picture", "base", "policy", "checkpointed", "swapped", "sent", "planned peak")]
+    for gigabytes in cards:
+        for side, memory in memories.items():
+            pixels = side or max(data.resolution for data in config.datasets)
+            row = f"{gigabytes:g} GB", f"{pixels} px"
+            try:
+                planned = best_that_fits(memory, gigabytes)
+            except ConfigError as error:
+                rows.append((*row, *[""] * 5, str(error).partition(", in ")[0].rpartition(": ")[2]))
+                continue
+            taken, sent = planned.settings, memory.sent_bytes(planned.settings)
+            base = taken.quantize.upper() if taken.quantize else memory.float_name
+            numbers = (
+                taken.checkpoint_blocks,
+                taken.blocks_to_swap,
+                f"{_gb(sent)} GB",
+                f"{_gb(planned.total)} GB",
+            )
+            rows.append((*row, base, taken.policy, *map(str, numbers)))
+    head, *body = ["| " + " | ".join(row) + " |" for row in rows]
+    return [head, "|" + "---|" * len(rows[0]), *body]
+
+
+def with_side(config: RunConfig, side: int | None) -> RunConfig:
+    """The config with squares of this side in training and previews; None: as it is."""
+    if side is None:
+        return config
+    datasets = tuple(data.model_copy(update={"resolution": side}) for data in config.datasets)
+    sample = config.sample.model_copy(update={"width": side, "height": side})
+    return config.model_copy(update={"datasets": datasets, "sample": sample})
 
 
 def phase_table(phases: Sequence[Phase]) -> list[str]:
@@ -136,8 +196,8 @@ def phase_table(phases: Sequence[Phase]) -> list[str]:
 
 
 def lightning_plans(resolution: int, vram_gb: float | None = None) -> str:
-    """A table each for a bfloat16 and an FP8 base."""
-    cases = [lightning_case(resolution, fp8_base) for fp8_base in (False, True)]
+    """A table each for a base in bfloat16, FP8 and FP4."""
+    cases = [lightning_case(resolution, base) for base in (False, "fp8", "fp4")]
 
     from ppcoat.plan.lightning import LightningMemoryModel
 
@@ -148,7 +208,7 @@ def lightning_plans(resolution: int, vram_gb: float | None = None) -> str:
         phases = memory.phases(settings)
         if not lines:
             lines += [*memory.facts, f"{heads.count} heads of {heads.bytes_of_one // 4:,} parameters"]
-        lines += ["", _settings(settings), *phase_table(phases)]
+        lines += ["", str(settings), *phase_table(phases)]
         if vram_gb is not None:
             fits = max(phase.total for phase in phases) <= vram_gb * GB
             lines.append(f"fits into {vram_gb:g} GB: {'yes' if fits else 'no'}")
@@ -181,7 +241,7 @@ def drawing_plan(flags: DrawingFlags, vram_gb: float | None = None) -> str:
     return "\n".join(lines)
 
 
-def lightning_case(resolution: int, fp8_base: bool) -> LightningConfig:
+def lightning_case(resolution: int, quantize: str | bool) -> LightningConfig:
     """The published recipe at a resolution, on FLUX.1-dev. Raises ConfigError for a wrong resolution."""
     return lightning_config(
         {
@@ -192,7 +252,7 @@ def lightning_case(resolution: int, fp8_base: bool) -> LightningConfig:
             "gradient_checkpointing": True,
             "use_dmd_loss": True,
             "apply_reflow_loss": True,
-            "fp8_base": fp8_base,
+            "quantize": quantize,
         }
     )
 
@@ -229,32 +289,17 @@ def _sections(settings: Settings) -> dict[str, dict]:
 
 def advice(config: RunConfig, planned: Plan, config_format: Literal["yaml", "toml"]) -> str:
     """The chosen settings as lines of a config in that format, and what they rest on."""
-    from ppcoat.plan.phases import FLOPS, PCIE_RATE
+    from ppcoat.plan.phases import FLOPS, PCIE_RATE, base_name
+    from ppcoat.plan.settings import NO_FASTER, allowed_bases
 
-    base = config.model.quantize
-    allowed = (
-        f"A base in {base} is allowed by model.quantize: {base}."
-        if base
-        else "A quantised base was not considered: model.quantize: fp8 (int8, nf4, fp4) would allow it."
-    )
+    considered = ", ".join(base_name(each) for each in allowed_bases(config))
     lines = {"yaml": settings_yaml, "toml": settings_toml}[config_format](planned.settings)
     return (
         f"\nThe fastest that fits into {planned.vram_gb:g} GB: about {planned.seconds:.1f} s an update by a "
         f"model of the time\n({FLOPS / 1e12:.0f} TFLOP/s, PCIe {PCIE_RATE / GB:.0f} GB/s), not a "
-        f"measurement. {allowed}\nIn the config:\n\n{lines}"
+        f"measurement.\nConsidered: {considered}; within {100 * NO_FASTER:.0f} % of the time the most exact "
+        f"one.\nmodel.quantize names the least exact one to take. In the config:\n\n{lines}"
     )
-
-
-def _settings(settings: Settings) -> str:
-    return (
-        f"policy {settings.policy}, {settings.checkpoint_blocks} blocks checkpointed, "
-        f"{settings.blocks_to_swap} swapped, {_base(settings.quantize)}, "
-        f"batch {settings.batch_size} x {settings.gradient_accumulation}"
-    )
-
-
-def _base(quantize: str | bool) -> str:
-    return f"{quantize.upper()} base" if quantize else "base not quantised"
 
 
 def _gb(count: int | None) -> str:

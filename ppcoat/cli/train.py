@@ -1,10 +1,12 @@
-"""Two commands that train an adapter from a config file.
+"""Commands that train an adapter from a config file, and the one that looks for the best settings first.
 
     python train_scripts/train_flux_lora.py config.yaml [--set train.steps=50] [--strict] [--dry_run]
     python train_scripts/train_newbie_lora.py --config_file my.toml [--set a.b=c] [--strict] [--dry_run]
+    python -m ppcoat tune config.yaml --budget 60m [--hold_out 8] [--set a.b=c]
 
 The NewBie command also takes the config.yaml that a run leaves in its folder. The run itself is in
-train/run.py, which is imported, with Paddle and its models, only for a config without mistakes.
+train/run.py, the search in train/tune.py, which are imported, with Paddle and its models, only for a config
+without mistakes.
 """
 
 from __future__ import annotations
@@ -13,11 +15,12 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from ppcoat.config.flags import RunFlags, add_run_flags, flag, from_flags
+from ppcoat.config.flags import RunFlags, add_flags, add_run_flags, flag, from_flags
 from ppcoat.config.load import dump_config
 from ppcoat.config.newbie import load_run_config
 from ppcoat.config.schema import RunConfig
 from ppcoat.errors import ConfigError
+from ppcoat.train.search import TuneFlags, seconds_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +51,24 @@ def add_newbie_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `train_scripts/train_newbie_lora.py`."""
     parser.set_defaults(family="newbie")
     add_run_flags(parser, NewbieRunFlags)
+
+
+def add_tune_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `tune`."""
+    add_flags(parser, TuneFlags)
+
+
+def run_tune(arguments: argparse.Namespace) -> None:
+    """Look for learning rate, rank and saving policy of a config of any model."""
+    flags = from_flags(TuneFlags, arguments)
+    seconds_of(flags.budget)
+    config = load_run_config(flags.config, flags.overrides)
+
+    from ppcoat.device import tune_host
+    from ppcoat.train.tune import tune
+
+    tune_host()
+    tune(config, flags)
 
 
 def run_command(arguments: argparse.Namespace) -> None:

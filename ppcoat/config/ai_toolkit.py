@@ -18,6 +18,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from ppcoat.config.ai_toolkit_editing import fit_pairs
 from ppcoat.config.ai_toolkit_keys import DEFAULTS, KEYS, Honour, Read, Refuse, Warn
 from ppcoat.config.ai_toolkit_values import Document, Reading
 from ppcoat.config.explain import Location, Origins, dotted, nearest_key, printable, schema_keys
@@ -138,6 +139,7 @@ def translate(data: dict[str, Any], nested: bool, origins: Origins) -> dict[str,
     for target, (setting, location) in overruling.items():
         origins.spelled[target] = location
         _put(ours, target, setting)
+    fit_pairs(ours, nested)
     if nested:
         _fit_network(ours, origins)
         _fit_buckets(ours)

@@ -7,60 +7,16 @@ ai-toolkit's toolkit/config_modules.py.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
+from ppcoat.config import ai_toolkit_optimizers as optimizers
 from ppcoat.config import ai_toolkit_values as values
-from ppcoat.config.ai_toolkit_values import Reader
-
-
-@dataclass(frozen=True)
-class Honour:
-    """Taken as it is, under the name `to` in our schema ("": its own). null: None, an empty list and an empty
-    text stand for the default."""
-
-    to: str = ""
-    null: bool = False
-
-
-@dataclass(frozen=True)
-class Read:
-    """Taken in another form, see ai_toolkit_values.py. to: the setting that it is another spelling of."""
-
-    read: Reader
-    to: str = ""
-
-
-@dataclass(frozen=True)
-class Warn:
-    """Accepted with a warning that says why it makes no difference here; values in `silent` need none: those
-    that ask for nothing, and what ai-toolkit's web interface always writes."""
-
-    why: str
-    silent: tuple[Any, ...] = (None, False)
-
-
-@dataclass(frozen=True)
-class Refuse:
-    """An error, because leaving it out would change the result; values in `neutral` ask for nothing."""
-
-    advice: str
-    neutral: tuple[Any, ...] = (None, False)
-
-
-@dataclass(frozen=True)
-class Idle:
-    """Accepted in silence: it says something only where the key `switch` is on, which is dealt with there."""
-
-    switch: str
-
-
-Treatment = Honour | Read | Warn | Refuse | Idle
+from ppcoat.config.ai_toolkit_editing import EDITING, read_arch
+from ppcoat.config.ai_toolkit_treatments import Honour, Idle, Read, Refuse, Treatment, Warn
 
 _MEMORY = "it only saves memory; see train.gradient_checkpointing and the coat section for that"
 _CACHED = "every picture and caption is encoded once before training and kept in main memory"
 _ONCE = "every caption is encoded once in any case"
-_MASKS = "the loss has no masks; leave it out"
 _CROPS = "pictures are cropped in the centre at full size; leave it out"
 _SWITCH_OFF = "it is not built in; leave it out or set it to false"
 _OTHER_TASK = "it belongs to another kind of training; leave it out"
@@ -95,7 +51,7 @@ _PROCESS: dict[str, Treatment] = {
     "precompute_image_embeddings": Warn(_CACHED, (None, True)),
     "save_cache_on_disk": Honour("datasets[].cache_to_disk", null=True),
     "quantize": Honour("model.quantize", null=True),
-    "adam8bit": Read(values.read_adam8bit),
+    "adam8bit": Read(optimizers.read_adam8bit),
     "slider": Refuse(_OTHER_TASK, (None, {})),
     "monitoring": Warn("there is no web interface", (None, {})),
     "meta": Warn(
@@ -161,13 +117,10 @@ _DATASET: dict[str, Treatment] = {
     "datasets[].network_weight": Refuse(_ONE_SET, (None, 1)),
     "datasets[].flip_x": Honour(null=True),
     "datasets[].flip_y": Honour(null=True),
-    "datasets[].mask_path": Refuse(_MASKS, (None,)),
-    "datasets[].alpha_mask": Refuse(_MASKS),
     "datasets[].num_workers": Warn(_CACHED, (None,)),
     "datasets[].prefetch_factor": Warn(_CACHED, (None,)),
     **dict.fromkeys(("datasets[].augments", "datasets[].augmentations"),
                     Refuse("pictures are not augmented; leave it out", (None, []))),
-    "datasets[].control_path": Refuse(_OTHER_TASK, (None,)),
     "datasets[].clip_image_path": Refuse(_OTHER_TASK, (None,)),
     "datasets[].num_frames": Refuse(_OTHER_TASK, (None, 1)),
     "datasets[].do_audio": Refuse(_OTHER_TASK),
@@ -175,8 +128,7 @@ _DATASET: dict[str, Treatment] = {
     "datasets[].type": Refuse("wanted image", (None, "image")),
     **dict.fromkeys(("datasets[].controls", "datasets[].extra_values"), Refuse(_OTHER_TASK, (None, []))),
     **dict.fromkeys(
-        ("datasets[].control_path_1", "datasets[].control_path_2", "datasets[].control_path_3",
-         "datasets[].inpaint_path", "datasets[].unconditional_path"),
+        ("datasets[].inpaint_path", "datasets[].unconditional_path"),
         Refuse(_OTHER_TASK, (None, "")),
     ),
     **dict.fromkeys(
@@ -197,13 +149,12 @@ _TRAIN: dict[str, Treatment] = {
     "train.train_text_encoder": Refuse("text encoders stay frozen; set it to false"),
     "train.gradient_checkpointing": Honour(),
     "train.noise_scheduler": Refuse("FLUX is trained by flow matching: flowmatch", (None, "flowmatch")),
-    "train.optimizer": Read(values.read_optimizer, "train.optimizer"),
-    "train.adam8bit": Read(values.read_adam8bit),
-    "train.optimizer_params.weight_decay": Honour("train.weight_decay"),
-    "train.optimizer_params.eps": Honour("train.epsilon"),
-    "train.optimizer_params.betas": Read(values.read_betas),
-    "train.lr": Honour(),
-    "train.unet_lr": Honour("train.lr", null=True),
+    "train.optimizer": Read(optimizers.read_optimizer, "train.optimizer"),
+    "train.adam8bit": Read(optimizers.read_adam8bit),
+    **{f"train.optimizer_params.{key}": Honour(to) for key, to in optimizers.SAME.items()},
+    **{f"train.optimizer_params.{key}": Read(reader) for key, reader in optimizers.READERS.items()},
+    "train.lr": Read(optimizers.read_lr),
+    "train.unet_lr": Read(optimizers.read_unet_lr, "train.lr"),
     "train.lr_scheduler": Read(values.read_lr_scheduler, "train.lr_scheduler"),
     "train.lr_scheduler_params": Read(values.read_lr_scheduler_params),
     "train.dtype": Read(values.read_train_dtype, "model.dtype"),
@@ -230,8 +181,9 @@ _TRAIN: dict[str, Treatment] = {
         "released after the captions are encoded"
     ),
     "train.cache_text_embeddings": Warn(_ONCE, (None, True, False)),
-    "train.diff_output_preservation": Refuse(_SWITCH_OFF),
-    "train.blank_prompt_preservation": Refuse(_SWITCH_OFF),
+    **dict.fromkeys(("train.diff_output_preservation", "train.diff_output_preservation_class",
+                     "train.diff_output_preservation_multiplier", "train.blank_prompt_preservation",
+                     "train.blank_prompt_preservation_multiplier"), Honour(null=True)),  # fmt: skip
     "train.validation_config": Read(values.read_validation_config, "train.validation"),
     "train.reg_weight": Honour("reg_weight", null=True),
     "train.start_step": Refuse("a run goes on from the checkpoint in its folder; leave it out", (None,)),
@@ -251,7 +203,6 @@ _TRAIN: dict[str, Treatment] = {
         Refuse(_SWITCH_OFF),
     ),
     "train.do_paramiter_swapping": Refuse("all of the LoRA trains in every step; set it to false"),
-    "train.inverted_mask_prior": Refuse(_MASKS),
     "train.adapter_assist_name_or_path": Refuse(_OTHER_TASK, (None,)),
     "train.match_adapter_assist": Refuse(_OTHER_TASK),
     "train.match_adapter_chance": Refuse(_OTHER_TASK, (None, 0)),
@@ -273,7 +224,7 @@ _TRAIN: dict[str, Treatment] = {
 _MODEL: dict[str, Treatment] = {
     "model.name_or_path": Honour(),
     "model.is_flux": Refuse("only FLUX is trained here; set it to true", (None, True)),
-    "model.arch": Read(values.read_arch),
+    "model.arch": Read(read_arch, "model.arch"),
     "model.dtype": Read(values.read_model_dtype, "model.dtype"),
     "model.quantize": Honour(null=True),
     "model.qtype": Read(values.read_qtype),
@@ -339,7 +290,6 @@ _LOGGING: dict[str, Treatment] = {
 # Switch -> keys that say something only where it is on.
 _IDLE = {
     "save.push_to_hub": "save.hf_repo_id save.hf_private",
-    "datasets[].mask_path": "datasets[].invert_mask datasets[].mask_min_value",
     "datasets[].clip_image_augmentations": "datasets[].clip_image_shuffle_augmentations",
     "datasets[].augmentations": "datasets[].shuffle_augmentations",
     "datasets[].random_triggers": "datasets[].random_triggers_max",
@@ -347,9 +297,6 @@ _IDLE = {
     "model.arch": "train.refiner_lr train.switch_boundary_every",
     "embedding": "train.embedding_lr",
     "adapter": "train.adapter_lr sample.adapter_conditioning_scale",
-    "train.diff_output_preservation":
-        "train.diff_output_preservation_class train.diff_output_preservation_multiplier",
-    "train.blank_prompt_preservation": "train.blank_prompt_preservation_multiplier",
     "train.max_loss": "train.max_loss_debug",
     "train.do_differential_guidance": "train.differential_guidance_scale",
     "train.do_guidance_loss": "train.guidance_loss_target",
@@ -373,11 +320,11 @@ _IDLE = {
         "datasets[].shrink_video_to_frames datasets[].do_i2v datasets[].fps "
         "datasets[].auto_frame_count",
     "datasets[].do_audio": "datasets[].audio_normalize datasets[].audio_preserve_pitch",
-    "datasets[].control_path": "datasets[].full_size_control_images datasets[].control_transparent_color",
     "sqlite_db_path": "logging.use_ui_logger",
 }  # fmt: skip
 
 KEYS: dict[str, Treatment] = _PROCESS | _NETWORK | _SAVE | _DATASET | _TRAIN | _MODEL | _SAMPLE | _LOGGING
+KEYS |= EDITING
 KEYS |= {key: Idle(switch) for switch, keys in _IDLE.items() for key in keys.split()}
 
 # What ai-toolkit takes where its YAML says nothing and our schema has another default. Not here: train.dtype

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from ppcoat.config.input_sections import base_format
+from ppcoat.config.base import base_format
 
 _FLAG = re.compile(r"(?:^|\s)--(\w+)(?=\s|$)")
 # flag of a prompt or key of a sample -> our setting; "": FLUX takes no negative prompt
@@ -28,8 +28,10 @@ _PREVIEW_KEYS = {
     **dict.fromkeys(("m", "network_multiplier"), "network_multiplier"),
     **dict.fromkeys(("n", "n2", "p2", "neg"), ""),
 }
-# of a film, or of a model that is given a picture: there is nothing to follow, and nothing is asked of FLUX
-_FILM_KEYS = ("fps", "num_frames", "ctrl_idx", "ctrl_img", "ctrl_img_1", "ctrl_img_2", "ctrl_img_3")
+# of a film: there is nothing to follow, and nothing is asked of FLUX
+_FILM_KEYS = ("fps", "num_frames", "ctrl_idx")
+# pictures that a preview is drawn after; mask_img is our own
+_REFERENCES, _MASK = ("ctrl_img", "ctrl_img_1", "ctrl_img_2", "ctrl_img_3"), "mask_img"
 # key of validation_config -> our setting and what ai-toolkit takes where it is absent
 _VALIDATION = {
     "validation_items": ("items", []),
@@ -75,7 +77,6 @@ _SHAPE: dict[Any, dict[str, str]] = {
     "polynomial": {"power": "train.lr_power"},
     "step": {"step_size": "train.lr_step_size", "gamma": "train.lr_gamma"},
 }
-_OPTIMIZERS = ("adamw", "adamw8bit", "adam8bit", "coat_fp8_adamw")
 
 
 def read_device(value: Any, document: Document) -> Reading:
@@ -129,36 +130,6 @@ def read_square_crop(value: Any, document: Document) -> Reading:
     if value is not None and not isinstance(value, bool):
         raise ValueError("wanted true or false")
     return Reading({"datasets[].bucket_rule": "square"} if value else {})
-
-
-def read_optimizer(value: Any, document: Document) -> Reading:
-    """adamw8bit and adam8bit keep their moments in 8 bits: here that is FP8, unless coat.optimizer.use_fp8
-    forbids it."""
-    name = value.lower() if isinstance(value, str) else value
-    if name in ("adamw8bit", "adam8bit"):
-        states = document.get("coat", "optimizer", {})
-        if isinstance(states, dict) and states.get("use_fp8") is False:
-            note = "read as adamw: coat.optimizer.use_fp8 is false, so both moments are kept in full"
-            return Reading({"train.optimizer": "adamw"}, (note,))
-        note = "read as coat_fp8_adamw: both moments are kept in FP8 instead of bitsandbytes' 8-bit codes"
-        return Reading({"train.optimizer": "coat_fp8_adamw"}, (note,))
-    if isinstance(name, str) and name not in _OPTIMIZERS:
-        raise ValueError(f"there is no such optimizer here; wanted {', '.join(_OPTIMIZERS)}")
-    return Reading({"train.optimizer": name})
-
-
-def read_adam8bit(value: Any, document: Document) -> Reading:
-    """true: as optimizer: adamw8bit."""
-    if value is not None and not isinstance(value, bool):
-        raise ValueError("wanted true or false")
-    return read_optimizer("adamw8bit", document) if value else Reading()
-
-
-def read_betas(value: Any, document: Document) -> Reading:
-    """[beta1, beta2] -> two settings."""
-    if not isinstance(value, list) or len(value) != 2:
-        raise ValueError("wanted two numbers, for example [0.9, 0.999]")
-    return Reading({"train.beta1": value[0], "train.beta2": value[1]})
 
 
 def read_lr_scheduler(value: Any, document: Document) -> Reading:
@@ -239,13 +210,6 @@ def read_disable_sampling(value: Any, document: Document) -> Reading:
     if value not in (None, True, False):
         raise ValueError("wanted true or false")
     return Reading({"sample.sample_every": 0} if value else {})
-
-
-def read_arch(value: Any, document: Document) -> Reading:
-    """flux, or flux:<tag>."""
-    if value is not None and (not isinstance(value, str) or value.partition(":")[0] != "flux"):
-        raise ValueError("only FLUX.1 is trained here; wanted flux")
-    return Reading()
 
 
 def read_qtype(value: Any, document: Document) -> Reading:
@@ -342,10 +306,13 @@ def _split_flags(prompt: str, notes: list[str]) -> _Preview:
 def _settings(given: dict[str, Any], notes: list[str], strict: bool = False) -> _Preview:
     """What a preview can follow. notes: gets the rest; a preview must not stop a training. strict: what has
     our own name is left to the schema."""
-    settings: _Preview = {}
+    given_as = [given[key] for key in _REFERENCES if given.get(key)]
+    references = [path for each in given_as for path in (each if isinstance(each, list) else [each])]
+    settings: _Preview = {"ctrl_img": references} if references else {}
+    settings |= {_MASK: given[_MASK]} if given.get(_MASK) else {}
     for key, value in given.items():
         name = _PREVIEW_KEYS.get(key)
-        if key in ("prompt", *_FILM_KEYS) or value is None or (name == "" and not value):
+        if key in ("prompt", *_FILM_KEYS, *_REFERENCES, _MASK) or value is None or (name == "" and not value):
             continue
         if name is None:
             notes.append(f"'{key}' is nothing that a preview can follow and is left out")

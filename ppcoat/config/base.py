@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import unicodedata
-from typing import Annotated
+from typing import Annotated, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict
 
@@ -65,5 +65,34 @@ TokenizerPlaces = Annotated[
     PathTexts,
     Field(
         description="where the tokenizers are, if not in one of these: a FLUX folder, or a folder for each"
+    ),
+]
+BaseFormat = Literal["fp8", "int8", "nf4", "fp4"]
+# Names that ai-toolkit, diffusers and OneTrainer have, in small letters without underscores.
+_BASE_NAMES: dict[str, BaseFormat] = {
+    **dict.fromkeys(("float8", "qfloat8", "float8e4m3fn"), "fp8"),
+    **{"qint8": "int8", "nfloat4": "nf4"},
+}
+
+
+def base_format(name: str) -> BaseFormat | None:
+    """The format of base weights that is called so here or in another program; None for an unknown name."""
+    plain = name.lower().replace("_", "")
+    return plain if plain in get_args(BaseFormat) else _BASE_NAMES.get(plain)
+
+
+def _quantize(value: object) -> object:
+    """true is fp8; capitals and underscores do not matter; a flag's false comes as text."""
+    if isinstance(value, str):
+        value = {"true": True, "false": False}.get(value.lower(), base_format(value) or value)
+    return "fp8" if value is True else value
+
+
+Quantize = Annotated[
+    Literal[False, "fp8", "int8", "nf4", "fp4"],
+    BeforeValidator(_quantize),
+    Field(
+        description="store the frozen Linears in fp8 (true; 8 bits a weight), int8 (8.25), nf4 (4.13) or fp4 "
+        "(4.5); their errors: docs/kernels.md"
     ),
 ]

@@ -17,7 +17,9 @@ from pydantic import (
 
 from ppcoat.config.base import (
     PathText,
+    PathTexts,
     Pixels,
+    Quantize,
     Section,
     Strings,
     TextEncoderPlaces,
@@ -28,21 +30,10 @@ from ppcoat.config.base import (
 from ppcoat.config.flags import built_in_model
 from ppcoat.errors import unknown_name
 
+Channel = Annotated[int, Field(ge=0, le=255)]
 BlockRange = Annotated[tuple[int, ...], Strict(False)]
 AdapterType = Literal["lora", "dora", "lokr"]
-BaseFormat = Literal["fp8", "int8", "nf4", "fp4"]
-# Names that ai-toolkit, diffusers and OneTrainer have, in small letters without underscores.
-_BASE_NAMES: dict[str, BaseFormat] = {
-    **dict.fromkeys(("float8", "qfloat8", "float8e4m3fn"), "fp8"),
-    **{"qint8": "int8", "nfloat4": "nf4"},
-}
 BucketRule = Literal["aspect", "ai-toolkit", "square"]
-
-
-def base_format(name: str) -> BaseFormat | None:
-    """The format of base weights that is called so here or in another program; None for an unknown name."""
-    plain = name.lower().replace("_", "")
-    return plain if plain in get_args(BaseFormat) else _BASE_NAMES.get(plain)
 
 
 class ModelConfig(Section):
@@ -56,6 +47,10 @@ class ModelConfig(Section):
     vae: VAEPlace = None
     tokenizers: TokenizerPlaces = ()
     family: Literal["flux", "newbie"] = Field("flux", description="which model it is: FLUX.1 or NewBie-image")
+    arch: Literal["auto", "flux_kontext"] = Field(
+        "auto",
+        description="flux_kontext: FLUX.1 Kontext, whose LoRA is marked as one; auto: as the folder says",
+    )
     prompt_prefix: str | None = Field(
         None, description="what NewBie's Gemma reads before a caption; none: as its base model was trained"
     )
@@ -64,11 +59,7 @@ class ModelConfig(Section):
         description="compute dtype; auto is float32 on CPU and bfloat16 on GPU; products of float32 are TF32 "
         "on a GPU unless the process starts with NVIDIA_TF32_OVERRIDE=0",
     )
-    quantize: Literal[False, "fp8", "int8", "nf4", "fp4"] = Field(
-        False,
-        description="store the frozen Linears in fp8 (true; 8 bits a weight), int8 (8.25), nf4 (4.13) or fp4 "
-        "(4.5); their errors: docs/kernels.md",
-    )
+    quantize: Quantize = False
     quantize_matmul: bool = Field(
         False, description="with quantize: fp8, multiply in FP8 too, which rounds activations; wants sm_89 on"
     )
@@ -90,14 +81,6 @@ class ModelConfig(Section):
     @classmethod
     def _is_built_in(cls, value: str) -> str:
         return built_in_model(value)
-
-    @field_validator("quantize", mode="before")
-    @classmethod
-    def _named(cls, value: object) -> object:
-        """true is fp8; capitals and underscores do not matter."""
-        if value is True:
-            return "fp8"
-        return base_format(value) or value if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _multiplies_what_is_quantised(self) -> ModelConfig:
@@ -223,6 +206,27 @@ class DatasetConfig(Section):
         False, description="keep encoded pictures and captions of the run in cache_dir; one folder is enough"
     )
     skip_bad: bool = Field(False, description="leave out bad files, counted and listed, instead of stopping")
+    control_path: PathTexts = Field(
+        (),
+        description="folder of references, or a list of them: pictures of the same names, which the model is "
+        "shown (FLUX.1 Kontext, or FLUX.1-dev that learns to look)",
+    )
+    full_size_control_images: bool = Field(
+        True, description="references are cut to their picture's size; false: shown whole, at their own size"
+    )
+    control_transparent_color: Annotated[tuple[Channel, Channel, Channel], Strict(False)] = Field(
+        (0, 0, 0), description="red, green, blue below what is transparent in a reference"
+    )
+    mask_path: PathText | None = Field(
+        None,
+        description="folder of masks of the same names; white is what the loss is about, or what a Fill "
+        "model paints anew",
+    )
+    alpha_mask: bool = Field(False, description="the opacity of a picture is its mask, instead of mask_path")
+    invert_mask: bool = Field(False, description="black is what counts in masks")
+    mask_min_value: float = Field(
+        0.0, ge=0, lt=1, description="weight of the loss where a mask is black; 1 where it is white"
+    )
 
     @field_validator("caption_ext")
     @classmethod
@@ -243,6 +247,14 @@ class DatasetConfig(Section):
                 f"bucket_step {self.bucket_step} is more than resolution {min(self.resolutions)}; lower it "
                 "or leave it out"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _masks_have_an_effect(self) -> DatasetConfig:
+        if self.mask_path and self.alpha_mask:
+            raise ValueError("mask_path and alpha_mask both say where the mask is; leave one out")
+        if not (self.mask_path or self.alpha_mask) and (self.invert_mask or self.mask_min_value):
+            raise ValueError("invert_mask and mask_min_value have no effect without mask_path or alpha_mask")
         return self
 
     @property

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from ppcoat.config.base import (
     PathText,
+    Quantize,
     TextEncoderPlaces,
     TokenizerPlaces,
     VAEPlace,
@@ -170,7 +171,7 @@ class LightningConfig(BaseModel):
     fp8_optimizer: bool = Field(
         True, description="moments in FP8 (COAT); the heads' first moment is never kept"
     )
-    fp8_base: bool = Field(False, description="frozen weights in FP8: half of bfloat16's memory")
+    quantize: Quantize = False
     blocks_to_swap: int = Field(0, ge=0, description="last blocks whose frozen weights wait in host memory")
     saving_policy: PolicyName = Field("coat", description="what FLUX blocks keep for backward")
     image_column: int | None = Field(None, ge=0, description="column of the picture in a shard; none: probed")
@@ -256,7 +257,7 @@ class LightningConfig(BaseModel):
                 "vae": self.vae,
                 "tokenizers": self.tokenizers,
                 "dtype": "float32" if exact else "auto",
-                "quantize": self.fp8_base,
+                "quantize": self.quantize,
                 "blocks_to_swap": self.blocks_to_swap,
             },
             "network": {"linear": self.lora_rank, "linear_alpha": float(self.lora_alpha or self.lora_rank)},

@@ -106,9 +106,9 @@ class RunConfig(Section):
 
     @property
     def uses_fp8_optimizer(self) -> bool:
-        """Whether AdamW keeps its moments in FP8."""
+        """Whether the optimizer keeps its states in FP8."""
         coat_asks = self.coat.enabled and self.coat.optimizer.use_fp8
-        return coat_asks or self.train.optimizer == "coat_fp8_adamw"
+        return coat_asks or self.train.fp8_states or self.train.optimizer == "coat_fp8_adamw"
 
     @field_validator("name")
     @classmethod
@@ -149,9 +149,25 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _optimizer_agrees_with_coat(self) -> RunConfig:
-        if self.train.optimizer == "coat_fp8_adamw" and not self.coat.optimizer.use_fp8:
+        fp8_by_name = self.train.optimizer == "coat_fp8_adamw"
+        if (fp8_by_name or self.train.fp8_states) and not self.coat.optimizer.use_fp8:
+            asked = "optimizer coat_fp8_adamw" if fp8_by_name else "fp8_states: true"
+            raise ValueError(f"train.{asked} contradicts coat.optimizer.use_fp8: false; change one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _preserves_something(self) -> RunConfig:
+        train = self.train
+        if train.diff_output_preservation and train.blank_prompt_preservation:
             raise ValueError(
-                "train.optimizer coat_fp8_adamw contradicts coat.optimizer.use_fp8: false; change one of them"
+                "train.diff_output_preservation and train.blank_prompt_preservation exclude each other: "
+                "set one"
+            )
+        triggers = [data.trigger_word or self.trigger_word for data in self.datasets if not data.is_reg]
+        if train.diff_output_preservation and not all(triggers):
+            raise ValueError(
+                "train.diff_output_preservation puts the class word in the place of the trigger word: set "
+                "trigger_word, or train.blank_prompt_preservation instead"
             )
         return self
 
@@ -161,6 +177,10 @@ class RunConfig(Section):
         if self.model.family == "newbie":
             if self.network.type == "dora":
                 raise ValueError("network.type dora is for model.family flux only; use lora or lokr")
+            if any(data.control_path or data.mask_path or data.alpha_mask for data in self.datasets):
+                raise ValueError("datasets[]: references and masks are for model.family flux only")
+            if any(preview.ctrl_img or preview.mask_img for preview in self.sample.samples):
+                raise ValueError("sample.samples: ctrl_img and mask_img are for model.family flux only")
             return self
         if tokens is not None and tokens > limit:
             raise ValueError(f"train.max_sequence_length: came {tokens}, but FLUX's T5 reads at most {limit}")

@@ -9,7 +9,7 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import Field, Strict, field_validator, model_validator
 
-from ppcoat.config.base import PathText, Pixels, Section, Seed, Strings
+from ppcoat.config.base import PathText, PathTexts, Pixels, Section, Seed, Strings
 from ppcoat.errors import unknown_name
 
 NoiseLevel = Annotated[float, Field(ge=0, le=1)]
@@ -54,6 +54,60 @@ class ValidationConfig(Section):
         return self.folder_path is not None or bool(self.items)
 
 
+class ProdigyConfig(Section):
+    """What only train.optimizer: prodigy reads; the names are those of prodigyopt."""
+
+    d0: float = Field(1e-6, gt=0, le=1, description="first estimate of the learning rate")
+    d_coef: float = Field(1.0, gt=0, description="what all estimates are multiplied by")
+    growth_rate: float | None = Field(None, gt=1, description="most that the rate grows in a step; none: any")
+    beta3: float | None = Field(None, ge=0, lt=1, description="decay of the estimate; none: sqrt(beta2)")
+    use_bias_correction: bool = Field(False, description="correct the bias of the moments, as Adam does")
+    safeguard_warmup: bool = Field(False, description="for learning rates that begin at 0")
+    slice_p: int = Field(
+        1, ge=1, description="estimate from every slice_p-th value: 11 saves most of the memory of that"
+    )
+
+
+class ScheduleFreeConfig(Section):
+    """What only train.optimizer: schedulefree_adamw reads; the names are those of schedulefree."""
+
+    r: float = Field(0.0, ge=0, description="weight of a step in the average: its number to this power")
+    weight_lr_power: float = Field(2.0, ge=0, description="and the largest rate so far to this power")
+
+
+class AdafactorConfig(Section):
+    """What only train.optimizer: adafactor reads; the names are those of transformers."""
+
+    beta1: float = Field(0.0, ge=0, lt=1, description="decay of a momentum; 0: none")
+    eps1: float = Field(1e-30, ge=0, description="added to squares")
+    eps2: float = Field(1e-3, gt=0, description="least size of a parameter for scale_parameter")
+    clip_threshold: float = Field(1.0, gt=0, description="largest root mean square of an update")
+    decay_rate: float = Field(-0.8, lt=0, description="beta2 is 1 - step^decay_rate")
+    scale_parameter: bool = Field(False, description="multiply the rate by the size of a parameter")
+    relative_step: bool = Field(
+        False, description="the rate is min(1e-2, 1 / sqrt(step)), whatever train.lr says"
+    )
+    warmup_init: bool = Field(False, description="with relative_step: its 1e-2 is 1e-6 times the step")
+
+    @model_validator(mode="after")
+    def _warmup_is_of_the_relative_step(self) -> AdafactorConfig:
+        if self.warmup_init and not self.relative_step:
+            raise ValueError("warmup_init has no effect without relative_step: true")
+        return self
+
+
+# What an optimizer's authors recommend where that is not the default of the section `train`.
+_OWN_DEFAULTS = {
+    "prodigy": {"lr": 1.0, "weight_decay": 0.0},
+    "schedulefree_adamw": {"weight_decay": 0.0},
+    "lion": {"beta2": 0.99, "weight_decay": 0.0},
+    "adafactor": {"weight_decay": 0.0},
+}
+# Settings that some optimizers do not read; epsilon may stand, for ai-toolkit writes it for all.
+_UNREAD = {"adafactor": ("beta1", "beta2")}
+_OF_ONE = {"prodigy": "prodigy", "schedulefree": "schedulefree_adamw", "adafactor": "adafactor"}
+
+
 class TrainConfig(Section):
     """Steps, learning rate, optimizer, loss."""
 
@@ -72,13 +126,23 @@ class TrainConfig(Section):
     lr_power: float = Field(1.0, gt=0, description="exponent of polynomial; 1 is linear")
     lr_step_size: int | None = Field(None, ge=1, description="updates between two drops of step")
     lr_gamma: float = Field(0.1, gt=0, le=1, description="factor of one drop of step")
-    optimizer: Literal["adamw", "coat_fp8_adamw"] = Field(
-        "adamw", description="adamw keeps FP8 states where coat.enabled; coat_fp8_adamw keeps them always"
+    optimizer: Literal["adamw", "coat_fp8_adamw", "prodigy", "schedulefree_adamw", "lion", "adafactor"] = (
+        Field("adamw", description="all keep FP8 states where coat.enabled; coat_fp8_adamw, AdamW, always")
     )
-    weight_decay: float = Field(0.01, ge=0, le=1, description="decoupled weight decay")
+    fp8_states: bool = Field(False, description="FP8 optimizer states without coat.enabled, too")
+    weight_decay: float = Field(
+        0.01, ge=0, le=1, description="decoupled weight decay; where none is given, 0 for all but AdamW"
+    )
     beta1: float = Field(0.9, ge=0, lt=1, description="decay of the first moment")
-    beta2: float = Field(0.999, ge=0, lt=1, description="decay of the second moment")
+    beta2: float = Field(
+        0.999, ge=0, lt=1, description="decay of the second moment; where none is given, 0.99 for lion"
+    )
     epsilon: float = Field(1e-8, gt=0, le=1, description="added to the root of the second moment")
+    prodigy: ProdigyConfig = Field(ProdigyConfig(), description="settings of prodigy alone")
+    schedulefree: ScheduleFreeConfig = Field(
+        ScheduleFreeConfig(), description="settings of schedulefree_adamw alone"
+    )
+    adafactor: AdafactorConfig = Field(AdafactorConfig(), description="settings of adafactor alone")
     max_grad_norm: float = Field(1.0, ge=0, description="clip the global gradient norm to this; 0 is off")
     timestep_type: Literal["sigmoid", "linear", "shift", "weighted"] = Field(
         "sigmoid",
@@ -104,11 +168,58 @@ class TrainConfig(Section):
     loss_type: Literal["mse", "mae", "pseudo_huber"] = Field(
         "mse", description="distance between predicted and true velocity: square, absolute, or in between"
     )
+    diff_output_preservation: bool = Field(
+        False,
+        description="keep what the model draws without the trigger word: it also learns to predict for each "
+        "caption with the class word what it predicts without the adapter; two more forward passes, one more "
+        "backward pass",
+    )
+    diff_output_preservation_class: str = Field(
+        "",
+        description="what stands in the place of the trigger word, such as person; empty: nothing",
+    )
+    diff_output_preservation_multiplier: float = Field(1.0, gt=0, description="weight of that loss")
+    blank_prompt_preservation: bool = Field(
+        False, description="the same with the empty caption in the place of the class word's"
+    )
+    blank_prompt_preservation_multiplier: float = Field(1.0, gt=0, description="weight of that loss")
     max_skipped_in_a_row: int = Field(
         5, ge=1, description="stop after this many consecutive steps whose loss or gradient is not finite"
     )
     ema: EMAConfig = Field(EMAConfig(), description="running mean of the LoRA's weights")
     validation: ValidationConfig = Field(ValidationConfig(), description="loss on pictures kept aside")
+
+    @property
+    def preservation_weight(self) -> float:
+        """Weight of the loss that keeps the model's own output; 0 without."""
+        if self.diff_output_preservation:
+            return self.diff_output_preservation_multiplier
+        return self.blank_prompt_preservation_multiplier if self.blank_prompt_preservation else 0.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_the_optimizer(cls, values: object) -> object:
+        own = _OWN_DEFAULTS.get(str(values.get("optimizer")), {}) if isinstance(values, dict) else {}
+        return own | values if own else values
+
+    @model_validator(mode="after")
+    def _optimizer_reads_what_is_set(self) -> TrainConfig:
+        name, fields = self.optimizer, type(self).model_fields
+        set_here = {key for key in fields if getattr(self, key) != fields[key].default}
+        for key in _UNREAD.get(name, ()):
+            if key in set_here:
+                instead = "; adafactor.beta1 is its momentum" if key == "beta1" else ""
+                raise ValueError(f"{key} has no effect with optimizer {name}; leave it out{instead}")
+        for section, owner in _OF_ONE.items():
+            if name != owner and section in set_here:
+                raise ValueError(
+                    f"{section} has no effect with optimizer {name}; leave it out or use optimizer: {owner}"
+                )
+        if name == "schedulefree_adamw" and self.ema.use_ema:
+            raise ValueError(f"ema.use_ema: optimizer {name} writes an average by itself; leave it out")
+        if name == "schedulefree_adamw" and self.beta1 == 0:
+            raise ValueError(f"beta1 must be above 0 with optimizer {name}; 0.9 is usual")
+        return self
 
     @model_validator(mode="after")
     def _schedule_has_what_it_needs(self) -> TrainConfig:
@@ -239,6 +350,10 @@ class PreviewConfig(Section):
     seed: Seed | None = Field(None, description="seed of this picture")
     guidance_scale: float | None = Field(None, ge=0, description="guidance of this picture")
     sample_steps: int | None = Field(None, ge=1, le=1000, description="denoising steps of this picture")
+    ctrl_img: PathTexts = Field((), description="references that it is drawn after: a picture, or several")
+    mask_img: PathText | None = Field(
+        None, description="of a Fill model: mask of what is painted anew in the picture ctrl_img"
+    )
 
 
 class SampleConfig(Section):

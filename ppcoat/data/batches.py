@@ -47,8 +47,11 @@ class ResumableBatches:
         self.seed = seed
         self.batches = 0  # returned so far
         self._streams = _streams(examples, batch_size, seed)
-        shapes = [(each.size, each.repeats, each.is_reg) for each in examples]
-        contents = [(each.item.image_path.name, each.item.file_bytes, each.captions) for each in examples]
+        shapes = [(each.size, each.repeats, each.is_reg, *each.shape[2]) for each in examples]
+        contents = [
+            (each.item.image_path.name, each.item.file_bytes, each.captions, *_beside(each))
+            for each in examples
+        ]
         self._facts = {
             "num_examples": len(examples),
             "batch_size": batch_size,
@@ -174,11 +177,17 @@ class _Stream:
         return self._turns[1]
 
 
+def _beside(example: Example) -> list[tuple]:
+    """What goes with an example, as far as it tells whether that has changed."""
+    paths = [each.path for each, _ in example.references] + ([example.mask.path] if example.mask else [])
+    return [(path.name, path.stat().st_size) for path in paths]
+
+
 def _streams(examples: Sequence[Example], batch_size: int, seed: int) -> list[_Stream]:
-    """Regularisation examples first, if there are any; buckets by size."""
+    """Regularisation examples first, if there are any; buckets by size, and by the sizes of references."""
     groups: dict[tuple, list[int]] = {}
     for number, example in enumerate(examples):
-        groups.setdefault((example.is_reg, example.size), []).append(number)
+        groups.setdefault(example.shape, []).append(number)
     streams: dict[bool, list[_Bucket]] = {}
     for number, key in enumerate(sorted(groups)):
         rounds = range(max(examples[i].repeats for i in groups[key]))

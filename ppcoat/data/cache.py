@@ -24,13 +24,16 @@ from tqdm import tqdm
 
 from ppcoat.data.batches import ResumableBatches
 from ppcoat.data.captions import dropped_captions
+from ppcoat.data.colours import WHITE
 from ppcoat.data.embedding_store import EmbeddingStore, content_key, file_digest
 from ppcoat.data.examples import Example
-from ppcoat.data.sources import load_image
+from ppcoat.data.pairs import Picture, loss_weights
 from ppcoat.errors import ConfigError
 
 # pixels float32 [N, 3, H, W] in [-1, 1] -> latents [N, C, h, w]: the VAE posterior's mean, shifted and scaled
 EncodeImage = Callable[[paddle.Tensor], paddle.Tensor]
+# the same, and masks uint8 [N, 1, H, W], 1 where a Fill model paints anew -> latents of what is left
+EncodeMasked = Callable[[paddle.Tensor, paddle.Tensor], paddle.Tensor]
 # N captions -> for each name in Encoders.text_names a tensor or list with one row per caption; rows may
 # differ in length. FLUX: (prompt_embeds [N, T, D], pooled [N, P])
 EncodeText = Callable[[list[str]], tuple[paddle.Tensor | list[paddle.Tensor], ...]]
@@ -38,6 +41,7 @@ Embedding = tuple[paddle.Tensor, ...]  # FLUX: prompt_embeds [T, D], pooled [P]
 
 # Limits of one encoder call: captions (or pictures of one size), and pixels of all its pictures together.
 ENCODED_AT_ONCE, ENCODED_PIXELS = 8, 1024 * 1024
+CLASS = "class_"  # begins the names of a batch's tensors that are of class captions
 _SAMPLED_BYTES = 2**20
 
 
@@ -47,7 +51,7 @@ class Encoders:
 
     image_identity: stands for the VAE, its weights and dtype in the keys of a store. text_identity: the same
     for the text encoders and the maximum number of tokens. text_names: names of a caption's tensors in a
-    batch and on disk.
+    batch and on disk. masked: of a model that is given the masks (Fill); for others a mask weighs the loss.
     """
 
     image: EncodeImage
@@ -55,6 +59,7 @@ class Encoders:
     image_identity: str = ""
     text_identity: str = ""
     text_names: tuple[str, ...] = ("prompt_embeds", "pooled")
+    masked: EncodeMasked | None = None
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,9 @@ class TrainingCache:
 
     latents: one tensor [C, h, w] per example. embeddings: caption -> its tensors in the order of text_names,
     FLUX's are prompt_embeds [T, D] and pooled [P]. reg_weight: loss weight of regularisation examples.
+    beside: what goes with each example, by its name in a batch; empty where nothing does. Those are
+    "reference_0", ...: latents of a reference; "loss_mask" float32 [h, w]: weights of the loss; and of a Fill
+    model "masked_latents" and "mask" uint8 [1, H, W].
     """
 
     examples: list[Example]
@@ -70,10 +78,13 @@ class TrainingCache:
     embeddings: dict[str, Embedding]
     reg_weight: float = 1.0
     text_names: tuple[str, ...] = ("prompt_embeds", "pooled")
+    beside: list[dict[str, paddle.Tensor]] = field(default_factory=list)
 
     def batch(self, indices: Sequence[int], rng: np.random.Generator) -> dict[str, paddle.Tensor | float]:
         """B example numbers of one bucket -> {"latents": [B, C, h, w], each of text_names: as `text` returns
-        it, "loss_weight": float}. Tensors are on the current device, in the dtype of the encoders.
+        it, "loss_weight": float, and what goes with them}; with class captions also their tensors under
+        "class_" and the name. Tensors are on the current device, in the dtype of the encoders. An example
+        without a mask among others with one has a loss_mask of ones.
 
         rng decides which captions are dropped: it draws B numbers, and B more to choose variants if any
         example of the run has several captions.
@@ -81,16 +92,31 @@ class TrainingCache:
         chosen = [self.examples[i] for i in indices]
         rates = np.array([example.caption_dropout_rate for example in chosen])
         dropped = dropped_captions(len(chosen), rates, rng)
-        captions = [example.captions[0] for example in chosen]
+        picks = [0] * len(chosen)
         if any(len(example.captions) > 1 for example in self.examples):
-            picks = rng.random(len(chosen))
-            captions = [e.captions[int(u * len(e.captions))] for e, u in zip(chosen, picks, strict=True)]
-        captions = ["" if drop else text for text, drop in zip(captions, dropped, strict=True)]
+            draws = rng.random(len(chosen))
+            picks = [int(u * len(e.captions)) for e, u in zip(chosen, draws, strict=True)]
+
+        def text(captions: Sequence[tuple[str, ...]], prefix: str = "") -> dict[str, paddle.Tensor]:
+            each = zip(captions, picks, dropped, strict=True)
+            tensors = self.text(["" if drop else several[pick] for several, pick, drop in each])
+            return {prefix + name: tensor for name, tensor in zip(self.text_names, tensors, strict=True)}
+
+        of_class = [example.class_captions for example in chosen]
         return {
             "latents": _stack([self.latents[i] for i in indices]),
-            **dict(zip(self.text_names, self.text(captions), strict=True)),
+            **text([example.captions for example in chosen]),
+            **(text(of_class, CLASS) if of_class[0] else {}),
+            **self._beside(indices),
             "loss_weight": self.reg_weight if chosen[0].is_reg else 1.0,
         }
+
+    def _beside(self, indices: Sequence[int]) -> dict[str, paddle.Tensor]:
+        rows = [self.beside[i] for i in indices] if self.beside else []
+        names = dict.fromkeys(name for row in rows for name in row)
+        ones = [paddle.ones(self.latents[i].shape[-2:]) for i in indices] if "loss_mask" in names else []
+        rows = [{"loss_mask": one} | row for one, row in zip(ones, rows, strict=True)] if ones else rows
+        return {name: _stack([row[name] for row in rows]) for name in names}
 
     def text(self, captions: Sequence[str]) -> Embedding:
         """B cached captions -> their tensors, stacked along a first axis B, on the current device. FLUX's are
@@ -116,12 +142,12 @@ def build_cache(
     there. Raises ConfigError naming a picture or caption whose encoding is not finite.
     """
     blank = [""] if any(example.caption_dropout_rate > 0 for example in examples) else []
-    captions = [caption for example in examples for caption in example.captions]
-    latents = _latents(examples, encoders, batch_size, store)
+    captions = [caption for each in examples for caption in (*each.captions, *each.class_captions)]
+    latents, beside = _encoded_pictures(examples, encoders, batch_size, store)
     embeddings = _embeddings(
         list(dict.fromkeys([*captions, *blank, *extra_captions])), encoders, batch_size, store
     )
-    return TrainingCache(list(examples), latents, embeddings, reg_weight, encoders.text_names)
+    return TrainingCache(list(examples), latents, embeddings, reg_weight, encoders.text_names, beside)
 
 
 def pictures_at_once(pixels: int, batch_size: int = ENCODED_AT_ONCE) -> int:
@@ -151,27 +177,72 @@ def folder_identity(*folders: Path) -> str:
     return digest.hexdigest()
 
 
+def _encoded_pictures(
+    examples: Sequence[Example], encoders: Encoders, batch_size: int, store: EmbeddingStore | None
+) -> tuple[list[paddle.Tensor], list[dict[str, paddle.Tensor]]]:
+    """`latents` and `beside` of a TrainingCache."""
+    named = [_pictures_of(example, encoders) for example in examples]
+    pictures = [picture for each in named for picture in each.values()]
+    latents = iter(_latents(pictures, encoders, batch_size, store))
+    found = [{name: next(latents) for name in each} for each in named]
+    for example, tensors in zip(examples, found, strict=True):
+        if example.mask is None:
+            continue
+        flips = example.flip_x, example.flip_y
+        if encoders.masked:
+            hole = _pictures_of(example, encoders)["masked_latents"].hole_pixels()
+            tensors["mask"] = paddle.to_tensor(hole, place="cpu")
+        else:
+            mask = example.mask.load(example.size, *flips)
+            weights = loss_weights(mask, tensors["latents"].shape, example.mask_floor)
+            tensors["loss_mask"] = paddle.to_tensor(weights, place="cpu")
+    return [tensors.pop("latents") for tensors in found], found if any(found) else []
+
+
+def _pictures_of(example: Example, encoders: Encoders) -> dict[str, Picture]:
+    """All pictures of an example that are encoded, by the name of their latents."""
+    item, flips, mask = example.item, (example.flip_x, example.flip_y), example.mask
+    # its opacity is a mask, so that what lies below counts as any colour does
+    background = None if mask and mask.from_alpha else WHITE
+    own = Picture(item.image_path, example.size, *flips, background, item.notes)
+    pictures = {"latents": own}
+    for number, (each, size) in enumerate(example.references):
+        pictures[f"reference_{number}"] = each.picture(size, *flips)
+    if mask and encoders.masked:
+        pictures["masked_latents"] = replace(own, hole=mask)
+    return pictures
+
+
 @paddle.no_grad()
 def _latents(
-    examples: Sequence[Example], encoders: Encoders, batch_size: int, store: EmbeddingStore | None
+    pictures: Sequence[Picture], encoders: Encoders, batch_size: int, store: EmbeddingStore | None
 ) -> list[paddle.Tensor]:
-    keys = _image_keys(examples, encoders.image_identity) if store else []
+    paths = {path for each in pictures for path in (each.path, each.hole and each.hole.path) if path}
+    digests = {path: file_digest(path) for path in paths} if store else {}
+    keys = [picture.key(encoders.image_identity, digests) for picture in pictures] if store else []
     latents = {i: found["latent"] for i, key in enumerate(keys) if (found := store.get(key)) is not None}
-    sizes: dict[tuple[int, int], list[int]] = {}
-    for i, example in enumerate(examples):
+    sizes: dict[tuple[int, int, bool], list[int]] = {}
+    for i, picture in enumerate(pictures):
         if i not in latents:
-            sizes.setdefault(example.size, []).append(i)
-    with tqdm(total=len(examples), initial=len(latents), desc="encoding pictures", unit="file") as bar:
+            sizes.setdefault((*picture.size, picture.hole is not None), []).append(i)
+    with tqdm(total=len(pictures), initial=len(latents), desc="encoding pictures", unit="file") as bar:
         for some in _calls(sizes, batch_size):
-            pixels = np.stack([_pixels(examples[i]) for i in some])
-            encoded = encoders.image(paddle.to_tensor(pixels)).cpu().unbind(0)
+            encoded = _encode([pictures[i] for i in some], encoders).cpu().unbind(0)
             for i, latent in zip(some, encoded, strict=True):
-                _check_finite(latent, f"the VAE's latent of {examples[i].item.image_path}")
+                _check_finite(latent, f"the VAE's latent of {pictures[i].path}")
                 latents[i] = latent
                 if store:
                     store.put(keys[i], {"latent": latent})
             bar.update(len(some))
-    return [latents[i] for i in range(len(examples))]
+    return [latents[i] for i in range(len(pictures))]
+
+
+def _encode(pictures: Sequence[Picture], encoders: Encoders) -> paddle.Tensor:
+    """Latents of pictures of one size, all with a hole or all without."""
+    pixels = paddle.to_tensor(np.stack([each.pixels() for each in pictures]))
+    if pictures[0].hole is None:
+        return encoders.image(pixels)
+    return encoders.masked(pixels, paddle.to_tensor(np.stack([each.hole_pixels() for each in pictures])))
 
 
 @paddle.no_grad()
@@ -198,32 +269,9 @@ def _embeddings(
     return embeddings
 
 
-def _image_keys(examples: Sequence[Example], identity: str) -> list[str]:
-    paths = {example.item.image_path for example in examples}
-    digests = {path: file_digest(path) for path in paths}
-    return [
-        content_key(
-            "image",
-            digests[example.item.image_path],
-            *example.size,
-            "cover, centre crop, Lanczos",
-            int(example.flip_x),
-            int(example.flip_y),
-            identity,
-            *example.item.notes,  # its colours may have been converted
-        )
-        for example in examples
-    ]
-
-
-def _pixels(example: Example) -> np.ndarray:
-    width, height = example.size
-    return load_image(example.item.image_path, height, width, example.flip_x, example.flip_y)
-
-
-def _calls(sizes: dict[tuple[int, int], list[int]], batch_size: int) -> Iterable[Sequence[int]]:
-    """{size: numbers of its pictures} -> the numbers of each call of the VAE."""
-    for (width, height), numbers in sizes.items():
+def _calls(sizes: dict[tuple[int, int, bool], list[int]], batch_size: int) -> Iterable[Sequence[int]]:
+    """{size and whether they have holes: numbers of such pictures} -> the numbers of each call of the VAE."""
+    for (width, height, _), numbers in sizes.items():
         yield from _chunks(numbers, pictures_at_once(width * height, batch_size))
 
 
@@ -331,5 +379,6 @@ class WindowedCache:
             self.permanent,
             examples=examples + varied,
             latents=found.latents,
+            beside=found.beside,
             embeddings=self.permanent.embeddings | found.embeddings,
         )

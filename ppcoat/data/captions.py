@@ -54,9 +54,22 @@ def final_caption(raw: str, trigger_word: str | None = None, put_in_front: bool 
 
 def holds_trigger(caption: str, trigger_word: str) -> bool:
     """True if the caption contains the trigger word as a whole word, or a placeholder for it."""
+    return any(mark in caption for mark in PLACEHOLDERS) or bool(re.search(_alone(trigger_word), caption))
+
+
+def class_caption(caption: str, trigger_word: str | None, class_word: str) -> str:
+    """A final caption that asks for the class instead of what is trained: the trigger word is replaced, or
+    removed where class_word is empty. A caption without it stays as it is."""
+    if not trigger_word:
+        return caption
+    marked = re.sub(_alone(trigger_word), PLACEHOLDERS[0], caption)
+    return final_caption(marked, class_word.strip() or None, put_in_front=False)
+
+
+def _alone(trigger_word: str) -> str:
+    """A pattern for the trigger word as a whole word."""
     # ASCII letters and digits only: Chinese text has no spaces around a word
-    alone = rf"(?<![A-Za-z0-9_]){re.escape(trigger_word)}(?![A-Za-z0-9_])"
-    return any(mark in caption for mark in PLACEHOLDERS) or bool(re.search(alone, caption))
+    return rf"(?<![A-Za-z0-9_]){re.escape(trigger_word)}(?![A-Za-z0-9_])"
 
 
 def caption_variants(raw: str, rules: CaptionRules, seed: int) -> tuple[str, ...]:

@@ -10,27 +10,30 @@ will train on, in counts, captions, buckets and crops.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
 from ppcoat.config.explain import printable
-from ppcoat.config.schema import DatasetConfig, RunConfig
+from ppcoat.config.schema import DatasetConfig, RunConfig, TrainConfig
 from ppcoat.data.buckets import Size, bucket_size, crop_share
-from ppcoat.data.captions import CaptionRules, caption_variants, holds_trigger
+from ppcoat.data.captions import CaptionRules, caption_variants, class_caption, holds_trigger
+from ppcoat.data.pairs import Companions, Mask, Reference, aside, pair_lines, with_companions
 from ppcoat.data.sources import ImageFolder, Item, scan_folder
 
 CROP_WARNING = 0.10  # of the picture
 ENLARGE_WARNING = 1.1  # times the sides of the picture
-_DATASET_ROWS, _BUCKET_ROWS, _CAPTIONS, _NOTES = 5, 8, 3, 4
+_DATASET_ROWS, _PAIR_ROWS, _BUCKET_ROWS, _CAPTIONS, _NOTES = 5, 5, 8, 3, 4
 _CAPTION_MARKS = 90
 
 
 @dataclass(frozen=True)
 class Example:
     """One picture as it is trained. size: (width, height) in pixels; captions: final ones, of which each step
-    draws one; repeats: how often it is seen in an epoch."""
+    draws one; class_captions: what stands for each of them where the model's own output is preserved, none
+    elsewhere; repeats: how often it is seen in an epoch. references, with the size of each, and mask: what
+    goes with it; mask_floor: weight of the loss where the mask is black."""
 
     item: Item
     size: Size
@@ -40,33 +43,51 @@ class Example:
     flip_y: bool = False
     is_reg: bool = False
     caption_dropout_rate: float = 0.0
+    class_captions: tuple[str, ...] = ()
+    references: tuple[tuple[Reference, Size], ...] = ()
+    mask: Mask | None = None
+    mask_floor: float = 0.0
+
+    @property
+    def shape(self) -> tuple:
+        """What pictures of one batch have in common: whether they are for regularisation, their size, and the
+        sizes of their references."""
+        return self.is_reg, self.size, tuple(size for _, size in self.references)
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """One dataset of a run: its settings, the contents of its folder, and the examples made of them."""
+    """One dataset of a run: its settings, the contents of its folder, and the examples made of them.
+    companions: what goes with its pictures, by path."""
 
     config: DatasetConfig
     images: ImageFolder
     trigger_word: str | None
     examples: list[Example]
+    companions: dict[Path, Companions] = field(default_factory=dict)
 
 
 def scan_datasets(config: RunConfig) -> list[Dataset]:
     """Find and check all pictures of a run, in the order of its datasets.
 
-    Raises ConfigError as scan_folder does. A folder that several datasets name with the same settings is read
-    once.
+    Raises ConfigError as scan_folder and with_companions do. A folder that several datasets name with the
+    same settings is read once.
     """
     scanned: dict[tuple, ImageFolder] = {}
+    paired: dict[tuple, tuple[ImageFolder, dict[Path, Companions]]] = {}
     datasets = []
     for data in config.datasets:
-        asked = data.folder_path, data.caption_ext, data.default_caption, data.skip_bad
+        asked = data.folder_path, data.caption_ext, data.default_caption, data.skip_bad, aside(data)
+        beside = *asked, data.control_path, data.control_transparent_color, data.alpha_mask, data.invert_mask
         if asked not in scanned:
             scanned[asked] = scan_folder(*asked)
+        if beside not in paired:
+            paired[beside] = with_companions(scanned[asked], data)
+        images, companions = paired[beside]
         trigger = data.trigger_word or config.trigger_word
-        examples = _examples_of(scanned[asked].items, data, trigger, config.seed)
-        datasets.append(Dataset(data, scanned[asked], trigger, examples))
+        examples = _examples_of(images.items, companions, data, trigger, config.seed)
+        examples = [_with_class_captions(each, config.train, trigger) for each in examples]
+        datasets.append(Dataset(data, images, trigger, examples, companions))
     return datasets
 
 
@@ -75,7 +96,13 @@ def all_examples(datasets: Iterable[Dataset]) -> list[Example]:
     return [example for dataset in datasets for example in dataset.examples]
 
 
-def _examples_of(items: list[Item], data: DatasetConfig, trigger: str | None, seed: int) -> list[Example]:
+def _examples_of(
+    items: list[Item],
+    companions: dict[Path, Companions],
+    data: DatasetConfig,
+    trigger: str | None,
+    seed: int,
+) -> list[Example]:
     rules = CaptionRules(
         trigger_word=trigger,
         put_in_front=not data.is_reg,
@@ -96,6 +123,8 @@ def _examples_of(items: list[Item], data: DatasetConfig, trigger: str | None, se
         )
         for item in items
     ]
+    if companions:
+        examples = [_with_its(companions[each.item.image_path], each, data) for each in examples]
     # as in ai-toolkit, both together give four of each picture
     if data.flip_x:
         examples += [replace(example, flip_x=True) for example in examples]
@@ -104,13 +133,32 @@ def _examples_of(items: list[Item], data: DatasetConfig, trigger: str | None, se
     return examples
 
 
+def _with_class_captions(example: Example, train: TrainConfig, trigger: str | None) -> Example:
+    if train.blank_prompt_preservation:
+        return replace(example, class_captions=("",) * len(example.captions))
+    if not train.diff_output_preservation:
+        return example
+    word = train.diff_output_preservation_class
+    return replace(example, class_captions=tuple(class_caption(c, trigger, word) for c in example.captions))
+
+
+def _with_its(companions: Companions, example: Example, data: DatasetConfig) -> Example:
+    """The example with references, each at the size at which it is shown, and mask."""
+    sizes = (
+        example.size if data.full_size_control_images else each.own_size(data.resolutions[0])
+        for each in companions.references
+    )
+    references = tuple(zip(companions.references, sizes, strict=True))
+    return replace(example, references=references, mask=companions.mask, mask_floor=data.mask_min_value)
+
+
 def data_report(datasets: Sequence[Dataset]) -> str:
-    """At most 30 lines: pictures per dataset, bucket table, warnings of crops and small pictures, notes on
-    the folders, three final captions."""
+    """At most 36 lines: pictures per dataset, what goes with them, bucket table, warnings of crops and small
+    pictures, notes on the folders, three final captions."""
     examples = all_examples(datasets)
     per_epoch = sum(example.repeats for example in examples)
     lines = [f"data: {_count(len(examples), 'picture')} to encode, {per_epoch} per epoch"]
-    lines += _shortened([_dataset_line(each) for each in datasets], _DATASET_ROWS, "dataset")
+    lines += _dataset_lines(datasets)
     lines += _bucket_table(examples)
     lines += _crop_warning(examples)
     lines += _small_warning(examples)
@@ -118,6 +166,21 @@ def data_report(datasets: Sequence[Dataset]) -> str:
     lines += _shortened([f"  note: {printable(note)}" for note in notes], _NOTES, "note")
     lines += _captions(examples)
     return "\n".join(lines)
+
+
+def _dataset_lines(datasets: Sequence[Dataset]) -> list[str]:
+    """A line for each dataset, and below it what goes with its pictures, once for all sizes of a folder."""
+    rows, beside = [], {}
+    for each in datasets[:_DATASET_ROWS]:
+        sizes = {example.item.image_path: example.size for example in each.examples}
+        own = [(each.config.folder_path, line)
+               for line in pair_lines(each.config, each.images.items, each.companions, sizes)]  # fmt: skip
+        new = [key for key in own if key not in beside]
+        beside |= dict.fromkeys(new)
+        rows += [_dataset_line(each), *(line for _, line in new)]
+    rows = _shortened(rows, _DATASET_ROWS + _PAIR_ROWS, "line")
+    more = len(datasets) - _DATASET_ROWS
+    return rows if more <= 0 else [*rows, f"  ... and {_count(more, 'more dataset')}"]
 
 
 def _dataset_line(dataset: Dataset) -> str:

@@ -8,24 +8,23 @@ in caption_files.py.
 
 from __future__ import annotations
 
-import io
 import logging
 import os
 import re
 import struct
 import zlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageChops, ImageCms, ImageOps
+from PIL import Image, ImageCms, ImageOps
 from tqdm import tqdm
 
 from ppcoat.config.explain import printable
 from ppcoat.data.caption_files import TEXT_SUFFIXES, BadCaption, Caption, FolderCaptions
+from ppcoat.data.colours import Convert, on_white
 from ppcoat.errors import ConfigError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp")
@@ -48,7 +47,6 @@ _BRANDS = dict.fromkeys((b"avif", b"avis"), "an AVIF picture")
 _BRANDS |= dict.fromkeys((b"heic", b"heix", b"hevc", b"mif1", b"msf1"), "a HEIC picture")
 _TEXT = re.compile(rb"[\t\r\n -~]{5,}")
 NAMED_PROBLEMS = 10
-_ROUNDING = 3  # of 255: between sRGB and its many nearly equal profiles
 MAX_FOLDER_REPEATS = 1000  # a larger number in a folder's name is a year or a date
 # what Pillow raises for damaged files, depending on format and place of the damage
 _DECODE_ERRORS = (
@@ -107,9 +105,14 @@ class ImageFolder:
 
 
 def scan_folder(
-    folder: str | Path, caption_ext: str = "txt", default_caption: str | None = None, skip_bad: bool = False
+    folder: str | Path,
+    caption_ext: str = "txt",
+    default_caption: str | None = None,
+    skip_bad: bool = False,
+    aside: Collection[str | Path] = (),
 ) -> ImageFolder:
-    """Find and check all pictures below a folder; hidden files and folders are ignored.
+    """Find and check all pictures below a folder; hidden files and folders, and those in `aside`, are
+    ignored.
 
     Pictures in a subfolder N_name count N times (see folder_repeats). Linked folders are followed. A caption
     is what a file of the same stem holds, or a table such as metadata.jsonl (caption_files.py).
@@ -125,7 +128,7 @@ def scan_folder(
         what = "is a file" if folder.exists() else "does not exist"
         raise ConfigError(f"data folder {printable(folder)} {what}; give a folder of pictures and captions")
     suffix = "." + caption_ext.removeprefix(".").lower()
-    found = _walk(folder, suffix)
+    found = _walk(folder, suffix, {Path(each).resolve() for each in aside})
     if not found.images:
         others = f", only {_by_suffix(found.others)}" if found.others else ""
         raise ConfigError(
@@ -137,14 +140,14 @@ def scan_folder(
     for path in tqdm(found.images, desc="checking pictures", unit="file", disable=None):
         try:
             items.append(_checked(path, folder, captions, default_caption))
-        except (_BadFile, BadCaption) as error:
+        except (BadFile, BadCaption) as error:
             bad.append(Problem(path, str(error)))
     left_out = _unread(found.others, captions, bad)
     bad += [Problem(path, "caption without picture") for path in captions.unused]
     bad.sort(key=lambda problem: str(problem.path))
     notes = [*found.notes, *left_out, *captions.notes, *_notes_of(items)]
     _warn_of_guesses(folder, items)
-    _report(folder, items, bad, skip_bad, captions.notes)
+    report_problems(folder, items, bad, skip_bad, captions.notes)
     return ImageFolder(folder, items, bad, tuple(notes))
 
 
@@ -162,27 +165,35 @@ def folder_repeats(path: Path) -> int:
 
 
 def load_image(
-    path: str | Path, height: int, width: int, flip_x: bool = False, flip_y: bool = False
+    path: str | Path,
+    height: int,
+    width: int,
+    flip_x: bool = False,
+    flip_y: bool = False,
+    convert: Convert = on_white,
 ) -> np.ndarray:
     """Decode a picture for training: float32 [3, height, width] in [-1, 1].
 
     The picture is rotated by its EXIF, laid on white where it is transparent, and converted to sRGB. The
     largest centred part with the wanted aspect is resized (Lanczos), then mirrored if flip_x (left-right) or
-    flip_y (upside down). Of an animation the first frame is used. Raises ConfigError naming the file.
+    flip_y (upside down). Of an animation the first frame is used. convert: to grey instead, which gives
+    [height, width], or on another colour. Raises ConfigError naming the file.
     """
     try:
-        image = _open_rgb(Path(path))
-    except _BadFile as error:
+        image = upright_picture(Path(path), convert)
+    except BadFile as error:
         raise ConfigError(
             f"{printable(path)}: {error}; was it changed since the folder was checked?"
         ) from None
     image = ImageOps.fit(image, (width, height), method=Image.Resampling.LANCZOS)
     image = ImageOps.mirror(image) if flip_x else image
     image = ImageOps.flip(image) if flip_y else image
-    return np.ascontiguousarray(np.asarray(image, dtype=np.float32).transpose(2, 0, 1)) / 127.5 - 1.0
+    values = np.asarray(image, dtype=np.float32)
+    values = np.ascontiguousarray(values.transpose(2, 0, 1)) if values.ndim == 3 else values
+    return values / 127.5 - 1.0
 
 
-class _BadFile(Exception):
+class BadFile(Exception):
     """One file cannot be used; the text is the reason."""
 
 
@@ -197,8 +208,9 @@ class _Files:
     notes: list[str] = field(default_factory=list)
 
 
-def _walk(folder: Path, suffix: str) -> _Files:
-    """All files below a folder by kind; unreadable folders go to `bad`, those left out to `notes`."""
+def _walk(folder: Path, suffix: str, aside: Collection[Path]) -> _Files:
+    """All files below a folder by kind; unreadable folders go to `bad`, those left out to `notes`. aside:
+    real paths of folders that are for something else."""
     found, root, stray = _Files(), folder.resolve(), set()
     walked = {root}  # real paths: links may lead to one folder twice
 
@@ -211,6 +223,8 @@ def _walk(folder: Path, suffix: str) -> _Files:
         if path.name.lower() in STRAY_FOLDERS or path.name.startswith("."):
             return False
         target = path.resolve()
+        if target in aside:
+            return False
         around = root.is_relative_to(target)
         if target in walked or (path.is_symlink() and (around or target.is_relative_to(root))):
             why = "it holds this data folder" if around and target != root else "it is here already"
@@ -259,13 +273,13 @@ def _unread(others: list[Path], captions: FolderCaptions, bad: list[Problem]) ->
 
 
 def _checked(path: Path, folder: Path, captions: FolderCaptions, default_caption: str | None) -> Item:
-    """A picture that decodes to its end, with its caption. Raises _BadFile and BadCaption."""
+    """A picture that decodes to its end, with its caption. Raises BadFile and BadCaption."""
     notes: list[str] = []
-    width, height = _open_rgb(path, notes, verify=True).size
+    width, height = upright_picture(path, notes=notes, verify=True).size
     caption = captions.of(path)
     if caption is None and default_caption is None:
         advice = 'write one or set default_caption, e.g. "[trigger]"'
-        raise _BadFile(f"{captions.missing(path)} ({advice})")
+        raise BadFile(f"{captions.missing(path)} ({advice})")
     caption = caption or Caption(default_caption, own=False)
     repeats = folder_repeats(path.relative_to(folder))
     return Item(path, caption.text, width, height, repeats, caption.own, caption.encoding, tuple(notes),
@@ -305,13 +319,19 @@ def _warn_of_guesses(folder: Path, items: list[Item]) -> None:
     )  # fmt: skip
 
 
-def _open_rgb(path: Path, notes: list[str] | None = None, verify: bool = False) -> Image.Image:
-    """Decode a whole picture to RGB in sRGB, upright, on white. notes: gets what was done to it that a user
-    may not expect. verify: look at the checksums of a PNG, too, which costs reading it twice."""
+def upright_picture(
+    path: Path,
+    convert: Convert = on_white,
+    notes: list[str] | None = None,
+    verify: bool = False,
+) -> Image.Image:
+    """Decode a whole picture, upright, to what `convert` makes of it: RGB in sRGB on white. notes: gets what
+    was done to it that a user may not expect. verify: look at the checksums of a PNG, too, which costs
+    reading it twice. Raises BadFile."""
     notes = [] if notes is None else notes
     try:
         if path.stat().st_size == 0:
-            raise _BadFile("the picture is an empty file")
+            raise BadFile("the picture is an empty file")
         with Image.open(path, formats=("JPEG", "PNG", "WEBP")) as opened:
             if verify and opened.format == "PNG":
                 with Image.open(path, formats=("PNG",)) as again:
@@ -320,53 +340,13 @@ def _open_rgb(path: Path, notes: list[str] | None = None, verify: bool = False) 
             if opened.format in ("PNG", "WEBP") and getattr(opened, "n_frames", 1) > 1:
                 notes.append("animated, the first picture is trained")
             opened.load()
-            return _on_white(ImageOps.exif_transpose(opened), opened.info.get("icc_profile"), notes)
+            return convert(ImageOps.exif_transpose(opened), opened.info.get("icc_profile"), notes)
     except _DECODE_ERRORS as error:
         said = getattr(error, "strerror", None) or str(error).replace(repr(str(path)), "")
         reason = " ".join(said.split()) or type(error).__name__
         kind = _real_kind(path)
         reason = f"it is {kind}; wanted JPEG, PNG or WebP" if kind else reason
-        raise _BadFile(f"the picture cannot be decoded ({reason})") from None
-
-
-def _on_white(image: Image.Image, profile: bytes | None, notes: list[str]) -> Image.Image:
-    """RGB of any mode; 16-bit grey scaled, which convert() would clip to white."""
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image).astype(np.float32) / 257).round().astype(np.uint8))
-    alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
-    if alpha is not None and alpha.getextrema() == (0, 0):
-        notes.append("wholly transparent, trained as white")
-    if image.mode not in ("RGB", "L", "CMYK"):
-        image = image.convert("RGBA").convert("RGB")
-    image = _in_srgb(image, profile, notes) if profile else image.convert("RGB")
-    if alpha is None:
-        return image
-    white = Image.new("RGBA", image.size, "white")
-    image.putalpha(alpha)
-    return Image.alpha_composite(white, image).convert("RGB")
-
-
-def _in_srgb(image: Image.Image, profile: bytes, notes: list[str]) -> Image.Image:
-    """The colours that a viewer shows. A profile that is sRGB, under whatever name, changes no pixel; one
-    that cannot be used is noted and left out."""
-    plain = image.convert("RGB")
-    try:
-        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        intent = ImageCms.Intent.RELATIVE_COLORIMETRIC
-        converted = ImageCms.profileToProfile(image, source, _srgb(), intent, outputMode="RGB")
-    except (ImageCms.PyCMSError, OSError, ValueError):
-        notes.append("the colour profile cannot be used and is left out")
-        return plain
-    difference = ImageChops.difference(plain, converted).getextrema()
-    if max(most for _, most in difference) <= _ROUNDING:
-        return plain
-    notes.append("colours converted from their profile to sRGB")
-    return converted
-
-
-@cache
-def _srgb() -> ImageCms.ImageCmsProfile:
-    return ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
+        raise BadFile(f"the picture cannot be decoded ({reason})") from None
 
 
 def _real_kind(path: Path) -> str | None:
@@ -385,7 +365,9 @@ def _real_kind(path: Path) -> str | None:
     return next((kind for first, kind in _KINDS if start.startswith(first)), unknown)
 
 
-def _report(folder: Path, items: list[Item], bad: list[Problem], skip_bad: bool, notes: list[str]) -> None:
+def report_problems(
+    folder: Path, items: list[Item], bad: list[Problem], skip_bad: bool, notes: Iterable[str] = ()
+) -> None:
     """Raise for problems, or log them where they may be skipped. notes: of caption files, for the error."""
     if not bad:
         return

@@ -19,7 +19,7 @@ import paddle
 
 from . import backend
 from .constants import DITHER_COLUMN, DITHER_PERIOD, DITHER_STEP, TINY
-from .flat import round_into
+from .flat import FlatGradient, round_into, row_pieces
 from .formats import FP8Format
 from .quantize import dequantize, log_decode, log_encode, quantize, signed_log_decode, signed_log_encode
 
@@ -29,7 +29,7 @@ State = dict[str, paddle.Tensor]
 @dataclass(frozen=True)
 class MomentCodec:
     """How one moment is stored. `fmt=None`: float32. `expand`: dynamic range expansion. `positive`: values
-    have no sign.
+    have no sign. alone: a moment with sign is stored as it is, as there is no second one to divide it by.
 
     State tensors: `values` float32 [G, B]; or `codes` uint8 [G, B] with `scale` float32 [G, 1] (linear); or
     `codes` with `amax` float32 [G, 1] and `k` uint8 [G, 1] (expanded).
@@ -38,18 +38,21 @@ class MomentCodec:
     fmt: FP8Format | None
     expand: bool
     positive: bool
+    alone: bool = False
 
     @property
     def name(self) -> str:
         """float32, e4m3, e5m2, e4m3+log, e4m3+signed_log/root ...: what a saved state says about itself."""
         if self.fmt is None or not self.expand:
             return "float32" if self.fmt is None else self.fmt.name
-        return self.fmt.name + ("+log" if self.positive else "+signed_log/root")
+        return self.fmt.name + (
+            "+log" if self.positive else "+signed_log/root" if self.relative else "+signed_log"
+        )
 
     @property
     def relative(self) -> bool:
         """Whether this first moment is stored divided by the root of the second."""
-        return self.fmt is not None and self.expand and not self.positive
+        return self.fmt is not None and self.expand and not self.positive and not self.alone
 
     def group_bytes(self, block_size: int) -> int:
         """Bytes of one group of `block_size` elements."""
@@ -58,8 +61,9 @@ class MomentCodec:
         return block_size + (5 if self.expand else 4)  # codes; amax and k, or scale
 
     def zeros(self, groups: int, block_size: int) -> State:
-        """State tensors of a moment [groups, block_size] that is 0."""
-        return self.encode(paddle.zeros([groups, block_size], dtype="float32"))
+        """State tensors of a moment [groups, block_size] that is 0. All its groups are like one."""
+        one = self.encode(paddle.zeros([1, block_size], dtype="float32"))
+        return {name: part.tile([groups, 1]) for name, part in one.items()}
 
     def encode(self, values: paddle.Tensor, dither: paddle.Tensor | float = 0.5) -> State:
         """float32 [G, B] -> state tensors. `dither` in [0, 1), [1, B] or a number: see `log_encode`."""
@@ -141,14 +145,15 @@ class AdamWHyper:
 @backend.op
 def adamw_step(
     param: paddle.Tensor,
-    grad: paddle.Tensor,
+    grad: paddle.Tensor | FlatGradient,
     states: dict[str, State],
     codecs: Codecs,
     hyper: AdamWHyper,
     finite: paddle.Tensor,
     stored: paddle.Tensor | None = None,
 ) -> None:
-    """Update `param` [G, B] and `states` in place, from the gradient `grad` float32 [G, B].
+    """Update `param` [G, B] and `states` in place, from the gradient `grad` float32 [G, B], in
+    pieces (flat.py): beside these it holds some ten float32 tensors of a piece.
 
     param: float32, with `stored` (bfloat16 or float16 [G, B]) as its master copy: `stored` gets it rounded to
     nearest; or bfloat16, without a master: the new value is rounded stochastically.
@@ -157,28 +162,61 @@ def adamw_step(
     finite: a boolean tensor of one element; where it is false, all but count.skipped keeps its bits.
     Epsilon is added after the bias-corrected root, decay is decoupled.
     """
-    m1, m2 = decode_moments(states, codecs)  # m and v of the papers
+    old, count = states["beta_powers"], states["count"]
+    powers = {"beta1": old["beta1"] * hyper.beta1, "beta2": old["beta2"] * hyper.beta2}
+    step = {"finite": finite, "dither": dither(count["steps"], param.shape[-1]), **powers}
+    for rows in row_pieces(*param.shape):
+        moments = {part: rows_of_state(states[part], rows) for part in ("m1", "m2") if part in states}
+        values = param[rows] if param.dtype == paddle.float32 else param[rows].astype("float32")
+        step |= {"lr": number_of(hyper.lr, rows), "weight_decay": number_of(hyper.weight_decay, rows)}
+        new = _moved(values, grad[rows], moments, codecs, hyper, step)
+        for part, state in new.items():
+            for name, tensor in moments[part].items():
+                replace_where(finite, state[name], tensor)
+        if stored is not None or param.dtype != paddle.float32:
+            round_into((param if stored is None else stored)[rows], values, stochastic=stored is None)
+    for name, tensor in old.items():
+        replace_where(finite, powers[name], tensor)
+    count["steps"].add_(finite.astype("int64"))
+    count["skipped"].add_(1 - finite.astype("int64"))
+
+
+def _moved(
+    values: paddle.Tensor,
+    grad: paddle.Tensor,
+    moments: dict[str, State],
+    codecs: Codecs,
+    hyper: AdamWHyper,
+    step: dict[str, float | paddle.Tensor],
+) -> dict[str, State]:
+    """Update `values` [n, B] of some groups in place where step["finite"] -> their new moments.
+
+    step: "finite"; "dither" [1, B]; "beta1" and "beta2", their powers after this step; "lr" and
+    "weight_decay" of these groups.
+    """
+    m1, m2 = decode_moments(moments, codecs)  # m and v of the papers
     m1 = grad if m1 is None else (m1 * hyper.beta1).add_(grad * (1.0 - hyper.beta1))
     m2 = (m2 * hyper.beta2).add_(paddle.square(grad).scale_(1.0 - hyper.beta2))
-    old_powers = states["beta_powers"]
-    powers = {"beta1": old_powers["beta1"] * hyper.beta1, "beta2": old_powers["beta2"] * hyper.beta2}
-    root2 = paddle.sqrt(1.0 - powers["beta2"])
+    root2 = paddle.sqrt(1.0 - step["beta2"])
 
     # lr * (m1 / (1 - beta1^t)) / (sqrt(m2) / root2 + eps), with the one-element factors gathered so that the
     # flat buffers are read as few times as possible
-    rate = hyper.lr * root2 / (1.0 - powers["beta1"])
+    rate = step["lr"] * root2 / (1.0 - step["beta1"])
     update = (rate * m1).divide_(paddle.sqrt(m2).add_(hyper.epsilon * root2))
-    values = param if param.dtype == paddle.float32 else param.astype("float32")
-    _select(finite, (values * (1.0 - hyper.lr * hyper.weight_decay)).subtract_(update), values)
-    if stored is not None or values is not param:
-        round_into(param if stored is None else stored, values, stochastic=stored is None)
-    count = states["count"]
-    new = encode_moments(m1 if "m1" in states else None, m2, codecs, dither(count["steps"], grad.shape[-1]))
-    for part, state in {**new, "beta_powers": powers}.items():
-        for name, tensor in states[part].items():
-            _select(finite, state[name], tensor)
-    count["steps"].add_(finite.astype("int64"))
-    count["skipped"].add_(1 - finite.astype("int64"))
+    kept = 1.0 - step["lr"] * step["weight_decay"]
+    replace_where(step["finite"], (values * kept).subtract_(update), values)
+    return encode_moments(m1 if "m1" in moments else None, m2, codecs, step["dither"])
+
+
+def number_of(value: float | paddle.Tensor, rows: slice) -> float | paddle.Tensor:
+    """A number of all groups or float32 [G, 1] -> the same of these groups."""
+    return value[rows] if isinstance(value, paddle.Tensor) else value
+
+
+def rows_of_state(state: State, rows: slice) -> State:
+    """The part of a moment's state tensors [G, ...], any dtype, that these groups have; it shares their
+    memory."""
+    return {name: tensor[rows] for name, tensor in state.items()}
 
 
 def _root(m2: paddle.Tensor) -> paddle.Tensor:
@@ -186,15 +224,16 @@ def _root(m2: paddle.Tensor) -> paddle.Tensor:
     return paddle.sqrt(paddle.clip(m2, min=TINY))
 
 
-def _select(finite: paddle.Tensor, new: paddle.Tensor, old: paddle.Tensor) -> None:
-    """old <- new where finite, keeping the storage of `old`.
+def replace_where(finite: paddle.Tensor, new: paddle.Tensor, old: paddle.Tensor) -> None:
+    """old <- new where finite (bool [1]), keeping the storage of `old`; any shape and dtype.
 
-    Paddle's CPU `where` lacks uint8: four codes go as one int32, and single bytes are widened.
+    Paddle's CPU `where` lacks uint8: four codes go as one int32, and single bytes are widened. Of a slice
+    Paddle 3.3 takes the int32 from the wrong place, hence the copy.
     """
     if old.dtype != paddle.uint8:
         chosen = paddle.where(finite, new, old)
     elif old.shape[-1] % 4 == 0:
-        chosen = paddle.where(finite, new.view("int32"), old.view("int32")).view("uint8")
+        chosen = paddle.where(finite, new.view("int32"), old.clone().view("int32")).view("uint8")
     else:
         chosen = paddle.where(finite, new.astype("int32"), old.astype("int32")).astype("uint8")
     paddle.assign(chosen, output=old)

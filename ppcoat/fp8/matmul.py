@@ -20,7 +20,7 @@ import paddle
 from . import backend
 from .backend import Unsuited
 from .formats import E4M3, BlockMatrix, Epilogue, FP8Format
-from .quantize import dequantize
+from .quantize import dequantize, expand_on_cpu
 
 BLOCK = 128
 _SMALLEST_SCALE = 2.0**-126  # the smallest normal float32
@@ -93,7 +93,7 @@ def quantize_blocks(
     tiles = _tiles(x.astype("float32"), block)
     amax = tiles.abs().max(axis=3).max(axis=1)
     scale = _power_of_two_from(amax / fmt.max) + amax * 0.0  # inf * 0 is NaN
-    codes = (tiles / _over_tiles(scale)).astype(fmt.dtype).view("uint8")
+    codes = (tiles / expand_on_cpu(_over_tiles(scale), tiles)).astype(fmt.dtype).view("uint8")
     return _matrix(codes, rows, columns), scale
 
 
@@ -111,7 +111,8 @@ def dequantize_blocks(
     if rows % block or columns % block:
         tall = scale.repeat_interleave(block, axis=0)[:rows]
         return values.multiply_(tall.repeat_interleave(block, axis=1)[:, :columns].astype(dtype))
-    return _matrix(_tiles(values, block).multiply_(_over_tiles(scale).astype(dtype)), rows, columns)
+    tiles = _tiles(values, block)
+    return _matrix(tiles.multiply_(expand_on_cpu(_over_tiles(scale).astype(dtype), tiles)), rows, columns)
 
 
 def _finished(y: paddle.Tensor, transpose: bool, epilogue: Epilogue, dtype: str) -> paddle.Tensor:

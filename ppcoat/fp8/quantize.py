@@ -248,10 +248,10 @@ def _amax(x: paddle.Tensor) -> paddle.Tensor:
 
 def _to_codes(scaled: paddle.Tensor, fmt: FP8Format | IntegerFormat) -> paddle.Tensor:
     """Round to the format, return the bits. `scaled` exceeds fmt.max by a float32 ulp at most, which rounds
-    back to it.
+    back to it. NaN, whose scale is NaN, may become any number.
     """
-    if isinstance(fmt, IntegerFormat):  # NaN, whose scale is NaN, has to become some number
-        scaled = paddle.nan_to_num(scaled).round()
+    if isinstance(fmt, IntegerFormat):
+        scaled = scaled.round()
     return scaled.astype(fmt.dtype).view("uint8")
 
 

@@ -27,7 +27,7 @@ from ppcoat.data.cache import folder_identity
 from ppcoat.data.embedding_store import content_key, file_digest
 from ppcoat.device import default_dtype
 from ppcoat.infer.drawers import Drawer
-from ppcoat.infer.prompts import COLUMNS, Picture
+from ppcoat.infer.prompts import COLUMNS, ListedPicture
 from ppcoat.lora.files import CONFIG, adapter_file
 from ppcoat.models.flux.files import FluxFiles
 
@@ -35,7 +35,7 @@ SETTINGS, LIST = "settings", "pictures.jsonl"
 # Fields of Drawing that leave the picture as it is. Any other decides it, those of files by their content.
 _DECIDES_NOTHING = ("prompts", "output_dir", "num_images", "device", "ignore_unknown", "offload", "cache_dir")
 _MODEL = ("model", "text_encoders", "vae", "tokenizers")
-_LORAS, _PICTURE_FILES = "path_to_lora", ("control_image",)
+_LORAS, _PICTURE_FILES = "path_to_lora", ("control_image", "image", "mask", "reference")
 _END_OF_PNG = b"IEND\xae\x42\x60\x82"
 COLUMNS_OF_SHEET, ROWS_OF_SHEET, TILE, CAPTION = 10, 10, 160, 30  # the last two in pixels
 
@@ -47,12 +47,13 @@ class Batch:
     def __init__(
         self,
         drawing: Any,
-        pictures: Sequence[Picture],
+        pictures: Sequence[ListedPicture],
         folder: Path,
         model: FluxFiles | Path,
         dtype: str | None,
     ) -> None:
         self.pictures, self.folder, self.list = pictures, folder, Path(drawing.prompts)
+        self._digests: dict[str, str] = {}
         self._identity = _identity(drawing, model) | {"dtype": dtype or default_dtype()}
 
     def draw(self, load: Callable[[], Drawer]) -> list[Path]:
@@ -73,16 +74,29 @@ class Batch:
             print(page)
         return files
 
-    def settings(self, picture: Picture) -> dict[str, Any]:
+    def settings(self, picture: ListedPicture) -> dict[str, Any]:
         """What decides the picture, as it stands in its PNG."""
         left_out = (*_DECIDES_NOTHING, *_MODEL, _LORAS, *_PICTURE_FILES)
         own = {f.name: getattr(picture.drawing, f.name) for f in fields(picture.drawing)}
         own = {name: value for name, value in own.items() if name not in left_out and value is not None}
         own["prompt"] = picture.drawing.prompt[0]
         own["lora_scale"] = [by for _, by in picture.drawing.loras]
-        return own | self._identity
+        return own | self._identity | self._contents(picture.drawing)
 
-    def _draw(self, pictures: Sequence[Picture], files: Sequence[Path], load: Callable[[], Drawer]) -> None:
+    def _contents(self, drawing: Any) -> dict[str, Any]:
+        """What is in the pictures that it is drawn from, each read once."""
+        found = {}
+        for name, given in ((name, getattr(drawing, name)) for name in _PICTURE_FILES):
+            files = given if isinstance(given, list) else [given]
+            for file in files if given is not None else ():
+                if file not in self._digests:
+                    self._digests[file] = file_digest(file)[:16]
+                found[name] = found.get(name, "") + self._digests[file]
+        return found
+
+    def _draw(
+        self, pictures: Sequence[ListedPicture], files: Sequence[Path], load: Callable[[], Drawer]
+    ) -> None:
         start, done = time.perf_counter(), 0
         try:
             drawer = load()
@@ -113,7 +127,9 @@ class Batch:
             return
         rows = []
         for picture, settings in zip(self.pictures, wanted, strict=True):
-            own = {name: settings[name] for name in COLUMNS if settings.get(name) not in (None, "", [])}
+            files = {name: getattr(picture.drawing, name) for name in _PICTURE_FILES}
+            own = settings | {name: file for name, file in files.items() if file is not None}
+            own = {name: own[name] for name in COLUMNS if own.get(name) not in (None, "", [])}
             rows.append(json.dumps({"name": picture.name} | own, ensure_ascii=False))
         write_text(goal, "\n".join(rows) + "\n")
 
@@ -127,8 +143,7 @@ def _identity(drawing: Any, model: FluxFiles | Path) -> dict[str, Any]:
         beside = file.parent / CONFIG
         digests = [file_digest(each) for each in (file, beside) if each.is_file()]
         found["loras"].append(content_key(*digests)[:16])
-    given = {name: getattr(drawing, name) for name in _PICTURE_FILES}
-    return found | {name: file_digest(file)[:16] for name, file in given.items() if file is not None}
+    return found
 
 
 def _settings_in(file: Path) -> dict[str, Any] | None:

@@ -13,6 +13,7 @@ import paddle
 from PIL import Image
 from tqdm import tqdm
 
+from ppcoat.infer.editing import Sight, edit_arguments, edit_class, own_guidance
 from ppcoat.lora import LoRAFile, put_adapters
 from ppcoat.models.flux.pipeline import FluxPipeline
 from ppcoat.models.newbie.pipeline import NewbiePipeline
@@ -89,11 +90,15 @@ class Drawer(ABC):
 
 
 class FluxDrawer(Drawer):
-    """control_image: what a control LoRA or FLUX.1 Canny or Depth draws after, else None."""
+    """control_image: what a control LoRA or FLUX.1 Canny or Depth draws after, else None. sight: of the
+    model, which with a drawing's pictures says which pipeline draws it."""
 
-    def __init__(self, pipeline: FluxPipeline, loras: Loras, control_image: Image.Image | None) -> None:
+    def __init__(
+        self, pipeline: FluxPipeline, loras: Loras, control_image: Image.Image | None, sight: Sight
+    ) -> None:
         super().__init__(pipeline, loras)
-        self.control_image = control_image
+        self.control_image, self.sight = control_image, sight
+        self._made = {FluxPipeline: pipeline}
 
     def texts(self, drawing: Any) -> list[Texts]:
         return [(drawing.prompt[0],)] + ([(drawing.negative_prompt,)] if drawing.true_cfg_scale > 1 else [])
@@ -106,12 +111,23 @@ class FluxDrawer(Drawer):
         given = dict(encoded[0])
         for each in encoded[1:]:
             given |= {f"negative_{name}": tensor for name, tensor in each.items()}
-        return self.pipeline(
+        kind = edit_class(drawing, self.sight)
+        if self.control_image is not None:
+            given["control_image"] = self.control_image
+        return self._pipeline(kind)(
             **given,
-            **_options(drawing, 3.5),
+            **_options(drawing, own_guidance(kind)),
+            **edit_arguments(drawing, self.sight),
             true_cfg_scale=drawing.true_cfg_scale,
-            control_image=self.control_image,
         ).images
+
+    def _pipeline(self, kind: type[FluxPipeline]) -> FluxPipeline:
+        """One that draws with the same models."""
+        if kind not in self._made:
+            self._made[kind] = kind(**self.pipeline.components)
+            shown = getattr(self.pipeline, "_progress_bar_config", {})
+            self._made[kind].set_progress_bar_config(**shown)
+        return self._made[kind]
 
     def put(self, strengths: Sequence[float]) -> None:
         self.pipeline.set_adapters([f"lora_{i}" for i in range(len(strengths))], list(strengths))

@@ -131,8 +131,10 @@ def draw_samples(
     steps: int,
     guidance: GuidanceScales,
     batch_size: int,
+    seed: int = 0,
 ) -> list[Image.Image]:
-    """One picture per garment, drawn from its caption; the seed of a batch is the number of its first one."""
+    """One picture per garment, drawn from its caption; the seed of a batch is `seed` and the number of its
+    first one."""
     pipeline.set_progress_bar_config(desc=f"{steps} steps")
     samples = []
     for start in range(0, len(wanted), batch_size):
@@ -142,7 +144,7 @@ def draw_samples(
             num_inference_steps=steps,
             guidance_scale=guidance.distilled,
             true_cfg_scale=guidance.true_cfg,
-            seed=start,
+            seed=seed + start,
             height=PICTURE_SIDE,
             width=PICTURE_SIDE,
         ).images

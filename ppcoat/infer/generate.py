@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -20,10 +20,18 @@ from ppcoat.errors import ConfigError
 from ppcoat.infer.batch import Batch
 from ppcoat.infer.card import flux_within_card, newbie_within_card
 from ppcoat.infer.drawers import Drawer, FluxDrawer, Loras, NewbieDrawer
+from ppcoat.infer.editing import (
+    EditFlags,
+    Sight,
+    check_edit_flags,
+    open_picture,
+    prepared_all,
+)
 from ppcoat.infer.prompts import read_pictures, slug
 from ppcoat.lora import info_of, inputs_of, put_adapters, read_fitting, tell
+from ppcoat.models.flux.drawing import DEFAULT_SIDE
 from ppcoat.models.flux.files import OF_FILE, FluxFiles
-from ppcoat.models.flux.pipeline import DEFAULT_SIDE, FluxPipeline
+from ppcoat.models.flux.pipeline import FluxPipeline
 from ppcoat.models.loading import check_folder, parameter_shapes
 from ppcoat.models.newbie.files import check_newbie_folder
 from ppcoat.models.tensor_files import read_json
@@ -32,7 +40,7 @@ NOTABLE_STRETCH = 0.02  # of a control picture's width against its height
 
 
 @dataclass(frozen=True)
-class Drawing:
+class Drawing(EditFlags):
     """Settings of one call. Picture i of a prompt is drawn from seed + i, so it can be drawn again alone."""
 
     model: str = flag("folder of a FLUX or NewBie pipeline in the diffusers layout, or a FLUX file")
@@ -51,7 +59,9 @@ class Drawing:
     ignore_unknown: bool = flag("leave out what a LoRA has for layers that the model lacks", False)
     seed: int = flag("seed of the first picture", 42)
     steps: int = flag("denoising steps", 28)
-    guidance_scale: float | None = flag("guidance (default: FLUX 3.5, NewBie 5)", None)
+    guidance_scale: float | None = flag(
+        "guidance (default: FLUX 3.5, NewBie 5, over a picture 7, Fill 30)", None
+    )
     height: int | None = flag("pixels, a multiple of 16 (default: the model's own size)", None)
     width: int | None = flag("pixels, a multiple of 16 (default: the model's own size)", None)
     num_images: int = flag("pictures per prompt", 1)
@@ -92,8 +102,9 @@ class Drawing:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `inference/generate.py`: the fields of Drawing."""
-    add_flags(parser, Drawing)
+    """The flags of `inference/generate.py`: the fields of Drawing, those of editing last."""
+    add_flags(parser, Drawing, *(name for name in Drawing.__annotations__))
+    add_flags(parser, EditFlags)
 
 
 def run_command(arguments: argparse.Namespace) -> None:
@@ -121,6 +132,11 @@ def generate(drawing: Drawing) -> list[Path]:
     largest = max(drawings, key=lambda one: (one.height or DEFAULT_SIDE) * (one.width or DEFAULT_SIDE))
     model = kind.check(drawing)
     loras = read_loras(drawing, model, *kind.parts)
+    if drawing.prompts is None:
+        drawings = kind.prepare(drawings, model, loras)
+    else:
+        ready = kind.prepare([each.drawing for each in pictures], model, loras)
+        pictures = [replace(each, drawing=one) for each, one in zip(pictures, ready, strict=True)]
     set_device(drawing.device)
     dtype = compute_dtype(drawing.dtype)
     folder = output_folder(drawing)
@@ -141,11 +157,15 @@ def generate(drawing: Drawing) -> list[Path]:
 def _check_flux_settings(drawing: Drawing) -> None:
     if drawing.negative_prompt and not drawing.true_cfg_scale > 1:
         raise ConfigError("negative_prompt: FLUX sees it only with a true_cfg_scale above 1; give e.g. 3")
+    check_edit_flags(drawing)
 
 
 def _check_newbie_settings(drawing: Drawing) -> None:
     if drawing.true_cfg_scale != 1:
         raise ConfigError("true_cfg_scale is for FLUX; NewBie's classifier-free guidance is guidance_scale")
+    for field in fields(EditFlags):
+        if getattr(drawing, field.name) is not None:
+            raise ConfigError(f"{field.name} is for FLUX: NewBie draws from no picture; leave it out")
 
 
 def _check_flux(drawing: Drawing) -> FluxFiles:
@@ -199,16 +219,6 @@ def _check_control(drawing: Drawing, shapes: Mapping[str, Sequence[int]], loras:
         open_picture(Path(drawing.control_image))
 
 
-def open_picture(file: Path) -> Image.Image:
-    """The completely decoded picture. Raises ConfigError naming a file that cannot be decoded."""
-    try:
-        with Image.open(file) as picture:
-            picture.load()
-            return picture
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ConfigError(f"{file} cannot be read as a picture: {error}; give another") from error
-
-
 def control_picture(drawing: Drawing, pipeline: FluxPipeline) -> Image.Image | None:
     """The control picture of a drawing; tells where it will be stretched."""
     if drawing.control_image is None:
@@ -236,7 +246,7 @@ def put_loras(pipeline: FluxPipeline, loras: Loras) -> None:
 def _flux_drawer(drawing: Drawing, files: FluxFiles, dtype: str | None, loras: Loras) -> Drawer:
     pipeline = flux_within_card(drawing, files, dtype)
     put_loras(pipeline, loras)
-    return FluxDrawer(pipeline, loras, control_picture(drawing, pipeline))
+    return FluxDrawer(pipeline, loras, control_picture(drawing, pipeline), Sight.of(files))
 
 
 def _newbie_drawer(drawing: Drawing, folder: Path, dtype: str | None, loras: Loras) -> Drawer:
@@ -249,20 +259,32 @@ def _newbie_drawer(drawing: Drawing, folder: Path, dtype: str | None, loras: Lor
 
 class _Kind(NamedTuple):
     """What differs between the models that can draw. check_settings(drawing) and check(drawing) raise
-    ConfigError, the second says where the model lies; parts: folders that a LoRA can change; drawer(drawing,
-    model, dtype, loras) loads it."""
+    ConfigError, the second says where the model lies; parts: folders that a LoRA can change;
+    prepare(drawings, model, loras): with what pictures and model decide; drawer(drawing, model, dtype, loras)
+    loads it."""
 
     check_settings: Callable[[Drawing], None]
     check: Callable[[Drawing], FluxFiles | Path]
     parts: tuple[str, ...]
+    prepare: Callable[[list[Drawing], FluxFiles | Path, Loras], list[Drawing]]
     drawer: Callable[[Drawing, FluxFiles | Path, str | None, Loras], Drawer]
 
 
 _KINDS = {  # class in model_index.json -> kind
     "FluxPipeline": _Kind(
-        _check_flux_settings, _check_flux, ("transformer", "text_encoder", "text_encoder_2"), _flux_drawer
+        _check_flux_settings,
+        _check_flux,
+        ("transformer", "text_encoder", "text_encoder_2"),
+        prepared_all,
+        _flux_drawer,
     ),
-    "NewbiePipeline": _Kind(_check_newbie_settings, _check_newbie, ("transformer",), _newbie_drawer),
+    "NewbiePipeline": _Kind(
+        _check_newbie_settings,
+        _check_newbie,
+        ("transformer",),
+        lambda drawings, *_: drawings,
+        _newbie_drawer,
+    ),
 }
 
 

@@ -1,12 +1,13 @@
-"""A list of pictures to draw, .jsonl, .csv or .txt -> one `Picture` each, all of it checked before a model is
-loaded.
+"""A list of pictures to draw, .jsonl, .csv or .txt -> one `ListedPicture` each, all of it checked before a
+model is loaded.
 
     {"prompt": "a red dress", "seed": 7, "size": "1024x768", "lora_scale": [0.8, 0.5], "name": "dress-red"}
     prompt,seed,width,height,lora_scale
     a red dress --w 1024 --h 768 --d 7 --s 28 --n blurry
 
 A column is a field of Drawing, under any of its names in COLUMNS; what a line leaves out is as the command's
-flags say. The flags in a line of text are those of kohya's and ai-toolkit's sample prompts. Theirs that mean
+flags say; several references stand in a list of JSON. The flags in a line of text are those of kohya's and
+ai-toolkit's sample prompts. Theirs that mean
 another thing in each (--l), or ask for what is not done here, are refused by name.
 """
 
@@ -39,6 +40,10 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "guidance_scale": ("guidance", "g"),
     "true_cfg_scale": ("true_cfg",),
     "lora_scale": ("lora_strength", "network_multiplier", "m", "am"),
+    "image": ("init_image",),
+    "mask": ("mask_image",),
+    "strength": ("denoising_strength",),
+    "reference": ("ctrl_img",),
 }
 SIZE, NAME = "size", "name"  # columns that are no field
 RESERVED = re.compile(r"contact(_\d+)?")  # names of the contact sheets
@@ -57,7 +62,7 @@ _Drawing = TypeVar("_Drawing")
 
 
 @dataclass(frozen=True)
-class Picture:
+class ListedPicture:
     """One picture of a list. drawing: the settings of the command with those of its line, one prompt and one
     picture. name: of its file, without ending."""
 
@@ -65,7 +70,9 @@ class Picture:
     name: str
 
 
-def read_pictures(file: str | Path, drawing: _Drawing, check: Callable[[_Drawing], None]) -> list[Picture]:
+def read_pictures(
+    file: str | Path, drawing: _Drawing, check: Callable[[_Drawing], None]
+) -> list[ListedPicture]:
     """The pictures of a list in its order; num_images of each line, from its seed on.
 
     drawing: an infer.generate.Drawing, for what lines leave out. check: raises ConfigError for settings that
@@ -104,7 +111,7 @@ def slug(prompt: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40] or "picture"
 
 
-def _named(file: Path, drawings: list[tuple[int, Any, str | None]]) -> list[Picture]:
+def _named(file: Path, drawings: list[tuple[int, Any, str | None]]) -> list[ListedPicture]:
     """With a name for each: its own, or number, prompt and seed. Raises ConfigError for one name twice."""
     digits, pictures, lines = max(3, len(str(len(drawings) - 1))), [], {}
     for i, (number, drawing, own) in enumerate(drawings):
@@ -115,7 +122,7 @@ def _named(file: Path, drawings: list[tuple[int, Any, str | None]]) -> list[Pict
                 f"{file}, line {number}: the name {name!r} is that of line {lines[key]}, too; give another"
             )
         lines[key] = number
-        pictures.append(Picture(drawing, name))
+        pictures.append(ListedPicture(drawing, name))
     return pictures
 
 
@@ -240,8 +247,9 @@ def _read(name: str, value: Any, kind: Any) -> Any:
     """The value of a field of Drawing whose type is `kind`, of one for list[...], or None."""
     kinds = str(kind)
     if "str" in kinds:
-        text = _text(name, value)
-        return [text] if "list" in kinds else text
+        several = value if name == "reference" and isinstance(value, list) else [value]
+        texts = [_text(name, each) for each in several]
+        return texts if "list" in kinds else texts[0]
     if "list" in kinds:
         values = value if isinstance(value, list) else re.split(r"[\s,;]+", str(value).strip())
         return [_number(name, each) for each in values]

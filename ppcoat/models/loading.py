@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 
 from ppcoat.device import compute_dtype, default_dtype
 from ppcoat.errors import ConfigError
-from ppcoat.models.flux.files import FLUX_COMPONENTS, FluxFiles
+from ppcoat.models.flux.files import FLUX_COMPONENTS, INPUTS_OF_CLASS, FluxFiles
 from ppcoat.models.flux.scheduler import FlowMatchEulerDiscreteScheduler
 from ppcoat.models.flux.transformer import FluxTransformer2DModel
 from ppcoat.models.pictures import check_options
@@ -108,10 +108,11 @@ def _check_widths(transformer: FluxTransformer2DModel, files: FluxFiles, parts: 
             )
 
 
-def check_without_control(transformer: FluxTransformer2DModel, files: FluxFiles) -> None:
-    """Raise ConfigError for a transformer of more inputs than FLUX.1-dev's, which cannot be trained."""
+def check_without_control(transformer: FluxTransformer2DModel, files: FluxFiles, fill: bool = False) -> None:
+    """Raise ConfigError for a transformer of more inputs than FLUX.1-dev's, which cannot be trained; fill:
+    take FLUX.1 Fill's, too."""
     inputs, channels = transformer.config.in_channels, transformer.out_channels
-    if inputs != channels:
+    if inputs not in (channels, INPUTS_OF_CLASS["FluxFillPipeline"] * channels if fill else channels):
         raise ConfigError(
             f"{files.base} sees a picture beside the noise ({inputs} inputs a token, wanted {channels}), and "
             "only generate and merge take such a model: take FLUX.1-dev or -schnell"

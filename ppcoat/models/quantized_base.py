@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -57,14 +58,15 @@ BAND = 8 * BLOCK  # rows quantised at a time: what is in float32 beside the code
 
 
 class WeightError(NamedTuple):
-    """One Linear: its path, the shape [in, out] of its weight, RMS(quantised - exact) / RMS(exact), and
-    whether it is inside a block.
+    """One Linear: its path, the shape [in, out] of its weight, RMS(quantised - exact) / RMS(exact), whether
+    it is inside a block, and the CPU time in seconds in which its weight was read and quantised.
     """
 
     path: str
     shape: list[int]
     relative_rms: float
     in_block: bool
+    seconds: float
 
 
 class OutputErrors(NamedTuple):
@@ -176,22 +178,26 @@ def quantized_model_bytes(model: nn.Layer) -> int:
 
 
 def weight_errors(folder: Component, base: str = "fp8") -> Iterator[WeightError]:
-    """What a format of `BASES` does to each Linear of a transformer folder, in the order of the files."""
+    """What a format of `BASES` does to each Linear of a transformer folder, in the order of the files.
+
+    Holds one weight at a time, quantised and in float32."""
     model, infos = unfilled(FluxTransformer2DModel, folder)
     weights = linear_weights(model)
     for name, info in in_file_order(infos):
         if name not in weights:
             continue
-        wrong = total = 0.0
+        began = time.process_time()
+        weight = _quantised(name, info, base)
+        seconds = time.process_time() - began
+        rows, wrong, total, start = weight.dequantized("float32").t(), 0.0, 0.0, 0
         for exact in _bands(info):
-            exact = exact.astype("float32").t()
-            error = BASES[base].of(exact).dequantized("float32") - exact
-            wrong += float(error.square().sum())
+            exact, own = exact.astype("float32"), slice(start, start + len(exact))
+            wrong += float((rows[own] - exact).square().sum())
             total += float(exact.square().sum())
-        shape = info.shape[::-1] if info.torch_layout else info.shape
+            start = own.stop
         relative = (wrong / total) ** 0.5 if total else 0.0
         path = name.removesuffix(".weight")
-        yield WeightError(path, shape, relative, is_in_block(path, model))
+        yield WeightError(path, weight.shape, relative, is_in_block(path, model), seconds)
 
 
 @paddle.no_grad()

@@ -25,7 +25,7 @@ from safetensors.paddle import save_file
 
 from ppcoat.atomic import remove_dead_drafts, whole_file, whole_folder, write_text
 from ppcoat.errors import ConfigError
-from ppcoat.models.flux.files import FLUX_CLASSES
+from ppcoat.models.flux.files import FLUX_CLASSES, INPUTS_OF_CLASS
 from ppcoat.models.loading import TIED, linear_weights
 from ppcoat.nn.base_weight import BaseWeight
 
@@ -94,10 +94,14 @@ def save_diffusers_model(model: nn.Layer, folder: Path, dtype: str | None = None
     save_weights(model, folder, "diffusion_pytorch_model", dtype)
 
 
-def pipeline_class(transformer: nn.Layer) -> str:
-    """diffusers' class that draws with a FLUX transformer: by what it sees beside the noise."""
-    sees_control = transformer.config.in_channels == 2 * transformer.out_channels
-    return FLUX_CLASSES[sees_control]
+def pipeline_class(transformer: nn.Layer, said: str) -> str:
+    """diffusers' class that draws with a FLUX transformer: by what it sees beside the noise, and if that is
+    nothing, the class that was `said`."""
+    times = transformer.config.in_channels // transformer.out_channels
+    by_inputs = {INPUTS_OF_CLASS.get(name, 1): name for name in FLUX_CLASSES}
+    if times in by_inputs and times > 1:
+        return by_inputs[times]
+    return said if said in FLUX_CLASSES and said not in INPUTS_OF_CLASS else "FluxPipeline"
 
 
 def save_text_encoder(model: nn.Layer, folder: Path, dtype: str | None = None) -> None:

@@ -14,9 +14,9 @@ import math
 from dataclasses import dataclass
 
 from ppcoat.config.lightning import LightningConfig
-from ppcoat.optim import FP8QuantizationConfig
-from ppcoat.plan.model import FLOAT32, FP8_STEP
-from ppcoat.plan.phases import FORWARD_WORKING, MemoryModel, Phase, Settings
+from ppcoat.optim import FP8QuantizationConfig, update_bytes
+from ppcoat.plan.model import FLOAT32
+from ppcoat.plan.phases import MemoryModel, Phase, Settings
 from ppcoat.plan.settings import as_given
 
 # Transient memory of a head that goes forward and backward, in float32 tensors of image tokens x width:
@@ -74,7 +74,7 @@ class LightningMemoryModel(MemoryModel):
         named = [("captions", own["captions"]), ("pictures", own["pictures"])]
         named.append(("window", learner | self._encoding(settings)))
         if self.heads.count:
-            transient = int(FP8_STEP * one) if self.lightning.fp8_optimizer else one
+            transient = update_bytes(one // FLOAT32, self.on_gpu) if self.lightning.fp8_optimizer else one
             named += [
                 ("heads' step", judging | {"working": self._judging(settings)}),
                 ("their update", judging | {"working": transient}),
@@ -91,7 +91,7 @@ class LightningMemoryModel(MemoryModel):
         encoders, count = self.model.encoders, len(self.model.blocks)
         weight = encoders.text * self.itemsize + encoders.vae * self.vae_itemsize
         base, room = self.base_by_swapped(settings.quantize)[settings.blocks_to_swap], weight
-        _, blocks = self.model.weight_bytes(settings.quantize, self.itemsize)
+        _, blocks = self.weight_bytes(settings.quantize)
         for block in reversed(blocks[: count - settings.blocks_to_swap]):
             if self.on_gpu and room > 0:
                 base, room = base - block, room - block
@@ -103,8 +103,7 @@ class LightningMemoryModel(MemoryModel):
 
     def _judging(self, settings: Settings) -> int:
         """Working memory of the heads' turn: a pass without gradients, and the head in its midst."""
-        of_pass = self._working(FORWARD_WORKING, settings.batch_size) + self._largest_weight(settings)
-        return of_pass + self._head_working(settings)
+        return self._drawing_working(settings, settings.batch_size) + self._head_working(settings)
 
     def _learning(self, settings: Settings) -> dict[str, int]:
         """What the LoRA's turn holds beyond the weights when its backward begins."""

@@ -7,26 +7,39 @@ model folder that is not there is taken for FLUX.1-dev.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import paddle
 
-from ppcoat.coat import chosen_modules, lokr_settings
+from ppcoat.coat import chosen_modules, lokr_settings, state_config
 from ppcoat.config.schema import NetworkConfig, RunConfig
+from ppcoat.config.training_sections import TrainConfig
 from ppcoat.data.buckets import AREA_TOLERANCE
 from ppcoat.data.examples import all_examples, scan_datasets
+from ppcoat.data.pairs import aside
 from ppcoat.lora.layer import linear_paths
 from ppcoat.lora.lokr import new_factors
 from ppcoat.models.flux.files import FluxFiles
-from ppcoat.models.flux.pipeline import MAX_T5_TOKENS
+from ppcoat.models.flux.prompt_encoding import MAX_T5_TOKENS
 from ppcoat.models.flux.transformer import FluxTransformer2DModel
 from ppcoat.models.loading import check_without_control
+from ppcoat.models.quantized_base import BAND
 from ppcoat.models.tensor_files import Component, component_config, read_json, tensor_infos
 from ppcoat.nn.base_weight import BASES
 from ppcoat.nn.convert import sublayer_at
-from ppcoat.optim import FP8QuantizationConfig
+from ppcoat.optim import (
+    Adafactor,
+    AdafactorSettings,
+    FP8QuantizationConfig,
+    Lion,
+    Prodigy,
+    ProdigySettings,
+    ScheduleFreeAdamW,
+    update_bytes,
+)
 
 DEV_TOKEN_SIDE = 16  # pixels along a side of the square that a token of FLUX.1-dev stands for
 FLOAT32, BFLOAT16 = 4, 2  # bytes of a value
@@ -34,7 +47,13 @@ FLUX_DEV = {"guidance_embeds": True}  # all else is FluxTransformer2DModel's def
 # Parameters of FLUX.1-dev's encoders, T5's heads and inner width, the VAE's channels at full resolution.
 _DEV_TEXT, DEV_VAE = 4_762_310_656 + 123_060_480, 83_819_683
 _DEV_T5, DEV_VAE_CHANNELS = (64, 10240), 128
-FP8_STEP = 9.31  # transient bytes of an FP8AdamW step per byte of float32 parameter, measured
+# While a product makes a quantised weight anew: weights, and bytes beside them. A kernel holds one weight;
+# this is the reference, measured with Paddle's allocator on the CPU, as what follows.
+DECODING = {"fp8": (2.0, 0), "int8": (3.0, 0), "nf4": (2.0, 2_300_000), "fp4": (2.0, 2_300_000)}
+# While the base is read, beside it: bands of rows of the largest weight in float32, and bytes, to quantise
+# it; of a base that is not quantised the largest weight, read and cast.
+QUANTISING = {"fp8": (2.0, 0), "int8": (2.0, 0), "nf4": (0.1, 4_500_000), "fp4": (0.1, 5_500_000)}
+CASTING = 2.0
 
 
 @dataclass(frozen=True)
@@ -104,6 +123,44 @@ class BaseModel:
             held[block] += BASES[quantize].bytes_of(one) if quantize else itemsize * math.prod(one)
         return held[""], [held[path] for path in self.blocks]
 
+    @cached_property
+    def of_tokens(self) -> dict[str, int]:
+        """Values of the Linears that every token goes through."""
+        return {
+            path: rows * columns
+            for path, (rows, columns) in self.linears.items()
+            if not any(part in path for part in self.of_picture)
+        }
+
+    @cached_property
+    def largest_weight(self) -> int:
+        """Values of the largest of these in a block."""
+        return max(values for path, values in self.of_tokens.items() if _block_of(path, self.blocks))
+
+    @cached_property
+    def largest_read(self) -> tuple[int, int]:
+        """Values of the largest weight in a block, and the most that are quantised at once: others are read
+        before the blocks are there."""
+        shapes = [shape for path, shape in self.linears.items() if _block_of(path, self.blocks)]
+        return max(map(math.prod, shapes)), max(rows * min(BAND, columns) for rows, columns in shapes)
+
+    def decoding_bytes(self, quantize: str | bool, itemsize: int, by_kernel: bool) -> tuple[int, int]:
+        """Of the largest weight that is made anew for a product, itemsize bytes a value: of itself, and all
+        while it is made. Zeros for a base that is not quantised."""
+        if not quantize:
+            return 0, 0
+        made = itemsize * self.largest_weight
+        weights, beside = (1.0, 0) if by_kernel else DECODING[quantize]
+        return made, int(weights * made) + beside
+
+    def reading_bytes(self, quantize: str | bool, itemsize: int) -> int:
+        """What is there beside the base while that is read from disk."""
+        whole, band = self.largest_read
+        if not quantize:
+            return int(CASTING * itemsize * whole)
+        bands, beside = QUANTISING[quantize]
+        return int(bands * FLOAT32 * band) + beside
+
     def adapter_shapes(self, network: NetworkConfig) -> list[tuple[int, int]]:
         """Shapes of all that is trained: lora_A and lora_B, and of DoRAs the lengths; or the matrices of the
         LoKrs."""
@@ -117,9 +174,9 @@ class BaseModel:
         return [shape for pair in pairs for shape in of_pairs[pair]]
 
 
-def read_model(config: RunConfig, transformer: dict | None = None) -> BaseModel:
+def read_model(config: RunConfig, transformer: dict | None = None, control: bool = False) -> BaseModel:
     """The model of a run; with `transformer`, one of these settings instead of the folder's, and FLUX.1-dev's
-    encoders.
+    encoders. control: one that draws after a picture, and is not trained, is taken too.
 
     Raises ConfigError for a model that is there but not complete or cannot be trained, and for a LoRA that
     fits no Linear.
@@ -131,8 +188,8 @@ def read_model(config: RunConfig, transformer: dict | None = None) -> BaseModel:
         transformer = component_config(files["transformer"]) if files else FLUX_DEV
     with paddle.LazyGuard():  # parameters get a shape and no memory
         model = FluxTransformer2DModel.from_config(transformer)
-    if files:
-        check_without_control(model, files)
+    if files and not control:
+        check_without_control(model, files, fill=True)
     blocks = tuple(model.named_blocks())
     linears, others = weights_by_block(model, blocks)
     return BaseModel(
@@ -163,26 +220,45 @@ def weights_by_block(
     return linears, others
 
 
-def image_tokens(config: RunConfig, token_side: int) -> int:
-    """Of the largest picture that is trained; token_side as in EncoderSizes. Where a folder of pictures is
-    not there, the resolution tells, and the 5 % that a bucket may be larger."""
-    if all(Path(data.folder_path).exists() for data in config.datasets):
-        sizes = [example.size for example in all_examples(scan_datasets(config))]
-        return max(width * height for width, height in sizes) // token_side**2
-    largest = 1 + (AREA_TOLERANCE if any(d.bucket_rule == "aspect" for d in config.datasets) else 0)
-    return int(largest * max(data.resolution for data in config.datasets) ** 2) // token_side**2
+def image_tokens(config: RunConfig, token_side: int) -> tuple[int, int]:
+    """Of the picture that has most together with its references, and how many of these are the references'
+    beside the largest picture; token_side as in EncoderSizes. Where a folder is not there, the resolution
+    tells, and the 5 % that a bucket may be larger."""
+    if all(Path(folder).exists() for data in config.datasets for folder in (data.folder_path, *aside(data))):
+        examples = all_examples(scan_datasets(config))
+        sizes = [[each.size, *(size for _, size in each.references)] for each in examples]
+        tokens = [[width * height // token_side**2 for width, height in each] for each in sizes]
+        most = max(map(sum, tokens))
+        return most, most - max(own for own, *_ in tokens)
+    larger = 1 + (AREA_TOLERANCE if any(d.bucket_rule == "aspect" for d in config.datasets) else 0)
+    of_picture = int(larger * max(data.resolution for data in config.datasets) ** 2) // token_side**2
+    references = of_picture * max(len(data.control_path) for data in config.datasets)
+    return of_picture + references, references
 
 
-def optimizer_bytes(config: RunConfig, shapes: list[tuple[int, int]]) -> tuple[int, int]:
-    """States of AdamW or FP8AdamW for parameters of these shapes; transient bytes of an update."""
-    parameters = FLOAT32 * sum(map(math.prod, shapes))
+_OTHERS: dict[str, tuple[type, Callable[[TrainConfig], object] | None]] = {
+    "lion": (Lion, None),
+    "schedulefree_adamw": (ScheduleFreeAdamW, None),
+    "prodigy": (Prodigy, lambda train: ProdigySettings(slice_p=train.prodigy.slice_p)),
+    "adafactor": (Adafactor, lambda train: AdafactorSettings(beta1=train.adafactor.beta1)),
+}
+
+
+def optimizer_bytes(config: RunConfig, shapes: list[tuple[int, int]], on_gpu: bool) -> tuple[int, int]:
+    """States of the config's optimizer for parameters of these shapes; transient bytes of an update."""
+    parameters, train = FLOAT32 * sum(map(math.prod, shapes)), config.train
+    if train.optimizer in _OTHERS:
+        states = state_config(config.coat, config.uses_fp8_optimizer)
+        optimizer, rule = _OTHERS[train.optimizer]
+        held = optimizer.planned_bytes(shapes, states, None if rule is None else rule(train))
+        return held, update_bytes(parameters // FLOAT32, on_gpu, train.optimizer)
     if not config.uses_fp8_optimizer:
         return 2 * parameters, parameters if config.train.max_grad_norm else 0
     states = config.coat.optimizer
     fp8 = FP8QuantizationConfig(
         block_size=states.block_size, use_dynamic_range_expansion=states.use_dynamic_range_expansion
     )
-    return fp8.state_bytes(shapes, config.train.beta1), int(FP8_STEP * parameters)
+    return fp8.state_bytes(shapes, config.train.beta1), update_bytes(parameters // FLOAT32, on_gpu)
 
 
 def _block_of(name: str, blocks: tuple[str, ...]) -> str:

@@ -35,6 +35,7 @@ from ppcoat.models.newbie.nextdit import NextDiT_CLIP
 from ppcoat.models.newbie.pipeline import PROMPT_PREFIX, with_prefix
 from ppcoat.models.tensor_files import read_json
 from ppcoat.nn.convert import quantize_linears
+from ppcoat.nn.policy import POLICIES
 from ppcoat.nn.saved_tensors import SavedTensors, count_saved_tensors, saved_as_they_are
 from ppcoat.objective import NewbieFlowMatching
 from ppcoat.plan.model import (
@@ -69,6 +70,7 @@ class NewbieMemoryModel(MemoryModel):
 
     assumed_name = "NewBie-image 3B"
     forward_working = NEWBIE_FORWARD_WORKING
+    before_product, fullest_without_weight = 13.0, tuple(policy for policy in POLICIES if policy != "none")
     drawn_at_once = 2  # with the prompt and without
 
     def __init__(self, config: RunConfig, on_gpu: bool, transformer: dict | None = None) -> None:
@@ -123,7 +125,7 @@ class NewbieMemoryModel(MemoryModel):
             working = self._working(NEWBIE_WORKING["checkpointed"], batch) + round(batch * again)
             moments.append((self.saved_after_forward(settings, checkpointed), working))
         saved, working = max(moments, key=sum)
-        return saved, working + self._largest_weight(settings)
+        return saved, self._with_weight(working, settings)
 
     def saved_after_forward(self, settings: Settings, layers: int) -> int:
         """Bytes saved for backward by the first `layers` and what stands outside them."""
@@ -156,7 +158,7 @@ class NewbieMemoryModel(MemoryModel):
             policy = "none" if policy == "none" else "coat"
         return TracedNextDiT(
             **self.traced_facts(policy),
-            quantize=settings.quantize,
+            quantized=bool(settings.quantize),
             hidden=self.model.linears[f"{self.model.blocks[0]}.feed_forward.w2"][0],
         )
 
@@ -191,10 +193,10 @@ def _encoders(folder: Path | None) -> EncoderSizes:
 
 @dataclass(frozen=True)
 class TracedNextDiT(TracedModel):
-    """settings: of NextDiT_CLIP. lora_paths: of block 0 of `layers`, and of all outside. quantize: the format
-    of the base, whose Linears save nothing, or False. hidden: inner width of a feed-forward."""
+    """settings: of NextDiT_CLIP. lora_paths: of block 0 of `layers`, and of all outside. quantized: the base
+    is, in any format: its Linears save nothing. hidden: inner width of a feed-forward."""
 
-    quantize: str | bool
+    quantized: bool
     hidden: int
     own_sizes: ClassVar[tuple[str, ...]] = ("n_layers",)
 
@@ -235,8 +237,8 @@ class TracedNextDiT(TracedModel):
         sizes["n_kv_heads"] = heads * own["n_kv_heads"] // own["n_heads"]
         sizes["ffn_dim_multiplier"] = self.hidden / (4 * own["dim"])
         model, coat = NextDiT_CLIP(**sizes), COATTrainer(self.coat)
-        if self.quantize:
-            quantize_linears(model, self.quantize)
+        if self.quantized:
+            quantize_linears(model)
         others = [path.replace(".0.", ".1.", 1) for path in self.lora_paths if path.startswith("layers.")]
         prepare(model, coat, self.without_dropout, paths=[*self.lora_paths, *others])
         return model

@@ -61,6 +61,17 @@ class Settings:
     batch_size: int
     gradient_accumulation: int
 
+    def __str__(self) -> str:
+        return (
+            f"policy {self.policy}, {self.checkpoint_blocks} blocks checkpointed, {self.blocks_to_swap} "
+            f"swapped, {base_name(self.quantize)}, batch {self.batch_size} x {self.gradient_accumulation}"
+        )
+
+
+def base_name(quantize: str | bool) -> str:
+    """A format of the base, for users."""
+    return f"{quantize.upper()} base" if quantize else "base not quantised"
+
 
 @dataclass(frozen=True)
 class Phase:
@@ -84,7 +95,11 @@ class MemoryModel:
 
     assumed_name = "FLUX.1-dev"
     forward_working = FORWARD_WORKING
+    # Tensors of WORKING that come only after a quantised weight is made anew for a product; policies under
+    # which a block is at its fullest without such a weight. Measured.
+    before_product, fullest_without_weight = 10.0, ("coat",)
     drawn_at_once = 1  # pictures that the transformer sees in a step of a preview
+    reference_tokens = 0  # of the image tokens
 
     def __init__(self, config: RunConfig, on_gpu: bool, transformer: dict | None = None) -> None:
         self.config, self.on_gpu = config, on_gpu
@@ -93,20 +108,26 @@ class MemoryModel:
         self.model: BaseModel = self.read_model(transformer)
         self.kernel, self.kernel_is_assumed = self._attention_kernel()
         self.token_side = self.model.encoders.token_side
-        self.image_tokens = image_tokens(config, self.token_side)
+        self.image_tokens, self.reference_tokens = image_tokens(config, self.token_side)
         self.text_tokens = self.model.text_tokens
         self.tokens = self.image_tokens + self.text_tokens
         self.vae_itemsize = self.itemsize
         self.lora = self.model.adapter_shapes(config.network)
         self.lora_bytes = FLOAT32 * sum(map(math.prod, self.lora))
-        self.optimizer, self.update_working = optimizer_bytes(config, self.lora)
+        self.optimizer, self.update_working = optimizer_bytes(config, self.lora, on_gpu)
         self.previews = config.sample.previews if config.sample.wanted else []
         self._base: dict[bool, list[int]] = {}
-        self._saved: dict[tuple[TracedModel, bool], SavedBytes] = {}
+        self._weights: dict[str | bool, tuple[int, list[int]]] = {}
+        self._saved: dict[tuple[str, bool, bool], SavedBytes] = {}
 
     def read_model(self, transformer: dict | None) -> BaseModel:
         """The shapes of the config's model, or of one with these settings."""
         return read_model(self.config, transformer)
+
+    @property
+    def float_name(self) -> str:
+        """Of the dtype of a base that is not quantised."""
+        return "bf16" if self.half else "float32"
 
     @property
     def policies(self) -> tuple[str, ...]:
@@ -135,6 +156,7 @@ class MemoryModel:
         saved, working = self.activations(settings)
         phases = [
             *self.preparing(settings),
+            ("loading", {"base": held["base"], "working": self._reading(settings)}),
             ("forward, backward", learning | {"kept": saved, "working": working}),
             ("update", learning | {"working": self.update_working}),
         ]
@@ -145,7 +167,8 @@ class MemoryModel:
 
     def preparing(self, settings: Settings) -> list[tuple[str, dict[str, int]]]:
         """What encoders hold, by phase, before the transformer comes: beside the context."""
-        encoders, largest = self.model.encoders, self.token_side**2 * self.image_tokens
+        encoders = self.model.encoders
+        largest = self.token_side**2 * (self.image_tokens - self.reference_tokens)
         reading = encoders.text_working(ENCODED_AT_ONCE, self.text_tokens, self.itemsize)
         # one of the largest pictures, or smaller ones up to the limit
         pixels = max(largest, min(ENCODED_AT_ONCE * largest, ENCODED_PIXELS))
@@ -160,12 +183,18 @@ class MemoryModel:
         those have room for RESIDENT_SWAPPED of them.
         """
         if quantize not in self._base:
-            outside, blocks = self.model.weight_bytes(quantize, self.itemsize)
+            outside, blocks = self.weight_bytes(quantize)
             swapped = [blocks[len(blocks) - n :] for n in range(len(blocks) + 1)]
             self._base[quantize] = [
                 outside + sum(blocks) - sum(some) + sum(sorted(some)[-RESIDENT_SWAPPED:]) for some in swapped
             ]
         return self._base[quantize]
+
+    def weight_bytes(self, quantize: str | bool) -> tuple[int, list[int]]:
+        """Bytes of the base outside its blocks, and of each block."""
+        if quantize not in self._weights:
+            self._weights[quantize] = self.model.weight_bytes(quantize, self.itemsize)
+        return self._weights[quantize]
 
     def activations(self, settings: Settings) -> tuple[int, int]:
         """Bytes saved for backward and working memory at the fullest moment of a step: at the end of the
@@ -183,15 +212,15 @@ class MemoryModel:
         if checkpointed:
             moments.append((of_checkpointed * batch, self._working(WORKING["checkpointed"], batch)))
         saved, working = max(moments, key=sum)
-        return saved, working + self._largest_weight(settings)
+        return saved, self._with_weight(working, settings)
 
     def saved(self, settings: Settings, checkpointed: bool = False) -> SavedBytes:
         """Of one picture, counted once for all settings that save as much. checkpointed: of such blocks."""
-        traced = self.traced(settings, checkpointed)
-        if (traced, checkpointed) not in self._saved:
-            counted = count_saved_bytes(traced, self.image_tokens, self.text_tokens, checkpointed)
-            self._saved[traced, checkpointed] = counted
-        return self._saved[traced, checkpointed]
+        key = (settings.policy, bool(settings.quantize), checkpointed)
+        if key not in self._saved:
+            traced = self.traced(settings, checkpointed)
+            self._saved[key] = count_saved_bytes(traced, self.image_tokens, self.text_tokens, checkpointed)
+        return self._saved[key]
 
     def traced(self, settings: Settings, checkpointed: bool) -> TracedModel:
         """The model whose saved bytes are counted. What checkpointed blocks save does not depend on the
@@ -219,22 +248,15 @@ class MemoryModel:
     def seconds(self, settings: Settings) -> float:
         """Time of an update on a GPU by a simple model, to compare settings by: products of matrices at FLOPS
         (one forward, one backward without weight gradients, one more forward of what is recomputed), FP8
-        tensors and FP8 weights through memory three times, swapped blocks over PCIe in forward and backward,
-        as if nothing of that ran beside the computing.
+        tensors through memory three times, quantised weights as they are stored and as they are made anew,
+        swapped blocks over PCIe, as if nothing of that ran beside the computing. To decode 4 bits takes a
+        dozen instructions a value, which hide behind its bytes. FP8 products count as those of bfloat16.
         """
         model, passes = self.model, settings.gradient_accumulation
         rows = settings.batch_size * self.tokens
         count = len(model.blocks)
         again = settings.checkpoint_blocks / count
-        linears = (
-            2
-            * rows
-            * sum(
-                a * b
-                for path, (a, b) in model.linears.items()
-                if not any(part in path for part in model.of_picture)
-            )
-        )
+        linears = 2 * rows * sum(model.of_tokens.values())
         attention = 4 * rows * self.tokens * model.width * count
         # attention's backward takes 2.5 forwards; +recompute takes its forward again
         attentions = 3.5 + (again if "recompute" not in settings.policy else 1.0)
@@ -243,11 +265,19 @@ class MemoryModel:
         moved = 0
         if settings.policy != "none":
             moved += 3 * 2 * self.saved_by_all_blocks(settings) * settings.batch_size * (1 - again)
-        outside, blocks = self.model.weight_bytes(settings.quantize, self.itemsize)
+        outside, blocks = self.weight_bytes(settings.quantize)
         if settings.quantize:  # read as stored, written as it is multiplied
             moved += (2 + again) * (outside + sum(blocks) + 2 * model.parameters)
-        swapped = 2 * sum(blocks[count - settings.blocks_to_swap :])
-        return passes * (compute + moved / MEMORY_RATE + swapped / PCIE_RATE)
+        return passes * (compute + moved / MEMORY_RATE) + self.sent_bytes(settings) / PCIE_RATE
+
+    def sent_bytes(self, settings: Settings) -> int:
+        """Bytes of the base that go to the device in an update: each swapped block in forward and backward,
+        but for those that are there from the turn before."""
+        _, blocks = self.weight_bytes(settings.quantize)
+        swapped = blocks[len(blocks) - settings.blocks_to_swap :]
+        there = RESIDENT_SWAPPED
+        sent = sum(swapped[there:]) + sum(swapped[: max(0, len(swapped) - there)])
+        return settings.gradient_accumulation * sent
 
     @cached_property
     def facts(self) -> tuple[str, ...]:
@@ -257,9 +287,10 @@ class MemoryModel:
         rank = "full rank" if config.network.lokr_full_rank else f"rank {config.network.linear}"
         adapter = f"{ADAPTERS[config.network.type]} {rank}"
         device = f"{'GPU' if self.on_gpu else 'CPU'}, {'bfloat16' if self.half else 'float32'}"
+        shown = f" ({self.reference_tokens} of references)" if self.reference_tokens else ""
         facts = (
             f"{config.model.name_or_path} by {source}: {model.parameters:,} parameters; {device}",
-            f"at most {self.image_tokens} image tokens and {self.text_tokens} text tokens a picture; "
+            f"at most {self.image_tokens} image tokens{shown} and {self.text_tokens} text tokens a picture; "
             f"{adapter} on {len(model.lora_paths)} Linears",
         )
         if self.on_gpu:
@@ -301,17 +332,31 @@ class MemoryModel:
     def _vae_bytes(self) -> int:
         return self.model.encoders.vae * self.vae_itemsize
 
-    def _largest_weight(self, settings: Settings) -> int:
-        """Bytes of the largest weight dequantised; 0 for a base that is not quantised."""
-        return self.itemsize * max(a * b for a, b in self.model.linears.values()) if settings.quantize else 0
+    def _reading(self, settings: Settings) -> int:
+        return self.model.reading_bytes(settings.quantize, self.itemsize)
+
+    def _with_weight(self, working: int, settings: Settings) -> int:
+        """Working memory of a block that goes backward, and of its largest weight if that is made anew: the
+        latter while it is made, and when it is there."""
+        made, making = self.model.decoding_bytes(settings.quantize, self.itemsize, self.on_gpu)
+        before = self._working(((self.before_product, 0.0),), settings.batch_size)
+        held = (
+            0 if settings.policy in self.fullest_without_weight and not settings.checkpoint_blocks else made
+        )
+        return max(working + held, working - before + making)
+
+    def _drawing_working(self, settings: Settings, batch: int, tokens: int | None = None) -> int:
+        """Working memory of a pass without gradients, with the largest weight if that is made anew."""
+        making = self.model.decoding_bytes(settings.quantize, self.itemsize, self.on_gpu)[1]
+        return self._working(self.forward_working, batch, tokens) + making
 
     def _preview_working(self, settings: Settings) -> int:
-        pixels = max(preview.width * preview.height for preview in self.previews)
-        denoise = self._working(
-            self.forward_working, self.drawn_at_once, pixels // self.token_side**2 + self.text_tokens
-        )
+        areas = [(preview.width * preview.height, 1 + len(preview.ctrl_img)) for preview in self.previews]
+        pixels, most = max(areas)[0], max(area * pictures for area, pictures in areas)
+        tokens = most // self.token_side**2 + self.text_tokens
+        denoise = self._drawing_working(settings, self.drawn_at_once, tokens)
         decode = self.model.encoders.vae_working(pixels, self.vae_itemsize, True, self.on_gpu)
-        return max(denoise + self._largest_weight(settings), decode)
+        return max(denoise, decode)
 
 
 def hashable(settings: dict) -> tuple[tuple[str, object], ...]:

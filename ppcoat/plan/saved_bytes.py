@@ -110,10 +110,14 @@ class TracedModel:
 
     def shapes(self, config: Mapping, columns: int, words: int) -> dict[str, tuple[int, ...]]:
         """Of the batch of one picture that a small model of this config is given."""
+        channels = (config["out_channels"] or config["in_channels"]) // 4
+        latents = (1, channels, 2 * SIDE, 2 * columns)
+        fill = {"masked_latents": latents, "mask": (1, 1, 16 * SIDE, 16 * columns)}
         return {
-            "latents": (1, config["in_channels"] // 4, 2 * SIDE, 2 * columns),
+            "latents": latents,
             "prompt_embeds": (1, words, config["joint_attention_dim"]),
             "pooled": (1, config["pooled_projection_dim"]),
+            **(fill if config["in_channels"] > 4 * channels else {}),
         }
 
     def batch(self, config: Mapping, columns: int, words: int) -> dict[str, paddle.Tensor]:

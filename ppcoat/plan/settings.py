@@ -3,7 +3,7 @@
     plan(config, memory_model).total                    what the config as it is will hold at most, in bytes
     plan(config, memory_model, vram_gb=24).settings     the settings to take with 24 GB
 
-How bytes are counted: phases.py.
+How bytes are counted: phases.py. How settings that fit are ranked: `best_that_fits`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,12 @@ import paddle
 from ppcoat.config.schema import RunConfig
 from ppcoat.errors import ConfigError
 from ppcoat.plan import GB, check_budget
-from ppcoat.plan.phases import MemoryModel, Phase, Settings
+from ppcoat.plan.phases import MemoryModel, Phase, Settings, base_name
+
+# Formats of the base by the error of a weight: 0, 0.6, 2.7, 6.8 and 9.2 % (docs/kernels.md).
+MOST_EXACT_FIRST = (False, "int8", "fp8", "fp4", "nf4")
+LEAST_UNASKED = "fp4"  # nf4 is less exact and hardly smaller: only where a config names it
+NO_FASTER = 0.10  # by so much two times of the time model may differ and count as one
 
 
 @dataclass(frozen=True)
@@ -45,20 +50,45 @@ class Plan:
 def plan(config: RunConfig, memory_model: type[MemoryModel], vram_gb: float | None = None) -> Plan:
     """Without vram_gb the plan of the config as it is; with it, of the fastest settings that fit.
 
-    Chosen are the saving policy (FP8 only where coat.enabled), checkpointed blocks, swapped blocks, and the
-    batch size with gradient_accumulation such that an update sees the same number of pictures. A quantised
-    base is taken only where model.quantize allows it, and only if it is faster or needed. Raises ConfigError
-    if nothing fits, naming the smallest need, and for what the config asks of a model that lacks it.
+    Chosen are the saving policy (FP8 only where coat.enabled), checkpointed blocks, swapped blocks, the
+    base's format among `allowed_bases`, and the batch size with gradient_accumulation such that an update
+    sees the same number of pictures. Raises ConfigError if nothing fits, naming the smallest need, and for
+    what the config asks of a model that lacks it.
     """
     check_budget(vram_gb)
     memory = memory_model(config, planned_for_gpu(config, vram_gb))
     if vram_gb is None:
         return _plan(memory, as_given(config, len(memory.model.blocks)))
+    return best_that_fits(memory, vram_gb)
+
+
+def best_that_fits(memory: MemoryModel, vram_gb: float) -> Plan:
+    """The fastest settings by `MemoryModel.seconds`, but of those that are at most NO_FASTER slower the ones
+    with the most exact base, and of these rather without swapped blocks: PCIe is what differs most from
+    machine to machine. So 4 bits are taken where 8 would make a step slower, and INT8 before FP8, which is as
+    large and four times less exact. Raises ConfigError if nothing fits."""
     plans = [_plan(memory, settings) for settings in _candidates(memory, vram_gb * GB)]
     fitting = [each for each in plans if each.total <= vram_gb * GB]
     if not fitting:
-        raise ConfigError(_nothing_fits(config, min(plans, key=lambda each: each.total), vram_gb))
-    return replace(min(fitting, key=lambda each: (each.seconds, each.total)), vram_gb=vram_gb)
+        raise ConfigError(_nothing_fits(memory.config, min(plans, key=lambda each: each.total), vram_gb))
+    enough = (1 + NO_FASTER) * min(each.seconds for each in fitting)
+    return replace(min((each for each in fitting if each.seconds <= enough), key=_rank), vram_gb=vram_gb)
+
+
+def _rank(planned: Plan) -> tuple:
+    settings = planned.settings
+    exactness = MOST_EXACT_FIRST.index(settings.quantize)
+    return exactness, settings.blocks_to_swap > 0, planned.seconds, planned.total
+
+
+def allowed_bases(config: RunConfig) -> tuple[str | bool, ...]:
+    """Formats of the base between which a plan may choose: those at least as exact as model.quantize; where a
+    config does not say it, all to LEAST_UNASKED. quantize_matmul multiplies FP8 and leaves no choice."""
+    if config.model.quantize_matmul:
+        return ("fp8",)
+    said = "quantize" in config.model.model_fields_set
+    least = config.model.quantize if said else LEAST_UNASKED
+    return MOST_EXACT_FIRST[: MOST_EXACT_FIRST.index(least) + 1]
 
 
 def planned_for_gpu(config: RunConfig, vram_gb: float | None) -> bool:
@@ -123,8 +153,23 @@ def with_memory_plan(
 
 def with_earlier_plan(config: RunConfig, earlier: RunConfig) -> RunConfig:
     """The config with the memory settings of an earlier run of it."""
-    blocks = earlier.coat.memory.checkpoint_blocks or 0  # a plan says how many, or none
-    return with_settings(config, as_given(earlier, blocks))
+    return with_settings(config, _as_planned(earlier))
+
+
+def line_of_plan(config: RunConfig, planned: RunConfig) -> str:
+    """What `with_memory_plan` made of a config, in one line, and whether that is less exact than it was."""
+    settings = _as_planned(planned)
+    before, after = (MOST_EXACT_FIRST.index(each.model.quantize) for each in (config, planned))
+    if after <= before:
+        return str(settings)
+    return (
+        f"{settings}; to fit, the {base_name(settings.quantize)} rounds weights more than the config did "
+        f"({base_name(config.model.quantize)}): model.quantize names the least exact one to take"
+    )
+
+
+def _as_planned(config: RunConfig) -> Settings:
+    return as_given(config, config.coat.memory.checkpoint_blocks or 0)  # a plan says how many, or none
 
 
 def _plan(memory: MemoryModel, settings: Settings) -> Plan:
@@ -138,7 +183,7 @@ def _candidates(memory: MemoryModel, budget: float) -> Iterator[Settings]:
     config = memory.config
     pictures = config.train.batch_size * config.train.gradient_accumulation
     for batch in (n for n in range(1, pictures + 1) if pictures % n == 0):
-        for quantize in dict.fromkeys((False, config.model.quantize)):
+        for quantize in allowed_bases(config):
             for policy in memory.policies:
                 for checkpointed in memory.checkpoint_counts:
                     bare = Settings(policy, checkpointed, quantize, 0, batch, pictures // batch)
@@ -155,10 +200,10 @@ def _with_fewest_swapped(memory: MemoryModel, bare: Settings, budget: float) -> 
 
 
 def _nothing_fits(config: RunConfig, smallest: Plan, vram_gb: float) -> str:
-    hint = "" if config.model.quantize else "; model.quantize: fp8 or fp4 would allow a smaller base"
     settings = smallest.settings
+    smaller = LEAST_UNASKED not in allowed_bases(config)
+    hint = f"; model.quantize: {LEAST_UNASKED} would allow a smaller base" if smaller else ""
     return (
         f"nothing fits into {vram_gb:g} GB: the smallest possible need is {smallest.total / GB:.1f} GB, in "
-        f"the phase {smallest.peak.name!r}, with policy {settings.policy}, {settings.checkpoint_blocks} "
-        f"blocks checkpointed and {settings.blocks_to_swap} swapped{hint}"
+        f"the phase {smallest.peak.name!r}, with {settings}{hint}"
     )

@@ -60,6 +60,8 @@ def compatible(config: RunConfig, modules: list[str] | None = None) -> dict:
     if network.type != "lora":
         adapter["type"] = network.kind
     optimizer = {"fp8": config.uses_fp8_optimizer}
+    if config.train.optimizer not in ("adamw", "coat_fp8_adamw"):  # which differ in "fp8" only
+        optimizer["name"] = config.train.optimizer
     if config.uses_fp8_optimizer:
         optimizer |= config.coat.optimizer.model_dump()
     return {"base": base_identity(config.model.name_or_path), "network": adapter, "optimizer": optimizer}

@@ -38,6 +38,7 @@ _FILE_NAME = re.compile(r"^[A-Za-z0-9_]+\.(safetensors|json)$")
 _FP8_SWITCH = "optimizer.fp8"
 # Decisive field -> what a user calls it, where that is not its own name.
 _SETTINGS = {_FP8_SWITCH: "FP8 optimizer states (coat.enabled, coat.optimizer.use_fp8, train.optimizer)",
+             "optimizer.name": "train.optimizer",
              "network.modules": "network.targets and what else chooses the Linears"}  # fmt: skip
 # Sections whose settings say nothing of how the weights come about.
 _ASIDE = ("name", "output_dir", "device", "logging", "sample", "save", "cache_dir", "memory", "vram_gb")

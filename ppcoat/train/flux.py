@@ -8,6 +8,7 @@ all and read back (ppcoat/lora/writing.py).
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,17 +17,19 @@ from PIL import Image
 
 from ppcoat.config.schema import PreviewConfig, RunConfig
 from ppcoat.data.cache import Encoders, TrainingCache, folder_identity
+from ppcoat.data.examples import Example
 from ppcoat.device import compute_dtype
 from ppcoat.lora import LoRASummary, save_lora
 from ppcoat.lora.writing import FORMATS
 from ppcoat.models.flux.files import FluxFiles
 from ppcoat.models.flux.pipeline import FluxPipeline
 from ppcoat.models.flux.transformer import FluxTransformer2DModel
-from ppcoat.models.loading import check_folder, load_transformer, unfilled
+from ppcoat.models.loading import check_folder, check_without_control, load_transformer, unfilled
 from ppcoat.models.quantized_base import load_quantized_transformer
 from ppcoat.nn.swap import last_blocks
 from ppcoat.objective import FlowMatching
 from ppcoat.plan.phases import MemoryModel
+from ppcoat.train import editing
 from ppcoat.train.base_model import drop_encoders, load_frozen
 from ppcoat.train.model_spec import ModelSpec
 from ppcoat.train.ranks import Ranks
@@ -35,17 +38,28 @@ from ppcoat.train.trainer import SaveWeights
 
 
 class FluxSpec(ModelSpec):
-    """FLUX.1-dev and schnell. Captions of any length are taken: T5 and CLIP cut them."""
+    """FLUX.1-dev, schnell, Kontext and Fill. Captions of any length are taken: T5 and CLIP cut them."""
 
     config_format = "yaml"
     memory_model = MemoryModel
 
     def check(self, config: RunConfig) -> None:
-        """Folder and number of swapped blocks."""
+        """Folder, number of swapped blocks, and what does not go with a Fill model."""
         files = _files(config)
-        check_folder(files)
+        check_folder(files, control=True)
+        transformer = self.unfilled(config)
+        check_without_control(transformer, files, fill=True)
         if config.model.blocks_to_swap:
-            last_blocks(self.unfilled(config), config.model.blocks_to_swap)
+            last_blocks(transformer, config.model.blocks_to_swap)
+        fill = editing.is_fill(files)
+        if fill:
+            editing.check_fill(config)
+        editing.check_previews(config, fill)
+
+    def check_examples(self, config: RunConfig, examples: Sequence[Example]) -> None:
+        """Masks of a Fill model."""
+        if editing.is_fill(_files(config)):
+            editing.check_masks(examples)
 
     def unfilled(self, config: RunConfig) -> FluxTransformer2DModel:
         """That of the folder or file, whose headers are checked."""
@@ -53,7 +67,9 @@ class FluxSpec(ModelSpec):
 
     def load_encoders(self, config: RunConfig, dtype: str | None) -> FluxPipeline:
         """T5, CLIP and the VAE."""
-        return FluxPipeline.from_pretrained(_files(config), dtype, without=("transformer",))
+        files = _files(config)
+        pipeline = editing.drawing_class(config, files)
+        return pipeline.from_pretrained(files, dtype, without=("transformer",))
 
     def encoders(self, config: RunConfig, pipeline: FluxPipeline) -> Encoders:
         """The VAE; T5 and CLIP."""
@@ -68,7 +84,8 @@ class FluxSpec(ModelSpec):
         def encode_text(captions: list[str]) -> tuple[paddle.Tensor, paddle.Tensor]:
             return pipeline.encode_prompt(captions, max_sequence_length=config.train.max_sequence_length)[:2]
 
-        return Encoders(pipeline.encode_image, encode_text, vae, text)
+        masked = editing.masked_encoder(pipeline) if editing.is_fill(_files(config)) else None
+        return Encoders(pipeline.encode_image, encode_text, vae, text, masked=masked)
 
     def load_base(
         self,
@@ -98,8 +115,10 @@ class FluxSpec(ModelSpec):
         """LoRA files in the formats of save.format."""
         return LoRAFiles(config, transformer).write
 
-    def draw(self, pipeline: FluxPipeline, preview: PreviewConfig, cache: TrainingCache) -> list[Image.Image]:
-        """One preview."""
+    def draw(
+        self, config: RunConfig, pipeline: FluxPipeline, preview: PreviewConfig, cache: TrainingCache
+    ) -> list[Image.Image]:
+        """One preview, after its references or in its picture."""
         embeds, pooled = cache.text([preview.prompt])
         return pipeline(
             prompt_embeds=embeds,
@@ -109,6 +128,7 @@ class FluxSpec(ModelSpec):
             num_inference_steps=preview.sample_steps,
             guidance_scale=preview.guidance_scale,
             seed=preview.seed,
+            **editing.preview_pictures(config, preview),
         ).images
 
 
@@ -140,7 +160,7 @@ class LoRAFiles:
                 base_model=Path(config.model.name_or_path).name,
                 dtype=config.save.dtype,
                 file_format=file_format,
-                extra=fields_of_start(config),
+                extra=fields_of_start(config) | editing.fields_of_references(config, _files(config)),
             )
             written.append((path, summary))
         self._remove_old(step)

@@ -13,6 +13,7 @@ from PIL import Image
 
 from ppcoat.config.schema import PreviewConfig, RunConfig
 from ppcoat.data.cache import Encoders, TrainingCache
+from ppcoat.data.examples import Example
 from ppcoat.objective import Objective
 from ppcoat.plan.phases import MemoryModel
 from ppcoat.train.ranks import Ranks
@@ -38,6 +39,10 @@ class ModelSpec(ABC):
     def check_captions(self, config: RunConfig, captions: Sequence[str]) -> None:
         """Warn of captions that are cut, and raise ConfigError for those that cannot be read."""
         return None  # a model whose encoders cut reads any
+
+    def check_examples(self, config: RunConfig, examples: Sequence[Example]) -> None:
+        """Raise ConfigError for examples that lack what the model is given beside the noise."""
+        return None  # most are given nothing that an example may lack
 
     @abstractmethod
     def load_encoders(self, config: RunConfig, dtype: str | None) -> Any:
@@ -66,5 +71,7 @@ class ModelSpec(ABC):
         """What writes the adapter of a step; see Trainer."""
 
     @abstractmethod
-    def draw(self, pipeline: Any, preview: PreviewConfig, cache: TrainingCache) -> list[Image.Image]:
+    def draw(
+        self, config: RunConfig, pipeline: Any, preview: PreviewConfig, cache: TrainingCache
+    ) -> list[Image.Image]:
         """One preview from cached text."""

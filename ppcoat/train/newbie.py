@@ -142,7 +142,7 @@ class NewbieSpec(ModelSpec):
         return NewbieFiles(config, transformer).write
 
     def draw(
-        self, pipeline: NewbiePipeline, preview: PreviewConfig, cache: TrainingCache
+        self, config: RunConfig, pipeline: NewbiePipeline, preview: PreviewConfig, cache: TrainingCache
     ) -> list[Image.Image]:
         """One preview, guided away from the empty prompt."""
         text = cache.text([preview.prompt, *self.preview_negatives])

@@ -66,11 +66,13 @@ def draw_previews(
 @dataclass(frozen=True)
 class Validation:
     """pictures: one batch of a single picture each, as TrainingCache.batch gives them. sigmas: noise levels
-    in 0..1."""
+    in 0..1. draws: noises of a picture, each at every level. at_once: losses of one forward pass."""
 
     pictures: Sequence[dict[str, paddle.Tensor]]
     objective: Objective
     sigmas: Sequence[float] = DEFAULT_SIGMAS
+    draws: int = 1
+    at_once: int = 1
 
     @paddle.no_grad()
     def losses(self, transformer: paddle.nn.Layer) -> dict[str, float]:
@@ -80,22 +82,30 @@ class Validation:
         """
         training = transformer.training
         transformer.eval()
-        rows = [[self._loss(transformer, number, sigma) for sigma in self.sigmas]
-                for number in range(len(self.pictures))]  # fmt: skip
+        rows = [self._losses_of(transformer, number) for number in range(len(self.pictures))]
         if training:
             transformer.train()
-        table = paddle.stack([paddle.concat(row) for row in rows])
-        of_sigmas = table.numpy().astype(np.float64).mean(0)  # the one read from the device
+        table = paddle.stack(rows).numpy()  # the one read from the device
+        of_sigmas = table.astype(np.float64).reshape([-1, len(self.sigmas)]).mean(0)
         named = {f"validation_loss_sigma_{sigma:.2f}": float(loss)
                  for sigma, loss in zip(self.sigmas, of_sigmas, strict=True)}  # fmt: skip
         return {"validation_loss": float(of_sigmas.mean()), **named}
 
-    def _loss(self, transformer: paddle.nn.Layer, number: int, sigma: float) -> paddle.Tensor:
-        batch = self.pictures[number]
-        # one noise per picture for all levels, whatever the order and the number of the others
-        _, noise = self.objective.draw(batch, np.random.default_rng([NOISE_SEED, number]))
-        levels = self.objective.noise_levels(np.full(1, sigma, dtype=np.float32))
-        return self.objective.losses_at(transformer, batch, levels, noise).of_pictures
+    def _losses_of(self, transformer: paddle.nn.Layer, number: int) -> paddle.Tensor:
+        """Of one picture, float32 [draws * sigmas]."""
+        batch, found = self.pictures[number], []
+        # a noise serves all levels, whatever the order and the number of the pictures
+        noises = [self.objective.draw(batch, np.random.default_rng([NOISE_SEED, number, *more]))[1]
+                  for more in ((), *((draw,) for draw in range(1, self.draws)))]  # fmt: skip
+        pairs = [(noise, sigma) for noise in noises for sigma in self.sigmas]
+        for start in range(0, len(pairs), self.at_once):
+            some, sigmas = zip(*pairs[start : start + self.at_once], strict=True)
+            levels = self.objective.noise_levels(np.array(sigmas, dtype=np.float32))
+            copies = {name: paddle.concat([each] * len(some)) if isinstance(each, paddle.Tensor) else each
+                      for name, each in batch.items()}  # fmt: skip
+            losses = self.objective.losses_at(transformer, copies, levels, np.concatenate(some))
+            found.append(losses.of_pictures)
+        return paddle.concat(found)
 
 
 def validation_pairs(config: RunConfig) -> list[tuple[Path, str]]:

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import paddle
 from PIL import Image
 
 from ppcoat.atomic import is_disk_error
@@ -34,13 +33,13 @@ from ppcoat.device import (
 )
 from ppcoat.errors import ConfigError
 from ppcoat.fp8 import backend
-from ppcoat.optim import ScheduleShape, lr_scheduler
-from ppcoat.plan.settings import with_earlier_plan, with_memory_plan
+from ppcoat.plan.settings import allowed_bases, line_of_plan, with_earlier_plan, with_memory_plan
 from ppcoat.train.base_model import compatible
 from ppcoat.train.checkpoint import check_resume, check_run_folder
 from ppcoat.train.flux import FluxSpec
 from ppcoat.train.model_spec import ModelSpec
 from ppcoat.train.newbie import NewbieSpec
+from ppcoat.train.optimizers import run_optimizer
 from ppcoat.train.previews import (
     Validation,
     draw_previews,
@@ -113,7 +112,13 @@ def dry_run(config: RunConfig) -> Iterator[tuple[StepResult, float]]:
     config = config.model_copy(update={"datasets": in_memory})
     cache = encode_dataset(spec, config, [examples[i] for i in needed], pipeline)
     latents = dict(zip(needed, cache.latents, strict=True))
-    cache = replace(cache, examples=examples, latents=[latents.get(i) for i in range(len(examples))])
+    beside = dict(zip(needed, cache.beside, strict=False))  # or empty
+    cache = replace(
+        cache,
+        examples=examples,
+        latents=[latents.get(i) for i in range(len(examples))],
+        beside=[beside.get(i, {}) for i in range(len(examples))],
+    )
     spec.load_base(pipeline, config, inputs.dtype, ranks, keep_copy=False)
     trainer = build_trainer(spec, config, pipeline, cache, ranks=ranks, start=inputs.start)
     for _ in range(DRY_STEPS):
@@ -129,6 +134,7 @@ def check_inputs(spec: ModelSpec, config: RunConfig) -> RunInputs:
     start = adapter_start(config, spec.unfilled)
     datasets = scan_datasets(config)
     validation = validation_pairs(config)
+    spec.check_examples(config, all_examples(datasets))
     captions = [caption for each in all_examples(datasets) for caption in each.captions]
     captions += [*preview_prompts(config), *(caption for _, caption in validation)]
     spec.check_captions(config, list(dict.fromkeys(captions)))
@@ -147,8 +153,11 @@ def with_fitting_settings(spec: ModelSpec, config: RunConfig, ranks: Ranks) -> R
     that is free when it starts, the least of all ranks; a run that goes on keeps what was planned then, where
     all ranks see its folder. Raises ConfigError as `with_memory_plan` does.
     """
-    if config.memory == "as_given" or config.vram_gb is not None:
-        return with_memory_plan(config, spec.memory_model)
+    if config.memory == "as_given":
+        return config
+    if config.vram_gb is not None:
+        planned, note = with_memory_plan(config, spec.memory_model), f"the {config.vram_gb:g} GB of vram_gb"
+        return _tell_plan(config, planned, note, ranks)
     # CUDA's context, which asking makes, is counted here and in the plan: that is on the safe side.
     meter = GpuMeter() if on_gpu() else HostMeter()
     free, total = meter.free_memory(), meter.total_memory()
@@ -162,8 +171,12 @@ def with_fitting_settings(spec: ModelSpec, config: RunConfig, ranks: Ranks) -> R
         free = int(table[:, 0].min())
         planned = with_memory_plan(config, spec.memory_model, free)
         note = f"the {free / 1e9:.1f} GB that are free of {total / 1e9:.1f}"
+    return _tell_plan(config, planned, note, ranks)
+
+
+def _tell_plan(config: RunConfig, planned: RunConfig, note: str, ranks: Ranks) -> RunConfig:
     if ranks.is_first:
-        print(f"memory: auto takes {note}")
+        print(f"memory: auto takes {note}: {line_of_plan(config, planned)}")
     return planned
 
 
@@ -175,7 +188,7 @@ def _planned_before(config: RunConfig) -> RunConfig | None:
         return None
     if earlier.memory != "auto" or earlier.vram_gb is not None or _load(earlier) != _load(config):
         return None
-    return earlier if config.model.quantize or not earlier.model.quantize else None
+    return earlier if earlier.model.quantize in allowed_bases(config) else None
 
 
 def _load(config: RunConfig) -> tuple:
@@ -279,12 +292,12 @@ def build_trainer(
     if start is not None:
         start.put(modules)
     parameters = trained_parameters(modules)
-    optimizer, schedule = _optimizer(config, coat, list(parameters.values()))
+    optimizer, schedule = run_optimizer(config, coat, list(parameters.values()))
 
     def draw() -> tuple[list[Image.Image], list[str]]:
-        return draw_previews(config, pipeline, lambda preview: spec.draw(pipeline, preview, cache))
+        return draw_previews(config, pipeline, lambda preview: spec.draw(config, pipeline, preview, cache))
 
-    side = Side(parameters, spec.objective(config), optimizer, schedule, coat)
+    side = Side(parameters, spec.objective(config), optimizer, schedule, coat, train.preservation_weight)
     state = RunState(
         parameters,
         optimizer,
@@ -311,17 +324,3 @@ def build_trainer(
 def _without_permissions(config: RunConfig) -> RunConfig:
     """The config to go on with: what was allowed for one start only is not allowed for the next."""
     return config.model_copy(update={"save": config.save.model_copy(update={"restart_data": False})})
-
-
-def _optimizer(
-    config: RunConfig, coat: COATTrainer, parameters: list[paddle.Tensor]
-) -> tuple[paddle.optimizer.Optimizer, paddle.optimizer.lr.LRScheduler]:
-    """AdamW as the section `train` wants it, and the schedule of its learning rate."""
-    train = config.train
-    shape = ScheduleShape(train.lr_num_cycles, train.lr_power, train.lr_step_size or 1, train.lr_gamma)
-    schedule = lr_scheduler(train.lr_scheduler, train.lr, train.steps, train.lr_warmup_steps, shape)
-    betas, fp8 = (train.beta1, train.beta2), config.uses_fp8_optimizer
-    optimizer = coat.create_optimizer(
-        parameters, schedule, train.weight_decay, betas, train.epsilon, train.max_grad_norm, fp8_states=fp8
-    )
-    return optimizer, schedule

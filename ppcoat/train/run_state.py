@@ -8,7 +8,7 @@ of the parameters in float32 (exponential moving average). checkpoint.py writes 
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
@@ -183,6 +183,22 @@ class RunningMean:
         # into the memory that the parameters have: the optimizer may hold views of it
         for path, parameter in self.parameters.items():
             paddle.assign(values[path].astype(parameter.dtype), output=parameter)
+
+
+class RecentMean(RunningMean):
+    """A mean over about the last third of all updates, however many they are: weights grow with the fourth
+    power of the number of the update (polynomial decay, arXiv 1212.1824). parameters as RunningMean has them;
+    updates(): those done, with this one."""
+
+    def __init__(self, parameters: Mapping[str, paddle.Tensor], updates: Callable[[], int]) -> None:
+        super().__init__(parameters, 0.0)
+        self._updates = updates
+
+    def update(self) -> None:
+        """After an update of the parameters."""
+        done = self._updates()
+        self.decay = (done - 1) / (done + 4)
+        super().update()
 
 
 @dataclass

@@ -30,6 +30,7 @@ from ppcoat.lora import LoRASummary
 from ppcoat.nn.linear import FactorCopies
 from ppcoat.nn.saved_tensors import SavedTensors
 from ppcoat.objective import Objective
+from ppcoat.optim import Prodigy, ScheduleFreeAdamW
 from ppcoat.train.checkpoint import resume_run, save_run
 from ppcoat.train.previews import Validation
 from ppcoat.train.ranks import Ranks
@@ -45,12 +46,14 @@ SaveWeights = Callable[[int, bool], list[tuple[Path, LoRASummary]]]
 @dataclass(frozen=True)
 class StepResult:
     """loss: mean over the forward passes and the ranks; grad_norm: global, before clipping; saved: byte
-    counts of the last forward pass; skipped: a number was not finite, so nothing was updated."""
+    counts of the last forward pass; skipped: a number was not finite, so nothing was updated. preservation:
+    the loss that keeps the model's own output, with its weight; None without."""
 
     loss: float
     grad_norm: float
     saved: SavedTensors | None
     skipped: bool
+    preservation: float | None = None
 
 
 @dataclass(frozen=True)
@@ -68,14 +71,15 @@ class TrainingResult:
 
 @dataclass
 class Side:
-    """What a step trains, with what, and for what. parameters: by name, any shape. bins: losses by noise
-    level."""
+    """What a step trains, with what, and for what. parameters: by name, any shape. preservation: weight of
+    the loss that keeps the model's own output, 0 without. bins: losses by noise level."""
 
     parameters: dict[str, paddle.Tensor]
     objective: Objective
     optimizer: paddle.optimizer.Optimizer
     schedule: paddle.optimizer.lr.LRScheduler
     coat: COATTrainer
+    preservation: float = 0.0
     bins: SigmaBins = field(default_factory=SigmaBins)
 
 
@@ -190,7 +194,8 @@ class Trainer:
         rng = np.random.default_rng([self.config.seed, self.step])  # the same on all ranks
         # seeds of dropout come from the host's generator: one for the pictures of this rank
         paddle.seed(int(rng.integers(2**31)) + self.ranks.rank)
-        passes, drawn, levels, losses, of_pictures = self.config.train.gradient_accumulation, [], [], [], []
+        passes, drawn, levels, of_pictures = self.config.train.gradient_accumulation, [], [], []
+        losses, preserved = [], []
         with self.factors.in_use():
             for _ in range(passes):
                 sigma, mine = self._draw(rng)
@@ -205,8 +210,11 @@ class Trainer:
                 self._note_memory("after_backward")
                 losses.append(loss.detach())
                 of_pictures.append(found.of_pictures)
+                if side.preservation:
+                    preserved.append(self._preserve(side, mine, passes))
         self.ranks.average_gradients(side.parameters.values())
-        losses, of_pictures, squares = self._read(losses, of_pictures)
+        losses, of_pictures, squares = self._read(losses + preserved, of_pictures)
+        losses, preserved = np.split(losses, [passes], axis=1)
         mean, norm = float(losses.mean(0).sum()), float(np.sqrt(squares.sum()))
         skipped = not (np.isfinite(mean) and np.isfinite(norm))
         if skipped:
@@ -216,7 +224,15 @@ class Trainer:
             self._update(np.concatenate(levels), of_pictures)
         side.optimizer.clear_grad()
         self.state.step += 1
-        return StepResult(mean, norm, saved, skipped)
+        preservation = float(preserved.mean(0).sum()) if side.preservation else None
+        return StepResult(mean, norm, saved, skipped, preservation)
+
+    def _preserve(self, side: Side, inputs: tuple, passes: int) -> paddle.Tensor:
+        """A backward pass of its own, after that of the loss, so that no two passes are held together."""
+        with side.coat.saved_tensors():
+            loss = side.objective.preservation_at(self.model, *inputs) * (side.preservation / passes)
+        loss.backward()
+        return loss.detach()
 
     def _draw(self, rng: np.random.Generator) -> tuple[np.ndarray, tuple]:
         """All noise levels of the next global batch, and this rank's part: (batch, noise levels, noise)."""
@@ -229,15 +245,15 @@ class Trainer:
     def _read(
         self, losses: list[paddle.Tensor], of_pictures: list[paddle.Tensor]
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Losses of all ranks [ranks, passes], of all pictures in the order of the global batches, and the
+        """Losses of all ranks [ranks, losses], of all pictures in the order of the global batches, and the
         squared norm of each parameter's gradient; float64, in one read from the device."""
-        passes = len(losses)
+        count, passes = len(losses), len(of_pictures)
         parts = [paddle.stack(losses), paddle.concat(of_pictures), self._gradient_squares()]
         ends = np.cumsum([part.shape[0] for part in parts])[:-1]
         *mine, squares = np.split(paddle.concat(parts).numpy().astype(np.float64), ends)
         table = self.ranks.gather(np.concatenate(mine))
-        pictures = table[:, passes:].reshape([self.ranks.size, passes, -1]).swapaxes(0, 1)
-        return table[:, :passes], pictures.reshape(-1), squares
+        pictures = table[:, count:].reshape([self.ranks.size, passes, -1]).swapaxes(0, 1)
+        return table[:, :count], pictures.reshape(-1), squares
 
     def _update(self, levels: np.ndarray, of_pictures: np.ndarray) -> None:
         side = self.side
@@ -288,14 +304,18 @@ class Trainer:
 
     def _report_step(self, report: Report, result: StepResult, learning_rate: float) -> None:
         scalars = {"loss": result.loss, "lr": learning_rate, "grad_norm": result.grad_norm}
+        if result.preservation is not None:
+            scalars["preservation_loss"] = result.preservation
         if result.saved is not None:
             scalars["kept_bytes"] = result.saved.bytes_kept
         scalars["skipped_steps"] = self.state.skipped
         train, points = self.config.train, {}
         if report.is_point(self.step):
             points |= self.state.bins.take()
+            if isinstance(self.state.optimizer, Prodigy):
+                points["prodigy_d"] = self.state.optimizer.d
         if self.validation and (self.step == train.steps or self.step % train.validation.every == 0):
-            with self._final_weights():
+            with self.final_weights():
                 points |= self.validation.losses(self.model)
         images = train.batch_size * train.gradient_accumulation * self.ranks.size
         report.step(self.step, scalars, points, images)
@@ -317,7 +337,7 @@ class Trainer:
             return
         began = time.perf_counter()
         try:
-            with self._final_weights():
+            with self.final_weights():
                 pictures, prompts = self.draw_previews()
             report.images(self.step, pictures, prompts)
         except _PREVIEW_ERRORS as error:
@@ -330,10 +350,13 @@ class Trainer:
         drawn = f"{len(pictures)} preview{'' if len(pictures) == 1 else 's'}"
         report.message(f"step {self.step}: {drawn} in {seconds:.1f} s")
 
-    def _final_weights(self) -> AbstractContextManager[None]:
-        """Context manager: the model has the weights that are written, the mean where there is one."""
-        mean = self.state.ema
-        return nullcontext() if mean is None else mean.in_place_of_parameters()
+    def final_weights(self) -> AbstractContextManager[None]:
+        """Context manager: the model has the weights that are written: the running mean where there is one,
+        the average of a schedule-free optimizer."""
+        if self.state.ema is not None:
+            return self.state.ema.in_place_of_parameters()
+        optimizer = self.state.optimizer
+        return optimizer.evaluation_weights() if isinstance(optimizer, ScheduleFreeAdamW) else nullcontext()
 
     def _save(self, report: Report, checkpoint: bool, final: bool) -> Path | None:
         """The checkpoint and the LoRA files of this step -> the first of the files, None without them.
@@ -372,7 +395,7 @@ class Trainer:
 
     def _write_weights(self, report: Report, final: bool) -> Path:
         """The LoRA files of this step or of the end; the first of them."""
-        with self._final_weights():
+        with self.final_weights():
             written = self.save_weights(self.step, final)
         for path, summary in written:
             report.message(f"LoRA file: {path}: {summary.line()}")

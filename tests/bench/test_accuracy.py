@@ -62,9 +62,15 @@ def test_the_command_prints_one_table_and_writes_json(tmp_path, monkeypatch, cap
     accuracy.add_arguments(parser)
     accuracy.run_command(parser.parse_args(["--output", str(tmp_path / "new" / "accuracy.json")]))
     printed = capsys.readouterr().out
-    written = json.loads((tmp_path / "new" / "accuracy.json").read_text())["sets"]
+    everything = json.loads((tmp_path / "new" / "accuracy.json").read_text())
+    written, ways = everything["sets"], everything["optimizers"]
     assert set(written) == {"heavy tails", "recorded"}
     assert list(written["recorded"]) == ["E4M3", "E5M2", "COAT", "dynamic", "ours"]
     for by_codec in written.values():
         assert f"{by_codec['ours']['stored_once']['v']:.4f}" in printed
         assert f"{by_codec['COAT']['stored_at_every_step']['update']:.4f}" in printed
+    for errors in ways.values():
+        assert list(errors) == list(accuracy.OPTIMIZERS)
+        assert all(f"{error:.4f}" in printed for pair in errors.values() for error in pair)
+        # of 40 steps: Lion's update is a sign, which a small error turns where a momentum is near zero
+        assert all(0 < whole < (0.12 if name == "lion" else 0.03) for name, (_, whole) in errors.items())

@@ -49,7 +49,7 @@ def test_the_command_trains_twice_and_finds_what_it_wrote(small, capsys, caplog)
     first = numbers(arguments)
     shown = capsys.readouterr().out
     assert first["weights"]["what"] == "written" and first["loading"]["what"] == "quantised, copied"
-    assert len(first["steps"]) == 2
+    assert len(first["steps"]) == 2 and (case.folder / "transformer-fp4").is_dir()
     assert all(0.1 < step["loss"] < 10 and step["seconds"] > 0 for step in first["steps"])
     assert first["peak_bytes"] is None or first["peak_bytes"] >= max(s["peak_bytes"] for s in first["steps"])
     assert f"planned for the steps: {first['planned_peak_bytes'] / 1e9:.2f} GB" in shown
@@ -111,13 +111,15 @@ def test_a_loss_that_is_not_finite_ends_it(small, monkeypatch, capsys):
 
 
 def test_full_size_is_flux_dev_by_default(tmp_path):
-    case = FullSizeCase(tmp_path)
+    case = FullSizeCase(tmp_path, base="fp8")
     with paddle.LazyGuard():
         model = FluxTransformer2DModel(**case.settings)
     assert sum(p.size for p in model.parameters()) == 11_901_408_320
     planned = full_size.planned_phases(case)
     assert [phase.name for phase in planned] == ["forward, backward", "update"]
     assert 12.3e9 < max(phase.total for phase in planned) < 17e9
+    four_bits = full_size.planned_phases(FullSizeCase(tmp_path))
+    assert max(phase.total for phase in four_bits) < 10.3e9 and four_bits[0].parts["base"] < 6.71e9
     assert 11.90e9 < full_size._copy_bytes(planned, case) < 11.93e9
     cache = full_size.random_cache(case)
     assert cache.latents[0].shape == [16, 16, 16]

@@ -20,13 +20,19 @@ GOLDEN = json.loads((Path(__file__).parents[1] / "fixtures" / "golden" / "before
 BOUNDS = {"off": 1e-5, "none": 1e-5, "coat": 0.01, "coat+recompute": 0.01, "coat+recompute+attention": 0.01}
 
 
-def config_of(policy, folder):
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """The pictures of all runs."""
+    folder = tmp_path_factory.mktemp("golden")
+    draw_data(load_config(CONFIG, [f"datasets.0.folder_path={folder}"]))
+    return folder
+
+
+def config_of(policy, folder, data):
     settings = ["train.steps=50", "save.save_every=1000", "sample.sample_every=0", "device=cpu",
-                f"output_dir={folder}", f"datasets.0.folder_path={folder / 'data'}",
+                f"output_dir={folder}", f"datasets.0.folder_path={data}",
                 "coat.enabled=false" if policy == "off" else f"coat.activation.policy={policy}"]  # fmt: skip
-    config = load_config(CONFIG, settings)
-    draw_data(config)
-    return config
+    return load_config(CONFIG, settings)
 
 
 def assert_as_before(policy, losses, saved):
@@ -38,16 +44,16 @@ def assert_as_before(policy, losses, saved):
 
 
 @pytest.mark.parametrize("policy", ["off", "coat+recompute+attention"])
-def test_the_first_losses_of_quickstart_are_those_of_before(policy, tmp_path, monkeypatch):
+def test_the_first_losses_of_quickstart_are_those_of_before(policy, tmp_path, data, monkeypatch):
     monkeypatch.setattr(run, "DRY_STEPS", 4)
-    steps = [step for step, _ in run.dry_run(config_of(policy, tmp_path))]
+    steps = [step for step, _ in run.dry_run(config_of(policy, tmp_path, data))]
     assert_as_before(policy, [step.loss for step in steps], steps[0].saved.bytes_kept)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", BOUNDS)
-def test_fifty_losses_of_quickstart_are_those_of_before(policy, tmp_path):
-    config = config_of(policy, tmp_path)
+def test_fifty_losses_of_quickstart_are_those_of_before(policy, tmp_path, data):
+    config = config_of(policy, tmp_path, data)
     run.train_lora(config)
     lines = [json.loads(line) for line in (config.run_dir / "log.jsonl").read_text().splitlines()]
     assert len(lines) == 50

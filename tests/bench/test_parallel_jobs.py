@@ -1,11 +1,11 @@
 """Jobs at the same time: in processes of their own, results in order, faults raised here, none left over."""
 
-import math
 import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -37,55 +37,44 @@ def all_cores(monkeypatch):
 
 
 @two_cores
-def test_results_come_in_order_from_processes_that_share_the_cores(tmp_path):
+def test_results_come_in_order_from_processes_that_share_the_cores_and_print_to_their_logs(tmp_path, capsys):
     # the first one ends last
     facts = "({}, __import__('time').sleep({}), __import__('os').getpid(), "
-    facts += "__import__('ppcoat.device').device.core_count(), 'ppdiffusers' in __import__('sys').modules)"
-    jobs = [Job(str(i), eval, (facts.format(i, 1 - i),), tmp_path / str(i)) for i in range(2)]
+    facts += "__import__('ppcoat.device').device.core_count(), 'ppdiffusers' in __import__('sys').modules, "
+    facts += "print('out {}'), __import__('sys').stderr.write('err'))"
+    logs = [tmp_path / "new" / "0.log", tmp_path / "1.log"]
+    jobs = [Job(str(i), eval, (facts.format(i, 1 - i, i),), log) for i, log in enumerate(logs)]
     before = os.environ.get("OMP_NUM_THREADS")
     (i, _, first, threads, *models), (j, _, second, others, *_) = run_parallel(jobs, "cpu")
     assert (i, j) == (0, 1)
     assert len({first, second, os.getpid()}) == 3
     assert threads == others == CORES // 2
-    assert models == [False]  # whose import takes seconds
+    assert models[0] is False  # whose import takes seconds
     assert os.environ.get("OMP_NUM_THREADS") == before
-
-
-@two_cores
-def test_what_a_job_prints_goes_to_its_log_which_is_named(tmp_path, capsys):
-    log = tmp_path / "new" / "job.log"
-    code = "import sys; print('out'); sys.stderr.write('err')"
-    jobs = [Job("root", math.sqrt, (1.0,)), Job("words", exec, (code, {}), log)]
-    assert run_parallel(jobs, "cpu") == [1.0, None]
-    assert sorted(log.read_text().replace("\n", "")) == sorted("outerr")
-    assert capsys.readouterr().out == f"root\nwords (prints to {log})\n"
+    for i, log in enumerate(logs):
+        assert sorted(log.read_text().replace("\n", "")) == sorted(f"out {i}err")
+    assert capsys.readouterr().out == f"0 (prints to {logs[0]})\n1 (prints to {logs[1]})\n"
 
 
 @two_cores
 @pytest.mark.parametrize(
-    ("job", "error", "words", "first"),  # a message to the user from the first job is in the next test
+    ("job", "error", "words", "first", "printed"),
     [
-        (Job("bad", set_device, ("tpu",)), ConfigError, "wanted auto, cpu", False),
-        (Job("end", sys.exit, (130,)), SystemExit, "130", True),
-        (Job("death", os._exit, (7,)), ChildProcessError, "exit code 7", False),
+        (Job("bad", set_device, ("tpu",)), ConfigError, "wanted auto, cpu", False, []),
+        (Job("end", sys.exit, (130,)), SystemExit, "130", True, []),
+        (Job("death", os._exit, (7,)), ChildProcessError, "exit code 7", False, []),
+        (Job("fault", eval, ("1 / 0",)), ZeroDivisionError, "", True, ["Traceback", "ZeroDivisionError"]),
     ],
 )
-def test_a_fault_is_raised_here_at_once_and_the_other_is_stopped(job, error, words, first):
+def test_a_fault_is_raised_here_at_once_and_the_other_is_stopped(job, error, words, first, printed, tmp_path):
+    """A traceback is printed where the fault is no message to the user."""
     started, long = time.monotonic(), Job("long", time.sleep, (600,))
+    job = replace(job, log=tmp_path / "job.log")
     with pytest.raises(error, match=words):
         run_parallel([job, long] if first else [long, job], "cpu")
     assert time.monotonic() - started < 300
-
-
-@two_cores
-def test_a_traceback_is_printed_where_the_fault_is_no_message_to_the_user(tmp_path):
-    logs = [tmp_path / "message.log", tmp_path / "fault.log"]
-    with pytest.raises(ConfigError):
-        run_parallel([Job("a", set_device, ("tpu",), logs[0]), Job("b", time.sleep, (600,))], "cpu")
-    with pytest.raises(ZeroDivisionError):
-        run_parallel([Job("a", eval, ("1 / 0",), logs[1]), Job("b", time.sleep, (600,))], "cpu")
-    assert logs[0].read_text() == ""
-    assert "Traceback" in logs[1].read_text() and "ZeroDivisionError" in logs[1].read_text()
+    said = job.log.read_text()
+    assert all(word in said for word in printed) and bool(said) == bool(printed)
 
 
 @two_cores

@@ -16,7 +16,7 @@ from ppcoat.cli.main import run
 from ppcoat.config.load import load_config
 from ppcoat.infer.garment_scores import GarmentClassifier
 from ppcoat.lora import inject_lora, lora_layers, save_lora
-from ppcoat.models.flux import pipeline as flux_pipeline
+from ppcoat.models.flux import prompt_encoding
 from ppcoat.models.flux.pipeline import FluxPipeline
 from ppcoat.train.trainer import TrainingResult
 
@@ -90,7 +90,7 @@ def quick(monkeypatch, one_process):
     monkeypatch.setattr(quickstart_module, "PICTURES", 5)
     monkeypatch.setattr(quickstart_module, "tune_host", lambda: None)
     one_process(quickstart_module)
-    monkeypatch.setattr(flux_pipeline, "MAX_T5_TOKENS", 16)
+    monkeypatch.setattr(prompt_encoding, "MAX_T5_TOKENS", 16)
 
 
 def overrides(folder, *more):

@@ -68,7 +68,7 @@ def test_both_sides_have_float32s_losses(train, exact, explained, assert_as_on_a
     [
         {"saving_policy": "coat+recompute+attention", "gradient_checkpointing": False},
         {"gradient_checkpointing": True},
-        {"fp8_base": True, "blocks_to_swap": 2},
+        {"quantize": "fp8", "blocks_to_swap": 2},
         {"fp8_optimizer": False, "saving_policy": "none"},
     ],
     ids=str,

@@ -27,7 +27,7 @@ def test_the_table_in_a_config_is_what_the_command_makes(file, monkeypatch):
     assert plan_table(planned).splitlines() == written
     card = int(file.stem.removeprefix("flux_lora_").removesuffix("gb"))
     assert planned.total <= card * 1e9
-    assert planned.settings.checkpoint_blocks == 0
+    assert (planned.settings.blocks_to_swap == 0) == (card > 8)
 
 
 def test_there_is_a_config_for_each_card():
@@ -73,9 +73,14 @@ def test_a_budget_that_nothing_fits_is_one_line(capsys):
 def test_lightning_has_a_table_for_each_base(capsys):
     assert main(["plan", "lightning", "--resolution", "512", "--vram", "48"]) == 0
     shown = capsys.readouterr().out
-    assert shown.count("\nplanned peak: ") == 2 and "FP8 base" in shown and "base not quantised" in shown
+    assert (
+        shown.count("\nplanned peak: ") == 3
+        and "FP8 base" in shown
+        and "FP4 base" in shown
+        and "base not quantised" in shown
+    )
     assert "57 heads of 18,895,873 parameters" in shown and "at most 1024 image tokens" in shown
-    assert shown.count("fits into 48 GB: ") == 2
+    assert shown.count("fits into 48 GB: ") == 3
 
 
 @pytest.mark.parametrize(
@@ -83,7 +88,7 @@ def test_lightning_has_a_table_for_each_base(capsys):
     [
         (["lightning", "--resolution", "1000"], "resolution: came 1000"),
         (["lightning", "--vram", "0"], "vram: came 0"),
-        (["lightning", "--set", "train.steps=3"], "--set changes a config file"),
+        (["lightning", "--set", "train.steps=3"], "--set, --cards and --pictures are for a config file"),
         ([str(CONFIGS[0]), "--resolution", "512"], "--resolution is for plan lightning"),
     ],
 )

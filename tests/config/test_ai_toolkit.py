@@ -222,7 +222,7 @@ def test_other_outer_forms_are_refused(refusal, text, part):
 
 
 def test_all_that_cannot_be_followed_is_listed_at_once(refusal):
-    message = refusal(text=nested("train: {noise_offset: 0.1, train_text_encoder: true, optimizer: lion}"))
+    message = refusal(text=nested("train: {noise_offset: 0.1, train_text_encoder: true, optimizer: dadapt}"))
     assert message.startswith("run.yaml:8: train.train_text_encoder: came True, which cannot be followed")
     assert message.endswith("(and 2 more: train.optimizer, train.noise_offset)")
 

@@ -28,6 +28,10 @@ HONOURED = [
     ("network.pretrained_lora_path", "a.safetensors", "network.pretrained_lora_path", "a.safetensors"),
     ("network.network_kwargs.only_if_contains", "[proj_out]", "network.only_if_contains", ("proj_out",)),
     ("network.network_kwargs.ignore_if_contains", "[ff]", "network.ignore_if_contains", ("ff",)),
+    ("train.diff_output_preservation_class", "person", "train.diff_output_preservation_class", "person"),
+    ("train.diff_output_preservation_multiplier", "2", "train.diff_output_preservation_multiplier", 2.0),
+    ("train.blank_prompt_preservation", "true", "train.blank_prompt_preservation", True),
+    ("train.blank_prompt_preservation_multiplier", "2", "train.blank_prompt_preservation_multiplier", 2.0),
     ("save.dtype", "bf16", "save.dtype", "bfloat16"),
     ("save.save_every", "5", "save.save_every", 5),
     ("save.max_step_saves_to_keep", "2", "save.max_step_saves_to_keep", 2),
@@ -53,6 +57,13 @@ HONOURED = [
     ("datasets[].is_reg", "false", "datasets.0.is_reg", False),
     ("datasets[].flip_x", "true", "datasets.0.flip_x", True),
     ("datasets[].flip_y", "true", "datasets.0.flip_y", True),
+    ("datasets[].control_path", "before", "datasets.0.control_path", ("before",)),
+    ("datasets[].control_path", "[a, b]", "datasets.0.control_path", ("a", "b")),
+    ("datasets[].control_path_1", "a", "datasets.0.control_path", ("a",)),
+    ("datasets[].control_path_2", "a", "datasets.0.control_path", ("a",)),
+    ("datasets[].control_path_3", "a", "datasets.0.control_path", ("a",)),
+    ("datasets[].mask_path", "masks", "datasets.0.mask_path", "masks"),
+    ("datasets[].alpha_mask", "true", "datasets.0.alpha_mask", True),
     ("train.reg_weight", "0.5", "reg_weight", 0.5),
     ("train.batch_size", "3", "train.batch_size", 3),
     ("train.steps", "12", "train.steps", 12),
@@ -136,14 +147,13 @@ REFUSED = [
     ("datasets[].random_scale", "true", "false"), ("datasets[].scale", "1.5", "1.0"),
     ("datasets[].replacements", "[a|b]", "[]"),
     ("datasets[].prior_reg", "true", "false"), ("datasets[].loss_multiplier", "2.0", "1.0"),
-    ("datasets[].network_weight", "0.5", "1.0"), ("datasets[].mask_path", "masks", "null"),
-    ("datasets[].alpha_mask", "true", "false"), ("datasets[].augments", "[a]", "[]"),
-    ("datasets[].augmentations", "[{a: 1}]", "[]"), ("datasets[].control_path", "a", "null"),
+    ("datasets[].network_weight", "0.5", "1.0"), ("datasets[].augments", "[a]", "[]"),
+    ("datasets[].augmentations", "[{a: 1}]", "[]"), 
     ("datasets[].clip_image_path", "a", "null"), ("datasets[].num_frames", "9", "1"),
     ("datasets[].do_audio", "true", "false"), ("datasets[].poi", "face", "null"),
     ("train.gradient_accumulation_steps", "-1", "1"), ("train.train_unet", "false", "true"),
     ("train.train_text_encoder", "true", "false"), ("train.noise_scheduler", "ddpm", "flowmatch"),
-    ("train.optimizer", "prodigy", "adamw"), ("train.lr_scheduler", "linear", "constant"),
+    ("train.optimizer", "dadaptadam", "adamw"), ("train.lr_scheduler", "linear", "constant"),
     ("train.lr_scheduler", "step", "constant"),
     ("train.lr_scheduler_params", "{factor: 0.5}", "{factor: 1.0}"),
     ("train.dtype", "fp16", "bf16"),
@@ -153,7 +163,6 @@ REFUSED = [
     ("train.loss_type", "wavelet", "mse"), ("train.bypass_guidance_embedding", "true", "false"),
     ("train.ema_config.use_feedback", "true", "false"),
     ("train.ema_config.param_multiplier", "1.1", "1.0"), ("train.unload_text_encoder", "true", "false"),
-    ("train.diff_output_preservation", "true", "false"), ("train.blank_prompt_preservation", "true", "false"),
     ("train.start_step", "10", "null"), ("train.max_loss", "1.0", "null"),
     ("train.noise_offset", "0.1", "0.0"), ("train.snr_gamma", "5", "null"),
     ("train.min_snr_gamma", "5", "null"), ("train.learnable_snr_gos", "true", "false"),
@@ -175,8 +184,7 @@ REFUSED += [
     ("slider", "{a: 1}", "null"), ("network.normalize", "true", "false"),
     ("network.lorm_config", "{a: 1}", "null"),
     ("datasets[].type", "slider", "image"), ("datasets[].controls", "[depth]", "[]"),
-    ("datasets[].control_path_1", "a", "null"), ("datasets[].control_path_2", "a", "null"),
-    ("datasets[].control_path_3", "a", "''"), ("datasets[].inpaint_path", "a", "null"),
+    ("datasets[].inpaint_path", "a", "null"),
     ("datasets[].unconditional_path", "a", "null"),
     ("datasets[].clip_image_from_same_folder", "true", "false"),
     ("datasets[].standardize_images", "true", "false"),
@@ -199,12 +207,8 @@ REFUSED += [
 IDLE = {
     "save.hf_repo_id": "save.push_to_hub",
     "save.hf_private": "save.push_to_hub",
-    "datasets[].invert_mask": "datasets[].mask_path",
-    "datasets[].mask_min_value": "datasets[].mask_path", "train.text_encoder_lr": "train.train_text_encoder",
+    "train.text_encoder_lr": "train.train_text_encoder",
     "train.refiner_lr": "model.arch", "train.embedding_lr": "embedding", "train.adapter_lr": "adapter",
-    "train.diff_output_preservation_class": "train.diff_output_preservation",
-    "train.diff_output_preservation_multiplier": "train.diff_output_preservation",
-    "train.blank_prompt_preservation_multiplier": "train.blank_prompt_preservation",
     "train.max_loss_debug": "train.max_loss",
     "model.layer_offloading_transformer_percent": "model.layer_offloading",
     "model.layer_offloading_text_encoder_percent": "model.layer_offloading",
@@ -214,8 +218,6 @@ IDLE = {
     **dict.fromkeys(("datasets[].shrink_video_to_frames", "datasets[].do_i2v", "datasets[].fps",
                      "datasets[].auto_frame_count"), "datasets[].num_frames"),
     **dict.fromkeys(("datasets[].audio_normalize", "datasets[].audio_preserve_pitch"), "datasets[].do_audio"),
-    **dict.fromkeys(("datasets[].full_size_control_images", "datasets[].control_transparent_color"),
-                    "datasets[].control_path"),
     "datasets[].clip_image_shuffle_augmentations": "datasets[].clip_image_augmentations",
     "datasets[].shuffle_augmentations": "datasets[].augmentations",
     "datasets[].random_triggers_max": "datasets[].random_triggers",
@@ -234,6 +236,18 @@ IDLE = {
     "sample.refiner_start_at": "model.refiner_name_or_path",
 }  # fmt: skip
 ALWAYS_SO = {"network.split_multistage_loras"}
+# key, value, our setting and its value, and what it tunes, without which it is left out: ai-toolkit's web
+# interface always writes it
+TUNING = [
+    ("datasets[].full_size_control_images", "false", "datasets.0.full_size_control_images", False,
+     "datasets.0.control_path=a"),
+    ("datasets[].control_transparent_color", "[9, 8, 7]", "datasets.0.control_transparent_color", (9, 8, 7),
+     "datasets.0.control_path=a"),
+    ("datasets[].invert_mask", "true", "datasets.0.invert_mask", True, "datasets.0.alpha_mask=true"),
+    ("datasets[].mask_min_value", "0.1", "datasets.0.mask_min_value", 0.1, "datasets.0.mask_path=m"),
+    ("datasets[].conditioning_data_dir", "m", "datasets.0.mask_path", "m", "train.masked_loss=true"),
+    ("train.masked_loss", "true", "datasets.0.mask_path", "m", "datasets.0.mask_path=m"),
+]  # fmt: skip
 
 
 def setting(config, dotted):
@@ -301,8 +315,48 @@ def test_keys_that_only_tune_another_one_are_silent(load, warnings, key):
     assert IDLE[key] in {row[0] for row in WARNED + REFUSED}
 
 
+@pytest.mark.parametrize(("key", "value", "ours", "expected", "tuned"), TUNING, ids=lambda each: str(each))
+def test_what_tunes_references_and_masks_needs_them(load, warnings, key, value, ours, expected, tuned):
+    assert setting(load(override(key, value), tuned), ours) == expected
+    if key.endswith(("_images", "_color", "_mask", "_value")):
+        assert load(override(key, value)) == load() and not warnings(override(key, value))
+
+
+# optimizer, key of train.optimizer_params, value -> our setting in train and its value
+OF_OPTIMIZERS = [
+    ("prodigy", "d0", "1e-5", "prodigy.d0", 1e-5),
+    ("prodigy", "d_coef", "0.5", "prodigy.d_coef", 0.5),
+    ("prodigy", "growth_rate", "1.02", "prodigy.growth_rate", 1.02),
+    ("prodigy", "beta3", "0.99", "prodigy.beta3", 0.99),
+    ("prodigy", "slice_p", "11", "prodigy.slice_p", 11),
+    ("prodigy", "use_bias_correction", "true", "prodigy.use_bias_correction", True),
+    ("prodigy", "safeguard_warmup", "true", "prodigy.safeguard_warmup", True),
+    ("prodigy", "decouple", "true", "optimizer", "prodigy"),
+    ("Prodigy8bit", "eps", "1e-7", "epsilon", 1e-7),
+    ("AdaFactor", "clip_threshold", "0.8", "adafactor.clip_threshold", 0.8),
+    ("adafactor", "decay_rate", "-0.7", "adafactor.decay_rate", -0.7),
+    ("adafactor", "scale_parameter", "true", "adafactor.scale_parameter", True),
+    ("adafactor", "relative_step", "true", "adafactor.relative_step", True),
+    ("adafactor", "warmup_init", "false", "adafactor.warmup_init", False),
+    ("adafactor", "beta1", "0.9", "adafactor.beta1", 0.9),
+    ("adafactor", "eps", "[1e-28, 0.01]", "adafactor.eps2", 0.01),
+    ("AdamWScheduleFree", "r", "0.5", "schedulefree.r", 0.5),
+    ("schedulefree_adamw", "weight_lr_power", "1.0", "schedulefree.weight_lr_power", 1.0),
+    ("AdamWScheduleFree", "warmup_steps", "7", "lr_warmup_steps", 7),
+]
+
+
+@pytest.mark.parametrize(("optimizer", "key", "value", "ours", "expected"), OF_OPTIMIZERS)
+def test_parameters_of_optimizers_reach_our_settings(load, optimizer, key, value, ours, expected):
+    found = setting(load(f"train.optimizer={optimizer}", f"train.optimizer_params.{key}={value}").train, ours)
+    assert found == expected and type(found) is type(expected)
+
+
 def test_the_lists_above_hold_every_key_of_the_table_and_no_other():
-    tried = {row[0] for row in (*HONOURED, *WARNED, *REFUSED)} | set(IDLE) | ALWAYS_SO
+    rows = (*HONOURED, *WARNED, *REFUSED, *TUNING)
+    tried = {row[0] for row in rows} | set(IDLE) | ALWAYS_SO
+    tried |= {f"train.optimizer_params.{row[1]}" for row in OF_OPTIMIZERS}
+    tried.add("train.diff_output_preservation")  # wants a trigger word: below
     assert tried == set(KEYS)
 
 
@@ -312,3 +366,15 @@ def test_every_honoured_key_leads_to_a_setting_that_exists():
         if isinstance(rule, Honour) or (isinstance(rule, Read) and rule.to):
             assert (rule.to or key).replace("[]", ".0") in ours, key
     assert set(DEFAULTS) <= ours
+
+
+def test_output_preservation_takes_its_keys(load, refusal):
+    word = ["trigger_word=sks", "train.diff_output_preservation=true"]
+    train = load(
+        *word, "train.diff_output_preservation_class=person", "train.diff_output_preservation_multiplier=2"
+    ).train
+    assert (train.diff_output_preservation_class, train.preservation_weight) == ("person", 2)
+    assert load("train.blank_prompt_preservation=true").train.preservation_weight == 1
+    assert load("train.diff_output_preservation_class=person").train.preservation_weight == 0
+    assert "set one" in refusal(*word, "train.blank_prompt_preservation=true")
+    assert "set trigger_word" in refusal("trigger_word=null", "train.diff_output_preservation=true")

@@ -33,6 +33,64 @@ def test_each_spelling_of_8_bit_adam_is_read_as_fp8_with_one_line(load, warnings
     assert len(warnings(spelling)) == 1 and "FP8" in warnings(spelling)[0]
 
 
+@pytest.mark.parametrize(
+    ("written", "ours", "fp8"),
+    [
+        ("prodigy", "prodigy", False),
+        ("Prodigy", "prodigy", False),
+        ("prodigy8bit", "prodigy", True),
+        ("lion", "lion", False),
+        ("Lion8bit", "lion", True),
+        ("AdaFactor", "adafactor", False),
+        ("AdamWScheduleFree", "schedulefree_adamw", False),
+        ("PagedAdamW8bit", "coat_fp8_adamw", True),
+    ],
+)
+def test_names_of_ai_toolkit_and_kohya_are_read(load, warnings, written, ours, fp8):
+    config = load(f"train.optimizer={written}", "train.lr=1")
+    assert (config.train.optimizer, config.uses_fp8_optimizer) == (ours, fp8)
+    assert len(warnings(f"train.optimizer={written}", "train.lr=1")) == fp8
+    assert config.train.weight_decay == (0.01 if ours == "adamw" or "coat" in ours else 0.0)
+
+
+def test_an_optimizer_that_nobody_has_is_answered_with_the_nearest(refusal):
+    said = refusal("train.optimizer=prodogy")
+    assert "unknown optimizer 'prodogy', the nearest is 'prodigy'" in said and "lion8bit" in said
+    assert "the nearest known key is 'train.optimizer_params.d_coef'" in refusal(
+        "train.optimizer=prodigy", "train.optimizer_params.d_coeff=2"
+    )
+
+
+def test_prodigy_needs_no_rate_and_a_small_one_becomes_1_with_a_line(load, warnings):
+    (said,) = warnings("train.optimizer=prodigy", "train.lr=1e-4")
+    assert "read as 1: prodigy finds the rate by itself" in said
+    assert load("train.optimizer=prodigy", "train.lr=1e-4").train.lr == 1.0
+    assert load("train.optimizer=prodigy", "train.lr=0.5").train.lr == 0.5
+    assert load("train.optimizer=lion", "train.lr=1e-4").train.lr == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("overrides", "part"),
+    [
+        (["train.optimizer_params.d0=1e-4"], "prodigy has no effect with optimizer adamw"),
+        (["train.optimizer=adafactor", "train.beta1=0.8"], "adafactor.beta1 is its momentum"),
+        (
+            ["train.optimizer=prodigy", "train.optimizer_params.decouple=false"],
+            "always decoupled; wanted true",
+        ),
+        (["train.optimizer=schedulefree_adamw", "train.beta1=0"], "beta1 must be above 0"),
+        (
+            ["train.optimizer=schedulefree_adamw", "train.ema_config.use_ema=true"],
+            "writes an average by itself",
+        ),
+        (["train.optimizer=adafactor", "train.adafactor.warmup_init=true"], "without relative_step: true"),
+        (["train.fp8_states=true", "coat.optimizer.use_fp8=false"], "fp8_states: true contradicts"),
+    ],
+)
+def test_settings_that_an_optimizer_does_not_read_are_refused(refusal, overrides, part):
+    assert part in refusal(*overrides)
+
+
 def test_the_older_accumulation_counts_forward_passes(load, warnings):
     """ai-toolkit: with N, every forward pass is a step, so updates = steps / N and a save every S steps
     is one every S / N updates."""

@@ -8,11 +8,11 @@ import paddle
 import pytest
 from PIL import Image
 
-import ppcoat.data.cache as cache_module
 from ppcoat.data.cache import Encoders, build_cache, folder_identity
 from ppcoat.data.captions import CaptionRules, caption_variants, final_caption
 from ppcoat.data.embedding_store import EmbeddingStore
 from ppcoat.data.examples import Example
+from ppcoat.data.pairs import Picture
 from ppcoat.data.sources import Item
 from ppcoat.errors import ConfigError
 
@@ -70,7 +70,7 @@ def test_everything_is_encoded_once(examples):
 )  # fmt: skip
 def test_pictures_in_a_call_have_a_million_pixels_at_most(examples, monkeypatch, side, batch_size, calls):
     """Or one picture that has more; and never more than batch_size."""
-    monkeypatch.setattr(cache_module, "_pixels", lambda example: np.zeros((3, 4, 4), np.float32))
+    monkeypatch.setattr(Picture, "pixels", lambda picture: np.zeros((3, 4, 4), np.float32))
     same = [replace(examples[0], size=(side, side))] * sum(calls)
     sizes = []
 
@@ -253,3 +253,18 @@ def test_the_identity_of_a_folder_is_its_content(tmp_path):
         folder("e", changed),
     ]
     assert len({first, *map(folder_identity, others)}) == 5
+
+
+def test_class_captions_follow_the_variant_that_was_drawn_and_dropout(examples):
+    captions = {"captions": ("a sks", "b sks b"), "class_captions": ("a", "b c b")}
+    several = [replace(example, **captions, caption_dropout_rate=0.3) for example in examples]
+    recorder = Recorder()
+    cache, lengths = build(several, recorder), set()
+    assert set(recorder.captions) == {"a sks", "b sks b", "a", "b c b", ""}
+    for seed in range(8):
+        batch = cache.batch([0, 1, 2, 3], np.random.default_rng(seed))
+        pairs = zip(batch["pooled"].tolist(), batch["class_pooled"].tolist(), strict=True)
+        lengths |= {(-int(own[0]), -int(of_class[0])) for own, of_class in pairs}
+        assert batch["class_prompt_embeds"].shape == batch["prompt_embeds"].shape
+    assert lengths == {(5, 1), (7, 5), (0, 0)}
+    assert "class_pooled" not in build(examples, Recorder()).batch([0], np.random.default_rng(0))

@@ -5,7 +5,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ppcoat.data.captions import CaptionRules, caption_variants, dropped_captions, final_caption
+from ppcoat.data.captions import (
+    CaptionRules,
+    caption_variants,
+    class_caption,
+    dropped_captions,
+    final_caption,
+)
 
 
 @pytest.mark.parametrize(
@@ -108,3 +114,18 @@ def test_regularisation_captions_get_no_trigger_in_front_but_keep_their_placehol
 def test_a_rate_per_caption():
     dropped = dropped_captions(4, np.array([0.0, 1.0, 0.0, 1.0]), np.random.default_rng(0))
     assert dropped.tolist() == [False, True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("caption", "word", "wanted"),
+    [
+        ("sks a red dress", "", "a red dress"),
+        ("a sks, red", "person", "a person, red"),
+        ("desks and sks", "a person", "desks and a person"),
+        ("a dog", "person", "a dog"),
+        ("red, sks", "", "red,"),
+    ],
+)
+def test_class_captions(caption, word, wanted):
+    assert class_caption(caption, "sks", word) == wanted
+    assert class_caption(caption, None, word) == caption

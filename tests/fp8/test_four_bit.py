@@ -90,6 +90,32 @@ def test_fp4_takes_the_nearest_level_and_the_best_of_near_scales(shape):
     assert mine <= 1.02 * best  # of all scales: those far from the largest value are not tried
 
 
+@KINDS
+def test_the_table_for_bfloat16_finds_the_scales_that_arithmetic_finds(kind, monkeypatch):
+    """float32 numbers are searched without the table. Largest values from one end of what it is asked for to
+    the other, zeros among them, and a ragged end."""
+    x = np.resize(weights(kind), [2**15, 16])
+    x *= np.geomspace(2.1e-5, 7.9, 2**15)[:, None] / np.abs(x).max(1, keepdims=True)
+    x[::50] = 0.0
+    flat = paddle.to_tensor(x.ravel()[:-5]).astype("bfloat16")
+    want = four_bit.quantize_fp4(flat.astype("float32"))
+    monkeypatch.setattr(four_bit, "_searched", None)
+    for part, each in zip(four_bit.quantize_fp4(flat), want, strict=True):
+        np.testing.assert_array_equal(part.numpy(), each.numpy())
+
+
+@pytest.mark.parametrize("bad", [1e-6, 9.0, 22.0, 23.0, np.nan, np.inf, -np.inf])
+def test_blocks_that_the_table_does_not_know_are_searched_without(bad):
+    x = np.resize(weights("gaussian"), [8, 16])
+    x[3], x[5, 2] = x[3] * 1e-4, bad
+    x[5] = x[5, 2] * x[5] if bad == 1e-6 else x[5]
+    flat = paddle.to_tensor(x).astype("bfloat16")
+    for part, each in zip(
+        four_bit.quantize_fp4(flat), four_bit.quantize_fp4(flat.astype("float32")), strict=True
+    ):
+        np.testing.assert_array_equal(part.numpy(), each.numpy())
+
+
 def test_fp4_is_not_finite_where_it_cannot_hold_a_value():
     x = np.ones([6, 16], "float32")
     x[1, 3], x[2, 3], x[3, 3], x[4, 3] = np.nan, np.inf, -30.0, 22.0

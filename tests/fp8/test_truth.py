@@ -58,7 +58,13 @@ def on_cpu(name):
 
 @pytest.mark.parametrize("name", backend.OPS)
 def test_the_reference_passes(name):
-    assert truth.largest_error(name, on_cpu(name)) <= 1.0
+    """Under the names that the benchmark shows: each in 16 bits, too, but for codecs of float32 moments."""
+    found = truth.errors(name, on_cpu(name))
+    assert all(0 <= error <= 1.0 for error in found.values())
+    shown = {"y = x W", "dx = dy W^T"} if name == "scaled_matmul" else {name}
+    assert {case.partition(",")[0] for case in found} == shown
+    in_16_bits = {case.partition(",")[0] for case in found if case.endswith("bfloat16")}
+    assert in_16_bits == (set() if "log" in name else shown)
 
 
 def passed(name, change):

@@ -5,13 +5,13 @@ import pytest
 
 import ppcoat.infer.garment_scores as garment_scores
 from ppcoat.infer.garment_scores import GarmentClassifier
-from ppcoat.models.flux import pipeline as flux_pipeline
+from ppcoat.models.flux import prompt_encoding
 
 
 @pytest.fixture
 def quick_and_untrained(monkeypatch):
     """Scores need no good judge to be counted, and captions no 512 tokens."""
-    monkeypatch.setattr(flux_pipeline, "MAX_T5_TOKENS", 16)
+    monkeypatch.setattr(prompt_encoding, "MAX_T5_TOKENS", 16)
 
     def load():
         paddle.seed(0)

@@ -124,10 +124,8 @@ def test_newbie_draws_each_line_as_alone(tmp_path, encoders_read_once):
     shared = Drawing(
         str(FIXTURES / "tiny_newbie"), path_to_lora=[str(FIXTURES / "tiny_newbie/lora")], **SMALL
     )
-    rows = [
-        {"prompt": "a cat"},
-        {"prompt": "a long dog", "lora_scale": 0.5, "negative_prompt": "blurry dogs"},
-    ]
+    rows = [{"prompt": "a long dog"}]
+    rows += [rows[0] | {"lora_scale": 0.5, "negative_prompt": each} for each in ("cat", "blurry dogs")]
     files = generate(
         dataclasses.replace(shared, prompts=write_list(tmp_path, *rows), output_dir=str(tmp_path / "all"))
     )
@@ -140,8 +138,8 @@ def test_newbie_draws_each_line_as_alone(tmp_path, encoders_read_once):
             output_dir=str(tmp_path / "alone"),
         )
     )
-    np.testing.assert_array_equal(pixels(files[1]), pixels(alone))
-    assert (pixels(files[0]) != pixels(files[1])).any()
+    np.testing.assert_array_equal(pixels(files[2]), pixels(alone))
+    assert (pixels(files[0]) != pixels(files[1])).any() and (pixels(files[1]) != pixels(files[2])).any()
 
 
 class Plain(Drawer):

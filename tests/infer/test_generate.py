@@ -18,6 +18,7 @@ from ppcoat.infer.generate import Drawing, generate
 from ppcoat.models.newbie.pipeline import NewbiePipeline
 from ppcoat.train.run import train_lora
 
+pytestmark = pytest.mark.usefixtures("encoders_read_once")
 FIXTURE = Path(__file__).parent.parent / "fixtures" / "tiny_flux_fp32"
 PROMPT = "a red dress"
 

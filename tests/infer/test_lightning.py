@@ -23,6 +23,7 @@ from ppcoat.models.loading import load_transformer
 
 ROOT = Path(__file__).parents[2]
 FIXTURE = ROOT / "tests" / "fixtures" / "tiny_flux_fp32"
+pytestmark = pytest.mark.usefixtures("encoders_read_once")
 FLAGS = f"--model {FIXTURE} --height 32 --width 32 --max_sequence_length 16 --device cpu --prompt dress"
 
 

@@ -159,27 +159,27 @@ def test_kept_bytes_with_checkpointed_layers_are_those_that_training_counts(smal
 
 
 @pytest.mark.parametrize(
-    ("case", "policy", "checkpointed"),
+    ("case", "policy", "checkpointed", "base"),
     [
-        (SIZES[0], NONE, False),
-        (SIZES[1], NONE, True),
-        (SIZES[0], COAT, False),
-        (SIZES[1], COAT, True),
-        (SIZES[1], RECOMPUTE, False),
-        (SIZES[0], ATTENTION, False),
+        (SIZES[0], NONE, False, False),
+        (SIZES[1], NONE, True, False),
+        (SIZES[0], COAT, False, "int8"),
+        (SIZES[1], COAT, True, False),
+        (SIZES[1], RECOMPUTE, False, False),
+        (SIZES[0], ATTENTION, False, "fp4"),
     ],
     ids=lambda value: f"{value.heads} heads" if isinstance(value, Case) else str(value),
 )
-def test_allocated_memory_of_a_step_agrees(small_config, case, policy, checkpointed):
+def test_allocated_memory_of_a_step_agrees(small_config, case, policy, checkpointed, base):
     config = small_config(policy)
     memory = planned(config, case)
-    settings = Settings(policy, case.layers * checkpointed, False, 0, case.batch, 1)
+    settings = Settings(policy, case.layers * checkpointed, base, 0, case.batch, 1)
     step = next(p.parts for p in memory.phases(settings) if p.name == "forward, backward")
     expected = sum(step[name] for name in ("gradients", "kept", "working"))
-    grown = Training(config, case, case.layers * checkpointed).growth()
+    grown = Training(config, case, case.layers * checkpointed, base).growth()
     unit = 4 * case.batch * memory.tokens * memory.model.width
     scores = case.heads * memory.tokens / memory.model.width
-    print(f"{policy} ck {checkpointed} sc {scores:.2f}: planned {expected / 1e6:.1f} MB, measured "
+    print(f"{policy} {base} ck {checkpointed} sc {scores:.2f}: planned {expected / 1e6:.1f} MB, measured "
           f"{grown / 1e6:.1f} MB; U: kept {step['kept'] / unit:.1f} work {step['working'] / unit:.1f} "
           f"grads {step['gradients'] / unit:.2f} measured {grown / unit:.1f}")  # fmt: skip
     assert expected == pytest.approx(grown, rel=0.10)
@@ -233,7 +233,7 @@ def narrow(monkeypatch):
 
 def test_the_choice_is_among_what_newbie_has(make_config, narrow):
     budget = 2.6
-    config = make_config("memory=auto", f"vram_gb={budget}")
+    config = make_config("memory=auto", f"vram_gb={budget}", "model.quantize=false")
     memory = NewbieMemoryModel(config, on_gpu=True)
     assert memory.policies == POLICIES and memory.checkpoint_counts == range(37)
     found = plan(config, NewbieMemoryModel, budget)

@@ -1,12 +1,12 @@
 """ai-toolkit's published FLUX LoRA config trains here: as it is but for its two folders, two steps of it; and
-with COAT and few steps, to the end."""
+with COAT and few steps, to the end. So does the one for FLUX.1 Kontext, on pairs."""
 
 import json
 import re
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors import safe_open
 
 from ppcoat.cli.main import main
@@ -15,6 +15,7 @@ from ppcoat.train.checkpoint import load_latest
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 PUBLISHED = FIXTURES / "ai_toolkit" / "train_lora_flux_24gb.yaml"
+KONTEXT = FIXTURES / "ai_toolkit" / "train_lora_flux_kontext_24gb.yaml"
 COAT = """\
 coat:
   enabled: true
@@ -87,3 +88,36 @@ def test_the_published_config_trains_to_the_end_with_coat_and_few_steps(tmp_path
         assert place and lines[int(place[1]) - 1].strip().startswith(f"{place[2]}:"), warning
     keys = [warning.split(": ")[1] for warning in warnings]
     assert len(set(keys)) == len(keys) and set(keys) <= {"device", "meta", "train.optimizer", "network"}
+
+
+def test_the_published_kontext_config_trains_on_pairs_with_nothing_replaced_but_its_paths(
+    tmp_path, monkeypatch, capfd
+):
+    """To the end, and its previews are drawn after the reference that their prompts name; its steps and sizes
+    are few and small only by overrides."""
+    garments.write_folder(tmp_path / "pictures", 2, seed=1, motif="gold star", prefix="")
+    (tmp_path / "before").mkdir()
+    for path in sorted((tmp_path / "pictures").glob("*.png")):
+        ImageOps.invert(Image.open(path).convert("RGB")).save(tmp_path / "before" / f"{path.stem}.jpg")
+    text = KONTEXT.read_text("utf-8")
+    for old, new in (
+        ("/path/to/images/folder", tmp_path / "pictures"),
+        ("/path/to/control/folder/person1.jpg", tmp_path / "before" / "0001.jpg"),
+        ("/path/to/control/folder", tmp_path / "before"),
+        ("black-forest-labs/FLUX.1-Kontext-dev", FIXTURES / "tiny_flux_fp32"),
+    ):
+        assert old in text
+        text = text.replace(old, str(new))
+    (tmp_path / "run.yaml").write_text(text, "utf-8")
+    monkeypatch.chdir(tmp_path)
+    few = ["train.steps=2", "sample.sample_steps=1", "sample.width=64", "sample.height=64",
+           "train.skip_first_sample=true", "datasets.0.resolution=[64, 96]"]  # fmt: skip
+    assert main(["train", "run.yaml", *(flag for each in few for flag in ("--set", each))]) == 0
+    assert capfd.readouterr().out.count("a reference at the size of the picture beside 2 of 2 pictures") == 1
+    run = tmp_path / "output" / "my_first_flux_kontext_lora_v1"
+    with safe_open(str(run / "my_first_flux_kontext_lora_v1.safetensors"), framework="np") as file:
+        fields = file.metadata()
+    assert (fields["ss_base_model_version"], fields["references"]) == ("flux.1_kontext", "1")
+    samples = sorted((run / "samples").iterdir())
+    assert len(samples) == 10 and all(path.stem.startswith("000000002") for path in samples)
+    assert Image.open(samples[0]).text["prompt"] == "make the coat blue"

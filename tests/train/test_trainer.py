@@ -333,3 +333,38 @@ def test_previews_come_first_if_wanted_and_do_not_change_training(make_config, c
     forced = (*wanted, "train.steps=4", "sample.force_first_sample=true", "sample.prompts=[a]")
     train_lora(make_config("name=drawn", *common, *forced))
     assert "step 3: 1 preview in " in capfd.readouterr().err
+
+
+def test_output_preservation_adds_its_gradient_in_a_pass_of_its_own(make_config, monkeypatch):
+    """The first step's gradient against that of the sum of both losses in one graph."""
+    flags = ["trigger_word=sks", "train.diff_output_preservation=true", "train.steps=1", "network.dropout=0",
+             "train.diff_output_preservation_multiplier=3"]  # fmt: skip
+    found = {}
+    step = Trainer.train_step
+
+    def compared(trainer):
+        side, start = trainer.side, np.random.default_rng(3)
+        for parameter in side.parameters.values():  # B is not 0, so that there is something to preserve
+            parameter.set_value(
+                paddle.to_tensor(0.1 * start.standard_normal(parameter.shape, dtype="float32"))
+            )
+        rng = np.random.default_rng([trainer.config.seed, trainer.step])
+        rng.integers(2**31)
+        order = trainer.state.batches.state_dict()
+        _, mine = trainer._draw(rng)
+        trainer.state.batches.load_state_dict(order)
+        loss = side.objective.losses_at(trainer.model, *mine).mean
+        preserved = 3 * side.objective.preservation_at(trainer.model, *mine)
+        (loss + preserved).backward()
+        wanted = np.sqrt(sum(float(p.grad.square().sum()) for p in side.parameters.values()))
+        side.optimizer.clear_grad()
+        result = step(trainer)
+        found.update(norm=result.grad_norm / wanted, loss=result.loss / float(loss),
+                     preservation=result.preservation / float(preserved))  # fmt: skip
+        return result
+
+    monkeypatch.setattr(Trainer, "train_step", compared)
+    config = make_config(*flags, "coat.activation.policy=none")
+    train_lora(config)
+    assert found == pytest.approx(dict.fromkeys(("norm", "loss", "preservation"), 1.0), rel=1e-4)
+    assert log(config)[0]["preservation_loss"] > 0

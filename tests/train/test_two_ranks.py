@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image, ImageOps
 from safetensors.numpy import load_file
 
 from ppcoat.config.load import load_config
@@ -94,10 +95,15 @@ def assert_equal_runs(first, second, tolerance):
 
 
 def test_two_ranks_are_one_with_both_pictures(write, launch, tmp_path):
-    """With dropped captions, two passes per step, noise levels told apart and a cache on disk."""
+    """With dropped captions, two passes per step, noise levels told apart, a cache on disk, and a reference
+    and a mask for all pictures but one."""
     settings = {"gradient_accumulation": 2}
     data = [{"folder_path": str(tmp_path / "data"), "resolution": 64, "caption_dropout_rate": 0.5,
-             "cache_to_disk": True}]  # fmt: skip
+             "cache_to_disk": True, "control_path": str(tmp_path / "before"),
+             "mask_path": str(tmp_path / "before"), "mask_min_value": 0.1}]  # fmt: skip
+    (tmp_path / "before").mkdir()
+    for path in sorted((tmp_path / "data").glob("*.png"))[1:]:
+        ImageOps.mirror(Image.open(path).convert("RGB")).save(tmp_path / "before" / path.name)
     two = write("two", 1, settings, datasets=data, **NO_COAT)
     process = launch(two)
     one = write("one", 2, settings, datasets=data, **NO_COAT)

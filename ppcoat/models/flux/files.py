@@ -23,8 +23,11 @@ FLUX_COMPONENTS = (
     "transformer",
     "vae",
 )
-# diffusers' classes of FLUX.1 folders that FluxPipeline draws with; the second sees a control picture.
-FLUX_CLASSES = ("FluxPipeline", "FluxControlPipeline")
+# diffusers' classes of FLUX.1 folders that can be drawn with; and how many times as many inputs a transformer
+# has that sees more with each token than the noise.
+FLUX_CLASSES = ("FluxPipeline", "FluxControlPipeline", "FluxKontextPipeline", "FluxFillPipeline",
+                "FluxImg2ImgPipeline", "FluxInpaintPipeline")  # fmt: skip
+INPUTS_OF_CLASS = {"FluxControlPipeline": 2, "FluxFillPipeline": 6}
 OF_FILE = "that a FLUX file lacks: a FLUX folder"  # what the help of the flags beside says
 # Component -> the setting that says where it lies if the model has none.
 _SETTINGS = {
@@ -114,6 +117,12 @@ class FluxFiles:
         """The folder in which all of the model lies; None where components lie elsewhere or in a file."""
         whole = {name: self.base / name for name in FLUX_COMPONENTS}
         return self.base if self.components == whole else None
+
+    @property
+    def class_name(self) -> str | None:
+        """diffusers' class that draws with the model, by model_index.json of its folder."""
+        index = (self.base if self.base.is_dir() else self.base.parent) / "model_index.json"
+        return read_json(index).get("_class_name") if index.is_file() else None
 
     def __getitem__(self, name: str) -> Component:
         """Where a component lies. Raises ConfigError for one that is nowhere."""

@@ -115,7 +115,7 @@ def test_each_form_of_a_control_picture_is_the_same(pipeline, truth, picture):
     ):
         with pytest.raises(ConfigError, match="control_image: came .* wanted PIL pictures"):
             pipeline.control_tokens(wrong, 48, 64, 4)
-    with pytest.raises(ConfigError, match="3 control pictures for 4 to draw"):
+    with pytest.raises(ConfigError, match="control_image: came 3 pictures for 4 to draw"):
         pipeline.control_tokens([picture] * 3, 48, 64, 4)
     with pytest.raises(ConfigError, match="this model draws after a picture: give control_image"):
         draw(pipeline, truth)
