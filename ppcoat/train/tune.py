@@ -153,7 +153,9 @@ def search_space(spec: ModelSpec, config: RunConfig, flags: TuneFlags) -> Space:
         network = config.network.model_copy(update={"linear": rank})
         by_shape.setdefault(tuple(model.adapter_shapes(network)), rank)
     ranks = _that_fit(spec, config, sorted(by_shape.values()))
-    span = 1.0 if train.optimizer == "prodigy" else flags.lr_span  # which finds its rate itself
+    of_itself = train.optimizer == "adafactor" and train.adafactor.relative_step
+    own_rate = train.optimizer == "prodigy" or of_itself
+    span = 1.0 if own_rate else flags.lr_span  # those find their rate themselves
     space = Space(own, tuple(ranks), tuple(dict.fromkeys(flags.policies)) or (policy,), span)
     if len(space.candidates(space.counts()[0])) < 2:
         raise ConfigError(

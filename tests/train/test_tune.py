@@ -121,9 +121,9 @@ def test_every_kind_of_run_can_be_divided(opened, overrides):
     assert all(weights[name].tobytes() == again[name].tobytes() for name in weights)
 
 
-def test_a_schedule_is_drawn_together(opened):
+def test_a_schedule_is_drawn_together(make_config):
     more = ("train.steps=100", "train.lr_scheduler=step", "train.lr_step_size=40", "train.lr_warmup_steps=10")
-    trials = opened(*more)
+    trials = Trials(MODEL_SPECS["flux"], make_config(*more), None, 0)
     train = trials.config_of(OTHER, 50).train
     assert (train.steps, train.lr_step_size, train.lr_warmup_steps, train.lr) == (50, 20, 5, 3e-2)
     assert trials.config_of(OWN, 100).train == trials.config.train
@@ -195,10 +195,9 @@ def test_what_diverges_is_the_worst(opened, monkeypatch):
     assert trials.loss(OTHER, 0, 4, nothing) == math.inf
 
 
-@pytest.mark.parametrize("schedule", ["constant", "cosine"])
-def test_an_adapter_that_left_takes_no_memory(opened, schedule):
+def test_an_adapter_that_left_takes_no_memory(opened):
     """At once: a card has no room for two."""
-    trials = opened(f"train.lr_scheduler={schedule}", hold_out=1)
+    trials = opened("train.lr_scheduler=cosine", hold_out=1)
     gc.disable()
     try:
         with trials.trainer(OWN, 4) as trainer:
@@ -380,7 +379,7 @@ def test_flags_without_sense_are_answered(make_config, overrides, given, words):
 
 def test_the_best_settings_are_a_whole_config(make_config, tmp_path, monkeypatch, capsys):
     """From flags to best.yaml, with few losses and without a budget's worth of updates."""
-    monkeypatch.setattr(Trials, "measured", lambda *_: Costs(0.001, 0.001, 0.001))
+    monkeypatch.setattr(Trials, "measured", lambda *_: Costs(0.001, 1.0, 0.001))
     config = make_config("train.steps=2", "datasets.0.cache_to_disk=true", "network.linear_alpha=6")
     wanted = flags(hold_out=1, lr_span=1.0, budget="600s")
     tune(config, wanted)
