@@ -16,8 +16,9 @@ import paddle
 from ppcoat.data.cache import folder_identity
 from ppcoat.device import default_dtype, on_gpu
 from ppcoat.lora.files import adapter_file
+from ppcoat.models.flux.drawing import DEFAULT_SIDE
 from ppcoat.models.flux.files import FluxFiles
-from ppcoat.models.flux.pipeline import DEFAULT_SIDE, FluxPipeline
+from ppcoat.models.flux.pipeline import FluxPipeline
 from ppcoat.models.loading import load_transformer
 from ppcoat.models.newbie.files import load_nextdit, load_quantized_nextdit
 from ppcoat.models.newbie.pipeline import NewbiePipeline
@@ -84,6 +85,7 @@ def _drawn(drawing: Any, model: FluxFiles | Path) -> Drawn:
         max_sequence_length=drawing.max_sequence_length,
         dtype="float32" if drawing.dtype == "float32" else "auto",
         lora_bytes=sum(2 * adapter_file(path).stat().st_size for path, _ in drawing.loras),  # in float32
+        references=max(len(drawing.reference or ()), drawing.image is not None),
     )
 
 

@@ -29,8 +29,9 @@ from ppcoat.infer.editing import (
 )
 from ppcoat.infer.prompts import read_pictures, slug
 from ppcoat.lora import info_of, inputs_of, put_adapters, read_fitting, tell
+from ppcoat.models.flux.drawing import DEFAULT_SIDE
 from ppcoat.models.flux.files import OF_FILE, FluxFiles
-from ppcoat.models.flux.pipeline import DEFAULT_SIDE, FluxPipeline
+from ppcoat.models.flux.pipeline import FluxPipeline
 from ppcoat.models.loading import check_folder, parameter_shapes
 from ppcoat.models.newbie.files import check_newbie_folder
 from ppcoat.models.tensor_files import read_json

@@ -43,7 +43,7 @@ class Placement:
 
     def __str__(self) -> str:
         """What a user reads of it, in one line."""
-        base = f"{self.quantize} base" if self.quantize else "base not quantised"
+        base = f"{self.quantize.upper()} base" if self.quantize else "base not quantised"
         parts = [base]
         if self.offload:
             streamed = ", their blocks one by one" if self.stream_encoders else ""

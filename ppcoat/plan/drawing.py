@@ -31,6 +31,7 @@ from ppcoat.models.tensor_files import component_config, read_json, tensor_infos
 from ppcoat.models.vae_tiling import SCORES, decoded_at_once
 from ppcoat.nn.swap import check_count
 from ppcoat.plan import GB, check_budget
+from ppcoat.plan.model import BaseModel, read_model
 from ppcoat.plan.newbie import NewbieMemoryModel
 from ppcoat.plan.phases import GPU_CONTEXT, HOST_PROCESS, RESIDENT_SWAPPED, MemoryModel, Phase
 
@@ -52,7 +53,7 @@ STAGE_UNITS, TILE_UNITS = {False: 11.5, True: 3.0}, {False: 23.4, True: 6.0}
 class Drawn:
     """What is drawn. model: a pipeline's folder or a file. pictures: of a prompt, at once. beside: places of
     what a file lacks, as FluxFiles.found takes them. max_sequence_length: T5 or Gemma tokens. dtype: "auto"
-    or "float32". lora_bytes: of all that LoRAs add."""
+    or "float32". lora_bytes: of all that LoRAs add. references: pictures whose tokens are seen, too."""
 
     model: str
     height: int
@@ -63,6 +64,7 @@ class Drawn:
     max_sequence_length: int | None = None
     dtype: str = "auto"
     lora_bytes: int = 0
+    references: int = 0
 
     @property
     def config(self) -> RunConfig:
@@ -98,7 +100,7 @@ class _DrawingMemory:
     def __init__(self, drawn: Drawn, on_gpu: bool, transformer: dict | None = None) -> None:
         self.drawn = drawn
         super().__init__(drawn.config, on_gpu, transformer)
-        self.image_tokens = drawn.height * drawn.width // self.token_side**2
+        self.image_tokens = (1 + drawn.references) * drawn.height * drawn.width // self.token_side**2
         self.tokens = self.image_tokens + self.text_tokens
 
     def drawing_phases(self, placement: Placement) -> tuple[Phase, ...]:
@@ -184,8 +186,12 @@ class _DrawingMemory:
         )
 
 
-class FluxDrawing(_DrawingMemory, MemoryModel):
+class FluxDrawingMemory(_DrawingMemory, MemoryModel):
     """Of FLUX.1."""
+
+    def read_model(self, transformer: dict | None) -> BaseModel:
+        """Also of one that draws after a picture."""
+        return read_model(self.config, transformer, control=True)
 
     @cached_property
     def files(self) -> FluxFiles | None:
@@ -211,7 +217,7 @@ class FluxDrawing(_DrawingMemory, MemoryModel):
         return FLUX_VAE if self.files is None else component_config(self.files["vae"])
 
 
-class NewbieDrawing(_DrawingMemory, NewbieMemoryModel):
+class NewbieDrawingMemory(_DrawingMemory, NewbieMemoryModel):
     """Of NewBie-image."""
 
     @cached_property
@@ -230,13 +236,13 @@ class NewbieDrawing(_DrawingMemory, NewbieMemoryModel):
         return FLUX_VAE if self.model.assumed else read_json(Path(self.drawn.model) / "vae" / "config.json")
 
 
-def drawing_memory(drawn: Drawn, on_gpu: bool) -> FluxDrawing | NewbieDrawing:
+def drawing_memory(drawn: Drawn, on_gpu: bool) -> FluxDrawingMemory | NewbieDrawingMemory:
     """The memory model of what is drawn. Raises ConfigError as `read_model`."""
-    return (NewbieDrawing if drawn.family == "newbie" else FluxDrawing)(drawn, on_gpu)
+    return (NewbieDrawingMemory if drawn.family == "newbie" else FluxDrawingMemory)(drawn, on_gpu)
 
 
 def plan_drawing(
-    memory: FluxDrawing | NewbieDrawing,
+    memory: FluxDrawingMemory | NewbieDrawingMemory,
     vram_gb: float | None = None,
     placement: Placement = AS_IT_IS,
     formats: Sequence[str | bool] = FORMATS,
@@ -263,7 +269,7 @@ def plan_drawing(
     return min(fitting, key=lambda each: _effort(each, formats))
 
 
-def _planned(memory: FluxDrawing | NewbieDrawing, placement: Placement) -> DrawingPlan:
+def _planned(memory: FluxDrawingMemory | NewbieDrawingMemory, placement: Placement) -> DrawingPlan:
     phases = memory.drawing_phases(placement)
     return DrawingPlan(placement, phases, memory.sent(placement), memory.drawing_facts)
 
@@ -275,7 +281,7 @@ def _effort(planned: DrawingPlan, formats: Sequence[str | bool]) -> tuple:
 
 
 def _candidates(
-    memory: FluxDrawing | NewbieDrawing, asked: Placement, formats: Sequence[str | bool]
+    memory: FluxDrawingMemory | NewbieDrawingMemory, asked: Placement, formats: Sequence[str | bool]
 ) -> Iterator[Placement]:
     slicing = asked.vae_slicing or memory.drawn.pictures > 1
     for quantize in formats:
@@ -285,7 +291,9 @@ def _candidates(
                     yield Placement(quantize, offload, streamed, asked.blocks_to_swap, tiling, slicing)
 
 
-def _with_fewest_swapped(memory: FluxDrawing | NewbieDrawing, bare: Placement, budget: float) -> Placement:
+def _with_fewest_swapped(
+    memory: FluxDrawingMemory | NewbieDrawingMemory, bare: Placement, budget: float
+) -> Placement:
     if not bare.offload:
         return bare
     bases = memory.base_by_swapped(bare.quantize)

@@ -180,9 +180,9 @@ class BaseModel:
         return [shape for pair in pairs for shape in of_pairs[pair]]
 
 
-def read_model(config: RunConfig, transformer: dict | None = None) -> BaseModel:
+def read_model(config: RunConfig, transformer: dict | None = None, control: bool = False) -> BaseModel:
     """The model of a run; with `transformer`, one of these settings instead of the folder's, and FLUX.1-dev's
-    encoders.
+    encoders. control: one that draws after a picture, and is not trained, is taken too.
 
     Raises ConfigError for a model that is there but not complete or cannot be trained, and for a LoRA that
     fits no Linear.
@@ -194,7 +194,7 @@ def read_model(config: RunConfig, transformer: dict | None = None) -> BaseModel:
         transformer = component_config(files["transformer"]) if files else FLUX_DEV
     with paddle.LazyGuard():  # parameters get a shape and no memory
         model = FluxTransformer2DModel.from_config(transformer)
-    if files:
+    if files and not control:
         check_without_control(model, files, fill=True)
     blocks = tuple(model.named_blocks())
     linears, others = weights_by_block(model, blocks)

@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-import paddle
 import pytest
 from PIL import Image
 
@@ -16,10 +15,9 @@ from ppcoat.data.cache import folder_identity
 from ppcoat.errors import ConfigError
 from ppcoat.infer.generate import Drawing, generate
 from ppcoat.lora import inject_lora, save_lora
-from ppcoat.models.flux.pipeline import FluxPipeline
 from ppcoat.models.loading import load_transformer
 from ppcoat.models.offload import Placement
-from ppcoat.models.quantized_base import QuantizedCopy, load_quantized_transformer
+from ppcoat.models.quantized_base import QuantizedCopy
 from ppcoat.nn.base_weight import BASES
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
@@ -77,13 +75,15 @@ def test_offloaded_pictures_are_equal_and_the_encoders_gone(drawing, pipelines, 
     assert not {"text_encoder", "text_encoder_2", "clip_model"} & second.__dict__["_offload"]._models.keys()
 
 
-@pytest.mark.parametrize("model", [FLUX, NEWBIE], ids=lambda model: model.name)
+@pytest.mark.parametrize(
+    "model", [FLUX, pytest.param(NEWBIE, marks=pytest.mark.slow)], ids=["flux", "newbie"]
+)
 def test_a_placement_with_everything_draws_the_pictures_of_its_base(drawing, lora, model, monkeypatch):
     """Quantised, swapped, encoders block by block, slices and tiles of which there is one; with a LoRA."""
     drawing = dataclasses.replace(drawing, model=str(model), path_to_lora=[lora] if model is FLUX else None,
                                   num_images=2, prompt=["a hat"])  # fmt: skip
-    plain = redrawn(drawing, "fp4", quantize="fp4")
-    everything = Placement("fp4", True, True, 1, True, True)
+    plain = redrawn(drawing, "int8", quantize="int8")
+    everything = Placement("int8", True, True, 1, True, True)
     monkeypatch.setattr(card, "placement_of", lambda *_: everything)
     placed = redrawn(drawing, "placed")
     assert (
@@ -102,7 +102,7 @@ def test_the_plan_chooses_and_says_so(drawing, pipelines, capsys):
     little = card.plan_drawing(memory, placement=Placement(offload=True)).peak.total / 1e9 - 1e-6
     redrawn(drawing, "little", vram=little)
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "GB" in line]
-    assert f"within {little:g} GB: int8 base" in line
+    assert f"within {little:g} GB: INT8 base" in line
     assert isinstance(pipelines[1].transformer.proj_out.weight, BASES["int8"])
     with pytest.raises(ConfigError, match="nothing fits into 0.1 GB: the least possible need is 0.5 GB"):
         redrawn(drawing, "none", vram=0.1)
@@ -136,7 +136,8 @@ def test_a_list_is_planned_with_its_largest_picture(drawing, tmp_path, monkeypat
         return drawing_memory(drawn, on_gpu)
 
     monkeypatch.setattr(card, "drawing_memory", remembering)
-    generate(dataclasses.replace(drawing, prompt=None, prompts=str(tmp_path / "list.jsonl"), vram=2.0))
+    with pytest.raises(ConfigError, match="nothing fits"):
+        generate(dataclasses.replace(drawing, prompt=None, prompts=str(tmp_path / "list.jsonl"), vram=0.1))
     assert planned == [(48, 64)]
 
 
@@ -145,24 +146,10 @@ def test_four_step_scripts_take_the_flags(lora, tmp_path, monkeypatch, capsys):
     flags = ["--model", str(FLUX), "--path_to_lora", lora, "--prompt", "dress", "--height", "32", "--width",
              "32", "--step", "1", "--max_sequence_length", "16", "--device", "cpu"]  # fmt: skip
     drawn = {}
-    for name, more in (("plain", []), ("offload", ["--offload"]), ("int8", ["--quantize", "int8"])):
+    for name, more in (("plain", []), ("offload", ["--offload"])):
         assert run("lightning", [*flags, "--output_dir", str(tmp_path / name), *more]) == 0
         drawn[name] = pixels((tmp_path / name).iterdir())
     np.testing.assert_array_equal(drawn["offload"], drawn["plain"])
-    assert 0 < np.abs(drawn["int8"] - drawn["plain"]).max() < 40
     capsys.readouterr()
     assert run("lightning", [*flags, "--inference_optimize", "--vram", "12"]) == 2
     assert "leave out --inference_optimize, or --quantize, --vram and --offload" in capsys.readouterr().err
-
-
-def test_the_quantised_lora_is_that_of_the_api(drawing, lora):
-    drawing = dataclasses.replace(drawing, prompt=["a hat"], path_to_lora=[lora])
-    got = redrawn(drawing, "fp8", quantize="fp8")
-    transformer = load_quantized_transformer(FLUX / "transformer", "float32", base="fp8")
-    pipeline = FluxPipeline.from_pretrained(FLUX, "float32", transformer=transformer)
-    pipeline.set_progress_bar_config(disable=True)
-    pipeline.load_lora_weights(lora)
-    options = {"height": 32, "width": 48, "num_inference_steps": 1, "max_sequence_length": 16}
-    wanted = pipeline("a hat", seed=5, **options).images[0]
-    np.testing.assert_array_equal(got[0], np.asarray(wanted).astype(int))
-    assert paddle.get_device() == "cpu"

@@ -25,10 +25,10 @@ def trained():
 
 @pytest.fixture(scope="module")
 def random_vae():
-    """FLUX's four stages, with a post_quant_conv and a quant_conv; tiles of 64 pixels."""
+    """Three stages, with a post_quant_conv and a quant_conv; tiles of 64 pixels."""
     paddle.seed(0)
-    down, up = ("DownEncoderBlock2D",) * 4, ("UpDecoderBlock2D",) * 4
-    vae = AutoencoderKL(down_block_types=down, up_block_types=up, block_out_channels=(8, 8, 16, 16),
+    down, up = ("DownEncoderBlock2D",) * 3, ("UpDecoderBlock2D",) * 3
+    vae = AutoencoderKL(down_block_types=down, up_block_types=up, block_out_channels=(8, 8, 16),
                         latent_channels=4, norm_num_groups=4, sample_size=64)  # fmt: skip
     return vae.eval()
 
@@ -92,12 +92,12 @@ def encoded(vae, pixels):
     return vae_tiling.through_encoder(vae, pixels).mode()
 
 
-@pytest.mark.parametrize(("work", "channels", "per_side"), [(decoded, 4, 8), (encoded, 3, 1)])
+@pytest.mark.parametrize(("work", "channels", "per_side"), [(decoded, 4, 4), (encoded, 3, 1)])
 def test_with_the_statistics_of_the_whole_picture_only_rounding_is_left(
     random_vae, rounds, monkeypatch, work, channels, per_side
 ):
     """As many rounds as there are norms in the tiles; and attention in parts."""
-    rounds(14 if work is decoded else 8)
+    rounds(9 if work is decoded else 3)
     monkeypatch.setattr(vae_tiling, "SCORES", 300)
     tiled, whole = both(random_vae, smooth(0, channels, 72 // per_side, 104 // per_side), work)
     assert tiled.shape == whole.shape

@@ -14,7 +14,7 @@ from ppcoat.models.flux.pipeline import FluxPipeline
 from ppcoat.models.newbie.nextdit import NextDiT_CLIP
 from ppcoat.models.offload import Placement
 from ppcoat.models.pictures import unpack_latents
-from ppcoat.plan.drawing import Drawn, NewbieDrawing, drawing_memory, plan_drawing
+from ppcoat.plan.drawing import Drawn, NewbieDrawingMemory, drawing_memory, plan_drawing
 
 TINY = Path(ppcoat.__path__[0]) / "assets" / "tiny_flux"
 core = paddle.base.core
@@ -37,7 +37,7 @@ def peak_of(work):
     return core.host_memory_stat_peak_value("Allocated", 0), result
 
 
-@pytest.mark.parametrize("placement", [Placement(), Placement("fp4", vae_tiling=True)], ids=str)
+@pytest.mark.parametrize("placement", [Placement(), Placement("int8", vae_tiling=True)], ids=str)
 @paddle.no_grad()
 def test_phases_of_the_built_in_flux_are_those_of_the_allocator(placement, monkeypatch):
     """Without what stands beside the tensors. 192 x 256: twelve tiles."""
@@ -66,7 +66,7 @@ def test_a_step_of_newbie_is_that_of_the_allocator():
     mask, pooled = paddle.ones([2, 64], dtype="int64"), paddle.randn([2, 64])
     peak, _ = peak_of(lambda: model(x, paddle.full([2], 0.5), words, mask, pooled))
     drawn = Drawn("no/such/newbie", 192, 256, family="newbie", max_sequence_length=64)
-    memory = NewbieDrawing(drawn, on_gpu=False, transformer=settings)
+    memory = NewbieDrawingMemory(drawn, on_gpu=False, transformer=settings)
     (_, phase, _) = memory.drawing_phases(Placement())
     assert phase.parts["base"] + phase.parts["working"] == pytest.approx(peak - before, rel=0.10)
 
@@ -119,7 +119,7 @@ def test_a_budget_that_nothing_fits_names_the_least_need(dev):
 def test_the_table_that_a_user_sees():
     text = drawing_plan(DrawingFlags(model="no/such/FLUX.1-dev"), 8)
     lines = text.splitlines()
-    assert lines[3].startswith("fp4 base; text encoders first and then gone, their blocks one by one;")
+    assert lines[3].startswith("FP4 base; text encoders first and then gone, their blocks one by one;")
     assert lines[4].split()[-3:] == ["encode", "denoise", "decode"]
     assert "PCIe: 0.32 GB a step" in lines and lines[-1] == "generate --vram 8 chooses this"
     assert "PCIe" not in drawing_plan(DrawingFlags(model=str(TINY), height=64, width=64))
