@@ -30,7 +30,7 @@ from ppcoat.config.flags import add_flags, flag, from_flags
 from ppcoat.device import tune_host
 from ppcoat.errors import ConfigError
 from ppcoat.lora import LoRAFile, info_of, merge_lora, put_adapters, read_fitting, tell
-from ppcoat.lora.loading import added
+from ppcoat.lora.adapters import added
 from ppcoat.models.flux.files import FLUX_CLASSES, FLUX_COMPONENTS, OF_FILE, FluxFiles
 from ppcoat.models.loading import (
     check_folder,

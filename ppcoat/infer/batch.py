@@ -155,7 +155,7 @@ def _settings_in(file: Path) -> dict[str, Any] | None:
                 return None
         with Image.open(file) as picture:
             return json.loads(picture.info.get(SETTINGS, "null"))
-    except (OSError, ValueError, SyntaxError):
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None
 
 

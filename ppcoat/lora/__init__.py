@@ -5,10 +5,10 @@ The way of a file: a file or folder (files.py) -> tensors, header, PEFT's config
 means and which program wrote it (keys.py), how strong it is meant (header.py) -> `LoRAFile`, a list of
 `Change`s, one for each Linear's weight or bias and each norm, in diffusers' names (parse.py), whose kind
 (delta.py for plain LoRA, kinds.py for the others) says W' - W at a strength -> put into a model for drawing
-or merging (loading.py, layer.py), or written for another program (writing.py, peft.py).
+or merging (loading.py, adapters.py, layer.py), or written for another program (writing.py, peft.py).
 """
 
-from .adapters import Adapters, load_lora
+from .adapters import Adapters, load_lora, put_adapters
 from .delta import LoRAModule, LoRASummary, relative_difference, summarize
 from .dora import DoRALinear
 from .files import read_lora_file
@@ -22,7 +22,7 @@ from .layer import (
     merge_lora,
     remove_lora,
 )
-from .loading import LoRAInfo, info_of, inputs_of, put_adapters, read_fitting, tell
+from .loading import LoRAInfo, info_of, inputs_of, read_fitting, tell
 from .lokr import LoKrLinear, LoKrSettings
 from .parse import LoRAFile
 from .peft import save_comfyui, save_peft

@@ -345,7 +345,7 @@ def test_nothing_is_taken_out_before_all_that_comes_is_made(model, rng, monkeypa
     for strength in (float("nan"), float("inf")):
         with pytest.raises(ConfigError, match="the strength of LoRA on 1 layer must be a finite number, got"):
             load_lora(model, second, strength)
-    monkeypatch.setattr("ppcoat.lora.loading._lora_linear", lambda *_: 1 / 0)
+    monkeypatch.setattr("ppcoat.lora.adapters._lora_linear", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         load_lora(model, second)
     assert lora_layers(model) == {Q: layer} and layer.scale == 0.5
