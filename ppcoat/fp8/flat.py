@@ -218,11 +218,9 @@ class FlatGradient:
             self._whole = self._clipped(self._whole, slice(0, self.shape[0]))
 
     def __getitem__(self, rows: slice) -> paddle.Tensor:
-        return (
-            self._clipped(self._space.gather(self._grads, rows), rows)
-            if self._whole is None
-            else self._whole[rows]
-        )
+        if self._whole is not None:
+            return self._whole[rows]
+        return self._clipped(self._space.gather(self._grads, rows), rows)
 
     @property
     def tensor(self) -> paddle.Tensor | FlatGradient:
@@ -232,10 +230,9 @@ class FlatGradient:
     def of(self, space: FlatLayout, parts: Callable[[list], list]) -> FlatGradient:
         """The same of a part of each gradient, float32 [G', B]: clipped with the factor of the whole."""
         part = FlatGradient(space, parts(self._grads))
-        part.finite, factor = self.finite, self._factor
-        if factor is not None and part._whole is not None:
-            part._whole.multiply_(factor)
-        part._factor = factor
+        part.finite, part._factor = self.finite, self._factor
+        if part._whole is not None:
+            part._whole = part._clipped(part._whole, slice(0, part.shape[0]))
         return part
 
     def _clipped(self, grad: paddle.Tensor, rows: slice) -> paddle.Tensor:
