@@ -154,6 +154,7 @@ def test_generate_hands_every_flag_on(monkeypatch):
         "tokenizers": None,
         "device": "cpu",
         "dtype": "float32",
+        **dict.fromkeys(("image", "mask", "strength", "reference")),
     }
 
 
