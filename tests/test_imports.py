@@ -20,7 +20,7 @@ ALLOWED = {
     "models": ("nn",),
     "lora": ("nn", "models.tensor_files"),
     "data": ("config",),
-    "infer": ("models", "lora", "data", "config.flags"),
+    "infer": ("models", "lora", "data", "config.flags", "plan.GB", "plan.drawing"),
     "coat": ("config", "lora", "nn", "optim", "models.blocks"),
     "objective": ("models",),
     "plan": ("config", "data", "models", "lora", "nn", "optim", "coat", "objective"),

@@ -3,6 +3,7 @@
 python -m ppcoat plan config.yaml [--vram 24]
 python -m ppcoat plan newbie_config.toml [--vram 16]
 python -m ppcoat plan lightning [--vram 48] [--resolution 1024]
+python -m ppcoat plan generate [--model FOLDER] [--vram 12] [--height 1024 --width 1024]
 
 The memory models are imported, with Paddle and its models, only for a config without mistakes.
 """
@@ -13,6 +14,7 @@ import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import yaml
@@ -43,7 +45,7 @@ NAMES = {  # component -> its row in the table
     "head features": "gradients of features",
     "working": "working memory",
 }
-LIGHTNING = "lightning"
+LIGHTNING, GENERATE = "lightning", "generate"
 RESOLUTION = 1024
 
 
@@ -53,7 +55,8 @@ class PlanFlags:
 
     config: str = flag(
         "file of a training run, e.g. configs/flux_lora_24gb.yaml, or TOML for NewBie-image; or the word "
-        "lightning, for the distillation of FLUX.1-dev with all losses and gradient checkpointing",
+        "lightning, for the distillation of FLUX.1-dev with all losses and gradient checkpointing, or "
+        "generate, for drawing",
         positional=True,
     )
     vram: float | None = flag("choose the fastest settings that fit into so many GB", None, metavar="GB")
@@ -61,12 +64,35 @@ class PlanFlags:
     overrides: list[str] = set_flag()
 
 
+@dataclass(frozen=True)
+class DrawingFlags:
+    """Settings of plan generate; they mean what generate's do."""
+
+    model: str | None = flag("generate: a FLUX or NewBie folder, or a FLUX file (default: FLUX.1-dev)", None)
+    family: Literal["flux", "newbie"] | None = flag("generate: of a model that is not here", None)
+    height: int | None = flag(f"generate: pixels (default: {RESOLUTION})", None)
+    width: int | None = flag(f"generate: pixels (default: {RESOLUTION})", None)
+    num_images: int | None = flag("generate: pictures per prompt, at once (default: 1)", None)
+    quantize: Literal["fp8", "int8", "nf4", "fp4"] | None = flag("generate: the transformer's weights", None)
+    offload: bool = flag("generate: parts on the card in turns", False)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_flags(parser, PlanFlags)
+    add_flags(parser, DrawingFlags)
 
 
 def run_command(arguments: argparse.Namespace) -> None:
-    flags = from_flags(PlanFlags, arguments)
+    flags, drawn = from_flags(PlanFlags, arguments), from_flags(DrawingFlags, arguments)
+    if flags.config == GENERATE:
+        if flags.overrides or flags.resolution is not None:
+            raise ConfigError(
+                "plan generate takes --model, --vram, --height and --width: no config, no --set"
+            )
+        print(drawing_plan(drawn, check_budget(flags.vram)))
+        return
+    if drawn != DrawingFlags():
+        raise ConfigError("--model, --height, --quantize and their like are for plan generate")
     if flags.config == LIGHTNING:
         if flags.overrides:
             raise ConfigError("--set changes a config file; plan lightning takes --vram and --resolution")
@@ -126,6 +152,32 @@ def lightning_plans(resolution: int, vram_gb: float | None = None) -> str:
         if vram_gb is not None:
             fits = max(phase.total for phase in phases) <= vram_gb * GB
             lines.append(f"fits into {vram_gb:g} GB: {'yes' if fits else 'no'}")
+    return "\n".join(lines)
+
+
+def drawing_plan(flags: DrawingFlags, vram_gb: float | None = None) -> str:
+    """GB by component and phase of drawing, and with a budget what is chosen for it. Raises ConfigError for
+    sizes that are no multiples of 16, and if nothing fits."""
+    from ppcoat.models.offload import Placement
+    from ppcoat.models.tensor_files import read_json
+    from ppcoat.plan.drawing import FORMATS, Drawn, drawing_memory, plan_drawing
+
+    height, width, pictures = flags.height or RESOLUTION, flags.width or RESOLUTION, flags.num_images or 1
+    for name, value, step in (("height", height, 16), ("width", width, 16), ("num_images", pictures, 1)):
+        if value < step or value % step:
+            raise ConfigError(f"{name}: came {value}, wanted a multiple of {step} from {step} on")
+    index = Path(flags.model or "models/FLUX.1-dev") / "model_index.json"
+    said = read_json(index).get("_class_name") if index.is_file() else None
+    family = flags.family or ("newbie" if said == "NewbiePipeline" else "flux")
+    drawn = Drawn(flags.model or "models/FLUX.1-dev", height, width, pictures, family)
+    memory = drawing_memory(drawn, on_gpu=True)
+    asked, formats = Placement(flags.quantize or False, flags.offload), (flags.quantize,)
+    planned = plan_drawing(memory, vram_gb, asked, formats if flags.quantize else FORMATS)
+    lines = [*planned.facts, str(planned.placement), *phase_table(planned.phases)]
+    if planned.sent:
+        lines.append(f"PCIe: {planned.sent / GB:.2f} GB a step")
+    if vram_gb is not None:
+        lines.append(f"generate --vram {vram_gb:g} chooses this")
     return "\n".join(lines)
 
 

@@ -33,7 +33,7 @@ from ppcoat.models.flux.files import FluxFiles
 
 SETTINGS, LIST = "settings", "pictures.jsonl"
 # Fields of Drawing that leave the picture as it is. Any other decides it, those of files by their content.
-_DECIDES_NOTHING = ("prompts", "output_dir", "num_images", "device", "ignore_unknown")
+_DECIDES_NOTHING = ("prompts", "output_dir", "num_images", "device", "ignore_unknown", "offload", "cache_dir")
 _MODEL = ("model", "text_encoders", "vae", "tokenizers")
 _LORAS, _PICTURE_FILES = "path_to_lora", ("control_image", "image", "mask", "reference")
 _END_OF_PNG = b"IEND\xae\x42\x60\x82"

@@ -51,7 +51,8 @@ class Drawer(ABC):
 
     def drawn(self, drawings: Iterable[Any]) -> Iterator[list[Image.Image]]:
         """The pictures of each drawing (an infer.generate.Drawing of one prompt)."""
-        remaining = iter(drawings)
+        drawings = list(drawings)
+        remaining, left = iter(drawings), len(drawings)
         while some := list(islice(remaining, AT_ONCE)):
             known: dict[tuple, Encoded] = {}
             distinct = self._distinct(some)
@@ -59,6 +60,9 @@ class Drawer(ABC):
                 if self._changes_encoders:
                     self._set(drawing)
                 known[key] = self.encode(texts, drawing.max_sequence_length)
+            left -= len(some)
+            if not left and not self._changes_encoders:
+                self.pipeline.release_encoders()
             for drawing in some:
                 self._set(drawing)
                 keys = [self._key(texts, drawing) for texts in self.texts(drawing)]

@@ -151,6 +151,8 @@ def prepared(drawing: _Drawing, sight: Sight) -> _Drawing:
             raise ConfigError(f"{came}, wanted at least {TOKEN_SIDE} pixels each way: enlarge it")
     size = _size(drawing, height, width, sight, kind)
     drawing = replace(drawing, height=size[0], width=size[1])
+    if kind is FluxKontextPipeline:  # its --image is the first of its references
+        return replace(drawing, image=None, reference=_names(drawing))
     if drawing.mask is not None:
         _check_mask(drawing, (width, height), sight.latent_side if kind is FluxInpaintPipeline else 1)
     return drawing
@@ -172,6 +174,13 @@ def edit_arguments(drawing: Any, sight: Sight) -> dict[str, Any]:
     if drawing.strength is not None:
         found["strength"] = drawing.strength
     return found
+
+
+def seen_size(drawing: Any) -> tuple[int | None, int | None]:
+    """Height and width of a picture with as many tokens as the transformer sees, about: as many pictures one
+    below the other as there are references, and the one that is drawn."""
+    count = len(drawing.reference or ())
+    return drawing.height * (1 + count) if count else drawing.height, drawing.width
 
 
 def own_guidance(kind: type[FluxPipeline]) -> float:

@@ -18,6 +18,7 @@ from ppcoat.config.flags import add_flags, flag, from_flags
 from ppcoat.device import compute_dtype, set_device, tune_host
 from ppcoat.errors import ConfigError
 from ppcoat.infer.batch import Batch
+from ppcoat.infer.card import flux_within_card, newbie_within_card
 from ppcoat.infer.drawers import Drawer, FluxDrawer, Loras, NewbieDrawer
 from ppcoat.infer.editing import (
     EditFlags,
@@ -25,14 +26,15 @@ from ppcoat.infer.editing import (
     check_edit_flags,
     open_picture,
     prepared_all,
+    seen_size,
 )
 from ppcoat.infer.prompts import read_pictures, slug
 from ppcoat.lora import info_of, inputs_of, put_adapters, read_fitting, tell
+from ppcoat.models.flux.drawing import DEFAULT_SIDE
 from ppcoat.models.flux.files import OF_FILE, FluxFiles
 from ppcoat.models.flux.pipeline import FluxPipeline
 from ppcoat.models.loading import check_folder, parameter_shapes
 from ppcoat.models.newbie.files import check_newbie_folder
-from ppcoat.models.newbie.pipeline import NewbiePipeline
 from ppcoat.models.tensor_files import read_json
 
 NOTABLE_STRETCH = 0.02  # of a control picture's width against its height
@@ -70,6 +72,12 @@ class Drawing(EditFlags):
     text_encoders: list[str] | None = flag(f"CLIP and T5 {OF_FILE}, or a file for each", None)
     vae: str | None = flag(f"autoencoder {OF_FILE}, or its file", None)
     tokenizers: list[str] | None = flag(f"tokenizers {OF_FILE}, or a folder for each", None)
+    quantize: Literal["fp8", "int8", "nf4", "fp4"] | None = flag("format of the transformer's weights", None)
+    vram: float | None = flag("choose by the plan what fits into so many GB", None, metavar="GB")
+    offload: bool = flag("text encoders first and then gone, transformer and VAE on the card in turns", False)
+    cache_dir: str | None = flag(
+        "keep the quantised weights for the next start here; those beside the model are found without", None
+    )
     device: str = flag("auto, cpu, gpu or gpu:N", "auto")
     dtype: Literal["auto", "float32", "bfloat16"] = flag(
         "float32 on a GPU: products of TF32 unless the process starts with NVIDIA_TF32_OVERRIDE=0", "auto"
@@ -121,27 +129,30 @@ def generate(drawing: Drawing) -> list[Path]:
         check(drawing)
     else:
         pictures = read_pictures(drawing.prompts, drawing, check)
+        drawings = [picture.drawing for picture in pictures]
     model = kind.check(drawing)
     loras = read_loras(drawing, model, *kind.parts)
-    if drawing.prompts is None:
-        drawings = kind.prepare(drawings, model, loras)
-    else:
-        ready = kind.prepare([each.drawing for each in pictures], model, loras)
-        pictures = [replace(each, drawing=one) for each, one in zip(pictures, ready, strict=True)]
+    drawings = kind.prepare(drawings, model, loras)
     set_device(drawing.device)
     dtype = compute_dtype(drawing.dtype)
     folder = output_folder(drawing)
 
     def load() -> Drawer:
-        return kind.drawer(drawing, model, dtype, loras)
+        height, width = max(map(seen_size, drawings), key=_pixels)
+        return kind.drawer(replace(drawing, height=height, width=width), model, dtype, loras)
 
     if drawing.prompts is not None:
+        pictures = [replace(each, drawing=one) for each, one in zip(pictures, drawings, strict=True)]
         return Batch(drawing, pictures, folder, model, dtype).draw(load)
     files = []
     for number, (one, found) in enumerate(zip(drawings, load().drawn(drawings), strict=True)):
         for i, picture in enumerate(found):
             files.append(save_picture(picture, folder, number, one.prompt[0], one.seed + i))
     return files
+
+
+def _pixels(size: tuple[int | None, int | None]) -> int:
+    return (size[0] or DEFAULT_SIDE) * (size[1] or DEFAULT_SIDE)
 
 
 def _check_flux_settings(drawing: Drawing) -> None:
@@ -234,13 +245,13 @@ def put_loras(pipeline: FluxPipeline, loras: Loras) -> None:
 
 
 def _flux_drawer(drawing: Drawing, files: FluxFiles, dtype: str | None, loras: Loras) -> Drawer:
-    pipeline = FluxPipeline.from_pretrained(files, dtype)
+    pipeline = flux_within_card(drawing, files, dtype)
     put_loras(pipeline, loras)
     return FluxDrawer(pipeline, loras, control_picture(drawing, pipeline), Sight.of(files))
 
 
 def _newbie_drawer(drawing: Drawing, folder: Path, dtype: str | None, loras: Loras) -> Drawer:
-    pipeline = NewbiePipeline.from_pretrained(folder, dtype)
+    pipeline = newbie_within_card(drawing, folder, dtype)
     put_adapters({"transformer": pipeline.transformer}, loras)
     for file, scale in loras:
         tell(info_of(file, scale))

@@ -27,6 +27,7 @@ from PIL import Image
 from ppcoat.config.flags import add_flags, flag, from_flags
 from ppcoat.device import on_gpu, set_device, tune_host
 from ppcoat.errors import ConfigError
+from ppcoat.infer.card import flux_within_card
 from ppcoat.infer.generate import (
     Drawing,
     check_numbers,
@@ -97,6 +98,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "text_encoders",
         "vae",
         "tokenizers",
+        "quantize",
+        "vram",
+        "offload",
+        "cache_dir",
         "device",
         "ignore_unknown",
         "control_image",
@@ -121,12 +126,17 @@ def draw_lightning(drawing: LightningDrawing) -> Path:
     check_numbers(drawing)
     if drawing.repeat < 0:
         raise ConfigError(f"repeat: came {drawing.repeat}, wanted 0 (draw once) or how many runs to average")
+    if drawing.inference_optimize and (drawing.quantize or drawing.vram or drawing.offload):
+        raise ConfigError(
+            "inference_optimize folds the LoRA into float weights that stay on the card: leave out "
+            "--inference_optimize, or --quantize, --vram and --offload"
+        )
     files = drawing.files
     check_folder(files)
     loras = read_loras(drawing, files, "transformer", "text_encoder", "text_encoder_2")
     folder = output_folder(drawing)
     set_device(drawing.device)
-    pipeline = FluxPipeline.from_pretrained(files)
+    pipeline = flux_within_card(drawing, files, None)
     put_loras(pipeline, loras)
     if drawing.inference_optimize:
         merge_lora(pipeline.transformer)

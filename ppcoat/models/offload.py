@@ -24,6 +24,8 @@ from ppcoat.device import on_gpu, set_device
 from ppcoat.errors import ConfigError
 from ppcoat.nn.swap import BlockSwapper, Transport, last_blocks, swap_blocks, take_data
 
+ENCODERS = ("text_encoder", "text_encoder_2", "clip_model")
+
 
 @dataclass(frozen=True)
 class Placement:
@@ -90,7 +92,7 @@ class Offload:
     """Keeps all but one of some models in host memory. current: the name of the one on the device."""
 
     def __init__(
-        self, models: Mapping[str, nn.Layer], swappers: Mapping[str, BlockSwapper], carrier: Carrier
+        self, models: Mapping[str, nn.Layer], swappers: dict[str, BlockSwapper], carrier: Carrier
     ) -> None:
         """models: by name. swappers: of those whose blocks are swapped; they move these tensors."""
         self._models, self._swappers, self._carrier = dict(models), swappers, carrier
@@ -116,6 +118,12 @@ class Offload:
         if name is not None:
             self._move(self._models[name], self._carrier.to_device)
         self.current = name
+
+    def forget(self, name: str) -> None:
+        """This model is not needed any more."""
+        del self._models[name]
+        self._swappers.pop(name, None)
+        self.current = None if self.current == name else self.current
 
     def remove(self) -> None:
         """Take the hooks out: all stay where they are."""
@@ -153,7 +161,7 @@ class Offloading:
             self.__dict__.pop("_offload").remove()
         self.__dict__["_offload"] = Offload(
             {name: part for name, part in self.components.items() if isinstance(part, nn.Layer)},
-            self.__dict__.get("_swappers", {}),
+            self.__dict__.setdefault("_swappers", {}),
             carrier or (CudaCarrier() if on_gpu() else OneMemory()),
         )
 
@@ -168,9 +176,8 @@ class Offloading:
     def enable_block_swap(
         self, blocks: int | None = None, part: str = "transformer", transport: Transport | None = None
     ) -> None:
-        """Let the last `blocks` (None: all) of a model visit the device while they compute, two at a time.
-        Before `enable_model_cpu_offload`, and after the LoRAs are loaded: those that come later stay. Raises
-        ConfigError for more blocks than there are. transport: see nn/swap.py."""
+        """Let the last `blocks` (None: all) of a model visit the device while they compute, two at a time;
+        LoRAs stay there. Raises ConfigError for more blocks than there are. transport: see nn/swap.py."""
         model, swappers = getattr(self, part), self.__dict__.setdefault("_swappers", {})
         if part in swappers:
             swappers.pop(part).remove()
@@ -179,6 +186,21 @@ class Offloading:
         chosen = _blocks(model) if blocks is None else list(last_blocks(model, blocks).values())
         if chosen:
             swappers[part] = swap_blocks(chosen, transport)
+
+    def bring(self, part: str) -> None:
+        """Have this model on the device, as if it were about to compute; where nothing is moved it is."""
+        if "_offload" in self.__dict__:
+            self.__dict__["_offload"].enter(part)
+
+    def release_encoders(self) -> None:
+        """With `enable_model_cpu_offload`, drop the text encoders: what is drawn from now on is encoded."""
+        if "_offload" not in self.__dict__:
+            return
+        for part in ENCODERS:
+            if getattr(self, part, None) is not None:
+                self.__dict__["_offload"].forget(part)
+                setattr(self, part, None)
+        _give_back()
 
     def maybe_free_model_hooks(self) -> None:
         """Sends the model that is on the device back, too, where `enable_model_cpu_offload` was called."""

@@ -89,9 +89,13 @@ def through_encoder(vae: AutoencoderKL, pixels: paddle.Tensor) -> Any:
     return DiagonalGaussianDistribution(paddle.concat([_tiled_encode(vae, each) for each in pictures]))
 
 
-def decoded_at_once(vae: AutoencoderKL) -> int:
-    """Pixels along a side of the largest tile that is decoded, with its margins."""
-    return _tile(vae) + 2 * _margin(_decoder_steps(vae)) * _factor(vae) // 2
+def decoded_at_once(vae: AutoencoderKL, height: int, width: int) -> int:
+    """Pixels of the largest tile, with its margins, of a picture that is decoded in tiles."""
+    steps, side, factor = _decoder_steps(vae), _tile(vae), _factor(vae) // 2
+    if max(height, width) <= side:
+        return height * width
+    spans = [_spans(length // factor, side // factor, _margin(steps), 1) for length in (height, width)]
+    return factor**2 * math.prod(max(span.stop - span.start for span in each) for each in spans)
 
 
 def _tiled_decode(vae: AutoencoderKL, latents: paddle.Tensor) -> paddle.Tensor:

@@ -128,7 +128,8 @@ def test_generate_hands_every_flag_on(monkeypatch):
     monkeypatch.setattr(generate_command, "generate", seen.append)
     monkeypatch.setattr(generate_command, "tune_host", lambda: None)
     flags = "--model m --prompt p q --path_to_lora l --lora_scale 0.5 --seed 3 --steps 4 --guidance_scale 2 "
-    flags += "--height 64 --width 32 --num_images 2 --max_sequence_length 9 --device cpu --dtype float32"
+    flags += "--height 64 --width 32 --num_images 2 --max_sequence_length 9 --device cpu --dtype float32 "
+    flags += "--quantize fp4 --vram 12 --offload --cache_dir c"
     assert run("generate", [*flags.split(), "--output_dir", "o"]) == 0
     (drawing,) = seen
     assert vars(drawing) == {
@@ -152,6 +153,10 @@ def test_generate_hands_every_flag_on(monkeypatch):
         "text_encoders": None,
         "vae": None,
         "tokenizers": None,
+        "quantize": "fp4",
+        "vram": 12.0,
+        "offload": True,
+        "cache_dir": "c",
         "device": "cpu",
         "dtype": "float32",
         **dict.fromkeys(("image", "mask", "strength", "reference")),

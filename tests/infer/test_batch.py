@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.paddle import save_file
 
 import ppcoat.infer.batch as batch_module
+import ppcoat.infer.card as card_module
 import ppcoat.infer.drawers as drawers_module
 import ppcoat.infer.generate as generate_module
 from ppcoat.cli.main import run
@@ -50,7 +51,7 @@ def counted(monkeypatch):
         counts["encoded"] += prompt or []
         return encode(self, prompt, *given, **named)
 
-    monkeypatch.setattr(generate_module, "FluxPipeline", SimpleNamespace(from_pretrained=from_pretrained))
+    monkeypatch.setattr(card_module, "FluxPipeline", SimpleNamespace(from_pretrained=from_pretrained))
     monkeypatch.setattr(FluxPipeline, "encode_prompt", encode_prompt)
     return counts
 
@@ -147,7 +148,8 @@ class Plain(Drawer):
     """Draws one colour, that of its seed."""
 
     def __init__(self, drawn, stop_at=None):
-        super().__init__(SimpleNamespace(set_progress_bar_config=lambda **_: None), [])
+        nothing = {"set_progress_bar_config": lambda **_: None, "release_encoders": lambda: None}
+        super().__init__(SimpleNamespace(**nothing), [])
         self.seeds, self.stop_at = drawn, stop_at
 
     def texts(self, drawing):

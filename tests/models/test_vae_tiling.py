@@ -122,7 +122,8 @@ def test_the_tiles_are_small_and_alone_they_are_the_whole(trained, rounds, seen)
     both(trained, smooth(3, 4, 16, 48), decoded)
     tiles, whole = seen[:-1], seen[-1]
     assert whole == (64, 192) and len(tiles) == 2 * 3
-    assert max(max(tile) for tile in tiles) == vae_tiling.decoded_at_once(trained)
+    assert max(h * w for h, w in tiles) == vae_tiling.decoded_at_once(trained, 64, 192)
+    assert vae_tiling.decoded_at_once(trained, 48, 64) == 48 * 64
     seen.clear()
     tiled, whole = both(trained, smooth(3, 4, 16, 16), decoded)
     assert seen == [(64, 64)] * 2

@@ -144,6 +144,7 @@ class LoRAMethods:
         """The pipeline's ppcoat.lora.Adapters, made at its first use."""
         from ppcoat.lora import Adapters
 
+        self.bring("transformer")  # which adapters may look at
         if "_adapters" not in self.__dict__:
             self.__dict__["_adapters"] = Adapters(
                 lambda: {part: model for part in _PARTS if (model := getattr(self, part)) is not None}
