@@ -98,7 +98,7 @@ def prepared_all(
         try:
             ready.append(prepared(one, sight))
         except ConfigError as error:
-            where = f"{one.prompt[0]:.40}: " if len(drawings) > 1 else ""
+            where = f"prompt {one.prompt[0]!r:.42}: " if len(drawings) > 1 else ""
             raise ConfigError(f"{where}{error}") from None
     paths = [path for path, _ in drawings[0].loras]
     _tell(ready, sight, list(zip(paths, (file for file, _ in loras), strict=True)))
@@ -147,11 +147,12 @@ def prepared(drawing: _Drawing, sight: Sight) -> _Drawing:
     width, height = shown[0].size
     for name, picture in zip(_names(drawing), shown, strict=True):
         if min(picture.size) < TOKEN_SIDE:
-            raise ConfigError(
-                f"{name} is {picture.width}x{picture.height}, wanted at least {TOKEN_SIDE} pixels each way"
-            )
+            came = f"{name} is {picture.width}x{picture.height}"
+            raise ConfigError(f"{came}, wanted at least {TOKEN_SIDE} pixels each way: enlarge it")
     size = _size(drawing, height, width, sight, kind)
     drawing = replace(drawing, height=size[0], width=size[1])
+    if kind is FluxKontextPipeline:  # its --image is the first of its references
+        return replace(drawing, image=None, reference=_names(drawing))
     if drawing.mask is not None:
         _check_mask(drawing, (width, height), sight.latent_side if kind is FluxInpaintPipeline else 1)
     return drawing
@@ -173,6 +174,13 @@ def edit_arguments(drawing: Any, sight: Sight) -> dict[str, Any]:
     if drawing.strength is not None:
         found["strength"] = drawing.strength
     return found
+
+
+def seen_size(drawing: Any) -> tuple[int | None, int | None]:
+    """Height and width of a picture with as many tokens as the transformer sees, about: as many pictures one
+    below the other as there are references, and the one that is drawn."""
+    count = len(drawing.reference or ())
+    return drawing.height * (1 + count) if count else drawing.height, drawing.width
 
 
 def own_guidance(kind: type[FluxPipeline]) -> float:
@@ -242,9 +250,14 @@ def open_picture(file: Path) -> Image.Image:
         raise ConfigError(f"{file} cannot be read as a picture: {error}; give another") from error
 
 
-@lru_cache(maxsize=8)  # of a list's pictures, some are in many lines
 def _opened(file: str) -> Image.Image:
     """Upright, and on black where it is transparent, as pictures of pairs are for training."""
+    return _decoded(file, Path(file).stat().st_mtime_ns if Path(file).exists() else 0)
+
+
+@lru_cache(maxsize=8)  # of a list's pictures, some are in many lines
+def _decoded(file: str, changed: int) -> Image.Image:
+    """changed: when, for the cache."""
     picture = ImageOps.exif_transpose(open_picture(Path(file)))
     if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
         picture = picture.convert("RGBA")

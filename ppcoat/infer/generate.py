@@ -26,6 +26,7 @@ from ppcoat.infer.editing import (
     check_edit_flags,
     open_picture,
     prepared_all,
+    seen_size,
 )
 from ppcoat.infer.prompts import read_pictures, slug
 from ppcoat.lora import info_of, inputs_of, put_adapters, read_fitting, tell
@@ -129,29 +130,29 @@ def generate(drawing: Drawing) -> list[Path]:
     else:
         pictures = read_pictures(drawing.prompts, drawing, check)
         drawings = [picture.drawing for picture in pictures]
-    largest = max(drawings, key=lambda one: (one.height or DEFAULT_SIDE) * (one.width or DEFAULT_SIDE))
     model = kind.check(drawing)
     loras = read_loras(drawing, model, *kind.parts)
-    if drawing.prompts is None:
-        drawings = kind.prepare(drawings, model, loras)
-    else:
-        ready = kind.prepare([each.drawing for each in pictures], model, loras)
-        pictures = [replace(each, drawing=one) for each, one in zip(pictures, ready, strict=True)]
+    drawings = kind.prepare(drawings, model, loras)
     set_device(drawing.device)
     dtype = compute_dtype(drawing.dtype)
     folder = output_folder(drawing)
 
     def load() -> Drawer:
-        sized = replace(drawing, height=largest.height, width=largest.width)
-        return kind.drawer(sized, model, dtype, loras)
+        height, width = max(map(seen_size, drawings), key=_pixels)
+        return kind.drawer(replace(drawing, height=height, width=width), model, dtype, loras)
 
     if drawing.prompts is not None:
+        pictures = [replace(each, drawing=one) for each, one in zip(pictures, drawings, strict=True)]
         return Batch(drawing, pictures, folder, model, dtype).draw(load)
     files = []
     for number, (one, found) in enumerate(zip(drawings, load().drawn(drawings), strict=True)):
         for i, picture in enumerate(found):
             files.append(save_picture(picture, folder, number, one.prompt[0], one.seed + i))
     return files
+
+
+def _pixels(size: tuple[int | None, int | None]) -> int:
+    return (size[0] or DEFAULT_SIDE) * (size[1] or DEFAULT_SIDE)
 
 
 def _check_flux_settings(drawing: Drawing) -> None:

@@ -159,6 +159,7 @@ def test_generate_hands_every_flag_on(monkeypatch):
         "cache_dir": "c",
         "device": "cpu",
         "dtype": "float32",
+        **dict.fromkeys(("image", "mask", "strength", "reference")),
     }
 
 

@@ -104,7 +104,7 @@ class Canvas:
         return ids if self.reference_ids is None else paddle.concat([ids, self.reference_ids])
 
 
-class FluxDrawing(PromptEncoding):
+class DrawingLoop(PromptEncoding):
     """For a pipeline of FLUX's parts with LoRAMethods, PictureInputs and LatentPictures."""
 
     _callback_tensor_inputs = ("latents", "prompt_embeds")

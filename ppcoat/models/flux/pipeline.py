@@ -18,7 +18,7 @@ from ppcoat.atomic import whole_folder
 from ppcoat.device import compute_dtype
 from ppcoat.errors import ConfigError
 from ppcoat.models import loading, writing
-from ppcoat.models.flux.drawing import DrawingCall, FluxDrawing, FluxPipelineOutput
+from ppcoat.models.flux.drawing import DrawingCall, DrawingLoop, FluxPipelineOutput
 from ppcoat.models.flux.files import FLUX_COMPONENTS, FluxFiles, Places
 from ppcoat.models.flux.lora_methods import LoRAMethods
 from ppcoat.models.flux.picture_inputs import PictureInputs
@@ -28,7 +28,7 @@ from ppcoat.models.pictures import LatentPictures, check_options
 from ppcoat.models.quantized_base import load_parts
 
 
-class FluxPipeline(FluxDrawing, LoRAMethods, PictureInputs, LatentPictures, DiffusionPipeline):
+class FluxPipeline(DrawingLoop, LoRAMethods, PictureInputs, LatentPictures, DiffusionPipeline):
     """The seven parts of FLUX.1 and the loop over them.
 
     A scheduler that cannot shift dynamically (ppdiffusers' own, in some versions) is replaced by ours with
