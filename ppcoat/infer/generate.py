@@ -1,12 +1,12 @@
-"""Draw pictures with a FLUX or NewBie-image folder and, if wanted, a LoRA, and save them as PNG."""
+"""Draw pictures with a FLUX or NewBie-image folder and, if wanted, a LoRA, and save them as PNG: of prompts,
+or of a list whose lines have settings of their own (prompts.py, batch.py)."""
 
 from __future__ import annotations
 
 import argparse
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -17,7 +17,17 @@ from ppcoat.atomic import check_writable, whole_file
 from ppcoat.config.flags import add_flags, flag, from_flags
 from ppcoat.device import compute_dtype, set_device, tune_host
 from ppcoat.errors import ConfigError
-from ppcoat.lora import LoRAFile, info_of, inputs_of, put_adapters, read_fitting, tell
+from ppcoat.infer.batch import Batch
+from ppcoat.infer.drawers import Drawer, FluxDrawer, Loras, NewbieDrawer
+from ppcoat.infer.editing import (
+    EditFlags,
+    Sight,
+    check_edit_flags,
+    open_picture,
+    prepared_all,
+)
+from ppcoat.infer.prompts import read_pictures, slug
+from ppcoat.lora import info_of, inputs_of, put_adapters, read_fitting, tell
 from ppcoat.models.flux.files import OF_FILE, FluxFiles
 from ppcoat.models.flux.pipeline import FluxPipeline
 from ppcoat.models.loading import check_folder, parameter_shapes
@@ -25,17 +35,20 @@ from ppcoat.models.newbie.files import check_newbie_folder
 from ppcoat.models.newbie.pipeline import NewbiePipeline
 from ppcoat.models.tensor_files import read_json
 
-Draw = Callable[[str], list[Image.Image]]
-Loras = list[tuple[LoRAFile, float]]  # with their strengths
 NOTABLE_STRETCH = 0.02  # of a control picture's width against its height
 
 
 @dataclass(frozen=True)
-class Drawing:
+class Drawing(EditFlags):
     """Settings of one call. Picture i of a prompt is drawn from seed + i, so it can be drawn again alone."""
 
     model: str = flag("folder of a FLUX or NewBie pipeline in the diffusers layout, or a FLUX file")
-    prompt: list[str] = flag("what to draw; several prompts give several pictures")
+    prompt: list[str] | None = flag("what to draw; several prompts give several pictures", None)
+    prompts: str | None = flag(
+        "a list instead, .jsonl, .csv or .txt: prompt, seed, size, lora_scale, name and more a line; goes on "
+        "where it was stopped",
+        None,
+    )
     output_dir: str = flag("folder for the PNG files", "output/pictures")
     control_image: str | None = flag(
         "picture of edges or depths to draw after, with a control LoRA or FLUX.1 Canny or Depth", None
@@ -45,7 +58,9 @@ class Drawing:
     ignore_unknown: bool = flag("leave out what a LoRA has for layers that the model lacks", False)
     seed: int = flag("seed of the first picture", 42)
     steps: int = flag("denoising steps", 28)
-    guidance_scale: float | None = flag("guidance (default: FLUX 3.5, NewBie 5)", None)
+    guidance_scale: float | None = flag(
+        "guidance (default: FLUX 3.5, NewBie 5, over a picture 7, Fill 30)", None
+    )
     height: int | None = flag("pixels, a multiple of 16 (default: the model's own size)", None)
     width: int | None = flag("pixels, a multiple of 16 (default: the model's own size)", None)
     num_images: int = flag("pictures per prompt", 1)
@@ -80,8 +95,9 @@ class Drawing:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `inference/generate.py`: the fields of Drawing."""
-    add_flags(parser, Drawing)
+    """The flags of `inference/generate.py`: the fields of Drawing, those of editing last."""
+    add_flags(parser, Drawing, *(name for name in Drawing.__annotations__))
+    add_flags(parser, EditFlags)
 
 
 def run_command(arguments: argparse.Namespace) -> None:
@@ -92,32 +108,63 @@ def run_command(arguments: argparse.Namespace) -> None:
 def generate(drawing: Drawing) -> list[Path]:
     """Draw and save; returns the files. Raises ConfigError before any model is loaded for what it can
     check."""
-    check_numbers(drawing)
+    if bool(drawing.prompt) == (drawing.prompts is not None):
+        raise ConfigError("give either --prompt, what to draw, or --prompts, a list of that")
     kind = _kind(drawing)
+
+    def check(one: Drawing) -> None:
+        check_numbers(one)
+        kind.check_settings(one)
+
+    if drawing.prompts is None:
+        drawings = [replace(drawing, prompt=[prompt]) for prompt in drawing.prompt]
+        check(drawing)
+    else:
+        pictures = read_pictures(drawing.prompts, drawing, check)
     model = kind.check(drawing)
     loras = read_loras(drawing, model, *kind.parts)
+    if drawing.prompts is None:
+        drawings = kind.prepare(drawings, model, loras)
+    else:
+        ready = kind.prepare([each.drawing for each in pictures], model, loras)
+        pictures = [replace(each, drawing=one) for each, one in zip(pictures, ready, strict=True)]
     set_device(drawing.device)
     dtype = compute_dtype(drawing.dtype)
     folder = output_folder(drawing)
-    draw = kind.drawer(drawing, model, dtype, loras)
+
+    def load() -> Drawer:
+        return kind.drawer(drawing, model, dtype, loras)
+
+    if drawing.prompts is not None:
+        return Batch(drawing, pictures, folder, model, dtype).draw(load)
     files = []
-    for number, prompt in enumerate(drawing.prompt):
-        for i, picture in enumerate(draw(prompt)):
-            files.append(save_picture(picture, folder, number, prompt, drawing.seed + i))
+    for number, (one, found) in enumerate(zip(drawings, load().drawn(drawings), strict=True)):
+        for i, picture in enumerate(found):
+            files.append(save_picture(picture, folder, number, one.prompt[0], one.seed + i))
     return files
 
 
-def _check_flux(drawing: Drawing) -> FluxFiles:
+def _check_flux_settings(drawing: Drawing) -> None:
     if drawing.negative_prompt and not drawing.true_cfg_scale > 1:
         raise ConfigError("negative_prompt: FLUX sees it only with a true_cfg_scale above 1; give e.g. 3")
+    check_edit_flags(drawing)
+
+
+def _check_newbie_settings(drawing: Drawing) -> None:
+    if drawing.true_cfg_scale != 1:
+        raise ConfigError("true_cfg_scale is for FLUX; NewBie's classifier-free guidance is guidance_scale")
+    for field in fields(EditFlags):
+        if getattr(drawing, field.name) is not None:
+            raise ConfigError(f"{field.name} is for FLUX: NewBie draws from no picture; leave it out")
+
+
+def _check_flux(drawing: Drawing) -> FluxFiles:
     files = drawing.files
     check_folder(files, control=True)
     return files
 
 
 def _check_newbie(drawing: Drawing) -> Path:
-    if drawing.true_cfg_scale != 1:
-        raise ConfigError("true_cfg_scale is for FLUX; NewBie's classifier-free guidance is guidance_scale")
     for name in ("text_encoders", "vae", "tokenizers"):
         if getattr(drawing, name):
             raise ConfigError(f"--{name} is for a FLUX file; a NewBie folder has its own, leave it out")
@@ -162,16 +209,6 @@ def _check_control(drawing: Drawing, shapes: Mapping[str, Sequence[int]], loras:
         open_picture(Path(drawing.control_image))
 
 
-def open_picture(file: Path) -> Image.Image:
-    """The completely decoded picture. Raises ConfigError naming a file that cannot be decoded."""
-    try:
-        with Image.open(file) as picture:
-            picture.load()
-            return picture
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ConfigError(f"{file} cannot be read as a picture: {error}; give another") from error
-
-
 def control_picture(drawing: Drawing, pipeline: FluxPipeline) -> Image.Image | None:
     """The control picture of a drawing; tells where it will be stretched."""
     if drawing.control_image is None:
@@ -196,35 +233,48 @@ def put_loras(pipeline: FluxPipeline, loras: Loras) -> None:
         pipeline.set_adapters([f"lora_{i}" for i in range(len(loras))], [scale for _, scale in loras])
 
 
-def _flux_drawer(drawing: Drawing, files: FluxFiles, dtype: str | None, loras: Loras) -> Draw:
+def _flux_drawer(drawing: Drawing, files: FluxFiles, dtype: str | None, loras: Loras) -> Drawer:
     pipeline = FluxPipeline.from_pretrained(files, dtype)
     put_loras(pipeline, loras)
-    cfg = {"negative_prompt": drawing.negative_prompt, "true_cfg_scale": drawing.true_cfg_scale}
-    control = {"control_image": control_picture(drawing, pipeline)}
-    return lambda prompt: pipeline(prompt, **_options(drawing, 3.5), **cfg, **control).images
+    return FluxDrawer(pipeline, loras, control_picture(drawing, pipeline), Sight.of(files))
 
 
-def _newbie_drawer(drawing: Drawing, folder: Path, dtype: str | None, loras: Loras) -> Draw:
-    """Euler steps on a time grid with shift 6."""
+def _newbie_drawer(drawing: Drawing, folder: Path, dtype: str | None, loras: Loras) -> Drawer:
     pipeline = NewbiePipeline.from_pretrained(folder, dtype)
     put_adapters({"transformer": pipeline.transformer}, loras)
     for file, scale in loras:
         tell(info_of(file, scale))
-    return lambda prompt: pipeline(prompt, drawing.negative_prompt, **_options(drawing, 5.0)).images
+    return NewbieDrawer(pipeline, loras)
 
 
 class _Kind(NamedTuple):
-    """What differs between the models that can draw. check(drawing) says where the model lies, or raises
-    ConfigError; parts: folders that a LoRA can change; drawer(drawing, model, dtype, loras) loads it."""
+    """What differs between the models that can draw. check_settings(drawing) and check(drawing) raise
+    ConfigError, the second says where the model lies; parts: folders that a LoRA can change;
+    prepare(drawings, model, loras): with what pictures and model decide; drawer(drawing, model, dtype, loras)
+    loads it."""
 
+    check_settings: Callable[[Drawing], None]
     check: Callable[[Drawing], FluxFiles | Path]
     parts: tuple[str, ...]
-    drawer: Callable[[Drawing, FluxFiles | Path, str | None, Loras], Draw]
+    prepare: Callable[[list[Drawing], FluxFiles | Path, Loras], list[Drawing]]
+    drawer: Callable[[Drawing, FluxFiles | Path, str | None, Loras], Drawer]
 
 
 _KINDS = {  # class in model_index.json -> kind
-    "FluxPipeline": _Kind(_check_flux, ("transformer", "text_encoder", "text_encoder_2"), _flux_drawer),
-    "NewbiePipeline": _Kind(_check_newbie, ("transformer",), _newbie_drawer),
+    "FluxPipeline": _Kind(
+        _check_flux_settings,
+        _check_flux,
+        ("transformer", "text_encoder", "text_encoder_2"),
+        prepared_all,
+        _flux_drawer,
+    ),
+    "NewbiePipeline": _Kind(
+        _check_newbie_settings,
+        _check_newbie,
+        ("transformer",),
+        lambda drawings, *_: drawings,
+        _newbie_drawer,
+    ),
 }
 
 
@@ -238,22 +288,9 @@ def _kind(drawing: Drawing) -> _Kind:
     return _KINDS.get(said, _KINDS["FluxPipeline"])
 
 
-def _options(drawing: Drawing, guidance_scale: float) -> dict:
-    """What both pipelines are called with; a size that was not given is the pipeline's own."""
-    sizes = {"height": drawing.height, "width": drawing.width}
-    return {
-        "num_inference_steps": drawing.steps,
-        "guidance_scale": guidance_scale if drawing.guidance_scale is None else drawing.guidance_scale,
-        "num_images_per_prompt": drawing.num_images,
-        "seed": drawing.seed,
-        "max_sequence_length": drawing.max_sequence_length,
-        **{name: side for name, side in sizes.items() if side is not None},
-    }
-
-
 def save_picture(picture: Image.Image, folder: Path, number: int, prompt: str, seed: int) -> Path:
     """Write a PNG whose name tells number, prompt and seed, with the whole prompt in its text; prints it."""
-    file = folder / f"{number:03d}_{_slug(prompt)}_{seed}.png"
+    file = folder / f"{number:03d}_{slug(prompt)}_{seed}.png"
     note = PngInfo()
     note.add_itxt("prompt", prompt)
     with whole_file(file) as draft:
@@ -286,8 +323,3 @@ def output_folder(drawing: Drawing) -> Path:
         raise ConfigError(f"output_dir {folder} is a file, wanted a folder")
     check_writable(folder)
     return folder
-
-
-def _slug(prompt: str) -> str:
-    """A short, harmless piece of a file name."""
-    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40] or "picture"

@@ -14,6 +14,8 @@ from paddle.base.core import Generator, default_cpu_generator
 
 from ppcoat.device import COMPUTE_DTYPES, compute_dtype, set_device
 from ppcoat.errors import ConfigError, unknown_name
+from ppcoat.models import vae_tiling
+from ppcoat.models.offload import Offloading
 from ppcoat.nn.base_weight import BaseWeight
 
 TOKEN_SIDE = 16  # pixels that a token stands for, each way: the VAE's 8 times the transformers' patches of 2
@@ -35,7 +37,7 @@ _NEEDLESS = (
 _INSTEAD = {
     **dict.fromkeys(("device_map", "max_memory", "offload_folder"), "call paddle.set_device first"),
     **dict.fromkeys(("custom_pipeline", "custom_revision", "use_onnx", "provider"), "leave it out"),
-    "quantization_config": "give transformer=load_quantized_transformer(...) of ppcoat.models.quantized_base",
+    "quantization_config": "give quantize='fp4' (or fp8, int8, nf4)",
     **dict.fromkeys(
         ("image_encoder", "feature_extractor", "safety_checker"), "FLUX.1 has none; leave it out"
     ),
@@ -112,7 +114,7 @@ def _drawn_seed(generator: Any) -> int:
     )
 
 
-class LatentPictures:
+class LatentPictures(Offloading):
     """For a DiffusionPipeline with a `vae`: latents are shifted and scaled as its config says; and what its
     methods of diffusers' names do here."""
 
@@ -122,7 +124,7 @@ class LatentPictures:
 
         As the transformer sees them: shifted and scaled, the mean of the VAE's distribution. In its dtype.
         """
-        latents = self.vae.encode(pixels.astype(self.vae.dtype)).latent_dist.mode()
+        latents = vae_tiling.through_encoder(self.vae, pixels.astype(self.vae.dtype)).mode()
         return (latents - self.vae.config.shift_factor) * self.vae.config.scaling_factor
 
     @paddle.no_grad()
@@ -131,7 +133,7 @@ class LatentPictures:
         in the VAE's dtype."""
         config = self.vae.config
         latents = latents.astype(self.vae.dtype) / config.scaling_factor + config.shift_factor
-        return self.vae.decode(latents).sample
+        return vae_tiling.through_decoder(self.vae, latents)
 
     def pictures(self, latents: paddle.Tensor, output_type: str):
         """Latents [B, 16, h, w] -> "pil": a list of pictures; "np": float32 [B, 8h, 8w, 3] in 0..1."""
@@ -149,8 +151,8 @@ class LatentPictures:
         """Moves the models to a device ("cpu", "gpu:1", "cuda") and casts them, in place -> the pipeline.
 
         where: a device, a dtype, or both. The device becomes Paddle's current one, where drawing makes its
-        tensors. Raises ConfigError for a device that is not there, a dtype in which it does not compute, and
-        to cast quantised weights.
+        tensors; offloading and block swapping end. Raises ConfigError for a device that is not there, a dtype
+        in which it does not compute, and to cast quantised weights.
         """
         for each in (*where, device, dtype):
             text = str(each).removeprefix("Place(").removesuffix(")").replace("cuda", "gpu")
@@ -165,26 +167,11 @@ class LatentPictures:
         layers = (layer for model in models for layer in model.sublayers())
         if dtype is not None and any(isinstance(layer, BaseWeight) for layer in layers):
             raise ConfigError(f"to: quantised weights are not cast to {dtype}; load the model in that dtype")
+        if device is not None:
+            self._end_offload()
         for model in models:
             model.to(device=device, dtype=dtype)
         return self
-
-    def enable_model_cpu_offload(self, *_: Any, **__: Any) -> None:
-        """Not here: raises ConfigError with another way."""
-        raise ConfigError(
-            "nothing is moved between card and host while it draws: to need less of the card, encode the "
-            "prompts in a pipeline without transformer, then draw with prompt_embeds in one without encoders"
-        )
-
-    enable_sequential_cpu_offload = enable_model_cpu_offload
-
-    def enable_vae_tiling(self) -> None:
-        """Not here, for ppdiffusers' VAE cannot do it without `post_quant_conv`, which FLUX has not: raises
-        ConfigError with another way."""
-        raise ConfigError(
-            "enable_vae_tiling: this VAE does not decode in tiles; use enable_vae_slicing() for one picture "
-            "at a time, or a smaller size"
-        )
 
 
 def pack_latents(latents: paddle.Tensor) -> paddle.Tensor:

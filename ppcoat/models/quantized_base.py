@@ -15,18 +15,26 @@ from __future__ import annotations
 import logging
 import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import paddle
 from paddle import nn
 
+from ppcoat.device import default_dtype
 from ppcoat.errors import ConfigError
 from ppcoat.models.flux.transformer import FluxTransformer2DModel
-from ppcoat.models.loading import linear_weights, load_transformer, set_parameter, unfilled
+from ppcoat.models.loading import (
+    linear_weights,
+    load_component,
+    load_transformer,
+    set_parameter,
+    unfilled,
+)
+from ppcoat.models.offload import loaded_to_host
 from ppcoat.models.tensor_files import (
     Component,
     TensorInfo,
@@ -38,7 +46,7 @@ from ppcoat.models.tensor_files import (
 )
 from ppcoat.models.writing import INDEX, Layout, check_room, layout_bytes, shard_metadata, write_component
 from ppcoat.nn.base_weight import BASES, BLOCK, BaseWeight
-from ppcoat.nn.convert import is_in_block, set_base_weight, set_sublayer, sublayer_at
+from ppcoat.nn.convert import check_format, is_in_block, set_base_weight, set_sublayer, sublayer_at
 from ppcoat.nn.swap import last_blocks, move_to_host
 
 _log = logging.getLogger(__name__)
@@ -88,6 +96,27 @@ def load_quantized_transformer(
         lambda model: last_blocks(model, blocks_to_swap),
         base,
     )
+
+
+def load_parts(
+    where: Mapping[str, Component],
+    names: Iterable[str],
+    dtype: str | None,
+    quantize: str | None,
+    to_host: bool,
+) -> dict[str, Any]:
+    """`loading.load_component` of each name, the transformer's Linears in the format `quantize` of BASES.
+    to_host: models lie in host memory; a quantised transformer is made on the device. Raises ConfigError for
+    another format before anything is loaded."""
+    check_format(quantize)
+    dtype, loaded = dtype or default_dtype(), {}
+    for name in names:
+        if name == "transformer" and quantize:
+            loaded[name] = load_quantized_transformer(where[name], dtype, base=quantize)
+            continue
+        with loaded_to_host(to_host):
+            loaded[name] = load_component(where[name], name, dtype)
+    return loaded
 
 
 def load_quantized(

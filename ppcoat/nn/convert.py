@@ -63,8 +63,7 @@ def quantize_linears(model: nn.Layer, base: str = "fp8") -> list[str]:
     carries a LoRA or is quantised, and for weights that are not finite. (models/quantized_base.py does the
     same while it reads a model from disk.)
     """
-    if base not in BASES:
-        raise ConfigError(f"unknown format of base weights {base!r}; use one of {', '.join(BASES)}")
+    check_format(base)
     layers = list(model.named_sublayers())
     for path, layer in layers:
         if isinstance(layer, AdaptedLinear):
@@ -76,6 +75,12 @@ def quantize_linears(model: nn.Layer, base: str = "fp8") -> list[str]:
         layer = sublayer_at(model, path)
         set_base_weight(model, path, BASES[base].of(layer.weight), layer.bias)
     return paths
+
+
+def check_format(base: str | None) -> None:
+    """Raises ConfigError for what is no format of base weights; None is none."""
+    if base is not None and base not in BASES:
+        raise ConfigError(f"unknown format of base weights {base!r}; use one of {', '.join(BASES)}")
 
 
 def set_base_weight(model: nn.Layer, path: str, weight: BaseWeight, bias: paddle.Tensor | None) -> None:

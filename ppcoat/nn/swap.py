@@ -106,6 +106,16 @@ class BlockSwapper:
         if 0 <= following < len(self._tensors) and following not in self.resident:
             self._begin(following)
 
+    @property
+    def tensors(self) -> list[paddle.Tensor]:
+        """All that are swapped, of any shape and dtype."""
+        return [x for tensors in self._tensors for x in tensors]
+
+    def rest(self) -> None:
+        """Let all blocks be in host memory until one begins again."""
+        for index in list(self.resident):
+            self._leave(index)
+
     def remove(self) -> None:
         """Bring all blocks to the device for good, and take the hooks out."""
         for hook in self._hooks:
@@ -133,7 +143,7 @@ class BlockSwapper:
 
     def _exchange(self, index: int, sources: Sequence[paddle.Tensor]) -> None:
         for tensor, source in zip(self._tensors[index], sources, strict=True):
-            tensor.get_tensor()._share_data_with(source.get_tensor())
+            take_data(tensor, source)
 
     def _before_forward(self, index: int):
         def before(block: nn.Layer, inputs: tuple) -> None:
@@ -148,7 +158,7 @@ class BlockSwapper:
         def after(block: nn.Layer, inputs: tuple, outputs: paddle.Tensor | tuple) -> None:
             # the gradient of an output is there just before the block's own backward begins
             for output in outputs if isinstance(outputs, tuple | list) else (outputs,):
-                if not output.stop_gradient:
+                if output is not None and not output.stop_gradient:
                     output.register_hook(at_backward)
 
         return after
@@ -185,7 +195,13 @@ def move_to_host(x: paddle.Tensor) -> None:
     """Give the tensor x (any shape and dtype) its data in page-locked host memory, in place; on a CPU it is
     there already."""
     if x.place.is_gpu_place():
-        x.get_tensor()._share_data_with(x.pin_memory().get_tensor())
+        take_data(x, x.pin_memory())
+
+
+def take_data(x: paddle.Tensor, source: paddle.Tensor) -> None:
+    """Give the tensor x (any shape and dtype) the data of another, wherever that lies, in place."""
+    # `source` has a name until the end: get_tensor() gives a reference that does not keep its tensor
+    x.get_tensor()._share_data_with(source.get_tensor())
 
 
 def _frozen_tensors(block: nn.Layer) -> list[paddle.Tensor]:
@@ -199,5 +215,5 @@ def _frozen_tensors(block: nn.Layer) -> list[paddle.Tensor]:
 def _alias(x: paddle.Tensor) -> paddle.Tensor:
     """Another tensor on the data of x, which keeps it when x gets other data."""
     other = paddle.empty([0], x.dtype)
-    other.get_tensor()._share_data_with(x.get_tensor())
+    take_data(other, x)
     return other

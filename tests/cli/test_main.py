@@ -56,9 +56,9 @@ def test_every_command_explains_its_flags(name, capsys):
 
 def test_a_missing_flag_exits_with_2(capsys):
     with pytest.raises(SystemExit) as stopped:
-        main(["generate", "--model", "x"])
+        main(["generate", "--prompt", "x"])
     assert stopped.value.code == 2
-    assert "--prompt" in capsys.readouterr().err
+    assert "--model" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -134,6 +134,7 @@ def test_generate_hands_every_flag_on(monkeypatch):
     assert vars(drawing) == {
         "model": "m",
         "prompt": ["p", "q"],
+        "prompts": None,
         "output_dir": "o",
         "control_image": None,
         "path_to_lora": ["l"],
@@ -153,6 +154,7 @@ def test_generate_hands_every_flag_on(monkeypatch):
         "tokenizers": None,
         "device": "cpu",
         "dtype": "float32",
+        **dict.fromkeys(("image", "mask", "strength", "reference")),
     }
 
 

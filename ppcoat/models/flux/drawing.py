@@ -18,7 +18,6 @@ from ppcoat.errors import ConfigError
 from ppcoat.models.flux.prompt_encoding import Away, PromptEncoding
 from ppcoat.models.flux.scheduler import set_flux_timesteps
 from ppcoat.models.pictures import (
-    TOKEN_SIDE,
     check_drawing,
     latent_image_ids,
     noise_of_seeds,
@@ -75,11 +74,6 @@ class DrawingCall:
         """Of a call's arguments by name; others among them (`self`) are left out."""
         return cls(**{each.name: arguments[each.name] for each in fields(cls) if each.name in arguments})
 
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of tokens."""
-        return self.height // TOKEN_SIDE, self.width // TOKEN_SIDE
-
 
 @dataclass(frozen=True, kw_only=True)
 class Canvas:
@@ -120,12 +114,17 @@ class FluxDrawing(PromptEncoding):
         side = DEFAULT_SIDE if self.vae is None else self.vae.config.sample_size
         return height or side, width or side
 
+    def _grid(self, call: DrawingCall) -> tuple[int, int]:
+        """Rows and columns of tokens, each of 2 x 2 latents."""
+        side = 2 * self.vae_scale_factor
+        return call.height // side, call.width // side
+
     @paddle.no_grad()
     def _draw(self, call: DrawingCall) -> FluxPipelineOutput | tuple:
         """The stages in their order; each uses other models than the one before."""
         self._check_call(call)
         conditions, away = self._encoded(call)
-        rows, columns = call.grid
+        rows, columns = self._grid(call)
         set_flux_timesteps(
             self.scheduler, rows * columns, call.num_inference_steps, call.timesteps, call.sigmas
         )
@@ -136,7 +135,7 @@ class FluxDrawing(PromptEncoding):
     def _check_call(self, call: DrawingCall) -> None:
         """Raises ConfigError before anything is computed."""
         self._check_parts("draw", "transformer", *(() if call.output_type == "latent" else ("vae",)))
-        check_drawing(call.height, call.width, TOKEN_SIDE, call.output_type)
+        check_drawing(call.height, call.width, 2 * self.vae_scale_factor, call.output_type)
         unknown = set(call.callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
         if unknown:
             raise ConfigError(
@@ -155,7 +154,7 @@ class FluxDrawing(PromptEncoding):
 
     def _noise(self, call: DrawingCall, batch: int) -> paddle.Tensor:
         """float32 [batch, 16, height/8, width/8]."""
-        rows, columns = call.grid
+        rows, columns = self._grid(call)
         shape = (self.transformer.out_channels // 4, 2 * rows, 2 * columns)
         return noise_of_seeds(picture_seeds(batch, call.seed, call.generator), shape)
 
@@ -193,7 +192,7 @@ class FluxDrawing(PromptEncoding):
         """latents: packed [B, tokens, 64]."""
         images = latents
         if call.output_type != "latent":
-            images = self.pictures(unpack_latents(latents, *call.grid), call.output_type)
+            images = self.pictures(unpack_latents(latents, *self._grid(call)), call.output_type)
         return FluxPipelineOutput(images=images) if call.return_dict else (images,)
 
     def _settings(self, canvas: Canvas, call: DrawingCall) -> dict[str, Any]:
@@ -201,7 +200,7 @@ class FluxDrawing(PromptEncoding):
         guided = self.transformer.config.guidance_embeds
         batch = len(canvas.latents)
         return {
-            "img_ids": canvas.ids(call.grid),
+            "img_ids": canvas.ids(self._grid(call)),
             "joint_attention_kwargs": call.joint_attention_kwargs,
             "guidance": paddle.full([batch], call.guidance_scale, dtype="float32") if guided else None,
         }

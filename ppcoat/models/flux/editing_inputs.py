@@ -17,7 +17,7 @@ import paddle.nn.functional as F
 from ppcoat.errors import ConfigError
 from ppcoat.models.pictures import TOKEN_SIDE, latent_image_ids, pack_latents
 
-LATENT_SIDE = 8  # pixels that a latent stands for, each way
+LATENT_SIDE = 8  # pixels that a latent of FLUX.1's VAE stands for, each way
 # Sizes (width, height) that FLUX.1 Kontext was trained with, beside those with the sides exchanged.
 _KONTEXT_TALL = ((672, 1568), (688, 1504), (720, 1456), (752, 1392), (800, 1328), (832, 1248), (880, 1184),
                  (944, 1104), (1024, 1024))  # fmt: skip
@@ -51,10 +51,10 @@ def reference_ids(grids: Sequence[tuple[int, int]]) -> paddle.Tensor:
 def fill_latents(masked: paddle.Tensor, mask: paddle.Tensor) -> paddle.Tensor:
     """What FLUX.1 Fill sees beside the noisy latents: [B, 80, h, w], whose packed form is [B, tokens, 320].
 
-    masked: latents [B, 16, h, w] of the pixels with the hole (`masked_pixels`). mask [B, 1, 8 h, 8 w] or [1,
-    1, 8 h, 8 w]. In the dtype of the latents.
+    masked: latents [B, 16, h, w] of the pixels with the hole (`masked_pixels`). mask: that of the pixels, [B
+    or 1, 1, 8 h, 8 w]. In the dtype of the latents.
     """
-    channels = mask_channels(mask).astype(masked.dtype)
+    channels = mask_channels(mask, mask.shape[2] // masked.shape[2]).astype(masked.dtype)
     return paddle.concat([masked, channels.expand([masked.shape[0], -1, -1, -1])], axis=1)
 
 
@@ -63,16 +63,16 @@ def masked_pixels(pixels: paddle.Tensor, mask: paddle.Tensor) -> paddle.Tensor:
     return pixels * (1 - mask.astype(pixels.dtype))
 
 
-def mask_channels(mask: paddle.Tensor) -> paddle.Tensor:
+def mask_channels(mask: paddle.Tensor, side: int = LATENT_SIDE) -> paddle.Tensor:
     """Mask [B, 1, 8 h, 8 w] -> [B, 64, h, w], any dtype: channel 8 y + x is the pixel (y, x) of each cell of
-    8 x 8."""
-    return F.pixel_unshuffle(mask.astype("float32"), LATENT_SIDE).astype(mask.dtype)
+    8 x 8. side: of the cells, for another VAE than FLUX.1's."""
+    return F.pixel_unshuffle(mask.astype("float32"), side).astype(mask.dtype)
 
 
-def latent_mask(mask: paddle.Tensor) -> paddle.Tensor:
+def latent_mask(mask: paddle.Tensor, side: int = LATENT_SIDE) -> paddle.Tensor:
     """Mask [B, 1, 8 h, 8 w] -> [B, 1, h, w], any dtype: the first pixel of each cell of 8 x 8, as diffusers'
-    inpainting shrinks it."""
-    return mask[:, :, ::LATENT_SIDE, ::LATENT_SIDE]
+    inpainting shrinks it. side: as above."""
+    return mask[:, :, ::side, ::side]
 
 
 def first_step(steps: int, strength: float) -> int:

@@ -118,6 +118,12 @@ class FluxFiles:
         whole = {name: self.base / name for name in FLUX_COMPONENTS}
         return self.base if self.components == whole else None
 
+    @property
+    def class_name(self) -> str | None:
+        """diffusers' class that draws with the model, by model_index.json of its folder."""
+        index = (self.base if self.base.is_dir() else self.base.parent) / "model_index.json"
+        return read_json(index).get("_class_name") if index.is_file() else None
+
     def __getitem__(self, name: str) -> Component:
         """Where a component lies. Raises ConfigError for one that is nowhere."""
         self.check(name)

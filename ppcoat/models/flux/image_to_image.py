@@ -163,8 +163,9 @@ class FluxInpaintPipeline(FluxImg2ImgPipeline):
         noise = self._noise(call, batch) if call.latents is None else call.latents
         begun = None if call.latents is None else pack_latents(noise)
         canvas = self._begun(replace(call, latents=begun), picture, noise)
-        mask = latent_mask(picture_mask(call.mask_image, call.height, call.width))
-        mask = for_all(mask.astype(picture.dtype), batch, "mask_image")
+        mask = picture_mask(call.mask_image, call.height, call.width)
+        mask = latent_mask(mask, self.vae_scale_factor).astype(picture.dtype)
+        mask = for_all(mask, batch, "mask_image")
         tokens = pack_latents(mask.expand_as(picture))
 
         def put_back(latents: paddle.Tensor, level: int) -> paddle.Tensor:

@@ -16,8 +16,9 @@ from PIL import Image
 
 from ppcoat.errors import ConfigError
 from ppcoat.models.flux.drawing import Canvas, DrawingCall, FluxPipelineOutput, Prompt
-from ppcoat.models.flux.editing_inputs import LATENT_SIDE, output_size, pack_references, reference_size
+from ppcoat.models.flux.editing_inputs import output_size, pack_references, reference_size
 from ppcoat.models.flux.pipeline import FluxPipeline
+from ppcoat.models.pictures import check_drawing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +89,8 @@ class FluxKontextPipeline(FluxPipeline):
         """Latents [batch, 16, h, w] of one reference for all, or of one for each prompt."""
         height, width = _sides(image)
         if isinstance(image, paddle.Tensor) and image.shape[-3] == self.transformer.out_channels // 4:
-            height, width = output_size(LATENT_SIDE * height, LATENT_SIDE * width, None)
+            height, width = (self.vae_scale_factor * side for side in (height, width))
+            check_drawing(height, width, 2 * self.vae_scale_factor, call.output_type)
         else:
             height, width = reference_size(height, width, call.auto_resize)
         return self.image_latents(image, height, width, batch, "image")

@@ -17,7 +17,6 @@ import paddle
 from PIL import Image
 
 from ppcoat.errors import ConfigError
-from ppcoat.models.flux.editing_inputs import LATENT_SIDE
 from ppcoat.models.pictures import pack_latents
 
 
@@ -58,7 +57,8 @@ class PictureInputs:
         shapes, and unless there is one for all or as many that each serves equally many, those of one prompt
         side by side.
         """
-        shape = [self.transformer.out_channels // 4, height // LATENT_SIDE, width // LATENT_SIDE]
+        side = self.vae_scale_factor
+        shape = [self.transformer.out_channels // 4, height // side, width // side]
         if isinstance(image, paddle.Tensor) and list(image.shape[-3:]) == shape:
             latents = image if image.ndim == 4 else image.unsqueeze(0)
         else:

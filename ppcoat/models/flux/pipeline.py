@@ -25,6 +25,7 @@ from ppcoat.models.flux.picture_inputs import PictureInputs
 from ppcoat.models.flux.scheduler import flux_scheduler
 from ppcoat.models.flux.transformer import FluxTransformer2DModel
 from ppcoat.models.pictures import LatentPictures, check_options
+from ppcoat.models.quantized_base import load_parts
 
 
 class FluxPipeline(FluxDrawing, LoRAMethods, PictureInputs, LatentPictures, DiffusionPipeline):
@@ -80,21 +81,21 @@ class FluxPipeline(FluxDrawing, LoRAMethods, PictureInputs, LatentPictures, Diff
         without: Collection[str] = (),
         variant: str | None = None,
         torch_dtype: Any = None,
+        quantize: str | None = None,
+        offload: bool = False,
         **options: Any,
     ) -> "FluxPipeline":
         """Loads a diffusers-format folder or a file (Black Forest Labs' or diffusers' names, a checkpoint of
         ComfyUI, FP8, GGUF); writes nothing. text_encoders, vae, tokenizers: files or folders for what the
         file lacks, see `FluxFiles.found`; config: a folder whose config.json files say what tensors do not. A
-        part given by name is used instead of the folder's, which is then not looked at; None leaves the part
-        out, as its name in `without` does.
-
-        paddle_dtype: dtype of all weights; by default float32 on CPU and bfloat16 on a GPU. torch_dtype: the
-        same under diffusers' name. variant: "fp16" reads files such as model.fp16.safetensors; without it,
-        they are read where there are no others. options: those of diffusers and ppdiffusers that have no
-        effect here (pictures.check_options).
-        Raises ConfigError for a dtype that the device does not compute in (compute_dtype), an option that
-        asks for something else, and for what is missing, incomplete or inconsistent (loading.check_folder),
-        before any weight is read.
+        part given by name is used instead of the folder's, which is not looked at; None leaves the part out,
+        as its name in `without` does.
+        paddle_dtype, or torch_dtype: dtype of all weights; by default float32 on CPU and bfloat16 on a GPU.
+        variant: "fp16" reads files such as model.fp16.safetensors; without it, they are read where there are
+        no others. quantize: "fp8", "int8", "nf4" or "fp4" for the transformer's Linears. offload: load to
+        host memory, and `enable_model_cpu_offload`. options: others' that have no effect (check_options).
+        Raises ConfigError for a dtype that the device does not compute in, an option that asks for something
+        else, and for what is missing or inconsistent (loading.check_folder), before any weight is read.
         """
         check_options(options, list(cls.from_pretrained.__kwdefaults__))
         dtype = compute_dtype(torch_dtype if paddle_dtype is None else paddle_dtype)
@@ -107,7 +108,7 @@ class FluxPipeline(FluxDrawing, LoRAMethods, PictureInputs, LatentPictures, Diff
         parts = {name: None if part is ... and name in without else part for name, part in parts.items()}
         wanted = [name for name, part in parts.items() if part is ...]
         where = loading.check_folder(files, parts=wanted, variant=variant, control=True)
-        return cls(**parts | {name: loading.load_component(where[name], name, dtype) for name in wanted})
+        return cls(**parts | load_parts(where, wanted, dtype, quantize, offload))._offloaded(offload)
 
     @classmethod
     def from_single_file(

@@ -23,7 +23,7 @@ import PIL.Image
 from ppdiffusers import AutoencoderKL, DiffusionPipeline
 from ppdiffusers.utils import BaseOutput
 
-from ppcoat.device import compute_dtype
+from ppcoat.device import compute_dtype, default_dtype
 from ppcoat.errors import ConfigError
 from ppcoat.models.newbie.files import (
     LATENT_CHANNELS,
@@ -32,6 +32,7 @@ from ppcoat.models.newbie.files import (
     load_jina_clip,
     load_newbie_vae,
     load_nextdit,
+    load_quantized_nextdit,
 )
 from ppcoat.models.newbie.gemma3 import Gemma3TextEncoder
 from ppcoat.models.newbie.jina_clip import (
@@ -42,7 +43,9 @@ from ppcoat.models.newbie.jina_clip import (
     load_jina_clip_tokenizer,
 )
 from ppcoat.models.newbie.nextdit import NextDiT_CLIP
+from ppcoat.models.offload import loaded_to_host
 from ppcoat.models.pictures import TOKEN_SIDE, LatentPictures, check_drawing, noise_of_seeds, picture_seeds
+from ppcoat.nn.convert import check_format
 
 _log = logging.getLogger(__name__)
 
@@ -93,26 +96,37 @@ class NewbiePipeline(LatentPictures, DiffusionPipeline):
         *,
         transformer: NextDiT_CLIP | None = None,
         without: Sequence[str] = (),
+        quantize: str | None = None,
+        offload: bool = False,
     ) -> NewbiePipeline:
         """Loads a NewBie folder; writes nothing into it. transformer: used instead of the folder's. without:
-        "transformer" leaves that part None.
+        "transformer" leaves that part None. quantize, offload: as of `FluxPipeline.from_pretrained`.
 
         paddle_dtype: dtype of all weights but the VAE's, which stay float32; by default float32 on CPU and
         bfloat16 on a GPU. Raises ConfigError for a dtype that the device does not compute in (compute_dtype),
         and for an incomplete or inconsistent folder (check_newbie_folder), before any weight is read.
         """
-        folder, dtype = Path(folder), compute_dtype(paddle_dtype)
+        folder, dtype = Path(folder), compute_dtype(paddle_dtype) or default_dtype()
+        check_format(quantize)
         check_newbie_folder(folder)
         if transformer is None and "transformer" not in without:
-            transformer = load_nextdit(folder / "transformer", dtype)
+            if quantize:
+                transformer = load_quantized_nextdit(folder / "transformer", dtype, base=quantize)
+            else:
+                with loaded_to_host(offload):
+                    transformer = load_nextdit(folder / "transformer", dtype)
+        with loaded_to_host(offload):
+            gemma3 = load_gemma3(folder / "text_encoder", "bfloat16" if dtype == "float16" else dtype)
+            jina_clip = load_jina_clip(folder / "clip_model", dtype)
+            vae = load_newbie_vae(folder / "vae", "float32")
         return cls(
             transformer=transformer,
-            text_encoder=load_gemma3(folder / "text_encoder", "bfloat16" if dtype == "float16" else dtype),
+            text_encoder=gemma3,
             tokenizer=load_gemma3_tokenizer(folder / "text_encoder"),
-            clip_model=load_jina_clip(folder / "clip_model", dtype),
+            clip_model=jina_clip,
             clip_tokenizer=load_jina_clip_tokenizer(folder / "clip_model"),
-            vae=load_newbie_vae(folder / "vae", "float32"),
-        )
+            vae=vae,
+        )._offloaded(offload)
 
     @paddle.no_grad()
     def __call__(

@@ -11,16 +11,19 @@ import pytest
 from PIL import Image
 
 from ppcoat.errors import ConfigError
+from ppcoat.models import writing
 from ppcoat.models.flux import drawing, transformer
 from ppcoat.models.flux.editing_inputs import fill_latents, reference_ids
 from ppcoat.models.flux.files import FLUX_CLASSES
 from ppcoat.models.flux.fill import FluxFillPipeline
 from ppcoat.models.flux.image_to_image import FluxImg2ImgPipeline, FluxInpaintPipeline
 from ppcoat.models.flux.kontext import FluxKontextPipeline
+from ppcoat.models.flux.picture_inputs import picture_mask, picture_pixels
 from ppcoat.models.flux.pipeline import FluxPipeline
 from ppcoat.models.flux.registration import FLUX_PIPELINES, register
 from ppcoat.models.loading import load_transformer
 from ppcoat.models.pictures import latent_image_ids, pack_latents
+from ppcoat.models.writing import pipeline_class
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 LORA = FIXTURES / "adapters" / "split_diffusers.safetensors"
@@ -280,24 +283,30 @@ def test_a_picture_in_each_of_its_forms(made):
     """Numbers of NumPy and Paddle, latents, masks with and without an axis of channels: as PIL's."""
     numbers, marked = np.asarray(picture(1), "float32") / 255, np.asarray(mask(), "float32") / 255
     pixels = paddle.to_tensor(numbers.transpose(2, 0, 1))[None]
-    latents = made(FluxImg2ImgPipeline).image_latents(picture(1), 32, 48, 1)
-    for kind in (FluxKontextPipeline, FluxImg2ImgPipeline):
-        want = small(made(kind), num_inference_steps=1, **EDITS[kind](1))
-        for form in (numbers, numbers[None], pixels, pixels[0], latents):
-            np.testing.assert_array_equal(small(made(kind), num_inference_steps=1, image=form), want)
-    pipeline = made(FluxFillPipeline)
-    want = small(pipeline, num_inference_steps=1, **EDITS[FluxFillPipeline](1))
-    for form in (
+    want = picture_pixels(picture(1), 32, 48).numpy()
+    for form in ([picture(1)], numbers, numbers[None], pixels, pixels[0]):
+        np.testing.assert_array_equal(picture_pixels(form, 32, 48).numpy(), want)
+    tensor = paddle.to_tensor(marked)
+    forms = (
+        mask(),
+        [mask()],
         marked,
         marked[None],
         marked[..., None],
-        paddle.to_tensor(marked),
-        paddle.to_tensor(marked)[None],
-    ):
-        found = small(pipeline, num_inference_steps=1, image=numbers, mask_image=form)
-        np.testing.assert_array_equal(found, want)
-    holed = pipeline.encode_image((2 * pixels - 1) * (1 - paddle.to_tensor(marked)))
-    given = pack_latents(fill_latents(holed, paddle.to_tensor(marked)[None, None]))
+        tensor,
+        tensor[None],
+        tensor[None, None],
+    )
+    for form in forms:
+        np.testing.assert_array_equal(picture_mask(form, 32, 48).numpy(), marked[None, None])
+    latents = made(FluxImg2ImgPipeline).image_latents(picture(1), 32, 48, 1)
+    for kind in (FluxKontextPipeline, FluxImg2ImgPipeline):
+        one, other = (small(made(kind), num_inference_steps=1, image=each) for each in (picture(1), latents))
+        np.testing.assert_array_equal(one, other)
+    pipeline = made(FluxFillPipeline)
+    want = small(pipeline, num_inference_steps=1, **EDITS[FluxFillPipeline](1))
+    holed = pipeline.encode_image((2 * pixels - 1) * (1 - tensor))
+    given = pack_latents(fill_latents(holed, tensor[None, None]))
     np.testing.assert_array_equal(small(pipeline, num_inference_steps=1, masked_image_latents=given), want)
 
 
@@ -378,17 +387,12 @@ def test_a_folder_is_loaded_and_saved_as_the_pipeline_that_it_names(fp32_folder,
         assert getattr(ppdiffusers, kind.__name__).__name__ == kind.__name__
 
 
-def test_what_is_saved_names_the_pipeline_that_draws_with_it(made, tmp_path):
-    for kind in (FluxKontextPipeline, FluxFillPipeline, FluxImg2ImgPipeline):
-        made(kind).save_pretrained(tmp_path / kind.__name__)
-        assert (
-            json.loads((tmp_path / kind.__name__ / "model_index.json").read_text())["_class_name"]
-            == kind.__name__
-        )
-    again = ppdiffusers.DiffusionPipeline.from_pretrained(
-        tmp_path / "FluxFillPipeline", paddle_dtype="float32"
-    )
-    again.set_progress_bar_config(disable=True)
-    assert again.transformer.out_channels == 64
-    call = EDITS[FluxFillPipeline](1) | {"num_inference_steps": 1}
-    np.testing.assert_array_equal(small(again, **call), small(made(FluxFillPipeline), **call))
+def test_what_is_saved_names_the_pipeline_that_draws_with_it(made, pipeline, monkeypatch, tmp_path):
+    fill, plain = made(FluxFillPipeline).transformer, pipeline.transformer
+    assert {pipeline_class(fill, name) for name in FLUX_CLASSES} == {"FluxFillPipeline"}
+    named = {name: pipeline_class(plain, name) for name in (*FLUX_CLASSES, "Other")}
+    other = {"FluxFillPipeline", "FluxControlPipeline", "Other"}  # which this transformer is not for
+    assert named == {name: "FluxPipeline" if name in other else name for name in named}
+    monkeypatch.setattr(writing, "save_component", lambda *_: None)
+    made(FluxKontextPipeline).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "model_index.json").read_text())["_class_name"] == "FluxKontextPipeline"

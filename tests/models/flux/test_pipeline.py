@@ -323,7 +323,7 @@ def test_options_of_diffusers_and_ppdiffusers_that_ask_for_nothing_more(fp32_fol
     [
         ({"use_safetensors": False}, "only safetensors are read; leave it out"),
         ({"device_map": "balanced"}, r"device_map=...\) is not done here: call paddle.set_device"),
-        ({"quantization_config": object()}, "give transformer=load_quantized_transformer"),
+        ({"quantization_config": object()}, "give quantize='fp4'"),
         (
             {"map_locaton": "cpu"},
             "unknown option of from_pretrained 'map_locaton', the nearest is 'map_location'",
@@ -386,16 +386,6 @@ def test_fp8_weights_are_not_cast(fp32_folder, pipeline, monkeypatch):
         ConfigError, match="quantised weights are not cast to float32; load the model in that dtype"
     ):
         fp8.to("float32")
-
-
-def test_offloading_and_tiling_say_what_to_do_instead(pipeline):
-    for method in (pipeline.enable_model_cpu_offload, pipeline.enable_sequential_cpu_offload):
-        with pytest.raises(
-            ConfigError, match="encode the prompts in a pipeline without transformer, then draw"
-        ):
-            method()
-    with pytest.raises(ConfigError, match="use enable_vae_slicing"):
-        pipeline.enable_vae_tiling()
 
 
 def test_sliced_decoding_gives_the_same_pictures(pipeline):
