@@ -27,7 +27,7 @@ from ppcoat.data.captions import dropped_captions
 from ppcoat.data.colours import WHITE
 from ppcoat.data.embedding_store import EmbeddingStore, content_key, file_digest
 from ppcoat.data.examples import Example
-from ppcoat.data.pairs import Picture, loss_weights
+from ppcoat.data.pairs import CutPicture, loss_weights
 from ppcoat.errors import ConfigError
 
 # pixels float32 [N, 3, H, W] in [-1, 1] -> latents [N, C, h, w]: the VAE posterior's mean, shifted and scaled
@@ -199,12 +199,12 @@ def _encoded_pictures(
     return [tensors.pop("latents") for tensors in found], found if any(found) else []
 
 
-def _pictures_of(example: Example, encoders: Encoders) -> dict[str, Picture]:
+def _pictures_of(example: Example, encoders: Encoders) -> dict[str, CutPicture]:
     """All pictures of an example that are encoded, by the name of their latents."""
     item, flips, mask = example.item, (example.flip_x, example.flip_y), example.mask
     # its opacity is a mask, so that what lies below counts as any colour does
     background = None if mask and mask.from_alpha else WHITE
-    own = Picture(item.image_path, example.size, *flips, background, item.notes)
+    own = CutPicture(item.image_path, example.size, *flips, background, item.notes)
     pictures = {"latents": own}
     for number, (each, size) in enumerate(example.references):
         pictures[f"reference_{number}"] = each.picture(size, *flips)
@@ -215,7 +215,7 @@ def _pictures_of(example: Example, encoders: Encoders) -> dict[str, Picture]:
 
 @paddle.no_grad()
 def _latents(
-    pictures: Sequence[Picture], encoders: Encoders, batch_size: int, store: EmbeddingStore | None
+    pictures: Sequence[CutPicture], encoders: Encoders, batch_size: int, store: EmbeddingStore | None
 ) -> list[paddle.Tensor]:
     paths = {path for each in pictures for path in (each.path, each.hole and each.hole.path) if path}
     digests = {path: file_digest(path) for path in paths} if store else {}
@@ -237,7 +237,7 @@ def _latents(
     return [latents[i] for i in range(len(pictures))]
 
 
-def _encode(pictures: Sequence[Picture], encoders: Encoders) -> paddle.Tensor:
+def _encode(pictures: Sequence[CutPicture], encoders: Encoders) -> paddle.Tensor:
     """Latents of pictures of one size, all with a hole or all without."""
     pixels = paddle.to_tensor(np.stack([each.pixels() for each in pictures]))
     if pictures[0].hole is None:

@@ -75,9 +75,9 @@ class Reference:
     background: Colour = WHITE
     notes: tuple[str, ...] = ()
 
-    def picture(self, size: Size, flip_x: bool = False, flip_y: bool = False) -> Picture:
+    def picture(self, size: Size, flip_x: bool = False, flip_y: bool = False) -> CutPicture:
         """It as an encoder is given it."""
-        return Picture(self.path, size, flip_x, flip_y, self.background, self.notes)
+        return CutPicture(self.path, size, flip_x, flip_y, self.background, self.notes)
 
     def own_size(self, resolution: int) -> Size:
         """Width and height at which it is shown if not at its picture's: its own, made smaller where it has
@@ -97,7 +97,7 @@ class Companions:
 
 
 @dataclass(frozen=True)
-class Picture:
+class CutPicture:
     """A picture as an encoder is given it: cut to `size` and mirrored, on a colour (None: those below its
     transparency). hole: with what a Fill model paints anew left out."""
 

@@ -12,7 +12,7 @@ from ppcoat.data.cache import Encoders, build_cache, folder_identity
 from ppcoat.data.captions import CaptionRules, caption_variants, final_caption
 from ppcoat.data.embedding_store import EmbeddingStore
 from ppcoat.data.examples import Example
-from ppcoat.data.pairs import Picture
+from ppcoat.data.pairs import CutPicture
 from ppcoat.data.sources import Item
 from ppcoat.errors import ConfigError
 
@@ -70,7 +70,7 @@ def test_everything_is_encoded_once(examples):
 )  # fmt: skip
 def test_pictures_in_a_call_have_a_million_pixels_at_most(examples, monkeypatch, side, batch_size, calls):
     """Or one picture that has more; and never more than batch_size."""
-    monkeypatch.setattr(Picture, "pixels", lambda picture: np.zeros((3, 4, 4), np.float32))
+    monkeypatch.setattr(CutPicture, "pixels", lambda picture: np.zeros((3, 4, 4), np.float32))
     same = [replace(examples[0], size=(side, side))] * sum(calls)
     sizes = []
 
