@@ -30,7 +30,6 @@ FOR_USERS = {
     "delete_adapters": "diffusers' users call it",
     "from_single_file": "diffusers' users call it",
     "enable_sequential_cpu_offload": "diffusers' users call it",
-    "maybe_free_model_hooks": "diffusers' users call it",
 }
 # An op has one name: its reference in fp8/, its kernel, its truth, and the op that models call.
 SAME_OP = ("_triton.py", "fp8/truth", "nn/ops.py")

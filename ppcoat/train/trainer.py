@@ -47,13 +47,13 @@ SaveWeights = Callable[[int, bool], list[tuple[Path, LoRASummary]]]
 class StepResult:
     """loss: mean over the forward passes and the ranks; grad_norm: global, before clipping; saved: byte
     counts of the last forward pass; skipped: a number was not finite, so nothing was updated. preservation:
-    the loss that keeps the model's own output, with its weight; None without."""
+    the loss that keeps the model's own output, with its weight."""
 
     loss: float
     grad_norm: float
     saved: SavedTensors | None
     skipped: bool
-    preservation: float | None = None
+    preservation: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -224,8 +224,7 @@ class Trainer:
             self._update(np.concatenate(levels), of_pictures)
         side.optimizer.clear_grad()
         self.state.step += 1
-        preservation = float(preserved.mean(0).sum()) if side.preservation else None
-        return StepResult(mean, norm, saved, skipped, preservation)
+        return StepResult(mean, norm, saved, skipped, float(preserved.mean(0).sum()))
 
     def _preserve(self, side: Side, inputs: tuple, passes: int) -> paddle.Tensor:
         """A backward pass of its own, after that of the loss, so that no two passes are held together."""
@@ -304,7 +303,7 @@ class Trainer:
 
     def _report_step(self, report: Report, result: StepResult, learning_rate: float) -> None:
         scalars = {"loss": result.loss, "lr": learning_rate, "grad_norm": result.grad_norm}
-        if result.preservation is not None:
+        if self.side.preservation:
             scalars["preservation_loss"] = result.preservation
         if result.saved is not None:
             scalars["kept_bytes"] = result.saved.bytes_kept
@@ -351,8 +350,7 @@ class Trainer:
         report.message(f"step {self.step}: {drawn} in {seconds:.1f} s")
 
     def final_weights(self) -> AbstractContextManager[None]:
-        """Context manager: the model has the weights that are written: the running mean where there is one,
-        the average of a schedule-free optimizer."""
+        """Context manager: the model has the weights that are written, which may be a mean of the run's."""
         if self.state.ema is not None:
             return self.state.ema.in_place_of_parameters()
         optimizer = self.state.optimizer
