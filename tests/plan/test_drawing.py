@@ -37,7 +37,9 @@ def peak_of(work):
     return core.host_memory_stat_peak_value("Allocated", 0), result
 
 
-@pytest.mark.parametrize("placement", [Placement(), Placement("int8", vae_tiling=True)], ids=str)
+@pytest.mark.parametrize(
+    "placement", [pytest.param(Placement(), marks=pytest.mark.slow), Placement("int8", vae_tiling=True)]
+)
 @paddle.no_grad()
 def test_phases_of_the_built_in_flux_are_those_of_the_allocator(placement, monkeypatch):
     """Without what stands beside the tensors. 192 x 256: twelve tiles."""
