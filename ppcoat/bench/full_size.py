@@ -171,10 +171,10 @@ def full_size(case: FullSizeCase) -> dict:
 
 
 def planned_phases(case: FullSizeCase) -> list:
-    """Phases of the plan with the transformer in memory; this command loads no encoder."""
+    """Phases of the plan in which the transformer trains; this command loads no encoder."""
     memory = MemoryModel(case.config(), on_gpu=False, transformer=case.settings)
     settings = as_given(memory.config, len(memory.model.blocks))
-    return [phase for phase in memory.phases(settings) if "base" in phase.parts]
+    return [phase for phase in memory.phases(settings) if "gradients" in phase.parts]
 
 
 def random_cache(case: FullSizeCase) -> TrainingCache:

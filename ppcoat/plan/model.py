@@ -53,7 +53,7 @@ _DEV_T5_BLOCK = 4 * 4096**2 + 3 * 4096 * 10240 + 2 * 4096
 RESIDENT_SWAPPED = 2  # of the swapped blocks one computes while the next one comes
 # While a product makes a quantised weight anew: weights, and bytes beside them. A kernel holds one weight;
 # this is the reference, measured with Paddle's allocator on the CPU, as what follows.
-DECODING = {"fp8": (2.0, 0), "int8": (3.0, 0), "nf4": (2.0, 2_300_000), "fp4": (2.0, 2_300_000)}
+DECODING = {"fp8": (2.0, 0), "int8": (2.5, 0), "nf4": (2.0, 2_300_000), "fp4": (2.0, 2_300_000)}
 # While the base is read, beside it: bands of rows of the largest weight in float32, and bytes, to quantise
 # it; of a base that is not quantised the largest weight, read and cast.
 QUANTISING = {"fp8": (2.0, 0), "int8": (2.0, 0), "nf4": (0.1, 4_500_000), "fp4": (0.1, 5_500_000)}

@@ -458,8 +458,8 @@ def test_without_checkpointing_or_swapping(pixels, gb, quantize):
 def test_a_base_is_quantised_only_if_that_is_allowed():
     config = dev_config(model={"quantize": False})
     assert not plan(config, MemoryModel, vram_gb=24).settings.quantize
-    with pytest.raises(ConfigError, match="nothing fits into 6 GB: .*; model.quantize: fp4 would allow"):
-        plan(config, MemoryModel, vram_gb=6)
+    with pytest.raises(ConfigError, match="nothing fits into 4 GB: .*; model.quantize: fp4 would allow"):
+        plan(config, MemoryModel, vram_gb=4)
 
 
 def test_without_coat_nothing_is_packed():
@@ -469,9 +469,9 @@ def test_without_coat_nothing_is_packed():
 
 def test_a_budget_that_nothing_fits_names_the_smallest_need():
     with pytest.raises(
-        ConfigError, match=r"nothing fits into 4 GB: the smallest possible need is \d+\.\d GB"
+        ConfigError, match=r"nothing fits into 2 GB: the smallest possible need is \d+\.\d GB"
     ):
-        plan(dev_config(), MemoryModel, vram_gb=4)
+        plan(dev_config(), MemoryModel, vram_gb=2)
 
 
 @pytest.mark.parametrize("vram", [0, -1, math.nan, math.inf])
