@@ -94,9 +94,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run_command(arguments: argparse.Namespace) -> None:
     flags, drawn = from_flags(PlanFlags, arguments), from_flags(DrawingFlags, arguments)
     if flags.config == GENERATE:
-        if flags.overrides or flags.resolution is not None:
+        if flags.overrides or flags.cards or flags.pictures or flags.resolution is not None:
             raise ConfigError(
-                "plan generate takes --model, --vram, --height and --width: no config, no --set"
+                "plan generate takes --model, --vram, --height and --width: no --set, --cards or --pictures"
             )
         print(drawing_plan(drawn, check_budget(flags.vram)))
         return
@@ -118,8 +118,13 @@ def run_command(arguments: argparse.Namespace) -> None:
     if flags.cards is None:
         print_plan(config, check_budget(flags.vram))
         return
+    if flags.vram is not None:
+        raise ConfigError("--vram and --cards both say how much memory there is: leave out one of the two")
     for gigabytes in flags.cards:
         check_budget(gigabytes)
+    for side in flags.pictures or []:
+        if side < 16 or side % 16:
+            raise ConfigError(f"--pictures: came {side}, wanted multiples of 16")
     print("\n".join(cards_table(config, flags.cards, flags.pictures or [])))
 
 
@@ -142,13 +147,16 @@ def plan_table(planned: Plan) -> str:
 
 def cards_table(config: RunConfig, cards: Sequence[float], sides: Sequence[int]) -> list[str]:
     """The fastest settings of a run for each card (GB) and side of its pictures (none: the config's own), as
-    the lines of a table in Markdown; sent: GB of base weights that go to the card in an update."""
+    the lines of a table in Markdown; sent: GB of base weights that go to the card in an update. Where an
+    update sees several pictures, their batch is a column, too."""
     from ppcoat.plan.settings import best_that_fits
     from ppcoat.train.run import MODEL_SPECS
 
     model = MODEL_SPECS[config.model.family].memory_model
     memories = {side: model(with_side(config, side), on_gpu=True) for side in sides or [None]}
-    rows = [("card", "picture", "base", "policy", "checkpointed", "swapped", "sent", "planned peak")]
+    heads = ["card", "picture", "base", "policy", "checkpointed", "swapped", "sent", "planned peak"]
+    has_batches = config.train.batch_size * config.train.gradient_accumulation > 1
+    rows = [(*heads, *["batch"] * has_batches)]
     for gigabytes in cards:
         for side, memory in memories.items():
             pixels = side or max(data.resolution for data in config.datasets)
@@ -156,7 +164,9 @@ def cards_table(config: RunConfig, cards: Sequence[float], sides: Sequence[int])
             try:
                 planned = best_that_fits(memory, gigabytes)
             except ConfigError as error:
-                rows.append((*row, *[""] * 5, str(error).partition(", in ")[0].rpartition(": ")[2]))
+                rows.append(
+                    (*row, *[""] * (len(rows[0]) - 3), str(error).partition(", in ")[0].rpartition(": ")[2])
+                )
                 continue
             taken, sent = planned.settings, memory.sent_bytes(planned.settings)
             base = taken.quantize.upper() if taken.quantize else memory.float_name
@@ -166,7 +176,8 @@ def cards_table(config: RunConfig, cards: Sequence[float], sides: Sequence[int])
                 f"{_gb(sent)} GB",
                 f"{_gb(planned.total)} GB",
             )
-            rows.append((*row, base, taken.policy, *map(str, numbers)))
+            batch = f"{taken.batch_size} x {taken.gradient_accumulation}"
+            rows.append((*row, base, taken.policy, *map(str, numbers), *[batch] * has_batches))
     head, *body = ["| " + " | ".join(row) + " |" for row in rows]
     return [head, "|" + "---|" * len(rows[0]), *body]
 

@@ -17,6 +17,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from ppcoat.config.ai_toolkit_optimizers import read_lr, read_optimizer
+from ppcoat.config.ai_toolkit_values import Document
 from ppcoat.config.explain import Location, Origins, explain, printable
 from ppcoat.config.load import (
     BACKSLASH,
@@ -115,10 +117,27 @@ def load_newbie_config(path: str | Path, overrides: Sequence[str] = ()) -> RunCo
         origins.overrides[location] = override
         if location == ("train", "steps"):
             data["train"]["num_epochs"] = data["save"]["save_every_epochs"] = None
+    _read_optimizer(data, origins)
     try:
         return RunConfig.model_validate(data)
     except ValidationError as error:
         raise ConfigError(explain(error, origins)) from None
+
+
+def _read_optimizer(data: dict[str, Any], origins: _TomlOrigins) -> None:
+    """Other programs' names of optimizers and a rate for Prodigy are read as in YAML."""
+    train = data["train"]
+    for key, read in (("optimizer", read_optimizer), ("lr", read_lr)):
+        if not isinstance(train, dict) or key not in train:
+            continue
+        said = printable(f"{origins.where(('train', key))}: train.{key}: came {train[key]!r}")
+        try:
+            reading = read(train[key], Document(data, nested=False))
+        except ValueError as error:
+            raise ConfigError(printable(f"{said}; {error}")) from None
+        for note in reading.notes:
+            _log.warning("%s, %s", said, note)
+        train |= {name.removeprefix("train."): value for name, value in reading.settings.items()}
 
 
 @dataclass

@@ -26,6 +26,7 @@ from ppcoat.models.tensor_files import (
     PICKLES,
     FilePart,
     TensorInfo,
+    check_not_quantised,
     map_tensor,
     read_header_and_metadata,
     read_json,
@@ -114,6 +115,7 @@ def _by_component(file: Path) -> dict[str, Tensors]:
     for pattern, what in _FOREIGN:
         if any(re.search(pattern, name) for name in tensors):
             raise ConfigError(f"{file} is {what}")
+    check_not_quantised(file, tensors)
     found: dict[str, Tensors] = {}
     for name, info in _with_scales(file, tensors, formats).items():
         prefix = next((prefix for prefix in _PREFIXES if name.startswith(prefix)), "")

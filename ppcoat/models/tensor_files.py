@@ -10,7 +10,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -57,6 +57,12 @@ _BEGINNINGS = [
     (rb"[ -~\s]{1,512}$", "a text, what a server answered in place of the file; fetch it again"),
 ]
 _BOM = b"\xef\xbb\xbf"
+# Ends of names beside weights in formats that are not read, and whose they are.
+_QUANTISED = [
+    (r"\.(?:quant_state\.\w+|nested_absmax|absmax|quant_map|SCB)$", "bitsandbytes"),
+    (r"\._(?:data|scale)$", "optimum-quanto"),
+    (r"\.(?:qweight|qzeros|wscales)$", "GPTQ, AWQ or nunchaku"),
+]
 
 _log = logging.getLogger(__name__)
 
@@ -107,23 +113,46 @@ Component = str | Path | FilePart
 
 
 def component_config(component: Component) -> dict:
-    """The config.json of a component. Raises ConfigError for a folder without one."""
+    """The config.json of a component. Raises ConfigError for a folder without one, and for one of weights
+    that are quantised already."""
     if isinstance(component, FilePart):
         return dict(component.config)
     component = Path(component)
-    return read_json((component.parent if component.is_file() else component) / "config.json")
+    file = (component.parent if component.is_file() else component) / "config.json"
+    config = read_json(file)
+    if said := config.get("quantization_config"):
+        method = said.get("quant_method") if isinstance(said, dict) else None
+        raise _already_quantised(file, method or "as its quantization_config says")
+    return config
+
+
+def check_not_quantised(file: str | Path, names: Iterable[str]) -> None:
+    """Raises ConfigError where tensors of these names are weights in a format that is not read."""
+    for name in names:
+        for end, whose in _QUANTISED:
+            if re.search(end, name):
+                raise _already_quantised(file, whose)
+
+
+def _already_quantised(file: str | Path, method: str) -> ConfigError:
+    return ConfigError(
+        f"{file}: its weights are quantised already ({method}): take the model in bfloat16, FP8 or GGUF, and "
+        "model.quantize or --quantize makes it small"
+    )
 
 
 def tensor_infos(component: Component) -> dict[str, TensorInfo]:
     """Name -> TensorInfo of all tensors of a component, from the headers of its safetensors files.
 
     Raises ConfigError: no weights, a shard of the index that is missing, a tensor that is not in the shard
-    the index names, a file that is cut off or is not safetensors.
+    the index names, a file that is cut off or is not safetensors, weights that are quantised already.
     """
     if isinstance(component, FilePart):
         return dict(component.tensors)
     file = Path(component) if Path(component).is_file() else chosen_weights(component)[1]
-    return _sharded(file) if file.suffix == ".json" else read_header(file)
+    infos = _sharded(file) if file.suffix == ".json" else read_header(file)
+    check_not_quantised(file, infos)
+    return infos
 
 
 def chosen_weights(folder: str | Path, variant: str | None = None) -> tuple[str | None, Path]:

@@ -65,7 +65,7 @@ class Prodigy(FlatOptimizer):
     distance is measured from.
 
     Bytes per parameter: 7.12 with both moments and the averaged gradient in FP8 (the first weights stay
-    float32), 16 in float32; 2.56 with slice_p 11. Source: arXiv 2306.06101 and prodigyopt.
+    float32), 16 in float32; 2.54 with slice_p 11. Source: arXiv 2306.06101 and prodigyopt.
     """
 
     def __init__(

@@ -35,7 +35,6 @@ from ppcoat.nn.convert import sublayer_at
 from ppcoat.optim import (
     Adafactor,
     AdafactorSettings,
-    FP8QuantizationConfig,
     Lion,
     Prodigy,
     ProdigySettings,
@@ -253,18 +252,14 @@ _OTHERS: dict[str, tuple[type, Callable[[TrainConfig], object] | None]] = {
 def optimizer_bytes(config: RunConfig, shapes: list[tuple[int, int]], on_gpu: bool) -> tuple[int, int]:
     """States of the config's optimizer for parameters of these shapes; transient bytes of an update."""
     parameters, train = FLOAT32 * sum(map(math.prod, shapes)), config.train
+    states = state_config(config.coat, config.uses_fp8_optimizer)
     if train.optimizer in _OTHERS:
-        states = state_config(config.coat, config.uses_fp8_optimizer)
         optimizer, rule = _OTHERS[train.optimizer]
         held = optimizer.planned_bytes(shapes, states, None if rule is None else rule(train))
         return held, update_bytes(parameters // FLOAT32, on_gpu, train.optimizer)
     if not config.uses_fp8_optimizer:
-        return 2 * parameters, parameters if config.train.max_grad_norm else 0
-    states = config.coat.optimizer
-    fp8 = FP8QuantizationConfig(
-        block_size=states.block_size, use_dynamic_range_expansion=states.use_dynamic_range_expansion
-    )
-    return fp8.state_bytes(shapes, config.train.beta1), update_bytes(parameters // FLOAT32, on_gpu)
+        return 2 * parameters, parameters if train.max_grad_norm else 0
+    return states.state_bytes(shapes, train.beta1), update_bytes(parameters // FLOAT32, on_gpu)
 
 
 def _block_of(name: str, blocks: tuple[str, ...]) -> str:

@@ -33,7 +33,7 @@ from ppcoat.models.newbie.jina_clip import (
 )
 from ppcoat.models.newbie.nextdit import NextDiT_CLIP
 from ppcoat.models.newbie.pipeline import PROMPT_PREFIX, with_prefix
-from ppcoat.models.tensor_files import read_json
+from ppcoat.models.tensor_files import component_config
 from ppcoat.nn.convert import quantize_linears
 from ppcoat.nn.policy import POLICIES
 from ppcoat.nn.saved_tensors import SavedTensors, count_saved_tensors, saved_as_they_are
@@ -180,8 +180,8 @@ def _encoders(folder: Path | None) -> EncoderSizes:
     """Those of a folder, None: Gemma3-4B, Jina CLIP v2 and FLUX.1's VAE."""
     gemma3, jina_clip, vae, channels = Gemma3Config(), JinaClipConfig(), DEV_VAE, DEV_VAE_CHANNELS
     if folder is not None:
-        gemma3 = Gemma3Config.from_dict(read_json(folder / "text_encoder" / "config.json"))
-        jina_clip = JinaClipConfig.from_dict(read_json(folder / "clip_model" / "config.json"))
+        gemma3 = Gemma3Config.from_dict(component_config(folder / "text_encoder"))
+        jina_clip = JinaClipConfig.from_dict(component_config(folder / "clip_model"))
         vae, channels = (
             stored_values(folder / "vae"),
             check_newbie_vae(folder / "vae")["block_out_channels"][0],

@@ -64,7 +64,7 @@ def _by_name(
 
 
 def _schedule(config: RunConfig) -> paddle.optimizer.lr.LRScheduler:
-    """Schedule-free AdamW warms up by itself, and needs no fall."""
+    """Schedule-free AdamW warms up by itself, and needs no fall; Adafactor may have a rate of its own."""
     train, name, warmup = config.train, config.train.lr_scheduler, config.train.lr_warmup_steps
     if train.optimizer == "schedulefree_adamw":
         if name == "constant_with_warmup":
@@ -74,5 +74,7 @@ def _schedule(config: RunConfig) -> paddle.optimizer.lr.LRScheduler:
                 "train.lr_scheduler %s: schedulefree_adamw is made for a constant rate, its average stands "
                 "for the fall", name,
             )  # fmt: skip
+    if train.optimizer == "adafactor" and train.adafactor.relative_step and name != "constant":
+        _log.warning("train.lr_scheduler %s has no effect with adafactor.relative_step", name)
     shape = ScheduleShape(train.lr_num_cycles, train.lr_power, train.lr_step_size or 1, train.lr_gamma)
     return lr_scheduler(name, train.lr, train.steps, warmup, shape)

@@ -33,6 +33,7 @@ from ppcoat.device import (
 )
 from ppcoat.errors import ConfigError
 from ppcoat.fp8 import backend
+from ppcoat.fp8.formats import fp8_support
 from ppcoat.plan.settings import allowed_bases, line_of_plan, with_earlier_plan, with_memory_plan
 from ppcoat.train.base_model import compatible
 from ppcoat.train.checkpoint import check_resume, check_run_folder
@@ -140,6 +141,10 @@ def check_inputs(spec: ModelSpec, config: RunConfig) -> RunInputs:
     spec.check_captions(config, list(dict.fromkeys(captions)))
     set_device(config.device)
     backend.check_forced()
+    if config.model.quantize_matmul and on_gpu() and not fp8_support().matmul:
+        raise ConfigError(
+            f"model.quantize_matmul: {fp8_support().reason}: leave it out; quantize: fp8 alone is as small"
+        )
     dtype = compute_dtype(config.model.dtype)
     ranks = Ranks.current(config.device)
     cost = use_deterministic_kernels() if config.train.deterministic else None

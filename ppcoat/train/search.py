@@ -110,7 +110,10 @@ class Space:
                 Candidate(lrs[i % len(lrs)], *pairs[place * stride % len(pairs)]) for place in (i, i + 1)
             )
             found.append(other if one == self.own else one)
-        return list(dict.fromkeys(found))[:count]
+        by_name: dict[str, Candidate] = {}  # a rate of more digits than a name shows is that of the lattice
+        for each in found:
+            by_name.setdefault(each.name, each)
+        return list(by_name.values())[:count]
 
     def _pairs(self) -> list[tuple[int, str]]:
         return [(rank, policy) for rank in self.ranks for policy in self.policies]

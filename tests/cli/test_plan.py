@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from ppcoat.cli.main import main
-from ppcoat.cli.plan import plan_table, settings_yaml
+from ppcoat.cli.plan import cards_table, plan_table, settings_yaml
 from ppcoat.config.load import load_config
 from ppcoat.plan import phases
 from ppcoat.plan.phases import MemoryModel, Settings
@@ -44,6 +44,12 @@ def test_the_table_of_cards_is_what_the_command_makes(capsys, monkeypatch):
     assert main(["plan", str(config), *given]) == 0
     head, line, *rows = capsys.readouterr().out.splitlines()
     assert page[page.index(head) + 1] == line and len(rows) == 3 and set(rows) <= set(page)
+
+
+def test_the_table_of_cards_shows_batches_where_an_update_has_several_pictures():
+    head, _, *rows = cards_table(load_config(CONFIGS[0], ["train.gradient_accumulation=2"]), [3, 24], [512])
+    assert head.endswith("| planned peak | batch |") and {row.count("|") for row in rows} == {10}
+    assert "the smallest possible need is" in rows[0] and rows[1].endswith("| 2 x 1 |")
 
 
 def test_the_rows_add_up_to_the_total():
@@ -104,6 +110,12 @@ def test_lightning_has_a_table_for_each_base(capsys):
         ([str(CONFIGS[0]), "--resolution", "512"], "--resolution is for plan lightning"),
         ([str(CONFIGS[0]), "--pictures", "512"], "--pictures is for the table of --cards"),
         ([str(CONFIGS[0]), "--cards", "12", "0"], "vram: came 0"),
+        ([str(CONFIGS[0]), "--cards", "12", "--vram", "8"], "--vram and --cards both say"),
+        (
+            [str(CONFIGS[0]), "--cards", "12", "--pictures", "500"],
+            "--pictures: came 500, wanted multiples of 16",
+        ),
+        (["generate", "--cards", "12"], "no --set, --cards or --pictures"),
     ],
 )
 def test_flags_that_do_not_fit_are_one_line(arguments, said, capsys):

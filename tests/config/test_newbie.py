@@ -143,6 +143,16 @@ def test_own_tables_and_overrides_win(load):
     assert (config.train.steps, config.train.num_epochs, config.save.save_every_epochs) == (7, None, None)
 
 
+def test_optimizers_are_named_and_rated_as_in_yaml(load, caplog):
+    train = load('[train]\noptimizer = "Prodigy8bit"\n').train
+    assert (train.optimizer, train.lr, train.weight_decay, train.fp8_states) == ("prodigy", 1.0, 0.0, True)
+    assert "train.lr: came 0.0001, read as 1" in caplog.text
+    with pytest.raises(
+        ConfigError, match="train.optimizer: came 'sgd'; unknown optimizer 'sgd', the nearest"
+    ):
+        load("", "train.optimizer=sgd")
+
+
 def test_the_saved_settings_are_read_back_equal(load, tmp_path):
     config = load("lora_rank = 8")
     (tmp_path / "config.yaml").write_text(dump_config(config))

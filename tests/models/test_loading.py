@@ -179,6 +179,26 @@ def test_wrong_tensors_are_named(copy, file, change, message):
         FluxPipeline.from_pretrained(copy)
 
 
+@pytest.mark.parametrize("part", ["transformer", "text_encoder_2"])
+def test_weights_that_are_quantised_already_are_refused_in_one_line(copy, part):
+    """As diffusers and transformers write bitsandbytes' weights: said in the config, or by names alone."""
+    config = copy / part / "config.json"
+    text, said = (
+        config.read_text(),
+        r"quantised already \(bitsandbytes\): take the model in bfloat16, FP8 or GGUF",
+    )
+    nf4 = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    config.write_text(json.dumps(json.loads(text) | nf4))
+    with pytest.raises(ConfigError, match=f"config.json: its weights are {said}"):
+        FluxPipeline.from_pretrained(copy)
+    config.write_text(text)
+    weights = next((copy / part).glob("*.safetensors"))
+    name = next(name for name in tensor_infos(copy / part) if name.endswith(".weight"))
+    change_tensors(weights, lambda t: t.update({f"{name}.quant_state.bitsandbytes__nf4": np.ones(3)}))
+    with pytest.raises(ConfigError, match=f"safetensors: its weights are {said}"):
+        FluxPipeline.from_pretrained(copy)
+
+
 def test_non_square_weight_that_was_not_transposed_is_refused(copy):
     change_tensors(
         copy / WEIGHTS, lambda t: t.update({"norm_out.linear.weight": t["norm_out.linear.weight"].T.copy()})

@@ -275,6 +275,10 @@ def bf16(*shape):
         (with_changes(txt_in__weight=None), "tensors of its transformer are incomplete .*context_embedder"),
         ({"img_in.weight": bf16(32, 64)}, "the tensors of its transformer are incomplete .*: fetch it again"),
         (with_changes(img_in__lora_A__weight=bf16(4, 64)), "is a LoRA, not a base model: give a model"),
+        (
+            with_changes(**{"img_in.weight.absmax": bf16(3)}),
+            "quantised already .bitsan",
+        ),
         (with_changes(strange__weight=bf16(3)), r"unexpected strange.weight \[3\]"),
         (with_changes(**{"double_blocks.0.img_attn.qkv.bias": bf16(95)}), r"qkv.bias \[95\] is not 3 parts"),
         ({"model.diffusion_model.input_blocks.0.0.weight": bf16(4)}, "is a Stable Diffusion 1, 2 or XL"),
@@ -293,7 +297,7 @@ def bf16(*shape):
             "txt_in is quantised as 'nvfp4', wanted float8_e4m3fn, float8_e5m2: take the file in FP8 or b",
         ),
     ],
-    ids=range(14),
+    ids=range(15),
 )
 def test_what_is_no_flux_1_is_named(tmp_path, tensors, message):
     file = saved(tmp_path / "a.safetensors", tensors)

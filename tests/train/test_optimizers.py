@@ -3,11 +3,14 @@
 import json
 
 import numpy as np
+import paddle
 import pytest
 from safetensors.numpy import load_file
 
+from ppcoat.coat import COATTrainer
 from ppcoat.errors import ConfigError
 from ppcoat.optim import ScheduleFreeAdamW
+from ppcoat.train.optimizers import run_optimizer
 from ppcoat.train.run import train_lora
 from ppcoat.train.trainer import Trainer
 
@@ -71,6 +74,13 @@ def test_schedule_free_writes_its_average_and_trains_on(make_config, monkeypatch
         np.testing.assert_allclose(file[key].T, x, rtol=1e-5, atol=1e-8)
         if "lora_B" in name:
             assert not np.allclose(file[key].T, y, rtol=1e-3)
+
+
+def test_a_schedule_beside_a_rate_of_its_own_is_told(make_config, caplog):
+    """relative_step leaves the schedule out; that is not silent."""
+    own = ("train.optimizer=adafactor", "train.adafactor.relative_step=true", "train.lr_scheduler=cosine")
+    run_optimizer(make_config(*own), COATTrainer(), [paddle.create_parameter([4, 4], "float32")])
+    assert "train.lr_scheduler cosine has no effect with adafactor.relative_step" in caplog.text
 
 
 def test_another_optimizer_cannot_go_on_from_a_checkpoint(make_config):

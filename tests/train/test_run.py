@@ -13,6 +13,7 @@ from ppcoat.data.cache import Encoders
 from ppcoat.data.embedding_store import EmbeddingStore
 from ppcoat.data.examples import all_examples, scan_datasets
 from ppcoat.errors import ConfigError
+from ppcoat.fp8.formats import FP8Support
 from ppcoat.plan.settings import as_given, with_settings
 from ppcoat.train import run
 from ppcoat.train.checkpoint import settings_of_training
@@ -167,6 +168,16 @@ def test_other_work_is_planned_anew(planned, make_config, changes):
     assert run._planned_before(make_config(*auto, *changes)) is None
     (config.run_dir / "config.yaml").write_text("of: a later version\n")
     assert run._planned_before(make_config(*auto)) is None
+
+
+def test_fp8_products_want_a_card_that_has_them(make_config, monkeypatch):
+    """Before sm_89 the run ends with one line, before encoders are read."""
+    old = FP8Support(True, False, "gpu:0 (sm_86): FP8 is stored; FP8 matmul needs sm_89 or later")
+    monkeypatch.setattr(run, "fp8_support", lambda: old)
+    monkeypatch.setattr(run, "on_gpu", lambda: True)
+    config = make_config("model.quantize=fp8", "model.quantize_matmul=true")
+    with pytest.raises(ConfigError, match=r"model.quantize_matmul: gpu:0 \(sm_86\): .* leave it out"):
+        run.check_inputs(run.MODEL_SPECS["flux"], config)
 
 
 def test_deterministic_kernels_may_come_and_go(make_config):

@@ -110,6 +110,15 @@ def test_rates_stay_in_what_a_config_takes():
     assert max(each.lr for each in replace(SPACE, own=replace(OWN, lr=0.5)).candidates(16)) == 1.0
 
 
+def test_settings_of_one_name_are_tried_once():
+    """A folder is named by four digits of the rate: two settings must not share one."""
+    for lr in (1.23456e-4, 0.99996e-3):
+        for ranks in (RANKS, (16,)):
+            space = replace(SPACE, own=replace(OWN, lr=lr), ranks=ranks)
+            found = space.candidates(8)
+            assert len({each.name for each in found}) == len(found) and found[0] == space.own
+
+
 def test_with_one_rate_ranks_and_policies_are_all_that_is_tried():
     space = Space(OWN, (8, 16), ("coat", "coat+recompute"), span=1)
     assert space.counts() == [4]
