@@ -94,9 +94,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run_command(arguments: argparse.Namespace) -> None:
     flags, drawn = from_flags(PlanFlags, arguments), from_flags(DrawingFlags, arguments)
     if flags.config == GENERATE:
-        if flags.overrides or flags.resolution is not None:
+        if flags.overrides or flags.cards or flags.pictures or flags.resolution is not None:
             raise ConfigError(
-                "plan generate takes --model, --vram, --height and --width: no config, no --set"
+                "plan generate takes --model, --vram, --height, --width and their like: no --set, --cards, "
+                "--pictures and --resolution"
             )
         print(drawing_plan(drawn, check_budget(flags.vram)))
         return
@@ -222,7 +223,10 @@ def drawing_plan(flags: DrawingFlags, vram_gb: float | None = None) -> str:
     from ppcoat.models.tensor_files import read_json
     from ppcoat.plan.drawing import FORMATS, Drawn, drawing_memory, plan_drawing
 
-    height, width, pictures = flags.height or RESOLUTION, flags.width or RESOLUTION, flags.num_images or 1
+    height, width, pictures = (
+        default if given is None else given
+        for given, default in ((flags.height, RESOLUTION), (flags.width, RESOLUTION), (flags.num_images, 1))
+    )
     for name, value, step in (("height", height, 16), ("width", width, 16), ("num_images", pictures, 1)):
         if value < step or value % step:
             raise ConfigError(f"{name}: came {value}, wanted a multiple of {step} from {step} on")
