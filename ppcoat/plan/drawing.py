@@ -47,7 +47,8 @@ STAGE_UNITS, TILE_UNITS = {False: 11.5, True: 3.0}, {False: 23.4, True: 6.0}
 class Drawn:
     """What is drawn. model: a pipeline's folder or a file. pictures: of a prompt, at once. beside: places of
     what a file lacks, as FluxFiles.found takes them. max_sequence_length: T5 or Gemma tokens. dtype: "auto"
-    or "float32". lora_bytes: of all that LoRAs add. references: pictures whose tokens are seen, too."""
+    or "float32". lora_bytes: of all that LoRAs add. reference_pixels: of all references, which are seen as
+    tokens, too."""
 
     model: str
     height: int
@@ -58,7 +59,7 @@ class Drawn:
     max_sequence_length: int | None = None
     dtype: str = "auto"
     lora_bytes: int = 0
-    references: int = 0
+    reference_pixels: int = 0
 
     @property
     def config(self) -> RunConfig:
@@ -94,7 +95,7 @@ class _DrawingMemory:
     def __init__(self, drawn: Drawn, on_gpu: bool, transformer: dict | None = None) -> None:
         self.drawn = drawn
         super().__init__(drawn.config, on_gpu, transformer)
-        self.image_tokens = (1 + drawn.references) * drawn.height * drawn.width // self.token_side**2
+        self.image_tokens = (drawn.height * drawn.width + drawn.reference_pixels) // self.token_side**2
         self.tokens = self.image_tokens + self.text_tokens
 
     def drawing_phases(self, placement: Placement) -> tuple[Phase, ...]:
