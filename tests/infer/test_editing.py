@@ -207,6 +207,11 @@ def test_fill_fills_and_kontext_edits(pictures, folders, capsys):
         "FluxKontextPipeline: editing by the prompt, looking at a.png; 64x48 (the picture is 48x32)\n" in said
     )
     assert sorted(file.name for file in Path("out").iterdir()) == ["000_a-cat_42.png", "000_a-dog_42.png"]
+    file = FIXTURES / "fill" / "transformer" / "diffusion_pytorch_model.safetensors"  # as one file, the same
+    flags = [*flags[:-1], "one", "--text_encoders", str(BASE)]
+    assert generate(*flags, model=file) == 0
+    one, whole = (np.asarray(Image.open(f"{folder}/000_a-cat_42.png")) for folder in ("one", "out"))
+    np.testing.assert_array_equal(one, whole)
 
 
 @pytest.mark.parametrize(
