@@ -96,7 +96,8 @@ def run_command(arguments: argparse.Namespace) -> None:
     if flags.config == GENERATE:
         if flags.overrides or flags.cards or flags.pictures or flags.resolution is not None:
             raise ConfigError(
-                "plan generate takes --model, --vram, --height and --width: no --set, --cards or --pictures"
+                "plan generate takes --model, --vram, --height, --width and their like: no --set, --cards, "
+                "--pictures and --resolution"
             )
         print(drawing_plan(drawn, check_budget(flags.vram)))
         return
@@ -230,17 +231,19 @@ def drawing_plan(flags: DrawingFlags, vram_gb: float | None = None) -> str:
     """GB by component and phase of drawing, and with a budget what is chosen for it. Raises ConfigError for
     sizes that are no multiples of 16, and if nothing fits."""
     from ppcoat.models.offload import Placement
-    from ppcoat.models.tensor_files import read_json
+    from ppcoat.models.tensor_files import pipeline_class
     from ppcoat.plan.drawing import FORMATS, Drawn, drawing_memory, plan_drawing
 
-    height, width, pictures = flags.height or RESOLUTION, flags.width or RESOLUTION, flags.num_images or 1
+    height, width, pictures = (
+        default if given is None else given
+        for given, default in ((flags.height, RESOLUTION), (flags.width, RESOLUTION), (flags.num_images, 1))
+    )
     for name, value, step in (("height", height, 16), ("width", width, 16), ("num_images", pictures, 1)):
         if value < step or value % step:
             raise ConfigError(f"{name}: came {value}, wanted a multiple of {step} from {step} on")
-    index = Path(flags.model or "models/FLUX.1-dev") / "model_index.json"
-    said = read_json(index).get("_class_name") if index.is_file() else None
-    family = flags.family or ("newbie" if said == "NewbiePipeline" else "flux")
-    drawn = Drawn(flags.model or "models/FLUX.1-dev", height, width, pictures, family)
+    model = flags.model or "models/FLUX.1-dev"
+    is_newbie = pipeline_class(Path(model)) == "NewbiePipeline"
+    drawn = Drawn(model, height, width, pictures, flags.family or ("newbie" if is_newbie else "flux"))
     memory = drawing_memory(drawn, on_gpu=True)
     asked, formats = Placement(flags.quantize or False, flags.offload), (flags.quantize,)
     planned = plan_drawing(memory, vram_gb, asked, formats if flags.quantize else FORMATS)

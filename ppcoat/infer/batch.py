@@ -30,10 +30,13 @@ from ppcoat.infer.drawers import Drawer
 from ppcoat.infer.prompts import COLUMNS, ListedPicture
 from ppcoat.lora.files import CONFIG, adapter_file
 from ppcoat.models.flux.files import FluxFiles
+from ppcoat.models.offload import Placement
 
 SETTINGS, LIST = "settings", "pictures.jsonl"
 # Fields of Drawing that leave the picture as it is. Any other decides it, those of files by their content.
-_DECIDES_NOTHING = ("prompts", "output_dir", "num_images", "device", "ignore_unknown", "offload", "cache_dir")
+# Of --vram that is what the plan chose by it.
+_DECIDES_NOTHING = ("prompts", "output_dir", "num_images", "device", "ignore_unknown", "offload", "cache_dir",
+                    "vram", "quantize")  # fmt: skip
 _MODEL = ("model", "text_encoders", "vae", "tokenizers")
 _LORAS, _PICTURE_FILES = "path_to_lora", ("control_image", "image", "mask", "reference")
 _END_OF_PNG = b"IEND\xae\x42\x60\x82"
@@ -41,8 +44,8 @@ COLUMNS_OF_SHEET, ROWS_OF_SHEET, TILE, CAPTION = 10, 10, 160, 30  # the last two
 
 
 class Batch:
-    """The pictures of one list in one folder. drawing: the command's settings; model, dtype: it draws with
-    these."""
+    """The pictures of one list in one folder. drawing: the command's settings; model, how: it draws with
+    these, how is the dtype and the placement."""
 
     def __init__(
         self,
@@ -50,11 +53,13 @@ class Batch:
         pictures: Sequence[ListedPicture],
         folder: Path,
         model: FluxFiles | Path,
-        dtype: str | None,
+        how: tuple[str | None, Placement],
     ) -> None:
         self.pictures, self.folder, self.list = pictures, folder, Path(drawing.prompts)
         self._digests: dict[str, str] = {}
-        self._identity = _identity(drawing, model) | {"dtype": dtype or default_dtype()}
+        dtype, placed = how
+        chosen = {"dtype": dtype or default_dtype(), "quantize": placed.quantize, "tiles": placed.vae_tiling}
+        self._identity = _identity(drawing, model) | {name: value for name, value in chosen.items() if value}
 
     def draw(self, load: Callable[[], Drawer]) -> list[Path]:
         """Draw what is not there; returns the files of all pictures. load: reads the model; called only where

@@ -7,7 +7,8 @@ disk read, while nothing else is there.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import paddle
 
 from ppcoat.data.cache import folder_identity
 from ppcoat.device import default_dtype, on_gpu
+from ppcoat.infer.editing import Sight, reference_pixels
 from ppcoat.lora.files import adapter_file
 from ppcoat.models.flux.drawing import DEFAULT_SIDE
 from ppcoat.models.flux.files import FluxFiles
@@ -24,18 +26,20 @@ from ppcoat.models.newbie.files import load_nextdit, load_quantized_nextdit
 from ppcoat.models.newbie.pipeline import NewbiePipeline
 from ppcoat.models.offload import Placement, loaded_to_host
 from ppcoat.models.quantized_base import QuantizedCopy, load_quantized_transformer
-from ppcoat.models.tensor_files import Component, component_config
+from ppcoat.models.tensor_files import Component
 from ppcoat.plan import GB
 from ppcoat.plan.drawing import FORMATS, Drawn, drawing_memory, plan_drawing
 
 
-def placement_of(drawing: Any, model: FluxFiles | Path) -> Placement:
-    """How a drawing (an infer.generate.Drawing) is to lie on the device. With --vram it is planned, from
-    headers, and told in one line. Raises ConfigError if nothing fits. Call after set_device."""
+def placement_of(drawings: Sequence[Any], model: FluxFiles | Path) -> Placement:
+    """How drawings (infer.generate.Drawing, of one command) are to lie on the device. With --vram it is
+    planned for the largest, from headers, and told in one line. Raises ConfigError if nothing fits. Call
+    after set_device."""
+    drawing = drawings[0]
     asked = Placement(drawing.quantize or False, drawing.offload)
     if drawing.vram is None:
         return asked
-    memory = drawing_memory(_drawn(drawing, model), on_gpu())
+    memory = drawing_memory(_drawn(drawings, model), on_gpu())
     formats = (drawing.quantize,) if drawing.quantize else FORMATS
     planned = plan_drawing(memory, drawing.vram, asked, formats)
     peak = planned.peak
@@ -47,9 +51,8 @@ def placement_of(drawing: Any, model: FluxFiles | Path) -> Placement:
     return planned.placement
 
 
-def flux_within_card(drawing: Any, files: FluxFiles, dtype: str | None) -> FluxPipeline:
-    """FLUX as `placement_of` says, without its LoRAs."""
-    placement = placement_of(drawing, files)
+def flux_within_card(drawing: Any, files: FluxFiles, dtype: str | None, placement: Placement) -> FluxPipeline:
+    """FLUX, without its LoRAs."""
     component, given = files["transformer"], {}
     if placement.quantize or placement.blocks_to_swap:
         load = load_quantized_transformer, load_transformer
@@ -57,9 +60,9 @@ def flux_within_card(drawing: Any, files: FluxFiles, dtype: str | None) -> FluxP
     return _placed(FluxPipeline.from_pretrained(files, dtype, offload=placement.offload, **given), placement)
 
 
-def newbie_within_card(drawing: Any, folder: Path, dtype: str | None) -> NewbiePipeline:
-    """NewBie-image as `placement_of` says, without its LoRAs."""
-    placement, transformer = placement_of(drawing, folder), None
+def newbie_within_card(drawing: Any, folder: Path, dtype: str | None, placement: Placement) -> NewbiePipeline:
+    """NewBie-image, without its LoRAs."""
+    transformer = None
     if placement.quantize or placement.blocks_to_swap:
         load = load_quantized_nextdit, load_nextdit
         transformer = _transformer(drawing, folder / "transformer", dtype, placement, *load)
@@ -69,23 +72,27 @@ def newbie_within_card(drawing: Any, folder: Path, dtype: str | None) -> NewbieP
     return _placed(pipeline, placement)
 
 
-def _drawn(drawing: Any, model: FluxFiles | Path) -> Drawn:
-    """What is planned."""
-    is_flux, side = isinstance(model, FluxFiles), DEFAULT_SIDE
-    if is_flux:
-        side = component_config(model["vae"]).get("sample_size", side)
+def _drawn(drawings: Sequence[Any], model: FluxFiles | Path) -> Drawn:
+    """What is planned: the largest picture, and as many tokens as any of them is seen with."""
+    sight = Sight.of(model) if isinstance(model, FluxFiles) else None
+    side = DEFAULT_SIDE if sight is None else sight.side
+    sizes = [(each.height or side, each.width or side) for each in drawings]
+    height, width = max(sizes, key=math.prod)
+    seen = [math.prod(size) + (reference_pixels(each, sight) if sight else 0)
+            for size, each in zip(sizes, drawings, strict=True)]  # fmt: skip
+    drawing = drawings[0]
     beside = {name: getattr(drawing, name) for name in ("text_encoders", "vae", "tokenizers")}
     return Drawn(
         model=str(drawing.model),
-        height=drawing.height or side,
-        width=drawing.width or side,
+        height=height,
+        width=width,
         pictures=drawing.num_images,
-        family="flux" if is_flux else "newbie",
+        family="flux" if sight else "newbie",
         beside=tuple((name, place) for name, place in beside.items() if place),
         max_sequence_length=drawing.max_sequence_length,
         dtype="float32" if drawing.dtype == "float32" else "auto",
         lora_bytes=sum(2 * adapter_file(path).stat().st_size for path, _ in drawing.loras),  # in float32
-        references=max(len(drawing.reference or ()), drawing.image is not None),
+        reference_pixels=max(seen) - height * width,
     )
 
 

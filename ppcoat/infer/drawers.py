@@ -62,11 +62,15 @@ class Drawer(ABC):
                 known[key] = self.encode(texts, drawing.max_sequence_length)
             left -= len(some)
             if not left and not self._changes_encoders:
-                self.pipeline.release_encoders()
+                self.release_encoders()
             for drawing in some:
                 self._set(drawing)
                 keys = [self._key(texts, drawing) for texts in self.texts(drawing)]
                 yield self.draw(drawing, [_on_device(known[key]) for key in keys])
+
+    def release_encoders(self) -> None:
+        """All is encoded: where parts are moved at all, the text encoders go."""
+        self.pipeline.release_encoders()
 
     @property
     def _changes_encoders(self) -> bool:
@@ -128,6 +132,10 @@ class FluxDrawer(Drawer):
             shown = getattr(self.pipeline, "_progress_bar_config", {})
             self._made[kind].set_progress_bar_config(**shown)
         return self._made[kind]
+
+    def release_encoders(self) -> None:
+        self._made = {FluxPipeline: self.pipeline}  # the others of an earlier round hold them, too
+        super().release_encoders()
 
     def put(self, strengths: Sequence[float]) -> None:
         self.pipeline.set_adapters([f"lora_{i}" for i in range(len(strengths))], list(strengths))

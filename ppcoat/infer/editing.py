@@ -10,6 +10,7 @@ size, and what cannot be drawn. All of it is checked before a model is loaded.
 from __future__ import annotations
 
 import inspect
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ from typing import Any, TypeVar
 from PIL import Image, ImageOps
 
 from ppcoat.config.flags import flag
+from ppcoat.data.colours import Convert, grey, on_colour
 from ppcoat.errors import ConfigError
 from ppcoat.lora import LoRAFile
 from ppcoat.models.flux.editing_inputs import first_step, latent_mask, output_size, reference_size
@@ -33,6 +35,7 @@ from ppcoat.models.pictures import TOKEN_SIDE
 from ppcoat.models.tensor_files import component_config
 
 TRAINED_SIDE = 1024  # pixels of the models whose references are seen at KONTEXT_SIZES
+ON_BLACK = on_colour((0, 0, 0))
 MOST_TOLD = 4  # drawings of which each has a line
 
 
@@ -89,17 +92,19 @@ def check_edit_flags(drawing: EditFlags) -> None:
 
 
 def prepared_all(
-    drawings: Sequence[_Drawing], files: FluxFiles, loras: Sequence[tuple[LoRAFile, float]]
+    drawings: Sequence[_Drawing],
+    places: Sequence[str],
+    files: FluxFiles,
+    loras: Sequence[tuple[LoRAFile, float]],
 ) -> list[_Drawing]:
     """The drawings at the sizes of the pictures that they are drawn from (`prepared`); prints which pipelines
-    draw them. loras: of all drawings. Raises ConfigError, of several drawings naming the prompt."""
+    draw them. places: how a message about each begins. loras: of all drawings. Raises ConfigError."""
     sight, ready = Sight.of(files), []
-    for one in drawings:
+    for one, place in zip(drawings, places, strict=True):
         try:
             ready.append(prepared(one, sight))
         except ConfigError as error:
-            where = f"prompt {one.prompt[0]!r:.42}: " if len(drawings) > 1 else ""
-            raise ConfigError(f"{where}{error}") from None
+            raise ConfigError(f"{place}{error}") from None
     paths = [path for path, _ in drawings[0].loras]
     _tell(ready, sight, list(zip(paths, (file for file, _ in loras), strict=True)))
     return ready
@@ -129,7 +134,7 @@ def edit_class(drawing: Any, sight: Sight) -> type[FluxPipeline]:
             raise ConfigError("control_image and a reference do not go together; leave one of them out")
         return FluxKontextPipeline
     if image is None:
-        return FluxKontextPipeline if sight.kontext else FluxPipeline
+        return FluxPipeline  # also with Kontext
     return FluxImg2ImgPipeline if mask is None else FluxInpaintPipeline
 
 
@@ -166,21 +171,25 @@ def edit_arguments(drawing: Any, sight: Sight) -> dict[str, Any]:
     if kind is FluxKontextPipeline:
         trained = sight.side >= TRAINED_SIDE
         shown = shown if trained else [_no_larger(each, drawing.height, drawing.width) for each in shown]
-        area = (drawing.height or sight.side) * (drawing.width or sight.side)
-        return {"image": [shown] if shown else None, "max_area": area, "_auto_resize": trained}
+        area = drawing.height * drawing.width
+        return {"image": [shown], "max_area": area, "_auto_resize": trained}
     found = {"image": shown[0]}
     if drawing.mask is not None:
-        found["mask_image"] = _opened(drawing.mask)
+        found["mask_image"] = opened(drawing.mask, grey)
     if drawing.strength is not None:
         found["strength"] = drawing.strength
     return found
 
 
-def seen_size(drawing: Any) -> tuple[int | None, int | None]:
-    """Height and width of a picture with as many tokens as the transformer sees, about: as many pictures one
-    below the other as there are references, and the one that is drawn."""
-    count = len(drawing.reference or ())
-    return drawing.height * (1 + count) if count else drawing.height, drawing.width
+def reference_pixels(drawing: Any, sight: Sight) -> int:
+    """Of all references of a drawing that is `prepared`, at the sizes at which they are seen."""
+    found = 0
+    for name in drawing.reference or ():
+        with Image.open(name) as picture:
+            width, height = picture.size
+        seen = math.prod(reference_size(height, width, sight.side >= TRAINED_SIDE))
+        found += seen if sight.side >= TRAINED_SIDE else min(seen, drawing.height * drawing.width)
+    return found
 
 
 def own_guidance(kind: type[FluxPipeline]) -> float:
@@ -216,7 +225,7 @@ def _told(drawing: Any, sight: Sight) -> str | None:
     if kind is not FluxKontextPipeline:
         own = inspect.signature(kind.__call__).parameters["strength"].default
         way += f" at strength {own if drawing.strength is None else drawing.strength}"
-    width, height = _opened(names[0]).size
+    width, height = opened(names[0]).size
     size, came = f"{drawing.width}x{drawing.height}", f"{width}x{height}"
     return f"{kind.__name__}: {way}; {size}{'' if size == came else f' (the picture is {came})'}"
 
@@ -250,19 +259,17 @@ def open_picture(file: Path) -> Image.Image:
         raise ConfigError(f"{file} cannot be read as a picture: {error}; give another") from error
 
 
-def _opened(file: str) -> Image.Image:
-    """Upright, and on black where it is transparent, as pictures of pairs are for training."""
-    return _decoded(file, Path(file).stat().st_mtime_ns if Path(file).exists() else 0)
+def opened(file: str, convert: Convert = ON_BLACK) -> Image.Image:
+    """Upright, in sRGB and on black where it is transparent, as references are for training; or what another
+    `convert` of data.colours makes of it."""
+    return _decoded(file, Path(file).stat().st_mtime_ns if Path(file).exists() else 0, convert)
 
 
 @lru_cache(maxsize=8)  # of a list's pictures, some are in many lines
-def _decoded(file: str, changed: int) -> Image.Image:
+def _decoded(file: str, changed: int, convert: Convert) -> Image.Image:
     """changed: when, for the cache."""
-    picture = ImageOps.exif_transpose(open_picture(Path(file)))
-    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", picture.size, "black"), picture).convert("RGB")
-    return picture.convert("RGB")
+    picture = open_picture(Path(file))
+    return convert(ImageOps.exif_transpose(picture), picture.info.get("icc_profile"), [])
 
 
 def _names(drawing: Any) -> list[str]:
@@ -271,7 +278,7 @@ def _names(drawing: Any) -> list[str]:
 
 def _shown(drawing: Any) -> list[Image.Image]:
     """--image, and the references after it."""
-    return [_opened(name) for name in _names(drawing)]
+    return [opened(name) for name in _names(drawing)]
 
 
 def _size(drawing: Any, height: int, width: int, sight: Sight, kind: type[FluxPipeline]) -> tuple[int, int]:
@@ -295,7 +302,7 @@ def _size(drawing: Any, height: int, width: int, sight: Sight, kind: type[FluxPi
 
 def _check_mask(drawing: Any, size: tuple[int, int], side: int) -> None:
     """size: width and height of the picture. side: of the cells that the mask is seen by."""
-    mask = _opened(drawing.mask)
+    mask = opened(drawing.mask, grey)
     if mask.size != size:
         raise ConfigError(
             f"mask: {drawing.mask} is {mask.width}x{mask.height}, {drawing.image} {size[0]}x{size[1]}: "

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from PIL import Image, ImageOps
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from ppcoat.atomic import check_writable, whole_file
@@ -18,26 +18,27 @@ from ppcoat.config.flags import add_flags, flag, from_flags
 from ppcoat.device import compute_dtype, set_device, tune_host
 from ppcoat.errors import ConfigError
 from ppcoat.infer.batch import Batch
-from ppcoat.infer.card import flux_within_card, newbie_within_card
+from ppcoat.infer.card import flux_within_card, newbie_within_card, placement_of
 from ppcoat.infer.drawers import Drawer, FluxDrawer, Loras, NewbieDrawer
 from ppcoat.infer.editing import (
     EditFlags,
     Sight,
     check_edit_flags,
     open_picture,
+    opened,
     prepared_all,
-    seen_size,
 )
 from ppcoat.infer.prompts import read_pictures, slug
 from ppcoat.lora import info_of, inputs_of, put_adapters, read_fitting, tell
-from ppcoat.models.flux.drawing import DEFAULT_SIDE
 from ppcoat.models.flux.files import OF_FILE, FluxFiles
 from ppcoat.models.flux.pipeline import FluxPipeline
 from ppcoat.models.loading import check_folder, parameter_shapes
 from ppcoat.models.newbie.files import check_newbie_folder
-from ppcoat.models.tensor_files import read_json
+from ppcoat.models.offload import Placement
+from ppcoat.models.tensor_files import pipeline_class
 
 NOTABLE_STRETCH = 0.02  # of a control picture's width against its height
+How = tuple[str | None, Placement]  # the dtype that is asked for, and what lies where
 
 
 @dataclass(frozen=True)
@@ -126,33 +127,31 @@ def generate(drawing: Drawing) -> list[Path]:
 
     if drawing.prompts is None:
         drawings = [replace(drawing, prompt=[prompt]) for prompt in drawing.prompt]
+        places = [f"prompt {prompt!r:.42}: " if drawings[1:] else "" for prompt in drawing.prompt]
         check(drawing)
     else:
         pictures = read_pictures(drawing.prompts, drawing, check)
         drawings = [picture.drawing for picture in pictures]
+        places = [f"{drawing.prompts}, line {picture.line}: " for picture in pictures]
     model = kind.check(drawing)
     loras = read_loras(drawing, model, *kind.parts)
-    drawings = kind.prepare(drawings, model, loras)
+    drawings = kind.prepare(drawings, places, model, loras)
     set_device(drawing.device)
     dtype = compute_dtype(drawing.dtype)
     folder = output_folder(drawing)
+    placement = placement_of(drawings, model)
 
     def load() -> Drawer:
-        height, width = max(map(seen_size, drawings), key=_pixels)
-        return kind.drawer(replace(drawing, height=height, width=width), model, dtype, loras)
+        return kind.drawer(drawings[0], model, (dtype, placement), loras)
 
     if drawing.prompts is not None:
         pictures = [replace(each, drawing=one) for each, one in zip(pictures, drawings, strict=True)]
-        return Batch(drawing, pictures, folder, model, dtype).draw(load)
+        return Batch(drawing, pictures, folder, model, (dtype, placement)).draw(load)
     files = []
     for number, (one, found) in enumerate(zip(drawings, load().drawn(drawings), strict=True)):
         for i, picture in enumerate(found):
             files.append(save_picture(picture, folder, number, one.prompt[0], one.seed + i))
     return files
-
-
-def _pixels(size: tuple[int | None, int | None]) -> int:
-    return (size[0] or DEFAULT_SIDE) * (size[1] or DEFAULT_SIDE)
 
 
 def _check_flux_settings(drawing: Drawing) -> None:
@@ -224,7 +223,7 @@ def control_picture(drawing: Drawing, pipeline: FluxPipeline) -> Image.Image | N
     """The control picture of a drawing; tells where it will be stretched."""
     if drawing.control_image is None:
         return None
-    picture = ImageOps.exif_transpose(open_picture(Path(drawing.control_image)))
+    picture = opened(drawing.control_image)
     size = pipeline.vae.config.sample_size
     width, height = drawing.width or size, drawing.height or size
     if abs(picture.width * height / (picture.height * width) - 1) > NOTABLE_STRETCH:
@@ -244,14 +243,14 @@ def put_loras(pipeline: FluxPipeline, loras: Loras) -> None:
         pipeline.set_adapters([f"lora_{i}" for i in range(len(loras))], [scale for _, scale in loras])
 
 
-def _flux_drawer(drawing: Drawing, files: FluxFiles, dtype: str | None, loras: Loras) -> Drawer:
-    pipeline = flux_within_card(drawing, files, dtype)
+def _flux_drawer(drawing: Drawing, files: FluxFiles, how: How, loras: Loras) -> Drawer:
+    pipeline = flux_within_card(drawing, files, *how)
     put_loras(pipeline, loras)
     return FluxDrawer(pipeline, loras, control_picture(drawing, pipeline), Sight.of(files))
 
 
-def _newbie_drawer(drawing: Drawing, folder: Path, dtype: str | None, loras: Loras) -> Drawer:
-    pipeline = newbie_within_card(drawing, folder, dtype)
+def _newbie_drawer(drawing: Drawing, folder: Path, how: How, loras: Loras) -> Drawer:
+    pipeline = newbie_within_card(drawing, folder, *how)
     put_adapters({"transformer": pipeline.transformer}, loras)
     for file, scale in loras:
         tell(info_of(file, scale))
@@ -261,14 +260,14 @@ def _newbie_drawer(drawing: Drawing, folder: Path, dtype: str | None, loras: Lor
 class _Kind(NamedTuple):
     """What differs between the models that can draw. check_settings(drawing) and check(drawing) raise
     ConfigError, the second says where the model lies; parts: folders that a LoRA can change;
-    prepare(drawings, model, loras): with what pictures and model decide; drawer(drawing, model, dtype, loras)
-    loads it."""
+    prepare(drawings, places, model, loras): with what pictures and model decide; drawer(drawing, model, how,
+    loras) loads it."""
 
     check_settings: Callable[[Drawing], None]
     check: Callable[[Drawing], FluxFiles | Path]
     parts: tuple[str, ...]
-    prepare: Callable[[list[Drawing], FluxFiles | Path, Loras], list[Drawing]]
-    drawer: Callable[[Drawing, FluxFiles | Path, str | None, Loras], Drawer]
+    prepare: Callable[[list[Drawing], list[str], FluxFiles | Path, Loras], list[Drawing]]
+    drawer: Callable[[Drawing, FluxFiles | Path, How, Loras], Drawer]
 
 
 _KINDS = {  # class in model_index.json -> kind
@@ -291,12 +290,7 @@ _KINDS = {  # class in model_index.json -> kind
 
 def _kind(drawing: Drawing) -> _Kind:
     """A file is of FLUX, a folder of what its model_index.json says, or of FLUX's transformer alone."""
-    model = Path(drawing.model)
-    index = model / "model_index.json"
-    if not index.is_file():
-        return _KINDS["FluxPipeline"]
-    said = read_json(index).get("_class_name")
-    return _KINDS.get(said, _KINDS["FluxPipeline"])
+    return _KINDS.get(pipeline_class(Path(drawing.model)), _KINDS["FluxPipeline"])
 
 
 def save_picture(picture: Image.Image, folder: Path, number: int, prompt: str, seed: int) -> Path:
@@ -319,11 +313,12 @@ def check_numbers(drawing: Drawing) -> None:
         side = getattr(drawing, name)
         if side is not None and (side < 16 or side % 16):
             raise ConfigError(f"{name}: came {side}, wanted a multiple of 16")
-    for name in ("lora_scale", "guidance_scale", "true_cfg_scale"):
-        given = getattr(drawing, name)
-        for value in given if isinstance(given, list) else [given]:
-            if value is not None and not math.isfinite(value):
-                raise ConfigError(f"{name}: came {value}, wanted a finite number")
+    numbers = [(name, getattr(drawing, name)) for name in ("guidance_scale", "true_cfg_scale")]
+    given = drawing.lora_scale if isinstance(drawing.lora_scale, list | tuple) else [drawing.lora_scale]
+    numbers += [("lora_scale", by) for by in [by for _, by in drawing.loras] or given]
+    for name, value in numbers:
+        if value is not None and not math.isfinite(value):
+            raise ConfigError(f"{name}: came {value}, wanted a finite number")
 
 
 def output_folder(drawing: Drawing) -> Path:

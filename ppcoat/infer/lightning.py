@@ -27,7 +27,7 @@ from PIL import Image
 from ppcoat.config.flags import add_flags, flag, from_flags
 from ppcoat.device import on_gpu, set_device, tune_host
 from ppcoat.errors import ConfigError
-from ppcoat.infer.card import flux_within_card
+from ppcoat.infer.card import flux_within_card, placement_of
 from ppcoat.infer.generate import (
     Drawing,
     check_numbers,
@@ -136,7 +136,7 @@ def draw_lightning(drawing: LightningDrawing) -> Path:
     loras = read_loras(drawing, files, "transformer", "text_encoder", "text_encoder_2")
     folder = output_folder(drawing)
     set_device(drawing.device)
-    pipeline = flux_within_card(drawing, files, None)
+    pipeline = flux_within_card(drawing, files, None, placement_of([drawing], files))
     put_loras(pipeline, loras)
     if drawing.inference_optimize:
         merge_lora(pipeline.transformer)

@@ -7,8 +7,8 @@ model is loaded.
 
 A column is a field of Drawing, under any of its names in COLUMNS; what a line leaves out is as the command's
 flags say; several references stand in a list of JSON. The flags in a line of text are those of kohya's and
-ai-toolkit's sample prompts. Theirs that mean
-another thing in each (--l), or ask for what is not done here, are refused by name.
+ai-toolkit's sample prompts. Theirs that mean another thing in each (--l), or ask for what is not done here,
+are refused by name.
 """
 
 from __future__ import annotations
@@ -66,10 +66,11 @@ _types_of = cache(get_type_hints)  # which takes half a millisecond, and lists a
 @dataclass(frozen=True)
 class ListedPicture:
     """One picture of a list. drawing: the settings of the command with those of its line, one prompt and one
-    picture. name: of its file, without ending."""
+    picture. name: of its file, without ending. line: where it stands in the list."""
 
     drawing: Any
     name: str
+    line: int
 
 
 def read_pictures(
@@ -124,7 +125,7 @@ def _named(file: Path, drawings: list[tuple[int, Any, str | None]]) -> list[List
                 f"{file}, line {number}: the name {name!r} is that of line {lines[key]}, too; give another"
             )
         lines[key] = number
-        pictures.append(ListedPicture(drawing, name))
+        pictures.append(ListedPicture(drawing, name, number))
     return pictures
 
 

@@ -282,13 +282,24 @@ def check_index(folder: Path, *classes: str) -> None:
 
 
 def read_json(file: Path, why: str = "the folder is not complete") -> dict:
-    """The object in a JSON file. Raises ConfigError if the file is missing or is not JSON."""
+    """The object in a JSON file. Raises ConfigError if the file is missing or holds none."""
     if not file.is_file():
         raise ConfigError(f"{file} is missing: {why}")
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        found = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ConfigError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"{file} holds no JSON object: take that of the model")
+    return found
+
+
+def pipeline_class(folder: Path) -> str | None:
+    """What model_index.json of a folder says that it is; None without one. Raises ConfigError as
+    `read_json`."""
+    index = folder / "model_index.json"
+    said = read_json(index).get("_class_name") if index.is_file() else None
+    return None if said is None else str(said)
 
 
 def in_file_order(infos: dict[str, TensorInfo]) -> list[tuple[str, TensorInfo]]:

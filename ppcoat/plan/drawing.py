@@ -10,9 +10,6 @@ VAE's is calculated: the tensors that stand beside each other, and scores of its
 
 from __future__ import annotations
 
-import math
-import re
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -25,15 +22,14 @@ from ppcoat.config.newbie import DEFAULT_TARGETS
 from ppcoat.config.schema import RunConfig
 from ppcoat.errors import ConfigError
 from ppcoat.models.flux.files import FluxFiles
-from ppcoat.models.newbie.gemma3 import Gemma3Config, Gemma3TextEncoder
 from ppcoat.models.offload import Placement
-from ppcoat.models.tensor_files import component_config, read_json, tensor_infos
+from ppcoat.models.tensor_files import component_config, read_json
 from ppcoat.models.vae_tiling import SCORES, decoded_at_once
 from ppcoat.nn.swap import check_count
 from ppcoat.plan import GB, check_budget
 from ppcoat.plan.model import BaseModel, read_model
 from ppcoat.plan.newbie import NewbieMemoryModel
-from ppcoat.plan.phases import GPU_CONTEXT, HOST_PROCESS, RESIDENT_SWAPPED, MemoryModel, Phase
+from ppcoat.plan.phases import GPU_CONTEXT, HOST_PROCESS, MemoryModel, Phase
 
 # Formats between which a plan chooses, the most exact first (errors: docs/kernels.md).
 FORMATS = (False, "int8", "fp4")
@@ -41,8 +37,6 @@ FLUX_VAE = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "
             "latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False,
             "down_block_types": ("DownEncoderBlock2D",) * 4,
             "up_block_types": ("UpDecoderBlock2D",) * 4}  # fmt: skip
-# Values of a block of FLUX.1-dev's T5, and how many it has.
-_T5_BLOCK, _T5_BLOCKS = 4 * 4096**2 + 3 * 4096 * 10240 + 2 * 4096, 24
 AS_IT_IS = Placement()
 # By whether it is a GPU, the most that the VAE holds at once: in the stages that are not tiled, in tensors of
 # what they give; in a tile, in tensors of channels at full resolution. A CPU unfolds a convolution's input.
@@ -53,7 +47,8 @@ STAGE_UNITS, TILE_UNITS = {False: 11.5, True: 3.0}, {False: 23.4, True: 6.0}
 class Drawn:
     """What is drawn. model: a pipeline's folder or a file. pictures: of a prompt, at once. beside: places of
     what a file lacks, as FluxFiles.found takes them. max_sequence_length: T5 or Gemma tokens. dtype: "auto"
-    or "float32". lora_bytes: of all that LoRAs add. references: pictures whose tokens are seen, too."""
+    or "float32". lora_bytes: of all that LoRAs add. reference_pixels: of all references, which are seen as
+    tokens, too."""
 
     model: str
     height: int
@@ -64,7 +59,7 @@ class Drawn:
     max_sequence_length: int | None = None
     dtype: str = "auto"
     lora_bytes: int = 0
-    references: int = 0
+    reference_pixels: int = 0
 
     @property
     def config(self) -> RunConfig:
@@ -100,7 +95,7 @@ class _DrawingMemory:
     def __init__(self, drawn: Drawn, on_gpu: bool, transformer: dict | None = None) -> None:
         self.drawn = drawn
         super().__init__(drawn.config, on_gpu, transformer)
-        self.image_tokens = (1 + drawn.references) * drawn.height * drawn.width // self.token_side**2
+        self.image_tokens = (drawn.height * drawn.width + drawn.reference_pixels) // self.token_side**2
         self.tokens = self.image_tokens + self.text_tokens
 
     def drawing_phases(self, placement: Placement) -> tuple[Phase, ...]:
@@ -111,16 +106,22 @@ class _DrawingMemory:
         if self.drawn.lora_bytes:
             held["LoRA"] = self.drawn.lora_bytes
         apart = placement.offload and self.on_gpu  # where host and device are one, offloading moves nothing
-        text = self.resident_text if placement.stream_encoders and self.on_gpu else self.model.encoders.text
-        text, vae = text * self.itemsize, self._vae_bytes
-        there = 0 if placement.offload else text
+        text, vae = self._text_bytes(placement.stream_encoders), self._vae_bytes
+        there, pictures = 0 if placement.offload else text, self.drawn.pictures * self.drawn_at_once
         phases = (
             (
                 "encode",
                 ({} if apart else held)
                 | {"encoders": text + (0 if apart else vae), "working": self.encoding},
             ),
-            ("denoise", held | {"encoders": there + (0 if apart else vae), "working": self.step(placement)}),
+            (
+                "denoise",
+                held
+                | {
+                    "encoders": there + (0 if apart else vae),
+                    "working": self._drawing_working(placement, pictures),
+                },
+            ),
             (
                 "decode",
                 ({} if apart else held) | {"encoders": there + vae, "working": self.decoding(placement)},
@@ -134,12 +135,6 @@ class _DrawingMemory:
         """Working memory while a prompt is read."""
         captions = self.drawn_at_once if self.drawn_at_once == 1 else self.drawn_at_once * self.drawn.pictures
         return self.model.encoders.text_working(captions, self.text_tokens, self.itemsize)
-
-    def step(self, placement: Placement) -> int:
-        """Working memory of a step."""
-        weight = self.itemsize * max(a * b for a, b in self.model.linears.values())
-        working = self._working(self.forward_working, self.drawn.pictures * self.drawn_at_once)
-        return working + (weight if placement.quantize else 0)
 
     def decoding(self, placement: Placement) -> int:
         """Working memory while the VAE decodes."""
@@ -200,18 +195,6 @@ class FluxDrawingMemory(_DrawingMemory, MemoryModel):
             return None
         return FluxFiles.found(self.drawn.model, "--model", **self.config.model.beside)
 
-    @cached_property
-    def resident_text(self) -> int:
-        """Values of the text encoders on the device while the blocks of T5 visit it."""
-        if self.files is None:
-            return self.model.encoders.text - (_T5_BLOCKS - RESIDENT_SWAPPED) * _T5_BLOCK
-        blocks: dict[str, int] = defaultdict(int)
-        for name, info in tensor_infos(self.files["text_encoder_2"]).items():
-            block = re.match(r".*\bblock\.\d+\.", name)
-            blocks[block[0] if block else ""] += math.prod(info.shape)
-        blocks.pop("", None)
-        return self.model.encoders.text - sum(sorted(blocks.values())[:-RESIDENT_SWAPPED])
-
     def vae_config(self) -> dict:
         """Of its VAE."""
         return FLUX_VAE if self.files is None else component_config(self.files["vae"])
@@ -219,17 +202,6 @@ class FluxDrawingMemory(_DrawingMemory, MemoryModel):
 
 class NewbieDrawingMemory(_DrawingMemory, NewbieMemoryModel):
     """Of NewBie-image."""
-
-    @cached_property
-    def resident_text(self) -> int:
-        """Values of the text encoders on the device while the layers of Gemma3 visit it."""
-        file, config = Path(self.drawn.model) / "text_encoder" / "config.json", Gemma3Config()
-        if not self.model.assumed:
-            config = Gemma3Config.from_dict(read_json(file))
-        with paddle.LazyGuard():
-            layers = Gemma3TextEncoder(config).layers
-        sizes = sorted(sum(math.prod(p.shape) for p in layer.parameters()) for layer in layers)
-        return self.model.encoders.text - sum(sizes[:-RESIDENT_SWAPPED])
 
     def vae_config(self) -> dict:
         """Of its VAE."""

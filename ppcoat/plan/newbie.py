@@ -110,7 +110,7 @@ class NewbieMemoryModel(MemoryModel):
         phases = super().preparing(settings)
         if settings.stream_encoders and self.on_gpu:
             return phases
-        together = self._text_bytes(settings) + self._vae_bytes
+        together = self._text_bytes(settings.stream_encoders) + self._vae_bytes
         return [(name, parts | {"encoders": together}) for name, parts in phases]
 
     def activations(self, settings: Settings) -> tuple[int, int]:

@@ -17,6 +17,7 @@ import paddle
 from ppcoat.config.schema import RunConfig
 from ppcoat.data.cache import ENCODED_AT_ONCE, ENCODED_PIXELS
 from ppcoat.device import LARGEST_KEPT, gpu_place
+from ppcoat.models.offload import Placement
 from ppcoat.nn.attention import EFFICIENT, FLASH, MATH, kernel_of_paddle
 from ppcoat.nn.policy import POLICIES
 from ppcoat.nn.swap import check_count
@@ -176,7 +177,7 @@ class MemoryModel:
         pixels = max(largest, min(ENCODED_AT_ONCE * largest, ENCODED_PIXELS))
         seeing = encoders.vae_working(pixels, self.vae_itemsize, False, self.on_gpu)
         return [
-            ("captions", {"encoders": self._text_bytes(settings), "working": reading}),
+            ("captions", {"encoders": self._text_bytes(settings.stream_encoders), "working": reading}),
             ("pictures", {"encoders": self._vae_bytes, "working": seeing}),
         ]
 
@@ -330,11 +331,10 @@ class MemoryModel:
         values = max(a * tokens * self.model.width + b * scores for a, b in lines)
         return int(batch * self.itemsize * values)
 
-    def _text_bytes(self, settings: Settings) -> int:
-        """Of the text encoders while they read; on a CPU host and device are one."""
+    def _text_bytes(self, streamed: bool) -> int:
+        """Of the text encoders while they read, streamed by blocks; on a CPU host and device are one."""
         encoders = self.model.encoders
-        streams = settings.stream_encoders and self.on_gpu
-        return self.itemsize * (encoders.streamed if streams else encoders.text)
+        return self.itemsize * (encoders.streamed if streamed and self.on_gpu else encoders.text)
 
     @property
     def _vae_bytes(self) -> int:
@@ -353,7 +353,7 @@ class MemoryModel:
         )
         return max(working + held, working - before + making)
 
-    def _drawing_working(self, settings: Settings, batch: int, tokens: int | None = None) -> int:
+    def _drawing_working(self, settings: Settings | Placement, batch: int, tokens: int | None = None) -> int:
         """Working memory of a pass without gradients, with the largest weight if that is made anew."""
         making = self.model.decoding_bytes(settings.quantize, self.itemsize, self.on_gpu)[1]
         return self._working(self.forward_working, batch, tokens) + making

@@ -23,6 +23,8 @@ from ppcoat.infer.drawers import Drawer
 from ppcoat.infer.generate import Drawing, generate
 from ppcoat.infer.prompts import read_pictures
 from ppcoat.models.flux.pipeline import FluxPipeline
+from ppcoat.models.offload import Placement
+from ppcoat.plan.drawing import AS_IT_IS
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 SMALL = {"steps": 1, "height": 32, "width": 32, "device": "cpu"}
@@ -183,11 +185,11 @@ def shop(tmp_path):
         **SMALL,
     )
 
-    def draw(count=4, stop_at=None, rows=None, **changes):
+    def draw(count=4, stop_at=None, rows=None, placement=AS_IT_IS, **changes):
         rows = rows or [{"prompt": f"dress {i}", "seed": i} for i in range(count)]
         drawing = dataclasses.replace(shared, prompts=write_list(tmp_path, *rows), **changes)
         pictures, seeds = read_pictures(drawing.prompts, drawing, lambda _: None), []
-        batch = Batch(drawing, pictures, tmp_path / "out", model, None)
+        batch = Batch(drawing, pictures, tmp_path / "out", model, (None, placement))
         batch.draw(lambda: Plain(seeds, stop_at))
         return seeds
 
@@ -200,6 +202,7 @@ def test_what_is_there_stays_and_what_changed_is_drawn_again(shop, tmp_path, cap
     assert shop() == []  # and Plain was not made
     assert "4 pictures: 4 are there as wanted, 0 to draw\n" in capsys.readouterr().out
     assert shop(device="gpu", num_images=1) == []  # decide nothing
+    assert shop(vram=8, quantize="fp4", placement=Placement(offload=True, blocks_to_swap=2)) == []
     assert shop(count=5) == [4]
     out = sorted((tmp_path / "out").glob("0*.png"))
     content = out[2].read_bytes()
@@ -211,7 +214,8 @@ def test_what_is_there_stays_and_what_changed_is_drawn_again(shop, tmp_path, cap
     said = "5 pictures: 2 are there as wanted, 3 to draw (2 of them again: drawn with other settings)"
     assert said in capsys.readouterr().out
     assert out[2].read_bytes() == content
-    for changes in ({"steps": 2}, {"lora_scale": [0.5]}, {"dtype": "float32", "guidance_scale": 1.0}):
+    for changes in ({"steps": 2}, {"lora_scale": [0.5]}, {"dtype": "float32", "guidance_scale": 1.0},
+                    {"placement": Placement("int8")}, {"placement": Placement(vae_tiling=True)}):  # fmt: skip
         assert shop(**changes) == [0, 1, 2, 3]
     (tmp_path / "lora.safetensors").write_text("two")
     assert shop(guidance_scale=1.0) == [0, 1, 2, 3]
@@ -263,7 +267,11 @@ def test_a_list_in_the_output_folder_is_not_overwritten(shop, tmp_path):
         rows := "".join(json.dumps({"prompt": json.loads(r)["prompt"]}) + "\n" for r in rows.splitlines())
     )
     Batch(
-        drawing, read_pictures(mine, drawing, lambda _: None), tmp_path / "out", tmp_path / "model", None
+        drawing,
+        read_pictures(mine, drawing, lambda _: None),
+        tmp_path / "out",
+        tmp_path / "model",
+        (None, AS_IT_IS),
     ).draw(lambda: Plain([]))
     assert mine.read_text() == rows
 

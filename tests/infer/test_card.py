@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 import ppcoat.infer.card as card
+import ppcoat.infer.generate as generate_module
 import ppcoat.infer.lightning as lightning
 from ppcoat.cli.main import run
 from ppcoat.data.cache import folder_identity
@@ -84,7 +85,7 @@ def test_a_placement_with_everything_draws_the_pictures_of_its_base(drawing, lor
                                   num_images=2, prompt=["a hat"])  # fmt: skip
     plain = redrawn(drawing, "int8", quantize="int8")
     everything = Placement("int8", True, True, 1, True, True)
-    monkeypatch.setattr(card, "placement_of", lambda *_: everything)
+    monkeypatch.setattr(generate_module, "placement_of", lambda *_: everything)
     placed = redrawn(drawing, "placed")
     assert (
         np.abs(placed - plain).max() <= 1
@@ -98,7 +99,7 @@ def test_the_plan_chooses_and_says_so(drawing, pipelines, capsys):
     redrawn(drawing, "much", vram=2)
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "GB" in line]
     assert line.startswith("within 2 GB: base not quantised; planned peak 0.4") and "(decode)" in line
-    memory = card.drawing_memory(card._drawn(drawing, drawing.files), False)
+    memory = card.drawing_memory(card._drawn([drawing], drawing.files), False)
     little = card.plan_drawing(memory, placement=Placement(offload=True)).peak.total / 1e9 - 1e-6
     redrawn(drawing, "little", vram=little)
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "GB" in line]

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,8 +11,10 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
+import ppcoat.infer.drawers as drawers
 from ppcoat.cli.main import main
-from ppcoat.infer.editing import Sight, edit_arguments, edit_class, own_guidance, prepared
+from ppcoat.infer.drawers import FluxDrawer
+from ppcoat.infer.editing import Sight, edit_arguments, edit_class, own_guidance, prepared, reference_pixels
 from ppcoat.infer.generate import Drawing
 from ppcoat.models.flux.fill import FluxFillPipeline
 from ppcoat.models.flux.image_to_image import FluxImg2ImgPipeline, FluxInpaintPipeline
@@ -84,7 +87,8 @@ def settings(**given):
         (DEV, {"image": "a", "mask": "m", "strength": 0.5}, FluxInpaintPipeline),
         (DEV, {"image": "a", "control_image": "c"}, FluxImg2ImgPipeline),
         (DEV, {"reference": ["a", "b"]}, FluxKontextPipeline),
-        (KONTEXT, {}, FluxKontextPipeline),
+        (KONTEXT, {}, FluxPipeline),
+        (KONTEXT, {"control_image": "c"}, FluxPipeline),
         (KONTEXT, {"image": "a"}, FluxKontextPipeline),
         (KONTEXT, {"image": "a", "reference": ["b"]}, FluxKontextPipeline),
         (FILL, {"image": "a", "mask": "m"}, FluxFillPipeline),
@@ -129,6 +133,25 @@ def test_pictures_are_upright_and_on_black(tmp_path):
     assert found.getpixel((15, 0)) == (0, 255, 0)
 
 
+def test_sixteen_bits_are_no_white(tmp_path):
+    """As in training (tests/data), where PIL clips."""
+    grey = np.full([16, 32], 100 * 257, "uint16")
+    grey[:, :16] = 200 * 257
+    Image.fromarray(grey).save(tmp_path / "a.png")
+    file = str(tmp_path / "a.png")
+    found = edit_arguments(settings(image=file, mask=file), DEV)
+    assert np.unique(np.asarray(found["image"])).tolist() == [100, 200]
+    assert np.unique(np.asarray(found["mask_image"])).tolist() == [100, 200]
+
+
+def test_tokens_of_references_are_planned_at_the_sizes_that_are_seen(tmp_path):
+    Image.new("RGB", (300, 100)).save(tmp_path / "a.png")
+    drawing = settings(reference=[str(tmp_path / "a.png")] * 2, height=256, width=256)
+    assert reference_pixels(drawing, DEV) == 2 * 1568 * 672  # of KONTEXT_SIZES
+    assert reference_pixels(drawing, replace(DEV, side=64)) == 2 * 288 * 96
+    assert reference_pixels(settings(image="a"), DEV) == 0
+
+
 def test_the_command_draws_what_the_pipelines_draw(pictures, capsys):
     """A list, so that one model draws all of it; --prompt draws the same."""
     lines = [
@@ -168,7 +191,7 @@ def test_the_command_draws_what_the_pipelines_draw(pictures, capsys):
     shutil.copy("b.png", "a.png")
     Image.new("L", (40, 70), 255).save("mask.png")
     assert generate("--prompts", "out/pictures.jsonl", "--output_dir", "out", prompt=None) == 2
-    assert "prompt 'a cat': mask: mask.png is white all over" in capsys.readouterr().err
+    assert "out/pictures.jsonl, line 2: mask: mask.png is white all over" in capsys.readouterr().err
     Path("list.jsonl").write_text("\n".join(json.dumps({"prompt": "a cat", **line}) for line in lines[::3]))
     assert generate("--prompts", "list.jsonl", "--output_dir", "out", prompt=None) == 0
     assert "2 pictures: 1 are there as wanted, 1 to draw (1 of them again" in capsys.readouterr().out
@@ -184,6 +207,11 @@ def test_fill_fills_and_kontext_edits(pictures, folders, capsys):
         "FluxKontextPipeline: editing by the prompt, looking at a.png; 64x48 (the picture is 48x32)\n" in said
     )
     assert sorted(file.name for file in Path("out").iterdir()) == ["000_a-cat_42.png", "000_a-dog_42.png"]
+    file = FIXTURES / "fill" / "transformer" / "diffusion_pytorch_model.safetensors"  # as one file, the same
+    flags = [*flags[:-1], "one", "--text_encoders", str(BASE)]
+    assert generate(*flags, model=file) == 0
+    one, whole = (np.asarray(Image.open(f"{folder}/000_a-cat_42.png")) for folder in ("one", "out"))
+    np.testing.assert_array_equal(one, whole)
 
 
 @pytest.mark.parametrize(
@@ -218,6 +246,17 @@ def test_what_cannot_be_drawn_is_told_before_a_model_is_loaded(
     assert generate(*flags.split(), model=folders.get(model, BASE)) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1 and not (pictures / "output").exists()
+
+
+def test_no_pipeline_of_an_earlier_round_holds_the_encoders(pictures, monkeypatch):
+    monkeypatch.setattr(drawers, "AT_ONCE", 1)
+    drawing = Drawing(
+        str(BASE), ["a cat"], image="a.png", height=32, width=48, steps=1, max_sequence_length=16
+    )
+    drawer = FluxDrawer(FluxPipeline.from_pretrained(BASE, offload=True), [], None, Sight.of(drawing.files))
+    assert len(list(drawer.drawn([drawing] * 2))) == 2
+    assert drawer._made.keys() == {FluxPipeline, FluxImg2ImgPipeline}
+    assert not any(pipeline.text_encoder_2 for pipeline in drawer._made.values())
 
 
 def test_newbie_draws_from_no_picture(pictures, capsys):

@@ -16,7 +16,6 @@ FLAGS = Drawing("m", prompts="list", seed=9, steps=4, width=64, path_to_lora=["a
 def check(drawing):
     """What the command checks of each line, for any model."""
     check_numbers(drawing)
-    assert len(drawing.loras) == len(drawing.path_to_lora or ())
 
 
 def read(tmp_path, ending, content, flags=FLAGS):

@@ -269,7 +269,10 @@ def bf16(*shape):
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        (with_changes(img_in__weight=bf16(32, 384)), "is FLUX.1 Fill .384 inputs a token, wanted 64.*; take"),
+        (
+            with_changes(img_in__weight=bf16(32, 96)),
+            "is an inpainting FLUX .96 inputs a token, wanted 64.*; take",
+        ),
         (with_changes(double_stream_modulation_img__lin__weight=bf16(4, 4)), "is a FLUX.2 model, wanted"),
         (with_changes(time_in__in_layer__weight=None), "missing time_text_embed.timestep_embedder.linear_1"),
         (with_changes(txt_in__weight=None), "tensors of its transformer are incomplete .*context_embedder"),

@@ -127,3 +127,5 @@ def test_the_table_that_a_user_sees():
     assert "PCIe" not in drawing_plan(DrawingFlags(model=str(TINY), height=64, width=64))
     with pytest.raises(ConfigError, match="height: came 1000, wanted a multiple of 16"):
         drawing_plan(DrawingFlags(height=1000))
+    with pytest.raises(ConfigError, match="num_images: came 0"):
+        drawing_plan(DrawingFlags(num_images=0))

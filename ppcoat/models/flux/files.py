@@ -11,7 +11,14 @@ from pathlib import Path
 
 from ppcoat.errors import ConfigError
 from ppcoat.models.single_file import component_kind, components_in
-from ppcoat.models.tensor_files import Component, FilePart, check_index, check_there, read_json
+from ppcoat.models.tensor_files import (
+    Component,
+    FilePart,
+    check_index,
+    check_there,
+    pipeline_class,
+    read_json,
+)
 
 Places = str | Path | Sequence[str | Path] | None
 FLUX_COMPONENTS = (
@@ -121,8 +128,7 @@ class FluxFiles:
     @property
     def class_name(self) -> str | None:
         """diffusers' class that draws with the model, by model_index.json of its folder."""
-        index = (self.base if self.base.is_dir() else self.base.parent) / "model_index.json"
-        return read_json(index).get("_class_name") if index.is_file() else None
+        return pipeline_class(self.base if self.base.is_dir() else self.base.parent)
 
     def __getitem__(self, name: str) -> Component:
         """Where a component lies. Raises ConfigError for one that is nowhere."""

@@ -24,7 +24,7 @@ _BLOCKS = {"double_blocks": "transformer_blocks", "single_blocks": "single_trans
 _BLOCK = re.compile(r"(double_blocks|single_blocks)\.(\d+)\.(.+)")
 _MLP_SHARE = 4  # rows of the MLP in single blocks for each of q's
 # A model of other inputs than FLUX.1-dev's 64 -> which it is.
-_OTHER_INPUTS = {384: "FLUX.1 Fill", 96: "an inpainting FLUX"}
+_OTHER_INPUTS = {96: "an inpainting FLUX"}
 _LDM = [  # autoencoder: Black Forest Labs' name -> diffusers'
     (r"\.mid\.block_1\.", ".mid_block.resnets.0."),
     (r"\.mid\.block_2\.", ".mid_block.resnets.1."),
