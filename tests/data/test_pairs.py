@@ -96,6 +96,20 @@ def test_files_are_found_by_name_in_the_same_subfolder_first(draw, noise, scan):
     assert found == dict(zip(["x.png", "sub/x.png", "sub/y.png", "é.png"], files, strict=True))
 
 
+def test_a_file_that_is_another_pictures_is_nobody_elses(draw, noise, scan):
+    draw("a/coats/x.png"), draw("a/hats/x.png")
+    noise("b/hats/x.png")
+    (dataset,) = scan(control_path="b")
+    assert [len(each.references) for each in dataset.examples] == [0, 1]
+
+
+def test_pictures_below_the_folder_of_references_are_not_their_own(draw, noise, scan):
+    draw("a/x.png"), draw("a/y.png")
+    before = noise("x.png")
+    (dataset,) = scan(control_path=".")
+    assert [[each.path for each, _ in one.references] for one in dataset.examples] == [[before], []]
+
+
 def test_folders_of_references_and_masks_among_the_pictures_hold_none_to_train(draw, noise, scan):
     draw("a/x.png")
     noise("a/before/x.png"), noise("a/masks/x.png", mode="L")
