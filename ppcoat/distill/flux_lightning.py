@@ -121,7 +121,7 @@ def build_lightning_trainer(
     sides = build_sides(config, coat, transformer, parameters, pipeline.scheduler.config)
 
     def draw() -> tuple[list[Image.Image], list[str]]:
-        return draw_previews(run, pipeline, lambda preview: spec.draw(pipeline, preview, cache))
+        return draw_previews(run, pipeline, lambda preview: spec.draw(run, pipeline, preview, cache))
 
     windowed = isinstance(cache, WindowedCache)
     batches = cache.batches if windowed else _batches(config, cache.examples, ranks)
