@@ -40,6 +40,7 @@ from ppcoat.errors import ConfigError
 
 SIDE_STEP = 16  # pixels: a token of FLUX
 _NOTHING = 1e-4  # share of a picture that is as good as none
+_CLASSES = 15  # a mask that is nowhere brighter holds numbers of classes, 0 and 1, which look black
 _ASPECT_TOLERANCE = 0.02  # of a mask's aspect, for the rounding of another program's sizes
 
 
@@ -170,13 +171,16 @@ def found_reference(path: Path, background: Colour) -> Reference:
 
 
 def found_mask(path: Path, from_alpha: bool = False, invert: bool = False) -> Mask:
-    """The mask in a file. Raises BadFile for one that cannot be read."""
+    """The mask in a file. Raises BadFile for one that cannot be read, or holds numbers of classes."""
     mask = Mask(path, from_alpha, invert)
     try:
         image = upright_picture(path, mask.convert, verify=not from_alpha)
     except BadFile as error:
         raise BadFile(f"its mask {path}: {error}") from None
-    white = float(np.asarray(image, dtype=np.float64).mean()) / 255
+    values = np.asarray(image)
+    if not from_alpha and 0 < values.max() <= _CLASSES:
+        raise BadFile(f"its mask {path} has values from 0 to {values.max()}: wanted 255 for what counts")
+    white = float(values.mean(dtype=np.float64)) / 255
     return replace(mask, size=image.size, share=1 - white if invert else white)
 
 
