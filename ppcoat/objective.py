@@ -161,7 +161,7 @@ def velocity(
     if "masked_latents" in batch:
         beside = fill_latents(batch["masked_latents"], batch["mask"])
         seen = paddle.concat([seen, pack_latents(beside)], axis=-1)
-    references = [batch[name] for name in sorted(batch) if name.startswith("reference_")]
+    references = [batch[name] for name in batch if name.startswith("reference_")]
     if references:
         tokens, places = pack_references(references)
         seen, ids = paddle.concat([seen, tokens], axis=1), paddle.concat([ids, places])

@@ -169,6 +169,12 @@ class RunConfig(Section):
                 "train.diff_output_preservation puts the class word in the place of the trigger word: set "
                 "trigger_word, or train.blank_prompt_preservation instead"
             )
+        of_class = train.diff_output_preservation_class.split()
+        if train.diff_output_preservation and not set(triggers).isdisjoint(of_class):
+            raise ValueError(
+                "train.diff_output_preservation_class holds the trigger word, whose pictures it must not "
+                "preserve: give the word of what is trained, such as person"
+            )
         return self
 
     @model_validator(mode="after")

@@ -142,7 +142,7 @@ def build_cache(
     there. Raises ConfigError naming a picture or caption whose encoding is not finite.
     """
     blank = [""] if any(example.caption_dropout_rate > 0 for example in examples) else []
-    captions = [caption for each in examples for caption in (*each.captions, *each.class_captions)]
+    captions = [caption for each in examples for caption in each.texts]
     latents, beside = _encoded_pictures(examples, encoders, batch_size, store)
     embeddings = _embeddings(
         list(dict.fromkeys([*captions, *blank, *extra_captions])), encoders, batch_size, store

@@ -49,6 +49,11 @@ class Example:
     mask_floor: float = 0.0
 
     @property
+    def texts(self) -> tuple[str, ...]:
+        """All captions of both kinds."""
+        return self.captions + self.class_captions
+
+    @property
     def shape(self) -> tuple:
         """What pictures of one batch have in common: whether they are for regularisation, their size, and the
         sizes of their references."""
@@ -244,10 +249,16 @@ def _captions(examples: list[Example]) -> list[str]:
     places = dict.fromkeys([*guessed[:_CAPTIONS], 0, len(examples) // 2, len(examples) - 1])
     lines = []
     for place in list(places)[:_CAPTIONS]:
-        caption = printable(examples[place].captions[0])
-        caption = caption if len(caption) <= _CAPTION_MARKS else caption[: _CAPTION_MARKS - 3] + "..."
-        lines.append(f"  caption of {_name(examples[place])}: {caption or '(empty)'}")
+        example = examples[place]
+        lines.append(f"  caption of {_name(example)}: {_shown(example.captions[0])}")
+        if example.class_captions:
+            lines[-1] += f"; preserved: {_shown(example.class_captions[0])}"
     return lines
+
+
+def _shown(caption: str) -> str:
+    caption = printable(caption)
+    return (caption if len(caption) <= _CAPTION_MARKS else caption[: _CAPTION_MARKS - 3] + "...") or "(empty)"
 
 
 def _crop(example: Example) -> float:

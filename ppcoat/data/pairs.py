@@ -1,7 +1,8 @@
 """What belongs to a picture beside its caption: references that the model is shown, and a mask.
 
 Both are files of the picture's stem in other folders, with any ending: for pictures/coats/a.jpg that is
-references/coats/a.png, or else references/a.png. The mask may be the picture's own alpha channel instead.
+references/coats/a.png, or else an a.png elsewhere in references that is no other picture's in this way. The
+mask may be the picture's own alpha channel instead.
 White of a mask is what counts: what the loss is about, or what a Fill model paints anew.
 
 A reference that is absent costs nothing but that: its picture is trained without. What is there must be whole
@@ -39,6 +40,7 @@ from ppcoat.errors import ConfigError
 
 SIDE_STEP = 16  # pixels: a token of FLUX
 _NOTHING = 1e-4  # share of a picture that is as good as none
+_CLASSES = 15  # a mask that is nowhere brighter holds numbers of classes, 0 and 1, which look black
 _ASPECT_TOLERANCE = 0.02  # of a mask's aspect, for the rounding of another program's sizes
 
 
@@ -139,14 +141,14 @@ def with_companions(images: ImageFolder, data: DatasetConfig) -> tuple[ImageFold
     """
     if not (data.control_path or data.mask_path or data.alpha_mask):
         return images, {}
-    references = [_Stems(path, "control_path", images.folder) for path in data.control_path]
-    masks = _Stems(data.mask_path, "mask_path", images.folder) if data.mask_path else None
+    references = [_Stems(path, "control_path", images) for path in data.control_path]
+    masks = _Stems(data.mask_path, "mask_path", images) if data.mask_path else None
     found, bad = {}, []
     for item in tqdm(images.items, desc="checking pairs", unit="file", disable=None):
         try:
             found[item.image_path] = Companions(
-                tuple(_references(item, images.folder, references, data.control_transparent_color)),
-                _mask(item, images.folder, masks, data),
+                tuple(_references(item, references, data.control_transparent_color)),
+                _mask(item, masks, data),
             )
         except BadFile as error:
             bad.append(Problem(item.image_path, str(error)))
@@ -169,13 +171,16 @@ def found_reference(path: Path, background: Colour) -> Reference:
 
 
 def found_mask(path: Path, from_alpha: bool = False, invert: bool = False) -> Mask:
-    """The mask in a file. Raises BadFile for one that cannot be read."""
+    """The mask in a file. Raises BadFile for one that cannot be read, or holds numbers of classes."""
     mask = Mask(path, from_alpha, invert)
     try:
         image = upright_picture(path, mask.convert, verify=not from_alpha)
     except BadFile as error:
         raise BadFile(f"its mask {path}: {error}") from None
-    white = float(np.asarray(image, dtype=np.float64).mean()) / 255
+    values = np.asarray(image)
+    if not from_alpha and 0 < values.max() <= _CLASSES:
+        raise BadFile(f"its mask {path} has values from 0 to {values.max()}: wanted 255 for what counts")
+    white = float(values.mean(dtype=np.float64)) / 255
     return replace(mask, size=image.size, share=1 - white if invert else white)
 
 
@@ -230,33 +235,39 @@ def pair_lines(
 
 
 class _Stems:
-    """The pictures below a folder by stem, with the folders that they lie in and without."""
+    """The files below a folder for `pictures` by stem, with the folders that they lie in and without. Those
+    pictures are none of them, where the folder is around theirs."""
 
-    def __init__(self, folder: str, key: str, pictures: Path) -> None:
-        self.folder, self.key = Path(folder), key
+    def __init__(self, folder: str, key: str, pictures: ImageFolder) -> None:
+        self.folder, self.pictures = Path(folder), pictures.folder
         if not self.folder.is_dir():
             what = "is a file" if self.folder.exists() else "does not exist"
             raise ConfigError(
                 f"datasets[].{key} {printable(folder)} {what}; give a folder of files with the pictures' "
                 "names"
             )
-        if self.folder.resolve() == pictures.resolve():
+        theirs = self.pictures.resolve()
+        if self.folder.resolve() == theirs:
             raise ConfigError(
                 f"datasets[].{key} {printable(folder)} is the folder of the pictures; give another one"
             )
         self._inner: dict[str, list[Path]] = {}
         self._stems: dict[str, list[Path]] = {}
+        owned = {_inner(item.image_path, self.pictures) for item in pictures.items}
         for parent, folders, names in os.walk(self.folder, followlinks=False):
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            wanted = (name for name in folders if Path(parent, name).resolve() != theirs)
+            folders[:] = sorted(name for name in wanted if not name.startswith("."))
             for name in sorted(names):
                 path = Path(parent, name)
                 if path.suffix.lower() in IMAGE_SUFFIXES and not name.startswith("."):
-                    self._inner.setdefault(_inner(path, self.folder), []).append(path)
-                    self._stems.setdefault(normal(path.stem), []).append(path)
+                    inner = _inner(path, self.folder)
+                    self._inner.setdefault(inner, []).append(path)
+                    if inner not in owned:
+                        self._stems.setdefault(normal(path.stem), []).append(path)
 
-    def find(self, item: Item, pictures: Path) -> Path | None:
-        """The file for a picture below `pictures`; None where there is none. Raises BadFile for several."""
-        paths = self._inner.get(_inner(item.image_path, pictures))
+    def find(self, item: Item) -> Path | None:
+        """The file for a picture; None where there is none. Raises BadFile for several."""
+        paths = self._inner.get(_inner(item.image_path, self.pictures))
         paths = paths or self._stems.get(normal(item.image_path.stem), [])
         if len(paths) > 1:
             names = " and ".join(each.relative_to(self.folder).as_posix() for each in paths[:2])
@@ -269,20 +280,17 @@ def _inner(path: Path, folder: Path) -> str:
     return normal(path.relative_to(folder).with_suffix("").as_posix())
 
 
-def _references(
-    item: Item, pictures: Path, folders: Iterable[_Stems], background: Colour
-) -> Iterable[Reference]:
+def _references(item: Item, folders: Iterable[_Stems], background: Colour) -> Iterable[Reference]:
     for folder in folders:
-        path = folder.find(item, pictures)
-        if path is None:
-            continue
-        yield found_reference(path, background)
+        path = folder.find(item)
+        if path is not None:
+            yield found_reference(path, background)
 
 
-def _mask(item: Item, pictures: Path, folder: _Stems | None, data: DatasetConfig) -> Mask | None:
+def _mask(item: Item, folder: _Stems | None, data: DatasetConfig) -> Mask | None:
     if folder is None and not data.alpha_mask:
         return None
-    path = folder.find(item, pictures) if folder else item.image_path
+    path = folder.find(item) if folder else item.image_path
     if path is None:
         return None
     mask = found_mask(path, folder is None, data.invert_mask)

@@ -170,7 +170,7 @@ class NewbieMemoryModel(MemoryModel):
         if not all(path.exists() for path in (folder / "text_encoder" / "tokenizer.json", *pictures)):
             return min(limit, positions - 1)
         prefix = self.config.model.prompt_prefix
-        captions = [caption for each in all_examples(scan_datasets(self.config)) for caption in each.captions]
+        captions = [caption for each in all_examples(scan_datasets(self.config)) for caption in each.texts]
         texts = with_prefix(captions, PROMPT_PREFIX if prefix is None else prefix)
         tokens = load_gemma3_tokenizer(folder / "text_encoder")(texts, limit)
         return int(tokens.mask.sum(-1).max())

@@ -136,7 +136,7 @@ def check_inputs(spec: ModelSpec, config: RunConfig) -> RunInputs:
     datasets = scan_datasets(config)
     validation = validation_pairs(config)
     spec.check_examples(config, all_examples(datasets))
-    captions = [caption for each in all_examples(datasets) for caption in each.captions]
+    captions = [caption for each in all_examples(datasets) for caption in each.texts]
     captions += [*preview_prompts(config), *(caption for _, caption in validation)]
     spec.check_captions(config, list(dict.fromkeys(captions)))
     set_device(config.device)
@@ -203,7 +203,9 @@ def _load(config: RunConfig) -> tuple:
     network = config.network.model_copy(
         update={"pretrained_lora_path": None, "pretrained_lora_partly": False}
     )
-    return pictures, [data.resolution for data in config.datasets], network, train.ema.use_ema
+    shown = [(data.resolution, len(data.control_path), data.full_size_control_images)
+             for data in config.datasets]  # fmt: skip
+    return pictures, shown, network, train.ema.use_ema
 
 
 def with_steps_of_epochs(config: RunConfig, inputs: RunInputs) -> RunConfig:

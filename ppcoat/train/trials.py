@@ -173,8 +173,8 @@ def _train(trainer: Trainer, steps: int) -> None:
 
 def split(cache: TrainingCache, count: int) -> tuple[TrainingCache, list[dict[str, paddle.Tensor]]]:
     """A cache without `count` of its pictures, evenly spread, and these as Validation takes them: "latents"
-    [1, C, h, w] and text in the dtype of the encoders; without dropped captions, one copy each. Raises
-    ConfigError where too few are left."""
+    [1, C, h, w], text and what goes with them in the dtype of the encoders; without dropped captions, one
+    copy each. Raises ConfigError where too few are left."""
     paths = list(dict.fromkeys(each.item.image_path for each in cache.examples if not each.is_reg))
     if count >= len(paths):
         raise ConfigError(
@@ -190,7 +190,8 @@ def split(cache: TrainingCache, count: int) -> tuple[TrainingCache, list[dict[st
     plain = [replace(each, caption_dropout_rate=0.0, captions=each.captions[:1]) for each in cache.examples]
     whole, rng = replace(cache, examples=plain), np.random.default_rng(0)
     pictures = [whole.batch([places[path][0]], rng) for path in paths if path in held]
-    some = {"examples": [cache.examples[i] for i in kept], "latents": [cache.latents[i] for i in kept]}
+    lists = {"examples": cache.examples, "latents": cache.latents, "beside": cache.beside}
+    some = {name: [rows[i] for i in kept] for name, rows in lists.items() if rows}
     return replace(cache, **some), pictures
 
 

@@ -376,5 +376,7 @@ def test_output_preservation_takes_its_keys(load, refusal):
     assert (train.diff_output_preservation_class, train.preservation_weight) == ("person", 2)
     assert load("train.blank_prompt_preservation=true").train.preservation_weight == 1
     assert load("train.diff_output_preservation_class=person").train.preservation_weight == 0
+    itself = "train.diff_output_preservation_class=a sks"
+    assert "holds the trigger word" in refusal(*word, itself) and load(word[0], itself)
     assert "set one" in refusal(*word, "train.blank_prompt_preservation=true")
     assert "set trigger_word" in refusal("trigger_word=null", "train.diff_output_preservation=true")

@@ -96,6 +96,20 @@ def test_files_are_found_by_name_in_the_same_subfolder_first(draw, noise, scan):
     assert found == dict(zip(["x.png", "sub/x.png", "sub/y.png", "é.png"], files, strict=True))
 
 
+def test_a_file_that_is_another_pictures_is_nobody_elses(draw, noise, scan):
+    draw("a/coats/x.png"), draw("a/hats/x.png")
+    noise("b/hats/x.png")
+    (dataset,) = scan(control_path="b")
+    assert [len(each.references) for each in dataset.examples] == [0, 1]
+
+
+def test_pictures_below_the_folder_of_references_are_not_their_own(draw, noise, scan):
+    draw("a/x.png"), draw("a/y.png")
+    before = noise("x.png")
+    (dataset,) = scan(control_path=".")
+    assert [[each.path for each, _ in one.references] for one in dataset.examples] == [[before], []]
+
+
 def test_folders_of_references_and_masks_among_the_pictures_hold_none_to_train(draw, noise, scan):
     draw("a/x.png")
     noise("a/before/x.png"), noise("a/masks/x.png", mode="L")
@@ -264,6 +278,7 @@ def test_the_report_says_what_is_there_what_lacks_and_what_looks_odd(draw, noise
         ({"mask_path": "m_wide"}, "1 problem in a: x.png: its mask m_wide/x.png is 64 x 32 and the picture "
          "64 x 64: wanted the same aspect; fix these files or set skip_bad: true"),
         ({"mask_path": "m_text"}, "its mask m_text/x.png: the picture cannot be decoded"),
+        ({"mask_path": "m_01"}, "its mask m_01/x.png has values from 0 to 1: wanted 255 for what"),
         ({"control_path": "m_text"}, "its reference m_text/x.png: the picture cannot be decoded"),
         ({"control_path": "m_tiny"}, "its reference m_tiny/x.png is 15 x 64; wanted at least 16 each way"),
         ({"control_path": "m_two"}, "x.jpg and x.png in m_two both have its name: keep one"),
@@ -276,6 +291,7 @@ def test_what_does_not_fit_is_told_in_one_line_with_names(draw, noise, scan, tmp
         noise(f"{folder}/other.png")
     Image.new("L", (64, 64), 0).save(noise("m_black/x.png"))
     Image.new("L", (64, 64), 255).save(noise("m_white/x.png"))
+    Image.new("L", (64, 64), 1).save(noise("m_01/x.png"))
     noise("m_wide/x.png", (64, 32), "L"), noise("m_tiny/x.png", (15, 64))
     noise("m_text/x.png").write_text("none")
     noise("m_two/x.png"), noise("m_two/x.jpg")

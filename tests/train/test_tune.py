@@ -5,6 +5,7 @@ import gc
 import json
 import math
 import os
+import shutil
 import signal
 import weakref
 from dataclasses import replace
@@ -210,8 +211,16 @@ def test_an_adapter_that_left_takes_no_memory(opened):
         gc.enable()
 
 
-def test_held_out_pictures_are_not_trained_on(opened):
-    trials = opened("datasets.0.flip_x=true", "datasets.0.caption_dropout_rate=1.0")
+def test_held_out_pictures_are_not_trained_on(opened, tmp_path):
+    """And what goes with each picture stays with it: here each has itself as its reference."""
+    shutil.copytree(tmp_path / "data", tmp_path / "same")
+    beside = f"datasets.0.control_path={tmp_path}/same"
+    trials = opened("datasets.0.flip_x=true", "datasets.0.caption_dropout_rate=1.0", beside)
+    cache = trials.cache
+    for own, beside in zip(cache.latents, cache.beside, strict=True):
+        np.testing.assert_allclose(beside["reference_0"], own, rtol=0, atol=1e-5)
+    for each in trials.validation.pictures:
+        np.testing.assert_allclose(each["reference_0"], each["latents"], rtol=0, atol=1e-5)
     held = {each["latents"].numpy().tobytes() for each in trials.validation.pictures}
     kept = {latent.unsqueeze(0).numpy().tobytes() for latent in trials.cache.latents}
     assert len(held) == 2 and not held & kept
