@@ -115,7 +115,7 @@ def test_lightning_has_a_table_for_each_base(capsys):
             [str(CONFIGS[0]), "--cards", "12", "--pictures", "500"],
             "--pictures: came 500, wanted multiples of 16",
         ),
-        (["generate", "--cards", "12"], "no --set, --cards or --pictures"),
+        (["generate", "--cards", "12"], "no --set, --cards, --pictures and --resolution"),
     ],
 )
 def test_flags_that_do_not_fit_are_one_line(arguments, said, capsys):
