@@ -114,8 +114,8 @@ def check_without_control(transformer: FluxTransformer2DModel, files: FluxFiles,
     inputs, channels = transformer.config.in_channels, transformer.out_channels
     if inputs not in (channels, INPUTS_OF_CLASS["FluxFillPipeline"] * channels if fill else channels):
         raise ConfigError(
-            f"{files.base} sees a picture beside the noise ({inputs} inputs a token, wanted {channels}), and "
-            "only generate and merge take such a model: take FLUX.1-dev or -schnell"
+            f"{files.base} sees a picture beside the noise ({inputs} inputs a token, wanted {channels}): "
+            "only generate and merge take such a model, and train FLUX.1 Fill; take FLUX.1-dev or -schnell"
         )
 
 
