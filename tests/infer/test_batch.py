@@ -122,6 +122,7 @@ def paddle_shape(name):
     return inputs, outputs
 
 
+@pytest.mark.slow
 def test_newbie_draws_each_line_as_alone(tmp_path, encoders_read_once):
     shared = Drawing(
         str(FIXTURES / "tiny_newbie"), path_to_lora=[str(FIXTURES / "tiny_newbie/lora")], **SMALL

@@ -65,7 +65,9 @@ def redrawn(drawing, folder, **changes):
     return pixels(generate(dataclasses.replace(drawing, output_dir=output, **changes)))
 
 
-@pytest.mark.parametrize("model", [FLUX, NEWBIE], ids=lambda model: model.name)
+@pytest.mark.parametrize(
+    "model", [FLUX, pytest.param(NEWBIE, marks=pytest.mark.slow)], ids=lambda model: model.name
+)
 def test_offloaded_pictures_are_equal_and_the_encoders_gone(drawing, pipelines, lora, model):
     drawing = dataclasses.replace(drawing, model=str(model), path_to_lora=[lora] if model is FLUX else None)
     whole = redrawn(drawing, "whole")

@@ -270,10 +270,10 @@ def test_newbie_draws_from_no_picture(pictures, capsys):
     [
         ("flux.1_kontext", None, "", "was trained for FLUX.1 Kontext, to look at a reference"),
         ("flux.1_kontext", None, "--reference a.png", None),
-        ("flux.1_kontext", "kontext", "--image a.png", None),
+        pytest.param("flux.1_kontext", "kontext", "--image a.png", None, marks=pytest.mark.slow),
         ("flux1", "kontext", "--image a.png", "was trained for another FLUX.1 than Kontext (flux1)"),
-        (None, "kontext", "--image a.png", None),
-        ("flux1", None, "", None),
+        pytest.param(None, "kontext", "--image a.png", None, marks=pytest.mark.slow),
+        pytest.param("flux1", None, "", None, marks=pytest.mark.slow),
     ],
 )
 def test_a_lora_of_another_flux_is_told(pictures, folders, capsys, monkeypatch, said, model, flags, note):
