@@ -40,7 +40,7 @@ from ppcoat.models.loading import (
     read_tensors,
 )
 from ppcoat.models.tensor_files import Component, FilePart, read_json, tensor_infos
-from ppcoat.models.writing import MODEL_INDEX, pipeline_class, save_component, write_json
+from ppcoat.models.writing import MODEL_INDEX, class_that_draws, save_component, write_json
 
 Checked = TypeVar("Checked")
 Loras = list[tuple[LoRAFile, float]]  # with their strengths
@@ -182,7 +182,7 @@ def name_class(file: Path, transformer: paddle.nn.Layer | None) -> None:
     control LoRA changes."""
     index = read_json(file)
     if transformer is not None and index.get("_class_name") in FLUX_CLASSES:
-        own = index | {"_class_name": pipeline_class(transformer, index["_class_name"])}
+        own = index | {"_class_name": class_that_draws(transformer, index["_class_name"])}
         if own != index:
             write_json(file, own)
 

@@ -175,7 +175,7 @@ def edit_arguments(drawing: Any, sight: Sight) -> dict[str, Any]:
         return {"image": [shown], "max_area": area, "_auto_resize": trained}
     found = {"image": shown[0]}
     if drawing.mask is not None:
-        found["mask_image"] = opened(drawing.mask, grey)
+        found["mask_image"] = opened_picture(drawing.mask, grey)
     if drawing.strength is not None:
         found["strength"] = drawing.strength
     return found
@@ -225,7 +225,7 @@ def _told(drawing: Any, sight: Sight) -> str | None:
     if kind is not FluxKontextPipeline:
         own = inspect.signature(kind.__call__).parameters["strength"].default
         way += f" at strength {own if drawing.strength is None else drawing.strength}"
-    width, height = opened(names[0]).size
+    width, height = opened_picture(names[0]).size
     size, came = f"{drawing.width}x{drawing.height}", f"{width}x{height}"
     return f"{kind.__name__}: {way}; {size}{'' if size == came else f' (the picture is {came})'}"
 
@@ -259,7 +259,7 @@ def open_picture(file: Path) -> Image.Image:
         raise ConfigError(f"{file} cannot be read as a picture: {error}; give another") from error
 
 
-def opened(file: str, convert: Convert = ON_BLACK) -> Image.Image:
+def opened_picture(file: str, convert: Convert = ON_BLACK) -> Image.Image:
     """Upright, in sRGB and on black where it is transparent, as references are for training; or what another
     `convert` of data.colours makes of it."""
     return _decoded(file, Path(file).stat().st_mtime_ns if Path(file).exists() else 0, convert)
@@ -278,7 +278,7 @@ def _names(drawing: Any) -> list[str]:
 
 def _shown(drawing: Any) -> list[Image.Image]:
     """--image, and the references after it."""
-    return [opened(name) for name in _names(drawing)]
+    return [opened_picture(name) for name in _names(drawing)]
 
 
 def _size(drawing: Any, height: int, width: int, sight: Sight, kind: type[FluxPipeline]) -> tuple[int, int]:
@@ -302,7 +302,7 @@ def _size(drawing: Any, height: int, width: int, sight: Sight, kind: type[FluxPi
 
 def _check_mask(drawing: Any, size: tuple[int, int], side: int) -> None:
     """size: width and height of the picture. side: of the cells that the mask is seen by."""
-    mask = opened(drawing.mask, grey)
+    mask = opened_picture(drawing.mask, grey)
     if mask.size != size:
         raise ConfigError(
             f"mask: {drawing.mask} is {mask.width}x{mask.height}, {drawing.image} {size[0]}x{size[1]}: "

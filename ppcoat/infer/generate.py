@@ -25,7 +25,7 @@ from ppcoat.infer.editing import (
     Sight,
     check_edit_flags,
     open_picture,
-    opened,
+    opened_picture,
     prepared_all,
 )
 from ppcoat.infer.prompts import read_pictures, slug
@@ -223,7 +223,7 @@ def control_picture(drawing: Drawing, pipeline: FluxPipeline) -> Image.Image | N
     """The control picture of a drawing; tells where it will be stretched."""
     if drawing.control_image is None:
         return None
-    picture = opened(drawing.control_image)
+    picture = opened_picture(drawing.control_image)
     size = pipeline.vae.config.sample_size
     width, height = drawing.width or size, drawing.height or size
     if abs(picture.width * height / (picture.height * width) - 1) > NOTABLE_STRETCH:

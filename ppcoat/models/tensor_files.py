@@ -57,9 +57,10 @@ _BEGINNINGS = [
     (rb"[ -~\s]{1,512}$", "a text, what a server answered in place of the file; fetch it again"),
 ]
 _BOM = b"\xef\xbb\xbf"
-# Ends of names beside weights in formats that are not read, and whose they are.
+# Ends of names beside weights in formats that are not read, and whose they are. Our own nf4 copies have an
+# absmax, too, but no quant_map and quant_state beside it.
 _QUANTISED = [
-    (r"\.(?:quant_state\.\w+|nested_absmax|absmax|quant_map|SCB)$", "bitsandbytes"),
+    (r"\.(?:quant_state\.\w+|nested_absmax|quant_map|SCB)$", "bitsandbytes"),
     (r"\._(?:data|scale)$", "optimum-quanto"),
     (r"\.(?:qweight|qzeros|wscales)$", "GPTQ, AWQ or nunchaku"),
 ]

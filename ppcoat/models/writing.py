@@ -94,7 +94,7 @@ def save_diffusers_model(model: nn.Layer, folder: Path, dtype: str | None = None
     save_weights(model, folder, "diffusion_pytorch_model", dtype)
 
 
-def pipeline_class(transformer: nn.Layer, said: str) -> str:
+def class_that_draws(transformer: nn.Layer, said: str) -> str:
     """diffusers' class that draws with a FLUX transformer: by what it sees beside the noise, and if that is
     nothing, the class that was `said`."""
     times = transformer.config.in_channels // transformer.out_channels

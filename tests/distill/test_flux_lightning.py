@@ -125,7 +125,7 @@ def test_the_heads_are_in_the_checkpoint_and_have_no_first_moment(whole):
     assert result.optimizer_bytes < 1.25 * sum(heads.values()) + 3 * lora
 
 
-@pytest.mark.parametrize("stop", [2, 3])
+@pytest.mark.parametrize("stop", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(make_config, whole, stop):
     """Stopped before a turn of the heads, and before one of the LoRA."""
     name = f"halves {stop}"
@@ -137,7 +137,7 @@ def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(make_config, whole, 
     assert manifests[0] == manifests[1]
 
 
-@pytest.mark.parametrize("stop", [0, 3])
+@pytest.mark.parametrize("stop", [0, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_run_in_windows_is_bit_equal_to_one_that_encodes_all_at_once(make_config, whole, stop):
     """Uninterrupted, and resumed in the midst of a window of two steps."""
     name = f"windows {stop}"

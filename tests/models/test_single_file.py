@@ -279,7 +279,7 @@ def bf16(*shape):
         ({"img_in.weight": bf16(32, 64)}, "the tensors of its transformer are incomplete .*: fetch it again"),
         (with_changes(img_in__lora_A__weight=bf16(4, 64)), "is a LoRA, not a base model: give a model"),
         (
-            with_changes(**{"img_in.weight.absmax": bf16(3)}),
+            with_changes(**{"img_in.weight.quant_map": bf16(3)}),
             "quantised already .bitsan",
         ),
         (with_changes(strange__weight=bf16(3)), r"unexpected strange.weight \[3\]"),

@@ -131,7 +131,7 @@ class FluxPipeline(DrawingLoop, LoRAMethods, PictureInputs, LatentPictures, Diff
         with nullcontext(folder) if folder.exists() else whole_folder(folder) as target:
             for name in FLUX_COMPONENTS:
                 writing.save_component(getattr(self, name), target / name, dtype)
-            name = writing.pipeline_class(self.transformer, type(self).__name__)
+            name = writing.class_that_draws(self.transformer, type(self).__name__)
             index = {**writing.MODEL_INDEX, "_class_name": name}
             writing.write_json(target / "model_index.json", index)
 

@@ -23,7 +23,7 @@ from ppcoat.models.flux.pipeline import FluxPipeline
 from ppcoat.models.flux.registration import FLUX_PIPELINES, register
 from ppcoat.models.loading import load_transformer
 from ppcoat.models.pictures import latent_image_ids, pack_latents
-from ppcoat.models.writing import pipeline_class
+from ppcoat.models.writing import class_that_draws
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 LORA = FIXTURES / "adapters" / "split_diffusers.safetensors"
@@ -389,8 +389,8 @@ def test_a_folder_is_loaded_and_saved_as_the_pipeline_that_it_names(fp32_folder,
 
 def test_what_is_saved_names_the_pipeline_that_draws_with_it(made, pipeline, monkeypatch, tmp_path):
     fill, plain = made(FluxFillPipeline).transformer, pipeline.transformer
-    assert {pipeline_class(fill, name) for name in FLUX_CLASSES} == {"FluxFillPipeline"}
-    named = {name: pipeline_class(plain, name) for name in (*FLUX_CLASSES, "Other")}
+    assert {class_that_draws(fill, name) for name in FLUX_CLASSES} == {"FluxFillPipeline"}
+    named = {name: class_that_draws(plain, name) for name in (*FLUX_CLASSES, "Other")}
     other = {"FluxFillPipeline", "FluxControlPipeline", "Other"}  # which this transformer is not for
     assert named == {name: "FluxPipeline" if name in other else name for name in named}
     monkeypatch.setattr(writing, "save_component", lambda *_: None)
