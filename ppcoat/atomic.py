@@ -78,7 +78,7 @@ def whole_folder(path: str | Path, replace: bool = False) -> Iterator[Path]:
     folders above. Raises OSError (full disk, no permission, `path` is a file, or is there and not empty).
     """
     goal = _goal(path)
-    if goal.exists() and not goal.is_dir():
+    if goal.is_file():  # asked once: another writer may be exchanging the folder
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(goal))
     remove_dead_drafts(goal.parent, goal.name)
     with _draft(goal) as draft:
