@@ -324,7 +324,7 @@ def _check_any(data: DatasetConfig, all_found: Sequence[Companions]) -> None:
             counts = "black" if data.invert_mask else "white"
             raise ConfigError(
                 f"all {len(masks)} masks of {named} are {what}: {counts} marks what counts, here "
-                f"{'none' if wrong == 0 else 'all'} of the picture; turn invert_mask, or leave the masks out"
+                f"{'none' if wrong == 0 else 'all'} of the picture; turn invert_mask, or give other masks"
             )
 
 

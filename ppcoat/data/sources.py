@@ -377,6 +377,10 @@ def report_problems(
         _log.warning("%s, skipped: %s", count, "; ".join(named))
         return
     more = f"; ... and {len(bad) - NAMED_PROBLEMS} more" if len(bad) > NAMED_PROBLEMS else ""
-    advice = "no usable picture is left" if skip_bad else "fix these files or set skip_bad: true"
+    advice = (
+        "no usable picture is left"
+        if skip_bad
+        else "fix these files or set skip_bad: true for this folder in datasets"
+    )
     also = "".join(f"; {printable(note)}" for note in notes)
     raise ConfigError(f"{count}: {'; '.join(named[:NAMED_PROBLEMS])}{more}{also}; {advice}")

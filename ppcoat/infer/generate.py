@@ -75,7 +75,7 @@ class Drawing(EditFlags):
     tokenizers: list[str] | None = flag(f"tokenizers {OF_FILE}, or a folder for each", None)
     quantize: Literal["fp8", "int8", "nf4", "fp4"] | None = flag("format of the transformer's weights", None)
     vram: float | None = flag("choose by the plan what fits into so many GB", None, metavar="GB")
-    offload: bool = flag("text encoders first and then gone, transformer and VAE on the card in turns", False)
+    offload: bool = flag("text encoders, transformer and VAE on the card in turns", False)
     cache_dir: str | None = flag(
         "keep the quantised weights for the next start here; those beside the model are found without", None
     )

@@ -47,7 +47,7 @@ class Placement:
         parts = [base]
         if self.offload:
             streamed = ", their blocks one by one" if self.stream_encoders else ""
-            parts.append(f"text encoders first and then gone{streamed}")
+            parts.append(f"text encoders first, then off the card{streamed}")
             parts.append("transformer and VAE in turns")
         if self.blocks_to_swap:
             parts.append(f"{self.blocks_to_swap} blocks swapped")

@@ -23,7 +23,7 @@ from ppcoat.models.flux.files import INPUTS_OF_CLASS, FluxFiles
 from ppcoat.models.flux.fill import FluxFillPipeline
 from ppcoat.models.flux.kontext import FluxKontextPipeline
 from ppcoat.models.flux.pipeline import FluxPipeline
-from ppcoat.models.tensor_files import component_config, read_json
+from ppcoat.models.tensor_files import component_config
 
 KONTEXT_VERSION = "flux.1_kontext"  # ai-toolkit's name of the model in the header of a LoRA
 _MOST_NAMED = 5
@@ -38,9 +38,7 @@ def is_fill(files: FluxFiles) -> bool:
 
 def is_kontext(config: RunConfig, files: FluxFiles) -> bool:
     """Whether the model is FLUX.1 Kontext, as model.arch says or the folder itself."""
-    index = files.base / "model_index.json"
-    said = read_json(index).get("_class_name") if index.is_file() else None
-    return config.model.arch == "flux_kontext" or said == "FluxKontextPipeline"
+    return config.model.arch == "flux_kontext" or files.class_name == "FluxKontextPipeline"
 
 
 def check_fill(config: RunConfig) -> None:

@@ -276,7 +276,8 @@ def test_the_report_says_what_is_there_what_lacks_and_what_looks_odd(draw, noise
         ({"mask_path": "m_white"}, "all 1 masks of a are full: white marks what counts, here all of"),
         ({"mask_path": "m_white", "invert_mask": True}, "all 1 masks of a are empty: black marks what"),
         ({"mask_path": "m_wide"}, "1 problem in a: x.png: its mask m_wide/x.png is 64 x 32 and the picture "
-         "64 x 64: wanted the same aspect; fix these files or set skip_bad: true"),
+         "64 x 64: wanted the same aspect; fix these files or set skip_bad: true for this folder in "
+         "datasets"),
         ({"mask_path": "m_text"}, "its mask m_text/x.png: the picture cannot be decoded"),
         ({"mask_path": "m_01"}, "its mask m_01/x.png has values from 0 to 1: wanted 255 for what"),
         ({"control_path": "m_text"}, "its reference m_text/x.png: the picture cannot be decoded"),

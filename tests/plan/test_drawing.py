@@ -121,7 +121,7 @@ def test_a_budget_that_nothing_fits_names_the_least_need(dev):
 def test_the_table_that_a_user_sees():
     text = drawing_plan(DrawingFlags(model="no/such/FLUX.1-dev"), 8)
     lines = text.splitlines()
-    assert lines[3].startswith("FP4 base; text encoders first and then gone, their blocks one by one;")
+    assert lines[3].startswith("FP4 base; text encoders first, then off the card, their blocks one by one;")
     assert lines[4].split()[-3:] == ["encode", "denoise", "decode"]
     assert "PCIe: 0.32 GB a step" in lines and lines[-1] == "generate --vram 8 chooses this"
     assert "PCIe" not in drawing_plan(DrawingFlags(model=str(TINY), height=64, width=64))

@@ -95,9 +95,10 @@ def assert_equal_runs(first, second, tolerance):
 
 
 def test_two_ranks_are_one_with_both_pictures(write, launch, tmp_path):
-    """With dropped captions, two passes per step, noise levels told apart, a cache on disk, and a reference
-    and a mask for all pictures but one."""
-    settings = {"gradient_accumulation": 2}
+    """With dropped captions, two passes per step, noise levels told apart, a cache on disk, a reference and a
+    mask for all pictures but one, and the model's own output preserved."""
+    settings = {"gradient_accumulation": 2, "diff_output_preservation": True,
+                "diff_output_preservation_multiplier": 50.0}  # fmt: skip
     data = [{"folder_path": str(tmp_path / "data"), "resolution": 64, "caption_dropout_rate": 0.5,
              "cache_to_disk": True, "control_path": str(tmp_path / "before"),
              "mask_path": str(tmp_path / "before"), "mask_min_value": 0.1}]  # fmt: skip
@@ -110,6 +111,7 @@ def test_two_ranks_are_one_with_both_pictures(write, launch, tmp_path):
     train_lora(load_config(one))
     assert process.wait(timeout=300) == 0, process.stdout.read()
     assert_equal_runs(two, one, 1e-6)
+    assert log(two)[-1]["preservation_loss"] > 0
     names = sorted(path.name for path in run_of(two).iterdir())
     assert names == sorted(path.name for path in run_of(one).iterdir())
     assert not list(run_of(two).rglob("*tmp*"))
