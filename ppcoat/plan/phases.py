@@ -253,9 +253,11 @@ class MemoryModel:
         (one forward, one backward without weight gradients, one more forward of what is recomputed), FP8
         tensors through memory three times, quantised weights as they are stored and as they are made anew,
         swapped blocks over PCIe, as if nothing of that ran beside the computing. To decode 4 bits takes a
-        dozen instructions a value, which hide behind its bytes. FP8 products count as those of bfloat16.
+        dozen instructions a value, which hide behind its bytes. FP8 products count as those of bfloat16. To
+        preserve the model's own output takes all of that again and one more forward.
         """
         model, passes = self.model, settings.gradient_accumulation
+        turns, forwards = self._turns
         rows = settings.batch_size * self.tokens
         count = len(model.blocks)
         again = settings.checkpoint_blocks / count
@@ -264,14 +266,21 @@ class MemoryModel:
         # attention's backward takes 2.5 forwards; +recompute takes its forward again
         attentions = 3.5 + (again if "recompute" not in settings.policy else 1.0)
         once_more = self.config.network.type == "dora"  # for the gradient of the lengths
-        compute = (linears * (2 + again + once_more) + attention * attentions) / FLOPS
+        compute = linears * (turns * (2 + again + once_more) + forwards)
+        compute += attention * (turns * attentions + forwards)
         moved = 0
         if settings.policy != "none":
-            moved += 3 * 2 * self.saved_by_all_blocks(settings) * settings.batch_size * (1 - again)
+            moved += turns * 3 * 2 * self.saved_by_all_blocks(settings) * settings.batch_size * (1 - again)
         outside, blocks = self.weight_bytes(settings.quantize)
         if settings.quantize:  # read as stored, written as it is multiplied
-            moved += (2 + again) * (outside + sum(blocks) + 2 * model.parameters)
-        return passes * (compute + moved / MEMORY_RATE) + self.sent_bytes(settings) / PCIE_RATE
+            read = turns * (2 + again) + forwards
+            moved += read * (outside + sum(blocks) + 2 * model.parameters)
+        return passes * (compute / FLOPS + moved / MEMORY_RATE) + self.sent_bytes(settings) / PCIE_RATE
+
+    @property
+    def _turns(self) -> tuple[int, int]:
+        """Of each pass: how often forward and backward, and how many forwards alone."""
+        return (2, 1) if self.config.train.preservation_weight else (1, 0)
 
     def sent_bytes(self, settings: Settings) -> int:
         """Bytes of the base that go to the device in an update: each swapped block in forward and backward,
@@ -280,7 +289,8 @@ class MemoryModel:
         swapped = blocks[len(blocks) - settings.blocks_to_swap :]
         there = RESIDENT_SWAPPED
         sent = sum(swapped[there:]) + sum(swapped[: max(0, len(swapped) - there)])
-        return settings.gradient_accumulation * sent
+        turns, forwards = self._turns
+        return settings.gradient_accumulation * (turns * sent + forwards * sent // 2)
 
     @cached_property
     def facts(self) -> tuple[str, ...]:

@@ -537,3 +537,14 @@ def test_lora_paths_of_the_small_model():
              "single_transformer_blocks.3.proj_out", "x_embedder")  # fmt: skip
     wanted = ("transformer_blocks.0.ff.net.2", "single_transformer_blocks.0.proj_out", "x_embedder")
     assert small_lora_paths(paths, blocks) == wanted
+
+
+@pytest.mark.parametrize("swapped", [0, 30])
+def test_preserving_the_models_own_output_takes_time_and_no_memory(swapped):
+    """Forward and backward again and a forward more: between 2 and 2.6 times."""
+    train = {"blank_prompt_preservation": True}
+    plain, preserving = (MemoryModel(dev_config(**more), True) for more in ({}, {"train": train}))
+    settings = Settings("coat", 0, "fp4", swapped, 1, 1)
+    assert 2 < preserving.seconds(settings) / plain.seconds(settings) < 2.6
+    totals = [[phase.total for phase in each.phases(settings)] for each in (plain, preserving)]
+    assert totals[0] == totals[1]
