@@ -1,18 +1,18 @@
-"""The README's examples run as they stand."""
+"""README and docs/: their examples run as they stand."""
 
 import re
 from pathlib import Path
 
 import paddle
 
-README = Path(__file__).parents[1] / "README.md"
+PYTHON = Path(__file__).parents[1] / "docs" / "python.md"
 
 
 def example(name):
     """The fenced Python block after `<!-- example: name -->`."""
     pattern = rf"<!-- example: {re.escape(name)} -->\n```python\n(.*?)```"
-    blocks = re.findall(pattern, README.read_text(encoding="utf-8"), flags=re.DOTALL)
-    assert len(blocks) == 1, f"README.md has {len(blocks)} examples named {name!r}"
+    blocks = re.findall(pattern, PYTHON.read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert len(blocks) == 1, f"{PYTHON.name} has {len(blocks)} examples named {name!r}"
     return blocks[0]
 
 
@@ -20,7 +20,7 @@ def test_coat_on_any_model_learns_and_keeps_less(capsys):
     source = example("any model")
     paddle.seed(0)
     names = {}
-    exec(compile(source, str(README), "exec"), names)
+    exec(compile(source, str(PYTHON), "exec"), names)
     # An untrained model is off by about 1 + its own variance.
     assert float(names["loss"]) < 0.3
     saved, optimizer = names["saved"], names["optimizer"]
