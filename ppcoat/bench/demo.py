@@ -34,6 +34,7 @@ from ppcoat.train.run import train_lora
 
 DEMOS = {  # name -> module and class
     "edit": ("ppcoat.bench.demo_editing", "Edit"),
+    "preserve": ("ppcoat.bench.demo_preserve", "Preserve"),
 }
 
 
@@ -95,6 +96,10 @@ class Demo(ABC):
     def write_data(self, data: Path) -> None:
         """Draw what is trained on into the empty folder `data`. A pure function of constants."""
 
+    def train(self, config: RunConfig) -> Path:
+        """Train what the config says -> the file of the LoRA."""
+        return train_lora(config).lora_file
+
     @abstractmethod
     def judge(self, config: RunConfig, lora_file: Path, samples: int) -> Shown:
         """Draw and measure after `samples` inputs that no training saw."""
@@ -125,7 +130,7 @@ def show(demo: Demo, flags: DemoFlags) -> None:
     (data / DRAWN).touch()
     demo.write_data(data)
     print(f"2 of 3: training {config.train.steps} steps", flush=True)
-    lora_file = train_lora(config).lora_file
+    lora_file = demo.train(config)
     trained = time.perf_counter()
     print(f"3 of 3: drawing after {flags.samples} inputs that no training saw", flush=True)
     shown = demo.judge(config, lora_file, flags.samples)
