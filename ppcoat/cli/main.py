@@ -36,6 +36,10 @@ COMMANDS = {
     "quickstart": Command(
         "draw data, train a LoRA with and without COAT, draw with it, measure", "ppcoat.bench.quickstart"
     ),
+    "demo": Command(
+        "edit, dress a figure, inpaint, change the style: train it on drawings, draw, measure",
+        "ppcoat.bench.demo",
+    ),
     "train": Command(
         "train a LoRA, DoRA or LoKr of FLUX from a YAML or JSON file",
         "ppcoat.cli.train",
