@@ -51,7 +51,9 @@ COMMANDS = {
         "add_tune_arguments",
         "run_tune",
     ),
-    "train-flux-lightning": Command("distil FLUX to 4 steps", "ppcoat.distill.flux_lightning"),
+    "train-flux-lightning": Command(
+        "distil FLUX to 4 steps", "ppcoat.cli.train", "add_distill_arguments", "run_distill"
+    ),
     "train-newbie": Command(
         "train a NewBie LoRA or LoKr from a TOML file", "ppcoat.cli.train", "add_newbie_arguments"
     ),
@@ -67,8 +69,18 @@ COMMANDS = {
         "add_convert_newbie_arguments",
         "run_convert_newbie",
     ),
-    "generate": Command("draw with FLUX or NewBie-image, with LoRAs, from pictures", "ppcoat.infer.generate"),
-    "lightning": Command("draw in four steps with a FLUX-Lightning LoRA", "ppcoat.infer.lightning"),
+    "generate": Command(
+        "draw with FLUX or NewBie-image, with LoRAs, from pictures",
+        "ppcoat.cli.draw",
+        "add_generate_arguments",
+        "run_generate",
+    ),
+    "lightning": Command(
+        "draw in four steps with a FLUX-Lightning LoRA",
+        "ppcoat.cli.draw",
+        "add_lightning_arguments",
+        "run_lightning",
+    ),
     "evaluate": Command(
         "score folders of pictures, or a tiny FLUX on unseen captions", "ppcoat.infer.evaluate"
     ),

@@ -26,12 +26,12 @@ import numpy as np
 import paddle
 
 from ppcoat.atomic import check_writable, whole_folder
-from ppcoat.config.flags import add_flags, flag, from_flags
+from ppcoat.config.flags import OF_FILE, add_flags, flag, from_flags
 from ppcoat.device import tune_host
 from ppcoat.errors import ConfigError
 from ppcoat.lora import LoRAFile, info_of, merge_lora, put_adapters, read_fitting, tell
 from ppcoat.lora.adapters import added
-from ppcoat.models.flux.files import FLUX_CLASSES, FLUX_COMPONENTS, OF_FILE, FluxFiles
+from ppcoat.models.flux.files import FLUX_CLASSES, FLUX_COMPONENTS, FluxFiles
 from ppcoat.models.loading import (
     check_folder,
     linear_weights,

@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # benchmark kernels runs where there is no pydantic
 
 Fields = TypeVar("Fields")
 TINY_FLUX = str(Path(__file__).parents[1] / "assets" / "tiny_flux")  # the model that comes with ppcoat
+OF_FILE = "that a FLUX file lacks: a FLUX folder"  # what is given beside such a file
 
 
 class TakesArguments(Protocol):
