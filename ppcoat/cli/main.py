@@ -36,6 +36,10 @@ COMMANDS = {
     "quickstart": Command(
         "draw data, train a LoRA with and without COAT, draw with it, measure", "ppcoat.bench.quickstart"
     ),
+    "demo": Command(
+        "edit, dress a figure, inpaint, change the style: train it on drawings, draw, measure",
+        "ppcoat.bench.demo",
+    ),
     "train": Command("train a FLUX LoRA from a YAML file", "ppcoat.cli.train", "add_flux_arguments"),
     "tune": Command(
         "find learning rate and rank for a config within a time",
