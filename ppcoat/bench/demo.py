@@ -134,14 +134,14 @@ def show(demo: Demo, flags: DemoFlags) -> None:
     for name, sheet in shown.sheets.items():
         with whole_file(folder / f"{name}.png") as draft:
             sheet.save(draft)
-    lines = [table(shown.measures), "", *shown.notes, f"LoRA: {lora_file}"]
+    lines = [measures_table(shown.measures), "", *shown.notes, f"LoRA: {lora_file}"]
     lines += [f"sheet: {folder / name}.png" for name in shown.sheets]
     seconds = time.perf_counter() - began
     lines.append(f"{seconds / 60:.1f} minutes, {(trained - began) / 60:.1f} of them data and training")
     print("\n" + "\n".join(lines))
 
 
-def table(measures: Sequence[Measure]) -> str:
+def measures_table(measures: Sequence[Measure]) -> str:
     """The measures in columns."""
     rows = [("measure", "wanted", "found", ""), *(each.cells for each in measures)]
     widths = [max(len(row[column]) for row in rows) for column in range(3)]

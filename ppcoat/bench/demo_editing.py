@@ -22,7 +22,7 @@ AT_ONCE, COLUMNS = 50, 10
 
 
 @dataclass(frozen=True)
-class Pair:
+class EditPair:
     """A garment, the colour that it shall have or None for a star, and the seed of both drawings."""
 
     garment: Garment
@@ -45,7 +45,7 @@ class Pair:
         return garments.draw(replace(self.garment, colour=self.colour), self.seed)
 
 
-def edit_pairs(count: int, seed: int, unseen: bool = False) -> list[Pair]:
+def edit_pairs(count: int, seed: int, unseen: bool = False) -> list[EditPair]:
     """Half "make it ...", half "add a star". unseen: garments that no training saw."""
     candidates, rng = garments.split_garments()[unseen], np.random.default_rng(seed)
     pairs = []
@@ -53,7 +53,7 @@ def edit_pairs(count: int, seed: int, unseen: bool = False) -> list[Pair]:
         garment = garments.choose(candidates, rng)
         others = [c for c in COLOURS if c not in (garment.colour, garment.pattern_colour)]
         colour = others[rng.integers(len(others))]
-        pairs.append(Pair(garment, colour if i % 2 == 0 else None, seed * 1000 + i))
+        pairs.append(EditPair(garment, colour if i % 2 == 0 else None, seed * 1000 + i))
     return pairs
 
 
@@ -71,7 +71,7 @@ class Edit(Demo):
         return judged(pairs, drawn)
 
 
-def judged(pairs: list[Pair], drawn: dict[str, list[Image.Image]]) -> Shown:
+def judged(pairs: list[EditPair], drawn: dict[str, list[Image.Image]]) -> Shown:
     judge = GarmentClassifier.load()
     seen = {name: classify(judge, pictures) for name, pictures in drawn.items()}
     true = classify(judge, [pair.after for pair in pairs])
@@ -100,7 +100,7 @@ def judged(pairs: list[Pair], drawn: dict[str, list[Image.Image]]) -> Shown:
     return Shown(rows, {"edit": sheet})
 
 
-def write_pairs(data: Path, pairs: list[Pair]) -> None:
+def write_pairs(data: Path, pairs: list[EditPair]) -> None:
     for name in ("before", "after"):
         (data / name).mkdir()
     for i, pair in enumerate(pairs):
