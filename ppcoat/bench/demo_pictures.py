@@ -26,7 +26,6 @@ UNSEEN_SEED = 40_000_000
 AT_ONCE, COLUMNS = 50, 10
 STRENGTHS = (0.4, 0.5, 0.6, 0.7, 0.8, 1.0)
 STRENGTH = 0.7  # of the measures
-GREY = (128, 128, 128)
 # Bounds of `is_pen` and `kept_place`, in the gaps between true drawings of both styles after the autoencoder.
 PAPER_SHARE, DARK_SHARE, OVERLAP = 0.7, 0.55, 0.75
 
@@ -77,7 +76,7 @@ def unseen(start: int, stop: int) -> list[Unseen]:
     return [Unseen(held_out[i], UNSEEN_SEED + i) for i in range(start, stop)]
 
 
-def changed_box(before: Image.Image, after: Image.Image, margin: int = 1) -> Image.Image:
+def changed_box(before: Image.Image, after: Image.Image, margin: int = 2) -> Image.Image:
     """Mask: white in the box around what differs, and `margin` pixels more."""
     difference = ImageChops.difference(before, after).convert("L").point(lambda level: 255 * (level > 10))
     left, top, right, bottom = difference.getbbox()
@@ -127,8 +126,7 @@ def judged_inpainting(ones: list[Unseen], drawn: dict[str, list[Image.Image]]) -
     """The table and the sheet of what `_draw_inpainted` drew."""
     pictures, before = [one.picture for one in ones], drawn["as the VAE has it"]
     halves, chests = [one.half for one in ones], [one.chest for one in ones]
-    holes = [Image.composite(Image.new("RGB", mask.size, GREY), picture, mask)
-             for picture, mask in zip(pictures, halves, strict=True)]  # fmt: skip
+    holes = hidden(pictures, halves)
     rates = {name: shares(some, ones) for name, some in (drawn | {"hole": holes}).items()}
     measures = [
         *(Measure(f"true drawings: {what}", rates["as the VAE has it"][what]) for what in ("kind", "colour")),
@@ -144,27 +142,29 @@ def judged_inpainting(ones: list[Unseen], drawn: dict[str, list[Image.Image]]) -
         *_edges("chest, LoRA on", before, drawn["LoRA on"], chests),
     ]
     few = slice(0, COLUMNS)
-    shown = [
-        _outlined(pictures, halves),
-        drawn["half"],
-        _outlined(pictures, chests),
-        drawn["LoRA off"],
-        drawn["LoRA on"],
-    ]
-    names = ["half", "filled", "chest", "LoRA off", "LoRA on"]
-    return Shown(measures, {"inpaint": contact_sheet([row[few] for row in shown], names)})
+    shown = {
+        "picture": pictures,
+        "a half": holes,
+        "filled": drawn["half"],
+        "the chest": hidden(pictures, chests),
+    }
+    shown |= {name: drawn[name] for name in ("LoRA off", "LoRA on")}
+    return Shown(measures, {"inpaint": contact_sheet([row[few] for row in shown.values()], list(shown))})
 
 
 def _edges(
     what: str, before: list[Image.Image], after: list[Image.Image], masks: list[Image.Image]
 ) -> list[Measure]:
-    """How much the rest changed, and how hard the border of the masks is."""
+    """How much the rest changed, and how hard the border of the masks is, beside what a patch of the next
+    picture would give."""
     outside = [change_outside(*each) for each in zip(before, after, masks, strict=True)]
-    seam = np.mean([border_steps(*each) for each in zip(after, masks, strict=True)])
-    true = np.mean([border_steps(*each) for each in zip(before, masks, strict=True)])
+    patched = [Image.composite(*each) for each in zip(before[1:] + before[:1], before, masks, strict=True)]
+    true, seam, patch = (np.mean([border_steps(*each) for each in zip(pictures, masks, strict=True)])
+                         for pictures in (before, after, patched))  # fmt: skip
     return [
-        Measure(f"{what}: change outside, mean", float(np.mean(outside)), None, 2, "levels"),
-        Measure(f"{what}: steps across the border", float(seam / true), None, 1.5, "of the picture's"),
+        Measure(f"{what}: mean change outside", float(np.mean(outside)), None, 5, "of 255"),
+        Measure(f"{what}: steps across the border", float(seam / true), None, 1.5, "x the picture's"),
+        Measure("  another picture's patch there: steps", float(patch / true), None, None, "x the picture's"),
     ]
 
 
@@ -183,10 +183,10 @@ def border_steps(picture: Image.Image, mask: Image.Image) -> float:
     return float(np.concatenate(steps).mean())
 
 
-def _outlined(pictures: list[Image.Image], masks: list[Image.Image]) -> list[Image.Image]:
+def hidden(pictures: list[Image.Image], masks: list[Image.Image]) -> list[Image.Image]:
     """The pictures with grey where the masks are white."""
-    return [Image.composite(Image.new("RGB", mask.size, GREY), picture, mask)
-            for picture, mask in zip(pictures, masks, strict=True)]  # fmt: skip
+    grey = Image.new("RGB", pictures[0].size, (128, 128, 128))
+    return [Image.composite(grey, *each) for each in zip(pictures, masks, strict=True)]
 
 
 class Style(Demo):
