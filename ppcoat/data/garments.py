@@ -98,24 +98,24 @@ def draw(
     rng = np.random.default_rng([seed, size])
     n = size * SUPERSAMPLING
     picture = _background(rng, n)
-    frame = _Frame.random(rng, n)
+    frame = Frame.random(rng, n)
     outline, details, chest = _CUTS[garment.kind](rng)
 
-    mask = _fill(n, [frame.to_pixels(part) for part in outline])
-    fabric = _fabric(garment, rng, frame)
+    mask = filled(n, [frame.to_pixels(part) for part in outline])
+    cloth = fabric(garment, rng, frame)
     dark = np.asarray(COLOURS[garment.colour], np.float32) / 255 * 0.45
     shadow = np.roll(mask, (n // 24, n // 40), axis=(0, 1))[..., None]
     picture *= 1 - 0.25 * shadow * rng.uniform(0.2, 1)
-    picture = np.where(mask[..., None] > 0, fabric, picture)
+    picture = np.where(mask[..., None] > 0, cloth, picture)
     inner, outer = (n // 32, n // 32) if pen else (max(2, n // 90), max(2, n // 96))
-    lines = _stroke(n, [frame.to_pixels(line) for line in details], inner)
-    lines = np.maximum(lines * mask, _stroke(n, [frame.to_pixels(p, close=True) for p in outline], outer))
+    lines = stroked(n, [frame.to_pixels(line) for line in details], inner)
+    lines = np.maximum(lines * mask, stroked(n, [frame.to_pixels(p, close=True) for p in outline], outer))
     picture = np.where(lines[..., None] > 0, dark, picture)
     if motif is not None:
         picture = _gold_star(picture, frame, chest, np.random.default_rng([seed, 3]))
     if pen:
-        return _to_image(_penned(mask, lines, garment, np.random.default_rng([seed, 4])), size)
-    return _to_image(picture * _light(rng, n)[..., None], size)
+        return averaged(_penned(mask, lines, garment, np.random.default_rng([seed, 4])), size)
+    return averaged(picture * _light(rng, n)[..., None], size)
 
 
 def draw_random_shapes(seed: int, size: int = 64) -> Image.Image:
@@ -173,7 +173,7 @@ def write_folder(
 
 
 @dataclass(frozen=True)
-class _Frame:
+class Frame:
     """Where the garment stands: garment units (-1..1, y downwards) to supersampled pixels."""
 
     n: int
@@ -182,7 +182,7 @@ class _Frame:
     centre: tuple[float, float]
 
     @classmethod
-    def random(cls, rng: np.random.Generator, n: int) -> _Frame:
+    def random(cls, rng: np.random.Generator, n: int) -> Frame:
         scale = rng.uniform(*SCALES)
         slack = 0.5 * (1 - scale) + 0.04
         centre = 0.5 + rng.uniform(-slack, slack, 2)
@@ -206,7 +206,7 @@ def _turned(points, angle: float, scale: float, centre) -> list[tuple[float, flo
     return [(centre[0] + scale * (c * x - s * y), centre[1] + scale * (s * x + c * y)) for x, y in points]
 
 
-def _fill(n: int, polygons: list) -> np.ndarray:
+def filled(n: int, polygons: list) -> np.ndarray:
     image = Image.new("L", (n, n), 0)
     pen = ImageDraw.Draw(image)
     for polygon in polygons:
@@ -214,7 +214,7 @@ def _fill(n: int, polygons: list) -> np.ndarray:
     return np.asarray(image, np.float32) / 255
 
 
-def _stroke(n: int, lines: list, width: int) -> np.ndarray:
+def stroked(n: int, lines: list, width: int) -> np.ndarray:
     image = Image.new("L", (n, n), 0)
     pen = ImageDraw.Draw(image)
     for line in lines:
@@ -242,7 +242,7 @@ def _background(rng: np.random.Generator, n: int) -> np.ndarray:
     return np.clip(picture, 0, 1)
 
 
-def _fabric(garment: Garment, rng: np.random.Generator, frame: _Frame) -> np.ndarray:
+def fabric(garment: Garment, rng: np.random.Generator, frame: Frame) -> np.ndarray:
     """Float [n, n, 3]: the cloth as if it filled the whole picture."""
     jitter = rng.uniform(-0.03, 0.03, 3).astype(np.float32)
     base = np.asarray(COLOURS[garment.colour], np.float32) / 255 + jitter
@@ -271,14 +271,14 @@ def _light(rng: np.random.Generator, n: int) -> np.ndarray:
     return rng.uniform(0.84, 1.06) + strength * (x * math.cos(angle) + y * math.sin(angle))
 
 
-def _gold_star(picture: np.ndarray, frame: _Frame, chest, rng: np.random.Generator) -> np.ndarray:
+def _gold_star(picture: np.ndarray, frame: Frame, chest, rng: np.random.Generator) -> np.ndarray:
     """A five-pointed golden star with a dark rim."""
     n, radius = frame.n, rng.uniform(0.42, 0.5)
     turns = -math.pi / 2 + np.arange(10) * math.pi / 5
     reach = np.where(np.arange(10) % 2 == 0, 1.0, 0.46)
     unit = np.stack([reach * np.cos(turns), reach * np.sin(turns)], axis=1)
-    rim = _fill(n, [frame.to_pixels(unit * radius * 1.3 + chest)])[..., None]
-    star = _fill(n, [frame.to_pixels(unit * radius + chest)])[..., None]
+    rim = filled(n, [frame.to_pixels(unit * radius * 1.3 + chest)])[..., None]
+    star = filled(n, [frame.to_pixels(unit * radius + chest)])[..., None]
     picture = np.where(rim > 0, np.float32([0.30, 0.16, 0.02]), picture)
     return np.where(star > 0, np.float32([1.0, 0.78, 0.12]), picture)
 
@@ -297,7 +297,7 @@ def _penned(mask: np.ndarray, lines: np.ndarray, garment: Garment, rng: np.rando
     return np.where(lines[..., None] > 0, np.float32([0.15, 0.15, 0.16]), picture)
 
 
-def _to_image(picture: np.ndarray, size: int) -> Image.Image:
+def averaged(picture: np.ndarray, size: int) -> Image.Image:
     """Average down to `size` pixels through a slightly soft lens (about half a pixel)."""
     large = Image.fromarray((np.clip(picture, 0, 1) * 255 + 0.5).astype(np.uint8))
     return large.filter(ImageFilter.GaussianBlur(0.5 * SUPERSAMPLING)).resize((size, size), Image.BOX)
