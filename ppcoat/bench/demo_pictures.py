@@ -303,7 +303,9 @@ def _write(folder: Path, number: int, picture: Image.Image, garment: Garment) ->
 
 def _loaded(kind: type[FluxPipeline], config: RunConfig) -> FluxPipeline:
     set_device(config.device)
-    return kind.from_pretrained(config.model.name_or_path, **config.model.beside)
+    pipeline = kind.from_pretrained(config.model.name_or_path, **config.model.beside)
+    pipeline.set_progress_bar_config(desc="drawing")
+    return pipeline
 
 
 def draw_over(
