@@ -33,6 +33,8 @@ MOTIFS = ("gold star",)
 SUPERSAMPLING = 3  # drawn three times larger, then averaged, so that edges are smooth
 SCALES = (0.7, 0.92)  # share of the picture that a garment fills
 TILT = 12  # degrees to either side
+PAPER = np.float32([0.72, 0.80, 0.90])  # of pen drawings: light blue, on which white shows
+HATCHES = 7  # strokes across a pen drawing
 PERIODS = (0.5, 0.75)  # of a pattern, in garment units (the garment spans -1..1)
 
 
@@ -80,11 +82,14 @@ def choose(candidates: list[Garment], rng: np.random.Generator) -> Garment:
     return matching[rng.integers(len(matching))]
 
 
-def draw(garment: Garment, seed: int, size: int = 64, motif: str | None = None) -> Image.Image:
+def draw(
+    garment: Garment, seed: int, size: int = 64, motif: str | None = None, pen: bool = False
+) -> Image.Image:
     """Draw one garment as an RGB picture of `size` x `size` pixels; the same arguments give the same pixels.
 
-    `motif`: None, or one of MOTIFS, placed on the chest (the front of a hat, the hip of trousers). Raises
-    ValueError for a size below 16 and for another motif.
+    `motif`: None, or one of MOTIFS, placed on the chest (the front of a hat, the hip of trousers). pen: the
+    same garment in the same place as a felt pen draws it on paper, without its pattern. Raises ValueError for
+    a size below 16 and for another motif.
     """
     if size < 16:
         raise ValueError(f"size {size}: a garment needs at least 16 pixels")
@@ -102,13 +107,14 @@ def draw(garment: Garment, seed: int, size: int = 64, motif: str | None = None) 
     shadow = np.roll(mask, (n // 24, n // 40), axis=(0, 1))[..., None]
     picture *= 1 - 0.25 * shadow * rng.uniform(0.2, 1)
     picture = np.where(mask[..., None] > 0, cloth, picture)
-    lines = stroked(n, [frame.to_pixels(line) for line in details], width=max(2, n // 90))
-    lines = np.maximum(
-        lines * mask, stroked(n, [frame.to_pixels(p, close=True) for p in outline], max(2, n // 96))
-    )
+    inner, outer = (n // 32, n // 32) if pen else (max(2, n // 90), max(2, n // 96))
+    lines = stroked(n, [frame.to_pixels(line) for line in details], inner)
+    lines = np.maximum(lines * mask, stroked(n, [frame.to_pixels(p, close=True) for p in outline], outer))
     picture = np.where(lines[..., None] > 0, dark, picture)
     if motif is not None:
         picture = _gold_star(picture, frame, chest, np.random.default_rng([seed, 3]))
+    if pen:
+        return averaged(_penned(mask, lines, garment, np.random.default_rng([seed, 4])), size)
     return averaged(picture * _light(rng, n)[..., None], size)
 
 
@@ -275,6 +281,20 @@ def _gold_star(picture: np.ndarray, frame: Frame, chest, rng: np.random.Generato
     star = filled(n, [frame.to_pixels(unit * radius + chest)])[..., None]
     picture = np.where(rim > 0, np.float32([0.30, 0.16, 0.02]), picture)
     return np.where(star > 0, np.float32([1.0, 0.78, 0.12]), picture)
+
+
+def _penned(mask: np.ndarray, lines: np.ndarray, garment: Garment, rng: np.random.Generator) -> np.ndarray:
+    """Float [n, n, 3]: dark lines on paper, the cloth hatched in its colour. mask, lines: [n, n] in 0..1, the
+    cloth and its lines."""
+    n, tone = len(mask), rng.uniform(0.96, 1)
+    y, x = np.mgrid[0 : 1 : n * 1j, 0 : 1 : n * 1j].astype(np.float32)
+    angle = math.pi / 4 + rng.uniform(-0.2, 0.2)
+    hatch = (x * math.cos(angle) + y * math.sin(angle)) * HATCHES + rng.uniform()
+    ink = np.asarray(COLOURS[garment.colour], np.float32) / 255
+    between = 0.8 * ink if ink.min() > 0.85 else 0.55 * ink + 0.45 * PAPER  # white is hatched in grey
+    cloth = np.where((hatch % 1 < 0.55)[..., None], ink, between)
+    picture = np.where(mask[..., None] > 0, cloth, PAPER * tone)
+    return np.where(lines[..., None] > 0, np.float32([0.15, 0.15, 0.16]), picture)
 
 
 def averaged(picture: np.ndarray, size: int) -> Image.Image:
