@@ -67,8 +67,9 @@ class OpenFolder:
             self.version += 1
 
     def caption(self, picture: Picture) -> str:
-        """The caption as it is written, empty where there is none."""
-        return self._editor.captions.get(picture.path, "")
+        """The caption as it is written, empty where there is none. Halves of characters, which JSON can hold
+        and no browser can be sent, are question marks."""
+        return self._editor.captions.get(picture.path, "").encode("utf-8", "replace").decode()
 
     def counts(self) -> Counter[NoteKind]:
         """How many pictures have a note of each kind."""
