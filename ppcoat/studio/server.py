@@ -14,13 +14,16 @@ import secrets
 import socket
 import tempfile
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from ppcoat.config.flags import add_flags, flag, from_flags
 from ppcoat.errors import ConfigError
 from ppcoat.studio.access import Roots
 from ppcoat.studio.guard import LOOPBACK, Guard
 from ppcoat.studio.words import COOKIE, LANGUAGES
+
+if TYPE_CHECKING:
+    from ppcoat.studio.frame import Studio
 
 _RECONNECT_SECONDS = 30.0  # a laptop that slept keeps its page
 _YEAR = 365 * 24 * 3600
@@ -55,8 +58,11 @@ def run_command(arguments: argparse.Namespace) -> None:
     except ModuleNotFoundError as error:
         raise ConfigError(f"{error.msg}: the studio needs NiceGUI; pip install 'ppcoat[studio]'") from None
 
-    add_pages(roots, flags.language)
-    app.add_middleware(Guard, token=token, port=flags.port, most_bytes=flags.max_upload_mb << 20)
+    from ppcoat.studio.frame import Studio
+
+    studio = Studio(roots, flags.language, flags.max_upload_mb << 20)
+    add_pages(studio)
+    app.add_middleware(Guard, token=token, port=flags.port, most_bytes=studio.most_bytes)
     print(f"studio: {address(flags, token)}   (Ctrl+C ends it)", flush=True)
     ui.run(
         host=flags.host,
@@ -70,18 +76,16 @@ def run_command(arguments: argparse.Namespace) -> None:
     )
 
 
-def add_pages(roots: Roots, language: Literal["en", "zh"] | None) -> None:
+def add_pages(studio: Studio) -> None:
     """Register every page and route with NiceGUI."""
     from fastapi.responses import RedirectResponse
     from nicegui import app
 
     from ppcoat.studio.data_page import data_page
     from ppcoat.studio.files_page import files_page
-    from ppcoat.studio.frame import Studio
     from ppcoat.studio.pictures import add_picture_route
 
-    studio = Studio(roots, language)
-    add_picture_route(app, roots)
+    add_picture_route(app, studio.roots)
     data_page(studio)
     files_page(studio)
 
