@@ -6,6 +6,7 @@ The address holds the folder and its settings, so a page can be opened again, or
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from urllib.parse import urlencode
 
 from nicegui import run, ui
@@ -206,7 +207,7 @@ class _Folder:
 class _Bulk:
     """Changes of many captions, with how many before they are made, and the command that does the same."""
 
-    def __init__(self, say: Words, folder: OpenFolder, changed: object) -> None:
+    def __init__(self, say: Words, folder: OpenFolder, changed: Callable[[], None]) -> None:
         self._say, self._folder, self._changed = say, folder, changed
         self._search = ""
         with (

@@ -211,7 +211,7 @@ def test_a_narrow_page_needs_no_sideways_scrolling_and_speaks_chinese(data, star
     page.get_by_text("Merge").first.wait_for()
     assert page.url.endswith("/files?tool=merge")
     page.goto(f"{url}/data")
-    page.get_by_text("Folder of pictures").wait_for()
+    page.get_by_text("Folder of pictures", exact=True).wait_for()
 
 
 def test_references_and_masks_stand_beside_their_picture(data, start_studio, open_page):
