@@ -169,7 +169,7 @@ def test_many_pictures_are_loaded_as_they_are_scrolled_to(tmp_path, start_studio
     page = open_page(f"{url}/data?folder=many&resolution=64")
     page.wait_for_selector(".picture")
     assert page.locator(".picture").count() <= 120
-    for _ in range(40):
+    for _ in range(200):
         page.mouse.wheel(0, 3000)
         page.wait_for_timeout(150)
         if page.locator(".picture").count() == 500:
