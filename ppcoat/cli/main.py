@@ -104,6 +104,7 @@ COMMANDS = {
     "firstlight": Command(
         "check, time and train on a card for ten minutes: one table to report", "ppcoat.bench.firstlight"
     ),
+    "studio": Command("open the web page: data, training, drawing, files", "ppcoat.studio.server"),
     "plan": Command("tell the memory a run will need, choose settings that fit a card", "ppcoat.cli.plan"),
     "benchmark": Command("measure standard and COAT training side by side", "ppcoat.bench.benchmark"),
     "parity": Command("train quickstart's LoRA under every saving policy and compare", "ppcoat.bench.parity"),
