@@ -8,7 +8,7 @@ all else has its default. No page is drawn here: see train_page.py.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -45,8 +45,8 @@ _LIMITS = {"ge": "≥ {}", "gt": "> {}", "le": "≤ {}", "lt": "< {}", "multiple
 @dataclass(frozen=True)
 class FormField:
     """One setting. key: dotted, the entries of a list as number 0. choices: (value, what it is called) of
-    choice and choices. limits: of numbers, to read. entry: the fields of one entry, of entries. is_path: names
-    files or folders."""
+    choice and choices. limits: of numbers, to read. entry: the fields of one entry, of entries. is_path: it
+    names files or folders."""
 
     key: str
     description: str
@@ -173,12 +173,11 @@ def form_text(values: Values) -> str:
     data: dict[str, Any] = {}
     order = {field.key: number for number, field in enumerate(all_fields())}
     for key in sorted(values, key=lambda key: (order.get(_first(key), len(order)), _numbers(key))):
-        if values[key] is None:
-            continue
         here, (*above, last) = data, key.split(".")
-        for part in above:
+        for part in above:  # also of nothing: an entry that was added is there, and lacks something
             here = here.setdefault(part, {})
-        here[last] = values[key]
+        if values[key] is not None:
+            here[last] = values[key]
     for field in form_fields():  # so that what is missing is said of the field, not of its section
         if field.required and field.group:
             data.setdefault(field.group, {})
@@ -207,13 +206,48 @@ def text_values(text: str) -> Values:
     return values_of(config_of_text(text, FORM))
 
 
+def entries_of(values: Values, key: str) -> int:
+    """How many entries the form has of a list."""
+    numbers = [
+        int(each.removeprefix(f"{key}.").partition(".")[0]) for each in values if each.startswith(f"{key}.")
+    ]
+    return max(numbers, default=-1) + 1
+
+
+def with_entry(values: Values, field: FormField) -> Values:
+    """The form with one more, empty entry."""
+    first = next((each for each in field.entry if each.required), field.entry[0])
+    return values | {numbered(first.key, [entries_of(values, field.key)]): None}
+
+
+def without_entry(values: Values, key: str, number: int) -> Values:
+    """The form without one entry of a list; the others move up."""
+    kept: Values = {}
+    for name, value in values.items():
+        rest = name.removeprefix(f"{key}.")
+        here, _, last = rest.partition(".")
+        if rest == name or int(here) < number:
+            kept[name] = value
+        elif int(here) > number:
+            kept[f"{key}.{int(here) - 1}.{last}"] = value
+    return kept
+
+
+def numbered(key: str, numbers: Sequence[int]) -> str:
+    """The key of a setting in other entries than the first: one number for each list that it lies in."""
+    left = iter(numbers)
+    return re.sub(r"\.0(?=\.|$)", lambda _: f".{next(left)}", key)
+
+
 def paths_in(config: RunConfig) -> dict[str, list[str]]:
     """The files and folders that a config names, by key; the model that comes with ppcoat left out."""
     values, found = _flat(config.model_dump(mode="json")), {}
     keys = {field.key for field in all_fields() if field.is_path}
     for key, value in values.items():
-        named = [value] if isinstance(value, str) else list(value or ())
-        if _first(key) in keys and named and named != [TINY_FLUX]:
+        if _first(key) not in keys or not value:
+            continue
+        named = [value] if isinstance(value, str) else value
+        if named != [TINY_FLUX]:
             found[key] = named
     return found
 

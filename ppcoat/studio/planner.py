@@ -1,5 +1,5 @@
-"""The memory plan while somebody types: one process that has imported Paddle and the memory models, asked line
-by line, so that the page stays quick and its own process without Paddle.
+"""The memory plan while somebody types: one process that has imported Paddle and the memory models is asked
+line by line, so that the page stays quick and its own process without Paddle.
 
     python -m ppcoat.studio.planner     {"values": {...}, "vram": 24} -> {"total": ..., "phases": [...], ...}
 
@@ -80,9 +80,7 @@ def answer(question: dict[str, Any]) -> dict[str, Any]:
 
     config, vram_gb = form_config(question["values"]), question["vram"]
     memory_model = MODEL_SPECS[config.model.family].memory_model
-    given = (
-        plan(config, memory_model) if vram_gb is None else plan_for_card(config, memory_model, vram_gb)
-    )
+    given = plan(config, memory_model) if vram_gb is None else plan_for_card(config, memory_model, vram_gb)
     on_gpu = planned_for_gpu(config, vram_gb)
     found = {
         "phases": [{"name": phase.name, "parts": phase.parts} for phase in given.phases],

@@ -22,19 +22,21 @@ MAX_LINE = 1 << 16
 _PREVIEW = re.compile(r"(\d{9})_(\d{2,})\.png")
 _WEIGHTS = re.compile(r".*_(\d{9})(_kohya|_paddle)?\.safetensors")
 _RATE_SECONDS = 60.0
-_FOUND_DEPTH = 3
+_DEPTH, _MOST_FOLDERS = 3, 2000
+CONFIG = "studio.yaml"  # of a run that the studio started
 
 
 @dataclass
 class RunLog:
     """The log of one run. `read` takes what is new; a log that was cut, as a resumed run's is, is read anew.
 
-    steps and losses: of every line. last: the last line. rate: steps a second over the last minute that was
-    watched; None until two steps were seen."""
+    steps, losses, rates (the learning rate's): of every line. last: the last line. rate: steps a second
+    over the last minute that was watched; None until two steps were seen."""
 
     folder: Path
     steps: list[int] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
+    rates: list[float] = field(default_factory=list)
     last: dict[str, Any] = field(default_factory=dict)
     validation: list[tuple[int, float]] = field(default_factory=list)
     _at: int = 0
@@ -83,11 +85,13 @@ class RunLog:
         try:
             found = json.loads(line[:MAX_LINE])
             step, loss = int(found["step"]), float(found.get("loss", "nan"))
+            rate = float(found.get("lr", "nan"))
         except (ValueError, KeyError, TypeError):
             return
         self.last = found
         self.steps.append(step)
         self.losses.append(loss)
+        self.rates.append(rate)
         if "validation_loss" in found:
             self.validation.append((step, float(found["validation_loss"])))
 
@@ -119,7 +123,7 @@ def progress_of(job: Job, log: RunLog, waits: bool = False) -> Progress:
 
 def total_steps(folder: Path) -> int:
     """Updates of a run, as its own config says; 0 before it has one."""
-    for name in ("config.yaml", "studio.yaml"):
+    for name in ("config.yaml", CONFIG):
         try:
             train = yaml.safe_load((folder / name).read_text("utf-8")).get("train") or {}
         except (OSError, ValueError, AttributeError, yaml.YAMLError):
@@ -130,13 +134,25 @@ def total_steps(folder: Path) -> int:
 
 
 def find_runs(roots: Sequence[Path]) -> list[Path]:
-    """Folders of runs below these folders, the newest first."""
+    """Folders of runs at most _DEPTH below these folders, the newest first. Looks into no more than
+    _MOST_FOLDERS."""
     found: dict[Path, float] = {}
-    for root in roots:
-        for depth in range(1, _FOUND_DEPTH + 1):
-            for name in ("log.jsonl", "studio.yaml"):
-                for file in root.glob("/".join(["[!.]*"] * depth + [name])):
-                    found[file.parent] = max(found.get(file.parent, 0.0), file.stat().st_mtime)
+    left = deque((root, 0) for root in roots)
+    for _ in range(_MOST_FOLDERS):
+        if not left:
+            break
+        folder, depth = left.popleft()
+        try:
+            with os.scandir(folder) as entries:
+                inner = {entry.name: entry for entry in entries}
+        except OSError:
+            continue
+        marks = [inner[name].stat().st_mtime for name in (CONFIG, "log.jsonl") if name in inner]
+        if marks and depth:
+            found[folder] = max(marks)
+        elif depth < _DEPTH:
+            left.extend((folder / name, depth + 1) for name, entry in sorted(inner.items())
+                        if not name.startswith(".") and entry.is_dir(follow_symlinks=False))  # fmt: skip
     return sorted(found, key=lambda folder: found[folder], reverse=True)
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -91,7 +92,7 @@ class Job:
         Raises ConfigError where there is nothing to start, and while it runs."""
         note = self.note
         if note is None:
-            raise ConfigError(f"{self.folder} holds nothing that the studio could start: start it as a new run")
+            raise ConfigError(f"{self.folder} holds nothing to start: start it as a new run")
         if self.is_alive:
             raise ConfigError(f"{self.folder.name} is running already")
         command = [sys.executable, "-m", "ppcoat", *note.argv]
@@ -226,6 +227,20 @@ def birth(pid: int) -> str | None:
     told = subprocess.run(["ps", "-o", "stat=,lstart=", "-p", str(pid)], capture_output=True, text=True)
     state, _, began = told.stdout.strip().partition(" ")
     return began.strip() if began and not state.startswith("Z") else None
+
+
+def device_memory(job: Job) -> int | None:
+    """Bytes of the cards' memory that a job holds, as nvidia-smi says; None where there is none."""
+    note, program = job.note, shutil.which("nvidia-smi")
+    if note is None or program is None or not job.is_alive:
+        return None
+    asked = [program, "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
+    try:
+        told = subprocess.run(asked, capture_output=True, text=True, timeout=5).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    held = re.findall(rf"(?m)^\s*{note.pid}\s*,\s*(\d+)", told)
+    return sum(map(int, held)) << 20 if held else None
 
 
 def child_environment() -> dict[str, str]:

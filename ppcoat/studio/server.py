@@ -23,6 +23,7 @@ from ppcoat.studio.guard import LOOPBACK, Guard
 from ppcoat.studio.words import COOKIE, LANGUAGES
 
 _RECONNECT_SECONDS = 30.0  # a laptop that slept keeps its page
+STATE = ".ppcoat_studio"  # in the first root: what the studio keeps for its next start
 _YEAR = 365 * 24 * 3600
 
 
@@ -79,11 +80,14 @@ def add_pages(roots: Roots, language: Literal["en", "zh"] | None) -> None:
     from ppcoat.studio.files_page import files_page
     from ppcoat.studio.frame import Studio
     from ppcoat.studio.pictures import add_picture_route
+    from ppcoat.studio.runs import Queue
+    from ppcoat.studio.train_page import train_page
 
     studio = Studio(roots, language)
     add_picture_route(app, roots)
     data_page(studio)
     files_page(studio)
+    train_page(studio, Queue(roots.folders[0] / STATE))
 
     @app.get("/")
     def start() -> RedirectResponse:

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal, get_args
 
+from ppcoat.plan import COMPONENTS
+
 Language = Literal["en", "zh"]
 LANGUAGES: tuple[Language, ...] = get_args(Language)
 NAMES = {"en": "English", "zh": "中文"}
@@ -38,7 +40,105 @@ _FRAME = {
 }
 _DATA: dict[str, tuple[str, str]] = {}
 _FILES: dict[str, tuple[str, str]] = {}
-_TRAIN: dict[str, tuple[str, str]] = {}
+_TRAIN = {
+    "new_run": ("New run", "新建训练"),
+    "runs": ("Runs", "训练列表"),
+    "template": ("Begin with", "模板"),
+    "no_template": ("An empty form", "空白表单"),
+    "basic": ("Basic", "基本"),
+    "all_settings": ("All settings", "全部设置"),
+    "search_settings": ("Search settings", "搜索设置"),
+    "no_such_setting": ("No setting has that in its name or description", "没有名称或说明含此文字的设置"),
+    "as_yaml": ("As YAML", "YAML"),
+    "yaml_hint": (
+        "The same settings as a config file. What is typed here takes the place of the form.",
+        "同样的设置，写成配置文件。此处的内容会替换表单。",
+    ),
+    "apply": ("Apply", "应用"),
+    "remove": ("Remove", "删除"),
+    "add_entry": ("Add one to {name}", "在 {name} 中添加一项"),
+    "not_there": ("There is no such folder or file", "没有这个文件夹或文件"),
+    "mistakes": ("Mend what is marked in red, then start", "请先改正标红之处"),
+    "start": ("Start", "开始训练"),
+    "start_queued": ("Start after the others", "排队训练"),
+    "started": ("{name} is started", "{name} 已开始"),
+    "queued": ("{name} waits for the runs before it", "{name} 正在排队"),
+    "goes_on": (
+        "The folder {folder} holds a run of this name, at step {step}. With the same settings it goes on "
+        "from its last checkpoint. Another name begins anew.",
+        "文件夹 {folder} 中已有同名训练（第 {step} 步）。设置相同时会从最后的检查点继续；"
+        "换个名称则重新开始。",
+    ),
+    "go_on": ("Go on with it", "继续训练"),
+    "section_": ("Run", "训练"),
+    "section_model": ("Model", "模型"),
+    "section_network": ("Adapter", "适配器"),
+    "section_datasets": ("Pictures", "图片"),
+    "section_train": ("Training", "训练参数"),
+    "section_coat": ("COAT: FP8 states and activations", "COAT：FP8 状态与激活"),
+    "section_save": ("Saving", "保存"),
+    "section_sample": ("Previews", "预览"),
+    "section_logging": ("Log", "日志"),
+    "plan": ("Memory, planned", "显存规划"),
+    "plan_waits": ("The plan appears when the form has no mistakes.", "表单没有错误时显示规划。"),
+    "plan_mistakes": ("No plan: the form has mistakes.", "表单有错误，无法规划。"),
+    "planning": ("Planning …", "规划中…"),
+    "plan_source": ("Calculated from shapes, not measured.", "由张量形状计算，并非测量。"),
+    "card": ("Card", "显卡"),
+    "as_config_says": ("as the settings say", "按设置"),
+    "peak": ("Peak {total} GB", "峰值 {total} GB"),
+    "fits": ("Fits: {total} of {card} GB", "装得下：{total} / {card} GB"),
+    "fits_not": ("Does not fit: {total} of {card} GB", "装不下：{total} / {card} GB"),
+    "change_this": ("Change this, and the peak is {total} GB:", "作如下更改，峰值为 {total} GB："),
+    "use_these": ("Use these settings", "使用这些设置"),
+    "unset": ("(unset)", "（不填）"),
+    "estimate": (
+        "Estimated: about {time} for {steps} steps, {one} each. A simple model of the time on a card of the "
+        "RTX 4090's class, not a measurement.",
+        "估计：{steps} 步约 {time}，每步 {one}。按 RTX 4090 级显卡的简单时间模型估算，并非测量。",
+    ),
+    "no_estimate": ("The time on a CPU is not estimated.", "不估计 CPU 上的用时。"),
+    "phase_captions": ("captions", "编码标注"),
+    "phase_pictures": ("pictures", "编码图片"),
+    "phase_loading": ("loading", "加载"),
+    "phase_forward, backward": ("forward, backward", "前向、反向"),
+    "phase_update": ("update", "更新"),
+    "phase_previews": ("previews", "预览"),
+    "no_runs": ("No runs yet: fill in the form and start one.", "还没有训练：填写表单并开始。"),
+    "status_running": ("running", "训练中"),
+    "status_stopping": ("stopping", "正在停止"),
+    "status_waiting": ("waiting", "排队中"),
+    "status_finished": ("finished", "已完成"),
+    "status_stopped": ("stopped", "已停止"),
+    "status_failed": ("failed", "失败"),
+    "stop_save": ("Stop and save", "停止并保存"),
+    "stop_now": ("Stop at once", "立即停止"),
+    "leave_queue": ("Take from the queue", "移出队列"),
+    "resume": ("Go on", "继续"),
+    "use_settings": ("Use its settings", "使用其设置"),
+    "draw_with": ("Draw with it", "用它绘图"),
+    "step": ("step", "步"),
+    "loss": ("loss", "损失"),
+    "loss_smoothed": ("loss, smoothed", "平滑损失"),
+    "validation": ("validation loss", "验证损失"),
+    "eta": ("left", "剩余"),
+    "memory_host": ("host memory", "内存"),
+    "memory_card": ("card memory", "显存"),
+    "kept": ("kept for backward", "为反向保存"),
+    "skipped": ("skipped steps", "跳过的步"),
+    "curve": ("Loss", "损失曲线"),
+    "smoothing": ("smoothing", "平滑"),
+    "previews": ("Previews", "预览"),
+    "preview_step": ("step of the previews", "预览的步"),
+    "log": ("Log", "日志"),
+}
+_PARTS = {  # of COMPONENTS, in Chinese
+    "context": "上下文与库", "encoders": "文本编码器、VAE", "base": "底模权重", "LoRA": "LoRA",
+    "EMA": "其滑动平均", "optimizer": "优化器状态", "gradients": "梯度", "kept": "为反向保存",
+    "heads": "判别头", "head states": "判别头的优化器状态", "head gradients": "判别头的梯度",
+    "head features": "特征的梯度", "working": "工作内存",
+}  # fmt: skip
+_TRAIN |= {f"part_{name}": (COMPONENTS[name], chinese) for name, chinese in _PARTS.items()}
 _DRAW: dict[str, tuple[str, str]] = {}
 WORDS: Mapping[str, tuple[str, str]] = _FRAME | _DATA | _FILES | _TRAIN | _DRAW
 
