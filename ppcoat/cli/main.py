@@ -98,6 +98,18 @@ COMMANDS = {
         "run_extract",
         mixed=True,
     ),
+    "data report": Command(
+        "tell what a folder of pictures holds, and what is odd about which picture",
+        "ppcoat.cli.data",
+        "add_report_arguments",
+        "run_report",
+    ),
+    "data captions": Command(
+        "change the captions of a folder: prepend, append, replace",
+        "ppcoat.cli.data",
+        "add_caption_arguments",
+        "run_captions",
+    ),
     "doctor": Command(
         "tell what works on this machine, and what is lost where it does not", "ppcoat.cli.doctor"
     ),

@@ -124,6 +124,26 @@ def from_flags(fields_of: type[Fields], arguments: argparse.Namespace, **others:
     return fields_of(**given | others)
 
 
+def arguments_of(flags: Any) -> list[str]:
+    """The arguments that `from_flags` reads as these flags: those that are not the defaults, in the order of
+    the fields. What is told by its place stands first."""
+    placed, named = [], []
+    for name, field in _flag_fields(type(flags)).items():
+        value, default = getattr(flags, name), _default_of(field)
+        if value == default:
+            continue
+        texts = [str(each) for each in value] if isinstance(value, list | tuple) else [str(value)]
+        if field.metadata["positional"]:  # a path: ./ keeps one from being read as a flag
+            placed += [f"./{text}" if text.startswith("-") else text for text in texts]
+        elif value is True:
+            named.append(f"--{_name_of(field)}")
+        elif field.metadata["repeated"] or len(texts) == 1:
+            named += [f"--{_name_of(field)}={text}" for text in texts]
+        else:
+            named += [f"--{_name_of(field)}", *texts]
+    return placed + named
+
+
 def _check_file(flag: str, file: Path) -> None:
     if file.is_dir():
         raise ConfigError(f"{flag} {file} is a folder; name a file")

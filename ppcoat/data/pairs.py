@@ -24,7 +24,7 @@ from ppcoat.config.schema import DatasetConfig
 from ppcoat.data.buckets import Size, crop_share
 from ppcoat.data.caption_files import normal
 from ppcoat.data.colours import WHITE, Colour, Convert, grey, on_colour, opacity
-from ppcoat.data.embedding_store import content_key
+from ppcoat.data.content_keys import content_key
 from ppcoat.data.sources import (
     IMAGE_SUFFIXES,
     NAMED_PROBLEMS,

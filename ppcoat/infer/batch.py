@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from ppcoat.atomic import remove_dead_drafts, whole_file, write_text
 from ppcoat.data.cache import folder_identity
-from ppcoat.data.embedding_store import content_key, file_digest
+from ppcoat.data.content_keys import content_key, file_digest
 from ppcoat.device import default_dtype
 from ppcoat.infer.drawers import Drawer
 from ppcoat.infer.prompts import COLUMNS, ListedPicture

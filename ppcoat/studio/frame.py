@@ -134,6 +134,17 @@ class CommandRun:
         self._state.set_text(text)
 
 
+def say_error(error: Exception) -> None:
+    """An error in the page, as one line."""
+    ui.label(text_of_file(error)).classes("studio-error studio-card")
+
+
+def text_of_file(text: object) -> str:
+    """A file's name, or a message that may hold one, as a browser can be sent it: without control characters
+    and bytes that are no text."""
+    return printable(str(text))
+
+
 async def choose_path(
     studio: Studio, say: Words, start: str = "", endings: Sequence[str] = (), folders: bool = True
 ) -> str | None:
@@ -168,13 +179,13 @@ async def choose_path(
 
     def show(folder: Path) -> None:
         current[0] = folder
-        where.set_text(printable(roots.shown(folder)))
+        where.set_text(text_of_file(roots.shown(folder)))
         entries.clear()
         with entries:
             if folder in roots.folders:
                 for root in roots.folders:
                     if root != folder:
-                        entry("dns", printable(root), lambda root=root: show(root))
+                        entry("dns", text_of_file(root), lambda root=root: show(root))
             else:
                 entry("arrow_upward", say("up"), lambda: show(folder.parent))
             try:
@@ -183,9 +194,11 @@ async def choose_path(
                 ui.label(str(error)).classes("studio-error")
                 return
             for path in inner:
-                entry("folder", printable(path.name), lambda path=path: show(path.resolve()))
+                entry("folder", text_of_file(path.name), lambda path=path: show(path.resolve()))
             for path in files:
-                entry("description", printable(path.name), lambda path=path: dialog.submit(roots.shown(path)))
+                entry(
+                    "description", text_of_file(path.name), lambda path=path: dialog.submit(roots.shown(path))
+                )
             if not inner and not files:
                 ui.label(say("no_entries")).classes("text-grey-7 q-pa-sm")
 
