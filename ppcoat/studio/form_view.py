@@ -32,7 +32,7 @@ _GRID = (
 _STYLE = """
 .studio-form .q-field--with-bottom { padding-bottom: 0; }
 .studio-form .q-field__bottom { position: static; transform: none; padding: 4px 2px 0; line-height: 1.35;
-  color: #64748b; }
+  min-height: 0; color: #64748b; }
 .studio-form .q-field--error .q-field__bottom { color: #b91c1c; overflow-wrap: anywhere; }
 """
 
@@ -154,8 +154,8 @@ class FormView:
         if field.kind == "switch":
             with ui.column().classes("gap-0"):
                 widget = ui.switch(field.name, value=bool(shown), on_change=keep).props("dense")
-                ui.label(hint).classes("text-caption text-grey-7")
-                self._errors[key] = ui.label().classes("text-caption studio-error")
+                ui.label(hint).classes("q-field__bottom")
+                self._errors[key] = ui.label().classes("q-field__bottom studio-error")
         elif field.kind in ("choice", "choices"):
             several = {"multiple": True} if field.kind == "choices" else {}
             widget = ui.select(dict(field.choices), label=field.name, value=shown, on_change=keep, **several)

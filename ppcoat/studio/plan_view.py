@@ -3,6 +3,7 @@ change where it does not, and how long it may take. All of it is calculated by `
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from typing import Any
 
@@ -26,7 +27,7 @@ class PlanView:
         self, planner: Planner, say: Words, apply: Callable[[Values], None], changed: Callable[[], None]
     ) -> None:
         self._planner, self._say, self._apply = planner, say, apply
-        self._asked = 0
+        self._asked, self._turn = 0, asyncio.Lock()
         with ui.column().classes("studio-card gap-2"):
             with ui.row().classes("w-full items-center no-wrap"):
                 ui.label(say("plan")).classes("text-weight-bold")
@@ -58,12 +59,15 @@ class PlanView:
         self._asked += 1
         mine, card = self._asked, self.card
         self._state.set_text(self._say("planning"))
-        try:
-            found = await self._planner.plan(values, card)
-        except ConfigError as error:
-            if mine == self._asked:
-                self.clear(str(error))
-            return
+        async with self._turn:
+            if mine != self._asked:
+                return
+            try:
+                found = await self._planner.plan(values, card)
+            except ConfigError as error:
+                if mine == self._asked:
+                    self.clear(str(error))
+                return
         if mine == self._asked and not self._card.is_deleted:
             self._state.set_text(self._say("plan_source"))
             self._show(found, steps)
@@ -123,7 +127,7 @@ def _options(say: Words, phases: list[dict], card: float | None) -> dict[str, An
     names = [name for name in COMPONENTS if any(phase["parts"].get(name) for phase in phases)]
     line = {
         "silent": True, "symbol": "none", "lineStyle": {"color": "#b91c1c", "type": "dashed", "width": 1.5},
-        "label": {"formatter": f"{card or 0:g} GB", "position": "end", "color": "#b91c1c"},
+        "label": {"formatter": f"{card or 0:g} GB", "position": "start", "color": "#b91c1c"},
         "data": [{"xAxis": card}],
     }  # fmt: skip
     series = [

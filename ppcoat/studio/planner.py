@@ -55,6 +55,11 @@ class Planner:
             raise ConfigError(found["error"])
         return found
 
+    async def start(self) -> None:
+        """Begin to import what a plan needs, before somebody asks for one."""
+        async with self._turn:
+            await self._started()
+
     def close(self) -> None:
         """End the process; the next question starts another."""
         if self._process is not None and self._process.returncode is None:

@@ -77,6 +77,7 @@ def add_pages(roots: Roots, language: Literal["en", "zh"] | None) -> None:
     from nicegui import app
 
     from ppcoat.studio.data_page import data_page
+    from ppcoat.studio.draw_page import draw_page
     from ppcoat.studio.files_page import files_page
     from ppcoat.studio.frame import Studio
     from ppcoat.studio.pictures import add_picture_route
@@ -87,7 +88,9 @@ def add_pages(roots: Roots, language: Literal["en", "zh"] | None) -> None:
     add_picture_route(app, roots)
     data_page(studio)
     files_page(studio)
-    train_page(studio, Queue(roots.folders[0] / STATE))
+    queue = Queue(roots.folders[0] / STATE)
+    train_page(studio, queue)
+    draw_page(studio, queue)
 
     @app.get("/")
     def start() -> RedirectResponse:

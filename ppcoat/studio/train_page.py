@@ -6,7 +6,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from nicegui import app, run, ui
+from nicegui import app, background_tasks, run, ui
 
 from ppcoat.atomic import write_text
 from ppcoat.config.schema import RunConfig
@@ -46,6 +46,7 @@ def train_page(studio: Studio, queue: Queue) -> None:
     def page() -> None:
         with page_frame(studio, "train") as say:
             TrainPage(studio, queue, planner, logs, say)
+            background_tasks.create(planner.start())
 
 
 class TrainPage:
@@ -115,7 +116,8 @@ class TrainPage:
         if config is None:
             self._plan.clear(self._say("plan_mistakes"))
         else:
-            await self._plan.ask(values, config.train.steps)
+            # the form goes on being looked at while the plan is made
+            background_tasks.create(self._plan.ask(values, config.train.steps))
 
     async def _check(self) -> RunConfig | None:
         """The config of the form, for a plan; None where it cannot be one. Mistakes are shown; without any

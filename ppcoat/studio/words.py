@@ -190,7 +190,51 @@ _PARTS = {  # of COMPONENTS, in Chinese
     "head features": "特征的梯度", "working": "工作内存",
 }  # fmt: skip
 _TRAIN |= {f"part_{name}": (COMPONENTS[name], chinese) for name, chinese in _PARTS.items()}
-_DRAW: dict[str, tuple[str, str]] = {}
+_DRAW = {
+    "draw_it": ("Draw", "绘图"),
+    "draw_model": ("Model: folder, FLUX file, or tiny_flux", "模型：文件夹、FLUX 文件或 tiny_flux"),
+    "prompt": ("Prompt", "提示词"),
+    "draw_seed": ("Seed", "种子"),
+    "draw_steps": ("Steps", "步数"),
+    "draw_width": ("Width", "宽"),
+    "draw_height": ("Height", "高"),
+    "draw_guidance_scale": ("Guidance", "guidance"),
+    "draw_vram": ("Fit into GB", "限制显存 GB"),
+    "auto": ("auto", "自动"),
+    "loras": ("LoRAs", "LoRA"),
+    "add_lora": ("Add a LoRA", "添加 LoRA"),
+    "lora_file": ("LoRA file", "LoRA 文件"),
+    "draw_strength_of": ("Strength", "强度"),
+    "from_pictures": ("Draw from pictures", "以图绘图"),
+    "from_pictures_hint": (
+        "For FLUX: Kontext edits a picture, Fill paints its mask anew, others draw over it.",
+        "仅 FLUX：Kontext 编辑图片，Fill 重画蒙版处，其他模型在图上重绘。",
+    ),
+    "draw_image": ("Picture to draw from", "原图"),
+    "draw_mask": ("Mask, white is drawn anew", "蒙版（白色处重画）"),
+    "draw_reference": ("References, with commas between", "参考图（逗号分隔）"),
+    "draw_strength": ("How much is drawn anew, 0 to 1", "重画程度，0 到 1"),
+    "compare": ("Compare", "对比"),
+    "compare_one": ("One picture", "单张"),
+    "compare_off": ("Beside it without the LoRA", "与关闭 LoRA 并排"),
+    "compare_checkpoints": ("The same seed over the checkpoints of a run", "同一种子，各检查点"),
+    "compare_grid": ("Grid: checkpoint by strength", "网格：检查点 × 强度"),
+    "compare_steps": ("Grid: denoising steps by strength", "网格：去噪步数 × 强度"),
+    "run_of": ("Run", "训练"),
+    "no_run": ("(none)", "（无）"),
+    "strengths": ("Strengths", "强度"),
+    "step_counts": ("Denoising steps", "去噪步数"),
+    "drop": ("Drop a picture here to take its settings", "把图片拖到此处读取其设置"),
+    "too_large": ("A PNG of at most 64 MiB is read here", "此处只读取不超过 64 MiB 的 PNG"),
+    "taken": ("The settings of the picture are in the form", "已读入图片的设置"),
+    "take_settings": ("Use its settings", "使用其设置"),
+    "download": ("Download", "下载"),
+    "drawing": ("Drawing: {there} of {all}", "绘图中：{there} / {all}"),
+    "drawn_all": ("Drawn: {all}", "已完成：{all} 张"),
+    "drawn_part": ("Ended with {there} of {all} drawn", "已结束，画了 {there} / {all} 张"),
+    "earlier": ("Earlier drawings", "以前的绘图"),
+    "no_drawings": ("None yet", "还没有"),
+}
 WORDS: Mapping[str, tuple[str, str]] = _FRAME | _DATA | _FILES | _TRAIN | _DRAW
 
 
