@@ -113,8 +113,8 @@ def _is_text(name: str) -> bool:
 def _safe_name(name: str) -> str:
     """The last part of a name, with letters of any script, digits, dots, - and _ alone."""
     last = re.split(r"[/\\]", name)[-1]
-    stem, dot, ending = re.sub(r"[^\w.-]+", "_", last).lstrip(".").rpartition(".")
-    return f"{(stem or 'upload')[:_LONGEST_NAME]}{dot}{ending[:20]}"
+    stem, dot, ending = re.sub(r"[^\w.-]+", "_", last).rpartition(".")
+    return f"{(stem.strip('.') or 'upload')[:_LONGEST_NAME]}{dot}{ending[:20]}"
 
 
 def _first_bytes(content: bytes | Path) -> bytes:

@@ -15,7 +15,7 @@ from ppcoat.data.caption_edits import CaptionFlags
 from ppcoat.data.folder import FolderFlags, NoteKind
 from ppcoat.errors import ConfigError
 from ppcoat.studio.data_folder import OpenFolder, OpenFolders
-from ppcoat.studio.frame import CommandBox, Studio, choose_path, page_frame, say_error
+from ppcoat.studio.frame import CommandBox, PathField, Studio, page_frame, say_error
 from ppcoat.studio.picture_cards import CARD_STYLE, PictureCards
 from ppcoat.studio.words import Words
 
@@ -67,12 +67,12 @@ class _Form:
         self._fields: dict[str, ui.input] = {}
         with ui.column().classes("studio-card gap-2"):
             with ui.row().classes("w-full items-center gap-3"):
-                self._path("folder", flags.folder, "col-grow")
+                self._path("folder", flags.folder)
                 self._field("resolution", str(flags.resolution)).style("width: 110px").props(
                     "inputmode=numeric"
                 )
                 self._field("trigger_word", flags.trigger_word or "").style("width: 150px")
-                ui.button(say("open"), on_click=self._open)
+                ui.button(say("open"), on_click=self._open).props("unelevated no-caps")
             beside = bool(flags.control_path or flags.mask_path or flags.caption_ext != "txt")
             with (
                 ui.expansion(say("more"), value=beside)
@@ -80,27 +80,20 @@ class _Form:
                 .props("dense header-class=q-px-none"),
                 ui.row().classes("w-full items-center gap-3"),
             ):
-                self._path("control_path", flags.control_path or "", "col-grow")
-                self._path("mask_path", flags.mask_path or "", "col-grow")
+                self._path("control_path", flags.control_path or "")
+                self._path("mask_path", flags.mask_path or "")
                 self._field("caption_ext", flags.caption_ext).style("width: 170px")
 
     def _field(self, name: str, value: str) -> ui.input:
-        field = ui.input(self._say(name), value=value).props("dense outlined").on("keydown.enter", self._open)
-        self._fields[name] = field.mark(name)
+        return self._known(name, ui.input(self._say(name)).props("dense outlined"), value)
+
+    def _path(self, name: str, value: str) -> None:
+        self._known(name, PathField(self._studio, self._say(name), self._say).input, value)
+
+    def _known(self, name: str, field: ui.input, value: str) -> ui.input:
+        self._fields[name] = field.mark(name).on("keydown.enter", self._open)
+        field.set_value(value)
         return field
-
-    def _path(self, name: str, value: str, classes: str) -> None:
-        async def browse() -> None:
-            chosen = await choose_path(self._studio, self._say, field.value)
-            if chosen is not None:
-                field.set_value(chosen)
-                if name == "folder":
-                    self._open()
-
-        field = self._field(name, value).classes(classes).style("min-width: 220px")
-        with field.add_slot("append"):
-            button = ui.button(icon="folder_open", on_click=browse).props("flat round dense")
-            button.props["aria-label"] = self._say("browse")
 
     def _open(self) -> None:
         values = {name: field.value.strip() for name, field in self._fields.items()}
@@ -223,7 +216,7 @@ class _Bulk:
             with ui.row().classes("w-full gap-3"):
                 self._fields = {name: self._field(name) for name in ("prepend", "append", "replace", "by")}
             with ui.row().classes("items-center gap-3"):
-                self._apply = ui.button(say("apply"), on_click=self._write)
+                self._apply = ui.button(say("apply"), on_click=self._write).props("unelevated no-caps")
                 self._count = ui.label().classes("text-grey-8")
             self._command = CommandBox(say)
 

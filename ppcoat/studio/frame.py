@@ -32,6 +32,9 @@ body { background: #f8fafc; color: #1f2937; }
 .studio-nav.here { color: #0f766e; font-weight: 600; background: #f0fdfa; }
 .studio-code { font-family: ui-monospace, Menlo, Consolas, monospace; font-size: 12.5px;
   white-space: pre-wrap; overflow-wrap: anywhere; }
+.studio-upload .q-uploader__list, .studio-upload .q-uploader__subtitle { display: none; }
+.studio-upload .q-uploader__title { font-size: 13px; font-weight: 400; }
+.studio-upload .q-uploader__header { background: #f1f5f9; color: #475569; border: 1px dashed #cbd5e1; }
 .studio-error { color: #b91c1c; overflow-wrap: anywhere; }
 """
 
@@ -42,6 +45,7 @@ class Studio:
 
     roots: Roots
     language: Language | None = None
+    most_bytes: int = 4 << 30  # of an upload
 
 
 @contextmanager
@@ -110,7 +114,11 @@ class CommandRun:
                 self._state = ui.label()
                 ui.space()
                 self._stop = ui.button(say("stop"), on_click=lambda: self._running.stop()).props("flat dense")
-            self._log = ui.log(max_lines=2000).classes("studio-code w-full").style("height: 320px")
+            self._log = (
+                ui.log(max_lines=2000)
+                .classes("studio-code w-full")
+                .style("height: auto; max-height: 420px; min-height: 40px")
+            )
         self._card.set_visibility(False)
 
     async def run(self, arguments: Sequence[str]) -> int | None:
@@ -132,6 +140,37 @@ class CommandRun:
         self._spinner.set_visibility(busy)
         self._stop.set_visibility(busy)
         self._state.set_text(text)
+
+
+class PathField:
+    """A field for a path, with a button that browses. endings: of the files to choose; folders: whether a
+    folder may be chosen. changed: is called when its text is another."""
+
+    def __init__(
+        self,
+        studio: Studio,
+        label: str,
+        say: Words,
+        endings: Sequence[str] = (),
+        folders: bool = True,
+        changed: Callable[[], object] | None = None,
+    ) -> None:
+        self._studio, self._say, self._endings, self._folders = studio, say, endings, folders
+        self.input = ui.input(label, on_change=changed).props("dense outlined debounce=200")
+        self.input.classes("col-grow").style("min-width: 220px")
+        with self.input.add_slot("append"):
+            button = ui.button(icon="folder_open", on_click=self._browse).props("flat round dense")
+            button.props["aria-label"] = say("browse")
+
+    @property
+    def text(self) -> str:
+        """What stands in the field."""
+        return (self.input.value or "").strip()
+
+    async def _browse(self) -> None:
+        chosen = await choose_path(self._studio, self._say, self.text, self._endings, self._folders)
+        if chosen is not None:
+            self.input.set_value(chosen)
 
 
 def say_error(error: Exception) -> None:

@@ -14,13 +14,16 @@ import secrets
 import socket
 import tempfile
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from ppcoat.config.flags import add_flags, flag, from_flags
 from ppcoat.errors import ConfigError
 from ppcoat.studio.access import Roots
 from ppcoat.studio.guard import LOOPBACK, Guard
 from ppcoat.studio.words import COOKIE, LANGUAGES
+
+if TYPE_CHECKING:
+    from ppcoat.studio.frame import Studio
 
 _RECONNECT_SECONDS = 30.0  # a laptop that slept keeps its page
 STATE = ".ppcoat_studio"  # in the first root: what the studio keeps for its next start
@@ -56,8 +59,11 @@ def run_command(arguments: argparse.Namespace) -> None:
     except ModuleNotFoundError as error:
         raise ConfigError(f"{error.msg}: the studio needs NiceGUI; pip install 'ppcoat[studio]'") from None
 
-    add_pages(roots, flags.language)
-    app.add_middleware(Guard, token=token, port=flags.port, most_bytes=flags.max_upload_mb << 20)
+    from ppcoat.studio.frame import Studio
+
+    studio = Studio(roots, flags.language, flags.max_upload_mb << 20)
+    add_pages(studio)
+    app.add_middleware(Guard, token=token, port=flags.port, most_bytes=studio.most_bytes)
     print(f"studio: {address(flags, token)}   (Ctrl+C ends it)", flush=True)
     ui.run(
         host=flags.host,
@@ -71,7 +77,7 @@ def run_command(arguments: argparse.Namespace) -> None:
     )
 
 
-def add_pages(roots: Roots, language: Literal["en", "zh"] | None) -> None:
+def add_pages(studio: Studio) -> None:
     """Register every page and route with NiceGUI."""
     from fastapi.responses import RedirectResponse
     from nicegui import app
@@ -79,13 +85,11 @@ def add_pages(roots: Roots, language: Literal["en", "zh"] | None) -> None:
     from ppcoat.studio.data_page import data_page
     from ppcoat.studio.draw_page import draw_page
     from ppcoat.studio.files_page import files_page
-    from ppcoat.studio.frame import Studio
     from ppcoat.studio.pictures import add_picture_route
     from ppcoat.studio.runs import Queue
     from ppcoat.studio.train_page import train_page
 
-    studio = Studio(roots, language)
-    add_picture_route(app, roots)
+    add_picture_route(app, studio.roots)
     data_page(studio)
     files_page(studio)
     queue = Queue(roots.folders[0] / STATE)
