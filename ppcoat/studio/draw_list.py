@@ -150,7 +150,7 @@ def asked_of_picture(content: bytes) -> Asked:
     if isinstance(paths, list) and isinstance(scales, list) and len(paths) == len(scales):
         # those of a grid that had no part in this picture are left out
         found["loras"] = [pair for pair in zip(paths, scales, strict=True) if pair[1]]
-    return _asked({"width": size[0], "height": size[1]} | found)
+    return _asked(found | {"width": size[0], "height": size[1]})
 
 
 def numbers_of(text: str, whole: bool = False) -> tuple:

@@ -25,7 +25,7 @@ from ppcoat.studio.draw_list import (
 from ppcoat.studio.frame import CommandBox, Studio, choose_path, page_frame
 from ppcoat.studio.pictures import LARGE, SMALL, picture_url
 from ppcoat.studio.run_log import find_runs, lora_files
-from ppcoat.studio.runs import Job, Queue
+from ppcoat.studio.runs import ChildRun, Queue
 from ppcoat.studio.words import Words
 
 DRAWINGS = "output/drawings"  # below the first root
@@ -54,7 +54,7 @@ class DrawPage:
         self._studio, self._queue, self._say = studio, queue, say
         self._loras: list[list[Any]] = []  # [path, strength], as typed
         self._widgets: dict[str, Any] = {}
-        self._job: Job | None = None
+        self._job: ChildRun | None = None
         self._there: tuple[int, bool] | None = None
         self._cells: list[tuple[Path, Any]] = []
         with ui.row().classes("w-full items-start gap-4"):
@@ -91,7 +91,7 @@ class DrawPage:
                     widgets[name].props["placeholder"] = say("auto") if name not in ("seed", "steps") else ""
             ui.label(say("loras")).classes("text-weight-medium")
             self._lora_rows = ui.column().classes("w-full gap-2")
-            ui.button(say("add_lora"), icon="add", on_click=lambda: self._add_lora()).props(
+            ui.button(say("one_more_lora"), icon="add", on_click=lambda: self._add_lora()).props(
                 "flat dense no-caps"
             )
             with ui.expansion(say("from_pictures")).classes("w-full").props("dense header-class=q-px-none"):
@@ -125,7 +125,7 @@ class DrawPage:
     def _drop_card(self) -> None:
         ui.upload(
             label=self._say("drop"), auto_upload=True, max_file_size=_MOST_UPLOAD, on_upload=self._dropped,
-            on_rejected=lambda: ui.notify(self._say("too_large"), type="negative"),
+            on_rejected=lambda: ui.notify(self._say("picture_too_large"), type="negative"),
         ).classes("w-full").props("flat bordered accept=.png color=grey-2 text-color=grey-8")  # fmt: skip
 
     def _path_input(self, name: str, endings: Sequence[str]) -> Any:
@@ -162,7 +162,7 @@ class DrawPage:
                 place.delete()
 
             ui.button(icon="close", on_click=remove).props(
-                f'flat round dense size=sm aria-label="{self._say("remove")}"'
+                f'flat round dense size=sm aria-label="{self._say("take_out")}"'
             )
 
     def _fill(self, asked: Asked, run: str = "") -> None:
@@ -251,7 +251,7 @@ class DrawPage:
         try:
             asked = self._asked()
             folder = roots.inside(f"{DRAWINGS}/{time.strftime('%Y%m%d_%H%M%S')}_{time.time_ns() % 1000:03d}")
-            job = Job(folder)
+            job = ChildRun(folder)
             job.prepare(write_drawing(asked, folder, roots.shown(folder)), roots.folders[0])
             self._queue.start_beside(job)
         except (ConfigError, OSError) as error:
@@ -264,7 +264,7 @@ class DrawPage:
         if found is None:
             return
         _, rows, columns, names = found
-        self._job, self._there = Job(folder), None
+        self._job, self._there = ChildRun(folder), None
         note = self._job.note
         self._box.show(note.argv if note is not None else [])
         self._result.set_visibility(True)

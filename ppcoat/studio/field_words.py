@@ -9,7 +9,7 @@ from ppcoat.studio.form import FormField
 from ppcoat.studio.words import Language
 
 
-def described(field: FormField, language: Language) -> str:
+def field_text(field: FormField, language: Language) -> str:
     """The description of a setting."""
     return CHINESE.get(field.key, field.description) if language == "zh" else field.description
 

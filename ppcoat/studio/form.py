@@ -155,14 +155,15 @@ def template_values(name: str) -> Values:
     """What a file of `templates` sets. Raises ConfigError for one that is none."""
     if name not in templates():
         raise ConfigError(f"there is no template {name!r}; choose one of {', '.join(templates())}")
-    return values_of(load_run_config(CONFIGS / name))
+    return values_in(load_run_config(CONFIGS / name))
 
 
-def values_of(config: RunConfig) -> Values:
+def values_in(config: RunConfig) -> Values:
     """What a config sets, defaults left out, as the form holds it."""
     values = _flat(config.model_dump(mode="json", exclude_unset=True))
-    defaults = {field.key: field.default for field in form_fields()}
-    values = {key: value for key, value in values.items() if key not in defaults or value != defaults[key]}
+    defaults = {field.key: field.default for field in all_fields() if not field.required}
+    values = {key: value for key, value in values.items()
+              if _first(key) not in defaults or value != defaults[_first(key)]}  # fmt: skip
     if values.get("model.name_or_path") == TINY_FLUX:
         values["model.name_or_path"] = "tiny_flux"
     return values
@@ -195,15 +196,15 @@ def errors_by_field(error: ConfigError) -> dict[str, str]:
     """What form_config raised, by the key of the field that it is to be shown at; "" for none of them."""
     if isinstance(error, SettingsError):
         return error.by_key
-    message = re.fullmatch(rf"{FORM}:[0-9]+: (?:(?P<key>[\w.]+): )?(?P<rest>.*)", str(error), re.DOTALL)
-    key = message["key"] or "" if message else ""
-    known = _first(key) in {field.key for field in all_fields()}
-    return {key: message["rest"]} if message and known else {"": str(error)}
+    text = re.sub(rf"^{FORM}:[0-9]+: ", "", str(error))
+    key, _, rest = text.partition(": ")
+    known = {field.key for field in all_fields()}
+    return {key: rest} if _first(key) in known else {"": text}
 
 
 def text_values(text: str) -> Values:
     """What the text of a config file sets. Raises ConfigError as the loader does."""
-    return values_of(config_of_text(text, FORM))
+    return values_in(config_of_text(text, FORM))
 
 
 def entries_of(values: Values, key: str) -> int:
@@ -258,7 +259,7 @@ def training_argv(config: RunConfig, file: str | Path) -> list[str]:
     return ["train-newbie", "--config_file", str(file)] if newbie else ["train", str(file)]
 
 
-def with_settings(values: Values, changes: Mapping[str, Any]) -> Values:
+def with_changes(values: Values, changes: Mapping[str, Any]) -> Values:
     """The form with what a plan says: {"model.quantize": "fp4", ...}."""
     defaults = {field.key: field.default for field in form_fields()}
     kept = {key: value for key, value in values.items() if key not in changes}

@@ -8,7 +8,7 @@ from typing import Any
 
 from nicegui import ui
 
-from ppcoat.studio.field_words import described
+from ppcoat.studio.field_words import field_text
 from ppcoat.studio.form import (
     FormField,
     Values,
@@ -82,7 +82,7 @@ class FormView:
 
     def _is_shown(self, field: FormField) -> bool:
         if self.sought:
-            texts = (field.key, described(field, self._say.language))
+            texts = (field.key, field_text(field, self._say.language))
             inner = any(map(self._is_shown, field.entry))
             return inner or any(self.sought.lower() in text.lower() for text in texts)
         return self.whole or field.is_basic
@@ -115,7 +115,7 @@ class FormView:
                             on_click=lambda number=number: self._change(
                                 without_entry(self.values, field.key, number)
                             ),
-                        ).props(f'flat round dense size=sm aria-label="{self._say("remove")}"')
+                        ).props(f'flat round dense size=sm aria-label="{self._say("take_out")}"')
                 self._fields([each for each in field.entry if self._is_shown(each)], [number])
         with ui.row().classes("items-center gap-2"):
             ui.button(
@@ -124,7 +124,7 @@ class FormView:
                 on_click=lambda: self._change(with_entry(self.values, field)),
             ).props("flat dense no-caps")
             if not count:
-                ui.label(described(field, self._say.language)).classes("text-caption text-grey-7")
+                ui.label(field_text(field, self._say.language)).classes("text-caption text-grey-7")
 
     def _change(self, values: Values) -> None:
         self.show(values)
@@ -136,7 +136,7 @@ class FormView:
         shown = field.text_of(
             field.default if value is None and field.kind in ("switch", "choice", "choices") else value
         )
-        text = described(field, self._say.language)
+        text = field_text(field, self._say.language)
         hint = f"{text} ({field.limits})" if field.limits else text
 
         def keep(event: Any) -> None:

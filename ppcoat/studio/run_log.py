@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from ppcoat.studio.runs import Job
+from ppcoat.studio.runs import ChildRun
 
 MOST_POINTS = 1000  # of a curve on the page
 MAX_LINE = 1 << 16
@@ -107,7 +107,7 @@ class Progress:
     error: str = ""
 
 
-def progress_of(job: Job, log: RunLog, waits: bool = False) -> Progress:
+def progress_of(job: ChildRun, log: RunLog, waits: bool = False) -> Progress:
     """From the process and the files of a run. waits: whether it stands in the queue."""
     total, status = total_steps(job.folder), job.status
     if status in ("running", "stopping"):

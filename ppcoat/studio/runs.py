@@ -45,7 +45,7 @@ class Note:
 
 
 @dataclass(frozen=True)
-class Job:
+class ChildRun:
     """A command of ppcoat that has a folder."""
 
     folder: Path
@@ -174,12 +174,12 @@ class Queue:
         return [Path(each) for each in self._waiting]
 
     @property
-    def current(self) -> Job | None:
+    def current(self) -> ChildRun | None:
         """The run that is trained."""
-        job = Job(Path(self._current)) if self._current else None
+        job = ChildRun(Path(self._current)) if self._current else None
         return job if job is not None and job.is_alive else None
 
-    def add(self, job: Job) -> None:
+    def add(self, job: ChildRun) -> None:
         """Put a prepared run, or one to go on with, at the end. Raises ConfigError for one that is there."""
         name = str(job.folder)
         if name in self._waiting or job.is_alive:
@@ -188,7 +188,7 @@ class Queue:
         self._waiting.append(name)
         self._save()
 
-    def remove(self, job: Job) -> None:
+    def remove(self, job: ChildRun) -> None:
         """Take a run that waits out."""
         self._waiting = [each for each in self._waiting if each != str(job.folder)]
         self._save()
@@ -201,11 +201,11 @@ class Queue:
         self._current = self._waiting.pop(0)
         self._save()
         try:
-            self._children.append(Job(Path(self._current)).start())
+            self._children.append(ChildRun(Path(self._current)).start())
         except (OSError, ConfigError) as error:
             self.refused[self._current] = str(error)
 
-    def start_beside(self, job: Job) -> None:
+    def start_beside(self, job: ChildRun) -> None:
         """Start a job that waits for nothing, such as a drawing."""
         self._children.append(job.start())
 
@@ -229,7 +229,7 @@ def birth(pid: int) -> str | None:
     return began.strip() if began and not state.startswith("Z") else None
 
 
-def device_memory(job: Job) -> int | None:
+def device_memory(job: ChildRun) -> int | None:
     """Bytes of the cards' memory that a job holds, as nvidia-smi says; None where there is none."""
     note, program = job.note, shutil.which("nvidia-smi")
     if note is None or program is None or not job.is_alive:

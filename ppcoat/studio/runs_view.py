@@ -30,7 +30,7 @@ from ppcoat.studio.run_log import (
     smoothed,
     thinned,
 )
-from ppcoat.studio.runs import Job, Queue, device_memory
+from ppcoat.studio.runs import ChildRun, Queue, device_memory
 from ppcoat.studio.words import Words
 
 _COLOURS = {"running": "primary", "stopping": "orange", "waiting": "grey", "finished": "positive",
@@ -89,7 +89,7 @@ class RunsView:
         """How far a run is."""
         log = self._logs.setdefault(folder, RunLog(folder))
         log.read()
-        found = progress_of(Job(folder), log, folder in self._queue.waiting)
+        found = progress_of(ChildRun(folder), log, folder in self._queue.waiting)
         refused = self._queue.refused.get(str(folder))
         return (Progress("failed", found.step, found.total, refused) if refused else found), log
 
@@ -135,7 +135,7 @@ class RunDetail:
 
     def __init__(self, runs: RunsView, folder: Path) -> None:
         say = runs._say
-        self._runs, self._say, self._job = runs, say, Job(folder)
+        self._runs, self._say, self._job = runs, say, ChildRun(folder)
         self._status, self._pictures, self._printed, self._points = "", {}, [], -1
         with ui.column().classes("studio-card gap-2"):
             with ui.row().classes("w-full items-center gap-2"):

@@ -92,7 +92,7 @@ def add_pages(studio: Studio) -> None:
     add_picture_route(app, studio.roots)
     data_page(studio)
     files_page(studio)
-    queue = Queue(roots.folders[0] / STATE)
+    queue = Queue(studio.roots.folders[0] / STATE)
     train_page(studio, queue)
     draw_page(studio, queue)
 

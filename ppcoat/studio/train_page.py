@@ -21,14 +21,14 @@ from ppcoat.studio.form import (
     templates,
     text_values,
     training_argv,
-    with_settings,
+    with_changes,
 )
 from ppcoat.studio.form_view import FormView
 from ppcoat.studio.frame import CommandBox, Studio, page_frame
 from ppcoat.studio.plan_view import PlanView
 from ppcoat.studio.planner import Planner
 from ppcoat.studio.run_log import CONFIG, RunLog
-from ppcoat.studio.runs import Job, Queue
+from ppcoat.studio.runs import ChildRun, Queue
 from ppcoat.studio.runs_view import RunsView
 from ppcoat.studio.words import Words
 
@@ -179,7 +179,7 @@ class TrainPage:
         self._note_change()
 
     def _take(self, changes: Values) -> None:
-        self._form.show(with_settings(self._form.values, changes))
+        self._form.show(with_changes(self._form.values, changes))
         self._note_change()
 
     def _reuse(self, values: Values) -> None:
@@ -205,7 +205,7 @@ class TrainPage:
 
             with ui.row().classes("w-full justify-end gap-2"):
                 ui.button(say("cancel"), on_click=lambda: dialog.submit(None)).props("flat no-caps")
-                ui.button(say("apply"), on_click=apply).props("no-caps unelevated")
+                ui.button(say("apply_yaml"), on_click=apply).props("no-caps unelevated")
         values = await dialog
         dialog.delete()
         if values is not None:
@@ -219,7 +219,7 @@ class TrainPage:
         if config is None:
             return ui.notify(self._say("mistakes"), type="warning")
         folder = self._studio.roots.inside(config.run_dir)
-        job, log = Job(folder), RunLog(folder)
+        job, log = ChildRun(folder), RunLog(folder)
         log.read()
         if log.step and not job.is_alive and not await self._may_go_on(folder, log.step):
             return
