@@ -59,8 +59,8 @@ def holds_trigger(caption: str, trigger_word: str) -> bool:
 
 
 def trigger_parts(caption: str, trigger_word: str | None) -> list[tuple[str, Literal["", "word", "added"]]]:
-    """A caption in parts, which joined are what is trained: "word" where the trigger word, or a placeholder
-    for it, stands; "added" for the word that is put in front of a caption without it."""
+    """A caption in parts, which joined are what is trained, but for white space: "word" where the trigger
+    word, or a placeholder for it, stands; "added" for the word that is put in front of a caption without."""
     if not trigger_word:
         return [(final_caption(caption), "")]
     places = "|".join([*map(re.escape, PLACEHOLDERS), _alone(trigger_word)])

@@ -6,6 +6,7 @@ The address holds the folder and its settings, so a page can be opened again, or
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from urllib.parse import urlencode
 
 from nicegui import run, ui
@@ -135,11 +136,11 @@ class _Folder:
         with ui.row().classes("w-full items-center gap-2"):
             self._chips = ui.row().classes("items-center gap-1")
             ui.space()
-            self._undo = ui.button(say("undo"), icon="undo", on_click=self._take_back).props(
-                "flat dense no-caps"
-            )
-            again = ui.button(say("read_again"), icon="refresh", on_click=lambda: self.read(anew=True))
-            again.props("flat dense no-caps")
+            with ui.row().classes("no-wrap gap-2"):
+                self._undo = ui.button(say("undo"), icon="undo", on_click=self._take_back)
+                again = ui.button(say("read_again"), icon="refresh", on_click=lambda: self.read(anew=True))
+            for button in (self._undo, again):
+                button.props("flat dense no-caps")
         self._remarks = ui.column().classes("w-full gap-1")
         with ui.row().classes("w-full items-center gap-3"):
             self._search = ui.input(say("search"), on_change=self._show_found).classes("col-grow")
@@ -159,6 +160,7 @@ class _Folder:
             for kind in _KINDS:
                 if counts[kind]:
                     self._chip(kind, say(f"{kind}_count", count=counts[kind]))
+        self._remarks.set_visibility(bool(folder.remarks or folder.left_out))
         self._remarks.clear()
         with self._remarks:
             for remark in folder.remarks:
@@ -205,11 +207,11 @@ class _Folder:
 class _Bulk:
     """Changes of many captions, with how many before they are made, and the command that does the same."""
 
-    def __init__(self, say: Words, folder: OpenFolder, changed: object) -> None:
+    def __init__(self, say: Words, folder: OpenFolder, changed: Callable[[], None]) -> None:
         self._say, self._folder, self._changed = say, folder, changed
         self._search = ""
         with (
-            ui.expansion(say("bulk"), icon="edit_note").classes("studio-card q-py-none").props("dense"),
+            ui.expansion(say("bulk")).classes("studio-card").props("dense header-class=q-px-none"),
             ui.column().classes("w-full gap-3 q-pb-sm"),
         ):
             ui.label(say("bulk_scope")).classes("text-caption text-grey-7")

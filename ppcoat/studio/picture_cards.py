@@ -1,7 +1,8 @@
 """Cards of pictures on the page Data: thumbnail with its crop, what is odd, the caption, edited in place.
 
-Cards are added as they are scrolled to: the browser loads the last thumbnail only when it comes near, and
-that asks for the next ones. A caption becomes a field when it is clicked, so that 500 cards stay light.
+Cards are added as they are scrolled to: the browser loads a thumbnail only when it comes near, and one in the
+middle of the cards that are there asks for the next. A caption becomes a field when it is clicked, so that
+500 cards stay light.
 """
 
 from __future__ import annotations
@@ -71,15 +72,16 @@ class PictureCards:
         self._more()
 
     def _more(self) -> None:
-        """The next cards. The last one asks for those behind it when its thumbnail is loaded."""
+        """The next cards. One in their middle asks for those behind them when its thumbnail is loaded: the
+        last would do so when there is nothing left to scroll to."""
         start = len(self._cards)
         with self._grid:
             for picture in self._found[start : start + _AT_ONCE]:
                 self._cards.append(_Card(self._say, self._folder, picture))
         count = len(self._cards)
         if start < count < len(self._found):
-            last = self._cards[-1].image
-            last.on("load", lambda: self._more() if len(self._cards) == count else None, args=[])
+            middle = self._cards[(start + count) // 2].image
+            middle.on("load", lambda: self._more() if len(self._cards) == count else None, args=[])
 
 
 class _Card:

@@ -32,6 +32,7 @@ def start_studio(tmp_path):
                 port = free.getsockname()[1]
         command = [sys.executable, "-m", "ppcoat", "studio", "--root", str(root), "--port", str(port), *flags]
         environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+        environment.pop("PYTEST_CURRENT_TEST")  # with it NiceGUI takes itself for a test
         process = subprocess.Popen(command, env=environment, cwd=root)
         started.append(process)
         address = f"http://127.0.0.1:{port}"

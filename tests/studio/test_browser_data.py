@@ -118,7 +118,8 @@ def test_hostile_names_and_captions_are_text(data, tmp_path, start_studio, open_
     assert page.locator(".picture").count() == 6 + len(names) + 2
     assert page.get_by_text(HOSTILE.replace("/", "|") + ".png", exact=True).count() == 1
     assert page.locator(".picture-caption b, .picture script, .picture-text img").count() == 0
-    hostile = page.locator(".picture", has_text=HOSTILE.replace("/", "|"))
+    name = page.get_by_text(HOSTILE.replace("/", "|") + ".png", exact=True)
+    hostile = page.locator(".picture", has=name)  # others are told to be the same file
     assert SPOKEN in hostile.locator(".picture-caption").inner_text()
     hostile.locator(".picture-caption").click()
     assert hostile.locator("textarea").input_value().startswith(SPOKEN)
@@ -168,7 +169,7 @@ def test_many_pictures_are_loaded_as_they_are_scrolled_to(tmp_path, start_studio
     page = open_page(f"{url}/data?folder=many&resolution=64")
     page.wait_for_selector(".picture")
     assert page.locator(".picture").count() <= 120
-    for _ in range(40):
+    for _ in range(200):
         page.mouse.wheel(0, 3000)
         page.wait_for_timeout(150)
         if page.locator(".picture").count() == 500:
@@ -210,7 +211,7 @@ def test_a_narrow_page_needs_no_sideways_scrolling_and_speaks_chinese(data, star
     page.get_by_text("Merge").first.wait_for()
     assert page.url.endswith("/files?tool=merge")
     page.goto(f"{url}/data")
-    page.get_by_text("Folder of pictures").wait_for()
+    page.get_by_text("Folder of pictures", exact=True).wait_for()
 
 
 def test_references_and_masks_stand_beside_their_picture(data, start_studio, open_page):
