@@ -19,7 +19,10 @@ if TYPE_CHECKING:  # benchmark kernels runs where there is no pydantic
     from pydantic import BaseModel
 
 Fields = TypeVar("Fields")
-TINY_FLUX = str(Path(__file__).parents[1] / "assets" / "tiny_flux")  # the model that comes with ppcoat
+_PACKAGE = Path(__file__).parents[1]
+# An installed ppcoat has the folder inside, a clone beside it.
+CONFIGS = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent / "configs"
+TINY_FLUX = str(_PACKAGE / "assets" / "tiny_flux")  # the model that comes with ppcoat
 OF_FILE = "that a FLUX file lacks: a FLUX folder"  # what is given beside such a file
 
 

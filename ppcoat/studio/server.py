@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ppcoat.studio.frame import Studio
 
 _RECONNECT_SECONDS = 30.0  # a laptop that slept keeps its page
+STATE = ".ppcoat_studio"  # in the first root: what the studio keeps for its next start
 _YEAR = 365 * 24 * 3600
 
 
@@ -82,12 +83,18 @@ def add_pages(studio: Studio) -> None:
     from nicegui import app
 
     from ppcoat.studio.data_page import data_page
+    from ppcoat.studio.draw_page import draw_page
     from ppcoat.studio.files_page import files_page
     from ppcoat.studio.pictures import add_picture_route
+    from ppcoat.studio.runs import Queue
+    from ppcoat.studio.train_page import train_page
 
     add_picture_route(app, studio.roots)
     data_page(studio)
     files_page(studio)
+    queue = Queue(studio.roots.folders[0] / STATE)
+    train_page(studio, queue)
+    draw_page(studio, queue)
 
     @app.get("/")
     def start() -> RedirectResponse:
