@@ -93,6 +93,6 @@ Quantize = Annotated[
     BeforeValidator(_quantize),
     Field(
         description="store the frozen Linears in fp8 (true; 8 bits a weight), int8 (8.25), nf4 (4.13) or fp4 "
-        "(4.5); their errors: docs/kernels.md"
+        "(4.5); their errors: docs/accuracy.md"
     ),
 ]
