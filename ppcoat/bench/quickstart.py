@@ -50,9 +50,9 @@ class QuickstartFlags:
     """Settings of the command."""
 
     config: str = flag(
-        "settings of the run (default: configs/quickstart.yaml)", str(CONFIG), shows_default=False
+        "config of the run (default: configs/quickstart.yaml)", str(CONFIG), shows_default=False
     )
-    samples: int = flag("pictures per measured rate", 100)
+    samples: int = flag("pictures drawn for each rate", 100)
     overrides: list[str] = set_flag()
 
 

@@ -40,9 +40,13 @@ COMMANDS = {
         "edit, dress a figure, inpaint, change the style: train it on drawings, draw, measure",
         "ppcoat.bench.demo",
     ),
-    "train": Command("train a FLUX LoRA from a YAML file", "ppcoat.cli.train", "add_flux_arguments"),
+    "train": Command(
+        "train a LoRA, DoRA or LoKr of FLUX from a YAML or JSON file",
+        "ppcoat.cli.train",
+        "add_flux_arguments",
+    ),
     "tune": Command(
-        "find learning rate and rank for a config within a time",
+        "find learning rate and rank of a config within a time",
         "ppcoat.cli.train",
         "add_tune_arguments",
         "run_tune",
@@ -63,7 +67,7 @@ COMMANDS = {
         "add_convert_newbie_arguments",
         "run_convert_newbie",
     ),
-    "generate": Command("draw pictures with a FLUX folder and, if wanted, a LoRA", "ppcoat.infer.generate"),
+    "generate": Command("draw with FLUX or NewBie-image, with LoRAs, from pictures", "ppcoat.infer.generate"),
     "lightning": Command("draw in four steps with a FLUX-Lightning LoRA", "ppcoat.infer.lightning"),
     "evaluate": Command(
         "score folders of pictures, or a tiny FLUX on unseen captions", "ppcoat.infer.evaluate"
@@ -102,20 +106,20 @@ COMMANDS = {
         "run_extract",
         mixed=True,
     ),
-    "doctor": Command(
-        "tell what works on this machine, and what is lost where it does not", "ppcoat.cli.doctor"
-    ),
+    "doctor": Command("tell what works on this machine, and what each miss costs", "ppcoat.cli.doctor"),
     "firstlight": Command(
         "check, time and train on a card for ten minutes: one table to report", "ppcoat.bench.firstlight"
     ),
-    "plan": Command("tell the memory a run will need, choose settings that fit a card", "ppcoat.cli.plan"),
+    "plan": Command(
+        "tell how much memory a run needs, and choose settings that fit a card", "ppcoat.cli.plan"
+    ),
     "benchmark": Command("measure standard and COAT training side by side", "ppcoat.bench.benchmark"),
     "parity": Command("train quickstart's LoRA under every saving policy and compare", "ppcoat.bench.parity"),
     "ablation": Command(
         "distil the tiny FLUX with each loss of FLUX-Lightning and compare", "ppcoat.bench.ablation"
     ),
     "accuracy": Command(
-        "error of the FP8 optimizer states beside the published rules", "ppcoat.bench.accuracy"
+        "measure the error of FP8 optimizer states and of quantised bases", "ppcoat.bench.accuracy"
     ),
     "pretrain-tiny-flux": Command("make the built-in tiny FLUX from nothing", "ppcoat.pretrain.stages"),
 }

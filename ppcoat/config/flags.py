@@ -43,8 +43,8 @@ def flag(
 ) -> Any:
     """A dataclass field with what its flag's help says; without default the flag is required.
 
-    The help shows a default that is not None, False or "", unless shows_default is off. name: of the flag, if
-    not the field's own. positional: told by its place, without a name; named_too: or by its name.
+    The help shows a default that is not None, False or empty, unless shows_default is off. name: of the
+    flag, if not the field's own. positional: told by its place, without a name; named_too: or by its name.
     repeated: each use adds one item to the list, which otherwise takes several texts at once. metavar: what
     the help calls the value. choices: the texts allowed.
     """
@@ -65,7 +65,7 @@ def flag(
 def set_flag() -> Any:
     """The field `overrides` of a command with a config: --set a.b=c."""
     what = "override one key, e.g. --set train.steps=50; may be repeated"
-    return flag(what, [], "set", repeated=True, metavar="a.b=c", shows_default=False)
+    return flag(what, [], "set", repeated=True, metavar="a.b=c")
 
 
 def add_flags(parser: TakesArguments, fields_of: type, *names: str) -> None:
@@ -75,7 +75,7 @@ def add_flags(parser: TakesArguments, fields_of: type, *names: str) -> None:
     for name in names or fields:
         field = fields[name]
         told, default = field.metadata, _default_of(field)
-        hidden = default in (dataclasses.MISSING, None, "") or default is False or not told["shows_default"]
+        hidden = default is dataclasses.MISSING or not told["shows_default"]
         settings = _reading(types[name]) | {key: value for key, value in told["told"].items() if value}
         if told["repeated"]:
             del settings["nargs"]
@@ -197,8 +197,16 @@ def _add(
     parser: TakesArguments, name: str, positional: bool, what: str, shown: Any, settings: dict[str, Any]
 ) -> None:
     """The one place that adds a flag. shown: the default that its help tells, None for none."""
-    text = what if shown is None else f"{what} (default: {shown})".strip()
+    hidden = shown is None or shown is False or shown in ("", (), [])
+    text = what if hidden else f"{what} (default: {_told(shown)})"
     parser.add_argument(name if positional else f"--{name}", help=text.replace("%", "%%"), **settings)
+
+
+def _told(value: Any) -> str:
+    """A default as one would write it on the command line."""
+    if isinstance(value, list | tuple):
+        return " ".join(map(_told, value))
+    return "tiny_flux" if str(value) == TINY_FLUX else str(value)
 
 
 def _flag_fields(fields_of: type) -> dict[str, dataclasses.Field]:
@@ -224,7 +232,7 @@ def _reading(kind: Any, as_text: bool = False) -> dict[str, Any]:
     if kind is bool:
         return {"action": argparse.BooleanOptionalAction if as_text else "store_true"}
     if get_origin(kind) is Literal:
-        return {"choices": get_args(kind)}
+        return {"choices": [each for each in get_args(kind) if isinstance(each, str)]}
     if get_origin(kind) is tuple:
         return {"nargs": "*"}
     if get_origin(kind) is list:

@@ -45,24 +45,24 @@ How = tuple[str | None, Placement]  # the dtype that is asked for, and what lies
 class Drawing(EditFlags):
     """Settings of one call. Picture i of a prompt is drawn from seed + i, so it can be drawn again alone."""
 
-    model: str = flag("folder of a FLUX or NewBie pipeline in the diffusers layout, or a FLUX file")
+    model: str = flag("FLUX or NewBie folder in diffusers' layout, or a FLUX file")
     prompt: list[str] | None = flag("what to draw; several prompts give several pictures", None)
     prompts: str | None = flag(
-        "a list instead, .jsonl, .csv or .txt: prompt, seed, size, lora_scale, name and more a line; goes on "
-        "where it was stopped",
+        "file of a list instead (.jsonl, .csv or .txt): a line has prompt, seed, size, lora_scale, name and "
+        "more; a stopped list goes on",
         None,
     )
     output_dir: str = flag("folder for the PNG files", "output/pictures")
     control_image: str | None = flag(
         "picture of edges or depths to draw after, with a control LoRA or FLUX.1 Canny or Depth", None
     )
-    path_to_lora: list[str] | None = flag("LoRA files (.safetensors) or folders, drawn with together", None)
-    lora_scale: list[float] = flag("strength of the LoRA, one or one each", 1.0)
-    ignore_unknown: bool = flag("leave out what a LoRA has for layers that the model lacks", False)
+    path_to_lora: list[str] | None = flag("LoRA files (.safetensors) or folders; several add up", None)
+    lora_scale: list[float] = flag("strength of the LoRAs: one for all, or one each", 1.0)
+    ignore_unknown: bool = flag("leave out keys of a LoRA that name nothing in the model", False)
     seed: int = flag("seed of the first picture", 42)
     steps: int = flag("denoising steps", 28)
     guidance_scale: float | None = flag(
-        "guidance (default: FLUX 3.5, NewBie 5, over a picture 7, Fill 30)", None
+        "guidance (default: FLUX 3.5, over a picture 7, Fill 30; NewBie 5)", None
     )
     height: int | None = flag("pixels, a multiple of 16 (default: the model's own size)", None)
     width: int | None = flag("pixels, a multiple of 16 (default: the model's own size)", None)
@@ -74,10 +74,12 @@ class Drawing(EditFlags):
     vae: str | None = flag(f"autoencoder {OF_FILE}, or its file", None)
     tokenizers: list[str] | None = flag(f"tokenizers {OF_FILE}, or a folder for each", None)
     quantize: Literal["fp8", "int8", "nf4", "fp4"] | None = flag("format of the transformer's weights", None)
-    vram: float | None = flag("choose by the plan what fits into so many GB", None, metavar="GB")
+    vram: float | None = flag("choose settings that fit into so many GB, by the plan", None, metavar="GB")
     offload: bool = flag("text encoders, transformer and VAE on the card in turns", False)
     cache_dir: str | None = flag(
-        "keep the quantised weights for the next start here; those beside the model are found without", None
+        "folder that keeps the quantised weights for the next start; those beside the model are found "
+        "without it",
+        None,
     )
     device: str = flag("auto, cpu, gpu or gpu:N", "auto")
     dtype: Literal["auto", "float32", "bfloat16"] = flag(

@@ -78,9 +78,7 @@ class LightningFlags:
 
     path_to_lora: str = flag("LoRA file (.safetensors) or folder")
     prompt: str = flag("what to draw")
-    model: str = flag(
-        "folder of a FLUX pipeline in the diffusers layout, or a FLUX file", "black-forest-labs/FLUX.1-dev"
-    )
+    model: str = flag("FLUX folder in diffusers' layout, or a FLUX file", "black-forest-labs/FLUX.1-dev")
     lora_scale: float | None = flag(
         "strength of the LoRA (default: 1.0; PaddleMIX's published file needs 0.25)", None
     )

@@ -43,16 +43,14 @@ class TuneFlags:
     lr_span: float = flag(
         "learning rates from 1/N to N times the config's; 1: only its own", 10.0, metavar="N"
     )
-    ranks: list[int] = flag(
-        "to try beside the config's (default: 4 8 16 32 64)", [4, 8, 16, 32, 64], shows_default=False
-    )
-    policies: list[str] = flag(
-        "saving policies to try (default: the config's alone)", [], shows_default=False
-    )
+    ranks: list[int] = flag("ranks to try beside the config's", [4, 8, 16, 32, 64])
+    policies: list[str] = flag("saving policies to try (default: the config's alone)", [])
     hold_out: int = flag(
-        "keep so many of the training pictures for validation, where the config names none", 0, metavar="N",
+        "keep so many of the training pictures for validation, where the config names no others",
+        0,
         shows_default=False,
-    )  # fmt: skip
+        metavar="N",
+    )
     overrides: list[str] = set_flag()
 
     def command(self) -> str:

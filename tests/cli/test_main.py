@@ -2,6 +2,7 @@
 
 import importlib
 import io
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -52,6 +53,9 @@ def test_every_command_explains_its_flags(name, capsys):
     shown = capsys.readouterr().out
     assert f"usage: python -m ppcoat {name}" in shown
     assert COMMANDS[name].what.split()[0] in shown
+    written = " ".join(shown.split())  # defaults as one would type them, no folder of this machine
+    assert str(ROOT) not in "".join(shown.split())
+    assert not re.search(r"\(default: ([\[(]|None|False)", written)
 
 
 def test_a_missing_flag_exits_with_2(capsys):
