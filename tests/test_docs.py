@@ -21,6 +21,7 @@ import ppcoat
 from ppcoat.cli.main import COMMANDS, main
 from ppcoat.config.ai_toolkit_keys import KEYS
 from ppcoat.config.explain import schema_keys
+from ppcoat.data import garments
 from ppcoat.models.loading import parameter_shapes
 
 ROOT = Path(__file__).parents[1]
@@ -347,6 +348,40 @@ def test_coat_on_any_model_learns_and_keeps_less(capsys):
     parameters = sum(p.size for p in names["model"].parameters())
     assert 2 < optimizer.state_bytes() / parameters < 2.1
     assert capsys.readouterr().out.startswith("loss 0.")
+
+
+def test_coat_in_a_loop_of_ones_own_trains(capsys):
+    [source] = [text for language, text in read(DOCS / "python.md").blocks if "fp8_saved_tensors" in text]
+    model = paddle.nn.Sequential(paddle.nn.Linear(64, 256), paddle.nn.GELU(), paddle.nn.Linear(256, 1))
+    before = model[0].weight.numpy()
+    names = {"model": lambda x: model(x).mean(), "trainable": model.parameters(), "x": paddle.ones([64, 64])}
+    source = source.replace("replace_linear_with_fp8(model)", "replace_linear_with_fp8(net)")
+    exec(compile(source, "docs/python.md", "exec"), names | {"net": model})
+    assert (model[0].weight.numpy() != before).any()
+    kept, unpacked, states = map(int, capsys.readouterr().out.split())
+    assert 0 < kept < unpacked and states > 0
+
+
+@pytest.mark.slow
+def test_commands_of_the_tiny_model_run_in_order(tmp_path, monkeypatch, capsys):
+    """Train, draw, draw from Python: as they stand, but for fewer pictures and steps."""
+    for folder in ("configs", "ppcoat"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
+    monkeypatch.chdir(tmp_path)
+    garments.write_folder(tmp_path / "output/quickstart_data", 4, 7, 64, "gold star", "[trigger] ")
+    train, draw = commands_of(DOCS / "training.md")[0], commands_of(DOCS / "drawing.md")[0]
+    short = ["--set", "train.steps=2", "--set", "train.batch_size=2", "--set", "sample.sample_every=0"]
+    assert train[3:5] == ["train", "configs/quickstart.yaml"] and draw[3] == "generate"
+    assert main([*train[3:], *short]) == 0
+    (tmp_path / "output/short").rename(tmp_path / "output/quickstart")
+    (tmp_path / "output/quickstart/short.safetensors").rename(
+        tmp_path / "output/quickstart/quickstart.safetensors"
+    )
+    assert main([*draw[3:], "--num_images", "1", "--steps", "2"]) == 0, capsys.readouterr().err
+    assert len(list((tmp_path / "output/pictures").glob("*.png"))) == 1
+    [source] = [text for language, text in read(DOCS / "python.md").blocks if "DiffusionPipeline" in text]
+    exec(compile(source, "docs/python.md", "exec"), {})
+    assert (tmp_path / "dress.png").is_file()
 
 
 def test_the_example_takes_ten_lines_beside_imports_model_and_output():
