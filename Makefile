@@ -1,6 +1,8 @@
 # make quickstart   draw data, train a LoRA with COAT and without, draw with it, measure
+# make studio       the web page
 # make test         the tests
-# Both set up .venv first; a second call reuses it. To use another interpreter: make PYTHON=python3.11 quickstart
+# make test-browser the tests of the web page, in Chromium
+# All set up .venv first; a second call reuses it. To use another interpreter: make PYTHON=python3.11 quickstart
 
 VENV   := .venv
 PADDLE ?= paddlepaddle==3.3.1
@@ -8,14 +10,21 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.10 python3 python; do \
             $$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
 READY  := $(VENV)/.ready
 
-.PHONY: quickstart test test-all lint clean
+.PHONY: quickstart studio test test-browser test-all lint clean
 quickstart: $(READY)
 	$(VENV)/bin/python -m ppcoat quickstart
+
+studio: $(READY)
+	$(VENV)/bin/python -m ppcoat studio
 
 # Python may write what it compiles, whatever the environment says: each worker reads all tests, and tests start
 # processes.
 test: $(READY)
 	PYTHONDONTWRITEBYTECODE= $(VENV)/bin/python -m pytest -q -n 2 --dist worksteal
+
+# One process: browser and servers want the cores. PPCOAT_CHROMIUM names another Chromium or Chrome.
+test-browser: $(READY)
+	$(VENV)/bin/python -m pytest -q -m browser
 
 test-all: $(READY)
 	$(VENV)/bin/python -m pytest -q -m "not gpu"

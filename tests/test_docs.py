@@ -30,7 +30,7 @@ PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 TRANSLATED = sorted((DOCS / "zh").glob("*.md"))
 COMING = {"docs/zh/README.md", "docs/studio.md", "docs/install.md", "studio"}  # named before they are there
 NOT_OURS = {"pip", "cp", "apt", "apt-get", "export", "visualdl", "docker", "cd", "source", "playwright"}
-NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?(?:e-?\d+)?")
+NUMBER = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?(?:e-?\d+)?")
 
 
 def ids(page):

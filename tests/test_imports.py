@@ -27,6 +27,7 @@ ALLOWED = {
     "train": ("config", "data", "models", "lora", "nn", "optim", "fp8", "coat", "objective",
               "plan.settings", "plan.phases", "plan.newbie"),
     "distill": ("config", "data", "fp8", "lora", "models", "nn", "optim", "coat", "objective", "train"),
+    "studio": ("config", "data", "plan", "train", "infer", "lora"),
     "pretrain": ("data", "models", "infer", "train.ranks", "config.flags"),
 }  # fmt: skip
 # The last are the names of FLUX's Linears and norms: data, in an __init__ that imports nothing.

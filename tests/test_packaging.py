@@ -31,7 +31,8 @@ def test_dependencies_are_those_of_requirements_txt():
     lines = (ROOT / "requirements.txt").read_text("utf-8").splitlines()
     needed = {line for line in lines if re.match("[a-z]", line)}
     project = PROJECT["project"]
-    assert needed == {*project["dependencies"], *project["optional-dependencies"]["test"]}
+    extras = project["optional-dependencies"]
+    assert needed == {*project["dependencies"], *extras["test"], *extras["studio"]}
 
 
 def test_the_command_is_a_function_that_returns_an_exit_status(capsys):

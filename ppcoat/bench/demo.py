@@ -34,6 +34,9 @@ from ppcoat.train.run import train_lora
 
 DEMOS = {  # name -> module and class
     "edit": ("ppcoat.bench.demo_editing", "Edit"),
+    "try_on": ("ppcoat.bench.demo_editing", "TryOn"),
+    "inpaint": ("ppcoat.bench.demo_pictures", "Inpaint"),
+    "style": ("ppcoat.bench.demo_pictures", "Style"),
     "preserve": ("ppcoat.bench.demo_preserve", "Preserve"),
 }
 

@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw
 
 from ppcoat.atomic import whole_file
 from ppcoat.bench.parallel_jobs import Job, run_parallel
-from ppcoat.config.flags import add_flags, flag, from_flags, set_flag
+from ppcoat.config.flags import CONFIGS, add_flags, flag, from_flags, set_flag
 from ppcoat.config.load import load_config
 from ppcoat.config.schema import RunConfig
 from ppcoat.data import garments
@@ -36,9 +36,6 @@ from ppcoat.train.run import train_lora
 from ppcoat.train.trainer import TrainingResult
 
 MOTIF = garments.MOTIFS[0]
-_PACKAGE = Path(__file__).parents[1]
-# An installed ppcoat has the folder inside, a clone beside it.
-CONFIGS = next(each for each in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if each.is_dir())
 CONFIG = CONFIGS / "quickstart.yaml"
 PICTURES, DATA_SEED = 96, 7
 GRID_COLUMNS = 8

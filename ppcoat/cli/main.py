@@ -118,10 +118,23 @@ COMMANDS = {
         "run_extract",
         mixed=True,
     ),
+    "data report": Command(
+        "tell what a folder of pictures holds, and what is odd about which picture",
+        "ppcoat.cli.data",
+        "add_report_arguments",
+        "run_report",
+    ),
+    "data captions": Command(
+        "change the captions of a folder: prepend, append, replace",
+        "ppcoat.cli.data",
+        "add_caption_arguments",
+        "run_captions",
+    ),
     "doctor": Command("tell what works on this machine, and what each miss costs", "ppcoat.cli.doctor"),
     "firstlight": Command(
         "check, time and train on a card for ten minutes: one table to report", "ppcoat.bench.firstlight"
     ),
+    "studio": Command("open the web page: data, training, drawing, files", "ppcoat.studio.server"),
     "plan": Command(
         "tell how much memory a run needs, and choose settings that fit a card", "ppcoat.cli.plan"
     ),

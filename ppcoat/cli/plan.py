@@ -25,27 +25,12 @@ from ppcoat.config.lightning import LightningConfig, lightning_config
 from ppcoat.config.newbie import load_run_config
 from ppcoat.config.schema import RunConfig
 from ppcoat.errors import ConfigError
-from ppcoat.plan import GB, check_budget
+from ppcoat.plan import COMPONENTS, GB, check_budget
 
 if TYPE_CHECKING:
     from ppcoat.plan.phases import Phase, Settings
     from ppcoat.plan.settings import Plan
 
-NAMES = {  # component -> its row in the table
-    "context": "context and libraries",
-    "encoders": "text encoders, VAE",
-    "base": "base weights",
-    "LoRA": "LoRA",
-    "EMA": "its running mean",
-    "optimizer": "optimizer states",
-    "gradients": "gradients",
-    "kept": "kept for backward",
-    "heads": "heads",
-    "head states": "their optimizer states",
-    "head gradients": "their gradients",
-    "head features": "gradients of features",
-    "working": "working memory",
-}
 LIGHTNING, GENERATE = "lightning", "generate"
 RESOLUTION = 1024
 
@@ -201,7 +186,7 @@ def with_side(config: RunConfig, side: int | None) -> RunConfig:
 def phase_table(phases: Sequence[Phase]) -> list[str]:
     """GB by component and phase, a total for each phase, and the peak: all of it planned."""
     rows = [["GB, planned", *(phase.name for phase in phases)]]
-    for name, title in NAMES.items():
+    for name, title in COMPONENTS.items():
         if any(name in phase.parts for phase in phases):
             rows.append([title, *(_gb(phase.parts.get(name)) for phase in phases)])
     rows.append(["total", *(_gb(phase.total) for phase in phases)])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -18,6 +19,7 @@ from pydantic import BaseModel, ValidationError
 
 from ppcoat.config.ai_toolkit_keys import KEYS
 from ppcoat.config.schema import RunConfig
+from ppcoat.errors import ConfigError
 
 # pydantic speaks of Python's types; a user wrote YAML
 _WANTED = {
@@ -35,27 +37,61 @@ Location = tuple[str | int, ...]  # keys and list numbers from the outermost sec
 _Value = TypeVar("_Value")
 
 
-def explain(error: ValidationError, origins: Origins) -> str:
-    """The line for a ConfigError: the first problem, unknown keys before what follows from them."""
+class SettingsError(ConfigError):
+    """What is wrong with settings. by_key: what to say beside each field, by its dotted key in our schema;
+    what concerns no single one has the key of its section."""
+
+    def __init__(self, line: str, by_key: Mapping[str, str]) -> None:
+        super().__init__(line)
+        self.by_key = dict(by_key)
+
+
+def settings_error(error: ValidationError, origins: Origins) -> SettingsError:
+    """A line for the first problem, unknown keys before what follows from them; and each beside its key."""
     problems = error.errors(include_url=False)
     # a list whose entry is wrong is also called too short: drop what follows from a problem further inside
     inside = {each["loc"][:end] for each in problems for end in range(len(each["loc"]))}
     problems = [each for each in problems if each["loc"] not in inside]
     problems.sort(key=lambda each: each["type"] != "extra_forbidden")
-    first, more = problems[0], len(problems) - 1
-    location = tuple(first["loc"])
-    written = origins.as_written(location)
-    key, where = dotted(written), origins.where(written)
-    if first["type"] == "extra_forbidden":
-        what = f"unknown key '{key}'; the nearest known key is '{nearest_key(written)}'"
-    elif first["type"] == "missing":
-        what = f"the key '{key}' is missing: {_description(location)}"
-    elif first["type"] == "value_error":
-        what = f"{key + ': ' if key else ''}{first['ctx']['error']}"
-    else:
-        what = f"{key}: {came_and_wanted(first)} ({_description(location)})"
-    line = f"{where}: {what}" + (f" (and {more} more)" if more else "")
-    return printable(line)  # keys and values may hold line ends
+    more = f" (and {len(problems) - 1} more)" if problems[1:] else ""
+    written = origins.as_written(problems[0]["loc"])
+    line = f"{origins.where(written)}: {_sentence(problems[0], written)}{more}"
+    by_key: dict[str, str] = {}
+    for each in reversed(problems):
+        by_key[_key_of(each)] = printable(_beside(each, origins.as_written(each["loc"])))
+    return SettingsError(printable(line), by_key)  # keys and values may hold line ends
+
+
+def _sentence(problem: Mapping[str, Any], written: Location) -> str:
+    """A problem with the name of its key, as the user wrote that."""
+    key, kind = dotted(written), problem["type"]
+    if kind == "extra_forbidden":
+        return _beside(problem, written)
+    if kind == "missing":
+        return f"the key '{key}' {_beside(problem, written)}"
+    if kind == "value_error":
+        return f"{key + ': ' if key else ''}{_beside(problem, written)}"
+    return f"{key}: {_beside(problem, written)} ({_description(problem['loc'])})"
+
+
+def _beside(problem: Mapping[str, Any], written: Location) -> str:
+    """A problem, to be read beside its key."""
+    if problem["type"] == "extra_forbidden":
+        return f"unknown key '{dotted(written)}'; the nearest known key is '{nearest_key(written)}'"
+    if problem["type"] == "missing":
+        return f"is missing: {_description(problem['loc'])}"
+    return str(problem["ctx"]["error"]) if problem["type"] == "value_error" else came_and_wanted(problem)
+
+
+def _key_of(problem: Mapping[str, Any]) -> str:
+    """The dotted key of a problem; of one that a section has, the first key that it names."""
+    location = dotted(problem["loc"])
+    for word in re.findall(r"[a-z][\w.]*\w", str(problem.get("ctx", {}).get("error", ""))):
+        for start in (location, ""):
+            key = f"{start}.{word}" if start else word
+            if re.sub(r"\.[0-9]+\b", ".0", key) in schema_keys() - _sections():
+                return key
+    return location
 
 
 def came_and_wanted(problem: Mapping[str, Any]) -> str:
@@ -90,6 +126,12 @@ def nearest_key(location: Location) -> str:
 def schema_keys() -> frozenset[str]:
     """Dotted paths of all sections and keys of our schema, list entries as number 0."""
     return frozenset(_all_keys(RunConfig, ""))
+
+
+@cache
+def _sections() -> frozenset[str]:
+    """Those of schema_keys that have others below them."""
+    return frozenset(key.rpartition(".")[0].removesuffix(".0") for key in schema_keys())
 
 
 def printable(text: str | Path) -> str:

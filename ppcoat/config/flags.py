@@ -19,7 +19,10 @@ if TYPE_CHECKING:  # benchmark kernels runs where there is no pydantic
     from pydantic import BaseModel
 
 Fields = TypeVar("Fields")
-TINY_FLUX = str(Path(__file__).parents[1] / "assets" / "tiny_flux")  # the model that comes with ppcoat
+_PACKAGE = Path(__file__).parents[1]
+# An installed ppcoat has the folder inside, a clone beside it.
+CONFIGS = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent / "configs"
+TINY_FLUX = str(_PACKAGE / "assets" / "tiny_flux")  # the model that comes with ppcoat
 OF_FILE = "that a FLUX file lacks: a FLUX folder"  # what is given beside such a file
 
 
@@ -120,6 +123,26 @@ def from_flags(fields_of: type[Fields], arguments: argparse.Namespace, **others:
         if given.get(name):
             _check_file(f"--{name}", Path(given[name]))
     return fields_of(**given | others)
+
+
+def arguments_of(flags: Any) -> list[str]:
+    """The arguments that `from_flags` reads as these flags: those that are not the defaults, in the order of
+    the fields. What is told by its place stands first."""
+    placed, named = [], []
+    for name, field in _flag_fields(type(flags)).items():
+        value, default = getattr(flags, name), _default_of(field)
+        if value == default:
+            continue
+        texts = [str(each) for each in value] if isinstance(value, list | tuple) else [str(value)]
+        if field.metadata["positional"]:  # a path: ./ keeps one from being read as a flag
+            placed += [f"./{text}" if text.startswith("-") else text for text in texts]
+        elif value is True:
+            named.append(f"--{_name_of(field)}")
+        elif field.metadata["repeated"] or len(texts) == 1:
+            named += [f"--{_name_of(field)}={text}" for text in texts]
+        else:
+            named += [f"--{_name_of(field)}", *texts]
+    return placed + named
 
 
 def _check_file(flag: str, file: Path) -> None:

@@ -22,7 +22,7 @@ import yaml
 from pydantic import ValidationError
 
 from ppcoat.config.ai_toolkit import drop_other_spellings, is_nested, translate, unnest, without_nesting
-from ppcoat.config.explain import Location, Origins, explain, printable
+from ppcoat.config.explain import Location, Origins, printable, settings_error
 from ppcoat.config.schema import RunConfig, Section
 from ppcoat.errors import ConfigError
 
@@ -49,13 +49,20 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     the nearest known one.
     """
     text = read_config_text(Path(path), (*YAML_ENDINGS, *JSON_ENDINGS))
-    root = _parse(_as_yaml(text) if Path(path).suffix.lower() in JSON_ENDINGS else text, str(path))
-    data = {} if root is None else _to_data(root, str(path))
+    return config_of_text(
+        _as_yaml(text) if Path(path).suffix.lower() in JSON_ENDINGS else text, str(path), overrides
+    )
+
+
+def config_of_text(text: str, path: str, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
+    """The same from the text of a YAML file. path: what messages call it."""
+    root = _parse(text, path)
+    data = {} if root is None else _to_data(root, path)
     if not isinstance(data, dict):
         raise ConfigError(
             f"{path}:1: came a single value or list, wanted sections such as 'model:' and 'train:'"
         )
-    origins = Origins(str(path), root)
+    origins = Origins(path, root)
     nested = is_nested(data)
     if nested:
         data = unnest(data, origins)
@@ -68,13 +75,24 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     try:
         return RunConfig.model_validate(data)
     except ValidationError as error:
-        raise ConfigError(explain(error, origins)) from None
+        raise settings_error(error, origins) from None
 
 
 def dump_config(config: RunConfig) -> str:
     """The complete settings as YAML text that load_config reads back to an equal RunConfig."""
-    data = config.model_dump(mode="json")
+    return dump_data(config.model_dump(mode="json"))
+
+
+def dump_data(data: dict) -> str:
+    """Sections with keys as YAML text that load_config reads back."""
     return yaml.dump(data, Dumper=_ConfigDumper, sort_keys=False, allow_unicode=True, width=110)
+
+
+def value_of_text(text: str) -> Any:
+    """One value as it may stand in a config: a number, a list in brackets, true, a text. Raises ConfigError
+    for what is not YAML."""
+    node = _parse(text, "the value")
+    return None if node is None else _to_data(node, "the value")
 
 
 def read_config_text(path: Path, endings: tuple[str, ...]) -> str:

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from ppcoat.config.ai_toolkit_optimizers import read_lr, read_optimizer
 from ppcoat.config.ai_toolkit_values import Document
-from ppcoat.config.explain import Location, Origins, explain, printable
+from ppcoat.config.explain import Location, Origins, printable, settings_error
 from ppcoat.config.load import (
     BACKSLASH,
     JSON_ENDINGS,
@@ -121,7 +121,7 @@ def load_newbie_config(path: str | Path, overrides: Sequence[str] = ()) -> RunCo
     try:
         return RunConfig.model_validate(data)
     except ValidationError as error:
-        raise ConfigError(explain(error, origins)) from None
+        raise settings_error(error, origins) from None
 
 
 def _read_optimizer(data: dict[str, Any], origins: _TomlOrigins) -> None:

@@ -42,6 +42,7 @@ class ValidationConfig(Section):
     items: Annotated[tuple[ValidationItem, ...], Strict(False)] = Field(
         (), description="pictures and captions one by one, instead of or beside a folder"
     )
+    control_path: PathTexts = Field((), description="references of that folder's pictures, as of datasets")
     resolution: Pixels = Field(512, description="side of the square pictures in pixels, a multiple of 16")
     every: int = Field(100, ge=1, description="updates between two validations; the last step is one too")
     sigmas: Annotated[tuple[NoiseLevel, ...], Strict(False)] = Field(

@@ -64,6 +64,14 @@ def crop_share(width: int, height: int, bucket: Size) -> float:
     return 1 - (bucket[0] * bucket[1]) / (scale * width * scale * height)
 
 
+def crop_box(width: int, height: int, bucket: Size) -> tuple[float, float, float, float]:
+    """What is left of the picture when it is resized to cover the bucket and cropped to the centre: left,
+    top, width, height, as parts 0..1 of its sides."""
+    scale = max(bucket[0] / width, bucket[1] / height)
+    wide, high = bucket[0] / (scale * width), bucket[1] / (scale * height)
+    return (1 - wide) / 2, (1 - high) / 2, wide, high
+
+
 def _nearest_aspect(width: int, height: int, resolution: int, step: int) -> Size:
     """Our rule "aspect". A picture only a few steps wide may have no size within 5 % of the area that crops
     at most MOST_CROP. It gets the size whose sides are nearest to the ideal ones, measured by the worse of

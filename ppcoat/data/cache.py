@@ -25,7 +25,8 @@ from tqdm import tqdm
 from ppcoat.data.batches import ResumableBatches
 from ppcoat.data.captions import dropped_captions
 from ppcoat.data.colours import WHITE
-from ppcoat.data.embedding_store import EmbeddingStore, content_key, file_digest
+from ppcoat.data.content_keys import content_key, file_digest
+from ppcoat.data.embedding_store import EmbeddingStore
 from ppcoat.data.examples import Example
 from ppcoat.data.pairs import CutPicture, loss_weights
 from ppcoat.errors import ConfigError

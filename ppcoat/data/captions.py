@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -55,6 +56,21 @@ def final_caption(raw: str, trigger_word: str | None = None, put_in_front: bool 
 def holds_trigger(caption: str, trigger_word: str) -> bool:
     """True if the caption contains the trigger word as a whole word, or a placeholder for it."""
     return any(mark in caption for mark in PLACEHOLDERS) or bool(re.search(_alone(trigger_word), caption))
+
+
+def trigger_parts(caption: str, trigger_word: str | None) -> list[tuple[str, Literal["", "word", "added"]]]:
+    """A caption in parts, which joined are what is trained, but for white space: "word" where the trigger
+    word, or a placeholder for it, stands; "added" for the word that is put in front of a caption without."""
+    if not trigger_word:
+        return [(final_caption(caption), "")]
+    places = "|".join([*map(re.escape, PLACEHOLDERS), _alone(trigger_word)])
+    parts = [(text, "") for text in re.split(places, caption)]
+    found: list[tuple[str, Literal["", "word", "added"]]] = parts[:1]
+    for part in parts[1:]:
+        found += [(trigger_word, "word"), part]
+    if len(found) == 1:
+        found.insert(0, (f"{trigger_word} ", "added"))
+    return [part for part in found if part[0]]
 
 
 def class_caption(caption: str, trigger_word: str | None, class_word: str) -> str:

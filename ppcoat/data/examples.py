@@ -9,6 +9,7 @@ will train on, in counts, captions, buckets and crops.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from ppcoat.config.explain import printable
 from ppcoat.config.schema import DatasetConfig, RunConfig, TrainConfig
 from ppcoat.data.buckets import Size, bucket_size, crop_share
 from ppcoat.data.captions import CaptionRules, caption_variants, class_caption, holds_trigger
+from ppcoat.data.content_keys import file_digest
 from ppcoat.data.pairs import Companions, Mask, Reference, aside, pair_lines, with_companions
 from ppcoat.data.sources import ImageFolder, Item, scan_folder
 
@@ -52,6 +54,26 @@ class Example:
     def texts(self) -> tuple[str, ...]:
         """All captions of both kinds."""
         return self.captions + self.class_captions
+
+    @property
+    def crop(self) -> float:
+        """Part of the picture, 0..1, that is cut off."""
+        return crop_share(self.item.width, self.item.height, self.size)
+
+    @property
+    def is_cropped(self) -> bool:
+        """By more than CROP_WARNING, but for the rounding of floats."""
+        return self.crop > CROP_WARNING + 0.0005
+
+    @property
+    def enlarged(self) -> float:
+        """Times the sides of the picture."""
+        return max(self.size[0] / self.item.width, self.size[1] / self.item.height)
+
+    @property
+    def is_small(self) -> bool:
+        """Whether it is enlarged by more than what the rule "aspect" allows itself."""
+        return self.enlarged > ENLARGE_WARNING
 
     @property
     def shape(self) -> tuple:
@@ -158,8 +180,8 @@ def _with_its(companions: Companions, example: Example, data: DatasetConfig) -> 
 
 
 def data_report(datasets: Sequence[Dataset]) -> str:
-    """At most 36 lines: pictures per dataset, what goes with them, bucket table, warnings of crops and small
-    pictures, notes on the folders, three final captions."""
+    """At most 37 lines: pictures per dataset, what goes with them, bucket table, warnings of crops, small
+    pictures and duplicates, notes on the folders, three final captions."""
     examples = all_examples(datasets)
     per_epoch = sum(example.repeats for example in examples)
     lines = [f"data: {_count(len(examples), 'picture')} to encode, {per_epoch} per epoch"]
@@ -167,6 +189,7 @@ def data_report(datasets: Sequence[Dataset]) -> str:
     lines += _bucket_table(examples)
     lines += _crop_warning(examples)
     lines += _small_warning(examples)
+    lines += _duplicate_warning(examples)
     notes = dict.fromkeys(note for each in datasets for note in each.images.notes)
     lines += _shortened([f"  note: {printable(note)}" for note in notes], _NOTES, "note")
     lines += _captions(examples)
@@ -211,7 +234,7 @@ def _bucket_table(examples: list[Example]) -> list[str]:
     """One line per bucket, the fullest first: size, pictures, mean and largest share that is cropped."""
     buckets: dict[tuple[int, int], list[float]] = {}
     for example in examples:
-        buckets.setdefault(example.size, []).append(_crop(example))
+        buckets.setdefault(example.size, []).append(example.crop)
     rows = [
         f"  {width:5d} x {height:<5d}{len(crops):9d}{np.mean(crops):10.1%}{max(crops):10.1%}"
         for (width, height), crops in sorted(buckets.items(), key=lambda each: (-len(each[1]), each[0]))
@@ -220,26 +243,51 @@ def _bucket_table(examples: list[Example]) -> list[str]:
 
 
 def _crop_warning(examples: list[Example]) -> list[str]:
-    paths = {example.item.image_path for example in examples if _crop(example) > CROP_WARNING + 0.0005}
+    paths = {example.item.image_path for example in examples if example.is_cropped}
     if not paths:
         return []
-    worst = max(examples, key=_crop)
+    worst = max(examples, key=lambda example: example.crop)
     return [
         f"  warning: {_count(len(paths), 'picture')} will be cropped by more than {CROP_WARNING:.0%}, most "
-        f"{_name(worst)} ({_crop(worst):.0%}); a smaller bucket_step or a larger resolution crops less"
+        f"{_name(worst)} ({worst.crop:.0%}); a smaller bucket_step or a larger resolution crops less"
     ]
 
 
 def _small_warning(examples: list[Example]) -> list[str]:
-    """Pictures that are enlarged by more than what the rule "aspect" allows itself."""
-    small = {each.item.image_path: each for each in examples if _enlarged(each) > ENLARGE_WARNING}
+    small = {each.item.image_path: each for each in examples if each.is_small}
     if not small:
         return []
-    worst = max(small.values(), key=_enlarged)
+    worst = max(small.values(), key=lambda example: example.enlarged)
     item, (width, height) = worst.item, worst.size
     return [
         f"  warning: {_count(len(small), 'picture')} smaller than the size of training, most {_name(worst)} "
         f"({item.width} x {item.height} for {width} x {height}): enlarged; remove it or lower the resolution"
+    ]
+
+
+def duplicates(items: Iterable[Item]) -> dict[Path, list[Path]]:
+    """Pictures whose files have the same bytes as others -> these others."""
+    of_size: dict[int, set[Path]] = defaultdict(set)
+    for item in items:
+        of_size[item.file_bytes].add(item.image_path)
+    equal: dict[str, list[Path]] = defaultdict(list)
+    for size, paths in of_size.items():
+        if size and len(paths) > 1:
+            for path in sorted(paths):
+                equal[file_digest(path)].append(path)
+    return {path: [each for each in paths if each != path]
+            for paths in equal.values() if len(paths) > 1 for path in paths}  # fmt: skip
+
+
+def _duplicate_warning(examples: list[Example]) -> list[str]:
+    twins = duplicates(example.item for example in examples if not example.is_reg)
+    if not twins:
+        return []
+    path, others = next(iter(twins.items()))
+    names = f"{printable(path.name)} and {printable(others[0].name)}"
+    return [
+        f"  warning: {_count(len(twins), 'picture')} are the same file as another, e.g. {names}: they count "
+        "more than once; remove one, or say so by num_repeats"
     ]
 
 
@@ -259,14 +307,6 @@ def _captions(examples: list[Example]) -> list[str]:
 def _shown(caption: str) -> str:
     caption = printable(caption)
     return (caption if len(caption) <= _CAPTION_MARKS else caption[: _CAPTION_MARKS - 3] + "...") or "(empty)"
-
-
-def _crop(example: Example) -> float:
-    return crop_share(example.item.width, example.item.height, example.size)
-
-
-def _enlarged(example: Example) -> float:
-    return max(example.size[0] / example.item.width, example.size[1] / example.item.height)
 
 
 def _name(example: Example) -> str:

@@ -324,10 +324,12 @@ def upright_picture(
     convert: Convert = on_white,
     notes: list[str] | None = None,
     verify: bool = False,
+    least: int | None = None,
 ) -> Image.Image:
     """Decode a whole picture, upright, to what `convert` makes of it: RGB in sRGB on white. notes: gets what
     was done to it that a user may not expect. verify: look at the checksums of a PNG, too, which costs
-    reading it twice. Raises BadFile."""
+    reading it twice. least: pixels of a side that suffice, so that a JPEG is decoded smaller, which is
+    faster. Raises BadFile."""
     notes = [] if notes is None else notes
     try:
         if path.stat().st_size == 0:
@@ -339,6 +341,8 @@ def upright_picture(
             # a photo in MPO format has a second picture for depth or brightness
             if opened.format in ("PNG", "WEBP") and getattr(opened, "n_frames", 1) > 1:
                 notes.append("animated, the first picture is trained")
+            if least:
+                opened.draft(None, (least, least))
             opened.load()
             return convert(ImageOps.exif_transpose(opened), opened.info.get("icc_profile"), notes)
     except _DECODE_ERRORS as error:

@@ -1,7 +1,8 @@
 """Drawing a list of pictures (prompts.py): what is there already is left alone, the model is read once, and
 at the end there are contact sheets and a list of what was drawn.
 
-    <output_dir>/000_a-red-dress_42.png      in its text: prompt, and the settings that decide the picture
+    <output_dir>/000_a-red-dress_42.png      in its text: prompt, the settings that decide the picture, and
+                                             the names of the files that it was drawn with
                  contact.png, contact_2.png  all pictures of the list, 100 a page
                  pictures.jsonl              name and settings of each; a list that can be drawn again
 
@@ -24,7 +25,7 @@ from tqdm import tqdm
 
 from ppcoat.atomic import remove_dead_drafts, whole_file, write_text
 from ppcoat.data.cache import folder_identity
-from ppcoat.data.embedding_store import content_key, file_digest
+from ppcoat.data.content_keys import content_key, file_digest
 from ppcoat.device import default_dtype
 from ppcoat.infer.drawers import Drawer
 from ppcoat.infer.prompts import COLUMNS, ListedPicture
@@ -32,7 +33,7 @@ from ppcoat.lora.files import CONFIG, adapter_file
 from ppcoat.models.flux.files import FluxFiles
 from ppcoat.models.offload import Placement
 
-SETTINGS, LIST = "settings", "pictures.jsonl"
+SETTINGS, FILES, LIST = "settings", "files", "pictures.jsonl"
 # Fields of Drawing that leave the picture as it is. Any other decides it, those of files by their content.
 # Of --vram that is what the plan chose by it.
 _DECIDES_NOTHING = ("prompts", "output_dir", "num_images", "device", "ignore_unknown", "offload", "cache_dir",
@@ -114,6 +115,7 @@ class Batch:
                 note = PngInfo()
                 note.add_itxt("prompt", picture.drawing.prompt[0])
                 note.add_itxt(SETTINGS, json.dumps(self.settings(picture), ensure_ascii=False))
+                note.add_itxt(FILES, json.dumps(_named_files(picture.drawing), ensure_ascii=False))
                 with whole_file(file) as draft:
                     image.save(draft, pnginfo=note)
                 done += 1
@@ -137,6 +139,13 @@ class Batch:
             own = {name: own[name] for name in COLUMNS if own.get(name) not in (None, "", [])}
             rows.append(json.dumps({"name": picture.name} | own, ensure_ascii=False))
         write_text(goal, "\n".join(rows) + "\n")
+
+
+def _named_files(drawing: Any) -> dict[str, Any]:
+    """The files of a drawing as the command named them: for who wants to draw it again, and looked at by
+    nothing else."""
+    named = {name: getattr(drawing, name) for name in ("model", _LORAS, *_PICTURE_FILES)}
+    return {name: value for name, value in named.items() if value}
 
 
 def _identity(drawing: Any, model: FluxFiles | Path) -> dict[str, Any]:

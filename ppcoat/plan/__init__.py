@@ -1,5 +1,5 @@
 """Memory before anything is allocated, and settings that fit a card. Others use `settings.plan` and
-`settings.with_memory_plan`, the memory models of phases.py, lightning.py and newbie.py, and the two below.
+`settings.with_memory_plan`, the memory models of phases.py, lightning.py and newbie.py, and what is below.
 
 GB is 1e9 bytes; a card sold as 24 GB has 25.8 of them, and the rest is what fragments and the desktop take.
 """
@@ -9,6 +9,21 @@ import math
 from ppcoat.errors import ConfigError
 
 GB = 1e9
+COMPONENTS = {  # what holds memory -> what a user calls it
+    "context": "context and libraries",
+    "encoders": "text encoders, VAE",
+    "base": "base weights",
+    "LoRA": "LoRA",
+    "EMA": "its running mean",
+    "optimizer": "optimizer states",
+    "gradients": "gradients",
+    "kept": "kept for backward",
+    "heads": "heads",
+    "head states": "their optimizer states",
+    "head gradients": "their gradients",
+    "head features": "gradients of features",
+    "working": "working memory",
+}
 
 
 def check_budget(vram_gb: float | None) -> float | None:

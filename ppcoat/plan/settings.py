@@ -62,6 +62,14 @@ def plan(config: RunConfig, memory_model: type[MemoryModel], vram_gb: float | No
     return best_that_fits(memory, vram_gb)
 
 
+def plan_for_card(config: RunConfig, memory_model: type[MemoryModel], vram_gb: float) -> Plan:
+    """The plan of a config as it is, on the device that a budget means, whether it fits or not. Raises
+    ConfigError for what the config asks of a model that lacks it."""
+    check_budget(vram_gb)
+    memory = memory_model(config, planned_for_gpu(config, vram_gb))
+    return replace(_plan(memory, as_given(config, len(memory.model.blocks))), vram_gb=vram_gb)
+
+
 def best_that_fits(memory: MemoryModel, vram_gb: float) -> Plan:
     """The fastest settings by `MemoryModel.seconds`, but of those that are at most NO_FASTER slower the ones
     with the most exact base, and of these rather without swapped blocks: PCIe is what differs most from

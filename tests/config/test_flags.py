@@ -7,7 +7,7 @@ from typing import Literal
 
 import pytest
 
-from ppcoat.config.flags import TINY_FLUX, add_flags, flag, from_flags, set_flag
+from ppcoat.config.flags import TINY_FLUX, add_flags, arguments_of, flag, from_flags, set_flag
 from ppcoat.errors import ConfigError
 
 
@@ -35,6 +35,19 @@ def test_each_kind_of_field_is_read_as_its_type_says():
     given = "x.txt --count 3 --kind b --shirt s --seeds 4 5 --again --set a=1 --set b=2"
     case = from_flags(Case, parse(*given.split())[1])
     assert case == Case(Path("x.txt"), 3, "b", "s", [4, 5], True, ["a=1", "b=2"])
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(Path("x.txt"), 3),
+        Case(Path("-x.txt"), 3, "b", "s", [4, 5], True, ["a=1", "b=-2"]),
+        Case(Path("a b"), -3, None, "m", [7]),
+    ],
+)
+def test_flags_become_the_arguments_that_are_read_as_them(case):
+    assert from_flags(Case, parse(*arguments_of(case))[1]) == case
+    assert len(arguments_of(Case(Path("x"), 1))) == 2
 
 
 def test_defaults_are_those_of_the_fields_and_lists_are_not_shared():

@@ -11,6 +11,7 @@ from ppcoat.data.captions import (
     class_caption,
     dropped_captions,
     final_caption,
+    trigger_parts,
 )
 
 
@@ -129,3 +130,20 @@ def test_a_rate_per_caption():
 def test_class_captions(caption, word, wanted):
     assert class_caption(caption, "sks", word) == wanted
     assert class_caption(caption, None, word) == caption
+
+
+@pytest.mark.parametrize(
+    ("caption", "parts"),
+    [
+        ("a sks dress", [("a ", ""), ("sks", "word"), (" dress", "")]),
+        ("[trigger], three desks, [name]", [("sks", "word"), (", three desks, ", ""), ("sks", "word")]),
+        ("a red dress", [("sks ", "added"), ("a red dress", "")]),
+        ("", [("sks ", "added")]),
+        ("一件sks裙子\nred", [("一件", ""), ("sks", "word"), ("裙子\nred", "")]),
+        ("<b>sks</b>", [("<b>", ""), ("sks", "word"), ("</b>", "")]),
+    ],
+)
+def test_the_parts_of_a_caption_are_what_is_trained(caption, parts):
+    assert trigger_parts(caption, "sks") == parts
+    assert " ".join("".join(text for text, _ in parts).split()) == final_caption(caption, "sks")
+    assert trigger_parts(caption, None) == [(final_caption(caption), "")]

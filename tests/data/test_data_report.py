@@ -29,7 +29,11 @@ def test_counts_captions_and_crops_are_those_of_the_folder(draw, run_config, tmp
     # 3:2 in 576 x 448: 1 - (576 / 448) / 1.5 = 14.3 %
     assert lines[5].split() == ["576", "x", "448", "1", "14.3%", "14.3%"]
     assert lines[6].startswith("  warning: 1 picture will be cropped by more than 10%, most w.png (14%)")
-    assert lines[7:] == [
+    assert lines[7] == (
+        "  warning: 4 pictures are the same file as another, e.g. 0.png and 1.png: they count more than "
+        "once; remove one, or say so by num_repeats"
+    )
+    assert lines[8:] == [
         "  caption of 0.png: a sks shirt",
         "  caption of w.png: sks no word",
         "  caption of r.png: a dress",

@@ -12,7 +12,8 @@ import paddle
 import pytest
 import safetensors.paddle
 
-from ppcoat.data.embedding_store import EmbeddingStore, content_key, file_digest
+from ppcoat.data.content_keys import content_key, file_digest
+from ppcoat.data.embedding_store import EmbeddingStore
 from ppcoat.errors import ConfigError
 
 KEY = content_key("a caption")

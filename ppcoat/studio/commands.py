@@ -1,0 +1,69 @@
+"""Commands of ppcoat as child processes: what a page does is what a shell would do, and the page can show it.
+
+The page's process never imports Paddle; a command does, in its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+
+from ppcoat.config.explain import printable
+
+_LONGEST_LINE = 1 << 16  # bytes of one line of output
+
+
+def shell_command(arguments: Sequence[str]) -> str:
+    """`python -m ppcoat ...` for a shell, each argument in quotes where it needs them. Line ends and other
+    control characters in it are written as $'...', which bash, zsh and ksh read."""
+    return " ".join(["python -m ppcoat", *map(_quoted, arguments)])
+
+
+def _quoted(text: str) -> str:
+    if all(mark.isprintable() for mark in text):
+        return shlex.quote(text)
+    raw = os.fsencode(text)
+    plain = set(range(32, 127)) - set(b"'\\")
+    return "$'" + "".join(chr(byte) if byte in plain else f"\\x{byte:02x}" for byte in raw) + "'"
+
+
+class RunningCommand:
+    """One command while it runs. told: is called with each line of what it prints, as plain text."""
+
+    def __init__(self, arguments: Sequence[str], told: Callable[[str], None]) -> None:
+        self.arguments, self._told = list(arguments), told
+        self._process: asyncio.subprocess.Process | None = None
+
+    async def run(self) -> int:
+        """Start it, wait for its end -> its exit status. Lines that a progress bar writes over each other are
+        told one by one."""
+        self._process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "ppcoat", *self.arguments),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"},
+        )
+        rest = b""
+        while chunk := await self._process.stdout.read(_LONGEST_LINE):
+            *lines, rest = (rest + chunk).replace(b"\r", b"\n").split(b"\n")
+            if len(rest) > _LONGEST_LINE:
+                lines, rest = [*lines, rest], b""
+            for line in filter(None, lines):
+                self._told(_text(line))
+        if rest:
+            self._told(_text(rest))
+        return await self._process.wait()
+
+    def stop(self) -> None:
+        """Ask it to end, as Ctrl+C does."""
+        if self._process is not None and self._process.returncode is None:
+            self._process.terminate()
+
+
+def _text(line: bytes) -> str:
+    return printable(line.decode("utf-8", "replace").replace("\t", "    ").rstrip())

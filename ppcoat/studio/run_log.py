@@ -1,0 +1,193 @@
+"""What a training leaves in its folder while it runs: the curve in log.jsonl, read as it grows, the previews,
+the checkpoints, and from these how far it is and how it ended.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ppcoat.studio.runs import ChildRun
+
+MOST_POINTS = 1000  # of a curve on the page
+MAX_LINE = 1 << 16
+_PREVIEW = re.compile(r"(\d{9})_(\d{2,})\.png")
+_WEIGHTS = re.compile(r".*_(\d{9})(_kohya|_paddle)?\.safetensors")
+_RATE_SECONDS = 60.0
+_DEPTH, _MOST_FOLDERS = 3, 2000
+CONFIG = "studio.yaml"  # of a run that the studio started
+
+
+@dataclass
+class RunLog:
+    """The log of one run. `read` takes what is new; a log that was cut, as a resumed run's is, is read anew.
+
+    steps, losses, rates (the learning rate's): of every line. last: the last line. rate: steps a second
+    over the last minute that was watched; None until two steps were seen."""
+
+    folder: Path
+    steps: list[int] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    rates: list[float] = field(default_factory=list)
+    last: dict[str, Any] = field(default_factory=dict)
+    validation: list[tuple[int, float]] = field(default_factory=list)
+    _at: int = 0
+    _inode: int = 0
+    _seen: deque[tuple[float, int]] = field(default_factory=deque)
+
+    @property
+    def step(self) -> int:
+        """Updates done."""
+        return self.steps[-1] if self.steps else 0
+
+    @property
+    def rate(self) -> float | None:
+        """Steps a second."""
+        if len(self._seen) < 2:
+            return None
+        (began, first), (ended, last) = self._seen[0], self._seen[-1]
+        return (last - first) / (ended - began) if ended > began and last > first else None
+
+    def read(self) -> None:
+        """Take the lines that were written since the last call."""
+        try:
+            with open(self.folder / "log.jsonl", "rb") as file:
+                status = self._status(file)
+                file.seek(self._at)
+                new = file.read()
+        except OSError:
+            return
+        whole = new[: new.rfind(b"\n") + 1]
+        self._at += len(whole)
+        for line in whole.splitlines():
+            self._take(line)
+        if whole:
+            self._seen.append((status.st_mtime, self.step))
+            while self._seen[-1][0] - self._seen[0][0] > _RATE_SECONDS and len(self._seen) > 2:
+                self._seen.popleft()
+
+    def _status(self, file: Any) -> Any:
+        status = os.fstat(file.fileno())
+        if status.st_size < self._at or status.st_ino != self._inode:
+            self.__init__(self.folder)
+            self._inode = status.st_ino
+        return status
+
+    def _take(self, line: bytes) -> None:
+        try:
+            found = json.loads(line[:MAX_LINE])
+            step, loss = int(found["step"]), float(found.get("loss", "nan"))
+            rate = float(found.get("lr", "nan"))
+        except (ValueError, KeyError, TypeError):
+            return
+        self.last = found
+        self.steps.append(step)
+        self.losses.append(loss)
+        self.rates.append(rate)
+        if "validation_loss" in found:
+            self.validation.append((step, float(found["validation_loss"])))
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is. status: waiting, running, stopping, stopped, finished, failed. total: 0 where that is
+    not known yet. error: why it failed."""
+
+    status: str
+    step: int
+    total: int
+    error: str = ""
+
+
+def progress_of(job: ChildRun, log: RunLog, waits: bool = False) -> Progress:
+    """From the process and the files of a run. waits: whether it stands in the queue."""
+    total, status = total_steps(job.folder), job.status
+    if status in ("running", "stopping"):
+        return Progress(status, log.step, total)
+    if waits:
+        return Progress("waiting", log.step, total)
+    if total and log.step >= total:
+        return Progress("finished", log.step, total)
+    if status in ("stopped", "new"):
+        return Progress("stopped", log.step, total)
+    return Progress("failed", log.step, total, job.error)
+
+
+def total_steps(folder: Path) -> int:
+    """Updates of a run, as its own config says; 0 before it has one."""
+    for name in ("config.yaml", CONFIG):
+        try:
+            train = yaml.safe_load((folder / name).read_text("utf-8")).get("train") or {}
+        except (OSError, ValueError, AttributeError, yaml.YAMLError):
+            continue
+        if name == "config.yaml" or not train.get("num_epochs"):
+            return int(train.get("steps", 1000))
+    return 0
+
+
+def find_runs(roots: Sequence[Path]) -> list[Path]:
+    """Folders of runs at most _DEPTH below these folders, the newest first. Looks into no more than
+    _MOST_FOLDERS."""
+    found: dict[Path, float] = {}
+    left = deque((root, 0) for root in roots)
+    for _ in range(_MOST_FOLDERS):
+        if not left:
+            break
+        folder, depth = left.popleft()
+        try:
+            with os.scandir(folder) as entries:
+                inner = {entry.name: entry for entry in entries}
+        except OSError:
+            continue
+        marks = [inner[name].stat().st_mtime for name in (CONFIG, "log.jsonl") if name in inner]
+        if marks and depth:
+            found[folder] = max(marks)
+        elif depth < _DEPTH:
+            left.extend((folder / name, depth + 1) for name, entry in sorted(inner.items())
+                        if not name.startswith(".") and entry.is_dir(follow_symlinks=False))  # fmt: skip
+    return sorted(found, key=lambda folder: found[folder], reverse=True)
+
+
+def previews_of(folder: Path) -> dict[int, dict[int, Path]]:
+    """{step: {number of the prompt: file}} of the previews of a run, in their order."""
+    found: dict[int, dict[int, Path]] = {}
+    for file in sorted((folder / "samples").glob("*.png")):
+        if name := _PREVIEW.fullmatch(file.name):
+            found.setdefault(int(name[1]), {})[int(name[2])] = file
+    return found
+
+
+def lora_files(folder: Path) -> dict[str, Path]:
+    """The LoRA files of a run: {"250": file, ...} by step, the one at its end last, as "end"."""
+    steps, last = {}, {}
+    for file in sorted(folder.glob("*.safetensors")):
+        if name := _WEIGHTS.fullmatch(file.name):
+            steps.setdefault(str(int(name[1])), file)
+        else:
+            last.setdefault("end", file)
+    return steps | last
+
+
+def smoothed(values: Sequence[float], weight: float) -> list[float]:
+    """A running mean without the pull to zero at its start; weight: share of the old mean. What is not finite
+    changes nothing."""
+    mean, share, found = 0.0, 0.0, []
+    for value in values:
+        if value - value == 0:
+            mean, share = weight * mean + (1 - weight) * value, weight * share + 1 - weight
+        found.append(mean / share if share else value)
+    return found
+
+
+def thinned(points: Sequence[tuple[int, float]], most: int = MOST_POINTS) -> list[tuple[int, float]]:
+    """At most so many of the points, evenly, with the last."""
+    every = -(-len(points) // most) or 1
+    return list(points[::-1][::every][::-1])
