@@ -207,8 +207,8 @@ class ChildProcess:
     exit.
 
     The process starts a new Python ("spawn"), so function and arguments must be picklable. If the
-    block ends with an error, the process gets SIGTERM, and is killed after GRACE seconds. pipe: connection to the
-    process; EOF means that it died.
+    block ends with an error, the process gets SIGTERM, and is killed after GRACE seconds. pipe: connection
+    to the process; EOF means that it died.
     """
 
     def __init__(self, function: Callable, *arguments: Any, daemon: bool = False) -> None:

@@ -1,6 +1,9 @@
 """`import ppcoat`: its names, FLUX made known to ppdiffusers, and commands that import what they need."""
 
 import ast
+import contextlib
+import io
+import json
 import os
 import subprocess
 import sys
@@ -71,6 +74,32 @@ def test_help_imports_neither_paddle_nor_pydantic(python):
     assert done.stdout.startswith("usage: python -m ppcoat <command>")
 
 
+ALL_HELP = """
+import contextlib, io, json, sys
+from ppcoat.cli.main import COMMANDS, main
+texts = {}
+for name in COMMANDS:
+    with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.suppress(SystemExit):
+        main([*name.split(), "--help"])
+    texts[name] = text.getvalue()
+print(json.dumps(texts))
+"""
+
+
+def test_help_of_every_command_is_that_with_paddle_and_does_not_import_it(python, monkeypatch):
+    """In a process that was started with --help; this one has Paddle, and must keep it."""
+    monkeypatch.setenv("COLUMNS", "100")
+    refused = {name: REFUSES.format(name=name) for name in ("paddle", "ppdiffusers", "paddlenlp")}
+    done = python("-c", ALL_HELP, "--help", **refused)
+    assert (done.returncode, done.stderr) == (0, "")
+    monkeypatch.setattr(sys, "argv", ["ppcoat", "--help"])
+    here = io.StringIO()
+    with contextlib.redirect_stdout(here):
+        exec(ALL_HELP, {})
+    assert json.loads(done.stdout) == json.loads(here.getvalue())
+    assert json.loads(done.stdout)["generate"].startswith("usage: python -m ppcoat generate")
+
+
 @pytest.mark.parametrize(
     "command", [["-m", "ppcoat", "plan"], [str(ROOT / "train_scripts" / "train_flux_lora.py")]]
 )
@@ -108,10 +137,12 @@ def test_ppdiffusers_is_told_of_flux_whichever_is_imported_first(first, python):
     assert (done.stdout, done.stderr) == ("theirs False\n", "")
 
 
-@pytest.mark.parametrize("arguments", [["-c", "import ppcoat\nppcoat.FluxPipeline"], ["-m", "ppcoat", "train", "x.yaml"]])
+@pytest.mark.parametrize(
+    "arguments", [["-c", "import ppcoat\nppcoat.FluxPipeline"], ["-m", "ppcoat", "train", "x.yaml"]]
+)
 def test_a_package_that_is_missing_is_told_with_what_to_do(arguments, python):
     """pydantic and ppdiffusers are what a command on a config and a program want first."""
-    done = python(*arguments, ppdiffusers=MISSING, pydantic=MISSING)
+    done = python(*arguments, **dict.fromkeys(("paddle", "ppdiffusers", "pydantic"), MISSING))
     last = done.stderr.splitlines()[-1]
     assert "No module named 'ppdiffusers': ppcoat needs paddlepaddle or paddlepaddle-gpu" in last
     assert "requirements.txt" in last

@@ -15,8 +15,10 @@ from dataclasses import dataclass
 
 from safetensors import SafetensorError
 
+from ppcoat.cli.help import without_libraries
 from ppcoat.errors import ConfigError, ignore_warnings_of_libraries, not_installed
 
+_HELP = {"-h", "--help"}
 _FLAG = re.compile(r"(?<=^--)[a-z0-9]+(-[a-z0-9]+)+(?=$|=)")
 
 
@@ -121,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """`python -m ppcoat <command> ...` -> exit status: 0, or 2 for a user's mistake, 130 for Ctrl+C, 1
     if training diverged."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    if not argv or argv[0] in ("-h", "--help"):
+    if not argv or argv[0] in _HELP:
         print("usage: python -m ppcoat <command> [flags]      (--help after a command lists its flags)\n")
         print("\n".join(f"  {name:20s} {command.what}" for name, command in COMMANDS.items()))
         return 0
@@ -143,6 +145,8 @@ def run(name: str, argv: Sequence[str] | None = None, prog: str | None = None) -
     command = COMMANDS[name]
     argv = [_FLAG.sub(lambda flag: flag.group().replace("-", "_"), each, count=1) for each in
             (sys.argv[1:] if argv is None else argv)]  # fmt: skip
+    if _HELP & set(argv) & set(sys.argv[1:]):  # all that this process was started for
+        without_libraries()
     ignore_warnings_of_libraries()
     for stream in (sys.stdout, sys.stderr):  # a redirected stream may know no Chinese, and no emoji
         if hasattr(stream, "reconfigure"):
