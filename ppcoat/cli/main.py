@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from safetensors import SafetensorError
 
 from ppcoat.cli.help import without_libraries
-from ppcoat.errors import ConfigError, ignore_warnings_of_libraries, not_installed
+from ppcoat.errors import ConfigError, not_installed, tell_plainly
 
 _HELP = {"-h", "--help"}
 _FLAG = re.compile(r"(?<=^--)[a-z0-9]+(-[a-z0-9]+)+(?=$|=)")
@@ -147,7 +147,7 @@ def run(name: str, argv: Sequence[str] | None = None, prog: str | None = None) -
             (sys.argv[1:] if argv is None else argv)]  # fmt: skip
     if _HELP & set(argv) & set(sys.argv[1:]):  # all that this process was started for
         without_libraries()
-    ignore_warnings_of_libraries()
+    tell_plainly()
     for stream in (sys.stdout, sys.stderr):  # a redirected stream may know no Chinese, and no emoji
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
