@@ -69,6 +69,7 @@ class Progress(tqdm):
     def close(self) -> None:
         """Show the last state, and end. A second call does nothing."""
         if self.in_lines and not self.disable:
-            self.refresh()
+            if self.last_print_t >= self.start_t + self.delay:  # something was shown
+                self.refresh()
             self.sp = None  # that was the last line
         super().close()
