@@ -35,7 +35,7 @@ def test_captions_are_edited_in_place_and_taken_back(data, start_studio, open_pa
     page.get_by_label("Trigger word").fill("sks")
     page.get_by_role("button", name="Open").click()
     page.wait_for_selector(".picture")
-    assert page.locator(".picture").count() == 6
+    page.wait_for_function("document.querySelectorAll('.picture').length == 6")
     assert card(page, "p2.png").locator(".picture-note").inner_text() == "14% cropped"
     assert card(page, "p2.png").locator(".picture-crop").count() == 1
     assert card(page, "p1.png").locator(".word").inner_text() == "sks"
@@ -116,7 +116,7 @@ def test_hostile_names_and_captions_are_text(data, tmp_path, start_studio, open_
     page.get_by_role("button", name="Choose this folder").click()
     page.get_by_role("button", name="Open").click()
     page.wait_for_selector(".picture")
-    assert page.locator(".picture").count() == 6 + len(names) + 2
+    page.wait_for_function(f"document.querySelectorAll('.picture').length == {6 + len(names) + 2}")
     assert page.get_by_text(HOSTILE.replace("/", "|") + ".png", exact=True).count() == 1
     assert page.locator(".picture-caption b, .picture script, .picture-text img").count() == 0
     name = page.get_by_text(HOSTILE.replace("/", "|") + ".png", exact=True)
