@@ -79,7 +79,7 @@ def open_page(chromium):
         )
         contexts.append(context)
         page = context.new_page()
-        page.set_default_timeout(20_000)
+        page.set_default_timeout(60_000)  # of a busy machine
         ours = (url.split("/")[2], "")
         page.on("request", lambda request: outside.append(request.url)
                 if request.url.split("/")[0] in ("http:", "https:", "ws:", "wss:")
