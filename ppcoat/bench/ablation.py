@@ -46,11 +46,11 @@ class AblationFlags:
     """Settings of the command."""
 
     data_path: str = flag("folder of pictures with captions")
-    model: str = flag("the teacher", TEACHER)
-    output_dir: str = flag("", "output/ablation")
-    lora_steps: int = flag("of each LoRA", 250)
-    samples: int = flag("pictures scored", 1000)
-    seed: int = flag("of the trainings", 0)
+    model: str = flag("teacher: a FLUX folder", TEACHER)
+    output_dir: str = flag("folder for runs and results", "output/ablation")
+    lora_steps: int = flag("steps of each LoRA", 250)
+    samples: int = flag("pictures per score", 1000)
+    seed: int = flag("seed of the trainings", 0)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -80,14 +80,14 @@ class MomentErrors:
 class AccuracyFlags:
     """Settings of the command."""
 
-    output: Path | None = flag("write the numbers as JSON, too", None, metavar="FILE")
+    output: Path | None = flag("JSON file to write the numbers to", None, metavar="FILE")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_flags(parser, AccuracyFlags)
     others = parser.add_subparsers(dest="other", title="other tables, with flags of their own")
     for name, (settings, _, what) in OTHERS.items():
-        add_flags(others.add_parser(name, help=what), settings)
+        add_flags(others.add_parser(name, help=what, description=what), settings)
 
 
 def run_command(arguments: argparse.Namespace) -> None:

@@ -66,21 +66,23 @@ SEED_APART = 10_000_000  # from any seed of the other pictures
 class WeightFlags:
     """Settings of `accuracy weights`."""
 
-    model: Path = flag("FLUX folder or file", Path(TINY_FLUX), shows_default=False)
-    base: str = flag("format of the weights", "fp8", choices=tuple(BASES))
-    no_output: bool = flag("leave the output out, for large models", False)
-    output: Path | None = flag("write the numbers as JSON, too", None, metavar="FILE")
+    model: Path = flag("FLUX folder or file", Path(TINY_FLUX))
+    base: str = flag("format of the base weights", "fp8", choices=tuple(BASES))
+    no_output: bool = flag("measure weights only, for models too large to run", False)
+    output: Path | None = flag("JSON file to write the numbers to", None, metavar="FILE")
 
 
 @dataclass(frozen=True)
 class BaseFlags:
     """Settings of `accuracy bases`. config: of the LoRA runs, and its model is the one that is quantised."""
 
-    config: str = flag("settings of the runs (default: quickstart's)", str(CONFIG), shows_default=False)
-    steps: int = flag("of each LoRA", 150)
-    seeds: list[int] = flag("of the LoRAs (default: 0 1 2)", [0, 1, 2], shows_default=False)
+    config: str = flag(
+        "config of the runs (default: configs/quickstart.yaml)", str(CONFIG), shows_default=False
+    )
+    steps: int = flag("steps of each LoRA", 150)
+    seeds: list[int] = flag("seeds of the LoRAs", [0, 1, 2])
     samples: int = flag("pictures per Frechet distance", 200)
-    output_dir: str = flag("", "output/bases")
+    output_dir: str = flag("folder for runs and results", "output/bases")
     overrides: list[str] = set_flag()
 
 

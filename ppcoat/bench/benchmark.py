@@ -43,12 +43,10 @@ class BenchmarkFlags:
     and for flags that contradict each other."""
 
     num_steps: int = flag("steps of each variant", 50)
-    memory_budget_gb: float | None = flag("find the largest batch within so many GB (1e9 bytes)", None)
-    use_fp8_activation: bool = flag("COAT keeps activations in FP8 too", False)
-    policy: str | None = flag("what COAT then keeps for backward (default: coat)", None)
-    output: str = flag(
-        "JSON file; the plot is beside it, as .png", "benchmark_results.json", shows_default=False
-    )
+    memory_budget_gb: float | None = flag("also find the largest batch within so many GB (1e9 bytes)", None)
+    use_fp8_activation: bool = flag("save activations in FP8, too, not only optimizer states", False)
+    policy: str | None = flag("saving policy of these activations (default: coat)", None)
+    output: str = flag("JSON file to write, with the plot beside it as .png", "benchmark_results.json")
 
     def __post_init__(self) -> None:
         if self.policy is not None and not self.use_fp8_activation:
@@ -70,10 +68,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     others = parser.add_subparsers(dest="other", title="another measurement, with flags of its own")
     for name, module, what in (
-        ("full_size", full_size, "LoRA steps on random weights of FLUX.1-dev's size, on the CPU"),
-        ("kernels", kernels, "error and speed of the Triton kernels on a card"),
+        ("full_size", full_size, "take LoRA steps on random weights of FLUX.1-dev's size, on the CPU"),
+        ("kernels", kernels, "measure error and speed of the Triton kernels on a card"),
     ):
-        module.add_arguments(others.add_parser(name, help=what))
+        module.add_arguments(others.add_parser(name, help=what, description=what))
 
 
 def run_command(arguments: argparse.Namespace) -> None:

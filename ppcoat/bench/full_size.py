@@ -68,7 +68,7 @@ class FullSizeCase:
     ConfigError for a number out of range."""
 
     folder: Path = flag(
-        "holds the weights; 31 GB must be free, 36 GB for a base of 8 bits",
+        "folder for the weights: 31 GB must be free there, 36 GB for a base of 8 bits",
         Path("output/full_size"),
         shows_default=False,
     )
@@ -114,8 +114,8 @@ class FullSizeCase:
 class FullSizeFlags:
     """What the command does with the numbers and with the files that it wrote."""
 
-    delete: bool = flag("remove all that was written at the end", False)
-    output: Path = flag("JSON file of the numbers", Path("full_size.json"), shows_default=False)
+    delete: bool = flag("remove the weights at the end", False)
+    output: Path = flag("JSON file to write", Path("full_size.json"))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

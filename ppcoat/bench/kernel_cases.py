@@ -246,7 +246,7 @@ class Kernels:
         moved = sum(
             x.element_size() * math.prod(x.shape) for state in states.values() for x in state.values()
         )
-        states["beta_powers"] = {each: library.put(np.ones([1], "float32")) for each in ("beta1", "beta2")}
+        states["beta_powers"] = {each: library.put(np.ones([1], "float64")) for each in ("beta1", "beta2")}
         states["count"] = {each: library.zeros([1], "int64") for each in ("steps", "skipped")}
         codecs = tuple(library.codec(fmt, expand, positive) for positive in (False, True))
         lr = library.put(np.full([groups, 1], 1e-4, "float32")) if rows else 1e-4

@@ -93,9 +93,9 @@ class Row:
 class KernelFlags:
     """Settings of the command."""
 
-    output: str | None = flag("JSON file to write; timings go to kernels.json if none is named", None)
-    static: bool = flag("compile and count instructions instead of timing: needs no card", False)
-    runs: int = flag("timed calls each", Sizes.runs)
+    output: str | None = flag("JSON file to write (default: kernels.json; with --static none)", None)
+    static: bool = flag("compile and count instructions instead of timing; needs no card", False)
+    runs: int = flag("timed calls of each kernel", Sizes.runs)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

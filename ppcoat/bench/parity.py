@@ -38,11 +38,13 @@ WANTED_LOSS, WANTED_RATE = 0.01, 0.05  # greatest difference from float32
 class ParityFlags:
     """Settings of the command. config: the file; what the runs differ in is set on top of it."""
 
-    config: str = flag("settings of the runs (default: quickstart's)", str(CONFIG), shows_default=False)
-    steps: int = flag("of each run", 400)
-    seeds: list[int] = flag("(default: 0 1 2)", [0, 1, 2], shows_default=False)
+    config: str = flag(
+        "config of the runs (default: configs/quickstart.yaml)", str(CONFIG), shows_default=False
+    )
+    steps: int = flag("steps of each run", 400)
+    seeds: list[int] = flag("seeds of the runs", [0, 1, 2])
     samples: int = flag("pictures per motif rate", 600)
-    output_dir: str = flag("", "output/parity")
+    output_dir: str = flag("folder for runs and results", "output/parity")
     overrides: list[str] = set_flag()
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,7 +39,7 @@ MOTIF = garments.MOTIFS[0]
 CONFIG = CONFIGS / "quickstart.yaml"
 PICTURES, DATA_SEED = 96, 7
 GRID_COLUMNS = 8
-DRAWN = ".drawn_by_quickstart"  # file in the data folder that marks it as made here
+DRAWN = ".drawn_by_quickstart"  # file in a data folder that marks it as made here
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,9 @@ class QuickstartFlags:
     """Settings of the command."""
 
     config: str = flag(
-        "settings of the run (default: configs/quickstart.yaml)", str(CONFIG), shows_default=False
+        "config of the run (default: configs/quickstart.yaml)", str(CONFIG), shows_default=False
     )
-    samples: int = flag("pictures per measured rate", 100)
+    samples: int = flag("pictures drawn for each rate", 100)
     overrides: list[str] = set_flag()
 
 
@@ -99,28 +100,45 @@ def draw_data(config: RunConfig) -> None:
 
 
 def remove_earlier(folder: Path, sign: str) -> None:
-    """Remove a folder of an earlier quickstart, which contains the file `sign`. Raises ConfigError for any
-    other folder that is not empty.
+    """Remove a folder of an earlier call, which contains the file `sign`. Raises ConfigError for any other
+    folder that is not empty.
     """
     if folder.is_dir() and any(folder.iterdir()) and not (folder / sign).exists():
-        raise ConfigError(f"{folder} is not from an earlier quickstart: move it, or choose another folder")
+        raise ConfigError(f"{folder} is not from an earlier call of this: move it, or choose another folder")
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def draw_and_score(config: RunConfig, lora_file: Path, samples: int) -> tuple[dict[str, float], Image.Image]:
     """Draw `samples` pictures of each set (see _draw_sets) -> ({set: motif rate}, grid of the first pictures,
     LoRA off above, on below)."""
-    half = -(-samples // 2)
-    log = Path(config.output_dir) / "drawing.log"
-    jobs = [
-        Job(f"drawing, three times, pictures 1 to {half}", _draw_sets, (config, lora_file, 0, half)),
-        Job(f"and pictures {half + 1} to {samples}", _draw_sets, (config, lora_file, half, samples), log),
-    ]
-    first, second = run_parallel(jobs, config.device)
-    pictures = {name: first[name] + second[name] for name in first}
+    pictures = draw_in_halves(_draw_sets, config, lora_file, samples)
     rates = {name: motif_rate(drawn) for name, drawn in pictures.items()}
     grid = [pictures[name][:GRID_COLUMNS] for name in ("off", "on")]
     return rates, contact_sheet(grid, ["LoRA off", "LoRA on"])
+
+
+def draw_in_halves(
+    draw_sets: Callable[[RunConfig, Path, int, int], dict[str, list]],
+    config: RunConfig,
+    lora_file: Path,
+    samples: int,
+) -> dict[str, list]:
+    """The sets that draw_sets(config, lora_file, start, stop) draws, each of `samples` pictures, in two jobs
+    of half of them."""
+    half = -(-samples // 2)
+    parts = [(0, half), (half, samples)] if samples > 1 else [(0, 1)]
+    log = Path(config.output_dir) / "drawing.log"
+    jobs = [
+        Job(
+            f"drawing, pictures {start + 1} to {stop}",
+            draw_sets,
+            (config, lora_file, start, stop),
+            log if start else None,
+        )
+        for start, stop in parts
+    ]
+    done = run_parallel(jobs, config.device)
+    return {name: [picture for each in done for picture in each[name]] for name in done[0]}
 
 
 def _draw_sets(config: RunConfig, lora_file: Path, start: int, stop: int) -> dict[str, list[Image.Image]]:
@@ -161,16 +179,22 @@ def draw_prompts(
     return pictures
 
 
-def contact_sheet(rows: list[list[Image.Image]], names: list[str], scale: int = 2) -> Image.Image:
-    """Rows of pictures, enlarged `scale` times, with the name of each row on the left."""
+def contact_sheet(
+    rows: list[list[Image.Image]], names: list[str], scale: int = 2, heads: Sequence[str] = ()
+) -> Image.Image:
+    """Rows of pictures, enlarged `scale` times, with the name of each row on the left, and heads above the
+    columns."""
     width, height = (side * scale for side in rows[0][0].size)
-    margin = 70
-    sheet = Image.new("RGB", (margin + width * len(rows[0]), height * len(rows)), "white")
+    margin, top = 70, 16 if heads else 0
+    sheet = Image.new("RGB", (margin + width * len(rows[0]), top + height * len(rows)), "white")
     pen = ImageDraw.Draw(sheet)
+    for x, head in enumerate(heads):
+        pen.text((margin + x * width + 3, 2), head, fill="black")
     for y, (row, name) in enumerate(zip(rows, names, strict=True)):
-        pen.text((6, y * height + height // 2), name, fill="black")
+        pen.text((6, top + y * height + height // 2), name, fill="black")
         for x, picture in enumerate(row):
-            sheet.paste(picture.resize((width, height), Image.NEAREST), (margin + x * width, y * height))
+            place = margin + x * width, top + y * height
+            sheet.paste(picture.resize((width, height), Image.NEAREST), place)
     return sheet
 
 

@@ -276,7 +276,7 @@ def _arguments(name: str) -> tuple:
         if name == "adamw_step":
             codecs = MomentCodec(E4M3, True, positive=False), MomentCodec(E4M3, True, positive=True)
             states = encode_moments(rows * 0.0, rows * 0.0, codecs)
-            states["beta_powers"] = {"beta1": paddle.ones([1]), "beta2": paddle.ones([1])}
+            states["beta_powers"] = {each: paddle.ones([1], "float64") for each in ("beta1", "beta2")}
             states["count"] = {"steps": paddle.zeros([1], "int64"), "skipped": paddle.zeros([1], "int64")}
             hyper = AdamWHyper(1e-4, 0.01, 0.9, 0.999, 1e-8)
             return rows.clone(), rows, states, codecs, hyper, paddle.to_tensor([True])

@@ -44,18 +44,18 @@ COMFYUI_MEASURES = (
 class InspectFlags:
     """Settings of `inspect`."""
 
-    file: Path = flag("LoRA file, .safetensors, or folder; or a base model in one file", positional=True)
+    file: Path = flag("LoRA file (.safetensors) or folder, or a base model in one file", positional=True)
 
 
 @dataclass(frozen=True)
 class ConvertFlags:
     """Settings of `convert`."""
 
-    input: Path = flag("LoRA file, .safetensors, or folder", positional=True, metavar="IN")
-    output: Path = flag("file to write, .safetensors", positional=True, metavar="OUT")
-    format: str = flag("what to write", choices=FORMATS)
-    dtype: str | None = flag("of the tensors (default: as in IN)", None, choices=LORA_DTYPES)
-    ignore_unknown: bool = flag("leave keys out that name no FLUX module", False)
+    input: Path = flag("LoRA file (.safetensors) or folder", positional=True, metavar="IN")
+    output: Path = flag("file to write (.safetensors)", positional=True, metavar="OUT")
+    format: str = flag("format of OUT", choices=FORMATS)
+    dtype: str | None = flag("dtype of the tensors (default: as in IN)", None, choices=LORA_DTYPES)
+    ignore_unknown: bool = flag("leave out keys of a LoRA that name nothing in the model", False)
 
 
 def add_inspect_arguments(parser: argparse.ArgumentParser) -> None:

@@ -64,28 +64,30 @@ _OF_FLUX = {
 class WriteFlags:
     """What is written."""
 
-    format: str | None = flag("what to write (default: as in the first file)", None, choices=FORMATS)
-    dtype: str | None = flag("of the tensors (default: as in the files)", None, choices=LORA_DTYPES)
+    format: str | None = flag(
+        "format of the file to write (default: as in the first LoRA, else diffusers)", None, choices=FORMATS
+    )
+    dtype: str | None = flag("dtype of the tensors (default: as in the files)", None, choices=LORA_DTYPES)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReadFlags(WriteFlags):
     """What is read."""
 
-    model: str | None = flag("model of the LoRA, wanted for NewBie; shapes are held to it", None)
-    ignore_unknown: bool = flag("leave keys out that name no module", False)
+    model: str | None = flag("model of the LoRA, to check names and shapes; needed for NewBie", None)
+    ignore_unknown: bool = flag("leave out keys of a LoRA that name nothing in the model", False)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ResizeFlags(ReadFlags):
     """Settings of `lora resize`."""
 
-    input: Path = flag("LoRA file, .safetensors, or folder", positional=True, metavar="IN")
-    output: Path = flag("file to write, .safetensors", positional=True, metavar="OUT")
-    rank: int | None = flag("largest rank of a layer", None)
+    input: Path = flag("LoRA file (.safetensors) or folder", positional=True, metavar="IN")
+    output: Path = flag("file to write (.safetensors)", positional=True, metavar="OUT")
+    rank: int | None = flag("largest rank of any layer", None)
     energy: float | None = flag(
-        "rank of each layer so that its largest singular values make up this share, e.g. 0.95, of the sum "
-        "of all their squares", None
+        "share of the squares of a layer's singular values that stays, e.g. 0.95: it decides the rank of the "
+        "layer", None
     )  # fmt: skip
 
 
@@ -93,10 +95,10 @@ class ResizeFlags(ReadFlags):
 class CombineFlags(ReadFlags):
     """Settings of `lora combine`."""
 
-    files: list[Path] = flag("LoRA files or folders, and at last the file to write", positional=True,
+    files: list[Path] = flag("LoRA files or folders, and as the last the file to write", positional=True,
                              metavar="FILE")  # fmt: skip
-    scale: list[str] = flag("strength, one or one each", ["1"], shows_default=False)
-    rank: int | None = flag("largest rank of a layer (default: the sum of the ranks, which is exact)", None)
+    scale: list[str] = flag("strength of the LoRAs: one for all, or one each", ["1"])
+    rank: int | None = flag("largest rank of any layer (default: the sum of the ranks, which is exact)", None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,13 +106,13 @@ class ExtractFlags(WriteFlags):
     """Settings of `lora extract`."""
 
     base: Path = flag(
-        "folder of a FLUX or NewBie pipeline, or of its transformer, or a FLUX file",
+        "FLUX or NewBie folder, the folder of its transformer, or a FLUX file",
         positional=True,
         metavar="BASE",
     )
     tuned: Path = flag("the same model after training", positional=True, metavar="TUNED")
-    output: Path = flag("file to write, .safetensors", positional=True, metavar="OUT")
-    rank: int = flag("largest rank of a layer")
+    output: Path = flag("file to write (.safetensors)", positional=True, metavar="OUT")
+    rank: int = flag("largest rank of any layer")
     text_encoders: bool = flag("take the differences of FLUX's CLIP and T5, too", False)
 
 

@@ -36,14 +36,24 @@ COMMANDS = {
     "quickstart": Command(
         "draw data, train a LoRA with and without COAT, draw with it, measure", "ppcoat.bench.quickstart"
     ),
-    "train": Command("train a FLUX LoRA from a YAML file", "ppcoat.cli.train", "add_flux_arguments"),
+    "demo": Command(
+        "edit, dress a figure, inpaint, change the style: train it on drawings, draw, measure",
+        "ppcoat.bench.demo",
+    ),
+    "train": Command(
+        "train a LoRA, DoRA or LoKr of FLUX from a YAML or JSON file",
+        "ppcoat.cli.train",
+        "add_flux_arguments",
+    ),
     "tune": Command(
-        "find learning rate and rank for a config within a time",
+        "find learning rate and rank of a config within a time",
         "ppcoat.cli.train",
         "add_tune_arguments",
         "run_tune",
     ),
-    "train-flux-lightning": Command("distil FLUX to 4 steps", "ppcoat.distill.flux_lightning"),
+    "train-flux-lightning": Command(
+        "distil FLUX to 4 steps", "ppcoat.cli.train", "add_distill_arguments", "run_distill"
+    ),
     "train-newbie": Command(
         "train a NewBie LoRA or LoKr from a TOML file", "ppcoat.cli.train", "add_newbie_arguments"
     ),
@@ -59,8 +69,18 @@ COMMANDS = {
         "add_convert_newbie_arguments",
         "run_convert_newbie",
     ),
-    "generate": Command("draw pictures with a FLUX folder and, if wanted, a LoRA", "ppcoat.infer.generate"),
-    "lightning": Command("draw in four steps with a FLUX-Lightning LoRA", "ppcoat.infer.lightning"),
+    "generate": Command(
+        "draw with FLUX or NewBie-image, with LoRAs, from pictures",
+        "ppcoat.cli.draw",
+        "add_generate_arguments",
+        "run_generate",
+    ),
+    "lightning": Command(
+        "draw in four steps with a FLUX-Lightning LoRA",
+        "ppcoat.cli.draw",
+        "add_lightning_arguments",
+        "run_lightning",
+    ),
     "evaluate": Command(
         "score folders of pictures, or a tiny FLUX on unseen captions", "ppcoat.infer.evaluate"
     ),
@@ -110,21 +130,21 @@ COMMANDS = {
         "add_caption_arguments",
         "run_captions",
     ),
-    "doctor": Command(
-        "tell what works on this machine, and what is lost where it does not", "ppcoat.cli.doctor"
-    ),
+    "doctor": Command("tell what works on this machine, and what each miss costs", "ppcoat.cli.doctor"),
     "firstlight": Command(
         "check, time and train on a card for ten minutes: one table to report", "ppcoat.bench.firstlight"
     ),
     "studio": Command("open the web page: data, training, drawing, files", "ppcoat.studio.server"),
-    "plan": Command("tell the memory a run will need, choose settings that fit a card", "ppcoat.cli.plan"),
+    "plan": Command(
+        "tell how much memory a run needs, and choose settings that fit a card", "ppcoat.cli.plan"
+    ),
     "benchmark": Command("measure standard and COAT training side by side", "ppcoat.bench.benchmark"),
     "parity": Command("train quickstart's LoRA under every saving policy and compare", "ppcoat.bench.parity"),
     "ablation": Command(
         "distil the tiny FLUX with each loss of FLUX-Lightning and compare", "ppcoat.bench.ablation"
     ),
     "accuracy": Command(
-        "error of the FP8 optimizer states beside the published rules", "ppcoat.bench.accuracy"
+        "measure the error of FP8 optimizer states and of quantised bases", "ppcoat.bench.accuracy"
     ),
     "pretrain-tiny-flux": Command("make the built-in tiny FLUX from nothing", "ppcoat.pretrain.stages"),
 }

@@ -26,12 +26,12 @@ import numpy as np
 import paddle
 
 from ppcoat.atomic import check_writable, whole_folder
-from ppcoat.config.flags import add_flags, flag, from_flags
+from ppcoat.config.flags import OF_FILE, add_flags, flag, from_flags
 from ppcoat.device import tune_host
 from ppcoat.errors import ConfigError
 from ppcoat.lora import LoRAFile, info_of, merge_lora, put_adapters, read_fitting, tell
 from ppcoat.lora.adapters import added
-from ppcoat.models.flux.files import FLUX_CLASSES, FLUX_COMPONENTS, OF_FILE, FluxFiles
+from ppcoat.models.flux.files import FLUX_CLASSES, FLUX_COMPONENTS, FluxFiles
 from ppcoat.models.loading import (
     check_folder,
     linear_weights,
@@ -52,11 +52,11 @@ ROUNDING = {"F32": ("float32", 2.0**-24), "BF16": ("bfloat16", 2.0**-8), "F16": 
 class MergeFlags:
     """Settings of the command."""
 
-    model: str = flag("folder of a FLUX pipeline, or a FLUX file")
-    lora: list[str] = flag("LoRA files, .safetensors, or folders; several are added up")
-    output_dir: str = flag("folder to write; it may not exist")
-    scale: list[float] = flag("strength of the LoRA, one or one each", [1.0], shows_default=False)
-    ignore_unknown: bool = flag("leave out what a LoRA has for layers that the model lacks", False)
+    model: str = flag("FLUX folder in diffusers' layout, or a FLUX file")
+    lora: list[str] = flag("LoRA files (.safetensors) or folders; several add up")
+    output_dir: str = flag("folder to write; must not exist yet")
+    scale: list[float] = flag("strength of the LoRAs: one for all, or one each", [1.0])
+    ignore_unknown: bool = flag("leave out keys of a LoRA that name nothing in the model", False)
     text_encoders: list[str] | None = flag(f"CLIP and T5 {OF_FILE}, or a file for each", None)
     vae: str | None = flag(f"autoencoder {OF_FILE}, or its file", None)
     tokenizers: list[str] | None = flag(f"tokenizers {OF_FILE}, or a folder for each", None)

@@ -40,9 +40,9 @@ class ConvertNewbieFlags:
     jina: str = flag("folder of Jina CLIP v2 with its tokenizer")
     vae: str = flag("folder of FLUX.1's VAE, or a FLUX folder with vae/ in it")
     folder: str | None = flag(
-        "folder to write; it may not exist (default: diffusers/ beside it)", None, name="output"
+        "folder to write; must not exist yet (default: diffusers/ beside the checkpoint)", None, name="output"
     )
-    dtype: str = flag("of all weights", "bf16", choices=list(WEIGHT_DTYPES))
+    dtype: str = flag("dtype of all weights", "bf16", choices=list(WEIGHT_DTYPES))
     transformer_config: str | None = flag("config.json of a transformer that is not the 3B one", None)
 
 
@@ -50,11 +50,11 @@ class ConvertNewbieFlags:
 class MergeNewbieFlags:
     """Settings of the command that merges."""
 
-    base_model_path: str = flag("folder of a NewBie-image pipeline")
-    lora_path: list[str] = flag("adapter directories, or .safetensors files; several are added up")
-    output_path: str = flag("folder to write; it may not exist")
-    scale: list[float] = flag("strength, one or one each", [1.0], shows_default=False)
-    ignore_unknown: bool = flag("leave out what an adapter has for layers that the model lacks", False)
+    base_model_path: str = flag("NewBie folder")
+    lora_path: list[str] = flag("LoRA or LoKr files (.safetensors) or folders; several add up")
+    output_path: str = flag("folder to write; must not exist yet")
+    scale: list[float] = flag("strength of the LoRAs: one for all, or one each", [1.0])
+    ignore_unknown: bool = flag("leave out keys of a LoRA that name nothing in the model", False)
 
 
 def add_convert_newbie_arguments(parser: argparse.ArgumentParser) -> None:

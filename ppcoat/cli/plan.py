@@ -47,14 +47,16 @@ class PlanFlags:
     )
     vram: float | None = flag("choose the fastest settings that fit into so many GB", None, metavar="GB")
     cards: list[float] | None = flag(
-        "instead: a table in Markdown of what fits on cards with so many GB", None, metavar="GB"
+        "print a Markdown table of what fits on cards with so many GB", None, metavar="GB"
     )
     pictures: list[int] | None = flag(
         "with --cards: sides of pictures, in training and previews (default: the config's)",
         None,
         metavar="PIXELS",
     )
-    resolution: int | None = flag(f"of lightning's pictures (default: {RESOLUTION})", None, metavar="PIXELS")
+    resolution: int | None = flag(
+        f"lightning: side of the pictures (default: {RESOLUTION})", None, metavar="PIXELS"
+    )
     overrides: list[str] = set_flag()
 
 
@@ -63,12 +65,16 @@ class DrawingFlags:
     """Settings of plan generate; they mean what generate's do."""
 
     model: str | None = flag("generate: a FLUX or NewBie folder, or a FLUX file (default: FLUX.1-dev)", None)
-    family: Literal["flux", "newbie"] | None = flag("generate: of a model that is not here", None)
+    family: Literal["flux", "newbie"] | None = flag(
+        "generate: kind of a model whose folder is not here", None
+    )
     height: int | None = flag(f"generate: pixels (default: {RESOLUTION})", None)
     width: int | None = flag(f"generate: pixels (default: {RESOLUTION})", None)
-    num_images: int | None = flag("generate: pictures per prompt, at once (default: 1)", None)
-    quantize: Literal["fp8", "int8", "nf4", "fp4"] | None = flag("generate: the transformer's weights", None)
-    offload: bool = flag("generate: parts on the card in turns", False)
+    num_images: int | None = flag("generate: pictures drawn at once (default: 1)", None)
+    quantize: Literal["fp8", "int8", "nf4", "fp4"] | None = flag(
+        "generate: format of the transformer's weights", None
+    )
+    offload: bool = flag("generate: text encoders, transformer and VAE on the card in turns", False)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

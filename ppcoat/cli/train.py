@@ -1,12 +1,14 @@
-"""Commands that train an adapter from a config file, and the one that looks for the best settings first.
+"""Commands that train: adapters from a config file, FLUX-Lightning from flags; and the one that looks for the
+best settings first.
 
     python train_scripts/train_flux_lora.py config.yaml [--set train.steps=50] [--strict] [--dry_run]
     python train_scripts/train_newbie_lora.py --config_file my.toml [--set a.b=c] [--strict] [--dry_run]
+    python train_scripts/train_flux_lightning_lora.py --data_path pictures [--max_train_steps 3000 ...]
     python -m ppcoat tune config.yaml --budget 60m [--hold_out 8] [--set a.b=c]
 
-The NewBie command also takes the config.yaml that a run leaves in its folder. The run itself is in
-train/run.py, the search in train/tune.py, which are imported, with Paddle and its models, only for a config
-without mistakes.
+The NewBie command also takes the config.yaml that a run leaves in its folder. The runs themselves are in
+train/run.py and distill/flux_lightning.py, the search in train/tune.py, which are imported, with Paddle and
+its models, only for settings without mistakes.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from ppcoat.config.flags import RunFlags, add_flags, add_run_flags, flag, from_flags
+from ppcoat.config.flags import RunFlags, add_flags, add_run_flags, add_section_flags, flag, from_flags
+from ppcoat.config.lightning import LightningConfig, lightning_config
 from ppcoat.config.load import dump_config
 from ppcoat.config.newbie import load_run_config
 from ppcoat.config.schema import RunConfig
@@ -51,6 +54,22 @@ def add_newbie_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `train_scripts/train_newbie_lora.py`."""
     parser.set_defaults(family="newbie")
     add_run_flags(parser, NewbieRunFlags)
+
+
+def add_distill_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `train_scripts/train_flux_lightning_lora.py`: the fields of LightningConfig."""
+    add_section_flags(parser, LightningConfig)
+
+
+def run_distill(arguments: argparse.Namespace) -> None:
+    """Distil FLUX to four steps."""
+    config = lightning_config(vars(arguments))
+
+    from ppcoat.device import tune_host
+    from ppcoat.distill.flux_lightning import train_flux_lightning
+
+    tune_host()
+    train_flux_lightning(config)
 
 
 def add_tune_arguments(parser: argparse.ArgumentParser) -> None:

@@ -306,6 +306,8 @@ def _split_flags(prompt: str, notes: list[str]) -> _Preview:
 def _settings(given: dict[str, Any], notes: list[str], strict: bool = False) -> _Preview:
     """What a preview can follow. notes: gets the rest; a preview must not stop a training. strict: what has
     our own name is left to the schema."""
+    empty = [key for key in (*_REFERENCES, _MASK) if given.get(key) == ""]
+    notes += [f"its '{key}' names no file: it is drawn without one" for key in empty]
     given_as = [given[key] for key in _REFERENCES if given.get(key)]
     references = [path for each in given_as for path in (each if isinstance(each, list) else [each])]
     settings: _Preview = {"ctrl_img": references} if references else {}

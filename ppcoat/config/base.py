@@ -55,17 +55,15 @@ def checked_trigger_word(value: str | None) -> str | None:
 # Where the components of a model are that its file lacks.
 TextEncoderPlaces = Annotated[
     PathTexts,
-    Field(description="where CLIP and T5 are that a FLUX file lacks: a FLUX folder, or a file for each"),
+    Field(description="CLIP and T5 that a FLUX file lacks: a FLUX folder, or a file for each"),
 ]
 VAEPlace = Annotated[
     PathText | None,
-    Field(description="where the autoencoder is that a FLUX file lacks: a FLUX folder, or a file"),
+    Field(description="autoencoder that a FLUX file lacks: a FLUX folder, or its file"),
 ]
 TokenizerPlaces = Annotated[
     PathTexts,
-    Field(
-        description="where the tokenizers are, if not in one of these: a FLUX folder, or a folder for each"
-    ),
+    Field(description="tokenizers, if they are in none of these: a FLUX folder, or a folder for each"),
 ]
 BaseFormat = Literal["fp8", "int8", "nf4", "fp4"]
 # Names that ai-toolkit, diffusers and OneTrainer have, in small letters without underscores.
@@ -93,6 +91,6 @@ Quantize = Annotated[
     BeforeValidator(_quantize),
     Field(
         description="store the frozen Linears in fp8 (true; 8 bits a weight), int8 (8.25), nf4 (4.13) or fp4 "
-        "(4.5); their errors: docs/kernels.md"
+        "(4.5); their errors: docs/accuracy.md"
     ),
 ]

@@ -23,6 +23,7 @@ _PACKAGE = Path(__file__).parents[1]
 # An installed ppcoat has the folder inside, a clone beside it.
 CONFIGS = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent / "configs"
 TINY_FLUX = str(_PACKAGE / "assets" / "tiny_flux")  # the model that comes with ppcoat
+OF_FILE = "that a FLUX file lacks: a FLUX folder"  # what is given beside such a file
 
 
 class TakesArguments(Protocol):
@@ -46,8 +47,8 @@ def flag(
 ) -> Any:
     """A dataclass field with what its flag's help says; without default the flag is required.
 
-    The help shows a default that is not None, False or "", unless shows_default is off. name: of the flag, if
-    not the field's own. positional: told by its place, without a name; named_too: or by its name.
+    The help shows a default that is not None, False or empty, unless shows_default is off. name: of the
+    flag, if not the field's own. positional: told by its place, without a name; named_too: or by its name.
     repeated: each use adds one item to the list, which otherwise takes several texts at once. metavar: what
     the help calls the value. choices: the texts allowed.
     """
@@ -68,7 +69,7 @@ def flag(
 def set_flag() -> Any:
     """The field `overrides` of a command with a config: --set a.b=c."""
     what = "override one key, e.g. --set train.steps=50; may be repeated"
-    return flag(what, [], "set", repeated=True, metavar="a.b=c", shows_default=False)
+    return flag(what, [], "set", repeated=True, metavar="a.b=c")
 
 
 def add_flags(parser: TakesArguments, fields_of: type, *names: str) -> None:
@@ -78,7 +79,7 @@ def add_flags(parser: TakesArguments, fields_of: type, *names: str) -> None:
     for name in names or fields:
         field = fields[name]
         told, default = field.metadata, _default_of(field)
-        hidden = default in (dataclasses.MISSING, None, "") or default is False or not told["shows_default"]
+        hidden = default is dataclasses.MISSING or not told["shows_default"]
         settings = _reading(types[name]) | {key: value for key, value in told["told"].items() if value}
         if told["repeated"]:
             del settings["nargs"]
@@ -220,8 +221,16 @@ def _add(
     parser: TakesArguments, name: str, positional: bool, what: str, shown: Any, settings: dict[str, Any]
 ) -> None:
     """The one place that adds a flag. shown: the default that its help tells, None for none."""
-    text = what if shown is None else f"{what} (default: {shown})".strip()
+    hidden = shown is None or shown is False or shown in ("", (), [])
+    text = what if hidden else f"{what} (default: {_told(shown)})"
     parser.add_argument(name if positional else f"--{name}", help=text.replace("%", "%%"), **settings)
+
+
+def _told(value: Any) -> str:
+    """A default as one would write it on the command line."""
+    if isinstance(value, list | tuple):
+        return " ".join(map(_told, value))
+    return "tiny_flux" if str(value) == TINY_FLUX else str(value)
 
 
 def _flag_fields(fields_of: type) -> dict[str, dataclasses.Field]:
@@ -247,7 +256,7 @@ def _reading(kind: Any, as_text: bool = False) -> dict[str, Any]:
     if kind is bool:
         return {"action": argparse.BooleanOptionalAction if as_text else "store_true"}
     if get_origin(kind) is Literal:
-        return {"choices": get_args(kind)}
+        return {"choices": [each for each in get_args(kind) if isinstance(each, str)]}
     if get_origin(kind) is tuple:
         return {"nargs": "*"}
     if get_origin(kind) is list:

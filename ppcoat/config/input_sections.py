@@ -98,12 +98,15 @@ class NetworkConfig(Section):
     """The adapter and where it goes."""
 
     type: AdapterType = Field(
-        "lora", description="kind of adapter: lora; dora (flux), a lora with a length for each output; lokr"
+        "lora",
+        description="kind of adapter: lora; dora, which also trains a length for each output (flux); lokr",
     )
     linear: int = Field(16, ge=1, description="rank r of the LoRA")
     linear_alpha: float = Field(16.0, gt=0, description="LoRA alpha; the update is scaled by alpha / rank")
     dropout: float = Field(0.0, ge=0, lt=1, description="probability to drop an input element of the LoRA")
-    lokr_full_rank: bool = Field(False, description="both matrices of LoKr whole: linear has no effect")
+    lokr_full_rank: bool = Field(
+        False, description="LoKr with both matrices whole; linear has no effect then"
+    )
     lokr_factor: int = Field(
         -1, ge=-1, description="largest side of LoKr's small matrix; -1: as square as the sizes allow"
     )

@@ -173,7 +173,7 @@ class LightningConfig(BaseModel):
     )
     quantize: Quantize = False
     blocks_to_swap: int = Field(0, ge=0, description="last blocks whose frozen weights wait in host memory")
-    saving_policy: PolicyName = Field("coat", description="what FLUX blocks keep for backward")
+    saving_policy: PolicyName = Field("coat", description="saving policy: what FLUX blocks save for backward")
     image_column: int | None = Field(None, ge=0, description="column of the picture in a shard; none: probed")
     caption_column: int | None = Field(None, ge=0, description="column of the caption; none: probed")
     max_bad_share: float = Field(0.05, ge=0, le=1, description="share of unusable rows that stops the run")

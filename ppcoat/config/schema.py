@@ -185,6 +185,8 @@ class RunConfig(Section):
                 raise ValueError("network.type dora is for model.family flux only; use lora or lokr")
             if any(data.control_path or data.mask_path or data.alpha_mask for data in self.datasets):
                 raise ValueError("datasets[]: references and masks are for model.family flux only")
+            if self.train.validation.control_path:
+                raise ValueError("train.validation.control_path is for model.family flux only")
             if any(preview.ctrl_img or preview.mask_img for preview in self.sample.samples):
                 raise ValueError("sample.samples: ctrl_img and mask_img are for model.family flux only")
             return self

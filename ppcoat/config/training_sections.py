@@ -42,6 +42,7 @@ class ValidationConfig(Section):
     items: Annotated[tuple[ValidationItem, ...], Strict(False)] = Field(
         (), description="pictures and captions one by one, instead of or beside a folder"
     )
+    control_path: PathTexts = Field((), description="references of that folder's pictures, as of datasets")
     resolution: Pixels = Field(512, description="side of the square pictures in pixels, a multiple of 16")
     every: int = Field(100, ge=1, description="updates between two validations; the last step is one too")
     sigmas: Annotated[tuple[NoiseLevel, ...], Strict(False)] = Field(
@@ -58,21 +59,21 @@ class ProdigyConfig(Section):
     """What only train.optimizer: prodigy reads; the names are those of prodigyopt."""
 
     d0: float = Field(1e-6, gt=0, le=1, description="first estimate of the learning rate")
-    d_coef: float = Field(1.0, gt=0, description="what all estimates are multiplied by")
+    d_coef: float = Field(1.0, gt=0, description="factor of all estimates")
     growth_rate: float | None = Field(None, gt=1, description="most that the rate grows in a step; none: any")
     beta3: float | None = Field(None, ge=0, lt=1, description="decay of the estimate; none: sqrt(beta2)")
     use_bias_correction: bool = Field(False, description="correct the bias of the moments, as Adam does")
     safeguard_warmup: bool = Field(False, description="for learning rates that begin at 0")
     slice_p: int = Field(
-        1, ge=1, description="estimate from every slice_p-th value: 11 saves most of the memory of that"
+        1, ge=1, description="estimate from every slice_p-th value only: 11 saves most of its memory"
     )
 
 
 class ScheduleFreeConfig(Section):
     """What only train.optimizer: schedulefree_adamw reads; the names are those of schedulefree."""
 
-    r: float = Field(0.0, ge=0, description="weight of a step in the average: its number to this power")
-    weight_lr_power: float = Field(2.0, ge=0, description="and the largest rate so far to this power")
+    r: float = Field(0.0, ge=0, description="weight of a step in the average: its number to this power, ...")
+    weight_lr_power: float = Field(2.0, ge=0, description="... times the largest rate so far to this power")
 
 
 class AdafactorConfig(Section):
@@ -87,7 +88,7 @@ class AdafactorConfig(Section):
     relative_step: bool = Field(
         False, description="the rate is min(1e-2, 1 / sqrt(step)), whatever train.lr says"
     )
-    warmup_init: bool = Field(False, description="with relative_step: its 1e-2 is 1e-6 times the step")
+    warmup_init: bool = Field(False, description="with relative_step: 1e-6 x step in the place of 1e-2")
 
     @model_validator(mode="after")
     def _warmup_is_of_the_relative_step(self) -> AdafactorConfig:
@@ -122,12 +123,12 @@ class TrainConfig(Section):
         "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "step"
     ] = Field("constant", description="course of the learning rate")
     lr_warmup_steps: int = Field(0, ge=0, description="updates in which the learning rate rises from 0")
-    lr_num_cycles: int = Field(1, ge=1, description="falls to 0 of cosine_with_restarts")
-    lr_power: float = Field(1.0, gt=0, description="exponent of polynomial; 1 is linear")
-    lr_step_size: int | None = Field(None, ge=1, description="updates between two drops of step")
-    lr_gamma: float = Field(0.1, gt=0, le=1, description="factor of one drop of step")
+    lr_num_cycles: int = Field(1, ge=1, description="cosine_with_restarts: how often the rate falls to 0")
+    lr_power: float = Field(1.0, gt=0, description="polynomial: its exponent; 1 is linear")
+    lr_step_size: int | None = Field(None, ge=1, description="step: updates between two drops")
+    lr_gamma: float = Field(0.1, gt=0, le=1, description="step: factor of each drop")
     optimizer: Literal["adamw", "coat_fp8_adamw", "prodigy", "schedulefree_adamw", "lion", "adafactor"] = (
-        Field("adamw", description="all keep FP8 states where coat.enabled; coat_fp8_adamw, AdamW, always")
+        Field("adamw", description="each with FP8 states where coat.enabled; coat_fp8_adamw (AdamW): always")
     )
     fp8_states: bool = Field(False, description="FP8 optimizer states without coat.enabled, too")
     weight_decay: float = Field(
@@ -258,18 +259,18 @@ class CoatOptimizerConfig(Section):
     )
     stochastic_rounding: bool = Field(
         False,
-        description="not for a run, whose adapter is float32; COATTrainer in a loop of one's own: bfloat16 "
-        "parameters are rounded at random instead of having a float32 copy",
+        description="for bfloat16 parameters in a loop of one's own: rounded at random instead of having "
+        "a float32 copy; not in a run",
     )
 
 
 class CoatActivationConfig(Section):
     """FP8 activations saved for backward (COAT, section 5)."""
 
-    use_fp8: bool = Field(True, description="keep activations for backward in FP8")
+    use_fp8: bool = Field(True, description="save activations for backward in FP8")
     policy: PolicyName = Field(
         "coat",
-        description="what a block keeps: +recompute rebuilds linear inputs, +attention packs q, k, v",
+        description="saving policy; +recompute computes inputs of Linears again, +attention packs q, k, v",
     )
     linear_granularity: Granularity = Field("per_tensor", description="scales of inputs of linear layers")
     nonlinear_granularity: Granularity = Field(
@@ -291,7 +292,7 @@ class CoatMemoryConfig(Section):
 
     enable_efficient_checkpoint: bool = Field(
         True,
-        description="with train.gradient_checkpointing, keep the inputs of checkpointed blocks in FP8 too",
+        description="with train.gradient_checkpointing, save the inputs of checkpointed blocks in FP8, too",
     )
     checkpoint_blocks: int | None = Field(
         None,

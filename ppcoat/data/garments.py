@@ -33,6 +33,8 @@ MOTIFS = ("gold star",)
 SUPERSAMPLING = 3  # drawn three times larger, then averaged, so that edges are smooth
 SCALES = (0.7, 0.92)  # share of the picture that a garment fills
 TILT = 12  # degrees to either side
+PAPER = np.float32([0.72, 0.80, 0.90])  # of pen drawings: light blue, on which white shows
+HATCHES = 7  # strokes across a pen drawing
 PERIODS = (0.5, 0.75)  # of a pattern, in garment units (the garment spans -1..1)
 
 
@@ -80,11 +82,14 @@ def choose(candidates: list[Garment], rng: np.random.Generator) -> Garment:
     return matching[rng.integers(len(matching))]
 
 
-def draw(garment: Garment, seed: int, size: int = 64, motif: str | None = None) -> Image.Image:
+def draw(
+    garment: Garment, seed: int, size: int = 64, motif: str | None = None, pen: bool = False
+) -> Image.Image:
     """Draw one garment as an RGB picture of `size` x `size` pixels; the same arguments give the same pixels.
 
-    `motif`: None, or one of MOTIFS, placed on the chest (the front of a hat, the hip of trousers). Raises
-    ValueError for a size below 16 and for another motif.
+    `motif`: None, or one of MOTIFS, placed on the chest (the front of a hat, the hip of trousers). pen: the
+    same garment in the same place as a felt pen draws it on paper, without its pattern. Raises ValueError for
+    a size below 16 and for another motif.
     """
     if size < 16:
         raise ValueError(f"size {size}: a garment needs at least 16 pixels")
@@ -93,23 +98,24 @@ def draw(garment: Garment, seed: int, size: int = 64, motif: str | None = None) 
     rng = np.random.default_rng([seed, size])
     n = size * SUPERSAMPLING
     picture = _background(rng, n)
-    frame = _Frame.random(rng, n)
+    frame = Frame.random(rng, n)
     outline, details, chest = _CUTS[garment.kind](rng)
 
-    mask = _fill(n, [frame.to_pixels(part) for part in outline])
-    fabric = _fabric(garment, rng, frame)
+    mask = filled(n, [frame.to_pixels(part) for part in outline])
+    cloth = fabric(garment, rng, frame)
     dark = np.asarray(COLOURS[garment.colour], np.float32) / 255 * 0.45
     shadow = np.roll(mask, (n // 24, n // 40), axis=(0, 1))[..., None]
     picture *= 1 - 0.25 * shadow * rng.uniform(0.2, 1)
-    picture = np.where(mask[..., None] > 0, fabric, picture)
-    lines = _stroke(n, [frame.to_pixels(line) for line in details], width=max(2, n // 90))
-    lines = np.maximum(
-        lines * mask, _stroke(n, [frame.to_pixels(p, close=True) for p in outline], max(2, n // 96))
-    )
+    picture = np.where(mask[..., None] > 0, cloth, picture)
+    inner, outer = (n // 32, n // 32) if pen else (max(2, n // 90), max(2, n // 96))
+    lines = stroked(n, [frame.to_pixels(line) for line in details], inner)
+    lines = np.maximum(lines * mask, stroked(n, [frame.to_pixels(p, close=True) for p in outline], outer))
     picture = np.where(lines[..., None] > 0, dark, picture)
     if motif is not None:
         picture = _gold_star(picture, frame, chest, np.random.default_rng([seed, 3]))
-    return _to_image(picture * _light(rng, n)[..., None], size)
+    if pen:
+        return averaged(_penned(mask, lines, garment, np.random.default_rng([seed, 4])), size)
+    return averaged(picture * _light(rng, n)[..., None], size)
 
 
 def draw_random_shapes(seed: int, size: int = 64) -> Image.Image:
@@ -167,7 +173,7 @@ def write_folder(
 
 
 @dataclass(frozen=True)
-class _Frame:
+class Frame:
     """Where the garment stands: garment units (-1..1, y downwards) to supersampled pixels."""
 
     n: int
@@ -176,7 +182,7 @@ class _Frame:
     centre: tuple[float, float]
 
     @classmethod
-    def random(cls, rng: np.random.Generator, n: int) -> _Frame:
+    def random(cls, rng: np.random.Generator, n: int) -> Frame:
         scale = rng.uniform(*SCALES)
         slack = 0.5 * (1 - scale) + 0.04
         centre = 0.5 + rng.uniform(-slack, slack, 2)
@@ -200,7 +206,7 @@ def _turned(points, angle: float, scale: float, centre) -> list[tuple[float, flo
     return [(centre[0] + scale * (c * x - s * y), centre[1] + scale * (s * x + c * y)) for x, y in points]
 
 
-def _fill(n: int, polygons: list) -> np.ndarray:
+def filled(n: int, polygons: list) -> np.ndarray:
     image = Image.new("L", (n, n), 0)
     pen = ImageDraw.Draw(image)
     for polygon in polygons:
@@ -208,7 +214,7 @@ def _fill(n: int, polygons: list) -> np.ndarray:
     return np.asarray(image, np.float32) / 255
 
 
-def _stroke(n: int, lines: list, width: int) -> np.ndarray:
+def stroked(n: int, lines: list, width: int) -> np.ndarray:
     image = Image.new("L", (n, n), 0)
     pen = ImageDraw.Draw(image)
     for line in lines:
@@ -236,7 +242,7 @@ def _background(rng: np.random.Generator, n: int) -> np.ndarray:
     return np.clip(picture, 0, 1)
 
 
-def _fabric(garment: Garment, rng: np.random.Generator, frame: _Frame) -> np.ndarray:
+def fabric(garment: Garment, rng: np.random.Generator, frame: Frame) -> np.ndarray:
     """Float [n, n, 3]: the cloth as if it filled the whole picture."""
     jitter = rng.uniform(-0.03, 0.03, 3).astype(np.float32)
     base = np.asarray(COLOURS[garment.colour], np.float32) / 255 + jitter
@@ -265,19 +271,33 @@ def _light(rng: np.random.Generator, n: int) -> np.ndarray:
     return rng.uniform(0.84, 1.06) + strength * (x * math.cos(angle) + y * math.sin(angle))
 
 
-def _gold_star(picture: np.ndarray, frame: _Frame, chest, rng: np.random.Generator) -> np.ndarray:
+def _gold_star(picture: np.ndarray, frame: Frame, chest, rng: np.random.Generator) -> np.ndarray:
     """A five-pointed golden star with a dark rim."""
     n, radius = frame.n, rng.uniform(0.42, 0.5)
     turns = -math.pi / 2 + np.arange(10) * math.pi / 5
     reach = np.where(np.arange(10) % 2 == 0, 1.0, 0.46)
     unit = np.stack([reach * np.cos(turns), reach * np.sin(turns)], axis=1)
-    rim = _fill(n, [frame.to_pixels(unit * radius * 1.3 + chest)])[..., None]
-    star = _fill(n, [frame.to_pixels(unit * radius + chest)])[..., None]
+    rim = filled(n, [frame.to_pixels(unit * radius * 1.3 + chest)])[..., None]
+    star = filled(n, [frame.to_pixels(unit * radius + chest)])[..., None]
     picture = np.where(rim > 0, np.float32([0.30, 0.16, 0.02]), picture)
     return np.where(star > 0, np.float32([1.0, 0.78, 0.12]), picture)
 
 
-def _to_image(picture: np.ndarray, size: int) -> Image.Image:
+def _penned(mask: np.ndarray, lines: np.ndarray, garment: Garment, rng: np.random.Generator) -> np.ndarray:
+    """Float [n, n, 3]: dark lines on paper, the cloth hatched in its colour. mask, lines: [n, n] in 0..1, the
+    cloth and its lines."""
+    n, tone = len(mask), rng.uniform(0.96, 1)
+    y, x = np.mgrid[0 : 1 : n * 1j, 0 : 1 : n * 1j].astype(np.float32)
+    angle = math.pi / 4 + rng.uniform(-0.2, 0.2)
+    hatch = (x * math.cos(angle) + y * math.sin(angle)) * HATCHES + rng.uniform()
+    ink = np.asarray(COLOURS[garment.colour], np.float32) / 255
+    between = 0.8 * ink if ink.min() > 0.85 else 0.55 * ink + 0.45 * PAPER  # white is hatched in grey
+    cloth = np.where((hatch % 1 < 0.55)[..., None], ink, between)
+    picture = np.where(mask[..., None] > 0, cloth, PAPER * tone)
+    return np.where(lines[..., None] > 0, np.float32([0.15, 0.15, 0.16]), picture)
+
+
+def averaged(picture: np.ndarray, size: int) -> Image.Image:
     """Average down to `size` pixels through a slightly soft lens (about half a pixel)."""
     large = Image.fromarray((np.clip(picture, 0, 1) * 255 + 0.5).astype(np.uint8))
     return large.filter(ImageFilter.GaussianBlur(0.5 * SUPERSAMPLING)).resize((size, size), Image.BOX)

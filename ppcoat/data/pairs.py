@@ -5,8 +5,9 @@ references/coats/a.png, or else an a.png elsewhere in references that is no othe
 mask may be the picture's own alpha channel instead.
 White of a mask is what counts: what the loss is about, or what a Fill model paints anew.
 
-A reference that is absent costs nothing but that: its picture is trained without. What is there must be whole
-and fit, and is checked before any model is loaded.
+A reference that is absent costs nothing but that: its picture is trained without; of several, those that come
+last may be absent, for their order says what each is. What is there must be whole and fit, and is checked
+before any model is loaded.
 """
 
 from __future__ import annotations
@@ -280,11 +281,17 @@ def _inner(path: Path, folder: Path) -> str:
     return normal(path.relative_to(folder).with_suffix("").as_posix())
 
 
-def _references(item: Item, folders: Iterable[_Stems], background: Colour) -> Iterable[Reference]:
-    for folder in folders:
-        path = folder.find(item)
-        if path is not None:
-            yield found_reference(path, background)
+def _references(item: Item, folders: Sequence[_Stems], background: Colour) -> Iterable[Reference]:
+    """Raises BadFile where one is absent and a later one is there, which would stand in its place."""
+    paths = [folder.find(item) for folder in folders]
+    count = sum(path is not None for path in paths)
+    for path, folder in zip(paths[:count], folders, strict=False):
+        if path is None:
+            raise BadFile(
+                f"{folder.folder} has no reference for it and a later control_path has one, which would take "
+                "its place: add it, or remove the other"
+            )
+        yield found_reference(path, background)
 
 
 def _mask(item: Item, folder: _Stems | None, data: DatasetConfig) -> Mask | None:

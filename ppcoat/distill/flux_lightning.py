@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import paddle
@@ -10,8 +9,7 @@ import yaml
 from PIL import Image
 
 from ppcoat.coat import COATTrainer, prepare, trained_parameters
-from ppcoat.config.flags import add_section_flags
-from ppcoat.config.lightning import LightningConfig, lightning_config
+from ppcoat.config.lightning import LightningConfig
 from ppcoat.config.schema import RunConfig
 from ppcoat.data.batches import ResumableBatches
 from ppcoat.data.cache import TrainingCache, WindowedCache
@@ -23,7 +21,6 @@ from ppcoat.device import (
     computes_in_half,
     on_gpu,
     set_device,
-    tune_host,
     use_deterministic_kernels,
 )
 from ppcoat.distill.discriminator import Discriminator
@@ -58,17 +55,6 @@ GIGABYTE = 10**9
 WORDS = ResumeWords(
     "give --resume_from_checkpoint latest", "--strict_resume", "", "start a new run under another name"
 )
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `train_scripts/train_flux_lightning_lora.py`: the fields of LightningConfig."""
-    add_section_flags(parser, LightningConfig)
-
-
-def run_command(arguments: argparse.Namespace) -> None:
-    config = lightning_config(vars(arguments))
-    tune_host()
-    train_flux_lightning(config)
 
 
 def train_flux_lightning(config: LightningConfig) -> TrainingResult:

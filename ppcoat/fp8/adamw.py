@@ -157,7 +157,7 @@ def adamw_step(
 
     param: float32, with `stored` (bfloat16 or float16 [G, B]) as its master copy: `stored` gets it rounded to
     nearest; or bfloat16, without a master: the new value is rounded stochastically.
-    states: "m2" and perhaps "m1" as `encode_moments` gives them; "beta_powers" (beta1^t, beta2^t; float32
+    states: "m2" and perhaps "m1" as `encode_moments` gives them; "beta_powers" (beta1^t, beta2^t; float64
     [1]); "count" (steps, skipped; int64 [1]). Without "m1" beta1 must be 0: the first moment is the gradient.
     finite: a boolean tensor of one element; where it is false, all but count.skipped keeps its bits.
     Epsilon is added after the bias-corrected root, decay is decoupled.
@@ -197,11 +197,12 @@ def _moved(
     m1, m2 = decode_moments(moments, codecs)  # m and v of the papers
     m1 = grad if m1 is None else (m1 * hyper.beta1).add_(grad * (1.0 - hyper.beta1))
     m2 = (m2 * hyper.beta2).add_(paddle.square(grad).scale_(1.0 - hyper.beta2))
-    root2 = paddle.sqrt(1.0 - step["beta2"])
+    rest1, rest2 = ((1.0 - step[name]).astype("float32") for name in ("beta1", "beta2"))
+    root2 = paddle.sqrt(rest2)
 
     # lr * (m1 / (1 - beta1^t)) / (sqrt(m2) / root2 + eps), with the one-element factors gathered so that the
     # flat buffers are read as few times as possible
-    rate = step["lr"] * root2 / (1.0 - step["beta1"])
+    rate = step["lr"] * root2 / rest1
     update = (rate * m1).divide_(paddle.sqrt(m2).add_(hyper.epsilon * root2))
     kept = 1.0 - step["lr"] * step["weight_decay"]
     replace_where(step["finite"], (values * kept).subtract_(update), values)

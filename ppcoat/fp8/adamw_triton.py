@@ -155,8 +155,8 @@ def adamw_kernel(
         m1 = m1 * beta1 + grad * (1.0 - beta1)
     m2 = m2 * beta2 + grad * grad * (1.0 - beta2)
 
-    root2 = tl.sqrt_rn(1.0 - power2)
-    rate = lr * root2 / (1.0 - power1)
+    root2 = tl.sqrt_rn((1.0 - power2).to(tl.float32))
+    rate = lr * root2 / (1.0 - power1).to(tl.float32)
     param = param * (1.0 - lr * decay) - rate * m1 * fast_inverse(fast_sqrt(m2) + epsilon * root2)
     write_param(p_param, p_stored, param, offset, inside & finite, steps, STOCHASTIC, STORED)
 

@@ -165,7 +165,7 @@ def _two_steps(inputs: Inputs, name: str, storage: Storage, v_only: bool, dtype:
     hyper = SimpleNamespace(lr=0.01, weight_decay=0.1, beta1=beta1, beta2=0.99, epsilon=1e-8)
     codecs = tuple(codec(storage.fmt, storage.expand, positive) for positive in (False, True))
     states = {part: storage.random(rng, part == "m1") for part in ("m1", "m2")[v_only:]}
-    states["beta_powers"] = {"beta1": np.float32([POWERS[0]]), "beta2": np.float32([POWERS[1]])}
+    states["beta_powers"] = {"beta1": np.float64([POWERS[0]]), "beta2": np.float64([POWERS[1]])}
     states["count"] = {"steps": np.array([STEPS]), "skipped": np.array([SKIPPED])}
     states = {part: {each: put(x) for each, x in state.items()} for part, state in states.items()}
     params = [put(param, each) for each in (dtype, "bfloat16")[: 1 + (dtype == "float32")]]

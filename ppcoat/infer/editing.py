@@ -20,9 +20,9 @@ from typing import Any, TypeVar
 
 from PIL import Image, ImageOps
 
-from ppcoat.config.flags import flag
 from ppcoat.data.colours import Convert, grey, on_colour
 from ppcoat.errors import ConfigError
+from ppcoat.infer.drawing import EditFlags
 from ppcoat.lora import LoRAFile
 from ppcoat.models.flux.editing_inputs import first_step, latent_mask, output_size, reference_size
 from ppcoat.models.flux.files import INPUTS_OF_CLASS, FluxFiles
@@ -37,23 +37,6 @@ from ppcoat.models.tensor_files import component_config
 TRAINED_SIDE = 1024  # pixels of the models whose references are seen at KONTEXT_SIZES
 ON_BLACK = on_colour((0, 0, 0))
 MOST_TOLD = 4  # drawings of which each has a line
-
-
-@dataclass(frozen=True, kw_only=True)
-class EditFlags:
-    """What a picture is drawn from, beside its prompt."""
-
-    image: str | None = flag(
-        "picture to draw from: FLUX.1 Kontext edits it, FLUX.1 Fill fills its --mask, others draw over it",
-        None,
-    )
-    mask: str | None = flag("picture of the size of --image, white where it is drawn anew", None)
-    strength: float | None = flag(
-        "how much of --image is drawn anew, above 0 to 1 (default: 0.6, FLUX.1 Fill 1)", None
-    )
-    reference: list[str] | None = flag(
-        "pictures to look at, for FLUX.1 Kontext or with a LoRA that was trained on pairs", None
-    )
 
 
 _Drawing = TypeVar("_Drawing", bound=EditFlags)

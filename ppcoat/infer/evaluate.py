@@ -47,32 +47,42 @@ Features = Callable[[list[Image.Image]], np.ndarray]  # N pictures -> [N, D]
 class EvaluateFlags:
     """Settings of the command; None where a flag is not given."""
 
-    model: str | None = flag("folder of a tiny FLUX to draw and score with", None)
+    model: str | None = flag("FLUX folder (of the built-in kind) to draw with and score", None)
     pictures: list[str] | None = flag(
         "folders of pictures to score, a row for each", None, metavar="[NAME=]FOLDER"
     )
     student: str | None = flag(
         "with --model: a distilled LoRA, to compare at 4 steps with its teacher", None, metavar="LORA"
     )
-    references: Path | None = flag("with --pictures: folder to take the Frechet distance to", None)
+    references: Path | None = flag(
+        "with --pictures: folder of the pictures to which the Frechet distance is taken", None
+    )
     features: str | None = flag(
-        f"with --pictures: of the distance (default: {FEATURES[0]})", None, choices=FEATURES
+        f"with --pictures: features of the distance (default: {FEATURES[0]})", None, choices=FEATURES
     )
     inception: str | None = flag(
-        "weights of paddle.vision's Inception v3, .safetensors", None, metavar="FILE"
+        "with --features inception: weights of paddle.vision's Inception v3 (.safetensors)",
+        None,
+        metavar="FILE",
     )
     clip: str | None = flag("with --pictures: folder of a CLIP, for the CLIP score", None, metavar="FOLDER")
-    prompts: Path | None = flag("one a line, by picture name (default: beside or in each picture)", None)
+    prompts: Path | None = flag(
+        "with --clip: prompts, one a line in the order of the pictures' names (default: beside or in each "
+        "picture)",
+        None,
+    )
     samples: int | None = flag(f"with --model: pictures per score (default: {SAMPLES})", None)
     batch_size: int = flag("pictures drawn at once", 100)
     guidance_scale: float | None = flag(
         f"with --model: distilled guidance of the samples (default: {GUIDANCE.distilled})", None
     )
     true_cfg_scale: float | None = flag(
-        f"their classifier-free guidance, twice the time above 1 (default: {GUIDANCE.true_cfg})", None
+        "with --model: classifier-free guidance of the samples, twice the time above 1 (default: "
+        f"{GUIDANCE.true_cfg})",
+        None,
     )
-    output: str | None = flag("write the scores to this JSON file too", None)
-    sheet: str | None = flag("write a contact sheet of 28-step samples to this PNG file", None)
+    output: str | None = flag("JSON file to write the scores to", None)
+    sheet: str | None = flag("PNG file to write a contact sheet of 28-step samples to", None)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

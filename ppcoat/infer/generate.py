@@ -3,25 +3,23 @@ or of a list whose lines have settings of their own (prompts.py, batch.py)."""
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from ppcoat.atomic import check_writable, whole_file
-from ppcoat.config.flags import add_flags, flag, from_flags
-from ppcoat.device import compute_dtype, set_device, tune_host
+from ppcoat.device import compute_dtype, set_device
 from ppcoat.errors import ConfigError
 from ppcoat.infer.batch import Batch
 from ppcoat.infer.card import flux_within_card, newbie_within_card, placement_of
 from ppcoat.infer.drawers import Drawer, FluxDrawer, Loras, NewbieDrawer
+from ppcoat.infer.drawing import Drawing, EditFlags
 from ppcoat.infer.editing import (
-    EditFlags,
     Sight,
     check_edit_flags,
     open_picture,
@@ -30,7 +28,7 @@ from ppcoat.infer.editing import (
 )
 from ppcoat.infer.prompts import read_pictures, slug
 from ppcoat.lora import info_of, inputs_of, put_adapters, read_fitting, tell
-from ppcoat.models.flux.files import OF_FILE, FluxFiles
+from ppcoat.models.flux.files import FluxFiles
 from ppcoat.models.flux.pipeline import FluxPipeline
 from ppcoat.models.loading import check_folder, parameter_shapes
 from ppcoat.models.newbie.files import check_newbie_folder
@@ -39,79 +37,6 @@ from ppcoat.models.tensor_files import pipeline_class
 
 NOTABLE_STRETCH = 0.02  # of a control picture's width against its height
 How = tuple[str | None, Placement]  # the dtype that is asked for, and what lies where
-
-
-@dataclass(frozen=True)
-class Drawing(EditFlags):
-    """Settings of one call. Picture i of a prompt is drawn from seed + i, so it can be drawn again alone."""
-
-    model: str = flag("folder of a FLUX or NewBie pipeline in the diffusers layout, or a FLUX file")
-    prompt: list[str] | None = flag("what to draw; several prompts give several pictures", None)
-    prompts: str | None = flag(
-        "a list instead, .jsonl, .csv or .txt: prompt, seed, size, lora_scale, name and more a line; goes on "
-        "where it was stopped",
-        None,
-    )
-    output_dir: str = flag("folder for the PNG files", "output/pictures")
-    control_image: str | None = flag(
-        "picture of edges or depths to draw after, with a control LoRA or FLUX.1 Canny or Depth", None
-    )
-    path_to_lora: list[str] | None = flag("LoRA files (.safetensors) or folders, drawn with together", None)
-    lora_scale: list[float] = flag("strength of the LoRA, one or one each", 1.0)
-    ignore_unknown: bool = flag("leave out what a LoRA has for layers that the model lacks", False)
-    seed: int = flag("seed of the first picture", 42)
-    steps: int = flag("denoising steps", 28)
-    guidance_scale: float | None = flag(
-        "guidance (default: FLUX 3.5, NewBie 5, over a picture 7, Fill 30)", None
-    )
-    height: int | None = flag("pixels, a multiple of 16 (default: the model's own size)", None)
-    width: int | None = flag("pixels, a multiple of 16 (default: the model's own size)", None)
-    num_images: int = flag("pictures per prompt", 1)
-    max_sequence_length: int | None = flag("T5 or Gemma tokens (default: what the tokenizer allows)", None)
-    negative_prompt: str = flag("what to draw away from; for FLUX with --true_cfg_scale", "")
-    true_cfg_scale: float = flag("classifier-free guidance of FLUX, twice the time above 1", 1.0)
-    text_encoders: list[str] | None = flag(f"CLIP and T5 {OF_FILE}, or a file for each", None)
-    vae: str | None = flag(f"autoencoder {OF_FILE}, or its file", None)
-    tokenizers: list[str] | None = flag(f"tokenizers {OF_FILE}, or a folder for each", None)
-    quantize: Literal["fp8", "int8", "nf4", "fp4"] | None = flag("format of the transformer's weights", None)
-    vram: float | None = flag("choose by the plan what fits into so many GB", None, metavar="GB")
-    offload: bool = flag("text encoders, transformer and VAE on the card in turns", False)
-    cache_dir: str | None = flag(
-        "keep the quantised weights for the next start here; those beside the model are found without", None
-    )
-    device: str = flag("auto, cpu, gpu or gpu:N", "auto")
-    dtype: Literal["auto", "float32", "bfloat16"] = flag(
-        "float32 on a GPU: products of TF32 unless the process starts with NVIDIA_TF32_OVERRIDE=0", "auto"
-    )
-
-    @property
-    def files(self) -> FluxFiles:
-        """Where the components of a FLUX model lie. Raises ConfigError as `FluxFiles.found`."""
-        beside = {"text_encoders": self.text_encoders, "vae": self.vae, "tokenizers": self.tokenizers}
-        return FluxFiles.found(self.model, "--model", **beside)
-
-    @property
-    def loras(self) -> list[tuple[str, float]]:
-        """Each LoRA's path and strength. Raises ConfigError for as many of one as do not fit the other."""
-        paths = [self.path_to_lora] if isinstance(self.path_to_lora, str) else list(self.path_to_lora or ())
-        scales = list(self.lora_scale) if isinstance(self.lora_scale, list | tuple) else [self.lora_scale]
-        scales = scales * len(paths) if len(scales) == 1 else scales
-        if len(scales) != len(paths):
-            raise ConfigError(
-                f"lora_scale: came {len(scales)} strengths for {len(paths)} LoRAs, wanted one each"
-            )
-        return list(zip(paths, scales, strict=True))
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `inference/generate.py`: the fields of Drawing, those of editing last."""
-    add_flags(parser, Drawing, *(name for name in Drawing.__annotations__))
-    add_flags(parser, EditFlags)
-
-
-def run_command(arguments: argparse.Namespace) -> None:
-    tune_host()
-    generate(from_flags(Drawing, arguments))
 
 
 def generate(drawing: Drawing) -> list[Path]:

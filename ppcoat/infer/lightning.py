@@ -13,23 +13,20 @@ results for whole blocks (errors as large as the values).
 
 from __future__ import annotations
 
-import argparse
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import paddle
 from PIL import Image
 
-from ppcoat.config.flags import add_flags, flag, from_flags
-from ppcoat.device import on_gpu, set_device, tune_host
+from ppcoat.device import on_gpu, set_device
 from ppcoat.errors import ConfigError
 from ppcoat.infer.card import flux_within_card, placement_of
+from ppcoat.infer.drawing import WARM_UPS, LightningDrawing
 from ppcoat.infer.generate import (
-    Drawing,
     check_numbers,
     control_picture,
     output_folder,
@@ -43,79 +40,7 @@ from ppcoat.models.flux.pipeline import FluxPipeline
 from ppcoat.models.flux.transformer import FluxTransformer2DModel
 from ppcoat.models.loading import check_folder
 
-WARM_UPS = 3
 OFF = ("0", "false", "off", "no")
-OWN_SIZE = "pixels, a multiple of 16 (default: the model's own size, 1024 for FLUX.1)"
-
-
-@dataclass(frozen=True)
-class LightningDrawing(Drawing):
-    """Drawing's settings with FLUX-Lightning's defaults.
-
-    inference_optimize: merge the LoRA into the weights (in their dtype: bfloat16 rounds it) and draw through
-    static graphs. repeat: print the mean time of so many runs after WARM_UPS others; 0 draws once.
-    """
-
-    output_dir: str = flag("folder for the PNG file", "./")
-    steps: int = flag("denoising steps", 4, name="step")
-    guidance_scale: float = flag("distilled guidance", 3.5)
-    height: int | None = flag(OWN_SIZE, None)
-    width: int | None = flag(OWN_SIZE, None)
-    seed: int = flag("seed of the noise", 42)
-    max_sequence_length: int | None = flag("T5 tokens (default: what the tokenizer allows)", None)
-    inference_optimize: bool = flag(
-        "fold the LoRA into the weights and compile the blocks, with CINN where Paddle has it", False
-    )
-    repeat: int = flag(
-        f"draw {WARM_UPS} times to warm up, then so many times, and print the average time; 0 draws once", 0
-    )
-
-
-@dataclass(frozen=True)
-class LightningFlags:
-    """The flags that are read another way than Drawing's: one prompt, a LoRA that must be given, and whose
-    scale its file decides if it is not."""
-
-    path_to_lora: str = flag("LoRA file (.safetensors) or folder")
-    prompt: str = flag("what to draw")
-    model: str = flag(
-        "folder of a FLUX pipeline in the diffusers layout, or a FLUX file", "black-forest-labs/FLUX.1-dev"
-    )
-    lora_scale: float | None = flag(
-        "strength of the LoRA (default: 1.0; PaddleMIX's published file needs 0.25)", None
-    )
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of PaddleMIX's example: fields of LightningDrawing, and those of LightningFlags."""
-    add_flags(parser, LightningFlags, "model", "path_to_lora", "prompt")
-    add_flags(parser, LightningDrawing, "output_dir", "guidance_scale", "height", "width")
-    add_flags(parser, LightningFlags, "lora_scale")
-    rest = (
-        "steps",
-        "seed",
-        "max_sequence_length",
-        "text_encoders",
-        "vae",
-        "tokenizers",
-        "quantize",
-        "vram",
-        "offload",
-        "cache_dir",
-        "device",
-        "ignore_unknown",
-        "control_image",
-        "inference_optimize",
-        "repeat",
-    )
-    add_flags(parser, LightningDrawing, *rest)
-
-
-def run_command(arguments: argparse.Namespace) -> None:
-    flags = from_flags(LightningFlags, arguments)
-    tune_host()
-    scale = default_scale(flags.path_to_lora) if flags.lora_scale is None else flags.lora_scale
-    draw_lightning(from_flags(LightningDrawing, arguments, prompt=[flags.prompt], lora_scale=scale))
 
 
 def draw_lightning(drawing: LightningDrawing) -> Path:

@@ -47,6 +47,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "reference": ("ctrl_img",),
 }
 SIZE, NAME = "size", "name"  # columns that are no field
+_FILES = ("image", "mask", "reference")  # an empty path is a mistake: another picture would be drawn
 RESERVED = re.compile(r"contact(_\d+)?")  # names of the contact sheets
 _FIELD_OF = {other: field for field, names in COLUMNS.items() for other in (field, *names)}
 _KNOWN = (*COLUMNS, SIZE, NAME)
@@ -198,7 +199,8 @@ def _of_table(text: str) -> Iterator[tuple[int, Mapping[str, Any] | ConfigError]
             elif any(cell.strip() for cell in cells[len(header) :]):
                 yield line, ConfigError("more cells than the header has; put the prompt in quotes")
             else:
-                yield line, _once([pair for pair in zip(header, cells, strict=False) if any(pair)])
+                pairs = [pair for pair in zip(header, cells, strict=False) if any(pair)]
+                yield line, _once((name, cell or None) for name, cell in pairs)
     except csv.Error as error:
         yield number + 1, ConfigError(f"no table ({error}); mend it")
 
@@ -214,7 +216,7 @@ def _once(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any] | ConfigError:
     for key, value in pairs:
         plain = re.sub(r"[\s-]+", "_", key.strip().lower())
         name = _FIELD_OF.get(plain, plain)
-        if value is None or (value == "" and name != "prompt"):
+        if value is None or (value == "" and name not in ("prompt", *_FILES)):
             continue
         if plain in _REFUSED:
             return ConfigError(f"{key!r} {_REFUSED[plain]}")
@@ -252,6 +254,8 @@ def _read(name: str, value: Any, kind: Any) -> Any:
     if "str" in kinds:
         several = value if name == "reference" and isinstance(value, list) else [value]
         texts = [_text(name, each) for each in several]
+        if name in _FILES and "" in texts:
+            raise ConfigError(f"{name} names no file; write its path, or leave {name} out")
         return texts if "list" in kinds else texts[0]
     if "list" in kinds:
         values = value if isinstance(value, list) else re.split(r"[\s,;]+", str(value).strip())

@@ -59,17 +59,26 @@ class FP8AdamW(FlatOptimizer):
         self.kinds = {"m1": RELATIVE, "m2": POSITIVE} if beta1 > 0 else {"m2": POSITIVE}
         settings = FlatSettings(weight_decay, grad_clip, fp8_config, stochastic_rounding)
         super().__init__(learning_rate, parameters, settings)
-        # Betas as float32, as their powers are: 1 - beta2 and 1 - beta2^t then carry the same rounding, and
-        # it cancels.
+        # Betas as float32, as a kernel gets them: 1 - beta2 and 1 - beta2^t then carry the same rounding, and
+        # it cancels. Their powers are float64: near 1, float32 leaves few digits of 1 - beta2^t.
         self._betas = (float(np.float32(beta1)), float(np.float32(beta2)))
         self._epsilon = float(epsilon)
-        self._state["beta_powers"] = {name: paddle.ones([1], dtype="float32") for name in ("beta1", "beta2")}
+        self._state["beta_powers"] = {name: paddle.ones([1], dtype="float64") for name in ("beta1", "beta2")}
 
     def update(self, grad: FlatGradient) -> None:
         """Move parameters and states by the gradients [G, B], float32: one kernel on a GPU."""
         hyper = AdamWHyper(self.get_lr() * self._lr_scale, self._weight_decay, *self._betas, self._epsilon)
         param, stored = self.space.updated()
         adamw_step(param, grad.tensor, self._state, self._codecs, hyper, grad.finite, stored)
+
+    def set_state_dict(self, state_dict: dict[str, paddle.Tensor]) -> None:
+        """As FlatOptimizer.set_state_dict. Powers of beta may be float32, as checkpoints once had them."""
+        powers = {
+            name: power.astype("float64")
+            for name, power in state_dict.items()
+            if name.startswith("beta_powers.")
+        }
+        super().set_state_dict({**state_dict, **powers})
 
     def _layout(self) -> dict:
         layout = super()._layout()

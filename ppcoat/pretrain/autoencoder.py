@@ -37,10 +37,10 @@ class AutoencoderTraining:
     decoder tolerates small errors, so that a small transformer can learn to draw them.
     """
 
-    steps: int = flag("", 2200, "autoencoder_steps", shows_default=False)
+    steps: int = flag("steps of the autoencoder", 2200, "autoencoder_steps")
     batch_size: int = 8
     learning_rate: float = 2.5e-3
-    decoder_steps: int = flag("", 1200, shows_default=False)
+    decoder_steps: int = flag("steps of its decoder alone", 1200)
     decoder_batch_size: int = 16
     decoder_learning_rate: float = 1.5e-3
     decoder_noise: float = 0.1  # most noise on the latents, in deviations

@@ -36,7 +36,7 @@ class ClassifierTraining:
     pictures: int = 40_000
     first_picture: int = 0
     reconstructed: float = 0.5  # share of batches that are decoded by the autoencoder
-    steps: int = flag("", 7000, "classifier_steps", shows_default=False)
+    steps: int = flag("steps of the classifier", 7000, "classifier_steps")
     batch_size: int = 32
     learning_rate: float = 1.5e-3
     tested: int = 1000  # new drawings for the accuracy that is printed

@@ -42,15 +42,15 @@ class DenoiserTraining:
     linearly to 0 over the share `decay` of all steps, at the end. Muon trains the matrices of the blocks,
     AdamW the rest."""
 
-    pictures: int = flag("drawings to train on", 40_000, shows_default=False)
-    steps: int = flag("", 20_000, "transformer_steps", shows_default=False)
+    pictures: int = flag("drawings to train on", 40_000)
+    steps: int = flag("steps of the transformer", 20_000, "transformer_steps")
     batch_size: int = 32
     learning_rate: float = 1e-3
     matrix_learning_rate: float = 1e-2
     warmup: int = 100
     decay: float = 0.5
     ema_decay: float = 0.999
-    guided_after: int = flag("steps before guidance", 17_000, shows_default=False)  # distillation begins
+    guided_after: int = flag("steps of the transformer before guidance is distilled", 17_000)
     caption_dropout: float = 0.1
     largest_guidance: float = 4.0
     guided_below: float = 0.8  # noise level above which guidance has no effect

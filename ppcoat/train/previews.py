@@ -8,7 +8,7 @@ kept aside from training: no dropout, no gradient, nothing drawn from the genera
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from PIL import Image
 from ppcoat.config.schema import PreviewConfig, RunConfig
 from ppcoat.data.cache import Encoders
 from ppcoat.data.captions import final_caption
+from ppcoat.data.pairs import Reference, with_companions
 from ppcoat.data.sources import load_image, scan_folder
 from ppcoat.errors import ConfigError
 from ppcoat.objective import Objective
@@ -108,35 +109,61 @@ class Validation:
         return paddle.concat(found)
 
 
-def validation_pairs(config: RunConfig) -> list[tuple[Path, str]]:
-    """Pictures of train.validation and their final captions; before any model is loaded.
+@dataclass(frozen=True)
+class KeptPicture:
+    """A picture of train.validation, its final caption, and its references."""
 
-    Raises ConfigError for a picture or folder that is not there or cannot be read.
+    path: Path
+    caption: str
+    references: tuple[Reference, ...] = ()
+
+
+def kept_pictures(config: RunConfig) -> list[KeptPicture]:
+    """Those of train.validation; before any model is loaded.
+
+    Raises ConfigError for a picture or folder that is not there or cannot be read, and for references of
+    which none is found.
     """
-    wanted, pairs = config.train.validation, []
+    wanted, kept = config.train.validation, []
+    if wanted.control_path and wanted.folder_path is None:
+        raise ConfigError("train.validation.control_path has references of a folder: give folder_path, too")
     if wanted.folder_path is not None:
-        items = scan_folder(wanted.folder_path).items
-        pairs += [(item.image_path, item.caption_raw) for item in items]
+        images = scan_folder(wanted.folder_path, aside=wanted.control_path)
+        own = {"folder_path": wanted.folder_path, "control_path": wanted.control_path, "skip_bad": False}
+        data = config.data.model_copy(update={**own, "mask_path": None, "alpha_mask": False})
+        try:
+            images, found = with_companions(images, data)
+        except ConfigError as error:
+            raise ConfigError(f"train.validation: {error}") from None
+        kept += [
+            KeptPicture(item.image_path, item.caption_raw, found[item.image_path].references if found else ())
+            for item in images.items
+        ]
     for item in wanted.items:
         path = Path(item.image_path)
         if not path.is_file():
             raise ConfigError(f"train.validation: there is no picture {path}; check the path")
         load_image(path, wanted.resolution, wanted.resolution)  # raises for a file that is no picture
-        pairs.append((path, item.prompt))
-    return [(path, final_caption(caption, config.trigger_word)) for path, caption in pairs]
+        kept.append(KeptPicture(path, item.prompt))
+    return [replace(each, caption=final_caption(each.caption, config.trigger_word)) for each in kept]
 
 
 @paddle.no_grad()
 def encode_validation(
-    config: RunConfig, pairs: Sequence[tuple[Path, str]], encoders: Encoders, objective: Objective
+    config: RunConfig, kept: Sequence[KeptPicture], encoders: Encoders, objective: Objective
 ) -> Validation | None:
-    """Encode the pictures, cropped to squares, and their captions; None where there are none."""
-    if not pairs:
+    """Encode the pictures, cropped to squares, their captions and references; None where there are none."""
+    if not kept:
         return None
     side, pictures = config.train.validation.resolution, []
-    for path, caption in pairs:
-        pixels = paddle.to_tensor(load_image(path, side, side)[None])
-        text = [paddle.stack(list(rows)) for rows in encoders.text([caption])]
+    whole = not config.data.full_size_control_images
+    for each in kept:
+        shown = {"latents": load_image(each.path, side, side)}
+        for number, reference in enumerate(each.references):
+            size = reference.own_size(side) if whole else (side, side)
+            shown[f"reference_{number}"] = reference.picture(size).pixels()
+        text = [paddle.stack(list(rows)) for rows in encoders.text([each.caption])]
         named = dict(zip(encoders.text_names, text, strict=True))
-        pictures.append({"latents": encoders.image(pixels), **named})
+        latents = {name: encoders.image(paddle.to_tensor(pixels[None])) for name, pixels in shown.items()}
+        pictures.append(latents | named)
     return Validation(pictures, objective, config.train.validation.sigmas)

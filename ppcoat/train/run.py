@@ -42,11 +42,12 @@ from ppcoat.train.model_spec import ModelSpec
 from ppcoat.train.newbie import NewbieSpec
 from ppcoat.train.optimizers import run_optimizer
 from ppcoat.train.previews import (
+    KeptPicture,
     Validation,
     draw_previews,
     encode_validation,
+    kept_pictures,
     preview_prompts,
-    validation_pairs,
 )
 from ppcoat.train.ranks import Ranks, rank_scratch
 from ppcoat.train.run_state import RunningMean, RunState
@@ -65,7 +66,7 @@ class RunInputs:
     the adapter's first values where they are those of a file."""
 
     datasets: list[Dataset]
-    validation: list[tuple[Path, str]]
+    validation: list[KeptPicture]
     dtype: str | None
     ranks: Ranks
     start: AdapterStart | None = None
@@ -134,10 +135,10 @@ def check_inputs(spec: ModelSpec, config: RunConfig) -> RunInputs:
     spec.check(config)
     start = adapter_start(config, spec.unfilled)
     datasets = scan_datasets(config)
-    validation = validation_pairs(config)
+    validation = kept_pictures(config)
     spec.check_examples(config, all_examples(datasets))
     captions = [caption for each in all_examples(datasets) for caption in each.texts]
-    captions += [*preview_prompts(config), *(caption for _, caption in validation)]
+    captions += [*preview_prompts(config), *(kept.caption for kept in validation)]
     spec.check_captions(config, list(dict.fromkeys(captions)))
     set_device(config.device)
     backend.check_forced()

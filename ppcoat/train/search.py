@@ -25,7 +25,7 @@ LEAST_UPDATES = 20  # of the first round: fewer do not tell settings apart
 WANTED_UPDATES = 40  # of the first round, for more settings rather than fewer
 BEYOND = (1 / 3, 2 / 3, 1)  # powers of the span, beyond a learning rate at the edge that was the best
 EXTENSIONS = 2  # how often the edge may move
-WANTED_LOSSES = 256  # of a validation; how far they tell settings apart: docs/training.md
+WANTED_LOSSES = 256  # of a validation; how far they tell settings apart: docs/accuracy.md
 RESERVE = 0.1  # of the budget, for steps that are slower than those that were measured
 FORMAT = "ppcoat-tune-1"
 _UNITS = {"s": 1, "m": 60, "h": 3600}
@@ -43,16 +43,14 @@ class TuneFlags:
     lr_span: float = flag(
         "learning rates from 1/N to N times the config's; 1: only its own", 10.0, metavar="N"
     )
-    ranks: list[int] = flag(
-        "to try beside the config's (default: 4 8 16 32 64)", [4, 8, 16, 32, 64], shows_default=False
-    )
-    policies: list[str] = flag(
-        "saving policies to try (default: the config's alone)", [], shows_default=False
-    )
+    ranks: list[int] = flag("ranks to try beside the config's", [4, 8, 16, 32, 64])
+    policies: list[str] = flag("saving policies to try (default: the config's alone)", [])
     hold_out: int = flag(
-        "keep so many of the training pictures for validation, where the config names none", 0, metavar="N",
+        "keep so many of the training pictures for validation, where the config names no others",
+        0,
         shows_default=False,
-    )  # fmt: skip
+        metavar="N",
+    )
     overrides: list[str] = set_flag()
 
     def command(self) -> str:

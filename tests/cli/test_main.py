@@ -2,6 +2,7 @@
 
 import importlib
 import io
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -52,6 +53,9 @@ def test_every_command_explains_its_flags(name, capsys):
     shown = capsys.readouterr().out
     assert f"usage: python -m ppcoat {name}" in shown
     assert COMMANDS[name].what.split()[0] in shown
+    written = " ".join(shown.split())  # defaults as one would type them, no folder of this machine
+    assert str(ROOT) not in "".join(shown.split())
+    assert not re.search(r"\(default: ([\[(]|None|False)", written)
 
 
 def test_a_missing_flag_exits_with_2(capsys):
@@ -114,19 +118,15 @@ def test_train_hands_overrides_and_file_on(bad_config, monkeypatch):
 
 
 def test_generate_answers_a_missing_model_folder(tmp_path, capsys, monkeypatch):
-    import ppcoat.infer.generate as generate_command
-
-    monkeypatch.setattr(generate_command, "tune_host", lambda: None)
+    monkeypatch.setattr("ppcoat.device.tune_host", lambda: None)
     assert run("generate", ["--model", str(tmp_path / "none"), "--prompt", "a hat"]) == 2
     assert "none: models are not downloaded; download it there, or set --model" in one_line(capsys)
 
 
 def test_generate_hands_every_flag_on(monkeypatch):
-    import ppcoat.infer.generate as generate_command
-
     seen = []
-    monkeypatch.setattr(generate_command, "generate", seen.append)
-    monkeypatch.setattr(generate_command, "tune_host", lambda: None)
+    monkeypatch.setattr("ppcoat.infer.generate.generate", seen.append)
+    monkeypatch.setattr("ppcoat.device.tune_host", lambda: None)
     flags = "--model m --prompt p q --path_to_lora l --lora_scale 0.5 --seed 3 --steps 4 --guidance_scale 2 "
     flags += "--height 64 --width 32 --num_images 2 --max_sequence_length 9 --device cpu --dtype float32 "
     flags += "--quantize fp4 --vram 12 --offload --cache_dir c"

@@ -34,6 +34,7 @@ def test_samples_say_the_same_in_another_form(load):
     ("prompt", "drawn", "part"),
     [
         ("a --ctrl_img x.png --ctrl_img_2 y.png", {"ctrl_img": ("x.png", "y.png")}, None),
+        ("a --ctrl_img", {}, "its 'ctrl_img' names no file: it is drawn without one"),
         ("a --ar 2:3 --v 6 --s 12", {"sample_steps": 12}, "'ar' is nothing that a preview can follow"),
         ("a --m 0.5", {}, "previews show the LoRA at full strength"),
         ("a --m 1.0", {}, None),

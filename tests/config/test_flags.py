@@ -16,10 +16,12 @@ class Case:
     file: Path = flag("what to read", positional=True, metavar="IN")
     count: int = flag("how many, 100% of them")
     kind: Literal["a", "b"] | None = flag("one of two", None)
-    size: str = flag("", "m", "shirt", choices=("s", "m"))
-    seeds: list[int] = flag("(default: 0 1)", [0, 1], shows_default=False)
+    size: str = flag("size", "m", "shirt", choices=("s", "m"))
+    seeds: list[int] = flag("seeds", [0, 1])
     again: bool = flag("once more", False)
     overrides: list[str] = set_flag()
+    skip: int = flag("how many are left out", 0)
+    model: str = flag("a model", TINY_FLUX)
     inner: int = 7
 
 
@@ -63,7 +65,9 @@ def test_fields_without_a_flag_keep_their_defaults_and_others_count_instead():
 def test_the_help_tells_names_and_defaults():
     text = parse("x", "--count", "1")[0].format_help()
     assert "--count COUNT" in text and "how many, 100% of them" in text and "{s,m}" in text and "IN " in text
-    assert "(default: m)" in text and text.count("(default:") == 2, "seeds say theirs in words"
+    for default in ("m", "0 1", "0", "tiny_flux"):
+        assert f"(default: {default})" in text
+    assert text.count("(default:") == 4, "none, false and an empty list are not told"
 
 
 @pytest.mark.parametrize(

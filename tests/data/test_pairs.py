@@ -211,6 +211,22 @@ def test_several_references_keep_the_order_of_their_folders(draw, noise, scan):
     assert said in data_report([dataset]).splitlines()
 
 
+def test_a_reference_does_not_take_the_place_of_an_absent_one(draw, noise, scan, tmp_path):
+    """Without the last one a picture is trained with fewer, without the first one it is no pair."""
+    draw("a/x.png"), draw("a/y.png")
+    first, second = noise("b/x.png"), noise("c/y.png")
+    last = noise("c/x.png")
+    message = refusal(scan, tmp_path, control_path=["b", "c"])
+    assert "y.png: b has no reference for it and a later control_path has one" in message
+    (dataset,) = scan(control_path=["b", "c"], skip_bad=True)
+    assert [[each.path for each, _ in one.references] for one in dataset.examples] == [[first, last]]
+    second.unlink(), last.unlink()
+    noise("b/y.png")
+    noise("c/y.png")
+    (dataset,) = scan(control_path=["b", "c"])
+    assert [len(one.references) for one in dataset.examples] == [1, 2]
+
+
 def test_a_store_knows_them_by_what_they_hold(draw, noise, scan, tmp_path):
     draw("a/x.png"), noise("b/x.png"), noise("m/x.png", mode="L")
 

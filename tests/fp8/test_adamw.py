@@ -59,7 +59,7 @@ def test_moments_forget_a_gradient_that_vanished(fmt, beta1):
     codecs = (MomentCodec(fmt, True, positive=False), MomentCodec(fmt, True, positive=True))
     zeros = paddle.zeros([4, 128])
     states = encode_moments(zeros if beta1 else None, zeros.clone(), codecs)
-    states["beta_powers"] = {"beta1": paddle.ones([1]), "beta2": paddle.ones([1])}
+    states["beta_powers"] = {name: paddle.ones([1], "float64") for name in ("beta1", "beta2")}
     states["count"] = {name: paddle.zeros([1], dtype="int64") for name in ("steps", "skipped")}
     hyper = AdamWHyper(lr=0.0, weight_decay=0.0, beta1=beta1, beta2=0.99, epsilon=1e-8)
     exact = np.zeros([4, 128])
@@ -89,7 +89,10 @@ def step(grad: np.ndarray, beta1: float, finite: paddle.Tensor) -> dict[str, np.
     codec = MomentCodec(None, False, False)
     hyper = AdamWHyper(lr=0.01, weight_decay=0.1, beta1=beta1, beta2=0.5, epsilon=1e-3)
     param = paddle.ones([2, 4])
-    states = {"m2": codec.zeros(2, 4), "beta_powers": {"beta1": paddle.ones([1]), "beta2": paddle.ones([1])}}
+    states = {
+        "m2": codec.zeros(2, 4),
+        "beta_powers": {name: paddle.ones([1], "float64") for name in ("beta1", "beta2")},
+    }
     states["count"] = {name: paddle.zeros([1], dtype="int64") for name in ("steps", "skipped")}
     if beta1:
         states["m1"] = codec.zeros(2, 4)

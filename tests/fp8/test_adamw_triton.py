@@ -29,7 +29,7 @@ def codecs(fmt, expand: bool) -> tuple[MomentCodec, MomentCodec]:
 
 def new_states(shape: list[int], pair: tuple[MomentCodec, MomentCodec], beta1: float) -> dict:
     states = encode_moments(paddle.zeros(shape) if beta1 else None, paddle.zeros(shape), pair)
-    states["beta_powers"] = {name: paddle.ones([1]) for name in ("beta1", "beta2")}
+    states["beta_powers"] = {name: paddle.ones([1], "float64") for name in ("beta1", "beta2")}
     states["count"] = {name: paddle.zeros([1], dtype="int64") for name in ("steps", "skipped")}
     return states
 

@@ -298,7 +298,7 @@ def test_mistakes_stop_before_a_model_is_loaded(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         generate_module.FluxPipeline, "from_pretrained", lambda *_, **__: pytest.fail("loaded")
     )
-    monkeypatch.setattr(generate_module, "tune_host", lambda: None)
+    monkeypatch.setattr("ppcoat.device.tune_host", lambda: None)
     file = write_list(tmp_path, {"prompt": "a"}, {"prompt": "b", "negative_prompt": "c"})
     flags = [
         "--model",
@@ -321,7 +321,7 @@ def test_mistakes_stop_before_a_model_is_loaded(tmp_path, monkeypatch, capsys):
 
 
 def test_a_stop_on_the_command_line_is_130(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(generate_module, "tune_host", lambda: None)
+    monkeypatch.setattr("ppcoat.device.tune_host", lambda: None)
     kind = generate_module._KINDS["FluxPipeline"]._replace(drawer=lambda *_: Plain([], stop_at=42))
     monkeypatch.setitem(generate_module._KINDS, "FluxPipeline", kind)
     flags = ["--model", str(FIXTURES / "tiny_flux_fp32"), "--output_dir", str(tmp_path / "out")]

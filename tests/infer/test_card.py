@@ -10,7 +10,6 @@ from PIL import Image
 
 import ppcoat.infer.card as card
 import ppcoat.infer.generate as generate_module
-import ppcoat.infer.lightning as lightning
 from ppcoat.cli.main import run
 from ppcoat.data.cache import folder_identity
 from ppcoat.errors import ConfigError
@@ -145,7 +144,7 @@ def test_a_list_is_planned_with_its_largest_picture(drawing, tmp_path, monkeypat
 
 
 def test_four_step_scripts_take_the_flags(lora, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(lightning, "tune_host", lambda: None)
+    monkeypatch.setattr("ppcoat.device.tune_host", lambda: None)
     flags = ["--model", str(FLUX), "--path_to_lora", lora, "--prompt", "dress", "--height", "32", "--width",
              "32", "--step", "1", "--max_sequence_length", "16", "--device", "cpu"]  # fmt: skip
     drawn = {}

@@ -48,7 +48,7 @@ def lora_without_alpha(lora):
 
 @pytest.fixture(autouse=True)
 def untuned(monkeypatch):
-    monkeypatch.setattr(lightning, "tune_host", lambda: None)
+    monkeypatch.setattr("ppcoat.device.tune_host", lambda: None)
     monkeypatch.setattr(lightning, "WARM_UPS", 1)
 
 

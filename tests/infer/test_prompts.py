@@ -71,6 +71,11 @@ def test_excels_first_line_and_other_encodings(tmp_path, capsys):
     assert found[0].name == "000_picture_9"
 
 
+def test_empty_cells_of_a_table_name_no_picture(tmp_path):
+    found = read(tmp_path, "csv", "prompt,image,ctrl_img\na,,\nb,b.png,\nc,,c.png\n")
+    assert said(found, "image", "reference") == [(None, None), ("b.png", None), (None, ["c.png"])]
+
+
 def test_dashes_that_are_no_flag_stay_text(tmp_path):
     found = read(tmp_path, "txt", "a well-made -- dress --- with --dots-- on it\n")
     assert found[0].drawing.prompt == ["a well-made -- dress --- with --dots-- on it"]
@@ -105,6 +110,10 @@ WRONG = [
     ("jsonl", '{"prompt": "a", "size": "64x64", "w": 32}', "line 1: size is given beside width"),
     ("jsonl", '{"prompt": "a", "m": [1, 2, 3]}', "line 1: lora_scale: came 3 strengths for 2 LoRAs"),
     ("jsonl", '{"prompt": "a", "m": "1,2", "m": 1}', "line 1: lora_scale is given twice"),
+    ("txt", "a --ctrl_img", "line 1: reference names no file; write its path, or leave reference out"),
+    ("txt", "a --image  --mask m.png", "line 1: image names no file"),
+    ("jsonl", '{"prompt": "a", "mask": ""}', "line 1: mask names no file"),
+    ("jsonl", '{"prompt": "a", "reference": ["b.png", " "]}', "line 1: reference names no file"),
     ("csv", "prompt,name\na,x\nb,X.png\n", "line 3: the name 'X' is that of line 2, too"),
     ("csv", "prompt,name\na,001_b_9\nb,\n", "line 3: the name '001_b_9' is that of line 2, too"),
 ]  # fmt: skip

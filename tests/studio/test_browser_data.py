@@ -1,7 +1,8 @@
 """The page Data in a browser."""
 
+import os
 import shutil
-import time
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -188,15 +189,34 @@ def test_many_pictures_are_loaded_as_they_are_scrolled_to(tmp_path, start_studio
     assert frames < 100  # ms, of two cores that are shared: 16 where nothing else runs
 
 
+def cpu_seconds():
+    """What the processes below this one have used: server, browser and its driver."""
+    spent, children = {}, {}
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = file.read_text().rpartition(")")[2].split()
+        except OSError:  # it has ended
+            continue
+        pid = int(file.parent.name)
+        spent[pid] = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        children.setdefault(int(fields[1]), []).append(pid)
+    below = list(children.get(os.getpid(), ()))
+    for pid in below:
+        below += children.get(pid, ())
+    return sum(spent[pid] for pid in below)
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="there is no /proc")
 def test_the_first_page_comes_in_two_seconds(data, start_studio, open_page):
+    """Of all processors together: by the clock it is less on an idle machine, and anything on a busy one."""
     url, _ = start_studio(data.parent)
-    open_page(f"{url}/data")
     times = []
     for _ in range(3):
-        start = time.perf_counter()
+        start = cpu_seconds()
         open_page(f"{url}/data")  # a new user: nothing is in the browser's cache
-        times.append(time.perf_counter() - start)
-    assert min(times) < 2
+        times.append(cpu_seconds() - start)
+    print(f"CPU seconds of a first page: {', '.join(f'{each:.2f}' for each in times)}")
+    assert 0.05 < min(times) < 2
 
 
 def test_a_narrow_page_needs_no_sideways_scrolling_and_speaks_chinese(data, start_studio, open_page):

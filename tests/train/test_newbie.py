@@ -37,7 +37,7 @@ from ppcoat.models.newbie.pipeline import NewbiePipeline
 from ppcoat.objective import NewbieFlowMatching
 from ppcoat.train import run as train_run
 from ppcoat.train.newbie import NewbieSpec
-from ppcoat.train.previews import encode_validation
+from ppcoat.train.previews import KeptPicture, encode_validation
 from ppcoat.train.ranks import Ranks
 from ppcoat.train.run import dry_run, train_lora
 from ppcoat.train.trainer import Trainer
@@ -394,8 +394,8 @@ def test_validation_levels_are_of_noise(make_config):
     """At sigma 1 the transformer sees noise alone: time 0."""
     config, spec = make_config(), NewbieSpec()
     pipeline = spec.load_encoders(config, "float32")
-    pair = (Path(config.data.folder_path) / "2_dress/0000.png", "a dress")
-    found = encode_validation(config, [pair], spec.encoders(config, pipeline), spec.objective(config))
+    kept = KeptPicture(Path(config.data.folder_path) / "2_dress/0000.png", "a dress")
+    found = encode_validation(config, [kept], spec.encoders(config, pipeline), spec.objective(config))
     seen = []
 
     class Model(paddle.nn.Layer):

@@ -5,12 +5,14 @@ import json
 import numpy as np
 import paddle
 import pytest
+from PIL import Image, ImageOps
 from safetensors.numpy import load_file
 
+from ppcoat.data.cache import Encoders
 from ppcoat.errors import ConfigError
 from ppcoat.objective import FlowMatching
 from ppcoat.train import flux as flux_lora
-from ppcoat.train.previews import Validation
+from ppcoat.train.previews import Validation, encode_validation, kept_pictures
 from ppcoat.train.run import train_lora
 
 LEVELS = ["validation_loss", *(f"validation_loss_sigma_{s}" for s in ("1.00", "0.75", "0.50", "0.25"))]
@@ -95,3 +97,42 @@ def test_wrong_pictures_are_refused_before_a_model_is_loaded(make_config, tmp_pa
         train_lora(make_config(f"train.validation.items=[{{image_path: {bad}}}]"))
     with pytest.raises(ConfigError, match="nowhere does not exist"):
         train_lora(make_config("train.validation.folder_path=nowhere"))
+
+
+def test_pictures_are_shown_their_references(make_config, tmp_path):
+    """Inverted copies; a picture without one is shown none."""
+    before = tmp_path / "data" / "before"
+    before.mkdir()
+    for path in sorted((tmp_path / "data").glob("*.png"))[:2]:
+        ImageOps.invert(Image.open(path).convert("RGB")).save(before / path.name)
+    config = make_config(
+        f"datasets.0.control_path={before}",
+        f"train.validation.folder_path={tmp_path / 'data'}",
+        f"train.validation.control_path={before}",
+        "train.validation.resolution=64",
+        "train.steps=1",
+    )
+    kept = kept_pictures(config)
+    assert [len(each.references) for each in kept] == [1, 1, 0, 0, 0, 0]
+    blank = Encoders(lambda pixels: pixels, lambda captions: (paddle.zeros([1, 2, 4]), paddle.zeros([1, 4])))
+    shown = encode_validation(config, kept, blank, FlowMatching()).pictures
+    assert [("reference_0" in each) for each in shown] == [True, True, False, False, False, False]
+    for each in shown[:2]:
+        assert np.allclose(each["reference_0"].numpy(), -each["latents"].numpy(), atol=2 / 255)
+    train_lora(config)
+    assert set(LEVELS) <= log(config)[0].keys()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["control_path=before"], "references of a folder: give folder_path, too"),
+        (["folder_path=data", "control_path=nowhere"], "train.validation: .*nowhere does not exist"),
+        (["folder_path=data", "control_path=empty"], "train.validation: no picture in data has a reference"),
+    ],
+)
+def test_references_that_are_not_there(make_config, tmp_path, monkeypatch, settings, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match=message):
+        kept_pictures(make_config(*(f"train.validation.{each}" for each in settings)))

@@ -35,7 +35,6 @@ FLUX_COMPONENTS = (
 FLUX_CLASSES = ("FluxPipeline", "FluxControlPipeline", "FluxKontextPipeline", "FluxFillPipeline",
                 "FluxImg2ImgPipeline", "FluxInpaintPipeline")  # fmt: skip
 INPUTS_OF_CLASS = {"FluxControlPipeline": 2, "FluxFillPipeline": 6}
-OF_FILE = "that a FLUX file lacks: a FLUX folder"  # what the help of the flags beside says
 # Component -> the setting that says where it lies if the model has none.
 _SETTINGS = {
     "text_encoder": "text_encoders",

@@ -1,0 +1,320 @@
+"""Two demonstrations of LoRAs that learn from pairs to look at references: edits of a picture ("make it
+blue", "add a star"), and a garment put on a figure in a pose.
+
+The captions tell no kind of garment, so that it can only come from the references; what is drawn after
+another one's references shows it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import paddle
+from PIL import Image
+
+from ppcoat.bench.demo import Demo, Measure, Shown
+from ppcoat.bench.quickstart import MOTIF, contact_sheet, draw_in_halves
+from ppcoat.config.schema import RunConfig
+from ppcoat.data import garments
+from ppcoat.data.figures import Pose, draw_figure, draw_pose
+from ppcoat.data.garments import COLOURS, KINDS, Garment
+from ppcoat.device import set_device
+from ppcoat.infer.garment_scores import GarmentClassifier, classify, pictures_to_tensor
+from ppcoat.models.flux.kontext import FluxKontextPipeline
+from ppcoat.models.flux.pipeline import FluxPipeline
+
+DATA_SEED, UNSEEN_SEED = 11, 30_000
+AT_ONCE, COLUMNS = 50, 10
+SAME_PLACE = 0.7  # of two silhouettes: what is in both, of what is in either; other poses have at most 0.66
+
+
+class DrawnPair(ABC):
+    """What a LoRA learns from: references, a caption and the picture that is wanted."""
+
+    prompt: str
+
+    @property
+    @abstractmethod
+    def references(self) -> list[Image.Image]:
+        """In the order of the config's folders."""
+
+    @property
+    @abstractmethod
+    def wanted(self) -> Image.Image:
+        """The true drawing."""
+
+
+@dataclass(frozen=True)
+class EditPair(DrawnPair):
+    """A garment, and itself in another colour or, where that is None, with a star. seed: of both drawings."""
+
+    garment: Garment
+    colour: str | None
+    seed: int
+
+    @property
+    def prompt(self) -> str:
+        return "add a star" if self.colour is None else f"make it {self.colour}"
+
+    @property
+    def references(self) -> list[Image.Image]:
+        return [garments.draw(self.garment, self.seed)]
+
+    @property
+    def wanted(self) -> Image.Image:
+        if self.colour is None:
+            return garments.draw(self.garment, self.seed, motif=MOTIF)
+        return garments.draw(replace(self.garment, colour=self.colour), self.seed)
+
+
+@dataclass(frozen=True)
+class WornPair(DrawnPair):
+    """A garment, and a figure in a pose that wears it. seed: of the drawings and of the pose."""
+
+    garment: Garment
+    seed: int
+    prompt = "wear it"
+
+    @property
+    def pose(self) -> Pose:
+        return Pose.random(self.seed)
+
+    @property
+    def references(self) -> list[Image.Image]:
+        return [draw_pose(self.pose), garments.draw(self.garment, self.seed)]
+
+    @property
+    def wanted(self) -> Image.Image:
+        return draw_figure(self.pose, self.garment, self.seed)
+
+
+def edit_pairs(count: int, seed: int, unseen: bool) -> list[EditPair]:
+    """Half of them "make it ...", half "add a star". unseen: of captions that no training saw."""
+    rng, pairs = np.random.default_rng([seed, 1]), []
+    for number, garment in enumerate(_garments(count, seed, unseen)):
+        others = [each for each in COLOURS if each not in (garment.colour, garment.pattern_colour)]
+        colour = others[rng.integers(len(others))]
+        pairs.append(EditPair(garment, None if number % 2 else colour, seed * 10_000 + number))
+    return pairs
+
+
+def worn_pairs(count: int, seed: int, unseen: bool) -> list[WornPair]:
+    """Garments on figures. unseen: of captions that no training saw."""
+    return [
+        WornPair(garment, seed * 10_000 + number)
+        for number, garment in enumerate(_garments(count, seed, unseen))
+    ]
+
+
+def _garments(count: int, seed: int, unseen: bool) -> list[Garment]:
+    candidates, rng = garments.split_garments()[unseen], np.random.default_rng(seed)
+    return [garments.choose(candidates, rng) for _ in range(count)]
+
+
+class Edit(Demo):
+    """ "make it blue", "add a star": the kind kept, the rest as asked, all in its place."""
+
+    folders = {"datasets.0.folder_path": "wanted", "datasets.0.control_path.0": "reference_1"}
+    count = 384
+
+    def write_data(self, data: Path) -> None:
+        write_pairs(data, edit_pairs(self.count, DATA_SEED, unseen=False))
+
+    def judge(self, config: RunConfig, lora_file: Path, samples: int) -> Shown:
+        pairs = edit_pairs(samples, UNSEEN_SEED, unseen=True)
+        drawn = draw_in_halves(_draw_edits, config, lora_file, samples)
+        own, others = drawn["after its own"], drawn["after another's"]
+        kinds = [pair.garment.kind for pair in edit_pairs(samples + 1, UNSEEN_SEED, unseen=True)]
+        seen = classify(GarmentClassifier.load(), others)["kind"]
+        measures = [
+            *_told("true drawings", edit_rates(pairs, [pair.wanted for pair in pairs])),
+            *(Measure(name, rate, at_least=0.8) for name, rate in edit_rates(pairs, own).items()),
+            Measure("mean overlap of what changed with what should", overlap_of_changes(pairs, own)),
+            Measure("after another's picture: kind kept", float(np.mean(seen == kinds[:-1])), at_most=0.35),
+            Measure("after another's picture: kind of that one", float(np.mean(seen == kinds[1:]))),
+        ]
+        return Shown(measures, {"edit": pair_sheet(pairs, own, ["picture"])})
+
+
+class TryOn(Demo):
+    """A garment from one picture on a figure in the pose of another."""
+
+    folders = {
+        "datasets.0.folder_path": "wanted",
+        "datasets.0.control_path.0": "reference_1",
+        "datasets.0.control_path.1": "reference_2",
+    }
+    count = 480
+
+    def write_data(self, data: Path) -> None:
+        write_pairs(data, worn_pairs(self.count, DATA_SEED, unseen=False))
+
+    def judge(self, config: RunConfig, lora_file: Path, samples: int) -> Shown:
+        pairs = worn_pairs(samples, UNSEEN_SEED, unseen=True)
+        drawn = draw_in_halves(_draw_worn, config, lora_file, samples)
+        dressed, best = drawn["dressed"], "true drawings through the autoencoder"
+        found, places = worn_rates(pairs, dressed)
+        true, true_places = worn_rates(pairs, drawn["true"])
+        # each picture beside the garment and the pose of the one before
+        chance, other_places = worn_rates(pairs, [*dressed[1:], dressed[0]])
+        measures = [
+            *_told(best, true | {"mean overlap of silhouettes": true_places}),
+            *(Measure(name, rate, at_least=0.8) for name, rate in found.items()),
+            Measure("mean overlap of silhouettes", places),
+            *_told("by chance", chance | {"mean overlap of silhouettes": other_places}),
+        ]
+        return Shown(measures, {"try_on": pair_sheet(pairs, dressed, ["pose", "garment"])})
+
+
+def _told(what: str, rates: dict[str, float]) -> list[Measure]:
+    return [Measure(f"{what}: {name}", rate) for name, rate in rates.items()]
+
+
+def write_pairs(data: Path, pairs: Sequence[DrawnPair]) -> None:
+    """Write wanted/0000.png with its caption, reference_1/0000.png and so on into the folder `data`."""
+    for number, pair in enumerate(pairs):
+        pictures = {"wanted": pair.wanted}
+        pictures |= {f"reference_{place + 1}": each for place, each in enumerate(pair.references)}
+        for name, picture in pictures.items():
+            (data / name).mkdir(exist_ok=True)
+            picture.save(data / name / f"{number:04d}.png")
+        (data / "wanted" / f"{number:04d}.txt").write_text(pair.prompt + "\n", encoding="utf-8")
+
+
+def pair_sheet(pairs: Sequence[DrawnPair], drawn: list[Image.Image], names: list[str]) -> Image.Image:
+    """Of the first pairs: references, with those names, what was drawn after them, and what is wanted."""
+    few = pairs[:COLUMNS]
+    rows = [list(row) for row in zip(*(pair.references for pair in few), strict=True)]
+    rows += [drawn[:COLUMNS], [pair.wanted for pair in few]]
+    return contact_sheet(rows, [*names, "drawn", "wanted"], heads=[pair.prompt for pair in few])
+
+
+def edit_rates(pairs: Sequence[EditPair], pictures: list[Image.Image]) -> dict[str, float]:
+    """Shares of pictures in which the classifier finds what is wanted."""
+    seen = classify(GarmentClassifier.load(), pictures)
+    star = np.array([pair.colour is None for pair in pairs])
+    kind = seen["kind"] == np.array([pair.garment.kind for pair in pairs])
+    colour = seen["colour"] == np.array([pair.colour or pair.garment.colour for pair in pairs])
+    rates = {"kind kept": kind}
+    if not star.all():
+        rates["make it ...: colour as asked"] = colour[~star]
+    if star.any():
+        rates |= {
+            "add a star: star found": (seen["motif"] == MOTIF)[star],
+            "add a star: colour kept": colour[star],
+        }
+    return {name: float(np.mean(found)) for name, found in rates.items()}
+
+
+def overlap_of_changes(pairs: Sequence[EditPair], pictures: list[Image.Image]) -> float:
+    """Mean over the pictures: where they differ from the reference, and where the true drawing does."""
+    overlaps = []
+    for pair, picture in zip(pairs, pictures, strict=True):
+        before = np.asarray(pair.references[0], np.float32)
+        overlaps.append(overlap(differs(picture, before), differs(pair.wanted, before)))
+    return float(np.mean(overlaps))
+
+
+def worn_rates(pairs: Sequence[WornPair], pictures: list[Image.Image]) -> tuple[dict[str, float], float]:
+    """-> (shares of pictures with the garment's kind and with its colour, as `recognised`, and with the
+    figure in its pose, mean overlap of silhouettes)."""
+    kinds, colours, places = [], [], []
+    for pair, picture in zip(pairs, pictures, strict=True):
+        seen, background = recognised(picture, pair), 255 * np.float32(pair.pose.background)
+        kinds.append(seen.kind == pair.garment.kind)
+        colours.append(seen.colour == pair.garment.colour)
+        places.append(overlap(differs(picture, background), differs(pair.wanted, background)))
+    in_pose = [place >= SAME_PLACE for place in places]
+    named = {"kind recognised": kinds, "colour recognised": colours, "pose kept": in_pose}
+    return {name: float(np.mean(found)) for name, found in named.items()}, float(np.mean(places))
+
+
+def recognised(picture: Image.Image, pair: WornPair) -> Garment:
+    """The garment of which a drawing in this pose is nearest to the picture: first of each kind, in the
+    colours of the pair's garment, then of each colour."""
+    garment = pair.garment
+    kinds = [replace(garment, kind=kind) for kind in KINDS]
+    best = min(kinds, key=lambda each: _distance(picture, pair, each))
+    colours = [replace(best, colour=each) for each in COLOURS if each != garment.pattern_colour]
+    return min(colours, key=lambda each: _distance(picture, pair, each))
+
+
+def _distance(picture: Image.Image, pair: WornPair, garment: Garment) -> float:
+    drawing = draw_figure(pair.pose, garment, pair.seed)
+    return float(np.abs(np.asarray(picture, np.float32) - np.asarray(drawing, np.float32)).mean())
+
+
+def differs(picture: Image.Image, other: np.ndarray) -> np.ndarray:
+    """bool [H, W]: where a picture is not `other`, float32 [H, W, 3] or a colour [3], in 0..255."""
+    return np.abs(np.asarray(picture, np.float32) - other).sum(-1) > 60
+
+
+def overlap(a: np.ndarray, b: np.ndarray) -> float:
+    """Of two areas, bool [H, W]: what is in both, of what is in either."""
+    return float((a & b).sum() / max(1, (a | b).sum()))
+
+
+def _draw_edits(config: RunConfig, lora_file: Path, start: int, stop: int) -> dict[str, list[Image.Image]]:
+    pipeline = _pipeline(config, lora_file)
+    pairs = edit_pairs(stop + 1, UNSEEN_SEED, unseen=True)
+    return {
+        "after its own": draw_after(pipeline, pairs[start:stop], pairs[start:stop], config, start),
+        "after another's": draw_after(
+            pipeline, pairs[start:stop], pairs[start + 1 : stop + 1], config, start
+        ),
+    }
+
+
+def _draw_worn(config: RunConfig, lora_file: Path, start: int, stop: int) -> dict[str, list[Image.Image]]:
+    pipeline = _pipeline(config, lora_file)
+    pairs = worn_pairs(stop, UNSEEN_SEED, unseen=True)[start:]
+    return {
+        "true": _through_autoencoder(pipeline, [pair.wanted for pair in pairs]),
+        "dressed": draw_after(pipeline, pairs, pairs, config, start),
+    }
+
+
+def _pipeline(config: RunConfig, lora_file: Path) -> FluxKontextPipeline:
+    set_device(config.device)
+    pipeline = FluxKontextPipeline.from_pretrained(config.model.name_or_path, **config.model.beside)
+    pipeline.load_lora_weights(lora_file)
+    pipeline.set_progress_bar_config(desc="drawing")
+    return pipeline
+
+
+@paddle.no_grad()
+def _through_autoencoder(pipeline: FluxPipeline, pictures: list[Image.Image]) -> list[Image.Image]:
+    """What the model could draw at best."""
+    decoded = pipeline.decode_latents(pipeline.encode_image(pictures_to_tensor(pictures))).clip(-1, 1).numpy()
+    pixels = ((decoded.transpose(0, 2, 3, 1) + 1) * 127.5).round().astype(np.uint8)
+    return [Image.fromarray(each) for each in pixels]
+
+
+def draw_after(
+    pipeline: FluxKontextPipeline,
+    pairs: Sequence[DrawnPair],
+    shown: Sequence[DrawnPair],
+    config: RunConfig,
+    first: int,
+) -> list[Image.Image]:
+    """One picture for each pair's prompt after the references of one of `shown`; picture i is drawn from the
+    config's seed + first + i."""
+    sample, pictures = config.sample, []
+    for start in range(0, len(pairs), AT_ONCE):
+        few = slice(start, start + AT_ONCE)
+        pictures += pipeline(
+            [pair.references for pair in shown[few]],
+            [pair.prompt for pair in pairs[few]],
+            height=sample.height,
+            width=sample.width,
+            num_inference_steps=sample.sample_steps,
+            guidance_scale=sample.guidance_scale,
+            seed=sample.seed + first + start,
+            max_area=sample.height * sample.width,
+            _auto_resize=False,
+        ).images
+    return pictures
