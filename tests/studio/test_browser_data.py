@@ -143,6 +143,7 @@ def test_hostile_names_and_captions_are_text(data, tmp_path, start_studio, open_
         ("/etc", "outside of the studio's folders"),
         ("a%00b", "is no path"),
         ("pictures&resolution=1000", "resolution: came 1000, wanted a multiple of 16"),
+        ("pictures&resolution=big", "resolution: came 'big', wanted a whole number"),
     ],
 )
 def test_a_bad_folder_is_one_line_in_the_page(data, tmp_path, start_studio, open_page, folder, said):
