@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 pytestmark = pytest.mark.browser
-LOADING = 120_000  # milliseconds in which a training, a plan or a drawing begins on a busy machine
+LOADING = 300_000  # milliseconds in which a training, a plan or a drawing begins on a busy machine
 RUN = """
 name: tiny
 trigger_word: sks
