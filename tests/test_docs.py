@@ -109,7 +109,7 @@ def check_flags(name, argv):
         known = {option for action in parser._actions for option in action.option_strings}
         assert {word for word in argv if word.startswith("--")} <= known
         return
-    argv = [word for word in argv if not re.fullmatch(r"\[.*|.*\]|\|", word)]
+    argv = [word for word in argv if not re.fullmatch(r"\[-.*|[^[]*\]|\|", word)]
     given = (parser.parse_intermixed_args if command.mixed else parser.parse_args)(argv)
     for override in getattr(given, "set", None) or []:
         check_key(override.split("=", 1)[0])
@@ -248,7 +248,7 @@ def python_files():
 def test_paths_exist(page):
     for span in read(page).spans:
         for path in re.findall(
-            r"(?<![\w/.])(?:ppcoat|docs|configs|tests|train_scripts|inference)/[\w./-]*\w/?", span
+            r"(?<![\w/.])(?:ppcoat|docs|configs|tests|train_scripts|inference)/[\w./-]*\w/?(?![\w*])", span
         ):
             in_clone = path.replace("ppcoat/configs", "configs")  # the package has them inside
             assert (ROOT / in_clone).exists(), f"{page.name}: no {path}"

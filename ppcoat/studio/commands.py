@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from collections.abc import Callable, Sequence
 from ppcoat.config.explain import printable
 
 _LONGEST_LINE = 1 << 16  # bytes of one line of output
+_PATIENCE = 5.0  # seconds
 
 
 def shell_command(arguments: Sequence[str]) -> str:
@@ -60,9 +62,14 @@ class RunningCommand:
         return await self._process.wait()
 
     def stop(self) -> None:
-        """Ask it to end, as Ctrl+C does."""
+        """End it as Ctrl+C does, so that it can tidy up; after a while by force. Where the page itself was
+        started in the background, shells let its children ignore Ctrl+C."""
+        self._send(signal.SIGINT)
+        asyncio.get_running_loop().call_later(_PATIENCE, self._send, signal.SIGTERM)
+
+    def _send(self, number: int) -> None:
         if self._process is not None and self._process.returncode is None:
-            self._process.terminate()
+            self._process.send_signal(number)
 
 
 def _text(line: bytes) -> str:

@@ -37,9 +37,14 @@ def data_page(studio: Studio) -> None:
         control_path: str = "",
         mask_path: str = "",
     ) -> None:
-        told = locals() | {"resolution": int(resolution[:6]) if resolution.isdecimal() else 0}
-        names = FolderFlags.__dataclass_fields__
-        flags = FolderFlags(**{"folder": ""} | {name: told[name] for name in names if told[name]})
+        given = {
+            "resolution": int(resolution) if resolution.isdecimal() and len(resolution) < 7 else resolution,
+            "trigger_word": trigger_word,
+            "caption_ext": caption_ext,
+            "control_path": control_path,
+            "mask_path": mask_path,
+        }
+        flags = FolderFlags(folder=folder, **{name: value for name, value in given.items() if value != ""})
         with page_frame(studio, "data") as say:
             ui.add_css(CARD_STYLE)
             _Form(studio, say, flags)

@@ -165,6 +165,14 @@ def numbers_of(text: str, whole: bool = False) -> tuple:
     return tuple(map(int, found)) if whole else tuple(found)
 
 
+def one_number(text: str, whole: bool = False) -> Any:
+    """The only number in a text. Raises ConfigError for another text."""
+    found = numbers_of(text, whole)
+    if len(found) > 1:
+        raise ConfigError(f"came {text!r}, wanted one number")
+    return found[0]
+
+
 def _line(asked: Asked, name: str, cell: Mapping[str, Any]) -> dict[str, Any]:
     line: dict[str, Any] = {"name": name}
     for key in ("prompt", "seed", "steps", "width", "height", "guidance_scale", "image", "mask", "strength"):

@@ -19,6 +19,7 @@ from ppcoat.studio.draw_list import (
     Asked,
     asked_of_picture,
     numbers_of,
+    one_number,
     read_drawing,
     write_drawing,
 )
@@ -221,13 +222,13 @@ class DrawPage:
         found["model"] = text["model"]
         for name, kind in [*_NUMBERS, ("strength", float)]:
             if text[name]:
-                found[name] = numbers_of(text[name], whole=kind is int)[0]
+                found[name] = one_number(text[name], whole=kind is int)
         for name in ("image", "mask"):
             found[name] = self._inside(text[name]) if text[name] else None
         references = [each.strip() for each in text["reference"].split(",") if each.strip()]
         found["reference"] = tuple(map(self._inside, references))
         loras = [(str(path).strip(), by) for path, by in self._loras if str(path).strip()]
-        found["loras"] = tuple((self._inside(path), numbers_of(by)[0]) for path, by in loras)
+        found["loras"] = tuple((self._inside(path), one_number(by)) for path, by in loras)
         if found["compare"] in ("grid", "steps"):
             found["strengths"] = numbers_of(text["strengths"])
         if found["compare"] == "steps":
@@ -244,7 +245,8 @@ class DrawPage:
         path = self._studio.roots.inside(text)
         if not path.exists():
             raise ConfigError(f"{printable(text)}: {self._say('not_there')}")
-        return self._studio.roots.shown(path)
+        shown = self._studio.roots.shown(path)
+        return f"./{shown}" if shown.startswith("-") else shown  # it is no flag
 
     def _draw(self) -> None:
         roots = self._studio.roots

@@ -125,15 +125,20 @@ class CommandRun:
         """Run `python -m ppcoat <arguments>` -> its exit status; None where one is running already."""
         if self._running is not None:
             return None
-        self._running = RunningCommand(arguments, self._log.push)
+        self._running = RunningCommand(arguments, self._tell)
         self._log.clear()
         self._show(True, self._say("running"))
         try:
             status = await self._running.run()
         finally:
             self._running = None
-        self._show(False, self._say("done") if status == 0 else self._say("failed", status=status))
+        if not self._log.is_deleted:
+            self._show(False, self._say("done") if status == 0 else self._say("failed", status=status))
         return status
+
+    def _tell(self, line: str) -> None:
+        if not self._log.is_deleted:  # a command goes on when its page is closed
+            self._log.push(line)
 
     def _show(self, busy: bool, text: str) -> None:
         self._card.set_visibility(True)

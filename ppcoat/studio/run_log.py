@@ -7,9 +7,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ MAX_LINE = 1 << 16
 _PREVIEW = re.compile(r"(\d{9})_(\d{2,})\.png")
 _WEIGHTS = re.compile(r".*_(\d{9})(_kohya|_paddle)?\.safetensors")
 _RATE_SECONDS = 60.0
+_FRESH_SECONDS = 60.0  # since the last line of a run that was started elsewhere
 _DEPTH, _MOST_FOLDERS = 3, 2000
 CONFIG = "studio.yaml"  # of a run that the studio started
 
@@ -31,7 +34,8 @@ class RunLog:
     """The log of one run. `read` takes what is new; a log that was cut, as a resumed run's is, is read anew.
 
     steps, losses, rates (the learning rate's): of every line. last: the last line. rate: steps a second
-    over the last minute that was watched; None until two steps were seen."""
+    over the last minute that was watched; None until two steps were seen. changed: when the file was, in
+    seconds since the epoch."""
 
     folder: Path
     steps: list[int] = field(default_factory=list)
@@ -39,6 +43,7 @@ class RunLog:
     rates: list[float] = field(default_factory=list)
     last: dict[str, Any] = field(default_factory=dict)
     validation: list[tuple[int, float]] = field(default_factory=list)
+    changed: float = 0.0
     _at: int = 0
     _inode: int = 0
     _seen: deque[tuple[float, int]] = field(default_factory=deque)
@@ -65,6 +70,7 @@ class RunLog:
                 new = file.read()
         except OSError:
             return
+        self.changed = status.st_mtime
         whole = new[: new.rfind(b"\n") + 1]
         self._at += len(whole)
         for line in whole.splitlines():
@@ -116,6 +122,8 @@ def progress_of(job: ChildRun, log: RunLog, waits: bool = False) -> Progress:
         return Progress("waiting", log.step, total)
     if total and log.step >= total:
         return Progress("finished", log.step, total)
+    if status == "new" and time.time() - log.changed < _FRESH_SECONDS:  # a shell's
+        return Progress("running", log.step, total)
     if status in ("stopped", "new"):
         return Progress("stopped", log.step, total)
     return Progress("failed", log.step, total, job.error)
@@ -124,13 +132,22 @@ def progress_of(job: ChildRun, log: RunLog, waits: bool = False) -> Progress:
 def total_steps(folder: Path) -> int:
     """Updates of a run, as its own config says; 0 before it has one."""
     for name in ("config.yaml", CONFIG):
+        file = folder / name
         try:
-            train = yaml.safe_load((folder / name).read_text("utf-8")).get("train") or {}
+            status = file.stat()
+            steps = _steps_in(file, (status.st_mtime_ns, status.st_size))
         except (OSError, ValueError, AttributeError, yaml.YAMLError):
             continue
-        if name == "config.yaml" or not train.get("num_epochs"):
-            return int(train.get("steps", 1000))
+        if steps is not None:
+            return steps
     return 0
+
+
+@lru_cache(maxsize=1024)  # the page looks every second, and YAML takes milliseconds
+def _steps_in(file: Path, changed: tuple[int, int]) -> int | None:
+    """None where the run counts them by itself. changed: for the cache."""
+    train = yaml.safe_load(file.read_text("utf-8")).get("train") or {}
+    return None if file.name == CONFIG and train.get("num_epochs") else int(train.get("steps", 1000))
 
 
 def find_runs(roots: Sequence[Path]) -> list[Path]:

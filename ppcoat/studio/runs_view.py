@@ -13,10 +13,10 @@ from nicegui import run, ui
 from PIL import Image
 
 from ppcoat.config.explain import printable
-from ppcoat.config.load import read_config_text
+from ppcoat.config.load import load_config, read_config_text
 from ppcoat.errors import ConfigError
 from ppcoat.plan import GB
-from ppcoat.studio.form import Values, text_values
+from ppcoat.studio.form import Values, text_values, training_argv
 from ppcoat.studio.frame import CommandBox, Studio
 from ppcoat.studio.pictures import LARGE, SMALL, picture_url
 from ppcoat.studio.plan_view import duration
@@ -39,7 +39,8 @@ _SCAN_EVERY, _LOG_LINES = 5, 200
 
 
 class RunsView:
-    """logs: of all runs that a page showed, read once for all pages. reuse: takes the settings of a run."""
+    """logs: of all runs that a page showed, read once for all pages. reuse: takes the settings of a run.
+    is_shown: whether anybody sees this."""
 
     def __init__(
         self,
@@ -48,8 +49,10 @@ class RunsView:
         logs: dict[Path, RunLog],
         say: Words,
         reuse: Callable[[Values], None],
+        is_shown: Callable[[], bool],
     ) -> None:
         self._studio, self._queue, self._logs, self._say, self._reuse = studio, queue, logs, say, reuse
+        self._is_shown = is_shown
         self._folders: list[Path] = []
         self._ticks, self._shown = 0, ()
         self.chosen: Path | None = None
@@ -72,6 +75,8 @@ class RunsView:
 
     async def refresh(self) -> None:
         """Look at the disk, and show what is new."""
+        if not self._is_shown():
+            return
         if self._ticks % _SCAN_EVERY == 0:
             found = await run.io_bound(find_runs, self._studio.roots.folders)
             if self._list.is_deleted:
@@ -198,7 +203,7 @@ class RunDetail:
         self._box.show(note.argv if note is not None else [])
         self._buttons.clear()
         with self._buttons:
-            if found.status in ("running", "stopping"):
+            if found.status in ("running", "stopping") and note is not None:
                 word = "stop_save" if found.status == "running" else "stop_now"
                 ui.button(say(word), icon="stop", on_click=lambda: act(job.stop)).props(
                     "outline dense no-caps"
@@ -207,10 +212,10 @@ class RunDetail:
                 ui.button(say("leave_queue"), on_click=lambda: act(lambda: queue.remove(job))).props(
                     "outline dense no-caps"
                 )
-            elif found.status in ("stopped", "failed") and note is not None:
-                ui.button(
-                    say("resume"), icon="play_arrow", on_click=lambda: act(lambda: queue.add(job))
-                ).props("dense no-caps")
+            elif found.status in ("stopped", "failed"):
+                ui.button(say("resume"), icon="play_arrow", on_click=lambda: act(self._go_on)).props(
+                    "dense no-caps"
+                )
             if (job.folder / CONFIG).exists():
                 ui.button(say("use_settings"), on_click=lambda: act(self._use)).props("flat dense no-caps")
             if found.step:
@@ -218,6 +223,14 @@ class RunDetail:
                 ui.button(
                     say("draw_with"), on_click=lambda: ui.navigate.to("/draw?" + urlencode({"run": shown}))
                 ).props("flat dense no-caps")
+
+    def _go_on(self) -> None:
+        """Put the run in the queue; one that a shell began is trained by its own config.yaml."""
+        roots, job = self._runs._studio.roots, self._job
+        if job.note is None:
+            file = job.folder / "config.yaml"
+            job.prepare(training_argv(load_config(file), roots.shown(file)), roots.folders[0])
+        self._runs._queue.add(job)
 
     def _use(self) -> None:
         self._runs._reuse(text_values(read_config_text(self._job.folder / CONFIG, (".yaml",))))

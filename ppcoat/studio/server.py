@@ -36,7 +36,8 @@ class StudioFlags:
 
     port: int = flag("of the address", 7860)
     host: str = flag("address to listen on; on any but this machine's own a token is asked for", LOOPBACK[0])
-    root: list[str] = flag("folder that the page may read and write; may be repeated", ["."], repeated=True)
+    root: list[str] = flag("folder that the page may read and write; may be repeated (default: the current "
+                           "folder)", ["."], repeated=True, shows_default=False)  # fmt: skip
     language: Literal["en", "zh"] | None = flag("of the page, until another is chosen in it "
                                                 "(default: the browser's)", None)  # fmt: skip
     max_upload_mb: int = flag("largest file that the page may send, in MiB", 4096)

@@ -65,7 +65,7 @@ class TrainPage:
         with ui.column().classes("w-full gap-4") as form_side:
             self._form_panel(planner)
         with ui.column().classes("w-full gap-4") as runs_side:
-            self._runs = RunsView(studio, queue, logs, say, self._reuse)
+            self._runs = RunsView(studio, queue, logs, say, self._reuse, lambda: self._tabs.value == "runs")
         form_side.bind_visibility_from(self._tabs, "value", value="form")
         runs_side.bind_visibility_from(self._tabs, "value", value="runs")
         self._tabs.set_value("runs" if busy else "form")

@@ -36,7 +36,7 @@ def start_studio(tmp_path):
         process = subprocess.Popen(command, env=environment, cwd=root)
         started.append(process)
         address = f"http://127.0.0.1:{port}"
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while time.monotonic() < deadline and process.poll() is None:
             try:
                 urllib.request.urlopen(f"{address}/data", timeout=10).close()
@@ -79,7 +79,7 @@ def open_page(chromium):
         )
         contexts.append(context)
         page = context.new_page()
-        page.set_default_timeout(20_000)
+        page.set_default_timeout(60_000)  # for a busy machine
         ours = (url.split("/")[2], "")
         page.on("request", lambda request: outside.append(request.url)
                 if request.url.split("/")[0] in ("http:", "https:", "ws:", "wss:")

@@ -16,6 +16,7 @@ from ppcoat.studio.draw_list import (
     Asked,
     asked_of_picture,
     numbers_of,
+    one_number,
     read_drawing,
     table_of,
     write_drawing,
@@ -115,6 +116,9 @@ def test_values_of_another_kind_are_left_out():
 
 
 def test_lists_of_numbers():
+    assert one_number("7", whole=True) == 7
+    with pytest.raises(ConfigError, match="wanted one number"):
+        one_number("7, 8")
     assert numbers_of("0, 0.5;1") == (0.0, 0.5, 1.0) and numbers_of("8 16", whole=True) == (8, 16)
     for text, whole in (("", False), ("a", False), ("nan", False), ("1.5", True)):
         with pytest.raises(ConfigError, match="with commas between"):

@@ -75,6 +75,17 @@ def test_how_far_a_run_is(tmp_path, step, stop, alive, waits, printed, status):
     assert found.error == ("no room on the disk" if status == "failed" else "")
 
 
+def test_a_run_that_a_shell_trains_is_running_as_long_as_its_log_grows(tmp_path):
+    (tmp_path / "log.jsonl").write_text(lines(1, 3))
+    (tmp_path / "config.yaml").write_text("train: {steps: 9}\n")
+    log = RunLog(tmp_path)
+    log.read()
+    assert progress_of(ChildRun(tmp_path), log).status == "running"
+    os.utime(tmp_path / "log.jsonl", (1000, 1000))
+    log.read()
+    assert progress_of(ChildRun(tmp_path), log).status == "stopped"
+
+
 def test_steps_of_a_run_are_those_of_its_own_config(tmp_path):
     assert run_log.total_steps(tmp_path) == 0
     (tmp_path / "studio.yaml").write_text("train: {num_epochs: 3}\n")
