@@ -10,7 +10,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.10 python3 python; do \
             $$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
 READY  := $(VENV)/.ready
 
-.PHONY: quickstart studio test test-browser test-all lint clean
+.PHONY: quickstart studio test test-browser test-all lint types clean
 quickstart: $(READY)
 	$(VENV)/bin/python -m ppcoat quickstart
 
@@ -29,17 +29,24 @@ test-browser: $(READY)
 test-all: $(READY)
 	$(VENV)/bin/python -m pytest -q -m "not gpu"
 
+# Annotations, by mypy, in an environment of its own: what mypy needs is nothing that ppcoat needs.
+types: $(READY)
+	@test -x .mypy/bin/mypy || { $(PYTHON) -m venv .mypy && .mypy/bin/pip install -q -U "pip>=24" "mypy==2.4.1" "pydantic==2.14.3" types-PyYAML types-tqdm; }
+	.mypy/bin/mypy --python-executable $(VENV)/bin/python
+
 lint: $(READY)
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
 
 # Paddle is installed only if .venv has none, so that a GPU wheel put there by hand stays.
 $(READY): requirements.txt pyproject.toml
 	@test -n "$(PYTHON)" || { echo "error: no CPython 3.10-3.12 found; install one or name it: make PYTHON=..."; exit 2; }
-	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('paddle') is None)" \
-		|| $(VENV)/bin/pip install -q "$(PADDLE)"
-	$(VENV)/bin/pip install -q -r requirements.txt
-	$(VENV)/bin/pip install -q --no-deps --no-build-isolation -e .
+	@echo "installing into $(VENV) (once): PaddlePaddle and what ppcoat needs, about 170 packages, 3 GB on the disk;"
+	@echo "this takes minutes, most of it downloads"
+	test -x $(VENV)/bin/python || { $(PYTHON) -m venv $(VENV) && $(VENV)/bin/pip install -q -U "pip>=24"; }
+	@$(VENV)/bin/python -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('paddle') is None)" \
+		|| { echo "1/3 $(PADDLE)"; $(VENV)/bin/pip install -q "$(PADDLE)"; }
+	@echo "2/3 requirements.txt" && $(VENV)/bin/pip install -q -r requirements.txt
+	@echo "3/3 ppcoat" && $(VENV)/bin/pip install -q --no-deps --no-build-isolation -e .
 	@touch $(READY)
 
 clean:

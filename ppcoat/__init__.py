@@ -1,19 +1,16 @@
 """ppcoat: FLUX LoRAs on PaddlePaddle with FP8 optimizer states and FP8 saved activations (COAT, arXiv
 2410.19313).
 
-Importing it makes FLUX known to ppdiffusers where that has none (models/flux/registration.py), so it imports
-ppdiffusers, which takes seconds. A command of ppcoat has no use for that and imports what it needs when it
-needs it; the names below are imported when they are asked for.
+It makes FLUX known to ppdiffusers where that has none, once a program imports ppdiffusers
+(models/flux/registration.py). That takes seconds, so the names below are imported when they are asked for.
 """
 
 import importlib
-import multiprocessing
-import sys
 import warnings
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ppcoat.errors import ignore_warnings_of_libraries, not_installed
+from ppcoat.models.flux.registration import register_when_imported
 
 if TYPE_CHECKING:
     from ppcoat.coat import COATConfig, COATTrainer
@@ -28,6 +25,8 @@ if TYPE_CHECKING:
     from ppcoat.nn.convert import replace_linear_with_fp8
     from ppcoat.nn.saved_tensors import fp8_saved_tensors
     from ppcoat.optim import FP8AdamW, FP8QuantizationConfig
+
+__version__ = "0.1.0"
 
 __all__ = [
     "COATConfig",
@@ -67,31 +66,22 @@ _HOMES = {  # module -> the names that are imported from it
 def __getattr__(name: str) -> object:
     for module, names in _HOMES.items():
         if name in names:
-            globals()[name] = getattr(importlib.import_module(f"{__name__}.{module}"), name)
+            globals()[name] = getattr(_imported(module), name)
             return globals()[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _imported(module: str) -> object:
+    try:
+        with warnings.catch_warnings():
+            ignore_warnings_of_libraries()
+            return importlib.import_module(f"{__name__}.{module}")
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(not_installed(error), name=error.name) from None
 
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-def _is_for_a_command() -> bool:
-    """Whether this process was started as one of our commands: by `python -m ppcoat`, by the program `ppcoat`
-    that pip installs, by a script that says `__command__`, or by device.ChildProcess."""
-    if multiprocessing.current_process().name.startswith(f"{__name__}: "):
-        return True
-    started = sys.argv[0] if getattr(sys, "argv", None) else ""
-    if started == "-m":  # until Python has found the module, which is after this import
-        return sys.orig_argv[-len(sys.argv)].removeprefix("-m").split(".")[0] == __name__
-    return hasattr(sys.modules["__main__"], "__command__") or Path(started).stem == __name__
-
-
-if not _is_for_a_command():
-    try:
-        with warnings.catch_warnings():
-            ignore_warnings_of_libraries()
-            from ppcoat.models.flux.registration import register
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(not_installed(error), name=error.name) from None
-    register()
+register_when_imported()

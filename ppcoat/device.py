@@ -206,10 +206,9 @@ class ChildProcess:
     """Runs function(pipe, *arguments) in a process of its own. Context manager: waits for the process on
     exit.
 
-    The process starts a new Python ("spawn"), so function and arguments must be picklable. By its name ppcoat
-    knows that FLUX need not be made known to ppdiffusers there. If the block ends
-    with an error, the process gets SIGTERM, and is killed after GRACE seconds. pipe: connection to the
-    process; EOF means that it died.
+    The process starts a new Python ("spawn"), so function and arguments must be picklable. If the
+    block ends with an error, the process gets SIGTERM, and is killed after GRACE seconds. pipe: connection
+    to the process; EOF means that it died.
     """
 
     def __init__(self, function: Callable, *arguments: Any, daemon: bool = False) -> None:

@@ -2,8 +2,13 @@
 what to do; the words for what several modules have to say; and which warnings are kept from the user."""
 
 import difflib
+import logging
+import sys
 import warnings
 from collections.abc import Iterable
+
+# They have handlers of their own, in colours and with dates.
+_LOGS_OF_LIBRARIES = ("PaddleNLP", "ppdiffusers", "aistudio_sdk", "datasets", "huggingface_hub", "jieba")
 
 
 class ConfigError(ValueError):
@@ -23,6 +28,35 @@ def not_installed(error: ModuleNotFoundError) -> str:
         f"{error.msg}: ppcoat needs paddlepaddle or paddlepaddle-gpu 3.3 and what requirements.txt names "
         "(README.md, Install)"
     )
+
+
+def tell_plainly() -> None:
+    """Show warnings, and those that modules of ppcoat log, as a line "warning: ..." on stderr, above the bars
+    of the terminal and without the names of Python files; of libraries only errors. For commands."""
+    ignore_warnings_of_libraries()
+    warnings.showwarning = lambda message, *_, **__: _show_warning(message)
+    for name in _LOGS_OF_LIBRARIES:
+        logging.getLogger(name).addFilter(_is_error)
+    # at the root, where libraries add a handler with a look of its own only if there is none
+    root = logging.getLogger()
+    if not any(isinstance(handler, _Plainly) for handler in root.handlers):
+        root.addHandler(_Plainly(logging.WARNING))
+
+
+class _Plainly(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.name.startswith("ppcoat") or _is_error(record):
+            _show_warning(record.getMessage())
+
+
+def _show_warning(text: object) -> None:
+    bars = sys.modules.get("ppcoat.progress")
+    write = bars.Progress.write if bars else print
+    write(f"warning: {text}", file=sys.stderr)
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
 
 
 def ignore_warnings_of_libraries() -> None:

@@ -25,9 +25,8 @@ from ppcoat.models.newbie import pipeline as newbie_pipeline
 
 FIXTURES = Path(__file__).parent / "fixtures"
 FIXTURE = FIXTURES / "tiny_flux_fp32"
-# What a process tells of itself that only a new one can tell. As a command it does not import ppdiffusers.
+# What a process tells of itself that only a new one can tell.
 FRESH = """
-__command__ = "none"
 import json, sys
 import paddle
 import ppcoat.train.report

@@ -94,7 +94,6 @@ def threads_of_a_new_process(omp_num_threads):
     """[after use_all_cores, after it again on one core alone]; Paddle reads the environment when imported."""
     code = f"""
 import ctypes, os
-__command__ = "none"  # which spares the seconds that importing ppdiffusers takes
 from ppcoat.device import use_all_cores
 openmp = ctypes.CDLL({str(OPENMP)!r})
 for cores in (os.sched_getaffinity(0), [min(os.sched_getaffinity(0))]):

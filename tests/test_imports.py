@@ -13,6 +13,7 @@ ALLOWED = {
     "errors": (),
     "device": (),
     "atomic": (),
+    "progress": (),
     "fp8": (),
     "config": (),
     "nn": ("fp8",),
@@ -31,8 +32,9 @@ ALLOWED = {
     "pretrain": ("data", "models", "infer", "train.ranks", "config.flags"),
 }  # fmt: skip
 # The last are the names of FLUX's Linears and norms: data, in an __init__ that imports nothing.
-OPEN_TO_ALL = ("errors", "device", "atomic", "models.flux.ATTENTION_AND_MLP", "models.flux.MODULATION",
-               "models.flux.NORMS", "models.flux.OUTSIDE_BLOCKS", "models.flux.HALVES_SWAPPED")  # fmt: skip
+OPEN_TO_ALL = ("errors", "device", "atomic", "progress", "models.flux.ATTENTION_AND_MLP",
+               "models.flux.MODULATION", "models.flux.NORMS", "models.flux.OUTSIDE_BLOCKS",
+               "models.flux.HALVES_SWAPPED")  # fmt: skip
 UNRESTRICTED = ("cli", "bench", "__init__", "__main__")  # the top
 IMPORTED_BY_NOBODY = "bench"  # the command table of cli names its modules in strings
 MODEL_FILE_WITH_LORA = "models/flux/lora_methods.py"  # load_lora_weights and its kin

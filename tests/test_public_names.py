@@ -1,12 +1,10 @@
 """`import ppcoat`: its names, FLUX made known to ppdiffusers, and commands that import what they need."""
 
 import ast
-import multiprocessing
 import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import ppdiffusers
 import pytest
@@ -66,46 +64,29 @@ def test_importing_it_makes_flux_known_to_ppdiffusers():
     assert hasattr(ppdiffusers.DiffusionPipeline.from_pretrained, "reads_flux_folders")
 
 
-@pytest.mark.parametrize(
-    ("argv", "started", "is_command"),
-    [
-        (["-m", "train", "x.yaml"], ["python", "-X", "dev", "-m", "ppcoat", "train", "x.yaml"], True),
-        (["-m"], ["python", "-mppcoat"], True),
-        (["-m", "x"], ["python", "-m", "ppcoat.bench.full_size", "x"], True),
-        (["-m", "ppcoat"], ["python", "-m", "program_that_imports_it", "ppcoat"], False),
-        (["/usr/bin/ppcoat", "train"], ["python", "/usr/bin/ppcoat", "train"], True),
-        (["inference/my_own.py"], ["python", "inference/my_own.py"], False),
-        (["-c"], ["python", "-c", "import ppcoat"], False),
-        ([""], ["python"], False),
-    ],
-)
-def test_a_command_is_told_by_how_the_process_was_started(argv, started, is_command, monkeypatch):
-    monkeypatch.setattr(sys, "argv", argv)
-    monkeypatch.setattr(sys, "orig_argv", started)
-    monkeypatch.setitem(sys.modules, "__main__", ModuleType("__main__"))
-    assert ppcoat._is_for_a_command() is is_command
-
-
-def test_a_process_of_ours_is_taken_for_a_command(monkeypatch):
-    monkeypatch.setattr(multiprocessing.current_process(), "name", "ppcoat: _serve")
-    assert ppcoat._is_for_a_command()
-    monkeypatch.setattr(multiprocessing.current_process(), "name", "SpawnProcess-1")
-    assert not ppcoat._is_for_a_command()
-
-
-@pytest.mark.parametrize(
-    "script", sorted([*ROOT.glob("train_scripts/*.py"), *ROOT.glob("inference/*.py")]), ids=lambda f: f.name
-)
-def test_a_script_says_that_it_is_a_command_before_it_imports(script):
-    first = ast.parse(script.read_text(encoding="utf-8")).body[1]
-    assert isinstance(first, ast.Assign) and ast.unparse(first.targets[0]) == "__command__"
-
-
 def test_help_imports_neither_paddle_nor_pydantic(python):
     refused = {name: REFUSES.format(name=name) for name in ("paddle", "ppdiffusers", "pydantic", "numpy")}
     done = python("-m", "ppcoat", "--help", **refused)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("usage: python -m ppcoat <command>")
+
+
+# Those that people call most; the others import what they call, which takes seconds.
+PLAIN = ("train", "tune", "train-flux-lightning", "train-newbie", "generate", "lightning", "plan", "studio")
+HELP = """
+import contextlib, io
+from ppcoat.cli.main import main
+for name in {names}:
+    with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.suppress(SystemExit):
+        main([name, "--help"])
+    assert text.getvalue().startswith(f"usage: python -m ppcoat {{name}}"), name
+"""
+
+
+def test_help_and_flags_of_common_commands_do_not_import_paddle(python):
+    refused = {name: REFUSES.format(name=name) for name in ("paddle", "ppdiffusers", "paddlenlp")}
+    done = python("-c", HELP.format(names=PLAIN), **refused)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize(
@@ -129,10 +110,28 @@ def test_a_lora_file_is_inspected_without_the_models(python):
     assert "delta-W" in done.stdout
 
 
-@pytest.mark.parametrize("arguments", [["-c", "import ppcoat"], ["-m", "ppcoat", "train", "x.yaml"]])
+def test_to_import_it_imports_neither_paddle_nor_ppdiffusers(python):
+    refused = {name: REFUSES.format(name=name) for name in ("paddle", "ppdiffusers", "paddlenlp")}
+    assert python("-c", "import ppcoat", **refused).returncode == 0
+
+
+@pytest.mark.parametrize("first", ["import ppcoat, ppdiffusers", "import ppdiffusers, ppcoat"])
+def test_ppdiffusers_is_told_of_flux_whichever_is_imported_first(first, python):
+    """A stand-in for ppdiffusers, which takes seconds; it has a FLUX class of its own."""
+    source = "class DiffusionPipeline:\n    @classmethod\n    def from_pretrained(cls, name): ...\n"
+    source += "FluxFillPipeline = 'theirs'"
+    check = "assert hasattr(ppdiffusers.DiffusionPipeline.from_pretrained, 'reads_flux_folders')\n"
+    check += "print(ppdiffusers.FluxFillPipeline, hasattr(ppdiffusers, 'Nothing'))"
+    done = python("-c", f"{first}\n{check}", ppdiffusers=source)
+    assert (done.stdout, done.stderr) == ("theirs False\n", "")
+
+
+@pytest.mark.parametrize(
+    "arguments", [["-c", "import ppcoat\nppcoat.FluxPipeline"], ["-m", "ppcoat", "train", "x.yaml"]]
+)
 def test_a_package_that_is_missing_is_told_with_what_to_do(arguments, python):
     """pydantic and ppdiffusers are what a command on a config and a program want first."""
-    done = python(*arguments, ppdiffusers=MISSING, pydantic=MISSING)
+    done = python(*arguments, **dict.fromkeys(("paddle", "ppdiffusers", "pydantic"), MISSING))
     last = done.stderr.splitlines()[-1]
     assert "No module named 'ppdiffusers': ppcoat needs paddlepaddle or paddlepaddle-gpu" in last
     assert "requirements.txt" in last

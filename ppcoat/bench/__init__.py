@@ -1,3 +1,3 @@
-"""Evidence: benchmark, full size, parity, ablation, accuracy, quickstart. Commands only: nothing imports it,
-the command table names its modules.
+"""Evidence: benchmark, full size, parity, ablation, accuracy, quickstart, demonstrations. Commands only:
+nothing imports it, the command table names its modules.
 """

@@ -19,7 +19,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from ppcoat.atomic import whole_file, write_text
 from ppcoat.bench import full_size, kernels
@@ -32,6 +31,7 @@ from ppcoat.bench.bench_worker import (
 )
 from ppcoat.config.flags import add_flags, flag, from_flags
 from ppcoat.errors import ConfigError
+from ppcoat.progress import Progress
 
 LAST_STEPS = 5  # the final loss is their mean
 MIB = 2**20
@@ -125,7 +125,7 @@ def search_batches(cases: dict[str, BenchmarkCase], budget_gb: float) -> dict[st
     for name, case in cases.items():
 
         def peak_of(batch: int, name: str = name, case: BenchmarkCase = case) -> float:
-            tqdm.write(f"{name}: measuring a batch of {batch}", file=sys.stderr)
+            Progress.write(f"{name}: measuring a batch of {batch}", file=sys.stderr)
             return measured_peak(dataclasses.replace(case, batch_size=batch), budget_gb * 1e9)
 
         batch, peaks = largest_batch(peak_of, budget_gb * 1e9)
@@ -142,7 +142,7 @@ def search_batches(cases: dict[str, BenchmarkCase], budget_gb: float) -> dict[st
 
 def benchmark(cases: dict[str, BenchmarkCase], num_steps: int) -> dict:
     """Run the variants interleaved -> the report: model, environment, variants, comparison."""
-    with tqdm(total=num_steps * len(cases), unit="step", desc="starting") as progress:
+    with Progress(total=num_steps * len(cases), unit="step", desc="starting") as progress:
 
         def on_turn(name: str, steps: int) -> None:
             progress.set_description(name)

@@ -208,7 +208,7 @@ class Style(Demo):
 
 def _draw_styled(config: RunConfig, lora_file: Path, start: int, stop: int) -> dict[str, list]:
     """Sets of pictures `start` to `stop`: true drawings of both styles as the autoencoder has them, what is
-    drawn without the LoRA, and with it at each of STRENGTHS."""
+    drawn without the LoRA, and with it at each of STRENGTHS, by prompts that say the kind and that do not."""
     pipeline, ones = _loaded(FluxImg2ImgPipeline, config), unseen(start, stop)
     pictures = [one.picture for one in ones]
     unnamed = [f"{config.trigger_word} a plain {one.garment.colour}" for one in ones]
@@ -222,7 +222,7 @@ def _draw_styled(config: RunConfig, lora_file: Path, start: int, stop: int) -> d
     sets["LoRA off"] = draw(prompts, STRENGTH)
     pipeline.load_lora_weights(lora_file)
     sets |= {str(strength): draw(prompts, strength) for strength in STRENGTHS}
-    return sets | {"kind unsaid": draw(unnamed, STRENGTH)}
+    return sets | {f"unsaid {strength}": draw(unnamed, strength) for strength in STRENGTHS}
 
 
 def judged_style(ones: list[Unseen], drawn: dict[str, list[Image.Image]]) -> Shown:
@@ -242,13 +242,14 @@ def judged_style(ones: list[Unseen], drawn: dict[str, list[Image.Image]]) -> Sho
         Measure(f"{on}: kind kept", best["kind"], 0.8),
         Measure(f"{on}: colour kept", best["colour"], 0.8),
         Measure(f"{on}: overlap", best["overlap"]),
-        Measure(f"{on}: kind kept, unsaid by the prompt", rows["kind unsaid"]["kind"]),
+        Measure(f"{on}: kind kept, unsaid by the prompt", rows[f"unsaid {STRENGTH}"]["kind"]),
         Measure(f"{off}: pen", rows["LoRA off"]["pen"], None, 0.1),
     ]
     columns = ("pen", "kind", "colour", "overlap")
-    notes = ["strength" + "".join(f"{name:>9s}" for name in columns)]
+    notes = ["strength" + "".join(f"{name:>9s}" for name in columns) + "  unsaid kind"]
     for strength in map(str, STRENGTHS):
-        notes.append(f"{strength:>8s}" + "".join(f"{rows[strength][name]:9.0%}" for name in columns))
+        found = "".join(f"{rows[strength][name]:9.0%}" for name in columns)
+        notes.append(f"{strength:>8s}{found}{rows[f'unsaid {strength}']['kind']:13.0%}")
     few = slice(0, COLUMNS)
     shown = {"input": [one.picture for one in ones], f"off, {STRENGTH}": drawn["LoRA off"]}
     shown |= {f"on, {strength}": drawn[str(strength)] for strength in STRENGTHS}

@@ -247,7 +247,7 @@ def run_static(output: str | None) -> None:
 def static_rows(arch: int, wanted: str = "") -> list[StaticRow]:
     """The cases whose name starts with `wanted`, compiled in a process of their own for sm_`arch`. Raises
     ConfigError where that fails."""
-    from tqdm import tqdm
+    from ppcoat.progress import Progress
 
     package = str(Path(__file__).parents[1] / "__init__.py")
     script = ENTER.format(package=package) + COMPILE.format(arch=arch, wanted=wanted)
@@ -258,7 +258,7 @@ def static_rows(arch: int, wanted: str = "") -> list[StaticRow]:
     with (
         tempfile.TemporaryFile("w+") as complaint,
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=complaint, text=True, env=environment)
-        as process, tqdm(desc=f"compiling for sm_{arch}", unit=" kernels") as progress,
+        as process, Progress(desc=f"compiling for sm_{arch}", unit=" kernels") as progress,
     ):  # fmt: skip
         for line in process.stdout:
             rows.append(StaticRow(**json.loads(line)))

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from ppcoat.atomic import check_writable
 from ppcoat.config.flags import add_flags, flag, from_flags
@@ -46,6 +45,7 @@ from ppcoat.models.flux.transformer import FluxTransformer2DModel
 from ppcoat.models.loading import linear_weights, parameter_shapes, read_tensors, unfilled
 from ppcoat.models.newbie.files import unfilled_nextdit
 from ppcoat.models.tensor_files import TensorInfo, map_tensor, read_json, tensor_infos
+from ppcoat.progress import Progress
 
 from .lora_files import carried_fields, counts, stored_dtype
 from .merge import strengths
@@ -301,7 +301,7 @@ class Pair:
         units = {path: (path,) for path in paths}
         if file_format == "kohya" and self.part == TRANSFORMER:
             units = dict(map(flux_names.bfl_name, paths))
-        yield from tqdm(units.items(), desc=self.part, unit="module", disable=None)
+        yield from Progress(units.items(), desc=self.part, unit="module")
 
     @property
     def others(self) -> list[str]:

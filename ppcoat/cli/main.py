@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from safetensors import SafetensorError
 
-from ppcoat.errors import ConfigError, ignore_warnings_of_libraries, not_installed
+from ppcoat.errors import ConfigError, not_installed, tell_plainly
 
 _FLAG = re.compile(r"(?<=^--)[a-z0-9]+(-[a-z0-9]+)+(?=$|=)")
 
@@ -176,7 +176,7 @@ def run(name: str, argv: Sequence[str] | None = None, prog: str | None = None) -
     command = COMMANDS[name]
     argv = [_FLAG.sub(lambda flag: flag.group().replace("-", "_"), each, count=1) for each in
             (sys.argv[1:] if argv is None else argv)]  # fmt: skip
-    ignore_warnings_of_libraries()
+    tell_plainly()
     for stream in (sys.stdout, sys.stderr):  # a redirected stream may know no Chinese, and no emoji
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")

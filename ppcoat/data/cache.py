@@ -20,7 +20,6 @@ from pathlib import Path
 
 import numpy as np
 import paddle
-from tqdm import tqdm
 
 from ppcoat.data.batches import ResumableBatches
 from ppcoat.data.captions import dropped_captions
@@ -30,6 +29,7 @@ from ppcoat.data.embedding_store import EmbeddingStore
 from ppcoat.data.examples import Example
 from ppcoat.data.pairs import CutPicture, loss_weights
 from ppcoat.errors import ConfigError
+from ppcoat.progress import Progress
 
 # pixels float32 [N, 3, H, W] in [-1, 1] -> latents [N, C, h, w]: the VAE posterior's mean, shifted and scaled
 EncodeImage = Callable[[paddle.Tensor], paddle.Tensor]
@@ -226,7 +226,7 @@ def _latents(
     for i, picture in enumerate(pictures):
         if i not in latents:
             sizes.setdefault((*picture.size, picture.hole is not None), []).append(i)
-    with tqdm(total=len(pictures), initial=len(latents), desc="encoding pictures", unit="file") as bar:
+    with Progress(total=len(pictures), initial=len(latents), desc="encoding pictures", unit="file") as bar:
         for some in _calls(sizes, batch_size):
             encoded = _encode([pictures[i] for i in some], encoders).cpu().unbind(0)
             for i, latent in zip(some, encoded, strict=True):
@@ -256,7 +256,9 @@ def _embeddings(
         if (found := store.get(keys[caption])) is not None:
             embeddings[caption] = tuple(found[name] for name in encoders.text_names)
     missing = [caption for caption in captions if caption not in embeddings]
-    with tqdm(total=len(captions), initial=len(embeddings), desc="encoding captions", unit="caption") as bar:
+    with Progress(
+        total=len(captions), initial=len(embeddings), desc="encoding captions", unit="caption"
+    ) as bar:
         for some in _chunks(missing, batch_size):
             columns = [[row.cpu() for row in column] for column in encoders.text(list(some))]
             for caption, *row in zip(some, *columns, strict=True):

@@ -18,7 +18,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from ppcoat.config.explain import printable
 from ppcoat.config.schema import DatasetConfig
@@ -38,6 +37,7 @@ from ppcoat.data.sources import (
     upright_picture,
 )
 from ppcoat.errors import ConfigError
+from ppcoat.progress import Progress
 
 SIDE_STEP = 16  # pixels: a token of FLUX
 _NOTHING = 1e-4  # share of a picture that is as good as none
@@ -145,7 +145,7 @@ def with_companions(images: ImageFolder, data: DatasetConfig) -> tuple[ImageFold
     references = [_Stems(path, "control_path", images) for path in data.control_path]
     masks = _Stems(data.mask_path, "mask_path", images) if data.mask_path else None
     found, bad = {}, []
-    for item in tqdm(images.items, desc="checking pairs", unit="file", disable=None):
+    for item in Progress(images.items, desc="checking pairs", unit="file"):
         try:
             found[item.image_path] = Companions(
                 tuple(_references(item, references, data.control_transparent_color)),

@@ -20,12 +20,12 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps
-from tqdm import tqdm
 
 from ppcoat.config.explain import printable
 from ppcoat.data.caption_files import TEXT_SUFFIXES, BadCaption, Caption, FolderCaptions
 from ppcoat.data.colours import Convert, on_white
 from ppcoat.errors import ConfigError
+from ppcoat.progress import Progress
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp")
 # Pictures and films that are not read here: they are counted, so that nobody misses them unawares.
@@ -137,7 +137,7 @@ def scan_folder(
         )
     captions = FolderCaptions(found.images, found.texts, suffix)
     items, bad = [], found.bad
-    for path in tqdm(found.images, desc="checking pictures", unit="file", disable=None):
+    for path in Progress(found.images, desc="checking pictures", unit="file"):
         try:
             items.append(_checked(path, folder, captions, default_caption))
         except (BadFile, BadCaption) as error:

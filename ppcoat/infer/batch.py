@@ -21,7 +21,6 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
-from tqdm import tqdm
 
 from ppcoat.atomic import remove_dead_drafts, whole_file, write_text
 from ppcoat.data.cache import folder_identity
@@ -32,6 +31,7 @@ from ppcoat.infer.prompts import COLUMNS, ListedPicture
 from ppcoat.lora.files import CONFIG, adapter_file
 from ppcoat.models.flux.files import FluxFiles
 from ppcoat.models.offload import Placement
+from ppcoat.progress import Progress
 
 SETTINGS, FILES, LIST = "settings", "files", "pictures.jsonl"
 # Fields of Drawing that leave the picture as it is. Any other decides it, those of files by their content.
@@ -108,9 +108,7 @@ class Batch:
             drawer = load()
             drawer.pipeline.set_progress_bar_config(disable=True)
             found = drawer.drawn([picture.drawing for picture in pictures])
-            for picture, file in zip(
-                tqdm(pictures, "drawing", unit="picture", disable=None), files, strict=True
-            ):
+            for picture, file in zip(Progress(pictures, "drawing", unit="picture"), files, strict=True):
                 (image,) = next(found)
                 note = PngInfo()
                 note.add_itxt("prompt", picture.drawing.prompt[0])
@@ -184,7 +182,7 @@ def _settings_in(file: Path) -> dict[str, Any] | None:
 def _write_sheets(files: Sequence[Path], folder: Path) -> list[Path]:
     """Contact sheets of the pictures, so many a page; those of a longer list go."""
     pages, size = [], COLUMNS_OF_SHEET * ROWS_OF_SHEET
-    for start in tqdm(range(0, len(files), size), "contact sheets", unit="page", disable=None):
+    for start in Progress(range(0, len(files), size), "contact sheets", unit="page"):
         page = folder / (f"contact_{len(pages) + 1}.png" if pages else "contact.png")
         with whole_file(page) as draft:
             _sheet(files[start : start + size]).save(draft)

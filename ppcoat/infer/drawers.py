@@ -11,12 +11,12 @@ from typing import Any
 
 import paddle
 from PIL import Image
-from tqdm import tqdm
 
 from ppcoat.infer.editing import Sight, edit_arguments, edit_class, own_guidance
 from ppcoat.lora import LoRAFile, put_adapters
 from ppcoat.models.flux.pipeline import FluxPipeline
 from ppcoat.models.newbie.pipeline import NewbiePipeline
+from ppcoat.progress import Progress
 
 Loras = list[tuple[LoRAFile, float]]  # with their strengths
 Texts = tuple[str, ...]  # what the encoders see at once
@@ -56,7 +56,7 @@ class Drawer(ABC):
         while some := list(islice(remaining, AT_ONCE)):
             known: dict[tuple, Encoded] = {}
             distinct = self._distinct(some)
-            for key, texts, drawing in tqdm(distinct, "encoding prompts", unit="prompt", disable=None):
+            for key, texts, drawing in Progress(distinct, "encoding prompts", unit="prompt"):
                 if self._changes_encoders:
                     self._set(drawing)
                 known[key] = self.encode(texts, drawing.max_sequence_length)

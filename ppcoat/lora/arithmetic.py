@@ -16,9 +16,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from tqdm import tqdm
 
 from ppcoat.errors import ConfigError
+from ppcoat.progress import Progress
 
 from . import flux_names
 from .delta import LoRAModule, norm_of_product
@@ -87,7 +87,7 @@ def sum_of(
     for part, path in terms:
         is_fused = together and part == TRANSFORMER
         groups.setdefault(flux_names.bfl_name(path)[0] if is_fused else path, []).append((part, path))
-    for name, places in tqdm(groups.items(), desc="calculating", unit="module", disable=None):
+    for name, places in Progress(groups.items(), desc="calculating", unit="module"):
         if together and places[0][0] == TRANSFORMER:
             fused = flux_names.fuse({path: combined(terms[part, path])[0] for part, path in places})[name]
             module, losses[name] = combined([(fused, 1.0)], rank, energy)

@@ -31,10 +31,10 @@ from ppcoat.models.tensor_files import (
     check_variants,
     chosen_weights,
     component_config,
-    in_file_order,
     map_tensor,
     read_json,
     tensor_infos,
+    with_progress,
 )
 from ppcoat.nn.linear import FrozenLinear
 
@@ -293,7 +293,7 @@ def read_tensors(infos: dict[str, TensorInfo], linears: set[str]) -> Iterator[tu
     linears: names of the 2-D weights of Linears, which come as [in, out] and which a file in torch's layout
     stores as [out, in]. Every other tensor has its shape in the file.
     """
-    for name, info in in_file_order(infos):
+    for name, info in with_progress(infos):
         tensor = paddle.to_tensor(map_tensor(info))
         yield name, tensor.t() if name in linears and info.torch_layout else tensor
 

@@ -44,6 +44,7 @@ from ppcoat.models.tensor_files import (
     read_json,
     rows_of,
     tensor_infos,
+    with_progress,
 )
 from ppcoat.models.writing import INDEX, Layout, check_room, layout_bytes, shard_metadata, write_component
 from ppcoat.nn.base_weight import BASES, BLOCK, BaseWeight
@@ -163,7 +164,7 @@ def quantised_tensors(
     on disk.
     """
     weights = linear_weights(model)
-    for name, info in in_file_order(infos):
+    for name, info in with_progress(infos, f"{base}, reading"):
         if name in weights:
             for part, tensor in _quantised(name, info, base).named_buffers():
                 yield f"{name}.{part}", tensor
@@ -344,7 +345,7 @@ class QuantizedCopy:
         """(name, tensor) one at a time, each in name and dtype as quantised_tensors gives it (any shape).
         Raises DamagedCopyError for a tensor that is not as written."""
         infos, sums = tensor_infos(self.folder), self._sums()
-        for name, info in in_file_order(infos):
+        for name, info in with_progress(infos):
             data = np.array(map_tensor(info))
             if zlib.crc32(data.reshape(-1).view(np.uint8)) != sums.get(name):
                 raise DamagedCopyError(f"tensor {name} in {self} {info.file} is damaged")

@@ -20,6 +20,7 @@ import numpy as np
 
 from ppcoat.errors import ConfigError
 from ppcoat.models import gguf_files
+from ppcoat.progress import Progress
 
 # File stems in the order tried: diffusers, transformers, ppdiffusers.
 _STEMS = ("diffusion_pytorch_model", "model", "diffusion_paddle_model")
@@ -65,6 +66,7 @@ _QUANTISED = [
     (r"\.(?:qweight|qzeros|wscales)$", "GPTQ, AWQ or nunchaku"),
 ]
 
+PATIENCE = 3.0  # seconds
 _log = logging.getLogger(__name__)
 
 
@@ -306,6 +308,12 @@ def pipeline_class(folder: Path) -> str | None:
 def in_file_order(infos: dict[str, TensorInfo]) -> list[tuple[str, TensorInfo]]:
     """(name, TensorInfo), so that disks are read from front to back."""
     return sorted(infos.items(), key=lambda item: (item[1].file, item[1].start))
+
+
+def with_progress(infos: dict[str, TensorInfo], doing: str = "reading") -> Iterable[tuple[str, TensorInfo]]:
+    """As `in_file_order`, with the progress shown of what takes longer than PATIENCE seconds."""
+    what = " ".join([doing, *sorted({info.file.parent.name for info in infos.values()})])
+    return Progress(in_file_order(infos), desc=what, unit="tensor", delay=PATIENCE)
 
 
 def map_tensor(info: TensorInfo) -> np.ndarray:

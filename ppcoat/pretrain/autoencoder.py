@@ -18,13 +18,13 @@ import numpy as np
 import paddle
 from paddle.io import DataLoader, IterableDataset
 from ppdiffusers import AutoencoderKL
-from tqdm import tqdm
 
 from ppcoat.config.flags import flag
 from ppcoat.data import garments
 from ppcoat.infer.scores import psnr
 from ppcoat.models.loading import load_vae
 from ppcoat.models.writing import save_diffusers_model
+from ppcoat.progress import Progress
 
 HELD_OUT_SEED = 10_000_000  # drawings from this seed on are never trained on
 
@@ -132,8 +132,8 @@ def train_autoencoder(folder: str | Path, training: AutoencoderTraining) -> Auto
     )
     batches = _batches(training, training.batch_size, training.seed)
     test = held_out_pictures(64, training.size)
-    bar = tqdm(zip(range(1, training.steps + 1), batches, strict=False),  # the drawings never end
-               total=training.steps, desc="autoencoder", mininterval=5)  # fmt: skip
+    bar = Progress(zip(range(1, training.steps + 1), batches, strict=False),  # the drawings never end
+               total=training.steps, desc="autoencoder")  # fmt: skip
     for step, pixels in bar:
         posterior = vae.encode(pixels).latent_dist
         mean, logvar = posterior.mean, posterior.logvar
@@ -148,7 +148,7 @@ def train_autoencoder(folder: str | Path, training: AutoencoderTraining) -> Auto
         if step % 50 == 0:
             bar.set_postfix(mse=f"{float(mse):.4f}", kl=f"{float(kl):.2f}", lr=f"{optimizer.get_lr():.1e}")
         if step % 500 == 0 or step == training.steps:
-            tqdm.write(f"step {step}: held-out PSNR {reconstruction_psnr(vae, test):.2f} dB")
+            Progress.write(f"step {step}: held-out PSNR {reconstruction_psnr(vae, test):.2f} dB")
             _normalise_latents(vae, test)
             save_diffusers_model(vae, folder)
     return vae
@@ -172,8 +172,8 @@ def sharpen_decoder(folder: str | Path, training: AutoencoderTraining) -> Autoen
         schedule, parameters=weights, weight_decay=0.0, grad_clip=paddle.nn.ClipGradByGlobalNorm(1.0)
     )
     batches = _batches(training, training.decoder_batch_size, training.seed + 1)
-    bar = tqdm(zip(range(1, training.decoder_steps + 1), batches, strict=False),
-               total=training.decoder_steps, desc="decoder", mininterval=5)  # fmt: skip
+    bar = Progress(zip(range(1, training.decoder_steps + 1), batches, strict=False),
+               total=training.decoder_steps, desc="decoder")  # fmt: skip
     for step, pixels in bar:
         with paddle.no_grad():
             latents = vae.encode(pixels).latent_dist.mode()

@@ -18,13 +18,13 @@ from paddle.io import DataLoader, Dataset
 from PIL import Image
 from ppdiffusers import AutoencoderKL
 from safetensors.paddle import save
-from tqdm import tqdm
 
 from ppcoat.atomic import whole_file
 from ppcoat.config.flags import flag
 from ppcoat.data import garments
 from ppcoat.infer.garment_scores import LABELS, GarmentClassifier, classify
 from ppcoat.pretrain.autoencoder import HELD_OUT_SEED, to_pixels
+from ppcoat.progress import Progress
 
 TRAIN_SEED, TEST_SEED = HELD_OUT_SEED + 1_000_000, HELD_OUT_SEED + 5_000_000
 
@@ -85,7 +85,7 @@ def train_classifier(
     optimizer = paddle.optimizer.AdamW(schedule, parameters=model.parameters(), weight_decay=0.05)
     pixels, labels = _drawn(training.pictures, training.first_picture)
     soft = reconstructed(autoencoder, pixels)
-    for _ in tqdm(range(training.steps), desc="classifier", mininterval=5):
+    for _ in Progress(range(training.steps), desc="classifier"):
         rows = rng.integers(len(pixels), size=training.batch_size)
         seen = (soft if rng.uniform() < training.reconstructed else pixels)[rows]
         scores, truth = model(_varied(seen, rng)), paddle.to_tensor(labels[rows])
@@ -109,7 +109,7 @@ def reconstructed(
     """Encode and decode pictures, uint8 [N, 3, 64, 64] -> the same shape and dtype. Latents get normal noise
     whose deviation is a random share, up to `noise`, of their own; the share differs between batches."""
     again = np.empty_like(pixels)
-    for start in tqdm(range(0, len(pixels), batch_size), desc="reconstructions", mininterval=5):
+    for start in Progress(range(0, len(pixels), batch_size), desc="reconstructions"):
         batch = paddle.to_tensor(pixels[start : start + batch_size].astype(np.float32) / 127.5 - 1)
         latents = autoencoder.encode(batch).latent_dist.mode()
         latents += float(paddle.rand([1])) * noise * latents.std() * paddle.randn(latents.shape)
@@ -123,7 +123,7 @@ def _drawn(count: int, first: int) -> tuple[np.ndarray, np.ndarray]:
     drawings = DataLoader(LabelledDrawings(count, TRAIN_SEED + first), batch_size=100, num_workers=2)
     parts = [
         ((pixels.numpy() + 1) * 127.5 + 0.5, labels.numpy())
-        for pixels, labels in tqdm(drawings, desc="drawings")
+        for pixels, labels in Progress(drawings, desc="drawings")
     ]
     return np.concatenate([p.astype(np.uint8) for p, _ in parts]), np.concatenate([x for _, x in parts])
 

@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 import paddle
 from paddle.io import DataLoader, Dataset
-from tqdm import tqdm
 
 from ppcoat.atomic import whole_file
 from ppcoat.config.flags import flag
@@ -30,6 +29,7 @@ from ppcoat.models.pictures import latent_image_ids, pack_latents
 from ppcoat.models.writing import save_diffusers_model
 from ppcoat.pretrain.autoencoder import HELD_OUT_SEED, to_pixels
 from ppcoat.pretrain.text import CLIP_WIDTH, T5_WIDTH, reword_caption
+from ppcoat.progress import Progress
 from ppcoat.train.ranks import Ranks
 
 SAVE_EVERY = 1000  # steps between saves
@@ -109,7 +109,7 @@ def encode_drawings(pipeline: FluxPipeline, training: DenoiserTraining, file: Pa
     if not file.exists():
         drawings = CaptionedDrawings(training.pictures, training.size, training.seed)
         parts: dict[str, list[np.ndarray]] = {"latents": [], "prompt_embeds": [], "pooled": []}
-        for pixels, captions in tqdm(
+        for pixels, captions in Progress(
             DataLoader(drawings, batch_size=100, num_workers=workers), desc="drawings"
         ):
             latents = pack_latents(pipeline.encode_image(pixels))
@@ -152,7 +152,7 @@ def train_transformer(
     batches = FlowBatches(data, average, training)
     losses = []
     transformer.train()
-    bar = tqdm(range(1, training.steps + 1), desc="transformer", mininterval=5, disable=not ranks.is_first)
+    bar = Progress(range(1, training.steps + 1), desc="transformer", disable=not ranks.is_first)
     for step in bar:
         arguments, target = batches.draw(guided=step > training.guided_after)
         loss = (transformer(**arguments)[0] - target).square().mean()

@@ -22,10 +22,10 @@ import numpy as np
 import paddle
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from tqdm import tqdm
 
 from ppcoat.atomic import whole_file, write_text
 from ppcoat.errors import ConfigError
+from ppcoat.progress import Progress
 
 if TYPE_CHECKING:
     from visualdl import LogWriter
@@ -100,11 +100,7 @@ class Report:
             self._curves = None
             if visualdl:
                 self._curves = closing_on_error.enter_context(_open_visualdl(self.run_dir / "logs"))
-            # a file of output needs no line ten times a second
-            pause = 0.2 if sys.stderr.isatty() else 10.0
-            bar = tqdm(
-                total=total_steps, initial=start_step, unit="step", mininterval=pause, dynamic_ncols=True
-            )
+            bar = Progress(total=total_steps, initial=start_step, desc="training", unit="step")
             self._bar = closing_on_error.enter_context(bar)
             self._closing = closing_on_error.pop_all()
 

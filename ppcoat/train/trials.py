@@ -18,13 +18,13 @@ from typing import Any
 
 import numpy as np
 import paddle
-from tqdm import tqdm
 
 from ppcoat.config.schema import RunConfig
 from ppcoat.data.cache import TrainingCache
 from ppcoat.errors import ConfigError
 from ppcoat.lora.layer import linear_paths
 from ppcoat.nn.convert import set_sublayer, sublayer_at
+from ppcoat.progress import Progress
 from ppcoat.train.checkpoint import load_latest, save_run
 from ppcoat.train.model_spec import ModelSpec
 from ppcoat.train.previews import Validation, encode_validation
@@ -159,7 +159,7 @@ def _train(trainer: Trainer, steps: int) -> None:
     checkpoint = load_latest(config.run_dir)
     if checkpoint is not None:
         trainer.state.load(checkpoint.step, checkpoint.tensors, checkpoint.state)
-    bar = tqdm(total=steps, initial=trainer.step, desc=config.name, leave=False, disable=None)
+    bar = Progress(total=steps, initial=trainer.step, desc=config.name, leave=False)
     with FinishStepOnSignal() as stop, bar:
         while trainer.step < steps:
             trainer.train_step()

@@ -20,7 +20,6 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
 two_cores = pytest.mark.skipif(CORES < 2, reason="jobs run at once on two cores or more")
 # A process that starts two jobs and can only be ended: prints their process ids, then waits for them.
 PARENT = """
-__command__ = "none"
 import sys
 from pathlib import Path
 from ppcoat.bench.parallel_jobs import Job, run_parallel

@@ -56,7 +56,9 @@ def pixels(file):
     return np.asarray(Image.open(file).convert("RGB")).astype(int)
 
 
-@pytest.mark.parametrize("model", [FIXTURE, ROOT / "ppcoat" / "assets" / "tiny_flux"])
+@pytest.mark.parametrize(
+    "model", [FIXTURE, pytest.param(ROOT / "ppcoat" / "assets" / "tiny_flux", marks=pytest.mark.slow)]
+)
 def test_static_graphs_with_a_merged_lora_draw_the_eager_picture(model, tmp_path, capsys):
     """In 0..1, within 1e-5; the LoRA moves the picture by a thousand times that."""
     transformer = load_transformer(model / "transformer", "float32")

@@ -60,7 +60,11 @@ def test_a_run_leaves_lora_config_checkpoints_log_and_previews(make_config):
 
 @pytest.mark.parametrize(
     ("coat", "checkpointing"),
-    [pytest.param("true", "false", marks=pytest.mark.slow), ("false", "false"), ("true", "true")],
+    [
+        pytest.param("true", "false", marks=pytest.mark.slow),
+        pytest.param("false", "false", marks=pytest.mark.slow),
+        ("true", "true"),
+    ],
 )
 def test_stopped_and_resumed_run_is_bit_equal_to_an_uninterrupted_one(
     make_config, monkeypatch, coat, checkpointing

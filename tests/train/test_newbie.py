@@ -142,7 +142,7 @@ def test_three_steps_have_the_losses_gradients_and_weights_of_the_original_train
         np.testing.assert_allclose(got, refs[key], rtol=0, atol=2e-5, err_msg=key)
 
 
-@pytest.mark.parametrize("kind", ["lora", "lokr"])
+@pytest.mark.parametrize("kind", ["lora", pytest.param("lokr", marks=pytest.mark.slow)])
 def test_a_run_lowers_the_loss_and_its_merged_model_is_the_one_with_the_adapter(
     make_config, refs, tmp_path, monkeypatch, kind
 ):
@@ -173,7 +173,10 @@ def test_a_run_lowers_the_loss_and_its_merged_model_is_the_one_with_the_adapter(
 @pytest.mark.parametrize(
     "overrides",
     [
-        ("network.dropout=0.2", "train.optimizer=coat_fp8_adamw", "train.gradient_checkpointing=true"),
+        pytest.param(
+            ("network.dropout=0.2", "train.optimizer=coat_fp8_adamw", "train.gradient_checkpointing=true"),
+            marks=pytest.mark.slow,
+        ),
         ("network.type=lokr", "network.lokr_rank_dropout=0.2", "network.lokr_module_dropout=0.2",
          "train.gradient_checkpointing=false", "coat.enabled=true"),
     ],

@@ -344,7 +344,6 @@ def test_ranks_meet_after_longer_than_gloo_waits(start):
 
 
 LAUNCHED = """
-__command__ = "none"
 import os, signal, sys, time
 from ppcoat.train.ranks import Ranks
 ranks = Ranks.current()

@@ -25,6 +25,7 @@ from ppcoat.models.pictures import (
     picture_seeds,
     unpack_latents,
 )
+from ppcoat.progress import Progress
 
 Prompt = str | Sequence[str] | None
 DEFAULT_SIDE = 1024  # pixels of FLUX.1's own size, where there is no VAE to say it
@@ -172,7 +173,8 @@ class DrawingLoop(PromptEncoding):
         conditions = conditions | self._settings(canvas, call)
         times = self.scheduler.timesteps.tolist()[canvas.first :]
         self._interrupt = False  # diffusers' name, by which a callback ends the drawing
-        with self.progress_bar(total=len(times)) as progress:
+        shown = {"desc": "drawing", "unit": "step"} | getattr(self, "_progress_bar_config", {})
+        with Progress(total=len(times), **shown) as progress:
             for i, t in enumerate(times):
                 velocity = self._velocity(canvas, latents, t, conditions, away)
                 latents = self.scheduler.step(velocity, t, latents).prev_sample

@@ -1,45 +1,86 @@
-"""Makes ppdiffusers know our FLUX classes where it has none, so `DiffusionPipeline` loads a FLUX folder."""
+"""Makes ppdiffusers know our FLUX classes where it has none, so `DiffusionPipeline` loads a FLUX folder.
+
+It imports neither: ppdiffusers takes seconds, and ours derive from its classes. What is put into ppdiffusers,
+at the end of its own import, imports ours when somebody asks for them.
+"""
 
 import functools
+import importlib
+import importlib.util
 import json
 import os
+import sys
+from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
-import ppdiffusers
-
-from ppcoat.models.flux.fill import FluxFillPipeline
-from ppcoat.models.flux.image_to_image import FluxImg2ImgPipeline, FluxInpaintPipeline
-from ppcoat.models.flux.kontext import FluxKontextPipeline
-from ppcoat.models.flux.pipeline import FluxPipeline
-from ppcoat.models.flux.transformer import FluxTransformer2DModel
-
-# Class in model_index.json -> the pipeline that draws with such a folder: all of files.FLUX_CLASSES.
+# Class in model_index.json -> (module here, class) of the pipeline that draws with such a folder: all of
+# files.FLUX_CLASSES.
 FLUX_PIPELINES = {
-    each.__name__: each
-    for each in (
-        FluxPipeline,
-        FluxKontextPipeline,
-        FluxFillPipeline,
-        FluxImg2ImgPipeline,
-        FluxInpaintPipeline,
-    )
-} | {"FluxControlPipeline": FluxPipeline}
+    "FluxPipeline": ("pipeline", "FluxPipeline"),
+    "FluxControlPipeline": ("pipeline", "FluxPipeline"),
+    "FluxKontextPipeline": ("kontext", "FluxKontextPipeline"),
+    "FluxFillPipeline": ("fill", "FluxFillPipeline"),
+    "FluxImg2ImgPipeline": ("image_to_image", "FluxImg2ImgPipeline"),
+    "FluxInpaintPipeline": ("image_to_image", "FluxInpaintPipeline"),
+}
+_MODULES = {name: module for module, name in FLUX_PIPELINES.values()} | {
+    "FluxTransformer2DModel": "transformer"
+}
+_PPDIFFUSERS = "ppdiffusers"
+
+
+def register_when_imported() -> None:
+    """Calls `register` now if ppdiffusers is imported, else at the end of its import. A second call does
+    nothing."""
+    if _PPDIFFUSERS in sys.modules:
+        register()
+    elif not any(isinstance(finder, _AtTheEndOfItsImport) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _AtTheEndOfItsImport())
+
+
+class _AtTheEndOfItsImport(MetaPathFinder):
+    """Finds ppdiffusers as the other finders do, once, and has `register` called after it was loaded."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != _PPDIFFUSERS:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            load = spec.loader.exec_module
+
+            def load_and_register(module: ModuleType) -> None:
+                load(module)
+                register()
+
+            spec.loader.exec_module = load_and_register  # type: ignore[method-assign]
+        return spec
 
 
 def register() -> None:
-    """Sets `ppdiffusers.FluxTransformer2DModel` and the FLUX pipelines where they are absent, and lets
-    `ppdiffusers.DiffusionPipeline.from_pretrained(folder)` read local FLUX folders with our reader, as the
-    pipeline that their model_index.json names.
+    """Gives ppdiffusers, which must be imported, the names FluxTransformer2DModel and those of the FLUX
+    pipelines where they are absent, and lets `ppdiffusers.DiffusionPipeline.from_pretrained(folder)` read
+    local FLUX folders with our reader, as the pipeline that their model_index.json names.
 
     Everything else of ppdiffusers stays as it is; a second call does nothing. Features are looked for by
     name, for trees with and without FLUX report the same version.
     """
-    for ours in (FluxTransformer2DModel, *FLUX_PIPELINES.values()):
-        if not hasattr(ppdiffusers, ours.__name__):
-            setattr(ppdiffusers, ours.__name__, ours)
+    ppdiffusers = sys.modules[_PPDIFFUSERS]
     original = ppdiffusers.DiffusionPipeline.from_pretrained
     if hasattr(original, "reads_flux_folders"):
         return
+    theirs = frozenset(dir(ppdiffusers))  # with what it imports when asked for
+
+    def __getattr__(name: str) -> Any:  # Python asks it for what the module itself lacks
+        if name in theirs or name not in _MODULES:
+            raise AttributeError(f"module {_PPDIFFUSERS!r} has no attribute {name!r}")
+        return _ours(_MODULES[name], name)
 
     @functools.wraps(original.__func__)
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
@@ -48,16 +89,22 @@ def register() -> None:
             return ours.from_pretrained(pretrained_model_name_or_path, **kwargs)
         return original.__func__(cls, pretrained_model_name_or_path, **kwargs)
 
+    ppdiffusers.__getattr__ = __getattr__  # type: ignore[method-assign]
     from_pretrained.reads_flux_folders = True
     ppdiffusers.DiffusionPipeline.from_pretrained = classmethod(from_pretrained)
 
 
-def _flux_pipeline(name_or_path: str | os.PathLike) -> type[FluxPipeline] | None:
+def _ours(module: str, name: str) -> type:
+    return getattr(importlib.import_module(f"ppcoat.models.flux.{module}"), name)
+
+
+def _flux_pipeline(name_or_path: str | os.PathLike) -> type | None:
     """The class that draws with a local FLUX folder; None for anything else."""
     index = Path(name_or_path) / "model_index.json"
     if not index.is_file():
         return None
     try:
-        return FLUX_PIPELINES.get(json.loads(index.read_text(encoding="utf-8")).get("_class_name"))
+        home = FLUX_PIPELINES.get(json.loads(index.read_text(encoding="utf-8")).get("_class_name"))
     except ValueError:
         return None  # ppdiffusers says what is wrong with it
+    return home and _ours(*home)

@@ -46,6 +46,7 @@ from ppcoat.models.newbie.nextdit import NextDiT_CLIP
 from ppcoat.models.offload import loaded_to_host
 from ppcoat.models.pictures import TOKEN_SIDE, LatentPictures, check_drawing, noise_of_seeds, picture_seeds
 from ppcoat.nn.convert import check_format
+from ppcoat.progress import Progress
 
 _log = logging.getLogger(__name__)
 
@@ -173,7 +174,8 @@ class NewbiePipeline(LatentPictures, DiffusionPipeline):
         guidance = Guidance(guidance_scale, guidance_until, guidance_renorm)
         velocity = partial(guided_velocity, self.transformer, conditions=conditions, guidance=guidance)
         grid = time_grid(num_inference_steps + 1, shift)
-        with self.progress_bar(total=num_inference_steps) as progress:
+        shown = {"desc": "drawing", "unit": "step"} | getattr(self, "_progress_bar_config", {})
+        with Progress(total=num_inference_steps, **shown) as progress:
             for step, x in enumerate(integrate(velocity, latents.astype("float32"), grid, solver)):
                 if callback is not None:
                     callback(step, x)
