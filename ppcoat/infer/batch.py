@@ -140,10 +140,18 @@ class Batch:
 
 
 def _named_files(drawing: Any) -> dict[str, Any]:
-    """The files of a drawing as the command named them: for who wants to draw it again, and looked at by
-    nothing else."""
-    named = {name: getattr(drawing, name) for name in ("model", _LORAS, *_PICTURE_FILES)}
-    return {name: value for name, value in named.items() if value}
+    """The files of a drawing as the command named them, for who wants to draw it again; nothing else reads
+    it. Of an absolute path that is the name alone: a picture does not tell where its files were."""
+
+    def name(path: str) -> str:
+        return Path(path).name if Path(path).is_absolute() else path
+
+    named = {each: getattr(drawing, each) for each in ("model", _LORAS, *_PICTURE_FILES)}
+    return {
+        each: name(value) if isinstance(value, str) else list(map(name, value))
+        for each, value in named.items()
+        if value
+    }
 
 
 def _identity(drawing: Any, model: FluxFiles | Path) -> dict[str, Any]:

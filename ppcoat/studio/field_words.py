@@ -135,6 +135,7 @@ CHINESE: Mapping[str, str] = {
     "train.ema.use_ema": "用 float32 保存权重的滑动平均，并以它代替权重",
     "train.ema.ema_decay": "每次更新中旧平均所占的比例",
     "train.validation.folder_path": "带标注的验证图片文件夹；既无它也无 items：不验证",
+    "train.validation.control_path": "该文件夹中图片的参考图，同 datasets",
     "train.validation.items": "逐张给出的验证图片和标注，代替文件夹或与之并用",
     "train.validation.items.0.image_path": "一张图片",
     "train.validation.items.0.prompt": "它的标注；[trigger] 会被替换",
