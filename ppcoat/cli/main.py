@@ -168,6 +168,10 @@ def run(name: str, argv: Sequence[str] | None = None, prog: str | None = None) -
             raise
         print(f"error: {not_installed(error)}", file=sys.stderr)
         return 2
+    except SystemExit:  # argparse's, after help and for wrong flags
+        if unread := _flushed():
+            return unread
+        raise
     except BrokenPipeError:
         return _unread()
     except (OSError, SafetensorError) as error:
