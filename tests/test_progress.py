@@ -91,3 +91,13 @@ def test_warnings_are_told_once_however_often_a_process_runs_a_command(lines, mo
     logging.getLogger("another").warning("not ours")
     logging.getLogger("another").error("broken")
     assert lines() == ["warning: odd", "warning: broken"]
+
+
+def test_a_reader_that_ends_early_gets_no_traceback():
+    """As `ppcoat --help | head -1`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "ppcoat", "--help"]
+    done = subprocess.run(command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -155,9 +156,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if training diverged."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
-        print("usage: python -m ppcoat <command> [flags]      (--help after a command lists its flags)\n")
-        print("\n".join(f"  {name:20s} {command.what}" for name, command in COMMANDS.items()))
-        return 0
+        try:
+            _print_commands()
+        except BrokenPipeError:
+            return _unread()
+        return _flushed()
     words = 2 if any(name.startswith(f"{argv[0]} ") for name in COMMANDS) else 1
     name = " ".join(argv[:words])
     if name not in COMMANDS:
@@ -194,6 +197,12 @@ def run(name: str, argv: Sequence[str] | None = None, prog: str | None = None) -
             raise
         print(f"error: {not_installed(error)}", file=sys.stderr)
         return 2
+    except SystemExit:  # argparse's, after help and for wrong flags
+        if unread := _flushed():
+            return unread
+        raise
+    except BrokenPipeError:
+        return _unread()
     except (OSError, SafetensorError) as error:
         if isinstance(error, OSError) and (error.errno is None or error.filename is None):
             raise  # one of Paddle's, who gives device errors this type, or of the network
@@ -206,4 +215,25 @@ def run(name: str, argv: Sequence[str] | None = None, prog: str | None = None) -
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    return _flushed()
+
+
+def _print_commands() -> None:
+    print("usage: python -m ppcoat <command> [flags]      (--help after a command lists its flags)\n")
+    print("\n".join(f"  {name:20s} {command.what}" for name, command in COMMANDS.items()))
+
+
+def _flushed() -> int:
+    """Write out what stdout still holds -> exit status 0, or `_unread`."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        return _unread()
     return 0
+
+
+def _unread() -> int:
+    """The exit status where the reader of stdout has ended, as `head` does: the shell's for SIGPIPE. Python
+    is kept from trying once more, and from complaining."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 141
