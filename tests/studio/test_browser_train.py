@@ -87,13 +87,13 @@ def test_the_plan_follows_what_is_typed(root, start_studio, open_page):
 
 def test_a_run_from_click_to_preview_to_drawing(root, start_studio, open_page):
     url, _ = start_studio(root)
-    page = open_page(f"{url}/train")
+    page, other = (open_page(f"{url}/train") for _ in range(2))
+    other.get_by_role("tab", name="Runs").click()
     fill_in(page)
     page.get_by_text("python -m ppcoat train output/tiny/studio.yaml").first.wait_for()
     start(page)
     page.get_by_text("Stop and save").wait_for()
-    other = open_page(f"{url}/train")  # a second page sees the same run
-    status(other, "running")
+    status(other, "running")  # a second page sees the same run
     status(page, "finished")
     status(other, "finished")
     page.get_by_text("sks a red dress", exact=True).wait_for()
