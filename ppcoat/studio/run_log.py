@@ -103,7 +103,7 @@ class RunLog:
 
 
 @dataclass(frozen=True)
-class Progress:
+class HowFar:
     """How far a run is. status: waiting, running, stopping, stopped, finished, failed. total: 0 where that is
     not known yet. error: why it failed."""
 
@@ -113,20 +113,20 @@ class Progress:
     error: str = ""
 
 
-def progress_of(job: ChildRun, log: RunLog, waits: bool = False) -> Progress:
+def progress_of(job: ChildRun, log: RunLog, waits: bool = False) -> HowFar:
     """From the process and the files of a run. waits: whether it stands in the queue."""
     total, status = total_steps(job.folder), job.status
     if status in ("running", "stopping"):
-        return Progress(status, log.step, total)
+        return HowFar(status, log.step, total)
     if waits:
-        return Progress("waiting", log.step, total)
+        return HowFar("waiting", log.step, total)
     if total and log.step >= total:
-        return Progress("finished", log.step, total)
+        return HowFar("finished", log.step, total)
     if status == "new" and time.time() - log.changed < _FRESH_SECONDS:  # a shell's
-        return Progress("running", log.step, total)
+        return HowFar("running", log.step, total)
     if status in ("stopped", "new"):
-        return Progress("stopped", log.step, total)
-    return Progress("failed", log.step, total, job.error)
+        return HowFar("stopped", log.step, total)
+    return HowFar("failed", log.step, total, job.error)
 
 
 def total_steps(folder: Path) -> int:
