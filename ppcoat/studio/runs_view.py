@@ -22,7 +22,7 @@ from ppcoat.studio.pictures import LARGE, SMALL, picture_url
 from ppcoat.studio.plan_view import duration
 from ppcoat.studio.run_log import (
     CONFIG,
-    Progress,
+    RunProgress,
     RunLog,
     find_runs,
     previews_of,
@@ -90,13 +90,13 @@ class RunsView:
         if self._detail is not None:
             await self._detail.refresh()
 
-    def progress(self, folder: Path) -> tuple[Progress, RunLog]:
+    def progress(self, folder: Path) -> tuple[RunProgress, RunLog]:
         """How far a run is."""
         log = self._logs.setdefault(folder, RunLog(folder))
         log.read()
         found = progress_of(ChildRun(folder), log, folder in self._queue.waiting)
         refused = self._queue.refused.get(str(folder))
-        return (Progress("failed", found.step, found.total, refused) if refused else found), log
+        return (RunProgress("failed", found.step, found.total, refused) if refused else found), log
 
     def act(self, action: Callable[[], None]) -> None:
         """Do what a button asks; a mistake becomes a note."""
@@ -197,7 +197,7 @@ class RunDetail:
             self._text.set_text("\n".join(map(printable, lines)))
             self._scroll.scroll_to(percent=1.0)
 
-    def _draw_buttons(self, found: Progress) -> None:
+    def _draw_buttons(self, found: RunProgress) -> None:
         queue, job, act, say = self._runs._queue, self._job, self._runs.act, self._say
         note = job.note
         self._box.show(note.argv if note is not None else [])
@@ -235,7 +235,7 @@ class RunDetail:
     def _use(self) -> None:
         self._runs._reuse(text_values(read_config_text(self._job.folder / CONFIG, (".yaml",))))
 
-    async def _draw_numbers(self, found: Progress, log: RunLog) -> None:
+    async def _draw_numbers(self, found: RunProgress, log: RunLog) -> None:
         say, last = self._say, log.last
         numbers = [(say("step"), f"{found.step} / {found.total or '?'}")]
         if log.losses:

@@ -83,7 +83,7 @@ def test_a_process_that_got_the_id_is_left_alone(job, tmp_path, monkeypatch):
     monkeypatch.setattr(runs.os, "kill", lambda *_: pytest.fail("a stranger was killed"))
     assert not run.is_alive and run.status == "ended"
     run.stop()
-    assert birth(os.getpid()) == birth(os.getpid()) != birth(os.getppid())
+    assert birth(os.getpid()) == birth(os.getpid()) != birth(1)
     assert birth(2**22 + 1) is None
 
 
