@@ -29,7 +29,7 @@ from ppcoat.models.flux.pipeline import FluxPipeline
 
 DATA_SEED, UNSEEN_SEED = 11, 30_000
 AT_ONCE, COLUMNS = 50, 10
-SAME_PLACE = 0.7  # of two silhouettes: what is in both, of what is in either; other poses have at most 0.66
+SAME_PLACE = 0.7  # of two silhouettes: in both, of in either; 1 % of other poses reach it, too
 
 
 class DrawnPair(ABC):
