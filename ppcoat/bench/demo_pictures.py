@@ -94,7 +94,7 @@ class Inpaint(Demo):
         for i, garment in _trained(INPAINT_SEED):
             one = Unseen(garment, INPAINT_SEED * 100_000 + i)
             one.chest.save(data / "masks" / f"{i:04d}.png")
-            _write(data / "stars", i, one.starred, garment)
+            garments.write_captioned(data / "stars", i, one.starred, TRIGGER + garment.caption)
 
     def judge(self, config: RunConfig, lora_file: Path, samples: int) -> Shown:
         drawn = draw_in_halves(_draw_inpainted, config, lora_file, samples)
@@ -196,7 +196,8 @@ class Style(Demo):
         (data / "pen").mkdir()
         for i, garment in _trained(STYLE_SEED):
             plain = Garment(garment.kind, garment.colour, "plain")
-            _write(data / "pen", i, garments.draw(plain, STYLE_SEED * 100_000 + i, pen=True), plain)
+            penned = garments.draw(plain, STYLE_SEED * 100_000 + i, pen=True)
+            garments.write_captioned(data / "pen", i, penned, TRIGGER + plain.caption)
 
     def judge(self, config: RunConfig, lora_file: Path, samples: int) -> Shown:
         drawn = draw_in_halves(_draw_styled, config, lora_file, samples)
@@ -296,8 +297,3 @@ def _trained(seed: int) -> Iterator[tuple[int, Garment]]:
     candidates, rng = garments.split_garments()[0], np.random.default_rng(seed)
     for i in range(PICTURES):
         yield i, garments.choose(candidates, rng)
-
-
-def _write(folder: Path, number: int, picture: Image.Image, garment: Garment) -> None:
-    picture.save(folder / f"{number:04d}.png")
-    (folder / f"{number:04d}.txt").write_text(TRIGGER + garment.caption + "\n", encoding="utf-8")

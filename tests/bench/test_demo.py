@@ -87,6 +87,8 @@ def test_the_judge_of_figures_is_right_about_true_drawings():
     same = [one.garment.kind == other.garment.kind for one, other in zip(pairs, others, strict=True)]
     assert chance["kind recognised"] == np.mean(same) and chance["pose kept"] == 0
     assert 0.38 < places < 0.5, "whatever their backgrounds"
+    bare = [silhouette(demo_editing.draw_figure(pair.pose, None), pair) for pair in pairs]
+    assert min(overlap(one, two) for one, (_, two) in zip(bare, seen, strict=True)) > demo_editing.SAME_PLACE
     noise = np.random.default_rng(0)
     for pair in pairs[:3]:
         other = KINDS[(KINDS.index(pair.garment.kind) + 1) % 6]
