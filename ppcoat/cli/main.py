@@ -218,7 +218,10 @@ def run(name: str, argv: Sequence[str] | None = None, prog: str | None = None) -
     except (FloatingPointError, ChildProcessError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, ImportError) as error:
+        # Paddle's own module makes an ImportError of a Ctrl+C that comes while it is loaded
+        if not any(isinstance(each, KeyboardInterrupt) for each in (error, error.__cause__)):
+            raise
         print("interrupted", file=sys.stderr)
         return 130
     return _flushed()

@@ -185,9 +185,13 @@ def test_ctrl_c_exits_with_130(monkeypatch, capsys):
     def interrupted(_):
         raise KeyboardInterrupt
 
-    fake_command(monkeypatch, interrupted)
-    assert run("fake", []) == 130
-    assert capsys.readouterr().err == "interrupted\n"
+    def interrupted_while_paddle_is_imported(_):
+        raise ImportError("initialization failed") from KeyboardInterrupt()
+
+    for does in (interrupted, interrupted_while_paddle_is_imported):
+        fake_command(monkeypatch, does)
+        assert run("fake", []) == 130
+        assert capsys.readouterr().err == "interrupted\n"
 
 
 def test_numbers_that_went_bad_exit_with_1(monkeypatch, capsys):
