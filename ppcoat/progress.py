@@ -1,7 +1,7 @@
 """The one look of progress: a bar in a terminal, plain lines elsewhere.
 
-In a file or a pipe a bar would be one line of carriage returns; `Progress` writes there a line when the work
-begins, at most one every PAUSE seconds, and one when it ends.
+In a file or a pipe a bar would be one line of carriage returns; `Progress` writes lines there: of work that
+takes longer than QUIET seconds, one every PAUSE seconds, and one when it ends.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import IO, Any
 from tqdm import tqdm
 
 PAUSE = 10.0  # seconds between two lines; a file needs none ten times a second
+QUIET = 2.0  # seconds that need no line at all
 
 
 class Progress(tqdm):
@@ -20,7 +21,9 @@ class Progress(tqdm):
     def __init__(self, *arguments: Any, **settings: Any) -> None:
         self.in_lines = not sys.stderr.isatty()
         if self.in_lines:
-            settings |= {"mininterval": PAUSE, "maxinterval": PAUSE, "leave": True}
+            settings = (
+                {"delay": QUIET} | settings | {"mininterval": PAUSE, "maxinterval": PAUSE, "leave": True}
+            )
         else:
             settings = {"mininterval": 0.2, "dynamic_ncols": True} | settings
         super().__init__(*arguments, **settings)

@@ -19,7 +19,7 @@ from ppcoat.errors import tell_plainly
 from ppcoat.progress import Progress
 tell_plainly()
 logging.basicConfig(format="[%(levelname)s] %(message)s")  # as libraries do
-with Progress(total=3, desc="counting", unit="file") as bar:
+with Progress(total=3, desc="counting", unit="file", delay=0) as bar:
     bar.update(1)
     logging.getLogger("ppcoat.anything").warning("%s is odd", "this")
     logging.getLogger("PaddleNLP").warning("nobody can act on it")
@@ -70,7 +70,7 @@ def lines(capsys):
 def test_a_line_says_what_is_left_and_what_was_measured(lines):
     from ppcoat.progress import Progress
 
-    bar = Progress(total=4, initial=1, desc="training", unit="step")
+    bar = Progress(total=4, initial=1, desc="training", unit="step", delay=0)
     bar.set_postfix_str("loss=0.5", refresh=False)
     bar.start_t -= 30
     bar.update(1)  # thirty seconds after the last line
@@ -79,6 +79,16 @@ def test_a_line_says_what_is_left_and_what_was_measured(lines):
     first, *others = lines()
     assert first == "training: 1/4, 00:00"
     assert others == ["training: 2/4, 00:30, 01:00 left, 0.0333 step/s, loss=0.5"]
+
+
+def test_short_work_takes_no_line(lines):
+    from ppcoat.progress import Progress
+
+    assert list(Progress(range(3))) == [0, 1, 2]
+    assert lines() == []
+    for number in (bar := Progress(range(2), desc="slow")):
+        bar.start_t -= 5 * number
+    assert [line.partition(",")[0] for line in lines()] == ["slow: 2/2"]
 
 
 def test_warnings_are_told_once_however_often_a_process_runs_a_command(lines, monkeypatch):

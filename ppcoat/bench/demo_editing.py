@@ -1,8 +1,8 @@
 """Two demonstrations of LoRAs that learn from pairs to look at references: edits of a picture ("make it
 blue", "add a star"), and a garment put on a figure in a pose.
 
-The captions tell no kind of garment, so that it can only come from the references; what is drawn after
-another one's references shows it.
+The captions of the edits tell no kind of garment, so that it can only come from the reference; what is drawn
+after another one's shows it. "wear the dress" tells the kind and no colour.
 """
 
 from __future__ import annotations
@@ -77,7 +77,11 @@ class WornPair(DrawnPair):
 
     garment: Garment
     seed: int
-    prompt = "wear it"
+
+    @property
+    def prompt(self) -> str:
+        """It names the kind, as people do; this model does not learn it from the garment's picture."""
+        return f"wear the {self.garment.kind}"
 
     @property
     def pose(self) -> Pose:

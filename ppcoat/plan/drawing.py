@@ -31,7 +31,7 @@ from ppcoat.plan.model import BaseModel, read_model
 from ppcoat.plan.newbie import NewbieMemoryModel
 from ppcoat.plan.phases import GPU_CONTEXT, HOST_PROCESS, MemoryModel, Phase
 
-# Formats between which a plan chooses, the most exact first (errors: docs/kernels.md).
+# Formats between which a plan chooses, the most exact first (errors: docs/accuracy.md).
 FORMATS = (False, "int8", "fp4")
 FLUX_VAE = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "sample_size": 1024,
             "latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False,

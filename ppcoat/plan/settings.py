@@ -18,7 +18,7 @@ from ppcoat.errors import ConfigError
 from ppcoat.plan import GB, check_budget
 from ppcoat.plan.phases import MemoryModel, Phase, Settings, base_name
 
-# Formats of the base by the error of a weight: 0, 0.6, 2.7, 6.8 and 9.2 % (docs/kernels.md).
+# Formats of the base by the error of a weight: 0, 0.6, 2.7, 6.8 and 9.2 % (docs/accuracy.md).
 MOST_EXACT_FIRST = (False, "int8", "fp8", "fp4", "nf4")
 LEAST_UNASKED = "fp4"  # nf4 is less exact and hardly smaller: only where a config names it
 NO_FASTER = 0.10  # by so much two times of the time model may differ and count as one

@@ -32,8 +32,8 @@ CHINESE: Mapping[str, str] = {
     "model.dtype": "计算精度；auto 在 CPU 上为 float32，在 GPU 上为 bfloat16；GPU 上 float32 的乘法是 TF32，"
     "除非启动时设 NVIDIA_TF32_OVERRIDE=0",
     "model.quantize": "冻结线性层的存储格式：fp8（每权重 8 位）、int8（8.25）、nf4（4.13）或 fp4（4.5）；"
-    "误差见 docs/kernels.md",
-    "model.quantize_matmul": "配合 quantize: fp8，乘法也用 FP8（激活会被舍入）；需要 sm_89 及以上",
+    "误差见 docs/accuracy.md",
+    "model.quantize_matmul": "配合 quantize: fp8，乘法也用 FP8（激活值会被舍入）；需要 sm_89 及以上",
     "model.quantized_beside_model": "把量化副本保存在模型文件夹（而不是 cache_dir），供下次启动使用",
     "model.stream_encoders": "文本编码器放在内存中，读标注时逐块送入显卡：适合 12 GB 以下的显卡",
     "model.blocks_to_swap": "最后若干个块的冻结权重留在内存，计算时才送入显卡",
@@ -55,7 +55,7 @@ CHINESE: Mapping[str, str] = {
     "datasets": "图片文件夹：一个或多个",
     "datasets.0.folder_path": "图片文件夹；名为 N_名称（如 10_dress）的子文件夹中的图片计 N 次",
     "datasets.0.resolution": "正方形图片的边长（像素），16 的倍数；填多个数时每张图片按每个尺寸各训练一次",
-    "datasets.0.bucket_rule": "其他形状图片的尺寸：面积相近、长宽比最近；或按 ai-toolkit 的方式；"
+    "datasets.0.bucket_rule": "其他形状图片的尺寸：面积相近、宽高比最近；或按 ai-toolkit 的方式；"
     "或一律正方形",
     "datasets.0.bucket_step": "分桶边长是它的倍数；不填：64，分辨率小时更小",
     "datasets.0.caption_ext": "标注文件的扩展名，点可省略",
@@ -120,7 +120,7 @@ CHINESE: Mapping[str, str] = {
     "train.timestep_type": "t 的抽取方式：正态的 sigmoid、均匀、随图片尺寸偏移，或均匀且损失按 t 加权",
     "train.cfg_scale": "训练时给 guidance 嵌入的值",
     "train.gradient_checkpointing": "反向时重算各块：省显存，更慢",
-    "train.deterministic": "GPU 上用每次结果逐位相同的内核，续训与不间断训练一致；更慢（未测量）。"
+    "train.deterministic": "GPU 上用每次结果逐比特相同的 kernel，续训与不间断训练一致；更慢（未测量）。"
     "CPU 总是如此",
     "train.max_sequence_length": "标注的 token 数（flux：T5，最多 512；newbie：Gemma）；不填：512 或"
     "分词器上限",
@@ -142,7 +142,7 @@ CHINESE: Mapping[str, str] = {
     "train.validation.resolution": "正方形验证图片的边长（像素），16 的倍数",
     "train.validation.every": "两次验证之间的更新次数；最后一步也验证",
     "train.validation.sigmas": "噪声水平，各有一条曲线",
-    "coat.enabled": "用 COAT 训练（FP8 优化器状态和 FP8 激活）",
+    "coat.enabled": "用 COAT 训练（FP8 优化器状态和 FP8 激活值）",
     "coat.optimizer.use_fp8": "AdamW 的两个矩都用 FP8 保存",
     "coat.optimizer.m1_format": "一阶矩的格式",
     "coat.optimizer.m2_format": "二阶矩的格式",
@@ -150,7 +150,7 @@ CHINESE: Mapping[str, str] = {
     "coat.optimizer.use_dynamic_range_expansion": "让每块的编码适应其数值范围，见 ppcoat/fp8/quantize.py",
     "coat.optimizer.stochastic_rounding": "不用于训练（适配器是 float32）；在自己的循环里用 COATTrainer 时："
     "bfloat16 参数随机舍入，不留 float32 副本",
-    "coat.activation.use_fp8": "为反向保存的激活用 FP8",
+    "coat.activation.use_fp8": "为反向传播保存的激活值用 FP8",
     "coat.activation.policy": "每块保存什么：+recompute 重算线性层输入，+attention 压缩 q、k、v",
     "coat.activation.linear_granularity": "线性层输入的缩放粒度",
     "coat.activation.nonlinear_granularity": "其余保存量的缩放粒度",

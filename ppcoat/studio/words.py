@@ -164,7 +164,7 @@ _TRAIN = {
     "section_network": ("Adapter", "适配器"),
     "section_datasets": ("Pictures", "图片"),
     "section_train": ("Training", "训练参数"),
-    "section_coat": ("COAT: FP8 states and activations", "COAT：FP8 状态与激活"),
+    "section_coat": ("COAT: FP8 states and activations", "COAT：FP8 状态与激活值"),
     "section_save": ("Saving", "保存"),
     "section_sample": ("Previews", "预览"),
     "section_logging": ("Log", "日志"),
@@ -243,7 +243,7 @@ _DRAW = {
     "one_more_lora": ("Add a LoRA", "添加 LoRA"),
     "lora_file": ("LoRA file", "LoRA 文件"),
     "draw_strength_of": ("Strength", "强度"),
-    "from_pictures": ("Draw from pictures", "以图绘图"),
+    "from_pictures": ("Draw from pictures", "图生图与参考图"),
     "from_pictures_hint": (
         "For FLUX: Kontext edits a picture, Fill paints its mask anew, others draw over it.",
         "仅 FLUX：Kontext 编辑图片，Fill 重画蒙版处，其他模型在图上重绘。",
