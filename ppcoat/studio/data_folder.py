@@ -193,7 +193,7 @@ def _fingerprint(folder: Path, flags: FolderFlags) -> tuple:
     """Names, sizes and times of everything below the folder and those beside it: what changes when a file
     does."""
     found = []
-    for top in filter(None, (folder, flags.control_path, flags.mask_path)):
+    for top in (each for each in (folder, flags.control_path, flags.mask_path) if each):
         for parent, _, names in os.walk(top, followlinks=False):
             for name in names:
                 try:

@@ -76,6 +76,7 @@ def table_of(asked: Asked) -> Table:
     if asked.compare in ("off", "steps") and not asked.loras:
         raise ConfigError("there is no LoRA to compare with and without; add one")
     own = [by for _, by in asked.loras]
+    cells: list[list[dict[str, Any]]]
     off = [0.0] * len(own)
 
     def with_checkpoint(number: int, by: float) -> list[float]:
@@ -179,7 +180,7 @@ def _line(asked: Asked, name: str, cell: Mapping[str, Any]) -> dict[str, Any]:
         if getattr(asked, key) is not None:
             line[key] = getattr(asked, key)
     line["reference"] = list(asked.reference)
-    return {key: value for key, value in (line | cell).items() if value != []}
+    return {key: value for key, value in {**line, **cell}.items() if value != []}
 
 
 def _asked(found: Mapping[str, Any]) -> Asked:
