@@ -114,11 +114,7 @@ class CommandRun:
                 self._state = ui.label()
                 ui.space()
                 self._stop = ui.button(say("stop"), on_click=lambda: self._running.stop()).props("flat dense")
-            self._log = (
-                ui.log(max_lines=2000)
-                .classes("studio-code w-full")
-                .style("height: auto; max-height: 420px; min-height: 40px")
-            )
+            self._log = ui.log(max_lines=2000).classes("studio-code w-full").style("height: 320px")
         self._card.set_visibility(False)
 
     async def run(self, arguments: Sequence[str]) -> int | None:

@@ -22,8 +22,8 @@ from ppcoat.studio.pictures import LARGE, SMALL, picture_url
 from ppcoat.studio.plan_view import duration
 from ppcoat.studio.run_log import (
     CONFIG,
-    RunProgress,
     RunLog,
+    RunProgress,
     find_runs,
     previews_of,
     progress_of,

@@ -37,6 +37,16 @@ def test_a_command_runs_and_is_heard():
     assert run("nothing_of_that_name")[0] == 2
 
 
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="PYTHONSAFEPATH came with CPython 3.11")
+def test_nothing_is_imported_from_the_folder_that_a_command_starts_in(tmp_path):
+    for name in ("argparse.py", "yaml.py", "ppcoat/__main__.py", "ppcoat/__init__.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("raise SystemExit(77)")
+    lines = []
+    status = asyncio.run(RunningCommand(["--help"], lines.append, tmp_path).run())
+    assert status == 0 and len(lines) > len(COMMANDS)
+
+
 def test_lines_are_plain_text(monkeypatch, tmp_path):
     program = tmp_path / "python"
     program.write_text("#!/bin/sh\nprintf 'a 10%%\\rb\\n\\033[31mred\\377\\nlast\\ttab'\n")
