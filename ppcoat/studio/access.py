@@ -74,7 +74,7 @@ class Roots:
         try:
             found = sorted(folder.iterdir(), key=lambda path: path.name.lower())
             found = [path for path in found if not path.name.startswith(".") and self.holds(path)]
-            found = [path for path in found if _is_text(path.name)]
+            found = [path for path in found if is_text(path.name)]
             folders = [path for path in found if path.is_dir()]
         except OSError as error:
             raise ConfigError(f"{printable(folder)} cannot be read ({error.strerror})") from None
@@ -105,7 +105,7 @@ class Roots:
         return goal
 
 
-def _is_text(name: str) -> bool:
+def is_text(name: str) -> bool:
     """Whether a name can be sent to a browser: Linux allows any bytes."""
     return not any(0xD800 <= ord(mark) <= 0xDFFF for mark in name)
 

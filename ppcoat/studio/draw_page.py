@@ -205,7 +205,7 @@ class DrawPage:
         return asked
 
     async def _find_runs(self) -> None:
-        found = await run.io_bound(find_runs, self._studio.roots.folders)
+        found = await run.io_bound(find_runs, self._studio.roots)
         select = self._widgets["run"]
         if select.is_deleted:
             return

@@ -78,10 +78,10 @@ class RunsView:
         if not self._is_shown():
             return
         if self._ticks % _SCAN_EVERY == 0:
-            found = await run.io_bound(find_runs, self._studio.roots.folders)
+            found = await run.io_bound(find_runs, self._studio.roots)
             if self._list.is_deleted:
                 return
-            self._folders = [each for each in found if self._studio.roots.holds(each)]
+            self._folders = found
         self._ticks += 1
         if self.chosen is None and self._folders:
             active = self._queue.current
