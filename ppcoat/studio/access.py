@@ -50,8 +50,19 @@ class Roots:
             )
         return path
 
+    def argument(self, text: str) -> str:
+        """What the page names, as an argument of a command that starts in the first root. Raises ConfigError
+        as `inside` does."""
+        shown = self.shown(self.inside(text))
+        return f"./{shown}" if shown.startswith("-") else shown  # it is no flag
+
+    def model_argument(self, text: str) -> str:
+        """The same for a model: the built-in one keeps its name."""
+        text = text.strip()
+        return text if built_in_model(text) != text else self.argument(text)
+
     def model(self, text: str) -> Path:
-        """The same for a model: the built-in one may be named, too."""
+        """As `inside`, for a model: the built-in one may be named, too."""
         built_in = built_in_model(text.strip())
         return Path(built_in) if built_in != text.strip() else self.inside(text)
 

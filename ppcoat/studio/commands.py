@@ -41,10 +41,12 @@ def child_environment() -> dict[str, str]:
     }
 
 
-def shell_command(arguments: Sequence[str]) -> str:
+def shell_command(arguments: Sequence[str], folder: Path | None = None) -> str:
     """`python -m ppcoat ...` for a shell, each argument in quotes where it needs them. Line ends and other
-    control characters in it are written as $'...', which bash, zsh and ksh read."""
-    return " ".join(["python -m ppcoat", *map(_quoted, arguments)])
+    control characters in it are written as $'...', which bash, zsh and ksh read. folder: where it is meant
+    to start; the command goes there first if that is not the current folder."""
+    there = [] if folder is None or folder == Path.cwd() else ["cd", _quoted(str(folder)), "&&"]
+    return " ".join([*there, "python -m ppcoat", *map(_quoted, arguments)])
 
 
 def _quoted(text: str) -> str:

@@ -32,7 +32,7 @@ CHINESE: Mapping[str, str] = {
     "model.dtype": "计算精度；auto 在 CPU 上为 float32，在 GPU 上为 bfloat16；GPU 上 float32 的乘法是 TF32，"
     "除非启动时设 NVIDIA_TF32_OVERRIDE=0",
     "model.quantize": "冻结线性层的存储格式：fp8（每权重 8 位）、int8（8.25）、nf4（4.13）或 fp4（4.5）；"
-    "误差见 docs/kernels.md",
+    "误差见 docs/accuracy.md",
     "model.quantize_matmul": "配合 quantize: fp8，乘法也用 FP8（激活会被舍入）；需要 sm_89 及以上",
     "model.quantized_beside_model": "把量化副本保存在模型文件夹（而不是 cache_dir），供下次启动使用",
     "model.stream_encoders": "文本编码器放在内存中，读标注时逐块送入显卡：适合 12 GB 以下的显卡",

@@ -181,11 +181,15 @@ class Queue:
     def add(self, job: ChildRun) -> None:
         """Put a prepared run, or one to go on with, at the end. Raises ConfigError for one that is there."""
         name = str(job.folder)
-        if name in self._waiting or job.is_alive:
-            raise ConfigError(f"{job.folder.name} is running or waiting already")
+        self.check_free(job)
         self.refused.pop(name, None)
         self._waiting.append(name)
         self._save()
+
+    def check_free(self, job: ChildRun) -> None:
+        """Raises ConfigError for a run that runs or waits: its settings are to stay what they are."""
+        if str(job.folder) in self._waiting or job.is_alive:
+            raise ConfigError(f"{job.folder.name} is running or waiting already: give this run another name")
 
     def remove(self, job: ChildRun) -> None:
         """Take a run that waits out."""

@@ -26,6 +26,14 @@ def test_a_shell_reads_the_argument_as_it_was(text):
         assert shlex.split(command)[4] == text
 
 
+def test_a_command_is_shown_with_the_folder_that_it_starts_in(tmp_path, monkeypatch):
+    folder = tmp_path / "my pictures"
+    folder.mkdir()
+    assert shell_command(["x"], folder) == f"cd '{folder}' && python -m ppcoat x"
+    monkeypatch.chdir(folder)
+    assert shell_command(["x"], folder) == "python -m ppcoat x"
+
+
 def run(*arguments):
     lines = []
     return asyncio.run(RunningCommand(arguments, lines.append).run()), lines
