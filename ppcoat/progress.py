@@ -72,7 +72,7 @@ class Progress(tqdm):
     def close(self) -> None:
         """Show the last state, and end. A second call does nothing."""
         if self.in_lines and not self.disable:
-            if self.last_print_t >= self.start_t + self.delay:  # something was shown
+            if self._time() >= self.start_t + self.delay:
                 self.refresh()
             self.sp = None  # that was the last line
         super().close()

@@ -87,7 +87,8 @@ def test_short_work_takes_no_line(lines):
     assert list(Progress(range(3))) == [0, 1, 2]
     assert lines() == []
     for number in (bar := Progress(range(2), desc="slow")):
-        bar.start_t -= 5 * number
+        bar.start_t -= 5 * number  # less than PAUSE
+        bar.last_print_t -= 5 * number
     assert [line.partition(",")[0] for line in lines()] == ["slow: 2/2"]
 
 

@@ -13,6 +13,7 @@ import argparse
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from ppcoat.atomic import write_text
 from ppcoat.bench.parallel_jobs import PARALLEL_JOBS, Job, batched, run_parallel
@@ -24,7 +25,7 @@ from ppcoat.errors import ConfigError
 from ppcoat.infer.garment_scores import SampleScores, compare_students
 
 TEACHER = "/".join(Path(TINY_FLUX).parts[-3:])  # as the repository sees it: students' settings name it
-SHARED = {
+SHARED: dict[str, Any] = {
     "resolution": 64, "guidance_scale": 1.5, "train_batch_size": 16, "lora_rank": 64,
     "num_euler_timesteps": 20, "use_distill_loss": True, "loss_type": "l2", "learning_rate": 2e-3,
     "lr_scheduler": "cosine", "lr_warmup_steps": 25, "saving_policy": "none", "validation_steps": 0,
@@ -32,7 +33,7 @@ SHARED = {
 ADVERSARIAL = {"adv_weight": 0.02, "adv_lr": 1e-3}
 DMD = ADVERSARIAL | {"use_dmd_loss": True, "dmd_weight": 0.01}
 REFLOW = DMD | {"apply_reflow_loss": True, "reflow_loss_weight": 0.01}
-STUDENTS = {
+STUDENTS: dict[str, dict[str, Any]] = {
     "consistency": {"adv_weight": 0.0},
     "+ adversarial": ADVERSARIAL,
     "+ DMD": DMD,

@@ -61,7 +61,7 @@ OPTIMIZERS = {  # of parameters and FlatSettings
 
 Pair = tuple[np.ndarray, np.ndarray]
 Store = Callable[[np.ndarray, np.ndarray, int | None], Pair]  # (m, v, step or None) -> decoded m and v
-OTHERS = {  # name -> its flags, its function, what it shows
+OTHERS: dict[str, tuple[type, Callable, str]] = {  # name -> its flags, its function, what it shows
     "weights": (WeightFlags, run_weights, "errors of weights in a smaller format, and of the output"),
     "bases": (BaseFlags, run_bases, "errors, pictures and training with every format of the base"),
 }

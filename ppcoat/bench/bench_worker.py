@@ -354,7 +354,7 @@ def largest_batch(peak_of: Callable[[int], float], budget: float) -> tuple[int, 
         too_large = min((batch for batch in peaks if batch > best), default=math.inf)
         # A batch that ran out of memory has no peak for the line: halve the distance to it.
         limit = (best + too_large) // 2 if peaks.get(too_large) == math.inf else too_large - 1
-        guess = min(_meets(peaks, budget), GROWTH * best, limit)
+        guess = int(min(_meets(peaks, budget), GROWTH * best, limit))
         if guess <= best:
             return best, peaks
         peaks[guess] = peak_of(guess)

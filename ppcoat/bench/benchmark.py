@@ -121,7 +121,7 @@ def search_batches(cases: dict[str, BenchmarkCase], budget_gb: float) -> dict[st
 
     Raises ConfigError if no variant fits with a batch of 1.
     """
-    found = {}
+    found: dict[str, dict] = {}
     for name, case in cases.items():
 
         def peak_of(batch: int, name: str = name, case: BenchmarkCase = case) -> float:

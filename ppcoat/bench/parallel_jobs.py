@@ -66,7 +66,7 @@ def _answers(numbers: dict[ChildProcess, int]) -> list:
     """The answers of the processes, in the order of their numbers; an error is raised as soon as it
     arrives."""
     answers: list = [None] * len(numbers)
-    waiting = {process.pipe: process for process in numbers}
+    waiting: dict[Any, ChildProcess] = {process.pipe: process for process in numbers}
     while waiting:
         for pipe in wait(list(waiting)):
             process = waiting.pop(pipe)

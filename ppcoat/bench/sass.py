@@ -12,6 +12,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -231,7 +232,7 @@ def _table(
     return _wrapped(result)
 
 
-_ARITHMETIC = {
+_ARITHMETIC: dict[str, Callable] = {
     "mov": lambda m, x: x,
     "cvt": lambda m, x: x,
     "cvta": lambda m, x: x,

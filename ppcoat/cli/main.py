@@ -7,16 +7,19 @@ The table names modules and functions in full; a module is imported when its com
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
 import os
 import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 from safetensors import SafetensorError
 
-from ppcoat.errors import ConfigError, not_installed, tell_plainly
+import ppcoat
+from ppcoat.errors import ConfigError, not_installed, tell_plainly, unknown_name
 
 _FLAG = re.compile(r"(?<=^--)[a-z0-9]+(-[a-z0-9]+)+(?=$|=)")
 
@@ -161,11 +164,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         except BrokenPipeError:
             return _unread()
         return _flushed()
+    if argv[0] in ("-V", "--version"):
+        print(f"ppcoat {ppcoat.__version__}")
+        return _flushed()
     words = 2 if any(name.startswith(f"{argv[0]} ") for name in COMMANDS) else 1
     name = " ".join(argv[:words])
     if name not in COMMANDS:
         known = [each for each in COMMANDS if words == 1 or each.startswith(f"{argv[0]} ")]
-        print(f"error: unknown command {name!r}; known are {', '.join(known)}", file=sys.stderr)
+        print(f"error: {unknown_name('command', name, known)}", file=sys.stderr)
         return 2
     return run(name, argv[words:], prog=f"python -m ppcoat {name}")
 
@@ -185,7 +191,7 @@ def run(name: str, argv: Sequence[str] | None = None, prog: str | None = None) -
             stream.reconfigure(errors="backslashreplace")
     try:
         module = importlib.import_module(command.module)
-        parser = argparse.ArgumentParser(prog=prog, description=command.what, allow_abbrev=False)
+        parser = _Parser(prog=prog, description=command.what, allow_abbrev=False)
         getattr(module, command.flags)(parser)
         parse = parser.parse_intermixed_args if command.mixed else parser.parse_args
         getattr(module, command.run)(parse(argv))
@@ -197,7 +203,7 @@ def run(name: str, argv: Sequence[str] | None = None, prog: str | None = None) -
             raise
         print(f"error: {not_installed(error)}", file=sys.stderr)
         return 2
-    except SystemExit:  # argparse's, after help and for wrong flags
+    except SystemExit:  # argparse's, after help
         if unread := _flushed():
             return unread
         raise
@@ -212,10 +218,25 @@ def run(name: str, argv: Sequence[str] | None = None, prog: str | None = None) -
     except (FloatingPointError, ChildProcessError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, ImportError) as error:
+        # Paddle's own module makes an ImportError of a Ctrl+C that comes while it is loaded
+        if not any(isinstance(each, KeyboardInterrupt) for each in (error, error.__cause__)):
+            raise
         print("interrupted", file=sys.stderr)
         return 130
     return _flushed()
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says a mistake in one line, as everything else here, instead of listing all flags."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises ConfigError; a flag that is none is told with the nearest."""
+        unknown, flags = re.search(r"^unrecognized.* (--[a-z_]+)", message), self.format_usage()
+        if unknown:
+            near = difflib.get_close_matches(unknown[1], re.findall(r"--\w+", flags), 1, cutoff=0.0)
+            message += f"; the nearest flag is {near[0]}" if near else ""
+        raise ConfigError(f"{message}; {self.prog} --help lists the flags")
 
 
 def _print_commands() -> None:

@@ -245,6 +245,7 @@ def _put_once(ours: dict, target: Location, value: Any, location: Location, orig
 def _put(ours: dict[str, Any], target: Location, value: Any) -> None:
     """Set it, with the sections around it; inside a plain value nothing is set, and the schema says why."""
     here: Any = ours
+    part: Any
     for part, following in zip(target, (*target[1:], None), strict=True):
         new = value if following is None else [] if isinstance(following, int) else {}
         if isinstance(here, list):
@@ -257,6 +258,7 @@ def _put(ours: dict[str, Any], target: Location, value: Any) -> None:
 
 
 def _get(ours: Any, target: Location) -> Any:
+    part: Any
     for part in target:
         ours = ours[part] if isinstance(ours, dict | list) else None
     return ours

@@ -7,7 +7,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -29,8 +29,9 @@ OF_FILE = "that a FLUX file lacks: a FLUX folder"  # what is given beside such a
 class TakesArguments(Protocol):
     """An ArgumentParser, or a group of one."""
 
-    add_argument: Callable[..., argparse.Action]
-    add_mutually_exclusive_group: Callable[..., argparse._MutuallyExclusiveGroup]
+    def add_argument(self, *names: Any, **settings: Any) -> argparse.Action: ...
+
+    def add_mutually_exclusive_group(self, *, required: bool = ...) -> argparse._MutuallyExclusiveGroup: ...
 
 
 def flag(
@@ -242,8 +243,8 @@ def _name_of(field: dataclasses.Field) -> str:
 
 
 def _default_of(field: dataclasses.Field) -> Any:
-    made = field.default_factory is not dataclasses.MISSING
-    return field.default_factory() if made else field.default
+    make = field.default_factory
+    return field.default if make is dataclasses.MISSING else make()
 
 
 def _reading(kind: Any, as_text: bool = False) -> dict[str, Any]:

@@ -4,7 +4,7 @@ adapter that is trained on it), and those of `datasets` (folders of pictures wit
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     Field,
@@ -77,7 +77,7 @@ class ModelConfig(Section):
     )
 
     @property
-    def beside(self) -> dict[str, tuple[str, ...] | str]:
+    def beside(self) -> dict[str, Any]:
         """Where what a model file lacks is, as `FluxFiles.found` takes it; only what is set."""
         places = {"text_encoders": self.text_encoders, "vae": self.vae, "tokenizers": self.tokenizers}
         return {name: place for name, place in places.items() if place is not None}

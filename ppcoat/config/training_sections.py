@@ -5,7 +5,7 @@ activations, COAT, arXiv 2410.19313), `save`, `sample` and `logging`.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, Strict, field_validator, model_validator
 
@@ -199,7 +199,7 @@ class TrainConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _defaults_of_the_optimizer(cls, values: object) -> object:
+    def _defaults_of_the_optimizer(cls, values: Any) -> Any:
         own = _OWN_DEFAULTS.get(str(values.get("optimizer")), {}) if isinstance(values, dict) else {}
         return own | values if own else values
 

@@ -64,8 +64,8 @@ def trigger_parts(caption: str, trigger_word: str | None) -> list[tuple[str, Lit
     if not trigger_word:
         return [(final_caption(caption), "")]
     places = "|".join([*map(re.escape, PLACEHOLDERS), _alone(trigger_word)])
-    parts = [(text, "") for text in re.split(places, caption)]
-    found: list[tuple[str, Literal["", "word", "added"]]] = parts[:1]
+    parts: list[tuple[str, Literal["", "word", "added"]]] = [(text, "") for text in re.split(places, caption)]
+    found = parts[:1]
     for part in parts[1:]:
         found += [(trigger_word, "word"), part]
     if len(found) == 1:

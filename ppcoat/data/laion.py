@@ -149,8 +149,8 @@ def _unpack_all(
                 ]
                 for (i, _), job in zip(some, jobs, strict=True):
                     _count(source, done, f"{shard.name} row {i + 1}", job.result())
-    rows = done.pictures + done.bad
-    if not done.pictures or done.bad > max(1, source.max_bad_share * rows):
+    tried = done.pictures + done.bad
+    if not done.pictures or done.bad > max(1, source.max_bad_share * tried):
         raise _too_bad(source, done)
 
 

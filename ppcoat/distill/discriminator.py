@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import paddle
@@ -142,7 +143,7 @@ class Discriminator(nn.Layer):
             image_tokens[0] = inputs[0].shape[1]
 
         def after(head: Head) -> Callable:
-            def hook(layer: nn.Layer, inputs: tuple, outputs: object) -> None:
+            def hook(layer: nn.Layer, inputs: tuple, outputs: Any) -> None:
                 # a double block gives (image, text), a single one both in a row, text first
                 image = outputs[0] if isinstance(outputs, tuple | list) else outputs[:, -image_tokens[0] :]
                 judge(head, image)

@@ -166,7 +166,9 @@ def adamw_step(
     powers = {"beta1": old["beta1"] * hyper.beta1, "beta2": old["beta2"] * hyper.beta2}
     step = {"finite": finite, "dither": dither(count["steps"], param.shape[-1]), **powers}
     for rows in row_pieces(*param.shape):
-        moments = {part: rows_of_state(states[part], rows) for part in ("m1", "m2") if part in states}
+        moments: dict[str, State] = {
+            part: rows_of_state(states[part], rows) for part in ("m1", "m2") if part in states
+        }
         values = param[rows] if param.dtype == paddle.float32 else param[rows].astype("float32")
         step |= {"lr": number_of(hyper.lr, rows), "weight_decay": number_of(hyper.weight_decay, rows)}
         new = _moved(values, grad[rows], moments, codecs, hyper, step)

@@ -321,7 +321,7 @@ def _nibbles(inputs: Inputs, count: int) -> tuple[np.ndarray, np.ndarray]:
     return codes[:count], (16 * codes[::2] + codes[1::2]).astype(np.uint8)
 
 
-_BOTH_WAYS = {
+_BOTH_WAYS: dict[str, Callable] = {
     "modulated_norm": modulated_norm,
     "rms_norm": rms_norm,
     "rms_norm_rotated": rms_norm_rotated,

@@ -144,6 +144,8 @@ class FluxDrawer(Drawer):
 class NewbieDrawer(Drawer):
     """Euler steps on a time grid with shift 6. A prompt and its negative are padded to one length."""
 
+    pipeline: NewbiePipeline
+
     def texts(self, drawing: Any) -> list[Texts]:
         return [(drawing.prompt[0], drawing.negative_prompt)]
 

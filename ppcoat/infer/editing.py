@@ -138,7 +138,7 @@ def prepared(drawing: _Drawing, sight: Sight) -> _Drawing:
             came = f"{name} is {picture.width}x{picture.height}"
             raise ConfigError(f"{came}, wanted at least {TOKEN_SIDE} pixels each way: enlarge it")
     size = _size(drawing, height, width, sight, kind)
-    drawing = replace(drawing, height=size[0], width=size[1])
+    drawing = replace(drawing, height=size[0], width=size[1])  # type: ignore[call-arg]  # all flags that draw have them
     if kind is FluxKontextPipeline:  # its --image is the first of its references
         return replace(drawing, image=None, reference=_names(drawing))
     if drawing.mask is not None:

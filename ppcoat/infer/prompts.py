@@ -60,7 +60,7 @@ _FLAG = re.compile(r"(?:^|(?<=\s))--(\w+)(?:\s*=\s*|\s+|$)")
 _DECIMAL = re.compile(r"(?i)[+-]?(\d{1,40}\.?\d{0,40}|\.\d{1,40})(e[+-]?\d{1,3})?")
 _UNPRINTABLE = re.compile(r"[\0-\x08\x0b-\x1f\x7f-\x9f]")
 _NO_NAME = re.compile(r'[\0-\x1f\x7f-\x9f/\\:*?"<>|]|^[.\s]|[.\s]$|^(?i:con|prn|aux|nul|com\d|lpt\d)(\.|$)')
-_Drawing = TypeVar("_Drawing")
+_Drawing = TypeVar("_Drawing", bound=Any)
 _types_of = cache(get_type_hints)  # which takes half a millisecond, and lists are long
 
 

@@ -161,8 +161,10 @@ class KeyReader:
                 stem, *variable = (group for group in match.groups() if group is not None)
                 if stem not in self._found:
                     self._found[stem] = self._module(stem)
-                found = self._found[stem]
-                return None if found is None else Key(*found, role.format(*variable), stem)
+                if self._found[stem] is None:
+                    return None
+                part, name, target, program = self._found[stem]
+                return Key(part, name, target, program, role.format(*variable), stem)
         return None
 
     def _module(self, stem: str) -> tuple | None:

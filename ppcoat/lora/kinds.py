@@ -35,8 +35,11 @@ class Kind(Protocol):
     """What all kinds have. delta: weight [out, in] (or [n] of a norm or bias) and the strength -> W' - W in
     the weight's float dtype."""
 
-    name: str
-    shape: Shape
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def shape(self) -> Shape: ...
 
     def delta(self, weight: np.ndarray, strength: float) -> np.ndarray: ...
 

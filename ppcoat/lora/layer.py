@@ -167,7 +167,8 @@ def inject_lokr(
     """As `inject_lora`, with LoKrLinears. dropout: of output rows, and of whole modules."""
 
     def make(path: str, base: nn.Layer) -> LoKrLinear:
-        factors = new_factors(*base.weight.shape, settings, _seed_of(path, seed))
+        width_in, width_out = base.weight.shape
+        factors = new_factors(width_in, width_out, settings, _seed_of(path, seed))
         return LoKrLinear(base, factors, settings, dropout, policy, group_size)
 
     return _inject(model, targets, make)

@@ -157,9 +157,10 @@ def pretrained_transformer(
 
 def load_component(component: Component, name: str, dtype: str | None = None) -> Any:
     """A component by its folder's name, as the functions here load it; dtype is that of weights."""
-    load = {"scheduler": load_scheduler, "tokenizer": load_clip_tokenizer, "tokenizer_2": load_t5_tokenizer,
-            "vae": load_vae, "text_encoder": load_clip, "text_encoder_2": load_t5,
-            "transformer": load_transformer}[name]  # fmt: skip
+    load: Callable = {
+        "scheduler": load_scheduler, "tokenizer": load_clip_tokenizer, "tokenizer_2": load_t5_tokenizer,
+        "vae": load_vae, "text_encoder": load_clip, "text_encoder_2": load_t5,
+        "transformer": load_transformer}[name]  # fmt: skip
     return load(component, dtype) if name in _WITH_WEIGHTS else load(component)
 
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import ClassVar
+from typing import ClassVar, TypeAlias
 
 import paddle
 import paddle.nn.functional as F
@@ -252,7 +252,7 @@ class NF4Weight(BaseWeight):
 
 
 BASES = {"fp8": FP8Weight, "int8": Int8Weight, "nf4": NF4Weight, "fp4": FP4Weight}
-Weight = paddle.Tensor | BaseWeight
+Weight: TypeAlias = paddle.Tensor | BaseWeight
 LowRank = tuple[paddle.Tensor, paddle.Tensor]  # two factors whose product is added
 
 

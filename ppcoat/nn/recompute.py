@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeAlias
 
 import paddle
 from paddle.autograd import PyLayer
@@ -20,7 +21,7 @@ from .policy import AS_IT_IS, SavingPolicy
 from .saved_forms import PlainSaved, SavedTensor
 from .saved_tensors import FLOATS, policy_of_recomputation, saved_as_they_are, saver
 
-Outputs = paddle.Tensor | tuple[paddle.Tensor, ...]
+Outputs: TypeAlias = paddle.Tensor | tuple[paddle.Tensor, ...]
 
 
 def checkpointed(

@@ -145,7 +145,8 @@ SavedTensor = PlainSaved | FP8Saved | ResidualSaved | Recomputed | SharedSaved
 def save_fp8(x: paddle.Tensor, fmt: FP8Format, group_size: int | None) -> FP8Saved:
     """x [..., D] float -> FP8Saved, one scale per `group_size` values (None: one for all)."""
     with paddle.no_grad():
-        return FP8Saved(*quantize(x.detach(), fmt, group_size), fmt, group_size, x.dtype)
+        codes, scale = quantize(x.detach(), fmt, group_size)
+    return FP8Saved(codes, scale, fmt, group_size, x.dtype)
 
 
 def save_residual(x: paddle.Tensor, group_size: int | None) -> ResidualSaved:

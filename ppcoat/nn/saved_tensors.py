@@ -96,6 +96,7 @@ class Saver:
     """
 
     checkpoint_fmt: FP8Format | None = None
+    _plain: weakref.WeakValueDictionary[tuple, PlainSaved]
 
     def __init__(self, policy: SavingPolicy, counted_by: Saver | None = None) -> None:
         self.policy, self._counted_by = policy, counted_by
@@ -217,7 +218,7 @@ class Saver:
     def _reset(self) -> None:
         self.bytes_kept = self.bytes_kept_bf16 = self.bytes_unpacked = 0
         self._known: dict[tuple, _TensorFacts] = {}
-        self._plain: weakref.WeakValueDictionary[tuple, PlainSaved] = weakref.WeakValueDictionary()
+        self._plain = weakref.WeakValueDictionary()
 
 
 def fp8_saved_tensors(

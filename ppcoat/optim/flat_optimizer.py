@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import paddle
@@ -333,7 +334,7 @@ def _json_value(tensor: paddle.Tensor) -> dict:
         raise ConfigError(f"damaged text in the optimizer state: {error}") from error
 
 
-def _layout_difference(field: str, saved: object, own: object) -> str:
+def _layout_difference(field: str, saved: Any, own: Any) -> str:
     if field == "shapes" and isinstance(saved, list):
         if len(saved) != len(own):
             return f"optimizer state shapes: saved for {len(saved)} parameters, this optimizer has {len(own)}"

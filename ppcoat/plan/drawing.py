@@ -94,7 +94,7 @@ class _DrawingMemory:
 
     def __init__(self, drawn: Drawn, on_gpu: bool, transformer: dict | None = None) -> None:
         self.drawn = drawn
-        super().__init__(drawn.config, on_gpu, transformer)
+        super().__init__(drawn.config, on_gpu, transformer)  # type: ignore[call-arg]  # MemoryModel's
         self.image_tokens = (drawn.height * drawn.width + drawn.reference_pixels) // self.token_side**2
         self.tokens = self.image_tokens + self.text_tokens
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import paddle
 
@@ -118,7 +119,7 @@ class BaseModel:
         """Values of the transformer."""
         return sum(self.others.values()) + sum(a * b for a, b in self.linears.values())
 
-    def weight_bytes(self, quantize: str | bool, itemsize: int) -> tuple[int, list[int]]:
+    def weight_bytes(self, quantize: str | Literal[False], itemsize: int) -> tuple[int, list[int]]:
         """Bytes of the base outside its blocks, and of each block. quantize: the format of Linears' weights,
         False for itemsize bytes each."""
         held = {path: count * itemsize for path, count in self.others.items()}
@@ -149,7 +150,9 @@ class BaseModel:
         shapes = [shape for path, shape in self.linears.items() if _block_of(path, self.blocks)]
         return max(map(math.prod, shapes)), max(rows * min(BAND, columns) for rows, columns in shapes)
 
-    def decoding_bytes(self, quantize: str | bool, itemsize: int, by_kernel: bool) -> tuple[int, int]:
+    def decoding_bytes(
+        self, quantize: str | Literal[False], itemsize: int, by_kernel: bool
+    ) -> tuple[int, int]:
         """Of the largest weight that is made anew for a product, itemsize bytes a value: of itself, and all
         while it is made. Zeros for a base that is not quantised."""
         if not quantize:
@@ -158,7 +161,7 @@ class BaseModel:
         weights, beside = (1.0, 0) if by_kernel else DECODING[quantize]
         return made, int(weights * made) + beside
 
-    def reading_bytes(self, quantize: str | bool, itemsize: int) -> int:
+    def reading_bytes(self, quantize: str | Literal[False], itemsize: int) -> int:
         """What is there beside the base while that is read from disk."""
         whole, band = self.largest_read
         if not quantize:

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import paddle
@@ -239,7 +239,8 @@ class TracedNextDiT(TracedModel):
 
     def small_model(self, heads: int, checkpointed: bool) -> paddle.nn.Layer:
         """Two layers, made ready as for training; the widths of heads and feed-forward shrink alike."""
-        own, dim = dict(self.settings), heads * self.head_dim
+        own: dict[str, Any] = dict(self.settings)
+        dim = heads * self.head_dim
         sizes = own | {"n_layers": 2, "n_heads": heads, "dim": dim, "multiple_of": 1}
         sizes["n_kv_heads"] = heads * own["n_kv_heads"] // own["n_heads"]
         sizes["ffn_dim_multiplier"] = self.hidden / (4 * own["dim"])

@@ -119,7 +119,7 @@ class MemoryModel:
         self.lora_bytes = FLOAT32 * sum(map(math.prod, self.lora))
         self.optimizer, self.update_working = optimizer_bytes(config, self.lora, on_gpu)
         self.previews = config.sample.previews if config.sample.wanted else []
-        self._base: dict[bool, list[int]] = {}
+        self._base: dict[str | bool, list[int]] = {}
         self._weights: dict[str | bool, tuple[int, list[int]]] = {}
         self._saved: dict[tuple[str, bool, bool], SavedBytes] = {}
 

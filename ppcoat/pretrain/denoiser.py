@@ -241,8 +241,8 @@ class FlowBatches:
             np.concatenate([given, np.repeat(none[None], count, axis=0)])
             for given, none in zip((embeds, pooled), empty, strict=True)
         )
-        twice = (paddle.concat([each, each]) for each in (noisy, sigma))
-        answer = self.teacher(**self._arguments(*twice, embeds, pooled, np.ones(2 * count)))[0]
+        noisy, sigma = (paddle.concat([each, each]) for each in (noisy, sigma))
+        answer = self.teacher(**self._arguments(noisy, sigma, embeds, pooled, np.ones(2 * count)))[0]
         return answer[:count] - answer[count:]
 
     def _arguments(self, noisy, sigma, embeds, pooled, guidance) -> dict:

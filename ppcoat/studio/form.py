@@ -39,7 +39,7 @@ BASIC = (
     "coat.activation.policy", "save.save_every", "sample.sample_every", "sample.prompts", "sample.width",
     "sample.height", "sample.sample_steps",
 )  # fmt: skip
-_LIMITS = {"ge": "≥ {}", "gt": "> {}", "le": "≤ {}", "lt": "< {}", "multiple_of": "multiple of {}"}
+_LIMITS = {"ge": "≥ {}", "gt": "> {}", "le": "≤ {}", "lt": "< {}", "multiple_of": "{} × n"}
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def form_fields(section: type[BaseModel] = RunConfig, prefix: str = "") -> tuple
     for name, field in section.model_fields.items():
         key, parts = prefix + name, list(_parts(hints[name]))
         inner = next((each for each in parts if isinstance(each, type) and issubclass(each, Section)), None)
-        if inner is not None and tuple not in map(get_origin, parts):
+        if inner is not None and tuple not in [get_origin(each) for each in parts]:
             fields += form_fields(inner, f"{key}.")
             continue
         default = None if field.default is PydanticUndefined else field.default
@@ -294,7 +294,7 @@ def _choices(parts: list[Any]) -> list[Any]:
 
 
 def _kind(parts: list[Any]) -> Kind:
-    several = tuple in map(get_origin, parts)
+    several = tuple in [get_origin(each) for each in parts]
     if _choices(parts):
         return "choices" if several else "choice"
     if bool in parts:

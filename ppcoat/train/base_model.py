@@ -55,7 +55,7 @@ def compatible(config: RunConfig, modules: list[str] | None = None) -> dict:
     """What a checkpoint must share with the run that resumes from it; everything else may change. modules:
     that have an adapter, None: not known yet."""
     network = config.network
-    adapter = {"linear": network.linear, "linear_alpha": network.linear_alpha}
+    adapter: dict[str, Any] = {"linear": network.linear, "linear_alpha": network.linear_alpha}
     adapter |= {} if modules is None else {"modules": modules}
     if network.type != "lora":
         adapter["type"] = network.kind

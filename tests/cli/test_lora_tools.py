@@ -362,5 +362,5 @@ def test_a_word_of_lora_that_is_missing_or_wrong_is_answered_with_the_three(caps
     for argv in (["lora"], ["lora", "--help"], ["lora", "shrink", "a", "b"]):
         assert main(argv) == 2
         message = one_line(capsys)
-        assert "known are lora resize, lora combine, lora extract" in message and "train" not in message
+        assert "use one of lora resize, lora combine, lora extract" in message and "train" not in message
     assert sum(name.startswith("lora ") for name in COMMANDS) == 3

@@ -65,7 +65,7 @@ class LoRAMethods:
         up, each as it would change the base alone. Raises ConfigError for names that are not loaded, and
         for strengths by block."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        weights = 1.0 if adapter_weights is None else adapter_weights
+        weights: Any = 1.0 if adapter_weights is None else adapter_weights
         weights = list(weights) if isinstance(weights, list | tuple) else [weights] * len(names)
         if not all(isinstance(weight, int | float) for weight in weights):
             raise ConfigError(

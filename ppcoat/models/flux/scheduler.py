@@ -50,6 +50,7 @@ class FlowMatchEulerDiscreteScheduler(SchedulerMixin, ConfigMixin):
 
     _compatibles = []
     order = 1
+    _step_index: int | None
 
     @register_to_config
     def __init__(

@@ -80,7 +80,7 @@ def check_newbie_folder(folder: str | Path, setting: str = "the model") -> None:
         if not (folder / name / "tokenizer.json").is_file():
             raise ConfigError(f"{folder / name}/tokenizer.json is missing: take it from the original model")
     check_newbie_vae(folder / "vae")
-    models = []
+    models: list = []
     for name, build, source_of in (
         ("transformer", _nextdit, _nextdit_source),
         ("text_encoder", _gemma3, _gemma3_source),
