@@ -18,16 +18,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import paddle
 from PIL import Image
 
 from ppcoat.atomic import whole_file
-from ppcoat.bench.quickstart import CONFIGS, DRAWN, remove_earlier
+from ppcoat.bench.quickstart import CONFIGS, DRAWN, DRAWN_AT_ONCE, remove_earlier
 from ppcoat.config.flags import add_flags, flag, from_flags, set_flag
 from ppcoat.config.load import load_config, read_config_text
 from ppcoat.config.schema import RunConfig
 from ppcoat.device import tune_host
 from ppcoat.errors import ConfigError
+from ppcoat.infer.garment_scores import pictures_to_tensor
 from ppcoat.models.flux.files import FluxFiles
+from ppcoat.models.flux.pipeline import FluxPipeline
 from ppcoat.models.loading import check_folder
 from ppcoat.train.checkpoint import check_run_folder
 from ppcoat.train.run import train_lora
@@ -156,6 +159,16 @@ def measures_table(measures: Sequence[Measure]) -> str:
         line = f"{what:{widths[0]}}  {wanted:{widths[1]}}  {found:>{widths[2]}}  {missed}"
         lines.append(line.rstrip())
     return "\n".join(lines)
+
+
+@paddle.no_grad()
+def through_autoencoder(pipeline: FluxPipeline, pictures: list[Image.Image]) -> list[Image.Image]:
+    """What the pipeline could draw at best: pictures of 64 x 64 encoded and decoded again."""
+    again = []
+    for start in range(0, len(pictures), DRAWN_AT_ONCE):
+        latents = pipeline.encode_image(pictures_to_tensor(pictures[start : start + DRAWN_AT_ONCE]))
+        again += pipeline.pictures(latents, "pil")
+    return again
 
 
 def _config(demo: Demo, flags: DemoFlags, folder: Path) -> RunConfig:

@@ -13,23 +13,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import paddle
 from PIL import Image
 
-from ppcoat.bench.demo import Demo, Measure, Shown
-from ppcoat.bench.quickstart import MOTIF, contact_sheet, draw_in_halves
+from ppcoat.bench.demo import Demo, Measure, Shown, through_autoencoder
+from ppcoat.bench.quickstart import MOTIF, contact_sheet, draw_in_halves, draw_prompts, loaded
 from ppcoat.config.schema import RunConfig
 from ppcoat.data import garments
 from ppcoat.data.figures import Pose, draw_figure, draw_pose
 from ppcoat.data.garments import COLOURS, KINDS, Garment
-from ppcoat.device import set_device
-from ppcoat.infer.garment_scores import GarmentClassifier, classify, pictures_to_tensor
+from ppcoat.infer.garment_scores import GarmentClassifier, classify
 from ppcoat.models.flux.kontext import FluxKontextPipeline
-from ppcoat.models.flux.pipeline import FluxPipeline
 
 DATA_SEED, UNSEEN_SEED = 11, 30_000
-AT_ONCE, COLUMNS = 50, 10
-SAME_PLACE = 0.7  # of two silhouettes: in both, of in either; 1 % of other poses reach it, too
+COLUMNS = 10
+# Of two silhouettes: in both, of in either. 1 % of other poses reach it, too; a figure that wears nothing
+# does (0.88 in the mean), so it is of the pose alone.
+SAME_PLACE = 0.7
 
 
 class DrawnPair(ABC):
@@ -167,10 +166,11 @@ class TryOn(Demo):
         pairs = worn_pairs(samples, UNSEEN_SEED, unseen=True)
         drawn = draw_in_halves(_draw_worn, config, lora_file, samples)
         dressed, best = drawn["dressed"], "true drawings through the autoencoder"
-        found, places = worn_rates(pairs, dressed)
-        true, true_places = worn_rates(pairs, drawn["true"])
-        # each picture beside the garment and the pose of the one before
-        chance, other_places = worn_rates(pairs, [*dressed[1:], dressed[0]])
+        seen = seen_on(pairs, dressed)
+        found, places = worn_rates(pairs, seen)
+        true, true_places = worn_rates(pairs, seen_on(pairs, drawn["true"]))
+        # each picture beside the garment and the pose of the next one
+        chance, other_places = worn_rates([*pairs[1:], pairs[0]], seen)
         measures = [
             *_told(best, true | {"mean overlap of silhouettes": true_places}),
             *(Measure(name, rate, at_least=0.8) for name, rate in found.items()),
@@ -229,18 +229,32 @@ def overlap_of_changes(pairs: Sequence[EditPair], pictures: list[Image.Image]) -
     return float(np.mean(overlaps))
 
 
-def worn_rates(pairs: Sequence[WornPair], pictures: list[Image.Image]) -> tuple[dict[str, float], float]:
-    """-> (shares of pictures with the garment's kind and with its colour, as `recognised`, and with the
-    figure in its pose, mean overlap of silhouettes)."""
-    kinds, colours, places = [], [], []
-    for pair, picture in zip(pairs, pictures, strict=True):
-        seen, background = recognised(picture, pair), 255 * np.float32(pair.pose.background)
-        kinds.append(seen.kind == pair.garment.kind)
-        colours.append(seen.colour == pair.garment.colour)
-        places.append(overlap(differs(picture, background), differs(pair.wanted, background)))
-    in_pose = [place >= SAME_PLACE for place in places]
-    named = {"kind recognised": kinds, "colour recognised": colours, "pose kept": in_pose}
+def seen_on(pairs: Sequence[WornPair], pictures: list[Image.Image]) -> list[tuple[Garment, np.ndarray]]:
+    """Of each picture of a pair the garment that is `recognised` in it, and its silhouette, bool [H, W]."""
+    return [(recognised(*each), silhouette(*each)) for each in zip(pictures, pairs, strict=True)]
+
+
+def worn_rates(
+    pairs: Sequence[WornPair], seen: Sequence[tuple[Garment, np.ndarray]]
+) -> tuple[dict[str, float], float]:
+    """What `seen_on` saw, beside these pairs -> (shares with the garment's kind, with its colour, and with
+    the figure in its pose, mean overlap of silhouettes)."""
+    garments_seen, silhouettes = zip(*seen, strict=True)
+    places = [
+        overlap(each, silhouette(pair.wanted, pair)) for each, pair in zip(silhouettes, pairs, strict=True)
+    ]
+    both = list(zip(garments_seen, [pair.garment for pair in pairs], strict=True))
+    named = {
+        "kind recognised": [one.kind == other.kind for one, other in both],
+        "colour recognised": [one.colour == other.colour for one, other in both],
+        "pose kept": [place >= SAME_PLACE for place in places],
+    }
     return {name: float(np.mean(found)) for name, found in named.items()}, float(np.mean(places))
+
+
+def silhouette(picture: Image.Image, pair: WornPair) -> np.ndarray:
+    """bool [H, W]: where a picture is not the background of the pair's pose."""
+    return differs(picture, 255 * np.float32(pair.pose.background))
 
 
 def recognised(picture: Image.Image, pair: WornPair) -> Garment:
@@ -269,39 +283,28 @@ def overlap(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def _draw_edits(config: RunConfig, lora_file: Path, start: int, stop: int) -> dict[str, list[Image.Image]]:
-    pipeline = _pipeline(config, lora_file)
+    pipeline = _with_lora(config, lora_file)
     pairs = edit_pairs(stop + 1, UNSEEN_SEED, unseen=True)
+    own, others = pairs[start:stop], pairs[start + 1 :]
     return {
-        "after its own": draw_after(pipeline, pairs[start:stop], pairs[start:stop], config, start),
-        "after another's": draw_after(
-            pipeline, pairs[start:stop], pairs[start + 1 : stop + 1], config, start
-        ),
+        "after its own": draw_after(pipeline, own, own, config, start),
+        "after another's": draw_after(pipeline, own, others, config, start),
     }
 
 
 def _draw_worn(config: RunConfig, lora_file: Path, start: int, stop: int) -> dict[str, list[Image.Image]]:
-    pipeline = _pipeline(config, lora_file)
+    pipeline = _with_lora(config, lora_file)
     pairs = worn_pairs(stop, UNSEEN_SEED, unseen=True)[start:]
     return {
-        "true": _through_autoencoder(pipeline, [pair.wanted for pair in pairs]),
+        "true": through_autoencoder(pipeline, [pair.wanted for pair in pairs]),
         "dressed": draw_after(pipeline, pairs, pairs, config, start),
     }
 
 
-def _pipeline(config: RunConfig, lora_file: Path) -> FluxKontextPipeline:
-    set_device(config.device)
-    pipeline = FluxKontextPipeline.from_pretrained(config.model.name_or_path, **config.model.beside)
+def _with_lora(config: RunConfig, lora_file: Path) -> FluxKontextPipeline:
+    pipeline = loaded(config, FluxKontextPipeline)
     pipeline.load_lora_weights(lora_file)
-    pipeline.set_progress_bar_config(desc="drawing")
     return pipeline
-
-
-@paddle.no_grad()
-def _through_autoencoder(pipeline: FluxPipeline, pictures: list[Image.Image]) -> list[Image.Image]:
-    """What the model could draw at best."""
-    decoded = pipeline.decode_latents(pipeline.encode_image(pictures_to_tensor(pictures))).clip(-1, 1).numpy()
-    pixels = ((decoded.transpose(0, 2, 3, 1) + 1) * 127.5).round().astype(np.uint8)
-    return [Image.fromarray(each) for each in pixels]
 
 
 def draw_after(
@@ -311,20 +314,14 @@ def draw_after(
     config: RunConfig,
     first: int,
 ) -> list[Image.Image]:
-    """One picture for each pair's prompt after the references of one of `shown`; picture i is drawn from the
-    config's seed + first + i."""
-    sample, pictures = config.sample, []
-    for start in range(0, len(pairs), AT_ONCE):
-        few = slice(start, start + AT_ONCE)
-        pictures += pipeline(
-            [pair.references for pair in shown[few]],
-            [pair.prompt for pair in pairs[few]],
-            height=sample.height,
-            width=sample.width,
-            num_inference_steps=sample.sample_steps,
-            guidance_scale=sample.guidance_scale,
-            seed=sample.seed + first + start,
-            max_area=sample.height * sample.width,
-            _auto_resize=False,
-        ).images
-    return pictures
+    """One picture for each pair's prompt after the references of one of `shown`, at their size; picture i is
+    drawn from the config's seed + first + i."""
+    return draw_prompts(
+        pipeline,
+        [pair.prompt for pair in pairs],
+        config,
+        first,
+        image=[pair.references for pair in shown],
+        max_area=config.sample.height * config.sample.width,
+        _auto_resize=False,
+    )

@@ -7,24 +7,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import paddle
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
-from ppcoat.bench.demo import Demo, Measure, Shown
+from ppcoat.bench.demo import Demo, Measure, Shown, through_autoencoder
 from ppcoat.bench.demo_editing import overlap
-from ppcoat.bench.quickstart import MOTIF, contact_sheet, draw_in_halves
+from ppcoat.bench.quickstart import MOTIF, contact_sheet, draw_in_halves, draw_prompts, loaded
 from ppcoat.config.schema import RunConfig
 from ppcoat.data import garments
 from ppcoat.data.garments import PAPER, Garment
-from ppcoat.device import set_device
 from ppcoat.infer.garment_scores import GarmentClassifier, classify, held_out_garments
 from ppcoat.models.flux.image_to_image import FluxImg2ImgPipeline, FluxInpaintPipeline
-from ppcoat.models.flux.pipeline import FluxPipeline
 
 TRIGGER = "[trigger] "
 PICTURES, INPAINT_SEED, STYLE_SEED = 192, 17, 19
 UNSEEN_SEED = 40_000_000
-AT_ONCE, COLUMNS = 50, 10
+COLUMNS = 10
 STRENGTHS = (0.4, 0.6, 0.7, 0.8, 1.0)
 STRENGTH = 0.7  # of the measures
 # Bounds of `is_pen`, in the gaps between true drawings of both styles after the autoencoder.
@@ -97,7 +94,7 @@ class Inpaint(Demo):
         for i, garment in _trained(INPAINT_SEED):
             one = Unseen(garment, INPAINT_SEED * 100_000 + i)
             one.chest.save(data / "masks" / f"{i:04d}.png")
-            _write(data / "stars", i, one.starred, garment)
+            garments.write_captioned(data / "stars", i, one.starred, TRIGGER + garment.caption)
 
     def judge(self, config: RunConfig, lora_file: Path, samples: int) -> Shown:
         drawn = draw_in_halves(_draw_inpainted, config, lora_file, samples)
@@ -107,17 +104,17 @@ class Inpaint(Demo):
 def _draw_inpainted(config: RunConfig, lora_file: Path, start: int, stop: int) -> dict[str, list]:
     """Sets of pictures `start` to `stop`: what the autoencoder makes of the inputs, of these with a hole or
     true star, and what is drawn."""
-    pipeline = _loaded(FluxInpaintPipeline, config)
+    pipeline = loaded(config, FluxInpaintPipeline)
     ones = unseen(start, stop)
     pictures, halves, chests = ([getattr(one, name) for one in ones] for name in ("picture", "half", "chest"))
     captions = [one.garment.caption for one in ones]
     triggered = [f"{config.trigger_word} {caption}" for caption in captions]
 
     def draw(prompts: list[str], masks: list[Image.Image]) -> list[Image.Image]:
-        return draw_over(pipeline, prompts, config, start, image=pictures, mask_image=masks, strength=1.0)
+        return draw_prompts(pipeline, prompts, config, start, image=pictures, mask_image=masks, strength=1.0)
 
-    sets = {"as the VAE has it": through_vae(pipeline, pictures)}
-    sets["true star"] = through_vae(pipeline, [one.starred for one in ones])
+    sets = {"as the VAE has it": through_autoencoder(pipeline, pictures)}
+    sets["true star"] = through_autoencoder(pipeline, [one.starred for one in ones])
     sets["half"], sets["LoRA off"] = draw(captions, halves), draw(triggered, chests)
     pipeline.load_lora_weights(lora_file)
     return sets | {"LoRA on": draw(triggered, chests)}
@@ -199,7 +196,8 @@ class Style(Demo):
         (data / "pen").mkdir()
         for i, garment in _trained(STYLE_SEED):
             plain = Garment(garment.kind, garment.colour, "plain")
-            _write(data / "pen", i, garments.draw(plain, STYLE_SEED * 100_000 + i, pen=True), plain)
+            penned = garments.draw(plain, STYLE_SEED * 100_000 + i, pen=True)
+            garments.write_captioned(data / "pen", i, penned, TRIGGER + plain.caption)
 
     def judge(self, config: RunConfig, lora_file: Path, samples: int) -> Shown:
         drawn = draw_in_halves(_draw_styled, config, lora_file, samples)
@@ -209,16 +207,16 @@ class Style(Demo):
 def _draw_styled(config: RunConfig, lora_file: Path, start: int, stop: int) -> dict[str, list]:
     """Sets of pictures `start` to `stop`: true drawings of both styles as the autoencoder has them, what is
     drawn without the LoRA, and with it at each of STRENGTHS, by prompts that say the kind and that do not."""
-    pipeline, ones = _loaded(FluxImg2ImgPipeline, config), unseen(start, stop)
+    pipeline, ones = loaded(config, FluxImg2ImgPipeline), unseen(start, stop)
     pictures = [one.picture for one in ones]
     unnamed = [f"{config.trigger_word} a plain {one.garment.colour}" for one in ones]
     prompts = [f"{prompt} {one.garment.kind}" for prompt, one in zip(unnamed, ones, strict=True)]
 
     def draw(prompts: list[str], strength: float) -> list[Image.Image]:
-        return draw_over(pipeline, prompts, config, start, image=pictures, strength=strength)
+        return draw_prompts(pipeline, prompts, config, start, image=pictures, strength=strength)
 
-    sets = {"ordinary": through_vae(pipeline, pictures)}
-    sets["pen"] = through_vae(pipeline, [one.penned for one in ones])
+    sets = {"ordinary": through_autoencoder(pipeline, pictures)}
+    sets["pen"] = through_autoencoder(pipeline, [one.penned for one in ones])
     sets["LoRA off"] = draw(prompts, STRENGTH)
     pipeline.load_lora_weights(lora_file)
     sets |= {str(strength): draw(prompts, strength) for strength in STRENGTHS}
@@ -299,46 +297,3 @@ def _trained(seed: int) -> Iterator[tuple[int, Garment]]:
     candidates, rng = garments.split_garments()[0], np.random.default_rng(seed)
     for i in range(PICTURES):
         yield i, garments.choose(candidates, rng)
-
-
-def _write(folder: Path, number: int, picture: Image.Image, garment: Garment) -> None:
-    picture.save(folder / f"{number:04d}.png")
-    (folder / f"{number:04d}.txt").write_text(TRIGGER + garment.caption + "\n", encoding="utf-8")
-
-
-def _loaded(kind: type[FluxPipeline], config: RunConfig) -> FluxPipeline:
-    set_device(config.device)
-    pipeline = kind.from_pretrained(config.model.name_or_path, **config.model.beside)
-    pipeline.set_progress_bar_config(desc="drawing")
-    return pipeline
-
-
-def draw_over(
-    pipeline: FluxPipeline, prompts: list[str], config: RunConfig, first: int = 0, **given: list | float
-) -> list[Image.Image]:
-    """One picture per prompt from what is `given`, lists of one a prompt or numbers for all; picture i is
-    drawn from the config's seed + first + i."""
-    sample, pictures = config.sample, []
-    for start in range(0, len(prompts), AT_ONCE):
-        few = slice(start, start + AT_ONCE)
-        pictures += pipeline(
-            prompts[few],
-            **{name: value[few] if isinstance(value, list) else value for name, value in given.items()},
-            height=sample.height,
-            width=sample.width,
-            num_inference_steps=sample.sample_steps,
-            guidance_scale=sample.guidance_scale,
-            seed=sample.seed + first + start,
-        ).images
-    return pictures
-
-
-def through_vae(pipeline: FluxPipeline, pictures: list[Image.Image]) -> list[Image.Image]:
-    """Encoded and decoded again."""
-    width, height = pictures[0].size
-    again = []
-    with paddle.no_grad():
-        for start in range(0, len(pictures), AT_ONCE):
-            few = pictures[start : start + AT_ONCE]
-            again += pipeline.pictures(pipeline.image_latents(few, height, width, len(few)), "pil")
-    return again

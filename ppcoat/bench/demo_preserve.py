@@ -17,13 +17,12 @@ from ppcoat.bench.quickstart import (
     contact_sheet,
     draw_in_halves,
     draw_prompts,
+    loaded,
     motif_rate,
 )
 from ppcoat.config.schema import RunConfig
 from ppcoat.data import garments
-from ppcoat.device import set_device
 from ppcoat.infer.garment_scores import held_out_garments
-from ppcoat.models.flux.pipeline import FluxPipeline
 from ppcoat.train.run import train_lora
 
 SETS = {  # of pictures -> how the sheet calls them
@@ -86,9 +85,7 @@ def _without(config: RunConfig) -> RunConfig:
 
 def _draw_sets(config: RunConfig, lora_file: Path, start: int, stop: int) -> dict[str, list[Image.Image]]:
     """Pictures `start` to `stop` of all SETS; one seed for each prompt in all of them."""
-    set_device(config.device)
-    pipeline = FluxPipeline.from_pretrained(config.model.name_or_path, **config.model.beside)
-    pipeline.set_progress_bar_config(desc="drawing")
+    pipeline = loaded(config)
     without = [garment.caption for garment in held_out_garments(stop)[start:]]
     prompts = {"with": [f"{config.trigger_word} {caption}" for caption in without], "without": without}
     pictures = {"base": draw_prompts(pipeline, without, config, start)}

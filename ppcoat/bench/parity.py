@@ -19,14 +19,21 @@ import numpy as np
 
 from ppcoat.atomic import write_text
 from ppcoat.bench.parallel_jobs import PARALLEL_JOBS, Job, batched, run_parallel
-from ppcoat.bench.quickstart import CONFIG, draw_data, draw_prompts, final_loss, motif_rate, remove_earlier
+from ppcoat.bench.quickstart import (
+    CONFIG,
+    draw_data,
+    draw_prompts,
+    final_loss,
+    loaded,
+    motif_rate,
+    remove_earlier,
+)
 from ppcoat.config.flags import add_flags, flag, from_flags, set_flag
 from ppcoat.config.load import load_config
 from ppcoat.config.schema import RunConfig
-from ppcoat.device import set_device, tune_host
+from ppcoat.device import tune_host
 from ppcoat.errors import ConfigError
 from ppcoat.infer.garment_scores import held_out_garments
-from ppcoat.models.flux.pipeline import FluxPipeline
 from ppcoat.nn.policy import POLICIES
 from ppcoat.train.run import train_lora
 
@@ -127,8 +134,7 @@ def trained(config: RunConfig) -> dict[str, float]:
 
 def rate_of(config: RunConfig, samples: int) -> float:
     """Share of pictures with the motif, drawn with the LoRA of a finished run."""
-    set_device(config.device)
-    pipeline = FluxPipeline.from_pretrained(config.model.name_or_path, **config.model.beside)
+    pipeline = loaded(config)
     pipeline.load_lora_weights(config.run_dir / f"{config.name}.safetensors")
     prompts = [f"{config.trigger_word} {garment.caption}" for garment in held_out_garments(samples)]
     return motif_rate(draw_prompts(pipeline, prompts, config))

@@ -38,7 +38,7 @@ from ppcoat.train.trainer import TrainingResult
 MOTIF = garments.MOTIFS[0]
 CONFIG = CONFIGS / "quickstart.yaml"
 PICTURES, DATA_SEED = 96, 7
-GRID_COLUMNS = 8
+GRID_COLUMNS, DRAWN_AT_ONCE = 8, 50
 DRAWN = ".drawn_by_quickstart"  # file in a data folder that marks it as made here
 
 
@@ -143,9 +143,7 @@ def draw_in_halves(
 
 def _draw_sets(config: RunConfig, lora_file: Path, start: int, stop: int) -> dict[str, list[Image.Image]]:
     """Pictures `start` to `stop` of three sets: the LoRA off, on, and on without the trigger word."""
-    set_device(config.device)
-    pipeline = FluxPipeline.from_pretrained(config.model.name_or_path, **config.model.beside)
-    pipeline.set_progress_bar_config(desc="drawing")
+    pipeline = loaded(config)
     captions = [garment.caption for garment in held_out_garments(stop)[start:]]
     with_trigger = [f"{config.trigger_word} {caption}" for caption in captions]
     off = draw_prompts(pipeline, with_trigger, config, start)
@@ -162,19 +160,30 @@ def motif_rate(pictures: list[Image.Image]) -> float:
     return float(np.mean(classify(GarmentClassifier.load(), pictures)["motif"] == MOTIF))
 
 
+def loaded(config: RunConfig, kind: type[FluxPipeline] = FluxPipeline) -> FluxPipeline:
+    """The model of the config on its device, as a pipeline of that kind."""
+    set_device(config.device)
+    pipeline = kind.from_pretrained(config.model.name_or_path, **config.model.beside)
+    pipeline.set_progress_bar_config(desc="drawing")
+    return pipeline
+
+
 def draw_prompts(
-    pipeline: FluxPipeline, prompts: list[str], config: RunConfig, first: int = 0, batch_size: int = 50
+    pipeline: FluxPipeline, prompts: list[str], config: RunConfig, first: int = 0, **given: list | float
 ) -> list[Image.Image]:
-    """One picture per prompt; picture i is drawn from the config's seed + first + i."""
-    pictures = []
-    for start in range(0, len(prompts), batch_size):
+    """One picture per prompt; picture i is drawn from the config's seed + first + i. given: what else the
+    pipeline takes, lists of one a prompt or numbers for all."""
+    sample, pictures = config.sample, []
+    for start in range(0, len(prompts), DRAWN_AT_ONCE):
+        few = slice(start, start + DRAWN_AT_ONCE)
         pictures += pipeline(
-            prompts[start : start + batch_size],
-            height=config.sample.height,
-            width=config.sample.width,
-            num_inference_steps=config.sample.sample_steps,
-            guidance_scale=config.sample.guidance_scale,
-            seed=config.sample.seed + first + start,
+            prompt=prompts[few],
+            **{name: value[few] if isinstance(value, list) else value for name, value in given.items()},
+            height=sample.height,
+            width=sample.width,
+            num_inference_steps=sample.sample_steps,
+            guidance_scale=sample.guidance_scale,
+            seed=sample.seed + first + start,
         ).images
     return pictures
 

@@ -167,9 +167,14 @@ def write_folder(
     rng = np.random.default_rng(seed)
     for i in range(count):
         garment = choose(garments, rng)
-        draw(garment, seed * 100_000 + i, size, motif).save(folder / f"{i:04d}.png")
-        (folder / f"{i:04d}.txt").write_text(prefix + garment.caption + "\n", encoding="utf-8")
+        write_captioned(folder, i, draw(garment, seed * 100_000 + i, size, motif), prefix + garment.caption)
     return folder
+
+
+def write_captioned(folder: Path, number: int, picture: Image.Image, caption: str) -> None:
+    """Write a picture as 0007.png, and its caption as 0007.txt beside it."""
+    picture.save(folder / f"{number:04d}.png")
+    (folder / f"{number:04d}.txt").write_text(caption + "\n", encoding="utf-8")
 
 
 @dataclass(frozen=True)

@@ -133,17 +133,21 @@ class CutPicture:
         return (self.hole.load(self.size, self.flip_x, self.flip_y) >= 0.5).astype(np.uint8)[None]
 
 
-def with_companions(images: ImageFolder, data: DatasetConfig) -> tuple[ImageFolder, dict[Path, Companions]]:
+def with_companions(
+    images: ImageFolder, data: DatasetConfig, section: str = "datasets[]"
+) -> tuple[ImageFolder, dict[Path, Companions]]:
     """The folder, and by path what its pictures have; pictures with damaged or unfitting companions are
     problems as in `scan_folder`.
+
+    section: of the config, for messages.
 
     Raises ConfigError for a folder of references or masks that is not there or is the pictures' own, where no
     picture has any of what was asked for, and where all masks are empty or all are full.
     """
     if not (data.control_path or data.mask_path or data.alpha_mask):
         return images, {}
-    references = [_Stems(path, "control_path", images) for path in data.control_path]
-    masks = _Stems(data.mask_path, "mask_path", images) if data.mask_path else None
+    references = [_Stems(path, f"{section}.control_path", images) for path in data.control_path]
+    masks = _Stems(data.mask_path, f"{section}.mask_path", images) if data.mask_path else None
     found, bad = {}, []
     for item in Progress(images.items, desc="checking pairs", unit="file"):
         try:
@@ -155,7 +159,7 @@ def with_companions(images: ImageFolder, data: DatasetConfig) -> tuple[ImageFold
             bad.append(Problem(item.image_path, str(error)))
     items = [item for item in images.items if item.image_path in found]
     report_problems(images.folder, items, bad, data.skip_bad)
-    _check_any(data, [found[item.image_path] for item in items])
+    _check_any(data, [found[item.image_path] for item in items], section)
     return ImageFolder(images.folder, items, [*images.bad, *bad], images.notes), found
 
 
@@ -244,14 +248,11 @@ class _Stems:
         if not self.folder.is_dir():
             what = "is a file" if self.folder.exists() else "does not exist"
             raise ConfigError(
-                f"datasets[].{key} {printable(folder)} {what}; give a folder of files with the pictures' "
-                "names"
+                f"{key} {printable(folder)} {what}; give a folder of files with the pictures' names"
             )
         theirs = self.pictures.resolve()
         if self.folder.resolve() == theirs:
-            raise ConfigError(
-                f"datasets[].{key} {printable(folder)} is the folder of the pictures; give another one"
-            )
+            raise ConfigError(f"{key} {printable(folder)} is the folder of the pictures; give another one")
         self._inner: dict[str, list[Path]] = {}
         self._stems: dict[str, list[Path]] = {}
         owned = {_inner(item.image_path, self.pictures) for item in pictures.items}
@@ -312,20 +313,20 @@ def _mask(item: Item, folder: _Stems | None, data: DatasetConfig) -> Mask | None
     return mask
 
 
-def _check_any(data: DatasetConfig, all_found: Sequence[Companions]) -> None:
+def _check_any(data: DatasetConfig, all_found: Sequence[Companions], section: str) -> None:
     """Raise ConfigError where no picture has what the settings ask for, or masks say nothing."""
     named, masks = printable(data.folder_path), [each.mask for each in all_found if each.mask]
     if data.control_path and not any(each.references for each in all_found):
         raise ConfigError(
             f"no picture in {named} has a reference in {printable(', '.join(data.control_path))}: that has "
-            "the name of its picture, with any ending; check datasets[].control_path"
+            f"the name of its picture, with any ending; check {section}.control_path"
         )
     if not (data.mask_path or data.alpha_mask):
         return
     if not masks:
         where = f"in {printable(data.mask_path)}" if data.mask_path else "in its alpha channel"
         key = "mask_path" if data.mask_path else "alpha_mask"
-        raise ConfigError(f"no picture in {named} has a mask {where}: check datasets[].{key}")
+        raise ConfigError(f"no picture in {named} has a mask {where}: check {section}.{key}")
     for wrong, what in ((0.0, "empty"), (1.0, "full")):
         if all(abs(mask.share - wrong) < _NOTHING for mask in masks):
             counts = "black" if data.invert_mask else "white"

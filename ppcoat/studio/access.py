@@ -50,8 +50,19 @@ class Roots:
             )
         return path
 
+    def argument(self, text: str) -> str:
+        """What the page names, as an argument of a command that starts in the first root. Raises ConfigError
+        as `inside` does."""
+        shown = self.shown(self.inside(text))
+        return f"./{shown}" if shown.startswith("-") else shown  # it is no flag
+
+    def model_argument(self, text: str) -> str:
+        """The same for a model: the built-in one keeps its name."""
+        text = text.strip()
+        return text if built_in_model(text) != text else self.argument(text)
+
     def model(self, text: str) -> Path:
-        """The same for a model: the built-in one may be named, too."""
+        """As `inside`, for a model: the built-in one may be named, too."""
         built_in = built_in_model(text.strip())
         return Path(built_in) if built_in != text.strip() else self.inside(text)
 
@@ -74,7 +85,7 @@ class Roots:
         try:
             found = sorted(folder.iterdir(), key=lambda path: path.name.lower())
             found = [path for path in found if not path.name.startswith(".") and self.holds(path)]
-            found = [path for path in found if _is_text(path.name)]
+            found = [path for path in found if is_text(path.name)]
             folders = [path for path in found if path.is_dir()]
         except OSError as error:
             raise ConfigError(f"{printable(folder)} cannot be read ({error.strerror})") from None
@@ -105,7 +116,7 @@ class Roots:
         return goal
 
 
-def _is_text(name: str) -> bool:
+def is_text(name: str) -> bool:
     """Whether a name can be sent to a browser: Linux allows any bytes."""
     return not any(0xD800 <= ord(mark) <= 0xDFFF for mark in name)
 

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from ppcoat.config.explain import printable
 
@@ -19,10 +20,33 @@ _LONGEST_LINE = 1 << 16  # bytes of one line of output
 _PATIENCE = 5.0  # seconds
 
 
-def shell_command(arguments: Sequence[str]) -> str:
+def child_command(arguments: Sequence[str]) -> list[str]:
+    """What starts `python -m ppcoat <arguments>`, with child_environment."""
+    return [sys.executable, "-m", "ppcoat", *arguments]
+
+
+def child_environment() -> dict[str, str]:
+    """Of the commands that the studio starts: what they print is seen at once, wherever they run. They start
+    in a folder of the user's, from which Python must import nothing: a numpy.py may lie beside the pictures
+    (from CPython 3.11 on, which knows PYTHONSAFEPATH)."""
+    package = str(Path(__file__).parents[2])
+    given = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    paths = [package, *map(os.path.abspath, given)]
+    return {
+        **os.environ,
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONIOENCODING": "utf-8",
+        "PYTHONSAFEPATH": "1",
+        "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)),
+    }
+
+
+def shell_command(arguments: Sequence[str], folder: Path | None = None) -> str:
     """`python -m ppcoat ...` for a shell, each argument in quotes where it needs them. Line ends and other
-    control characters in it are written as $'...', which bash, zsh and ksh read."""
-    return " ".join(["python -m ppcoat", *map(_quoted, arguments)])
+    control characters in it are written as $'...', which bash, zsh and ksh read. folder: where it is meant
+    to start; the command goes there first if that is not the current folder."""
+    there = [] if folder is None or folder == Path.cwd() else ["cd", _quoted(str(folder)), "&&"]
+    return " ".join([*there, "python -m ppcoat", *map(_quoted, arguments)])
 
 
 def _quoted(text: str) -> str:
@@ -34,21 +58,25 @@ def _quoted(text: str) -> str:
 
 
 class RunningCommand:
-    """One command while it runs. told: is called with each line of what it prints, as plain text."""
+    """One command while it runs. told: is called with each line of what it prints, as plain text. cwd: the
+    folder it starts in."""
 
-    def __init__(self, arguments: Sequence[str], told: Callable[[str], None]) -> None:
-        self.arguments, self._told = list(arguments), told
+    def __init__(
+        self, arguments: Sequence[str], told: Callable[[str], None], cwd: Path | None = None
+    ) -> None:
+        self.arguments, self._told, self.cwd = list(arguments), told, cwd
         self._process: asyncio.subprocess.Process | None = None
 
     async def run(self) -> int:
         """Start it, wait for its end -> its exit status. Lines that a progress bar writes over each other are
         told one by one."""
         self._process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "ppcoat", *self.arguments),
+            *child_command(self.arguments),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"},
+            cwd=self.cwd,
+            env=child_environment(),
         )
         rest = b""
         while chunk := await self._process.stdout.read(_LONGEST_LINE):

@@ -19,6 +19,7 @@ from ppcoat.errors import ConfigError
 from ppcoat.studio.access import Roots
 
 _OPEN_FOLDERS = 8
+_PATHS = ("folder", "control_path", "mask_path")  # of FolderFlags
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,14 @@ class OpenFolder:
         self.remarks: list[str] = []
         self._roots, self._lock = roots, threading.RLock()
         self._editor, self._seen = CaptionEditor((), flags.caption_ext), None
+
+    @property
+    def shown_flags(self) -> FolderFlags:
+        """The flags as a command that starts in the first root takes them."""
+        named = {name: getattr(self.flags, name) for name in _PATHS}
+        return replace(
+            self.flags, **{name: path and self._roots.argument(path) for name, path in named.items()}
+        )
 
     def read(self, anew: bool = False) -> None:
         """Look at every picture, unless nothing has changed since. Raises ConfigError where no picture can be
@@ -162,7 +171,7 @@ class OpenFolders:
         roots."""
         inside = self._roots.inside
         paths = {"folder": str(inside(flags.folder))}
-        for name in ("control_path", "mask_path"):
+        for name in _PATHS[1:]:
             text = getattr(flags, name)
             paths[name] = str(inside(text)) if text else None
         flags = replace(flags, **paths)

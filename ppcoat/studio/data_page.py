@@ -16,7 +16,7 @@ from ppcoat.data.caption_edits import CaptionFlags
 from ppcoat.data.folder import FolderFlags, NoteKind
 from ppcoat.errors import ConfigError
 from ppcoat.studio.data_folder import OpenFolder, OpenFolders
-from ppcoat.studio.frame import CommandBox, PathField, Studio, page_frame, say_error
+from ppcoat.studio.frame import CommandBox, PathField, Studio, notify_error, page_frame, say_error
 from ppcoat.studio.picture_cards import CARD_STYLE, PictureCards
 from ppcoat.studio.words import Words
 
@@ -60,7 +60,7 @@ def data_page(studio: Studio) -> None:
                 ui.spinner()
                 ui.label(say("checking"))
             body = ui.column().classes("w-full gap-4")
-            shown = _Folder(say, opened, body)
+            shown = _Folder(studio, say, opened, body)
             ui.timer(0.05, lambda: shown.read(waiting), once=True)
             ui.timer(_LOOK_SECONDS, shown.follow)
 
@@ -109,8 +109,8 @@ class _Form:
 class _Folder:
     """An opened folder on the page: filters, changes of many captions, and the cards."""
 
-    def __init__(self, say: Words, folder: OpenFolder, body: ui.column) -> None:
-        self._say, self._folder, self._body = say, folder, body
+    def __init__(self, studio: Studio, say: Words, folder: OpenFolder, body: ui.column) -> None:
+        self._studio, self._say, self._folder, self._body = studio, say, folder, body
         self._version, self._kind, self._cards = -1, None, None
 
     async def read(self, waiting: ui.row | None = None, anew: bool = False) -> None:
@@ -151,9 +151,9 @@ class _Folder:
             self._search = ui.input(say("search"), on_change=self._show_found).classes("col-grow")
             self._search.props("dense outlined clearable debounce=250 bg-color=white").mark("search")
             self._count = ui.label().classes("text-grey-7")
-        self._bulk = _Bulk(say, self._folder, self._after_change)
+        self._bulk = _Bulk(self._studio, say, self._folder, self._after_change)
         self._cards = PictureCards(say, self._folder)
-        CommandBox(say, ["data", "report", *arguments_of(self._folder.flags)])
+        CommandBox(self._studio, say, ["data", "report", *arguments_of(self._folder.shown_flags)])
 
     def _refresh(self) -> None:
         """Everything but the form."""
@@ -203,8 +203,7 @@ class _Folder:
         try:
             count = await run.io_bound(self._folder.undo)
         except (ConfigError, OSError) as error:
-            ui.notify(str(error), type="negative")
-            return
+            return notify_error(error)
         ui.notify(self._say("undone", count=count), type="info")
         self._after_change()
 
@@ -212,7 +211,7 @@ class _Folder:
 class _Bulk:
     """Changes of many captions, with how many before they are made, and the command that does the same."""
 
-    def __init__(self, say: Words, folder: OpenFolder, changed: Callable[[], None]) -> None:
+    def __init__(self, studio: Studio, say: Words, folder: OpenFolder, changed: Callable[[], None]) -> None:
         self._say, self._folder, self._changed = say, folder, changed
         self._search = ""
         with (
@@ -225,7 +224,7 @@ class _Bulk:
             with ui.row().classes("items-center gap-3"):
                 self._apply = ui.button(say("apply"), on_click=self._write).props("unelevated no-caps")
                 self._count = ui.label().classes("text-grey-8")
-            self._command = CommandBox(say)
+            self._command = CommandBox(studio, say)
 
     def show(self, search: str) -> None:
         """Tell what would change of the captions that a search finds."""
@@ -243,7 +242,7 @@ class _Bulk:
 
     def _change(self) -> CaptionFlags:
         said = {name: field.value or "" for name, field in self._fields.items()}
-        flags = self._folder.flags
+        flags = self._folder.shown_flags
         return CaptionFlags(
             folder=flags.folder, caption_ext=flags.caption_ext, search=self._search, write=True, **said
         )
@@ -252,7 +251,7 @@ class _Bulk:
         try:
             count = await run.io_bound(self._folder.write_all, self._change())
         except (ConfigError, OSError) as error:
-            ui.notify(str(error), type="negative", multi_line=True)
+            notify_error(error)
         else:
             ui.notify(self._say("changed", count=count), type="positive")
             for field in self._fields.values():

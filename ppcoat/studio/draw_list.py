@@ -11,9 +11,9 @@ import io
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from PIL import Image
 
@@ -24,6 +24,7 @@ Compare = Literal["one", "off", "checkpoints", "grid", "steps"]
 LIST, ASKED = "list.jsonl", "drawing.json"
 MOST_CELLS = 400
 _MAX_JSON = 1 << 20
+_WRONG_JSON = (ValueError, KeyError, TypeError, OverflowError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ def read_drawing(folder: Path) -> tuple[Asked, list[str], list[str], list[list[s
         found = json.loads((folder / ASKED).read_text("utf-8")[:_MAX_JSON])
         names = [[Path(str(name)).name for name in row] for row in found["names"]]
         return _asked(found["asked"]), list(map(str, found["rows"])), list(map(str, found["columns"])), names
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, AttributeError, *_WRONG_JSON):
         return None
 
 
@@ -145,13 +146,13 @@ def asked_of_picture(content: bytes) -> Asked:
         settings = json.loads(text.get("settings", "{}"))
         named = json.loads(text.get("files", "{}"))
         found = {**settings, **named, "prompt": str(text["prompt"])}
-    except (OSError, ValueError, SyntaxError, KeyError, TypeError, Image.DecompressionBombError):
+        paths, scales = found.get("path_to_lora"), found.get("lora_scale")
+        if isinstance(paths, list) and isinstance(scales, list) and len(paths) == len(scales):
+            # those of a grid that had no part in this picture are left out
+            found["loras"] = [pair for pair in zip(paths, scales, strict=True) if pair[1]]
+        return _asked(found | {"width": size[0], "height": size[1]})
+    except (OSError, SyntaxError, Image.DecompressionBombError, *_WRONG_JSON):
         raise ConfigError("this is no PNG that ppcoat drew: its text holds no settings") from None
-    paths, scales = found.get("path_to_lora"), found.get("lora_scale")
-    if isinstance(paths, list) and isinstance(scales, list) and len(paths) == len(scales):
-        # those of a grid that had no part in this picture are left out
-        found["loras"] = [pair for pair in zip(paths, scales, strict=True) if pair[1]]
-    return _asked(found | {"width": size[0], "height": size[1]})
 
 
 def numbers_of(text: str, whole: bool = False) -> tuple:
@@ -198,5 +199,6 @@ def _asked(found: Mapping[str, Any]) -> Asked:
         if isinstance(found.get(key), Sequence):
             taken[key] = tuple(tuple(kind(each) for kind, each in zip(kinds_of, pair, strict=True))
                                for pair in found[key])  # fmt: skip
-    known = {field.name for field in fields(Asked)}
-    return Asked(**{key: value for key, value in taken.items() if key in known})
+    if taken.get("compare") not in get_args(Compare):
+        taken.pop("compare", None)
+    return Asked(**taken)

@@ -23,14 +23,15 @@ from ppcoat.studio.draw_list import (
     read_drawing,
     write_drawing,
 )
-from ppcoat.studio.frame import CommandBox, Studio, choose_path, page_frame
+from ppcoat.studio.frame import CommandBox, Studio, add_browse, notify_error, page_frame, upload_place
 from ppcoat.studio.pictures import LARGE, SMALL, picture_url
 from ppcoat.studio.run_log import find_runs, lora_files
 from ppcoat.studio.runs import ChildRun, Queue
 from ppcoat.studio.words import Words
 
 DRAWINGS = "output/drawings"  # below the first root
-_LORA_FILES, _PICTURE_FILES = (".safetensors",), (".png", ".jpg", ".jpeg", ".webp")
+_LORA_FILES, _MODEL_FILES = (".safetensors",), (".safetensors", ".gguf")
+_PICTURE_FILES = (".png", ".jpg", ".jpeg", ".webp")
 _MOST_UPLOAD = 64 << 20
 _EARLIER = 24
 _NUMBERS = (("seed", int), ("steps", int), ("width", int), ("height", int), ("guidance_scale", float),
@@ -66,7 +67,7 @@ class DrawPage:
                 self._button.classes("w-full").props("no-caps unelevated")
                 self._drop_card()
             with ui.column().classes("col-12 col-md gap-3").style("min-width: 0"):
-                self._box = CommandBox(say)
+                self._box = CommandBox(studio, say)
                 self._result = ui.column().classes("studio-card gap-2")
                 with ui.column().classes("studio-card gap-2"):
                     ui.label(say("earlier")).classes("text-weight-bold")
@@ -80,7 +81,7 @@ class DrawPage:
     def _form_card(self) -> None:
         say, widgets = self._say, self._widgets
         with ui.column().classes("studio-card gap-3"):
-            widgets["model"] = self._path_input("model", (".safetensors", ".gguf"))
+            widgets["model"] = self._path_input("model", _MODEL_FILES, folders=True)
             widgets["prompt"] = ui.textarea(say("prompt")).classes("w-full").props("outlined dense autogrow")
             with ui.element("div").style(
                 "display: grid; width: 100%; gap: 8px; grid-template-columns: repeat(3, minmax(0, 1fr))"
@@ -98,7 +99,8 @@ class DrawPage:
             with ui.expansion(say("from_pictures")).classes("w-full").props("dense header-class=q-px-none"):
                 ui.label(say("from_pictures_hint")).classes("text-caption text-grey-7")
                 for name in _FROM_PICTURES:
-                    widgets[name] = self._path_input(name, _PICTURE_FILES)
+                    between = ", " if name == "reference" else ""
+                    widgets[name] = self._path_input(name, _PICTURE_FILES, between=between)
                 widgets["strength"] = (
                     ui.input(say("draw_strength")).classes("w-full").props("outlined dense inputmode=decimal")
                 )
@@ -124,26 +126,13 @@ class DrawPage:
                 )
 
     def _drop_card(self) -> None:
-        ui.upload(
-            label=self._say("drop"), auto_upload=True, max_file_size=_MOST_UPLOAD, on_upload=self._dropped,
-            on_rejected=lambda: ui.notify(self._say("picture_too_large"), type="negative"),
-        ).classes("w-full").props("flat bordered accept=.png color=grey-2 text-color=grey-8")  # fmt: skip
+        refused = self._say("picture_too_large")
+        upload_place(self._say("drop"), (".png",), _MOST_UPLOAD, refused, self._dropped)
 
-    def _path_input(self, name: str, endings: Sequence[str]) -> Any:
+    def _path_input(self, name: str, endings: Sequence[str], folders: bool = False, between: str = "") -> Any:
         field = ui.input(self._say(f"draw_{name}")).classes("w-full").props("outlined dense")
-        with field.add_slot("append"):
-            self._browse_button(field, endings)
+        add_browse(field, self._studio, self._say, endings, folders, between)
         return field
-
-    def _browse_button(self, field: Any, endings: Sequence[str]) -> None:
-        async def browse() -> None:
-            chosen = await choose_path(self._studio, self._say, field.value or "", endings)
-            if chosen is not None:
-                field.set_value(chosen)
-
-        ui.button(icon="folder_open", on_click=browse).props(
-            f'flat round dense aria-label="{self._say("browse")}"'
-        )
 
     def _add_lora(self, path: str = "", strength: float = 1.0) -> None:
         row = [path, f"{strength:g}"]
@@ -151,8 +140,7 @@ class DrawPage:
         with self._lora_rows, ui.row().classes("w-full items-center no-wrap gap-1") as place:
             field = ui.input(self._say("lora_file"), value=path).classes("col").props("outlined dense")
             field.on_value_change(lambda event: row.__setitem__(0, event.value))
-            with field.add_slot("append"):
-                self._browse_button(field, _LORA_FILES)
+            add_browse(field, self._studio, self._say, _LORA_FILES)
             by = ui.input(self._say("draw_strength_of"), value=row[1]).style("width: 84px")
             by.props("outlined dense inputmode=decimal").on_value_change(
                 lambda event: row.__setitem__(1, event.value)
@@ -189,9 +177,9 @@ class DrawPage:
         """What a run is drawn with: its model, prompts and size, and the LoRA at its end."""
         try:
             folder = self._studio.roots.inside(run)
-            config = load_config(folder / "config.yaml")
+            config = load_config(self._studio.roots.inside(folder / "config.yaml"))
         except ConfigError as error:
-            ui.notify(str(error), type="negative", multi_line=True)
+            notify_error(error)
             return Asked()
         files, previews = lora_files(folder), config.sample.previews
         loras = [(self._studio.roots.shown(file), 1.0) for file in list(files.values())[-1:]]
@@ -205,7 +193,7 @@ class DrawPage:
         return asked
 
     async def _find_runs(self) -> None:
-        found = await run.io_bound(find_runs, self._studio.roots.folders)
+        found = await run.io_bound(find_runs, self._studio.roots)
         select = self._widgets["run"]
         if select.is_deleted:
             return
@@ -218,8 +206,7 @@ class DrawPage:
         """What the widgets say, every path inside the roots. Raises ConfigError."""
         text = {name: str(widget.value or "").strip() for name, widget in self._widgets.items()}
         found: dict[str, Any] = {"prompt": text["prompt"], "compare": text["compare"]}
-        self._studio.roots.model(text["model"])
-        found["model"] = text["model"]
+        found["model"] = self._studio.roots.model_argument(text["model"])
         for name, kind in [*_NUMBERS, ("strength", float)]:
             if text[name]:
                 found[name] = one_number(text[name], whole=kind is int)
@@ -242,11 +229,9 @@ class DrawPage:
         return Asked(**found)
 
     def _inside(self, text: str) -> str:
-        path = self._studio.roots.inside(text)
-        if not path.exists():
+        if not self._studio.roots.inside(text).exists():
             raise ConfigError(f"{printable(text)}: {self._say('not_there')}")
-        shown = self._studio.roots.shown(path)
-        return f"./{shown}" if shown.startswith("-") else shown  # it is no flag
+        return self._studio.roots.argument(text)
 
     def _draw(self) -> None:
         roots = self._studio.roots
@@ -257,7 +242,7 @@ class DrawPage:
             job.prepare(write_drawing(asked, folder, roots.shown(folder)), roots.folders[0])
             self._queue.start_beside(job)
         except (ConfigError, OSError) as error:
-            return ui.notify(printable(str(error)), type="negative", multi_line=True)
+            return notify_error(error)
         self._show(folder)
 
     def _show(self, folder: Path) -> None:
@@ -343,10 +328,10 @@ class DrawPage:
     async def _enlarge(self, file: Path) -> None:
         """One picture, what it was drawn with, and its file."""
         try:
-            content = await run.io_bound(file.read_bytes)
+            content = await run.io_bound(self._studio.roots.inside(file).read_bytes)
             asked = asked_of_picture(content)
         except (OSError, ConfigError) as error:
-            return ui.notify(printable(str(error)), type="negative")
+            return notify_error(error)
         loras = ", ".join(f"{path} × {by:g}" for path, by in asked.loras)
         lines = [asked.prompt, f"seed {asked.seed} · {asked.steps} steps · {asked.width}x{asked.height}"]
         with (
@@ -371,13 +356,12 @@ class DrawPage:
             self._fill(asked)
         dialog.delete()
 
-    async def _dropped(self, event: Any) -> None:
+    async def _dropped(self, file: Any) -> None:
         """Take the settings of a picture that was dropped."""
-        event.sender.reset()
         try:
-            asked = asked_of_picture(await event.file.read())
+            asked = asked_of_picture(await file.read())
         except ConfigError as error:
-            return ui.notify(str(error), type="negative")
+            return notify_error(error)
         self._fill(asked)
         ui.notify(self._say("taken"), type="positive")
 

@@ -8,13 +8,22 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
-from nicegui import events, run, ui
+from nicegui import run, ui
 
+from ppcoat.config.explain import printable
 from ppcoat.config.training_sections import LoRAFormat, SaveConfig
 from ppcoat.errors import ConfigError
-from ppcoat.studio.frame import CommandBox, CommandRun, PathField, Studio, page_frame, text_of_file
+from ppcoat.studio.frame import (
+    CommandBox,
+    CommandRun,
+    PathField,
+    Studio,
+    notify_error,
+    page_frame,
+    upload_place,
+)
 from ppcoat.studio.words import Words
 
 LORA_ENDINGS = (".safetensors",)
@@ -54,8 +63,8 @@ class _Tool:
                 with ui.row().classes("items-center gap-3 w-full"):
                     self._start = ui.button(self.say("run"), on_click=self._run).props("unelevated no-caps")
                     self._error = ui.label().classes("studio-error col")
-            self._command = CommandBox(self.say)
-            self._runs = CommandRun(self.say)
+            self._command = CommandBox(self.studio, self.say)
+            self._runs = CommandRun(self.studio, self.say)
         self.refresh()
 
     def fields(self) -> None:
@@ -71,7 +80,7 @@ class _Tool:
         try:
             arguments, wrong = self.arguments(), ""
         except ConfigError as error:
-            arguments, wrong = [], text_of_file(error)
+            arguments, wrong = [], printable(str(error))
         self._command.show(arguments)
         self._error.set_text(wrong)
         self._start.set_enabled(bool(arguments))
@@ -81,7 +90,7 @@ class _Tool:
         try:
             await self._runs.run(self.arguments())
         except ConfigError as error:
-            ui.notify(text_of_file(error), type="negative")
+            notify_error(error)
         self._start.enable()
 
     def lora_field(self) -> PathField:
@@ -95,8 +104,8 @@ class _Tool:
         self.refresh()
 
     def path(self, text: str) -> str:
-        """A path for the command: absolute, inside the roots."""
-        return str(self.studio.roots.inside(text))
+        """A path for the command, inside the roots."""
+        return self.studio.roots.argument(text)
 
 
 class _Inspect(_Tool):
@@ -197,7 +206,7 @@ class _Merge(_Tool):
         scale = [] if set(strengths) == {1.0} else ["--scale", *(f"{each:g}" for each in strengths)]
         return [
             "merge",
-            f"--model={self.studio.roots.model(self.model.text)}",
+            f"--model={self.studio.roots.model_argument(self.model.text)}",
             *("--lora", *(self.path(field.text) for field, _ in given)),
             *scale,
             f"--output_dir={self.path(self.output.value or '')}",
@@ -229,25 +238,17 @@ class _Merge(_Tool):
 def _upload(studio: Studio, say: Words, stored: Callable[[str], object]) -> None:
     """A place to send a LoRA file to; `stored` gets its path as it stands in a field."""
 
-    async def keep(event: events.UploadEventArguments) -> None:
+    async def keep(file: Any) -> None:
         try:
             with tempfile.TemporaryDirectory() as folder:
                 content = Path(folder, "upload")
-                await event.file.save(content)
-                path = await run.io_bound(studio.roots.store, event.file.name, content, "lora")
+                await file.save(content)
+                path = await run.io_bound(studio.roots.store, file.name, content, "lora")
         except (ConfigError, OSError) as error:
-            ui.notify(text_of_file(error), type="negative")
+            notify_error(error)
         else:
             stored(studio.roots.shown(path))
-            ui.notify(say("uploaded", path=text_of_file(studio.roots.shown(path))), type="positive")
-        event.sender.reset()
+            ui.notify(say("uploaded", path=printable(studio.roots.shown(path))), type="positive")
 
     refused = say("too_large", most=studio.most_bytes >> 20)
-    upload = ui.upload(
-        label=say("lora_or_upload"),
-        auto_upload=True,
-        max_file_size=studio.most_bytes,
-        on_upload=keep,
-        on_rejected=lambda: ui.notify(refused, type="negative"),
-    )
-    upload.props("flat bordered accept=.safetensors").classes("w-full studio-upload")
+    upload_place(say("lora_or_upload"), LORA_ENDINGS, studio.most_bytes, refused, keep)

@@ -39,7 +39,7 @@ BASIC = (
     "coat.activation.policy", "save.save_every", "sample.sample_every", "sample.prompts", "sample.width",
     "sample.height", "sample.sample_steps",
 )  # fmt: skip
-_LIMITS = {"ge": "≥ {}", "gt": "> {}", "le": "≤ {}", "lt": "< {}", "multiple_of": "multiple of {}"}
+_LIMITS = {"ge": "≥ {}", "gt": "> {}", "le": "≤ {}", "lt": "< {}", "multiple_of": "{} × n"}
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from ppcoat.studio.form import (
     with_entry,
     without_entry,
 )
-from ppcoat.studio.frame import Studio, choose_path
+from ppcoat.studio.frame import Studio, add_browse
 from ppcoat.studio.words import Words
 
 _MODEL_FILES = (".safetensors", ".gguf")
@@ -181,14 +181,5 @@ class FormView:
     def _with_browse(self, field: FormField, widget: Any) -> None:
         endings = _MODEL_FILES if field.group in ("model", "network") else (".png", ".jpg", ".jpeg", ".webp")
 
-        async def browse() -> None:
-            lines = (widget.value or "").splitlines() if field.kind == "lines" else []
-            start = (lines or [widget.value or ""])[-1]
-            chosen = await choose_path(self._studio, self._say, start, endings)
-            if chosen is not None:
-                widget.set_value("\n".join([*lines, chosen]))
-
-        with widget.add_slot("append"):
-            ui.button(icon="folder_open", on_click=browse).props(
-                f'flat round dense aria-label="{self._say("browse")}"'
-            )
+        between = "\n" if field.kind == "lines" else ""
+        add_browse(widget, self._studio, self._say, endings, between=between)

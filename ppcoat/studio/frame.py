@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
-from nicegui import ui
+from nicegui import events, ui
 
 from ppcoat.config.explain import printable
 from ppcoat.errors import ConfigError
@@ -79,10 +79,11 @@ def page_frame(studio: Studio, here: str) -> Iterator[Words]:
 
 
 class CommandBox:
-    """The command that does the same as the page, with a button that copies it."""
+    """The command that does the same as the page, with a button that copies it. It starts in the first
+    root, as the page's own do."""
 
-    def __init__(self, say: Words, arguments: Sequence[str] = ()) -> None:
-        self._say, self._text = say, ""
+    def __init__(self, studio: Studio, say: Words, arguments: Sequence[str] = ()) -> None:
+        self._say, self._text, self._folder = say, "", studio.roots.folders[0]
         with ui.row().classes("studio-card items-center no-wrap gap-2") as self._row:
             with ui.column().classes("col gap-1").style("min-width: 0"):
                 ui.label(say("as_command")).classes("text-caption text-grey-7")
@@ -94,7 +95,7 @@ class CommandBox:
 
     def show(self, arguments: Sequence[str]) -> None:
         """Show another command; nothing for none."""
-        self._text = shell_command(arguments) if arguments else ""
+        self._text = shell_command(arguments, self._folder) if arguments else ""
         self._label.set_text(self._text)
         self._row.set_visibility(bool(self._text))
 
@@ -106,26 +107,22 @@ class CommandBox:
 class CommandRun:
     """A place that runs commands, one at a time, and shows what they print."""
 
-    def __init__(self, say: Words) -> None:
-        self._say, self._running = say, None
+    def __init__(self, studio: Studio, say: Words) -> None:
+        self._say, self._running, self._folder = say, None, studio.roots.folders[0]
         with ui.column().classes("studio-card gap-2") as self._card:
             with ui.row().classes("items-center gap-2 w-full"):
                 self._spinner = ui.spinner(size="sm")
                 self._state = ui.label()
                 ui.space()
                 self._stop = ui.button(say("stop"), on_click=lambda: self._running.stop()).props("flat dense")
-            self._log = (
-                ui.log(max_lines=2000)
-                .classes("studio-code w-full")
-                .style("height: auto; max-height: 420px; min-height: 40px")
-            )
+            self._log = ui.log(max_lines=2000).classes("studio-code w-full").style("height: 320px")
         self._card.set_visibility(False)
 
     async def run(self, arguments: Sequence[str]) -> int | None:
         """Run `python -m ppcoat <arguments>` -> its exit status; None where one is running already."""
         if self._running is not None:
             return None
-        self._running = RunningCommand(arguments, self._tell)
+        self._running = RunningCommand(arguments, self._tell, self._folder)
         self._log.clear()
         self._show(True, self._say("running"))
         try:
@@ -160,33 +157,67 @@ class PathField:
         folders: bool = True,
         changed: Callable[[], object] | None = None,
     ) -> None:
-        self._studio, self._say, self._endings, self._folders = studio, say, endings, folders
         self.input = ui.input(label, on_change=changed).props("dense outlined debounce=200")
         self.input.classes("col-grow").style("min-width: 220px")
-        with self.input.add_slot("append"):
-            button = ui.button(icon="folder_open", on_click=self._browse).props("flat round dense")
-            button.props["aria-label"] = say("browse")
+        add_browse(self.input, studio, say, endings, folders)
 
     @property
     def text(self) -> str:
         """What stands in the field."""
         return (self.input.value or "").strip()
 
-    async def _browse(self) -> None:
-        chosen = await choose_path(self._studio, self._say, self.text, self._endings, self._folders)
+
+def add_browse(
+    field: ui.input | ui.textarea,
+    studio: Studio,
+    say: Words,
+    endings: Sequence[str] = (),
+    folders: bool = True,
+    between: str = "",
+) -> None:
+    """A button in a field that chooses a path as choose_path does. between: what stands between the paths of
+    a field for several, to which another is added."""
+
+    async def browse() -> None:
+        text = (field.value or "").strip()
+        before = [path.strip() for path in text.split(between.strip(" ")) if path.strip()] if between else []
+        chosen = await choose_path(studio, say, before[-1] if before else text, endings, folders)
         if chosen is not None:
-            self.input.set_value(chosen)
+            field.set_value(between.join([*before, chosen]))
+
+    with field.add_slot("append"):
+        button = ui.button(icon="folder_open", on_click=browse).props("flat round dense")
+        button.props["aria-label"] = say("browse")
+
+
+def upload_place(
+    label: str, endings: Sequence[str], most_bytes: int, refused: str, uploaded: Callable
+) -> None:
+    """A place to send a file to, which is given to `uploaded` at once. refused: what is said of one that is
+    too large or has another ending."""
+
+    async def take(event: events.UploadEventArguments) -> None:
+        await uploaded(event.file)
+        event.sender.reset()
+
+    upload = ui.upload(
+        label=label,
+        auto_upload=True,
+        max_file_size=most_bytes,
+        on_upload=take,
+        on_rejected=lambda: ui.notify(refused, type="negative"),
+    )
+    upload.props(f"flat bordered accept={','.join(endings)}").classes("w-full studio-upload")
 
 
 def say_error(error: Exception) -> None:
     """An error in the page, as one line."""
-    ui.label(text_of_file(error)).classes("studio-error studio-card")
+    ui.label(printable(str(error))).classes("studio-error studio-card")
 
 
-def text_of_file(text: object) -> str:
-    """A file's name, or a message that may hold one, as a browser can be sent it: without control characters
-    and bytes that are no text."""
-    return printable(str(text))
+def notify_error(error: Exception) -> None:
+    """An error of what was just asked, for a moment."""
+    ui.notify(printable(str(error)), type="negative", multi_line=True)
 
 
 async def choose_path(
@@ -223,13 +254,13 @@ async def choose_path(
 
     def show(folder: Path) -> None:
         current[0] = folder
-        where.set_text(text_of_file(roots.shown(folder)))
+        where.set_text(printable(roots.shown(folder)))
         entries.clear()
         with entries:
             if folder in roots.folders:
                 for root in roots.folders:
                     if root != folder:
-                        entry("dns", text_of_file(root), lambda root=root: show(root))
+                        entry("dns", printable(root), lambda root=root: show(root))
             else:
                 entry("arrow_upward", say("up"), lambda: show(folder.parent))
             try:
@@ -238,11 +269,9 @@ async def choose_path(
                 ui.label(str(error)).classes("studio-error")
                 return
             for path in inner:
-                entry("folder", text_of_file(path.name), lambda path=path: show(path.resolve()))
+                entry("folder", printable(path.name), lambda path=path: show(path.resolve()))
             for path in files:
-                entry(
-                    "description", text_of_file(path.name), lambda path=path: dialog.submit(roots.shown(path))
-                )
+                entry("description", printable(path.name), lambda path=path: dialog.submit(roots.shown(path)))
             if not inner and not files:
                 ui.label(say("no_entries")).classes("text-grey-7 q-pa-sm")
 

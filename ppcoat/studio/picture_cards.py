@@ -12,10 +12,11 @@ from pathlib import Path
 
 from nicegui import run, ui
 
+from ppcoat.config.explain import printable
 from ppcoat.data.captions import trigger_parts
 from ppcoat.errors import ConfigError
 from ppcoat.studio.data_folder import OpenFolder, Picture
-from ppcoat.studio.frame import text_of_file
+from ppcoat.studio.frame import notify_error
 from ppcoat.studio.pictures import LARGE, SMALL, picture_url
 from ppcoat.studio.words import Words
 
@@ -98,7 +99,7 @@ class _Card:
                     _view(None, path, SMALL)
             with ui.element("div").classes("picture-text"):
                 with ui.row().classes("w-full no-wrap items-baseline gap-2"):
-                    ui.label(text_of_file(picture.name)).classes("ellipsis text-weight-medium col")
+                    ui.label(printable(picture.name)).classes("ellipsis text-weight-medium col")
                     bucket = "×".join(map(str, picture.bucket))
                     ui.label(bucket).classes("text-caption text-grey-7 no-wrap")
                 self._notes = ui.row().classes("gap-1")
@@ -114,7 +115,7 @@ class _Card:
         self._notes.clear()
         with self._notes:
             for note in now[1]:
-                ui.label(self._say(note.kind, detail=text_of_file(note.detail))).classes("picture-note")
+                ui.label(self._say(note.kind, detail=printable(note.detail))).classes("picture-note")
         self._notes.set_visibility(bool(now[1]))
         self._show_caption(now[0])
 
@@ -151,7 +152,7 @@ class _Card:
             try:
                 await run.io_bound(self._folder.write, {self._picture.path: caption})
             except (ConfigError, OSError) as error:
-                ui.notify(str(error), type="negative", multi_line=True)
+                notify_error(error)
             else:
                 ui.notify(self._say("saved"), type="positive", timeout=1000)
         self._close()
@@ -166,7 +167,7 @@ class _Card:
         with ui.dialog() as dialog, ui.card().classes("w-full").style("max-width: 1100px"):
             with ui.row().classes("w-full items-center no-wrap"):
                 with ui.column().classes("gap-0 col").style("min-width: 0"):
-                    ui.label(text_of_file(picture.name)).classes("text-weight-medium ellipsis w-full")
+                    ui.label(printable(picture.name)).classes("text-weight-medium ellipsis w-full")
                     width, height = picture.size
                     text = say("trained_at", width=width, height=height, bucket=wide)
                     ui.label(text).classes("text-caption text-grey-7")

@@ -19,8 +19,8 @@ from typing import Any
 from ppcoat.config.explain import printable
 from ppcoat.config.schema import RunConfig
 from ppcoat.errors import ConfigError
+from ppcoat.studio.commands import child_environment
 from ppcoat.studio.form import Values, form_config
-from ppcoat.studio.runs import child_environment
 
 _IDLE_SECONDS = 600
 _ANSWER_SECONDS = 180.0

@@ -5,6 +5,7 @@ the checkpoints, and from these how far it is and how it ended.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import time
@@ -13,11 +14,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import yaml
 
-from ppcoat.studio.runs import ChildRun
+from ppcoat.studio.access import Roots, is_text
+from ppcoat.studio.runs import NOTE, OUTPUT, ChildRun
 
 MOST_POINTS = 1000  # of a curve on the page
 MAX_LINE = 1 << 16
@@ -27,21 +28,22 @@ _RATE_SECONDS = 60.0
 _FRESH_SECONDS = 60.0  # since the last line of a run that was started elsewhere
 _DEPTH, _MOST_FOLDERS = 3, 2000
 CONFIG = "studio.yaml"  # of a run that the studio started
+_READ = (CONFIG, "config.yaml", "log.jsonl", "samples", NOTE, OUTPUT)  # of a run, for the page
 
 
 @dataclass
 class RunLog:
     """The log of one run. `read` takes what is new; a log that was cut, as a resumed run's is, is read anew.
 
-    steps, losses, rates (the learning rate's): of every line. last: the last line. rate: steps a second
-    over the last minute that was watched; None until two steps were seen. changed: when the file was, in
-    seconds since the epoch."""
+    steps, losses, rates (the learning rate's): of every line. last: the numbers of the last line. rate:
+    steps a second over the last minute that was watched; None until two steps were seen. changed: when the
+    file was, in seconds since the epoch."""
 
     folder: Path
     steps: list[int] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     rates: list[float] = field(default_factory=list)
-    last: dict[str, Any] = field(default_factory=dict)
+    last: dict[str, float] = field(default_factory=dict)
     validation: list[tuple[int, float]] = field(default_factory=list)
     changed: float = 0.0
     _at: int = 0
@@ -65,7 +67,9 @@ class RunLog:
         """Take the lines that were written since the last call."""
         try:
             with open(self.folder / "log.jsonl", "rb") as file:
-                status = self._status(file)
+                status = os.fstat(file.fileno())
+                if status.st_size < self._at or status.st_ino != self._inode:
+                    self._begin_anew(status.st_ino)
                 file.seek(self._at)
                 new = file.read()
         except OSError:
@@ -80,26 +84,24 @@ class RunLog:
             while self._seen[-1][0] - self._seen[0][0] > _RATE_SECONDS and len(self._seen) > 2:
                 self._seen.popleft()
 
-    def _status(self, file: Any) -> Any:
-        status = os.fstat(file.fileno())
-        if status.st_size < self._at or status.st_ino != self._inode:
-            self.__init__(self.folder)
-            self._inode = status.st_ino
-        return status
+    def _begin_anew(self, inode: int) -> None:
+        self._at, self._inode = 0, inode
+        for read in (self.steps, self.losses, self.rates, self.last, self.validation, self._seen):
+            read.clear()
 
     def _take(self, line: bytes) -> None:
+        """A line of numbers; what is no number in it is left out, and a line without a step."""
         try:
             found = json.loads(line[:MAX_LINE])
-            step, loss = int(found["step"]), float(found.get("loss", "nan"))
-            rate = float(found.get("lr", "nan"))
-        except (ValueError, KeyError, TypeError):
+            step = int(found["step"])
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             return
-        self.last = found
+        self.last = {key: value for key, value in found.items() if type(value) in (int, float)}
         self.steps.append(step)
-        self.losses.append(loss)
-        self.rates.append(rate)
-        if "validation_loss" in found:
-            self.validation.append((step, float(found["validation_loss"])))
+        self.losses.append(self.last.get("loss", math.nan))
+        self.rates.append(self.last.get("lr", math.nan))
+        if "validation_loss" in self.last:
+            self.validation.append((step, self.last["validation_loss"]))
 
 
 @dataclass(frozen=True)
@@ -150,23 +152,24 @@ def _steps_in(file: Path, changed: tuple[int, int]) -> int | None:
     return None if file.name == CONFIG and train.get("num_epochs") else int(train.get("steps", 1000))
 
 
-def find_runs(roots: Sequence[Path]) -> list[Path]:
-    """Folders of runs at most _DEPTH below these folders, the newest first. Looks into no more than
-    _MOST_FOLDERS."""
+def find_runs(roots: Roots) -> list[Path]:
+    """Folders of runs at most _DEPTH below the roots, the newest first; left out are those of whose files a
+    link leads out. Looks into no more than _MOST_FOLDERS."""
     found: dict[Path, float] = {}
-    left = deque((root, 0) for root in roots)
+    left = deque((root, 0) for root in roots.folders)
     for _ in range(_MOST_FOLDERS):
         if not left:
             break
         folder, depth = left.popleft()
         try:
             with os.scandir(folder) as entries:
-                inner = {entry.name: entry for entry in entries}
-        except OSError:
+                inner = {entry.name: entry for entry in entries if is_text(entry.name)}
+            marks = [inner[name].stat().st_mtime for name in (CONFIG, "log.jsonl") if name in inner]
+        except OSError:  # also of a link that leads nowhere
             continue
-        marks = [inner[name].stat().st_mtime for name in (CONFIG, "log.jsonl") if name in inner]
         if marks and depth:
-            found[folder] = max(marks)
+            if all(roots.holds(folder / name) for name in _READ if name in inner):
+                found[folder] = max(marks)
         elif depth < _DEPTH:
             left.extend((folder / name, depth + 1) for name, entry in sorted(inner.items())
                         if not name.startswith(".") and entry.is_dir(follow_symlinks=False))  # fmt: skip

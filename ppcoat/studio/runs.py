@@ -17,7 +17,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from typing import Literal
 
 from ppcoat.atomic import write_text
 from ppcoat.errors import ConfigError
+from ppcoat.studio.commands import child_command, child_environment
 
 Status = Literal["new", "waiting", "running", "stopping", "stopped", "ended"]
 NOTE, OUTPUT, QUEUE = "studio.json", "studio.log", "queue.json"
@@ -95,10 +95,9 @@ class ChildRun:
             raise ConfigError(f"{self.folder} holds nothing to start: start it as a new run")
         if self.is_alive:
             raise ConfigError(f"{self.folder.name} is running already")
-        command = [sys.executable, "-m", "ppcoat", *note.argv]
         with open(self.folder / OUTPUT, "ab") as output:
             process = subprocess.Popen(
-                command,
+                child_command(note.argv),
                 cwd=note.cwd,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -182,11 +181,15 @@ class Queue:
     def add(self, job: ChildRun) -> None:
         """Put a prepared run, or one to go on with, at the end. Raises ConfigError for one that is there."""
         name = str(job.folder)
-        if name in self._waiting or job.is_alive:
-            raise ConfigError(f"{job.folder.name} is running or waiting already")
+        self.check_free(job)
         self.refused.pop(name, None)
         self._waiting.append(name)
         self._save()
+
+    def check_free(self, job: ChildRun) -> None:
+        """Raises ConfigError for a run that runs or waits: its settings are to stay what they are."""
+        if str(job.folder) in self._waiting or job.is_alive:
+            raise ConfigError(f"{job.folder.name} is running or waiting already: give this run another name")
 
     def remove(self, job: ChildRun) -> None:
         """Take a run that waits out."""
@@ -241,15 +244,3 @@ def device_memory(job: ChildRun) -> int | None:
         return None
     held = re.findall(rf"(?m)^\s*{note.pid}\s*,\s*(\d+)", told)
     return sum(map(int, held)) << 20 if held else None
-
-
-def child_environment() -> dict[str, str]:
-    """Of the commands that the studio starts: what they print is seen at once, wherever they run."""
-    package = str(Path(__file__).parents[2])
-    paths = [package, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-    return {
-        **os.environ,
-        "PYTHONUNBUFFERED": "1",
-        "PYTHONIOENCODING": "utf-8",
-        "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)),
-    }

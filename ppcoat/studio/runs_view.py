@@ -17,7 +17,7 @@ from ppcoat.config.load import load_config, read_config_text
 from ppcoat.errors import ConfigError
 from ppcoat.plan import GB
 from ppcoat.studio.form import Values, text_values, training_argv
-from ppcoat.studio.frame import CommandBox, Studio
+from ppcoat.studio.frame import CommandBox, Studio, notify_error
 from ppcoat.studio.pictures import LARGE, SMALL, picture_url
 from ppcoat.studio.plan_view import duration
 from ppcoat.studio.run_log import (
@@ -78,10 +78,10 @@ class RunsView:
         if not self._is_shown():
             return
         if self._ticks % _SCAN_EVERY == 0:
-            found = await run.io_bound(find_runs, self._studio.roots.folders)
+            found = await run.io_bound(find_runs, self._studio.roots)
             if self._list.is_deleted:
                 return
-            self._folders = [each for each in found if self._studio.roots.holds(each)]
+            self._folders = found
         self._ticks += 1
         if self.chosen is None and self._folders:
             active = self._queue.current
@@ -103,7 +103,7 @@ class RunsView:
         try:
             action()
         except (ConfigError, OSError) as error:
-            ui.notify(printable(str(error)), type="negative", multi_line=True)
+            notify_error(error)
         self._shown = ()
 
     def _draw_list(self) -> None:
@@ -151,7 +151,7 @@ class RunDetail:
             self._bar = ui.linear_progress(0, show_value=False, size="8px").props("rounded instant-feedback")
             self._numbers = ui.row().classes("w-full gap-x-6 gap-y-1")
             self._error = ui.label().classes("studio-error")
-        self._box = CommandBox(say)
+        self._box = CommandBox(runs._studio, say)
         with ui.column().classes("studio-card gap-1"):
             with ui.row().classes("w-full items-center no-wrap gap-3"):
                 ui.label(say("curve")).classes("text-weight-bold")

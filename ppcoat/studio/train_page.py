@@ -24,7 +24,7 @@ from ppcoat.studio.form import (
     with_changes,
 )
 from ppcoat.studio.form_view import FormView
-from ppcoat.studio.frame import CommandBox, Studio, page_frame
+from ppcoat.studio.frame import CommandBox, Studio, notify_error, page_frame
 from ppcoat.studio.plan_view import PlanView
 from ppcoat.studio.planner import Planner
 from ppcoat.studio.run_log import CONFIG, RunLog
@@ -97,7 +97,7 @@ class TrainPage:
                 .style("width: min(100%, 420px); position: sticky; top: 64px")
             ):
                 self._plan = PlanView(planner, say, self._take, self._note_change)
-                self._box = CommandBox(say)
+                self._box = CommandBox(self._studio, say)
                 self._start = ui.button(say("start"), icon="play_arrow", on_click=self._begin_run)
                 self._start.classes("w-full").props("no-caps unelevated")
 
@@ -225,12 +225,13 @@ class TrainPage:
             return
         file, root = self._file_of(config), self._studio.roots.folders[0]
         try:
+            self._queue.check_free(job)
             job.prepare(training_argv(config, file), root)
             write_text(folder / CONFIG, form_text(self._form.values))
             self._queue.add(job)
             self._queue.tick()
         except (ConfigError, OSError) as error:
-            return ui.notify(str(error), type="negative", multi_line=True)
+            return notify_error(error)
         waits = folder in self._queue.waiting
         ui.notify(self._say("queued" if waits else "started", name=config.name), type="positive")
         self._tabs.set_value("runs")

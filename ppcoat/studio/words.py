@@ -23,7 +23,6 @@ _FRAME = {
     "copy": ("Copy", "复制"),
     "copied": ("Copied", "已复制"),
     "as_command": ("The same as a command", "等效命令"),
-    "choose": ("Choose", "选择"),
     "cancel": ("Cancel", "取消"),
     "close": ("Close", "关闭"),
     "browse": ("Browse", "浏览"),
@@ -36,7 +35,6 @@ _FRAME = {
     "done": ("Done", "完成"),
     "failed": ("Ended with status {status}", "已结束，状态码 {status}"),
     "upload": ("Upload", "上传"),
-    "lost": ("Connection lost; trying again", "连接已断开，正在重试"),
 }
 _DATA = {
     "folder": ("Folder of pictures", "图片文件夹"),
@@ -149,7 +147,6 @@ _TRAIN = {
     "not_there": ("There is no such folder or file", "没有这个文件夹或文件"),
     "mistakes": ("Mend what is marked in red, then start", "请先改正标红之处"),
     "start": ("Start", "开始训练"),
-    "start_queued": ("Start after the others", "排队训练"),
     "started": ("{name} is started", "{name} 已开始"),
     "queued": ("{name} waits for the runs before it", "{name} 正在排队"),
     "goes_on": (

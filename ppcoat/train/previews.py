@@ -131,10 +131,7 @@ def kept_pictures(config: RunConfig) -> list[KeptPicture]:
         images = scan_folder(wanted.folder_path, aside=wanted.control_path)
         own = {"folder_path": wanted.folder_path, "control_path": wanted.control_path, "skip_bad": False}
         data = config.data.model_copy(update={**own, "mask_path": None, "alpha_mask": False})
-        try:
-            images, found = with_companions(images, data)
-        except ConfigError as error:
-            raise ConfigError(f"train.validation: {error}") from None
+        images, found = with_companions(images, data, "train.validation")
         kept += [
             KeptPicture(item.image_path, item.caption_raw, found[item.image_path].references if found else ())
             for item in images.items

@@ -32,6 +32,8 @@ def test_what_lies_inside_is_found(roots, tmp_path):
     assert roots.shown(tmp_path / "first/a b") == "a b"
     assert roots.shown(tmp_path / "second/x") == str(tmp_path / "second/x")
     assert roots.inside(".") == tmp_path / "first"
+    assert roots.argument("-a/../-b") == "./-b" and roots.argument(f"{tmp_path}/first/x y") == "x y"
+    assert roots.model_argument(" tiny_flux ") == "tiny_flux" and roots.model_argument("m") == "m"
 
 
 @pytest.mark.parametrize(

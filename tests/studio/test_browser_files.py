@@ -29,10 +29,11 @@ def test_a_lora_is_inspected_by_path(panel, tmp_path):
     tool.get_by_label("LoRA file or folder").fill("my lora.safetensors")
     command = tool.locator(".studio-code", has_text="python -m ppcoat")
     command.wait_for()
-    assert command.inner_text() == f"python -m ppcoat inspect '{tmp_path}/my lora.safetensors'"
+    assert command.inner_text() == "python -m ppcoat inspect 'my lora.safetensors'"
     tool.get_by_role("button", name="Run").click()
     tool.get_by_text("Done").wait_for(timeout=60_000)
-    assert "rank" in tool.locator(".nicegui-log").inner_text()
+    log = tool.locator(".nicegui-log")
+    assert "rank" in log.inner_text() and log.bounding_box()["height"] > 200  # it can be read
 
 
 def test_a_lora_that_is_sent_is_converted(panel, tmp_path):
@@ -77,4 +78,4 @@ def test_paths_outside_are_refused_and_a_merge_is_put_together(panel, tmp_path):
     tool.get_by_label("Strength").fill("0.5")
     tool.get_by_text("--scale 0.5").wait_for()
     command = tool.locator(".studio-code", has_text="python -m ppcoat").inner_text()
-    assert f"--lora '{tmp_path}/my lora.safetensors' --scale 0.5 --output_dir={tmp_path}/merged" in command
+    assert "--model=tiny_flux --lora 'my lora.safetensors' --scale 0.5 --output_dir=merged" in command

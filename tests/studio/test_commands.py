@@ -26,6 +26,14 @@ def test_a_shell_reads_the_argument_as_it_was(text):
         assert shlex.split(command)[4] == text
 
 
+def test_a_command_is_shown_with_the_folder_that_it_starts_in(tmp_path, monkeypatch):
+    folder = tmp_path / "my pictures"
+    folder.mkdir()
+    assert shell_command(["x"], folder) == f"cd '{folder}' && python -m ppcoat x"
+    monkeypatch.chdir(folder)
+    assert shell_command(["x"], folder) == "python -m ppcoat x"
+
+
 def run(*arguments):
     lines = []
     return asyncio.run(RunningCommand(arguments, lines.append).run()), lines
@@ -35,6 +43,16 @@ def test_a_command_runs_and_is_heard():
     status, lines = run("--help")
     assert status == 0 and len(lines) > len(COMMANDS)
     assert run("nothing_of_that_name")[0] == 2
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="PYTHONSAFEPATH came with CPython 3.11")
+def test_nothing_is_imported_from_the_folder_that_a_command_starts_in(tmp_path):
+    for name in ("argparse.py", "yaml.py", "ppcoat/__main__.py", "ppcoat/__init__.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("raise SystemExit(77)")
+    lines = []
+    status = asyncio.run(RunningCommand(["--help"], lines.append, tmp_path).run())
+    assert status == 0 and len(lines) > len(COMMANDS)
 
 
 def test_lines_are_plain_text(monkeypatch, tmp_path):

@@ -101,7 +101,8 @@ def test_a_picture_tells_what_it_was_drawn_with():
 @pytest.mark.parametrize(
     "content",
     [b"", b"<svg onload=alert(1)>", png(), png(prompt="x", settings="{"), png(prompt="x", settings="[]"),
-     png(prompt="x", files="3")],
+     png(prompt="x", files="3"), png(prompt="x", settings="[" * 9000),
+     png(prompt="x", files='{"loras": [3]}'), png(prompt="x", settings='{"strengths": [null]}')],
 )  # fmt: skip
 def test_another_picture_is_refused(content):
     with pytest.raises(ConfigError, match="no PNG that ppcoat drew"):
@@ -109,7 +110,7 @@ def test_another_picture_is_refused(content):
 
 
 def test_values_of_another_kind_are_left_out():
-    strange = {"seed": "7", "steps": True, "width": 1e9, "guidance_scale": None, "compare": 3, "unknown": 1}
+    strange = {"seed": "7", "steps": True, "width": 1e9, "guidance_scale": None, "compare": "3", "unknown": 1}
     assert asked_of_picture(png(prompt="x", settings=json.dumps(strange))) == Asked(
         prompt="x", width=64, height=32
     )

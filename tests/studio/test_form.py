@@ -28,6 +28,8 @@ def test_every_setting_is_in_the_form_once():
 def test_every_setting_is_described_in_both_languages():
     assert all(field.description for field in FIELDS.values())
     assert set(CHINESE) == set(FIELDS)
+    pages = re.compile(r"docs/\w+\.md")
+    assert all(pages.findall(text) == pages.findall(FIELDS[key].description) for key, text in CHINESE.items())
     assert field_text(FIELDS["train.lr"], "en") == "peak learning rate"
     assert all(re.search("[\u4e00-\u9fff]", text) or key == "device" for key, text in CHINESE.items())
 
@@ -45,7 +47,7 @@ def test_the_basic_settings_are_settings():
         ("model.quantize", "choice", (False, "fp8", "int8", "nf4", "fp4"), ""),
         ("save.format", "choices", ("diffusers", "kohya", "paddle"), ""),
         ("sample.prompts", "lines", (), ""),
-        ("datasets.0.resolution", "number", (), "≥ 16, ≤ 8192, multiple of 16"),
+        ("datasets.0.resolution", "number", (), "≥ 16, ≤ 8192, 16 × n"),
         ("train.validation.sigmas", "list", (), "≥ 0, ≤ 1"),
         ("datasets", "entries", (), ""),
         ("trigger_word", "text", (), ""),

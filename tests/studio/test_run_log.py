@@ -6,6 +6,7 @@ import os
 import pytest
 
 from ppcoat.studio import run_log
+from ppcoat.studio.access import Roots
 from ppcoat.studio.run_log import RunLog, progress_of, smoothed, thinned
 from ppcoat.studio.runs import ChildRun, Note, birth
 
@@ -25,10 +26,13 @@ def test_the_log_is_read_as_it_grows(tmp_path):
     log.read()
     assert log.steps == [1, 2, 3] and log.losses == [1, 1 / 2, 1 / 3]
     with open(file, "a") as more:
-        more.write('ss": "nan", "lr": 0.5, "validation_loss": 0.25}\nnonsense\n[]\n{"step": "x"}\n')
+        more.write(
+            'ss": "nan", "lr": 0.5, "validation_loss": 0.25}\nnonsense\n[]\n{"step": "x"}\n{"step": 1e999}\n'
+        )
+        more.write("[" * 9000 + "\n")
     log.read()
     assert log.step == 4 and log.losses[3] != log.losses[3] and log.rates[3] == 0.5
-    assert log.validation == [(4, 0.25)] and log.last["step"] == 4
+    assert log.validation == [(4, 0.25)] and log.last == {"step": 4, "lr": 0.5, "validation_loss": 0.25}
 
 
 def test_a_log_that_was_cut_is_read_anew(tmp_path):
@@ -106,7 +110,11 @@ def test_runs_previews_and_weights_are_found_by_their_files(tmp_path):
     deep = tmp_path / "1/2/3/4"
     deep.mkdir(parents=True)
     (deep / "log.jsonl").touch()
-    assert run_log.find_runs([tmp_path]) == [run]
+    assert run_log.find_runs(Roots([tmp_path])) == [run]
+    for name, target in (("linked", "/etc/hostname"), ("nowhere", "/no/such")):
+        (tmp_path / "output" / name).mkdir()
+        (tmp_path / "output" / name / "log.jsonl").symlink_to(target)
+    assert run_log.find_runs(Roots([tmp_path])) == [run]
     names = ("000000010_00.png", "000000010_01.png", "000000020_00.png", "other.png")
     for name in names:
         (run / "samples" / name).touch()

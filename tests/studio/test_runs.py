@@ -4,6 +4,7 @@ is started is a shell script in the place of Python."""
 import json
 import os
 import signal
+import sys
 import time
 
 import pytest
@@ -28,7 +29,7 @@ def job(tmp_path, monkeypatch):
     program = tmp_path / "python"
     program.write_text(FAKE)
     program.chmod(0o755)
-    monkeypatch.setattr(runs.sys, "executable", str(program))
+    monkeypatch.setattr(sys, "executable", str(program))
     made = []
 
     def make(name, *argv):

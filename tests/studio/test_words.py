@@ -26,6 +26,13 @@ def test_every_text_that_pages_ask_for_is_there():
     assert len(asked) > 20 and asked <= set(WORDS)
 
 
+def test_every_text_is_asked_for_somewhere():
+    source = "".join(file.read_text("utf-8") for file in STUDIO.glob("*.py") if file.name != "words.py")
+    parts = re.findall(r"f\"(\w*)\{[^}]*\}(\w*)\"", source)  # say(f"about_{self.name}")
+    made = re.compile("|".join(f"{begin}.*{end}" for begin, end in parts if begin or end))
+    assert [key for key in WORDS if f'"{key}"' not in source and not made.fullmatch(key)] == []
+
+
 def test_a_text_takes_its_values():
     assert Words("en")("failed", status=2) == "Ended with status 2"
     assert Words("zh")("data") == "数据"

@@ -127,8 +127,11 @@ def test_pictures_are_shown_their_references(make_config, tmp_path):
     ("settings", "message"),
     [
         (["control_path=before"], "references of a folder: give folder_path, too"),
-        (["folder_path=data", "control_path=nowhere"], "train.validation: .*nowhere does not exist"),
-        (["folder_path=data", "control_path=empty"], "train.validation: no picture in data has a reference"),
+        (["folder_path=data", "control_path=nowhere"], "train.validation.control_path nowhere does not"),
+        (
+            ["folder_path=data", "control_path=empty"],
+            "in data has a reference .* check train.validation.control_path",
+        ),
     ],
 )
 def test_references_that_are_not_there(make_config, tmp_path, monkeypatch, settings, message):
