@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -59,11 +60,11 @@ class EditPair(DrawnPair):
     def prompt(self) -> str:
         return "add a star" if self.colour is None else f"make it {self.colour}"
 
-    @property
+    @cached_property
     def references(self) -> list[Image.Image]:
         return [garments.draw(self.garment, self.seed)]
 
-    @property
+    @cached_property
     def wanted(self) -> Image.Image:
         if self.colour is None:
             return garments.draw(self.garment, self.seed, motif=MOTIF)
@@ -82,15 +83,15 @@ class WornPair(DrawnPair):
         """It names the kind, as people do; this model does not learn it from the garment's picture."""
         return f"wear the {self.garment.kind}"
 
-    @property
+    @cached_property
     def pose(self) -> Pose:
         return Pose.random(self.seed)
 
-    @property
+    @cached_property
     def references(self) -> list[Image.Image]:
         return [draw_pose(self.pose), garments.draw(self.garment, self.seed)]
 
-    @property
+    @cached_property
     def wanted(self) -> Image.Image:
         return draw_figure(self.pose, self.garment, self.seed)
 
