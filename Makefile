@@ -2,6 +2,7 @@
 # make studio       the web page
 # make test         the tests
 # make test-browser the tests of the web page, in Chromium
+# make lint, types  ruff; mypy
 # All set up .venv first; a second call reuses it. To use another interpreter: make PYTHON=python3.11 quickstart
 
 VENV   := .venv

@@ -115,7 +115,14 @@ def test_to_import_it_imports_neither_paddle_nor_ppdiffusers(python):
     assert python("-c", "import ppcoat", **refused).returncode == 0
 
 
-@pytest.mark.parametrize("first", ["import ppcoat, ppdiffusers", "import ppdiffusers, ppcoat"])
+@pytest.mark.parametrize(
+    "first",
+    [
+        "import ppcoat, ppdiffusers",
+        "import ppdiffusers, ppcoat",
+        "import ppcoat, importlib.util\nimportlib.util.find_spec('ppdiffusers')\nimport ppdiffusers",
+    ],
+)
 def test_ppdiffusers_is_told_of_flux_whichever_is_imported_first(first, python):
     """A stand-in for ppdiffusers, which takes seconds; it has a FLUX class of its own."""
     source = "class DiffusionPipeline:\n    @classmethod\n    def from_pretrained(cls, name): ...\n"

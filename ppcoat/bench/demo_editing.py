@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -59,11 +60,11 @@ class EditPair(DrawnPair):
     def prompt(self) -> str:
         return "add a star" if self.colour is None else f"make it {self.colour}"
 
-    @property
+    @cached_property
     def references(self) -> list[Image.Image]:
         return [garments.draw(self.garment, self.seed)]
 
-    @property
+    @cached_property
     def wanted(self) -> Image.Image:
         if self.colour is None:
             return garments.draw(self.garment, self.seed, motif=MOTIF)
@@ -82,15 +83,15 @@ class WornPair(DrawnPair):
         """It names the kind, as people do; this model does not learn it from the garment's picture."""
         return f"wear the {self.garment.kind}"
 
-    @property
+    @cached_property
     def pose(self) -> Pose:
         return Pose.random(self.seed)
 
-    @property
+    @cached_property
     def references(self) -> list[Image.Image]:
         return [draw_pose(self.pose), garments.draw(self.garment, self.seed)]
 
-    @property
+    @cached_property
     def wanted(self) -> Image.Image:
         return draw_figure(self.pose, self.garment, self.seed)
 
@@ -229,13 +230,15 @@ def overlap_of_changes(pairs: Sequence[EditPair], pictures: list[Image.Image]) -
     return float(np.mean(overlaps))
 
 
-def seen_on(pairs: Sequence[WornPair], pictures: list[Image.Image]) -> list[tuple[Garment, np.ndarray]]:
+def seen_on(
+    pairs: Sequence[WornPair], pictures: list[Image.Image]
+) -> list[tuple[Garment | None, np.ndarray]]:
     """Of each picture of a pair the garment that is `recognised` in it, and its silhouette, bool [H, W]."""
     return [(recognised(*each), silhouette(*each)) for each in zip(pictures, pairs, strict=True)]
 
 
 def worn_rates(
-    pairs: Sequence[WornPair], seen: Sequence[tuple[Garment, np.ndarray]]
+    pairs: Sequence[WornPair], seen: Sequence[tuple[Garment | None, np.ndarray]]
 ) -> tuple[dict[str, float], float]:
     """What `seen_on` saw, beside these pairs -> (shares with the garment's kind, with its colour, and with
     the figure in its pose, mean overlap of silhouettes)."""
@@ -245,8 +248,8 @@ def worn_rates(
     ]
     both = list(zip(garments_seen, [pair.garment for pair in pairs], strict=True))
     named = {
-        "kind recognised": [one.kind == other.kind for one, other in both],
-        "colour recognised": [one.colour == other.colour for one, other in both],
+        "kind recognised": [one is not None and one.kind == other.kind for one, other in both],
+        "colour recognised": [one is not None and one.colour == other.colour for one, other in both],
         "pose kept": [place >= SAME_PLACE for place in places],
     }
     return {name: float(np.mean(found)) for name, found in named.items()}, float(np.mean(places))
@@ -257,17 +260,18 @@ def silhouette(picture: Image.Image, pair: WornPair) -> np.ndarray:
     return differs(picture, 255 * np.float32(pair.pose.background))
 
 
-def recognised(picture: Image.Image, pair: WornPair) -> Garment:
+def recognised(picture: Image.Image, pair: WornPair) -> Garment | None:
     """The garment of which a drawing in this pose is nearest to the picture: first of each kind, in the
-    colours of the pair's garment, then of each colour."""
-    garment = pair.garment
-    kinds = [replace(garment, kind=kind) for kind in KINDS]
-    best = min(kinds, key=lambda each: _distance(picture, pair, each))
+    colours of the pair's garment, then of each colour. None where a figure that wears nothing is nearer."""
+    worn = [None, *(replace(pair.garment, kind=kind) for kind in KINDS)]
+    best = min(worn, key=lambda each: _distance(picture, pair, each))
+    if best is None:
+        return None
     colours = [replace(best, colour=each) for each in COLOURS]
     return min(colours, key=lambda each: _distance(picture, pair, each))
 
 
-def _distance(picture: Image.Image, pair: WornPair, garment: Garment) -> float:
+def _distance(picture: Image.Image, pair: WornPair, garment: Garment | None) -> float:
     drawing = draw_figure(pair.pose, garment, pair.seed)
     return float(np.abs(np.asarray(picture, np.float32) - np.asarray(drawing, np.float32)).mean())
 

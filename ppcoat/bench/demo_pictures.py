@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -35,24 +36,24 @@ class Unseen:
     garment: Garment
     seed: int
 
-    @property
+    @cached_property
     def picture(self) -> Image.Image:
         return garments.draw(self.garment, self.seed)
 
-    @property
+    @cached_property
     def starred(self) -> Image.Image:
         return garments.draw(self.garment, self.seed, motif=MOTIF)
 
-    @property
+    @cached_property
     def penned(self) -> Image.Image:
         return garments.draw(self.garment, self.seed, pen=True)
 
-    @property
+    @cached_property
     def chest(self) -> Image.Image:
         """Mask of a box around the place of a star."""
         return changed_box(self.picture, self.starred)
 
-    @property
+    @cached_property
     def half(self) -> Image.Image:
         """Mask of the lower half of the picture, or of the right one."""
         mask = Image.new("L", self.picture.size)
@@ -60,7 +61,7 @@ class Unseen:
         mask.paste(255, (0, height // 2, width, height) if self.seed % 2 else (width // 2, 0, width, height))
         return mask
 
-    @property
+    @cached_property
     def silhouette(self) -> np.ndarray:
         """bool [H, W]: where the cloth is, which is what changes with its colour."""
         red, blue = (garments.draw(Garment(self.garment.kind, colour, "plain"), self.seed)

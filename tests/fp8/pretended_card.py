@@ -312,7 +312,9 @@ from ppcoat.fp8.formats import E4M3  # noqa: E402
 
 pretend_cuda()
 before = starts()
-package.loader.exec_module(sys.modules["ppcoat"])  # import ppcoat, and with it paddlenlp and Triton's users
+package.loader.exec_module(sys.modules["ppcoat"])  # import ppcoat
+import ppdiffusers  # noqa: E402, F401, and with it paddlenlp and Triton's users
+
 sys.modules["torch"] = NoTorch("torch")
 results = {"starts_before_the_package": before, "goes_on": called()}
 for scenario in (

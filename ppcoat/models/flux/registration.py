@@ -6,7 +6,6 @@ at the end of its own import, imports ours when somebody asks for them.
 
 import functools
 import importlib
-import importlib.util
 import json
 import os
 import sys
@@ -43,15 +42,15 @@ def register_when_imported() -> None:
 
 
 class _AtTheEndOfItsImport(MetaPathFinder):
-    """Finds ppdiffusers as the other finders do, once, and has `register` called after it was loaded."""
+    """Finds ppdiffusers as the other finders do, and has `register` called after it was loaded."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         if fullname != _PPDIFFUSERS:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        others = (each for each in sys.meta_path if each is not self and hasattr(each, "find_spec"))
+        spec = next(filter(None, (each.find_spec(fullname, path, target) for each in others)), None)
         if spec is not None and spec.loader is not None:
             load = spec.loader.exec_module
 
