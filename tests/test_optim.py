@@ -89,8 +89,9 @@ def test_parameter_groups_scale_rate_and_decay():
     slow, fast = theirs[:2], theirs[2:]
     run(paddle.optimizer.AdamW(1e-3, parameters=slow, weight_decay=0.0), [*slow, *fast], 5)
     run(paddle.optimizer.AdamW(1e-2, parameters=fast, weight_decay=0.3), [*slow, *fast], 5)
+    # Paddle keeps powers of beta in float32
     for mine, reference in zip(ours, theirs, strict=True):
-        np.testing.assert_allclose(mine.numpy(), reference.numpy(), rtol=0, atol=1e-6)
+        np.testing.assert_allclose(mine.numpy(), reference.numpy(), rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("formats", [("e4m3", "e4m3"), ("e5m2", "e5m2"), ("e4m3", "e5m2")])

@@ -100,7 +100,7 @@ class Report:
             self._curves = None
             if visualdl:
                 self._curves = closing_on_error.enter_context(_open_visualdl(self.run_dir / "logs"))
-            bar = Progress(total=total_steps, initial=start_step, desc="training", unit="step")
+            bar = Progress(total=total_steps, initial=start_step, desc="training", unit="step", delay=0)
             self._bar = closing_on_error.enter_context(bar)
             self._closing = closing_on_error.pop_all()
 
