@@ -43,6 +43,10 @@ _EARLIER = (
     re.compile(rf"([0-9a-f]{{64}}|\.writable)\.tmp-{_OF_HOST}"),
     re.compile(rf"(?P<aside>[0-9]{{9}})\.old-{_PROCESS}"),
 )
+# How safetensors and shutil.copytree quote the system's error; neither has its number in a field.
+_SYSTEM_SAID = re.compile(
+    r"\(os error (?P<rust>[0-9]+)\)|\[Errno (?P<python>[0-9]+)\][^:\"']*(: '(?P<path>[^']*)')?"
+)
 _REFUSED_SYNC = (errno.EINVAL, errno.ENOTSUP)  # of a folder, by some network file systems
 _own: set[str] = set()  # names of the draft folders that threads of this process are writing to
 _on_disk: set[Path] = set()  # folders whose names this process has synced
@@ -186,11 +190,12 @@ def _draft(goal: Path) -> Iterator[Path]:
     try:
         own.mkdir()
         yield own / goal.name
-    except SafetensorError as error:  # so safetensors says what the system said of the file that it writes
-        found = re.search(r"\(os error ([0-9]+)\)", str(error))
-        if found is None:
+    except (SafetensorError, shutil.Error) as error:
+        said = _SYSTEM_SAID.search(str(error))
+        if said is None:
             raise
-        raise OSError(int(found[1]), os.strerror(int(found[1])), str(goal)) from error
+        number, path = int(said["rust"] or said["python"]), said["path"] or name
+        raise OSError(number, os.strerror(number), str(goal) if name in path else path) from error
     except OSError as error:
         if error.errno is not None and (error.filename is None or name in str(error.filename)):
             error.filename = str(goal)  # nobody knows the draft

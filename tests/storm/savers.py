@@ -14,6 +14,7 @@ import numpy as np
 import paddle
 from disk import snapshot
 from PIL import Image
+from safetensors.numpy import save as numpy_bytes
 from safetensors.paddle import save
 
 from ppcoat.atomic import remove_dead_drafts, whole_file, write_text
@@ -25,32 +26,33 @@ from ppcoat.lora import LoRAModule, read_lora_file, write_lora_file
 from ppcoat.lora.layer import inject_lora
 from ppcoat.lora.peft import save_comfyui, save_peft
 from ppcoat.models import writing
+from ppcoat.models.newbie import convert
 from ppcoat.models.newbie.convert import checkpoint_infos, write_newbie_folder
 from ppcoat.models.quantized_base import QuantizedCopy
 from ppcoat.models.writing import write_component
 from ppcoat.studio.runs import Queue
 from ppcoat.train.checkpoint import load_latest, save_checkpoint
 
-NEWBIE = Path(__file__).parents[1] / "fixtures" / "tiny_newbie"
-
 
 @dataclass(frozen=True)
 class Saver:
     """save(root, k) writes version k, from 1; read(root) gives what is there, and the same for the same
-    version. large: megabytes, or many files."""
+    version."""
 
     save: Callable[[Path, int], None]
     read: Callable[[Path], object]
-    large: bool = False
 
 
-def stand_in_for_rust(patch) -> None:
-    """save_file writes from Rust, where the storm sees nothing: the same bytes from Python."""
+def stand_ins(patch) -> None:
+    """save_file writes from Rust, where the storm sees nothing: here Python writes the same bytes. And
+    convert-newbie takes parts that are no models."""
 
     def save_file(tensors, name, metadata=None):
         Path(name).write_bytes(save(tensors, metadata))
 
     patch.setattr(writing, "save_file", save_file)
+    patch.setattr(convert, "check_newbie_vae", lambda *_: None)
+    patch.setattr(convert, "check_newbie_folder", lambda *_: None)
 
 
 def raw(tensor: paddle.Tensor) -> bytes:
@@ -190,10 +192,17 @@ def save_merged(output: Path, k: int) -> None:
 
 
 def save_converted(output: Path, k: int) -> None:
-    parts = {name: NEWBIE / name for name in ("text_encoder", "clip_model", "vae")}
-    config = json.loads((NEWBIE / "transformer" / "config.json").read_text())
-    infos = checkpoint_infos(NEWBIE / "transformer" / "diffusion_pytorch_model.safetensors")
-    write_newbie_folder(output, infos, parts, "bf16", config)
+    """Of stand-ins for the parts: whether a model fits is checked before, and not the storm's."""
+    root = model_folder(output.parents[1])
+    parts = {name: root / name for name in ("text_encoder", "clip_model", "vae")}
+    for folder in parts.values():
+        if not folder.exists():
+            folder.mkdir()
+            (folder / "config.json").write_text(json.dumps({"part": folder.name}))
+            (folder / "model.safetensors").write_bytes(numpy_bytes({"w": np.ones([8, 8], "float32")}))
+    checkpoint = root / f"{k}.safetensors"
+    checkpoint.write_bytes(numpy_bytes({"x": np.full([16, 16], k, "float32")}))
+    write_newbie_folder(output, checkpoint_infos(checkpoint), parts, "bf16", {"k": k})
 
 
 def save_unpacked(output: Path, k: int) -> None:
@@ -244,8 +253,8 @@ SAVERS = {
     "LoRA file, ComfyUI": Saver(save_comfy, read_lora("comfyui.safetensors", ["to_q"])),
     "cache of encodings": Saver(save_encodings, read_encodings),
     "quantised copy": Saver(save_copy, read_copy),
-    "merge": Saver(once(save_merged), snapshot, large=True),
-    "convert-newbie": Saver(once(save_converted), snapshot, large=True),
+    "merge": Saver(once(save_merged), snapshot),
+    "convert-newbie": Saver(once(save_converted), snapshot),
     "unpacked LAION": Saver(once(save_unpacked), snapshot),
     "drawn picture": Saver(save_drawing, snapshot),
     "config.yaml": Saver(save_text, snapshot),

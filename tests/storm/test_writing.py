@@ -30,14 +30,13 @@ from disk import (
     snapshot,
 )
 from safetensors.paddle import save_file
-from savers import SAVERS, stand_in_for_rust
+from savers import SAVERS, stand_ins
 
 from ppcoat import atomic
 from ppcoat.errors import ConfigError
 
 COUNTS: dict[tuple[str, str], Counter] = {}
 EVERY_NAME = pytest.mark.parametrize("name", SAVERS)
-MOST_NAMES = pytest.mark.parametrize("name", [name for name, saver in SAVERS.items() if not saver.large])
 VERSIONS = 3  # the last replaces, and the first is pruned, where a saver does either
 
 
@@ -50,7 +49,7 @@ def judge(name: str, kind: str, right: bool, told: str) -> None:
 
 @pytest.fixture(autouse=True)
 def python_writes(monkeypatch):
-    stand_in_for_rust(monkeypatch)
+    stand_ins(monkeypatch)
 
 
 @pytest.fixture
@@ -127,7 +126,7 @@ def killed_everywhere(name, begin, versions, every):
         judge(name, "kill", bool(there) and goes_on(name, root, known, there[-1]), f"operation {number}")
 
 
-@MOST_NAMES
+@EVERY_NAME
 def test_killed_at_some_operations(name, begin, versions):
     killed_everywhere(name, begin, versions, every=False)
 
@@ -154,8 +153,9 @@ def fails_everywhere(name, begin, versions, every):
         if not failure.met:
             continue
         clean = error is None or isinstance(error, ConfigError) or named(error, root)
-        # what cannot be removed now, the next save removes
-        left = [] if failure.met & REMOVING else drafts(root)
+        left = drafts(root)
+        if failure.met & REMOVING or any(each.endswith(".old") for each in left):
+            left = []  # what cannot be removed, or put back, now, the next save or reader does
         found = SAVERS[name].read(root)
         there = [k for k in (VERSIONS - 1, VERSIONS) if found == known[k]]
         right = clean and not left and bool(there) and (error is not None or there[-1] == VERSIONS)
@@ -169,7 +169,7 @@ def named(error: OSError, root) -> bool:
     return error.errno is not None and ".tmp-" not in str(error.filename) and error.filename is not None
 
 
-@MOST_NAMES
+@EVERY_NAME
 def test_errors_of_the_disk_at_some_operations(name, begin, versions):
     fails_everywhere(name, begin, versions, every=False)
 
@@ -209,7 +209,7 @@ def cut_everywhere(name, tmp_path, versions, every):
             judge(name, "power cut", right, f"after {number}: {operation[:3]}, {variant}, reported {last}")
 
 
-@MOST_NAMES
+@EVERY_NAME
 def test_power_cuts_at_some_operations(name, tmp_path, versions):
     cut_everywhere(name, tmp_path, versions, every=False)
 
@@ -267,6 +267,30 @@ def test_what_rust_cannot_write_is_an_error_of_the_disk_with_the_files_name(tmp_
         assert caught.value.errno == errno.EFBIG and caught.value.filename == str(goal)
 
     assert in_a_child(save) == 0
+    assert list(goal.parent.iterdir()) == []
+
+
+def test_what_copytree_cannot_read_or_write_is_one_error_with_the_files_name(tmp_path, monkeypatch):
+    source, goal = tmp_path / "model", tmp_path / "merged" / "out"
+    for name in ("a", "b"):
+        (source / name).mkdir(parents=True)
+        (source / name / "config.json").write_text("{}")
+
+    def copy():
+        with pytest.raises(OSError) as caught, atomic.whole_folder(goal) as draft:
+            shutil.copytree(source, draft, dirs_exist_ok=True)
+        return caught.value.errno, caught.value.filename
+
+    with Disk(goal.parent, Failure(4, errno.ENOSPC, lasting=True)).watched():
+        assert copy() == (errno.ENOSPC, str(goal))
+    unreadable = str(source / "b" / "config.json")
+
+    def copy2(path, *_):
+        if str(path) == unreadable:
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+
+    monkeypatch.setattr(shutil.copytree, "__defaults__", (False, None, copy2, False, False))
+    assert copy() == (errno.EACCES, unreadable)
     assert list(goal.parent.iterdir()) == []
 
 
