@@ -43,8 +43,13 @@ _EARLIER = (
     re.compile(rf"([0-9a-f]{{64}}|\.writable)\.tmp-{_OF_HOST}"),
     re.compile(rf"(?P<aside>[0-9]{{9}})\.old-{_PROCESS}"),
 )
+# How safetensors and shutil.copytree quote the system's error; neither has its number in a field.
+_SYSTEM_SAID = re.compile(
+    r"\(os error (?P<rust>[0-9]+)\)|\[Errno (?P<python>[0-9]+)\][^:\"']*(: '(?P<path>[^']*)')?"
+)
 _REFUSED_SYNC = (errno.EINVAL, errno.ENOTSUP)  # of a folder, by some network file systems
 _own: set[str] = set()  # names of the draft folders that threads of this process are writing to
+_on_disk: set[Path] = set()  # folders whose names this process has synced
 
 
 @contextmanager
@@ -66,7 +71,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
             draft.chmod(mode)
         _sync(draft)
         os.replace(draft, goal)
-        _sync(goal.parent)
+        _sync_name(goal)
 
 
 @contextmanager
@@ -88,7 +93,7 @@ def whole_folder(path: str | Path, replace: bool = False) -> Iterator[Path]:
             for each in (*files, "."):
                 _sync(Path(folder, each))
         _put(draft, goal, replace)
-        _sync(goal.parent)
+        _sync_name(goal)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -97,10 +102,17 @@ def write_text(path: str | Path, text: str) -> None:
         draft.write_text(text, encoding="utf-8")
 
 
+def remove_folder(path: str | Path) -> None:
+    """Remove a folder: it loses its name at once, and what is left of it when the process is killed is a
+    draft. Raises OSError (no permission)."""
+    with _draft(_goal(path)) as draft:
+        os.rename(path, draft)
+
+
 def is_disk_error(error: Exception) -> bool:
-    """Whether the file system raised it: an OSError, or a SafetensorError where safetensors writes a file.
-    Paddle gives errors of a device the type OSError, too, but no number."""
-    return isinstance(error, SafetensorError) or (isinstance(error, OSError) and error.errno is not None)
+    """Whether the file system raised it: Paddle gives errors of a device the type OSError, too, but no
+    number."""
+    return isinstance(error, OSError) and error.errno is not None
 
 
 def check_writable(folder: str | Path) -> None:
@@ -162,6 +174,7 @@ def _goal(path: str | Path) -> Path:
     """Where a symlink leads to, in a folder that is made if it is not there."""
     goal = Path(path)
     goal = goal.resolve() if goal.is_symlink() else goal
+    _on_disk.difference_update(folder for folder in goal.absolute().parents if not folder.exists())
     goal.parent.mkdir(parents=True, exist_ok=True)
     return goal
 
@@ -177,6 +190,12 @@ def _draft(goal: Path) -> Iterator[Path]:
     try:
         own.mkdir()
         yield own / goal.name
+    except (SafetensorError, shutil.Error) as error:
+        said = _SYSTEM_SAID.search(str(error))
+        if said is None:
+            raise
+        number, path = int(said["rust"] or said["python"]), said["path"] or name
+        raise OSError(number, os.strerror(number), str(goal) if name in path else path) from error
     except OSError as error:
         if error.errno is not None and (error.filename is None or name in str(error.filename)):
             error.filename = str(goal)  # nobody knows the draft
@@ -224,6 +243,17 @@ def _sync(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def _sync_name(goal: Path) -> None:
+    """Bring the name of `goal` to the disk, and once in a process those of the folders above it, whoever made
+    them: a file is as lost without its folder. Not of folders that this user cannot have made."""
+    _sync(goal.parent)
+    for folder in goal.absolute().parents:
+        if folder in _on_disk or os.path.ismount(folder) or not os.access(folder.parent, os.R_OK | os.W_OK):
+            break
+        _sync(folder.parent)
+        _on_disk.add(folder)
 
 
 def _remove(path: Path) -> None:

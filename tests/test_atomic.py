@@ -4,6 +4,7 @@ import ast
 import errno
 import os
 import secrets
+import shutil
 import signal
 import socket
 import stat
@@ -102,6 +103,7 @@ def test_a_draft_lies_in_a_hidden_folder_beside_its_goal_and_has_its_ending(tmp_
 
 
 def test_everything_is_synced_before_the_rename_and_the_name_after_it(tmp_path, monkeypatch):
+    write_file(tmp_path / "first", "x")  # with the names of the folders above
     disk = Disk(monkeypatch)
     write_file(tmp_path / "f", "x")
     assert disk.calls == [("fsync", "f"), ("replace", "f", "f"), ("fsync", tmp_path.name)]
@@ -109,6 +111,19 @@ def test_everything_is_synced_before_the_rename_and_the_name_after_it(tmp_path, 
     write_folder(tmp_path / "d", "x")
     synced = [("fsync", "a"), ("fsync", "sub"), ("fsync", "b"), ("fsync", "d")]
     assert disk.calls == [*synced, ("rename", "d", "d.old"), ("rename", "d", "d"), ("fsync", tmp_path.name)]
+
+
+def test_the_names_of_new_folders_are_synced_once_whoever_made_them(tmp_path, monkeypatch):
+    write_file(tmp_path / "first", "x")
+    (tmp_path / "a").mkdir()
+    disk, above = Disk(monkeypatch), [("fsync", "a"), ("fsync", tmp_path.name)]
+    write_file(tmp_path / "a" / "b" / "f", "x")
+    assert disk.calls[-3:] == [("fsync", "b"), *above]
+    write_file(tmp_path / "a" / "b" / "f", "y")
+    assert disk.calls[-2:] == [("replace", "f", "f"), ("fsync", "b")]
+    shutil.rmtree(tmp_path / "a" / "b")
+    write_file(tmp_path / "a" / "b" / "f", "z")
+    assert disk.calls[-2:] == [("fsync", "b"), ("fsync", "a")]
 
 
 @BOTH

@@ -48,6 +48,7 @@ from ppcoat.train.flux import LoRAFiles
 from ppcoat.train.model_spec import ModelSpec
 from ppcoat.train.previews import draw_previews
 from ppcoat.train.ranks import Ranks
+from ppcoat.train.run_lock import only_run_in
 from ppcoat.train.run_state import ResumeWords
 from ppcoat.train.trainer import Side, TrainingResult
 
@@ -82,12 +83,14 @@ def train_flux_lightning(config: LightningConfig) -> TrainingResult:
         cost = use_deterministic_kernels()
         if ranks.is_first:
             print(cost)
-    pre_allocate(config.pre_alloc_memory)
-    pipeline = spec.load_encoders(run, dtype)
-    examples = all_examples(datasets)
-    cache = encode_pictures(spec, config, run, examples, _batches(config, examples, ranks), pipeline, ranks)
-    spec.load_base(pipeline, run, dtype, ranks)
-    return build_lightning_trainer(spec, config, run, pipeline, cache, ranks).run()
+    with only_run_in(run.run_dir, ranks):
+        pre_allocate(config.pre_alloc_memory)
+        pipeline = spec.load_encoders(run, dtype)
+        examples = all_examples(datasets)
+        batches = _batches(config, examples, ranks)
+        cache = encode_pictures(spec, config, run, examples, batches, pipeline, ranks)
+        spec.load_base(pipeline, run, dtype, ranks)
+        return build_lightning_trainer(spec, config, run, pipeline, cache, ranks).run()
 
 
 def build_lightning_trainer(

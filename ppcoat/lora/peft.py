@@ -50,9 +50,11 @@ def save_peft(
     tensors = _lokr_tensors(layers) if _is_lokr(layers) else _peft_tensors(layers)
     header = _header("lyco_lokr" if _is_lokr(layers) else "lora", first.rank, first.alpha)
     config = _lokr_config(first) if _is_lokr(layers) else _lora_config(first, targets, dropout)
-    folder = Path(folder)
-    _write(folder / WEIGHTS, tensors, {**(extra or {}), **header}, dtype)
-    write_text(folder / CONFIG, json.dumps(config, indent=2, sort_keys=not _is_lokr(layers)))
+    file, text = Path(folder) / CONFIG, json.dumps(config, indent=2, sort_keys=not _is_lokr(layers))
+    if file.exists() and file.read_text("utf-8", "replace") != text:
+        file.unlink()  # beside the new weights it would tell another strength; their header tells it, too
+    _write(file.with_name(WEIGHTS), tensors, {**(extra or {}), **header}, dtype)
+    write_text(file, text)
     return adapter_summary(model)
 
 

@@ -16,7 +16,6 @@ import hashlib
 import json
 import logging
 import re
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from pathlib import Path
 import paddle
 import safetensors.paddle
 
-from ppcoat.atomic import check_writable, remove_dead_drafts, whole_folder, write_text
+from ppcoat.atomic import check_writable, remove_dead_drafts, remove_folder, whole_folder, write_text
 from ppcoat.config.schema import RunConfig
 from ppcoat.data.batches import ResumableBatches
 from ppcoat.errors import ConfigError
@@ -270,7 +269,7 @@ def _prune(root: Path, step: int, keep: int) -> None:
     """Keep the newest `keep` checkpoints up to `step`; those beyond it are not part of this history."""
     history = [path for path in _committed(root) if int(path.name) <= step]
     for path in history[:-keep]:
-        shutil.rmtree(path)
+        remove_folder(path)
 
 
 def _shown(value: object) -> str:

@@ -50,6 +50,7 @@ from ppcoat.train.previews import (
     preview_prompts,
 )
 from ppcoat.train.ranks import Ranks, rank_scratch
+from ppcoat.train.run_lock import only_run_in
 from ppcoat.train.run_state import RunningMean, RunState
 from ppcoat.train.start import AdapterStart, adapter_start, as_it_started, settings_before
 from ppcoat.train.trainer import Side, StepResult, Trainer, TrainingResult
@@ -88,14 +89,15 @@ def train_lora(config: RunConfig) -> TrainingResult:
         check_run_folder(config.run_dir)
         batches = ResumableBatches(inputs.examples, config.train.batch_size * ranks.size, config.seed)
         check_resume(config, compatible(config), batches)
-    pipeline = spec.load_encoders(config, inputs.dtype)
-    cache = encode_for_all(spec, config, inputs.examples, pipeline, ranks)
-    validation = None
-    if ranks.is_first:
-        encoders = spec.encoders(config, pipeline)
-        validation = encode_validation(config, inputs.validation, encoders, spec.objective(config))
-    spec.load_base(pipeline, config, inputs.dtype, ranks)
-    return build_trainer(spec, config, pipeline, cache, validation, ranks, inputs.start).run()
+    with only_run_in(config.run_dir, ranks):
+        pipeline = spec.load_encoders(config, inputs.dtype)
+        cache = encode_for_all(spec, config, inputs.examples, pipeline, ranks)
+        validation = None
+        if ranks.is_first:
+            encoders = spec.encoders(config, pipeline)
+            validation = encode_validation(config, inputs.validation, encoders, spec.objective(config))
+        spec.load_base(pipeline, config, inputs.dtype, ranks)
+        return build_trainer(spec, config, pipeline, cache, validation, ranks, inputs.start).run()
 
 
 def dry_run(config: RunConfig) -> Iterator[tuple[StepResult, float]]:

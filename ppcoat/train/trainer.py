@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 import paddle
 from PIL import Image
-from safetensors import SafetensorError
 
 from ppcoat.atomic import is_disk_error
 from ppcoat.coat import COATTrainer, factor_copies
@@ -368,12 +367,11 @@ class Trainer:
         def attempt(what: str, write: Callable[[], Path | None]) -> None:
             try:
                 done[what] = write()
-            except (OSError, SafetensorError) as error:
+            except OSError as error:
                 if not is_disk_error(error):
                     raise
-                reason = " ".join(str(getattr(error, "strerror", None) or error).split())
-                full = getattr(error, "errno", errno.ENOSPC) in (errno.ENOSPC, errno.EDQUOT)
-                failed[what] = reason if full else f"{error.filename}: {reason}"
+                full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+                failed[what] = error.strerror if full else f"{error.filename}: {error.strerror}"
                 advice.add("make room on the disk" if full else "clear the way for it")
 
         if not (checkpoint and final):

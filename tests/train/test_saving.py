@@ -3,7 +3,6 @@
 import json
 
 import pytest
-from safetensors import SafetensorError
 
 from ppcoat.errors import ConfigError
 from ppcoat.train import flux, trainer
@@ -41,7 +40,7 @@ def test_a_full_disk_ends_in_one_line_and_keeps_what_it_takes(
     """The second step is saved: in the middle of the run or at its end, where the file is the final one."""
     config = make_config(f"train.steps={steps}")
     if failing_part == "LoRA file":
-        monkeypatch.setattr(flux, "save_lora", failing(SafetensorError("I/O error: No space left on device")))
+        monkeypatch.setattr(flux, "save_lora", failing(FULL))
     else:
         monkeypatch.setattr(trainer, "save_run", failing(FULL))
     with pytest.raises(
