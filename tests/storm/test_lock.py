@@ -2,6 +2,7 @@
 
 import os
 import signal
+from contextlib import suppress
 
 import pytest
 
@@ -24,6 +25,8 @@ def other_run(tmp_path):
             os._exit(0)
     os.read(said, 1)
     yield child
+    with suppress(ProcessLookupError):
+        os.kill(child, signal.SIGKILL)
     os.close(said)
     os.close(say)
 
