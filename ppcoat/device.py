@@ -19,7 +19,7 @@ from typing import Any
 
 import paddle
 
-from ppcoat.errors import ConfigError
+from ppcoat.errors import ConfigError, warnings_of_a_child
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # <malloc.h>
 LARGEST_KEPT = 32 << 20  # HEAP_MAX_SIZE / 2 of glibc on 64 bits
@@ -217,7 +217,13 @@ class ChildProcess:
         self.process = context.Process(
             target=function, args=(theirs, *arguments), daemon=daemon, name=f"ppcoat: {function.__name__}"
         )
-        self.process.start()
+        users, os.environ["PYTHONWARNINGS"] = os.environ.get("PYTHONWARNINGS"), warnings_of_a_child()
+        try:
+            self.process.start()
+        finally:
+            os.environ.pop("PYTHONWARNINGS")
+            if users is not None:
+                os.environ["PYTHONWARNINGS"] = users
         theirs.close()  # only the process has this end now, so EOF means that it died
 
     def __enter__(self):

@@ -3,6 +3,7 @@ what to do; the words for what several modules have to say; and which warnings a
 
 import difflib
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Iterable
@@ -57,6 +58,14 @@ def _show_warning(text: object) -> None:
 
 def _is_error(record: logging.LogRecord) -> bool:
     return record.levelno >= logging.ERROR
+
+
+def warnings_of_a_child() -> str:
+    """PYTHONWARNINGS for a process that imports those libraries before it can call `tell_plainly`: the user's
+    own, and without what they say on import. It knows no patterns, hence the names."""
+    modules = ("paddle.utils.cpp_extension.extension_utils", "_distutils_hack", "jieba._compat")
+    hidden = [f"ignore::UserWarning:{module}" for module in modules]
+    return ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), *hidden]))
 
 
 def ignore_warnings_of_libraries() -> None:
