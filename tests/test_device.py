@@ -207,3 +207,18 @@ def test_memory_in_use_grows_by_the_bytes_of_a_tensor(cpu):
     np.testing.assert_allclose(shown() - before, 0.1, atol=0.011)
     del tensor
     np.testing.assert_allclose(shown(), before, atol=0.011)
+
+
+@pytest.mark.parametrize("users", [None, "error::FutureWarning"])
+def test_a_process_hides_what_libraries_say_on_import_and_what_the_user_chose_stays(monkeypatch, users):
+    monkeypatch.delenv("PYTHONWARNINGS", raising=False)
+    if users is not None:
+        monkeypatch.setenv("PYTHONWARNINGS", users)
+    told = []
+    monkeypatch.setattr(
+        "multiprocessing.context.SpawnProcess.start",
+        lambda process: told.extend(os.environ["PYTHONWARNINGS"].split(",")),
+    )
+    device.ChildProcess(print)
+    assert "ignore::UserWarning:jieba._compat" in told and (users is None or told[0] == users)
+    assert os.environ.get("PYTHONWARNINGS") == users
