@@ -14,9 +14,11 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import product
 from pathlib import Path
 
+import numpy as np
 import paddle
 import pytest
 from counts import judge
@@ -38,7 +40,12 @@ from safetensors.paddle import save_file
 from savers import SAVERS, Saver, stand_ins
 
 from ppcoat import atomic
+from ppcoat.cli import merge
+from ppcoat.cli.main import main
 from ppcoat.errors import ConfigError
+from ppcoat.lora import LoRAModule, write_lora_file
+
+FLUX = Path(__file__).parents[1] / "fixtures" / "tiny_flux_fp32"
 
 VERSIONS = 3  # the last replaces, and the first is pruned, where a saver does either
 
@@ -136,7 +143,7 @@ def real_kills(stage: Stage, every: bool) -> Iterator[Case]:
     """DeadError stands for SIGKILL: here the kernel does it."""
     for number in chosen(stage.operations, every):
         root = stage.begin()
-        status = in_a_child(lambda root=root, number=number: stage.save(killed_at(root, number)))
+        status = in_a_child(partial(stage.save, killed_at(root, number)))
         yield VERSIONS - 1, VERSIONS, status == -signal.SIGKILL, f"operation {number}, status {status}"
 
 
@@ -281,3 +288,47 @@ def test_what_copytree_cannot_read_or_write_is_one_error_with_the_files_name(tmp
     monkeypatch.setattr(shutil.copytree, "__defaults__", (False, None, copy2, False, False))
     assert copy() == (errno.EACCES, unreadable)
     assert list(goal.parent.iterdir()) == []
+
+
+@pytest.fixture
+def merging(tmp_path, monkeypatch):
+    """The command `merge` on the reference FLUX up to its writing -> the call that writes output_dir."""
+    monkeypatch.undo()
+    module = LoRAModule(np.ones([2, 64], "float32"), np.ones([64, 2], "float32"), 2.0)
+    lora, taken = tmp_path / "lora.safetensors", []
+    write_lora_file(lora, {"transformer_blocks.0.attn.to_q": module}, {}, "diffusers")
+    with monkeypatch.context() as patch:
+        patch.setattr(merge, "write_merged", lambda files, output, *rest: taken.append((files, *rest)) or 0.0)
+        assert main(["merge", "--model", str(FLUX), "--lora", str(lora),
+                     "--output_dir", str(tmp_path / "out")]) == 0  # fmt: skip
+    (files, *rest) = taken[0]
+    return lambda output: merge.write_merged(files, output, *rest)
+
+
+@pytest.mark.slow
+def test_a_true_merge_that_is_really_killed_is_there_whole_or_not_at_all(tmp_path, merging):
+    """Nothing stands for anything here: a FLUX pipeline, weights that Rust writes, and SIGKILL."""
+    root = tmp_path / "root"
+    a_new_process()
+    with recorded(root).watched() as disk:
+        merging(root / "out")
+    whole = snapshot(root)
+    assert len(whole) > 10
+
+    def killed(number):
+        with killed_at(root, number).watched():
+            merging(root / "out")
+
+    for number in range(1, disk.count + 1):
+        shutil.rmtree(root)
+        root.mkdir()
+        a_new_process()
+        status = in_a_child(partial(killed, number))
+        found = snapshot(root)
+        right = status == -signal.SIGKILL and found in ({}, whole)
+        a_new_process()
+        if not found:
+            merging(root / "out")
+        atomic.remove_dead_drafts(root)  # as whoever writes there next does
+        right = right and snapshot(root) == whole and drafts(root) == []
+        judge("merge of a true FLUX pipeline", "real kill", right, f"operation {number}, status {status}")
