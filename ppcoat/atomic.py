@@ -50,8 +50,10 @@ _EARLIER = (
 )
 # How safetensors and shutil.copytree quote the system's error; neither has its number in a field.
 _SYSTEM_SAID = re.compile(
-    r"\(os error (?P<rust>[0-9]+)\)|\[Errno (?P<python>[0-9]+)\][^:\"']*(: '(?P<path>[^']*)')?"
+    r"\(os error (?P<rust>[0-9]+)\)"
+    r"|\[Errno (?P<python>[0-9]+)\][^:\"']*(: '(?P<path>[^']*)'( -> '(?P<to>[^']*)')?)?"
 )
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM)  # EPERM: of a container's filter
 _NO_SECOND_NAME = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EXDEV)
 _REFUSED_SYNC = (errno.EINVAL, errno.ENOTSUP)  # of a folder, by some network file systems
@@ -217,10 +219,12 @@ def _draft(goal: Path) -> Iterator[Path]:
         if said is None:
             raise
         number, path = int(said["rust"] or said["python"]), said["path"] or name
-        raise OSError(number, os.strerror(number), str(goal) if name in path else path) from error
+        mine = name in path or (number in _NO_ROOM and said["to"] is not None)
+        raise OSError(number, os.strerror(number), str(goal) if mine else path) from error
     except OSError as error:
-        if error.errno is not None and (error.filename is None or name in str(error.filename)):
-            error.filename = str(goal)  # nobody knows the draft
+        copied = error.errno in _NO_ROOM and error.filename2 is not None  # from filename, for which is room
+        if error.errno is not None and (error.filename is None or name in str(error.filename) or copied):
+            error.filename, error.filename2 = str(goal), None  # nobody knows the draft
         raise
     finally:
         _clear(own, own / f"{goal.name}.old", goal)
