@@ -207,21 +207,25 @@ def python_writes(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def stages():
-    """stages(name), the same for all faults; in memory, where a removal takes no time, if there is such a
-    disk."""
+def memory():
+    """An empty folder; in memory, where a removal takes no time, if there is such a disk."""
+    disk = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix="storm-", dir=disk) as folder:
+        yield Path(folder)
+
+
+@pytest.fixture(scope="module")
+def stages(memory):
+    """stages(name), the same for all faults."""
     made: dict[str, Stage] = {}
-    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-    with tempfile.TemporaryDirectory(prefix="storm-", dir=memory) as folder:
 
-        def stage(name: str) -> Stage:
-            if name not in made:
-                own = Path(folder, str(len(made)))
-                own.mkdir()
-                made[name] = Stage(SAVERS[name], own)
-            return made[name]
+    def stage(name: str) -> Stage:
+        if name not in made:
+            (memory / str(len(made))).mkdir()
+            made[name] = Stage(SAVERS[name], memory / str(len(made)))
+        return made[name]
 
-        yield stage
+    return stage
 
 
 def storm(stage: Stage, name: str, fault: str, every: bool) -> None:
@@ -334,9 +338,10 @@ def merging(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_true_merge_that_is_really_killed_is_there_whole_or_not_at_all(tmp_path, merging):
+def test_a_true_merge_that_is_really_killed_is_there_whole_or_not_at_all(memory, merging):
     """Nothing stands for anything here: a FLUX pipeline, weights that Rust writes, and SIGKILL."""
-    root = tmp_path / "root"
+    root = memory / "merge"
+    root.mkdir()
     a_new_process()
     with recorded(root).watched() as disk:
         merging(root / "out")
