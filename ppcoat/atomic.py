@@ -5,11 +5,15 @@ grow, do not.
     outputs/lora.safetensors                                       the goal
     outputs/.lora.safetensors.tmp-myhost-4711-9f3a01c2/            a draft folder beside it, of one writer
         lora.safetensors                                           what is being written
-        lora.safetensors.old                                       the folder that it replaces, for a moment
 
 Draft, fsync, rename, fsync of the folder that holds the name, removal of the draft folder. Where the writing
 fails (a full disk, Ctrl+C) the draft folder goes at once; what a killed process left, the next one that
-writes into that folder removes, and it puts back a folder that was set aside and not replaced.
+writes into that folder removes.
+
+A folder that is replaced and its draft exchange their names in one step, and the old one goes with the draft
+folder. Only Linux can do that, on most of its file systems; elsewhere the old one is set aside in the draft
+folder (lora.old), so that the name is free for a moment, and the next writer puts back one that was set aside
+and not replaced.
 
 A symlink is written through. A new file's permissions are those of the umask, a replaced file's stay. Two
 writers of one goal are both whole; the last one counts. A full disk or a folder without write permission is
@@ -18,6 +22,7 @@ an OSError with `filename`, which commands explain where they know what to do.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import re
@@ -47,6 +52,8 @@ _EARLIER = (
 _SYSTEM_SAID = re.compile(
     r"\(os error (?P<rust>[0-9]+)\)|\[Errno (?P<python>[0-9]+)\][^:\"']*(: '(?P<path>[^']*)')?"
 )
+_NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM)  # EPERM: of a container's filter
+_NO_SECOND_NAME = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EXDEV)
 _REFUSED_SYNC = (errno.EINVAL, errno.ENOTSUP)  # of a folder, by some network file systems
 _own: set[str] = set()  # names of the draft folders that threads of this process are writing to
 _on_disk: set[Path] = set()  # folders whose names this process has synced
@@ -75,12 +82,14 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def whole_folder(path: str | Path, replace: bool = False) -> Iterator[Path]:
+def whole_folder(path: str | Path, replace: bool = False, keep: bool = False) -> Iterator[Path]:
     """Context manager: an empty draft folder, with the name of `path`, to be filled and checked in the body.
     It becomes `path`, every file of it synced, when the body ends; where anything raises it is removed.
 
-    replace: whether `path` may be there, with anything in it; it stays until the draft is whole. Makes the
-    folders above. Raises OSError (full disk, no permission, `path` is a file, or is there and not empty).
+    replace: whether `path` may be there, with anything in it; it stays until the draft is whole. keep: what
+    lies in it under names that the draft has not is in the new one, too; what others add to it just then is
+    lost. Makes the folders above. Raises OSError (full disk, no permission, `path` is a file, or is there and
+    not empty).
     """
     goal = _goal(path)
     if goal.is_file():  # asked once: another writer may be exchanging the folder
@@ -89,7 +98,12 @@ def whole_folder(path: str | Path, replace: bool = False) -> Iterator[Path]:
     with _draft(goal) as draft:
         draft.mkdir()
         yield draft
+        if keep and goal.is_dir():
+            _keep(goal, draft)
         for folder, _, files in os.walk(draft, topdown=False):
+            if _DRAFT.fullmatch(Path(folder).name):
+                shutil.rmtree(folder)  # of a file that is whole: the disk refused to remove it then
+                continue
             for each in (*files, "."):
                 _sync(Path(folder, each))
         _put(draft, goal, replace)
@@ -107,6 +121,14 @@ def remove_folder(path: str | Path) -> None:
     draft. Raises OSError (no permission)."""
     with _draft(_goal(path)) as draft:
         os.rename(path, draft)
+
+
+def can_be_replaced(folder: str | Path) -> bool:
+    """Whether whole_folder may replace a folder: not one where a disk is mounted, whose parent others own, or
+    in which this process stands, which would go on in the old one."""
+    folder = Path(folder).resolve()
+    stands_there = Path.cwd().is_relative_to(folder)
+    return not (stands_there or os.path.ismount(folder)) and os.access(folder.parent, os.W_OK | os.X_OK)
 
 
 def is_disk_error(error: Exception) -> bool:
@@ -205,12 +227,40 @@ def _draft(goal: Path) -> Iterator[Path]:
         _own.discard(name)
 
 
+def _keep(old: Path, new: Path) -> None:
+    """Give a folder what an older one has and it has not, as second names of the same files where the file
+    system has those."""
+    new.chmod(stat.S_IMODE(old.stat().st_mode))
+    for each in old.iterdir():
+        if os.path.lexists(new / each.name):
+            continue
+        if each.is_dir() and not each.is_symlink():
+            shutil.copytree(each, new / each.name, symlinks=True, copy_function=_name_again)
+        else:
+            _name_again(each, new / each.name)
+
+
+def _name_again(file: str | Path, name: str | Path) -> None:
+    try:
+        os.link(file, name, follow_symlinks=False)
+    except OSError as error:
+        if error.errno not in _NO_SECOND_NAME:
+            raise
+        shutil.copy2(file, name, follow_symlinks=False)
+
+
 def _put(draft: Path, goal: Path, replace: bool) -> None:
-    """Rename a folder. One that is there is set aside first, because a rename cannot replace a folder; it is
-    put back where the second rename fails or never comes (_clear)."""
+    """Rename a folder. One that is there changes places with it or, where that is not possible, is set aside
+    first, because a rename cannot replace a folder; it is put back where the second rename fails or never
+    comes (_clear)."""
     aside = draft.with_name(f"{goal.name}.old")
     while True:
         if replace:
+            try:
+                return _exchange(draft, goal)
+            except OSError as error:
+                if error.errno not in (errno.ENOENT, *_NO_EXCHANGE):
+                    raise
             _remove(aside)
             with suppress(FileNotFoundError):
                 os.rename(goal, aside)
@@ -220,6 +270,18 @@ def _put(draft: Path, goal: Path, replace: bool) -> None:
             # another writer's folder came in between: that is the one to replace
             if not (replace and error.errno in (errno.ENOTEMPTY, errno.EEXIST)):
                 raise
+
+
+def _exchange(one: Path, other: Path) -> None:
+    """Two names change places, in one step. Raises OSError: ENOSYS where the system has no such step, EINVAL
+    where the file system has not."""
+    rename = None if os.name == "nt" else getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    if rename is None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS), str(other))
+    if rename(here, os.fsencode(one), here, os.fsencode(other), exchange) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), str(other))
 
 
 def _clear(draft: Path, aside: Path, goal: Path) -> None:
@@ -233,13 +295,14 @@ def _clear(draft: Path, aside: Path, goal: Path) -> None:
 def _sync(path: Path) -> None:
     """Bring a file's bytes, or the names in a folder, to the disk: a rename alone does not survive a power
     cut."""
-    if path.is_symlink() or (path.is_dir() and not hasattr(os, "O_DIRECTORY")):  # Windows opens no folder
-        return
+    kind = stat.S_IFMT(path.lstat().st_mode)
+    if kind != stat.S_IFREG and not (kind == stat.S_IFDIR and hasattr(os, "O_DIRECTORY")):
+        return  # a link, a pipe; Windows opens no folder
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if not (path.is_dir() and error.errno in _REFUSED_SYNC):
+        if not (kind == stat.S_IFDIR and error.errno in _REFUSED_SYNC):
             raise
     finally:
         os.close(descriptor)
