@@ -11,11 +11,11 @@ import os
 import resource
 import shutil
 import signal
-from collections import Counter
 from itertools import product
 
 import paddle
 import pytest
+from counts import judge
 from disk import (
     FORBIDS,
     REMOVING,
@@ -35,16 +35,8 @@ from savers import SAVERS, stand_ins
 from ppcoat import atomic
 from ppcoat.errors import ConfigError
 
-COUNTS: dict[tuple[str, str], Counter] = {}
 EVERY_NAME = pytest.mark.parametrize("name", SAVERS)
 VERSIONS = 3  # the last replaces, and the first is pruned, where a saver does either
-
-
-def judge(name: str, kind: str, right: bool, told: str) -> None:
-    count = COUNTS.setdefault((name, kind), Counter())
-    count["tried"] += 1
-    count["right"] += right
-    assert right, f"{name}, {kind}: {told}"
 
 
 @pytest.fixture(autouse=True)
@@ -292,16 +284,3 @@ def test_what_copytree_cannot_read_or_write_is_one_error_with_the_files_name(tmp
     monkeypatch.setattr(shutil.copytree, "__defaults__", (False, None, copy2, False, False))
     assert copy() == (errno.EACCES, unreadable)
     assert list(goal.parent.iterdir()) == []
-
-
-@pytest.fixture(scope="module", autouse=True)
-def table(request):
-    """Prints what was tried, right and wrong."""
-    yield
-    if request.config.getoption("capture") != "no":
-        return
-    print("\n\n| what is written | kill | error | power cut |\n|---|---|---|---|")
-    for name in SAVERS:
-        cells = [COUNTS.get((name, kind), Counter()) for kind in ("kill", "error", "power cut")]
-        print(f"| {name} | " + " | ".join(f"{c['tried']} / {c['right']} / {c['tried'] - c['right']}"
-                                          for c in cells) + " |")  # fmt: skip
