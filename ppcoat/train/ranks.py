@@ -40,7 +40,6 @@ import numpy as np
 import paddle
 from safetensors.paddle import load, save
 
-import ppcoat
 from ppcoat.errors import ConfigError
 from ppcoat.train.rank_line import (
     GREETING,
@@ -97,7 +96,7 @@ class Ranks:
             )
         ranks = Ranks(rank, size, _connect(rank, size, patience))
         kind = paddle.get_device().partition(":")[0]
-        ranks.agree({"device": kind, "ppcoat": ppcoat.__version__, "Paddle": paddle.__version__})
+        ranks.agree({"device": kind, "Paddle": paddle.__version__})
         ranks._join(kind)
         if rank == 0:
             print(f"{size} ranks: who shows no sign of work is waited for {patience.bound:g} s, no longer "
