@@ -19,7 +19,7 @@ if not paddle.get_device().startswith("gpu"):
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from ppcoat.data import garments
-from ppcoat.models import loading
+from ppcoat.models import fingerprint, loading
 from ppcoat.models.flux.transformer import FluxTransformer2DModel
 from ppcoat.models.newbie import pipeline as newbie_pipeline
 
@@ -72,7 +72,8 @@ def encoders_read_once():
 
         return found
 
-    names = {loading: ("load_vae", "load_clip", "load_t5", "unfilled"),
+    names = {fingerprint: ("_fingerprint",),
+             loading: ("load_vae", "load_clip", "load_t5", "unfilled"),
              newbie_pipeline: ("load_newbie_vae", "load_gemma3", "load_jina_clip")}  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         for module, functions in names.items():
