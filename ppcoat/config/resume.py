@@ -163,10 +163,10 @@ def settings_that_matter(config: RunConfig | LightningConfig) -> dict[str, objec
 
 
 def must_stay(settings: Mapping[str, object]) -> dict[str, object]:
-    """Of flat settings those that an optimizer's states are made with, for the optimizer that is used; what
-    decides the shape of states is among the compatible facts of a checkpoint."""
+    """Of flat settings those of class `same` that are not among the compatible facts of a checkpoint: the
+    model, and with what the states of the optimizer that is used are made."""
     optimizer = str(settings.get("train.optimizer"))
     keys = {"prodigy": ("train.prodigy.d0", "train.prodigy.slice_p"),
             "schedulefree_adamw": ("train.beta1",),  # by which the average is read
             "adafactor": ("train.adafactor.beta1",)}.get(optimizer, ())  # fmt: skip
-    return {key: settings[key] for key in keys if key in settings}
+    return {key: settings[key] for key in ("model.family", *keys) if key in settings}

@@ -87,7 +87,7 @@ def train_flux_lightning(config: LightningConfig) -> TrainingResult:
     with only_run_in(run.run_dir, ranks):
         examples = all_examples(datasets)
         batches = _batches(config, examples, ranks)
-        start = Start(_compatible(config, batches), batches, Records(settings_that_matter(config)))
+        start = Start(_compatible(config), batches, Records(settings_that_matter(config)))
         records = check_resume(run, start, datasets, spec.parts(run), ranks, WORDS)
         pre_allocate(config.pre_alloc_memory)
         pipeline = spec.load_encoders(run, dtype)
@@ -119,7 +119,7 @@ def build_lightning_trainer(
 
     windowed = isinstance(cache, WindowedCache)
     batches = cache.batches if windowed else _batches(config, cache.examples, ranks)
-    state = joint_state(sides, batches, _compatible(config, batches) | {"modules": list(modules)})
+    state = joint_state(sides, batches, _compatible(config) | {"modules": list(modules)})
     state.records = Records(settings_that_matter(config))
     return LightningTrainer(
         config=run,
@@ -246,7 +246,7 @@ def _say_dtype(config: LightningConfig) -> None:
         print("mixed_precision bf16: Paddle computes in float32 on a CPU")
 
 
-def _compatible(config: LightningConfig, batches: ResumableBatches) -> dict:
+def _compatible(config: LightningConfig) -> dict:
     """What a checkpoint must share with the run that resumes from it, beside the LoRA's modules and the
     weights of the base; all else may change."""
     alike = ("lora_rank", "lora_alpha", "resolution", "fp8_optimizer", "num_euler_timesteps", "multiphase",
@@ -255,5 +255,4 @@ def _compatible(config: LightningConfig, batches: ResumableBatches) -> dict:
     return {
         **{name: getattr(config, name) for name in alike},
         "turns": turns,
-        "batch_size": batches.batch_size,
     }

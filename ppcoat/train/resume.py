@@ -37,6 +37,7 @@ _NAMES = {_FP8_SWITCH: "FP8 optimizer states (coat.enabled, coat.optimizer.use_f
           "network.modules": "network.targets and what else chooses the Linears"}  # fmt: skip
 # Decisive fields of earlier versions: names and pieces of the base, and what may change today.
 _EARLIER = ("model", "base", "resolution", "batch_size", "ema_decay")
+Values = tuple[str, str]  # of a setting, in the checkpoint and now
 _PICTURES, _REGULARISATION = "pictures", "regularisation"
 _PARTS = ("picture", "caption", "mask", "reference")  # of a row of a data record
 _NAMED = 3  # files in a line
@@ -158,21 +159,22 @@ def resume_run(
 
 
 def check_compatible(
-    saved: dict, current: dict, anew: str = ANEW, changed: Mapping[str, str] | None = None
+    saved: dict, current: dict, anew: str = ANEW, changed: Mapping[str, Values] | None = None
 ) -> None:
     """Refuse to resume under other settings: the two (nested) dicts of decisive fields must be equal as JSON.
 
     Raises ConfigError naming the first differing field with both values, the switch of FP8 states before what
-    follows from it. anew: what to do instead, for the message. changed: {setting: its two values} of settings
-    from which the fields follow.
+    follows from it. anew: what to do instead, for the message. changed: settings from which the fields
+    follow.
     """
-    before, now = _flatten(saved), _flatten(current)
+    before, now, changed = _flatten(saved), _flatten(current), changed or {}
     for field in sorted(before.keys() | now.keys(), key=lambda field: (field != _FP8_SWITCH, field)):
         if before.get(field) == now.get(field) and (field in before) == (field in now):
             continue
         was = _shown(before[field]) if field in before else "not recorded"
         is_now = _shown(now[field]) if field in now else "not set"
-        why = _listed({key: values for key, values in (changed or {}).items() if key != field})
+        was, is_now = changed.get(field, (was, is_now))
+        why = _listed({key: values for key, values in changed.items() if key != field})
         what = f"{_NAMES.get(field, field)} was {was} in the checkpoint and is {is_now} now{why}"
         raise ConfigError(f"cannot resume: {what}; set it back, or {anew}")
 
@@ -206,7 +208,7 @@ def _compared(facts: dict, start: Start, config: RunConfig, words: ResumeWords) 
         raise ConfigError(
             f"cannot resume the order of the data: {moved}{why}; set it back{advice}, or {words.anew}"
         )
-    told = [f"{key} {values}" for key, values in changed.items()]
+    told = _lines(changed)
     told += [moved] if moved is not None else []
     if data:
         told.append(data)
@@ -269,24 +271,25 @@ def _earlier_names(saved: dict, now: Mapping[str, object]) -> dict[str, object]:
     return before
 
 
-def _changed_settings(before: Mapping[str, object], now: Mapping[str, object]) -> dict[str, str]:
-    """{setting: "1 -> 2"} of those that matter; one that the checkpoint does not know had its default."""
+def _changed_settings(before: Mapping[str, object], now: Mapping[str, object]) -> dict[str, Values]:
+    """Of those that matter; one that the checkpoint does not know had its default."""
     if not before:
         return {}
     fields = setting_fields(RunConfig) | setting_fields(LightningConfig)
     folders = [max((int(key.split(".")[1]) + 1 for key in each if key.startswith("datasets.")), default=0)
                for each in (before, now)]  # fmt: skip
-    changed = {"datasets": f"{folders[0]} -> {folders[1]} entries"} if folders[0] != folders[1] else {}
+    several = tuple(f"{count} entr{'y' if count == 1 else 'ies'}" for count in folders)
+    changed = {"datasets": several} if folders[0] != folders[1] else {}
     for key, value in now.items():
         if key.startswith("datasets.") and int(key.split(".")[1]) >= folders[0]:
             continue
         was = before.get(key, to_jsonable_python(fields[without_number(key)].default))
         if was != value and class_of(key) != "free":
-            changed[key] = f"{_shown(was)} -> {_shown(value)}"
+            changed[key] = _shown(was), _shown(value)
     return changed
 
 
-def _of_class(wanted: str, changed: Mapping[str, str]) -> dict[str, str]:
+def _of_class(wanted: str, changed: Mapping[str, Values]) -> dict[str, Values]:
     return {key: values for key, values in changed.items() if class_of(key) == wanted}
 
 
@@ -330,9 +333,13 @@ def _number(weights: Mapping[str, str]) -> int:
     return int(hashlib.sha256(" ".join(weights.values()).encode()).hexdigest()[:13], 16)
 
 
-def _listed(changed: Mapping[str, str], data: str = "") -> str:
+def _lines(changed: Mapping[str, Values]) -> list[str]:
+    return [f"{key} {was} -> {now}" for key, (was, now) in changed.items()]
+
+
+def _listed(changed: Mapping[str, Values], data: str = "") -> str:
     """Settings with their two values, and what changed of the data, in brackets; nothing for none."""
-    parts = [f"{key} {values}" for key, values in changed.items()] + ([data] if data else [])
+    parts = _lines(changed) + ([data] if data else [])
     return f" ({', '.join(parts)})" if parts else ""
 
 

@@ -4,13 +4,18 @@ own), and processes that are ranks."""
 import multiprocessing
 import os
 import socket
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from ppcoat.config.load import load_config
 from ppcoat.train import ranks
 
+HERE = str(Path(__file__).parent)
+if HERE not in sys.path:
+    sys.path.insert(0, HERE)  # tests here import changed_settings by its name
 CONTEXT = multiprocessing.get_context("fork")  # a fork has Paddle imported already
 
 

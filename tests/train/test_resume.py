@@ -20,7 +20,6 @@ from ppcoat.train.base_model import base_identity
 from ppcoat.train.checkpoint import in_its_folder, load_latest
 from ppcoat.train.flux import FluxSpec
 from ppcoat.train.report import SigmaBins
-from ppcoat.train.resume import check_compatible
 from ppcoat.train.run import train_lora
 from ppcoat.train.run_state import RunState
 
