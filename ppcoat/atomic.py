@@ -216,11 +216,13 @@ def _draft(goal: Path, or_goal: bool = False) -> Iterator[Path]:
     """
     if or_goal and not _own.isdisjoint(goal.parts):
         _remove(goal)
+        whole = False
         try:
             yield goal
-        except BaseException:
-            _remove(goal)
-            raise
+            whole = True
+        finally:
+            if not whole:
+                _remove(goal)
         return
     name = f".{goal.name}.tmp-{_host()}-{os.getpid()}-{secrets.token_hex(4)}"
     own = goal.with_name(name)
