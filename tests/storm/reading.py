@@ -146,8 +146,11 @@ def joined(header: dict | bytes, data: bytes) -> bytes:
     return struct.pack("<Q", len(header)) + header + data
 
 
-def adapter_input(rng, folder: Path, told: str, name="x.safetensors", statuses=EITHER, calm: Path | None = None):
+def adapter_input(
+    rng, folder: Path, told: str, name="x.safetensors", statuses=EITHER, calm: Path | None = None
+):
     """One of the commands on an adapter. inspect shows more than the others take."""
+
     def argv(file, out):
         return {
             "inspect": [str(file)],
@@ -191,7 +194,9 @@ def adapter_harmless(rng, folder):
     """The header's tensors in another order and spaces behind it: the same adapter."""
     base = rng.choice(ADAPTERS)
     header, data = split(base.read_bytes())
-    text = json.dumps({"__metadata__": header.pop("__metadata__"), **header} if "__metadata__" in header else header)
+    text = json.dumps(
+        {"__metadata__": header.pop("__metadata__"), **header} if "__metadata__" in header else header
+    )
     (folder / "x.safetensors").write_bytes(joined(text.encode() + b" " * rng.randrange(1, 99), data))
     one = adapter_input(rng, folder, f"{base.name}: written again", calm=base)
     return one if one.command != "inspect" else Input(one.told, *convert_of(folder, base))
@@ -212,9 +217,26 @@ def adapter_entry(rng, folder):
     name = rng.choice([key for key in header if key != "__metadata__"])
     entry, size = header[name], len(data)
     lies = [("dtype", each) for each in ("F99", 5, None, [], "BOOL", "I64", "F64", "F16", "U8", "F8_E5M2")]
-    lies += [("shape", each) for each in ([-1], [2**63], [2**32, 2**32], "4", None, [1.5, 4], [[4]], {}, [10**30], [])]
-    lies += [("data_offsets", each) for each in
-             ([0, size + 1], [4, 0], [-4, 0], [0], [0, 2**64], [1.5, 4], "0", None, [0, 0], [size, size + 8], [0, 0, 0])]
+    lies += [
+        ("shape", each)
+        for each in ([-1], [2**63], [2**32, 2**32], "4", None, [1.5, 4], [[4]], {}, [10**30], [])
+    ]
+    lies += [
+        ("data_offsets", each)
+        for each in (
+            [0, size + 1],
+            [4, 0],
+            [-4, 0],
+            [0],
+            [0, 2**64],
+            [1.5, 4],
+            "0",
+            None,
+            [0, 0],
+            [size, size + 8],
+            [0, 0, 0],
+        )
+    ]
     key, value = rng.choice(lies)
     if key == "dtype" and rng.random() < 0.3:
         key, value = "more", 1  # an entry with a field that nobody knows
@@ -232,14 +254,39 @@ def adapter_metadata(rng, folder):
     header, data = split(base.read_bytes())
     texts = dict(header.get("__metadata__") or {})
     if rng.random() < 0.3:
-        header["__metadata__"] = value = rng.choice([1, [], "x", None, {"a": 1}, {"a": None}, {"a": {}}, [["a", "b"]]])
+        header["__metadata__"] = value = rng.choice(
+            [1, [], "x", None, {"a": 1}, {"a": None}, {"a": {}}, [["a", "b"]]]
+        )
         told, statuses = f"metadata {value!r}", EITHER if value is None else REFUSED
     else:
-        field = rng.choice(["alpha", "rank", "lora_alpha", "lora_rank", "ss_network_alpha", "ss_network_dim", "step",
-                            "format", "layout", "dora_rule", "trigger_word", "training_info", "lora_adapter_metadata"])
-        config = {"r": 4, "lora_alpha": 4, "peft_type": "LORA", "alpha_pattern": {"(a+)+$": 3}, "rank_pattern": {}}
+        field = rng.choice(
+            [
+                "alpha",
+                "rank",
+                "lora_alpha",
+                "lora_rank",
+                "ss_network_alpha",
+                "ss_network_dim",
+                "step",
+                "format",
+                "layout",
+                "dora_rule",
+                "trigger_word",
+                "training_info",
+                "lora_adapter_metadata",
+            ]
+        )
+        config = {
+            "r": 4,
+            "lora_alpha": 4,
+            "peft_type": "LORA",
+            "alpha_pattern": {"(a+)+$": 3},
+            "rank_pattern": {},
+        }
         odd = as_json(rng.choice([replaced(rng, config)[0], *ODD])).decode()
-        texts[field] = odd if field in ("training_info", "lora_adapter_metadata") else rng.choice([odd, odd.strip('"')])
+        texts[field] = (
+            odd if field in ("training_info", "lora_adapter_metadata") else rng.choice([odd, odd.strip('"')])
+        )
         header["__metadata__"], statuses, told = texts, EITHER, f"{field} = {texts[field][:30]!r}"
     (folder / "x.safetensors").write_bytes(joined(header, data))
     return adapter_input(rng, folder, f"{base.name}: {told}", statuses=statuses)
@@ -252,7 +299,9 @@ def adapter_names(rng, folder):
     header, data = split(base.read_bytes())
     name = rng.choice([key for key in header if key != "__metadata__"])
     entry = header.pop(name)
-    long = rng.choice(["x", "a.", "_", "lora_", "transformer_blocks.0.", "0", "\n", "漢", ".lora_A.weight", "\ud83d\ude00"])
+    long = rng.choice(
+        ["x", "a.", "_", "lora_", "transformer_blocks.0.", "0", "\n", "漢", ".lora_A.weight", "\ud83d\ude00"]
+    )
     new = rng.choice([
         long * (10**6 // len(long)), f"{name}{long * (10**6 // len(long))}", f"transformer.{long * 50_000}.lora_A.weight",
         f"lora_unet_{long * 50_000}.lora_down.weight", f"lora_unet_double_blocks_{'9' * 5000}_img_attn_qkv.alpha",
@@ -270,8 +319,16 @@ def adapter_many(rng, folder):
     header, data = split(base.read_bytes())
     if rng.random() < 0.5:
         one = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
-        names = [rng.choice(["a{}.b", "transformer.transformer_blocks.{}.attn.to_q.lora_A.weight",
-                             "lora_unet_double_blocks_{}_img_attn_qkv.alpha"]).format(i) for i in range(20_000)]
+        names = [
+            rng.choice(
+                [
+                    "a{}.b",
+                    "transformer.transformer_blocks.{}.attn.to_q.lora_A.weight",
+                    "lora_unet_double_blocks_{}_img_attn_qkv.alpha",
+                ]
+            ).format(i)
+            for i in range(20_000)
+        ]
         header = {name: one | {"data_offsets": [4 * i, 4 * i + 4]} for i, name in enumerate(names)}
         (folder / "x.safetensors").write_bytes(joined(header, bytes(80_000)))
         return adapter_input(rng, folder, f"20,000 tensors like {names[0]}")
@@ -284,8 +341,20 @@ def adapter_many(rng, folder):
 @of_kind("adapters")
 def adapter_values(rng, folder):
     """NaN, infinities, zeros, and the largest numbers in one tensor."""
-    base = FIXTURES / "adapters" / rng.choice(["split_diffusers.safetensors", "split_kohya.safetensors", "loha.safetensors",
-                                               "dora.safetensors", "lokr_full.safetensors", "oft.safetensors"])
+    base = (
+        FIXTURES
+        / "adapters"
+        / rng.choice(
+            [
+                "split_diffusers.safetensors",
+                "split_kohya.safetensors",
+                "loha.safetensors",
+                "dora.safetensors",
+                "lokr_full.safetensors",
+                "oft.safetensors",
+            ]
+        )
+    )
     header, data = split(base.read_bytes())
     entries = [each for key, each in header.items() if key != "__metadata__" and each["dtype"] == "F32"]
     begin, end = rng.choice(entries)["data_offsets"]
@@ -293,25 +362,49 @@ def adapter_values(rng, folder):
     values = np.frombuffer(data[begin:end], "float32").copy()
     values[rng.choice([slice(None), rng.randrange(len(values))])] = value
     (folder / "x.safetensors").write_bytes(joined(header, data[:begin] + values.tobytes() + data[end:]))
-    return adapter_input(rng, folder, f"{base.name}: {value}", statuses=EITHER if np.isfinite(value) else REFUSED)
+    return adapter_input(
+        rng, folder, f"{base.name}: {value}", statuses=EITHER if np.isfinite(value) else REFUSED
+    )
 
 
 @of_kind("adapters")
 def adapter_shapes(rng, folder):
     """Whole files whose shapes do not fit each other or the model."""
-    stem = rng.choice(["transformer.transformer_blocks.0.attn.to_q", "lora_unet_double_blocks_0_img_attn_qkv",
-                       "transformer.x_embedder", "transformer.single_transformer_blocks.0.proj_out", "transformer.norm_out.linear"])
-    roles = rng.choice([("lora_A.weight", "lora_B.weight"), ("lora_down.weight", "lora_up.weight"), ("lokr_w1", "lokr_w2"),
-                        ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"), ("oft_blocks",), ("diff",), ("diff_b",),
-                        ("lora_A.weight", "lora_B.weight", "dora_scale"), ("lokr_w1_a", "lokr_w1_b", "lokr_w2_a", "lokr_w2_b"),
-                        ("lora_A.weight", "lora_B.weight", "alpha"), ("a1.weight", "a2.weight", "b1.weight", "b2.weight")])
+    stem = rng.choice(
+        [
+            "transformer.transformer_blocks.0.attn.to_q",
+            "lora_unet_double_blocks_0_img_attn_qkv",
+            "transformer.x_embedder",
+            "transformer.single_transformer_blocks.0.proj_out",
+            "transformer.norm_out.linear",
+        ]
+    )
+    roles = rng.choice(
+        [
+            ("lora_A.weight", "lora_B.weight"),
+            ("lora_down.weight", "lora_up.weight"),
+            ("lokr_w1", "lokr_w2"),
+            ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"),
+            ("oft_blocks",),
+            ("diff",),
+            ("diff_b",),
+            ("lora_A.weight", "lora_B.weight", "dora_scale"),
+            ("lokr_w1_a", "lokr_w1_b", "lokr_w2_a", "lokr_w2_b"),
+            ("lora_A.weight", "lora_B.weight", "alpha"),
+            ("a1.weight", "a2.weight", "b1.weight", "b2.weight"),
+        ]
+    )
     sides = [0, 1, 2, 3, 4, 16, 64, 192, 4096]
     header, data = {}, b""
     for role in roles:
         shape = [rng.choice(sides) for _ in range(rng.choice([0, 1, 2, 2, 2, 2, 3, 4, 5]))]
         shape = shape if np.prod(shape) < 2**18 else [4, 64]
         size = 4 * int(np.prod(shape))
-        header[f"{stem}.{role}"] = {"dtype": "F32", "shape": shape, "data_offsets": [len(data), len(data) + size]}
+        header[f"{stem}.{role}"] = {
+            "dtype": "F32",
+            "shape": shape,
+            "data_offsets": [len(data), len(data) + size],
+        }
         data += np.full(size // 4, 0.01, "float32").tobytes()
     (folder / "x.safetensors").write_bytes(joined(header, data))
     return adapter_input(rng, folder, f"{stem} {[each['shape'] for each in header.values()]} {roles}")
@@ -332,10 +425,16 @@ def adapter_folder(rng, folder):
         config.write_bytes(content)
     else:
         said = json.loads(config.read_text())
-        path = {key: said[key] for key in ("r", "lora_alpha", "alpha_pattern", "peft_type", "alpha", "use_rslora") if key in said}
+        path = {
+            key: said[key]
+            for key in ("r", "lora_alpha", "alpha_pattern", "peft_type", "alpha", "use_rslora")
+            if key in said
+        }
         value, told = replaced(rng, path or said)
         config.write_bytes(as_json({**said, **value}))
-    return adapter_input(rng, folder, f"{base.name}: {told}", name=rng.choice(["", "adapter_model.safetensors"]))
+    return adapter_input(
+        rng, folder, f"{base.name}: {told}", name=rng.choice(["", "adapter_model.safetensors"])
+    )
 
 
 @of_kind("adapters")
@@ -343,11 +442,27 @@ def adapter_target(rng, folder):
     """A good adapter, and a place where nothing can be written."""
     base = rng.choice([file for file in ADAPTERS if file.name.startswith("split_diff")])
     (folder / "file").write_text("x")
-    targets = ["file/y.safetensors", "file/a/b/y.safetensors", "x" * 300 + ".safetensors", "a\0b.safetensors",
-               "\ud800.safetensors", "y.txt", "", "file", ".", "/proc/y.safetensors", "/dev/null/y.safetensors"]
+    targets = [
+        "file/y.safetensors",
+        "file/a/b/y.safetensors",
+        "x" * 300 + ".safetensors",
+        "a\0b.safetensors",
+        "\ud800.safetensors",
+        "y.txt",
+        "",
+        "file",
+        ".",
+        "/proc/y.safetensors",
+        "/dev/null/y.safetensors",
+    ]
     target = rng.choice(targets)
     out = target if target.startswith("/") else f"{folder}/{target}"
-    return Input(f"written to {target[:40]!r}", "convert", [str(base), out, "--format", "kohya"], EITHER if target == "y.txt" else REFUSED)
+    return Input(
+        f"written to {target[:40]!r}",
+        "convert",
+        [str(base), out, "--format", "kohya"],
+        EITHER if target == "y.txt" else REFUSED,
+    )
 
 
 @of_kind("adapters")
@@ -361,7 +476,9 @@ CONFIG_FILES = [CONFIGS / "quickstart.yaml", CONFIGS / "coat_flux_lora.yaml", CO
                 FIXTURES / "ai_toolkit" / "train_lora_flux_kontext_24gb.yaml"]  # fmt: skip
 
 
-def config_input(rng, folder: Path, told: str, content: bytes, ending: str, statuses=EITHER, calm: Path | None = None):
+def config_input(
+    rng, folder: Path, told: str, content: bytes, ending: str, statuses=EITHER, calm: Path | None = None
+):
     (folder / f"x{ending}").write_bytes(content)
     mine = [str(folder / f"x{ending}")]
     return Input(f"{ending}: {told}", "plan", mine, statuses, [str(calm)] if calm else None)
@@ -403,9 +520,44 @@ def config_extreme(rng, folder):
     here, (*path, last) = base, rng.choice(keys)
     for part in path:
         here = here[part]
-    here[last] = value = ["a dress"] * 100_000 if last == "prompts" else rng.choice([10**5, 10**9, 10**18, 2**62])
-    argv = [*config_input(rng, folder, "", as_json(base), ".yaml").argv, *rng.choice([[], [], ["--vram", "8"], ["--cards", "8", "24"]])]
+    here[last] = value = (
+        ["a dress"] * 100_000 if last == "prompts" else rng.choice([10**5, 10**9, 10**18, 2**62])
+    )
+    argv = [
+        *config_input(rng, folder, "", as_json(base), ".yaml").argv,
+        *rng.choice([[], [], ["--vram", "8"], ["--cards", "8", "24"]]),
+    ]
     return Input(f"{last} = {str(value)[:20]}", "plan", argv)
+
+
+@of_kind("configs")
+def training_extreme(rng, folder):
+    """A run of them: what it would take is told before it is taken."""
+    data = data_folder(rng, folder)
+    base = {"name": "x", "output_dir": str(folder / "out"), "model": {"name_or_path": "tiny_flux"}, "network": {"linear": 4}, "train": {"steps": 2},
+            "datasets": [{"folder_path": str(data), "resolution": 64}]}  # fmt: skip
+    key, value = rng.choice(
+        [
+            (("train", "batch_size"), 10**5),
+            (("train", "batch_size"), 10**12),
+            (("datasets", 0, "num_repeats"), 10**6),
+            (("datasets", 0, "num_repeats"), 10**9),
+            (("datasets", 0, "num_repeats"), 2**62),
+            (("network", "linear"), 10**5),
+            (("network", "linear"), 10**15),
+            (("train", "gradient_accumulation"), 10**5),
+            (("datasets", 0, "resolution"), 2**20),
+            (("datasets", 0, "caption_variants"), 10**9),
+            (("train", "lr"), 1e300),
+            (("train", "num_epochs"), 10**15),
+        ]
+    )
+    here = base
+    for part in key[:-1]:
+        here = here[part]
+    here[key[-1]] = value
+    (folder / "x.json").write_bytes(as_json(base))
+    return Input(f"{key[-1]} {value}", "train", [str(folder / "x.json"), "--dry_run"])
 
 
 @of_kind("configs")
@@ -430,7 +582,9 @@ def config_harmless(rng, folder):
 def monsters(n: int) -> dict[tuple[str, str], str]:
     """{(ending, name): text} that costs more to read than it is worth, of some `n` characters."""
     keys = "\n".join(f"k{i}: {i}" for i in range(90_000))
-    laughs = "a0: &a0 [x, x]\n" + "\n".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12))
+    laughs = "a0: &a0 [x, x]\n" + "\n".join(
+        f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)
+    )
     yaml_texts = {
         "brackets": "train: " + "[" * n, "closed": "train: " + "[" * n + "]" * n, "braces": "train: " + "{a: " * (n // 4),
         "block": "\n".join(" " * i + f"k{i}:" for i in range(min(n, 1400))), "dashes": "datasets: \n" + "- " * n,
@@ -468,7 +622,10 @@ def config_monster(rng, folder):
 @of_kind("configs")
 def config_override(rng, folder):
     """--set, on a command line that the system still takes (128 kB a word)."""
-    base, n = str(CONFIGS / rng.choice(["quickstart.yaml", "newbie_lora.toml"])), rng.choice([5, 500, 60_000, 120_000])
+    base, n = (
+        str(CONFIGS / rng.choice(["quickstart.yaml", "newbie_lora.toml"])),
+        rng.choice([5, 500, 60_000, 120_000]),
+    )
     text = rng.choice([
         "train.steps=" + "9" * n, "train.lr=1e" + "9" * n, "train.steps=" + "[" * n, "name=" + "x" * n, "a." * (n // 2) + "a=1", "=" * n, "." * n,
         f"datasets.{'9' * min(n, 5000)}.folder_path=x", "datasets.0.resolution=[" + "1," * (n // 2) + "]", "train={" + "a: {" * (n // 4),
@@ -509,7 +666,15 @@ def data_folder(rng, folder: Path) -> Path:
 
 
 def data_input(rng, folder: Path, told: str, statuses=EITHER) -> Input:
-    more = rng.choice([[], [], ["--trigger_word", "sks"], ["--mask_path", str(folder / "data")], ["--control_path", str(folder / "data")]])
+    more = rng.choice(
+        [
+            [],
+            [],
+            ["--trigger_word", "sks"],
+            ["--mask_path", str(folder / "data")],
+            ["--control_path", str(folder / "data")],
+        ]
+    )
     command = rng.choice([["data report"], ["data report"], ["data captions", "--append", "x"]])
     more = [] if len(command) > 1 else [*more, "--resolution", "64"]
     return Input(told, command[0], [str(folder / "data"), *command[1:], *more], statuses)
@@ -518,8 +683,16 @@ def data_input(rng, folder: Path, told: str, statuses=EITHER) -> Input:
 @of_kind("data")
 def data_picture_bytes(rng, folder):
     data = data_folder(rng, folder)
-    name, options = rng.choice([("1.png", {}), ("1.jpg", {"format": "JPEG"}), ("1.webp", {"format": "WEBP"}),
-                                ("1.jpg", {"format": "JPEG", "mode": "CMYK"}), ("1.png", {"mode": "P"}), ("1.png", {"mode": "LA"})])
+    name, options = rng.choice(
+        [
+            ("1.png", {}),
+            ("1.jpg", {"format": "JPEG"}),
+            ("1.webp", {"format": "WEBP"}),
+            ("1.jpg", {"format": "JPEG", "mode": "CMYK"}),
+            ("1.png", {"mode": "P"}),
+            ("1.png", {"mode": "LA"}),
+        ]
+    )
     content, told = damaged(rng, picture(rng, **options))
     (data / "1.png").unlink()
     (data / name).write_bytes(content)
@@ -530,7 +703,9 @@ def data_picture_bytes(rng, folder):
 def bombs() -> dict[str, bytes]:
     """Pictures that say or hold more than they should."""
     rng = random.Random(0)
-    header = lambda w, h, depth=8, colour=2: chunk(b"IHDR", struct.pack(">IIBBBBB", w, h, depth, colour, 0, 0, 0))  # noqa: E731
+    header = lambda w, h, depth=8, colour=2: chunk(
+        b"IHDR", struct.pack(">IIBBBBB", w, h, depth, colour, 0, 0, 0)
+    )  # noqa: E731
     mark, end = b"\x89PNG\r\n\x1a\n", chunk(b"IEND", b"")
     rows = zlib.compress(bytes(50_000_000), 9)
     small, pixels = header(48, 40), chunk(b"IDAT", zlib.compress(b"\0" * (48 * 3 + 1) * 40))
@@ -593,7 +768,21 @@ def data_table(rng, folder):
         "csv many": b"file_name,text" + b"," * 50_000 + b"\n1.png,x", "lists": b"[[[1]]]", "object": b'{"1.png": "a hat"}', "deep object": b'{"a":' * 50_000, "100,000 rows": b'{"file_name": "9.png", "text": "x"}\n' * 30_000,
         "binary": rng.randbytes(3000), "twice": b'{"file_name": "1.png", "text": "a"}\n{"file_name": "1.png", "text": "b"}', "empty": b"", "nan": b'{"file_name": "1.png", "text": NaN}', "windows": b'{"file_name": "C:\\\\a\\\\1.png", "text": "x"}',
     }  # fmt: skip
-    told, name = rng.choice(list(rows)), rng.choice(["metadata.jsonl", "metadata.jsonl", "metadata.csv", "captions.json", "captions.txt", "x.json", "metadata.tsv", "x.parquet"])
+    told, name = (
+        rng.choice(list(rows)),
+        rng.choice(
+            [
+                "metadata.jsonl",
+                "metadata.jsonl",
+                "metadata.csv",
+                "captions.json",
+                "captions.txt",
+                "x.json",
+                "metadata.tsv",
+                "x.parquet",
+            ]
+        ),
+    )
     (data / name).write_bytes(rows[told] if rng.random() < 0.7 else damaged(rng, rows[told])[0])
     return data_input(rng, folder, f"{name}: {told}")
 
@@ -601,7 +790,9 @@ def data_table(rng, folder):
 @of_kind("data")
 def data_no_file(rng, folder):
     data = data_folder(rng, folder)
-    name = rng.choice(["1.txt", "1.png", "default.txt", "metadata.jsonl", "4.png", "1.json", "9.txt", "more", "2.jpg"])
+    name = rng.choice(
+        ["1.txt", "1.png", "default.txt", "metadata.jsonl", "4.png", "1.json", "9.txt", "more", "2.jpg"]
+    )
     return data_input(rng, folder, no_file(rng, data / name))
 
 
@@ -649,17 +840,28 @@ def data_shuffled(rng, folder):
 # --- LAION's lists ------------------------------------------------------------------------------------------
 def laion_row(rng, caption: bytes | None = None, cell: bytes | None = None) -> bytes:
     cell = base64.b64encode(picture(rng, format="JPEG")) if cell is None else cell
-    return b"http://x\t" + (b'{"caption": "a red dress"}' if caption is None else caption) + b"\t" + cell + b"\n"
+    return (
+        b"http://x\t" + (b'{"caption": "a red dress"}' if caption is None else caption) + b"\t" + cell + b"\n"
+    )
 
 
 def laion_folder(rng, folder: Path, rows: Collection[bytes] = ()) -> None:
     (folder / "shards").mkdir()
     (folder / "list.txt").write_text("a.txt\n")
-    (folder / "shards" / "a.txt").write_bytes(b"".join([*(laion_row(random.Random(i)) for i in range(3)), *rows]))
+    (folder / "shards" / "a.txt").write_bytes(
+        b"".join([*(laion_row(random.Random(i)) for i in range(3)), *rows])
+    )
 
 
 def laion_input(folder: Path, told: str, outputs: Collection[str] | None = None, statuses=EITHER) -> Input:
-    return Input(told, "unpack", [str(folder / "shards"), str(folder / "list.txt"), str(folder / "out" / "data")], statuses, None, outputs)
+    return Input(
+        told,
+        "unpack",
+        [str(folder / "shards"), str(folder / "list.txt"), str(folder / "out" / "data")],
+        statuses,
+        None,
+        outputs,
+    )
 
 
 @of_kind("LAION")
@@ -681,7 +883,9 @@ def laion_caption(rng, folder):
                 b"{'caption':" + b"+1" * 9999 + b"}", b"{'caption': " + b"~" * 9999 + b"1}", b"{'caption': 'a'" + b"+'a'" * 5000 + b"}"]  # fmt: skip
     caption = rng.choice(captions)
     laion_folder(rng, folder, [laion_row(rng, caption)])
-    either = caption.startswith((b"-", b"\0", b'{"caption": "\\u0', b"{'caption': 'x'", b"{'caption': '\\\\", b"[", b"{'caption': '"))
+    either = caption.startswith(
+        (b"-", b"\0", b'{"caption": "\\u0', b"{'caption': 'x'", b"{'caption': '\\\\", b"[", b"{'caption': '")
+    )
     outputs = [f"3 pictures, {bad} bad" for bad in (0, 1)] + (["4 pictures, 0 bad"] if either else [])
     return laion_input(folder, f"caption {caption[:30]} of {len(caption)}", outputs, RIGHT)
 
@@ -691,10 +895,27 @@ def laion_picture(rng, folder):
     good = base64.b64encode(picture(rng, format="JPEG"))
     bomb = io.BytesIO()
     Image.new("1", (14_000, 14_000)).save(bomb, "PNG")
-    cells = [b"", b"/9j/", good[:-9], good[:50], b"/9j/" + b"!" * 100, b"iVBORw0KGgo" + b"A" * 1000, good + b"=", good + b"\xff", base64.b64encode(bomb.getvalue()), b"UklGR" + b"A" * 999, b"/9j/" + rng.randbytes(99).replace(b"\n", b""), good.lower()]
+    cells = [
+        b"",
+        b"/9j/",
+        good[:-9],
+        good[:50],
+        b"/9j/" + b"!" * 100,
+        b"iVBORw0KGgo" + b"A" * 1000,
+        good + b"=",
+        good + b"\xff",
+        base64.b64encode(bomb.getvalue()),
+        b"UklGR" + b"A" * 999,
+        b"/9j/" + rng.randbytes(99).replace(b"\n", b""),
+        good.lower(),
+    ]
     cell = rng.choice(cells)
     laion_folder(rng, folder, [laion_row(rng, cell=cell)])
-    outputs = ["3 pictures, 0 bad", "3 pictures, 1 bad", "4 pictures, 0 bad"]  # a JPEG that is cut may still be one
+    outputs = [
+        "3 pictures, 0 bad",
+        "3 pictures, 1 bad",
+        "4 pictures, 0 bad",
+    ]  # a JPEG that is cut may still be one
     return laion_input(folder, f"picture {cell[:20]} of {len(cell)}", outputs)
 
 
@@ -733,10 +954,14 @@ def laion_unpacked(rng, folder):
 def number(n: int) -> bytes:
     """A whole number as a pickle writes it."""
     raw = n.to_bytes(n.bit_length() // 8 + 1, "little", signed=True)
-    return b"\x8a" + bytes([len(raw)]) + raw if len(raw) < 256 else b"\x8b" + struct.pack("<i", len(raw)) + raw
+    return (
+        b"\x8a" + bytes([len(raw)]) + raw if len(raw) < 256 else b"\x8b" + struct.pack("<i", len(raw)) + raw
+    )
 
 
-def tensor_program(storage=b"FloatStorage", key=b"0", offset=number(0), shape=(4, 2), strides=(2, 1), before=b"", after=b"") -> bytes:
+def tensor_program(
+    storage=b"FloatStorage", key=b"0", offset=number(0), shape=(4, 2), strides=(2, 1), before=b"", after=b""
+) -> bytes:
     """The pickle of {"a": a tensor}, as torch.save writes it."""
     text = lambda raw: b"X" + struct.pack("<I", len(raw)) + raw  # noqa: E731
     listed = [b"(" + b"".join(map(number, each)) + b"t" for each in (shape, strides)]
@@ -744,7 +969,9 @@ def tensor_program(storage=b"FloatStorage", key=b"0", offset=number(0), shape=(4
             + text(key) + text(b"cpu") + number(8) + b"tQ" + offset + listed[0] + listed[1] + b"\x89ccollections\nOrderedDict\n)RtRs" + after + b".")  # fmt: skip
 
 
-def pth(file: Path, program: bytes, entries: dict[str, bytes] | None = None, method=zipfile.ZIP_STORED) -> None:
+def pth(
+    file: Path, program: bytes, entries: dict[str, bytes] | None = None, method=zipfile.ZIP_STORED
+) -> None:
     entries = {"data/0": np.arange(8, dtype="float32").tobytes()} if entries is None else entries
     with zipfile.ZipFile(file, "w", method) as archive:
         for name, content in {"data.pkl": program, "version": b"3\n", **entries}.items():
@@ -775,8 +1002,26 @@ def pth_tensor(rng, folder):
 @of_kind("pickles")
 def pth_program(rng, folder):
     """Pickles that want to run something, or never to end."""
-    code = [b"cos\nsystem\n(X\x04\0\0\0true\x85R", b"cbuiltins\neval\n", b"ios\nsystem\n", b"\x8c\x02os\x8c\x06system\x93", b"c__builtin__\nexec\n", b"c\n\n", b"ctorch\nload\n",
-            b"r\xff\xff\xff\x7f", b"X\xff\xff\xff\xff", b"\x8e" + b"\xff" * 7 + b"\x7f", b"\x8b\xff\xff\xff\x7f", b"\x82\x01", b"NQ", b"}Q", b"X\x01\0\0\0aQ", b"NN\x86Q", b"P1\n", b"N0"]
+    code = [
+        b"cos\nsystem\n(X\x04\0\0\0true\x85R",
+        b"cbuiltins\neval\n",
+        b"ios\nsystem\n",
+        b"\x8c\x02os\x8c\x06system\x93",
+        b"c__builtin__\nexec\n",
+        b"c\n\n",
+        b"ctorch\nload\n",
+        b"r\xff\xff\xff\x7f",
+        b"X\xff\xff\xff\xff",
+        b"\x8e" + b"\xff" * 7 + b"\x7f",
+        b"\x8b\xff\xff\xff\x7f",
+        b"\x82\x01",
+        b"NQ",
+        b"}Q",
+        b"X\x01\0\0\0aQ",
+        b"NN\x86Q",
+        b"P1\n",
+        b"N0",
+    ]
     odd = [b"ccollections\nOrderedDict\n)R}b", b"(" * 100_000, b")" * 100_000, b"]" * 100_000, b"(" * 50_000 + b"t" * 50_000, b"\x95" + b"\xff" * 8, b"}" + b"\x94h\0" * 9999, b"N" + b"\x85" * 200_000, b"]" + b"\x94h\0a" * 1000,
            b"\x80\xff", b"I" + b"9" * 9999 + b"\n", b"L" + b"9" * 9999 + b"L\n", b"V\\ud800\n", b"F1e9999\n", b"(tQ", b"((((l(ld(t" * 999, b"N" + b"\x85" * 40_000, b"N" * 500_000, b"N" * 700_000]  # fmt: skip
     before = rng.choice([*code, *odd])
@@ -797,7 +1042,12 @@ def pth_flags(rng, folder):
     """The zip's own records: flags, methods, sizes, offsets."""
     pth(folder / "x.pth", tensor_program())
     content = bytearray((folder / "x.pth").read_bytes())
-    starts = [i for mark in (b"PK\x01\x02", b"PK\x03\x04", b"PK\x05\x06") for i in range(len(content)) if content.startswith(mark, i)]
+    starts = [
+        i
+        for mark in (b"PK\x01\x02", b"PK\x03\x04", b"PK\x05\x06")
+        for i in range(len(content))
+        if content.startswith(mark, i)
+    ]
     place = rng.choice(starts) + rng.randrange(4, 42)
     content[min(place, len(content) - 1)] = rng.choice([0, 1, 8, 12, 14, 93, 99, 255])
     (folder / "x.pth").write_bytes(bytes(content))
@@ -827,7 +1077,11 @@ def pth_bomb(rng, folder):
 @of_kind("pickles")
 def pth_harmless(rng, folder):
     more = {f"data/{i}": rng.randbytes(9) for i in range(1, rng.randrange(2, 99))}
-    pth(folder / "x.pth", tensor_program(before=b"N" * rng.randrange(99)), {"data/0": np.arange(8, dtype="float32").tobytes(), **more})
+    pth(
+        folder / "x.pth",
+        tensor_program(before=b"N" * rng.randrange(99)),
+        {"data/0": np.arange(8, dtype="float32").tobytes(), **more},
+    )
     return pth_input(folder, "whole", RIGHT, [GOOD_PTH])
 
 
@@ -868,7 +1122,13 @@ def save_run(folder: Path) -> None:
 
     for step in (1, 2):
         lora = {"a": paddle.full([4], step, "float32"), "b": paddle.full([2, 2], step, "bfloat16")}
-        save_checkpoint(folder / "run", step, {"lora": lora, "optimizer": {"c": paddle.zeros([3])}}, {"loss": step}, keep=2)
+        save_checkpoint(
+            folder / "run",
+            step,
+            {"lora": lora, "optimizer": {"c": paddle.zeros([3])}},
+            {"loss": step},
+            keep=2,
+        )
 
 
 @of_kind("checkpoints")
@@ -904,7 +1164,9 @@ def cache_entry(rng, folder):
 
     from ppcoat.data.embedding_store import EmbeddingStore
 
-    EmbeddingStore(folder / "cache").put(KEY, {"x": paddle.full([5], 3, "bfloat16"), "y": paddle.ones([2, 2])})
+    EmbeddingStore(folder / "cache").put(
+        KEY, {"x": paddle.full([5], 3, "bfloat16"), "y": paddle.ones([2, 2])}
+    )
     file = folder / "cache" / KEY[:2] / f"{KEY}.safetensors"
     header, data = split(file.read_bytes())
     what = rng.randrange(4)
@@ -966,7 +1228,9 @@ def studio_picture(rng, folder):
     if rng.random() < 0.3:
         files, told = replaced(rng, files)
     for key, value in (("prompt", b"a hat"), ("settings", as_json(settings)), ("files", as_json(files))):
-        text = rng.choice([value, value, value, value, as_json(rng.choice(ODD))]).decode("utf-8", "surrogatepass")
+        text = rng.choice([value, value, value, value, as_json(rng.choice(ODD))]).decode(
+            "utf-8", "surrogatepass"
+        )
         info.add_itxt(key, text.encode("utf-8", "replace").decode())
     content = picture(rng, pnginfo=info)
     if rng.random() < 0.3:
@@ -999,7 +1263,12 @@ def read_weights(arguments: argparse.Namespace) -> None:
     from ppcoat.models.tensor_files import map_tensor
 
     infos = checkpoint_infos(Path(arguments.paths[0]))
-    print(", ".join(f"{name} {info.shape} {float(map_tensor(info).sum(dtype='float64')):g}" for name, info in infos.items()))
+    print(
+        ", ".join(
+            f"{name} {info.shape} {float(map_tensor(info).sum(dtype='float64')):g}"
+            for name, info in infos.items()
+        )
+    )
 
 
 def read_prompts(arguments: argparse.Namespace) -> None:
@@ -1021,7 +1290,11 @@ def read_cache(arguments: argparse.Namespace) -> None:
     from ppcoat.data.embedding_store import EmbeddingStore
 
     found = EmbeddingStore(arguments.paths[0]).get(KEY)
-    print("none" if found is None else ", ".join(f"{name} {float(t.astype('float32').mean())}" for name, t in sorted(found.items())))
+    print(
+        "none"
+        if found is None
+        else ", ".join(f"{name} {float(t.astype('float32').mean())}" for name, t in sorted(found.items()))
+    )
 
 
 def read_studio(arguments: argparse.Namespace) -> None:
@@ -1034,7 +1307,16 @@ def read_studio(arguments: argparse.Namespace) -> None:
     job, log, queue = ChildRun(folder), RunLog(folder), Queue(folder)
     log.read()
     find_runs(Roots([folder.parent]))
-    print(job.status, job.error, job.memory, job.tail(), progress_of(job, log), queue.waiting, queue.current, read_drawing(folder))
+    print(
+        job.status,
+        job.error,
+        job.memory,
+        job.tail(),
+        progress_of(job, log),
+        queue.waiting,
+        queue.current,
+        read_drawing(folder),
+    )
 
 
 def read_dropped(arguments: argparse.Namespace) -> None:

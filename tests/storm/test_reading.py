@@ -54,6 +54,7 @@ def memory(field: str) -> int:
 @contextlib.contextmanager
 def bounded():
     """An alarm for what hangs, and an end of memory long before the machine's."""
+
     def ring(*_):
         raise HangError
 
@@ -82,7 +83,9 @@ def outcome(command: str, argv: list[str]) -> Outcome:
     except HangError:
         status = f"hangs: {traceback.format_exc().splitlines()[-3:-1]}"
     except BaseException as error:
-        frames = [f"{Path(each.filename).name}:{each.lineno}" for each in traceback.extract_tb(error.__traceback__)]
+        frames = [
+            f"{Path(each.filename).name}:{each.lineno}" for each in traceback.extract_tb(error.__traceback__)
+        ]
         status = f"{type(error).__name__}: {str(error)[:100]} {' '.join(frames[-4:])}"
     seconds = time.process_time() - began
     return Outcome(status, out.getvalue(), err.getvalue(), seconds, memory("VmHWM") - held)
@@ -120,7 +123,9 @@ def mistakes(one: Input, found: Outcome) -> list[str]:
     if one.calm and not wrong:
         wanted = calm(one.command, tuple(one.calm))
         if (found.status, plain(found.out, one.argv)) != wanted:
-            wrong.append(f"{found.status} {plain(found.out, one.argv)[-200:]!r}, undamaged {wanted[0]} {wanted[1][-200:]!r}")
+            wrong.append(
+                f"{found.status} {plain(found.out, one.argv)[-200:]!r}, undamaged {wanted[0]} {wanted[1][-200:]!r}"
+            )
     return wrong
 
 
@@ -133,7 +138,11 @@ def on_disk(*folders: Path) -> dict[str, tuple]:
                 names.remove("out")
             for name in (*names, *files):
                 facts = os.lstat(f"{parent}/{name}")
-                found[f"{parent}/{name}"] = (facts.st_mode, facts.st_size if name in files else 0, facts.st_mtime_ns if name in files else 0)
+                found[f"{parent}/{name}"] = (
+                    facts.st_mode,
+                    facts.st_size if name in files else 0,
+                    facts.st_mtime_ns if name in files else 0,
+                )
     return found
 
 
