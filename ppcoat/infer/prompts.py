@@ -113,8 +113,9 @@ def read_pictures(
 
 
 def slug(prompt: str) -> str:
-    """A short, harmless piece of a file name."""
-    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40] or "picture"
+    """A short, harmless piece of a file name: letters and digits, of any language."""
+    words = unicodedata.normalize("NFC", prompt).lower()
+    return re.sub(r"[\W_]+", "-", words).strip("-")[:40] or "picture"
 
 
 def _named(file: Path, drawings: list[tuple[int, Any, str | None]]) -> list[ListedPicture]:

@@ -120,7 +120,7 @@ def tensors_and_header(file: Path) -> tuple[dict[str, paddle.Tensor], dict[str, 
         long = next((key for key in keys if len(key) > LONGEST_NAME), None)
         if long is not None:
             raise ConfigError(
-                f"{file}: a tensor's name has {len(long)} characters, {long[:40]!r}...: no LoRA; fetch another"
+                f"{file}: a tensor's name has {len(long)} letters, {long[:40]!r}...: no LoRA; fetch another"
             )
         whole = whole_model(keys)
         if whole:

@@ -43,8 +43,8 @@ _SETTINGS = {_FP8_SWITCH: "FP8 optimizer states (coat.enabled, coat.optimizer.us
              "network.modules": "network.targets and what else chooses the Linears"}  # fmt: skip
 # Sections whose settings say nothing of how the weights come about.
 _ASIDE = ("name", "output_dir", "device", "logging", "sample", "save", "cache_dir", "memory", "vram_gb")
-# Where the base model lies; base_identity says which it is.
-_PLACES = ("model.name_or_path", "model.text_encoders", "model.vae", "model.tokenizers")
+# Where the base model lies, base_identity says which it is; and how long ranks wait.
+_PLACES = ("model.name_or_path", "model.text_encoders", "model.vae", "model.tokenizers", "train.rank_timeout")
 # Decisive fields of earlier versions: the name of the base's folder, and what may change today.
 _EARLIER = ("model", "resolution", "batch_size", "ema_decay")
 
@@ -310,22 +310,20 @@ def resume_run(
     The number of ranks may differ from the checkpoint's where the global batch does not. What changed and may
     change is told in one line. words: of the command that runs. Raises ConfigError for a checkpoint of other
     settings, a damaged one with save.strict_resume, other pictures without save.restart_data, and where the
-    ranks do not see the same pictures and checkpoints.
+    ranks do not see the same pictures. The first rank reads the checkpoint and gives it to the others.
     """
     words = words if words is not None else ResumeWords()
-    with ranks.first_ahead():  # it also removes what a killed save left
+    checkpoint = None
+    if ranks.is_first:  # it also removes what a killed save left
         checkpoint = load_latest(config.run_dir, config.save.strict_resume, words.strict_flag)
-    if checkpoint is not None:
-        told = _go_on(state, config, checkpoint, words)
+    facts = checkpoint and [str(checkpoint.path), checkpoint.step, checkpoint.state]
+    facts, tensors = ranks.hand_over(facts, checkpoint.tensors if checkpoint else {})
+    if facts is not None:
+        path, step, saved = facts
+        told = _go_on(state, config, Checkpoint(Path(path), step, tensors, saved), words)
         if ranks.is_first:
             print(told)
-    facts = {"step": state.step, **state.batches.state_dict()}
-    for name, values in zip(facts, ranks.gather(list(facts.values())).T, strict=True):
-        if (values != values[0]).any():
-            raise ConfigError(
-                f"the ranks do not start alike: {name} is {', '.join(f'{value:.0f}' for value in values)}; "
-                "all machines need the same pictures, and one output_dir that they share"
-            )
+    ranks.agree({"step": state.step, **state.batches.state_dict()})
     ranks.broadcast(state.parameters.values())
     if settings and ranks.is_first:
         try:

@@ -7,6 +7,8 @@ must end in a success or in one line. Commands without a form of their own have 
 all are run by `ppcoat.cli.main.run`. Model folders are in model_mutations.py.
 """
 
+# ruff: noqa: E501  tables of inputs
+
 import argparse
 import base64
 import io
@@ -703,9 +705,10 @@ def data_picture_bytes(rng, folder):
 def bombs() -> dict[str, bytes]:
     """Pictures that say or hold more than they should."""
     rng = random.Random(0)
-    header = lambda w, h, depth=8, colour=2: chunk(
-        b"IHDR", struct.pack(">IIBBBBB", w, h, depth, colour, 0, 0, 0)
-    )  # noqa: E731
+
+    def header(width, height, depth=8, colour=2):
+        return chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
+
     mark, end = b"\x89PNG\r\n\x1a\n", chunk(b"IEND", b"")
     rows = zlib.compress(bytes(50_000_000), 9)
     small, pixels = header(48, 40), chunk(b"IDAT", zlib.compress(b"\0" * (48 * 3 + 1) * 40))
@@ -960,7 +963,7 @@ def number(n: int) -> bytes:
 
 
 def tensor_program(
-    storage=b"FloatStorage", key=b"0", offset=number(0), shape=(4, 2), strides=(2, 1), before=b"", after=b""
+    storage=b"FloatStorage", key=b"0", offset=b"K\0", shape=(4, 2), strides=(2, 1), before=b"", after=b""
 ) -> bytes:
     """The pickle of {"a": a tensor}, as torch.save writes it."""
     text = lambda raw: b"X" + struct.pack("<I", len(raw)) + raw  # noqa: E731

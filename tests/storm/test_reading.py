@@ -29,6 +29,7 @@ from ppcoat.cli import main
 SECONDS, ALARM, GIGABYTE = 5, 60, 1 << 30
 LONGEST_LINE = 2000
 COLUMN = "damaged input"
+ROOT = str(Path(__file__).parents[2])
 
 
 class HangError(BaseException):
@@ -37,7 +38,7 @@ class HangError(BaseException):
 
 @dataclass(frozen=True)
 class Outcome:
-    """status: of the command, or what it raised. seconds: of the processor. grown: bytes of memory at most."""
+    """status: of the command, or what it raised. seconds: of the processor. grown: by how many bytes."""
 
     status: int | str
     out: str
@@ -123,9 +124,7 @@ def mistakes(one: Input, found: Outcome) -> list[str]:
     if one.calm and not wrong:
         wanted = calm(one.command, tuple(one.calm))
         if (found.status, plain(found.out, one.argv)) != wanted:
-            wrong.append(
-                f"{found.status} {plain(found.out, one.argv)[-200:]!r}, undamaged {wanted[0]} {wanted[1][-200:]!r}"
-            )
+            wrong.append(f"{found.status} {plain(found.out, one.argv)[-200:]!r}, undamaged {wanted}")
     return wrong
 
 
@@ -206,3 +205,32 @@ def test_many_damaged_inputs(kind, world):
         tried(kind, number, world)
         if number % 50 == 0:
             gc.collect()
+
+
+def as_a_process(kind: str, number: int, world: list[Path]) -> None:
+    """What was tried in this process is what a user's process does."""
+    one = made(kind, number, world[0])
+    here = outcome(one.command, one.argv)
+    argv = [sys.executable, "-m", "ppcoat", *one.command.split(), *one.argv]
+    there = subprocess.run(argv, capture_output=True, timeout=300, env=os.environ | {"PYTHONPATH": ROOT})
+    wrong = mistakes(one, Outcome(there.returncode, there.stdout.decode(), there.stderr.decode()))
+    wrong += [f"{there.returncode}, in one process {here.status}"] if there.returncode != here.status else []
+    judge(f"{kind}, as processes", COLUMN, not wrong, f"{number} {one.command} {one.told[:120]}: {wrong}")
+
+
+def passes(one: Input) -> bool:
+    """Whether a system can pass its arguments to a process."""
+    return not any("\0" in word or len(word) > 2**15 or not word.isprintable() for word in one.argv)
+
+
+@pytest.mark.parametrize("number", (1, 8))
+def test_a_config_as_a_process(number, world):
+    as_a_process("configs", number, world)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ("configs", "data", "adapters"))
+def test_some_as_processes(kind, world):
+    for number in random.Random(0).sample(range(300), 8):
+        if passes(made(kind, number, world[0])):
+            as_a_process(kind, number, world)
