@@ -24,8 +24,9 @@ from ppcoat.data.content_keys import content_key, file_digest
 from ppcoat.data.examples import Dataset
 from ppcoat.errors import ConfigError
 from ppcoat.models.tensor_files import Component
+from ppcoat.reading import json_value, regular_bytes
 from ppcoat.train.base_model import base_identity, fingerprints
-from ppcoat.train.checkpoint import Checkpoint, load_latest, unwritable
+from ppcoat.train.checkpoint import MAX_STATE_BYTES, Checkpoint, load_latest, unwritable
 from ppcoat.train.ranks import Ranks
 from ppcoat.train.run_state import ANEW, Records, ResumeWords, RunState
 
@@ -113,7 +114,8 @@ def check_resume(
 def _check_latest(config: RunConfig, start: Start, words: ResumeWords) -> None:
     root = config.run_dir / "checkpoints"
     try:
-        facts = json.loads((root / (root / "latest").read_text("ascii").strip() / "state.json").read_bytes())
+        latest = regular_bytes(root / "latest", MAX_STATE_BYTES).decode("ascii").strip()
+        facts = json_value(regular_bytes(root / latest / "state.json", MAX_STATE_BYTES))
         for place in (facts["compatible"], facts["compatible"].get("network", {})):
             place.pop("modules", None)
         facts["batches"].keys()

@@ -35,7 +35,13 @@ from ppcoat.device import (
 from ppcoat.errors import ConfigError
 from ppcoat.fp8 import backend
 from ppcoat.fp8.formats import fp8_support
-from ppcoat.plan.settings import allowed_bases, line_of_plan, with_earlier_plan, with_memory_plan
+from ppcoat.plan.settings import (
+    allowed_bases,
+    check_fits,
+    line_of_plan,
+    with_earlier_plan,
+    with_memory_plan,
+)
 from ppcoat.train.base_model import base_identity, compatible
 from ppcoat.train.checkpoint import check_run_folder
 from ppcoat.train.flux import FluxSpec
@@ -169,6 +175,7 @@ def with_fitting_settings(spec: ModelSpec, config: RunConfig, ranks: Ranks) -> R
     then. Raises ConfigError as `with_memory_plan` does.
     """
     if config.memory == "as_given":
+        check_fits(config, spec.memory_model)
         return config
     if config.vram_gb is not None:
         planned, note = with_memory_plan(config, spec.memory_model), f"the {config.vram_gb:g} GB of vram_gb"
