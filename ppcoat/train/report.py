@@ -23,7 +23,7 @@ import paddle
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from ppcoat.atomic import whole_file, write_text
+from ppcoat.atomic import remove_dead_drafts, whole_file, write_text
 from ppcoat.errors import ConfigError
 from ppcoat.progress import Progress
 
@@ -94,6 +94,7 @@ class Report:
         self._images, self._since = 0, time.perf_counter()
         self._closing = ExitStack()
         self.run_dir.mkdir(parents=True, exist_ok=True)
+        remove_dead_drafts(self.run_dir / "samples")  # the rest of the run may draw none
         with self._closing as closing_on_error:
             log = _open_log(self.run_dir / "log.jsonl", start_step)
             self._log = closing_on_error.enter_context(log)

@@ -295,3 +295,32 @@ def snapshot(root: Path) -> dict[str, bytes]:
 def drafts(root: Path) -> list[str]:
     """What should have been cleaned."""
     return [str(path) for path in root.rglob("*") if is_draft(path.relative_to(root))]
+
+
+def a_new_process() -> None:
+    """What a process knows of its own drafts and of synced folders ends with it."""
+    atomic._own.clear()
+    atomic._on_disk.clear()
+
+
+def chosen(count: int, every: bool, few: int = 4):
+    """Numbers of operations, from 1: all, or some that are spread over them with the last ones."""
+    return range(1, count + 1) if every else sorted({1 + i * (count - 1) // (few - 1) for i in range(few)})
+
+
+def in_a_child(action: Callable[[], object]) -> int:
+    """The status of a fork that runs `action`; 0 where it returns, 1 where it raises."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            action()
+            status = 0
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def named(error: OSError) -> bool:
+    """Whether an error says which file, and that is none that the user does not know."""
+    return error.errno is not None and ".tmp-" not in str(error.filename) and error.filename is not None

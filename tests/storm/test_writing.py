@@ -12,7 +12,7 @@ import re
 import resource
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
@@ -29,9 +29,13 @@ from disk import (
     Disk,
     Failure,
     PowerCut,
+    a_new_process,
+    chosen,
     drafts,
     dying_at,
+    in_a_child,
     killed_at,
+    named,
     put,
     recorded,
     snapshot,
@@ -48,12 +52,6 @@ from ppcoat.lora import LoRAModule, write_lora_file
 FLUX = Path(__file__).parents[1] / "fixtures" / "tiny_flux_fp32"
 
 VERSIONS = 3  # the last replaces, and the first is pruned, where a saver does either
-
-
-def a_new_process() -> None:
-    """What a process knows of its own drafts and of synced folders ends with it."""
-    atomic._own.clear()
-    atomic._on_disk.clear()
 
 
 @dataclass
@@ -121,11 +119,6 @@ def everything_in(root: Path) -> tuple:
     return len(atomic._own), *sorted(found, key=str)
 
 
-def chosen(count: int, every: bool, few: int = 4):
-    """Numbers of operations, from 1: all, or some that are spread over them with the last ones."""
-    return range(1, count + 1) if every else sorted({1 + i * (count - 1) // (few - 1) for i in range(few)})
-
-
 # A fault's case: the least and the last version that may be there, whether all else was as it must be, and
 # which case it was.
 Case = tuple[int, int, bool, str]
@@ -167,11 +160,6 @@ def errors(stage: Stage, every: bool) -> Iterator[Case]:
         yield least, VERSIONS, clean and not left, told
 
 
-def named(error: OSError) -> bool:
-    """Whether an error says which file, and that is none that the user does not know."""
-    return error.errno is not None and ".tmp-" not in str(error.filename) and error.filename is not None
-
-
 def cuts(stage: Stage, every: bool) -> Iterator[Case]:
     reported, root = {}, stage.begin()
     shutil.rmtree(root)
@@ -206,13 +194,14 @@ def python_writes(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def stages(tmp_path_factory):
+def stages(memory):
     """stages(name), the same for all faults."""
     made: dict[str, Stage] = {}
 
     def stage(name: str) -> Stage:
         if name not in made:
-            made[name] = Stage(SAVERS[name], tmp_path_factory.mktemp("stage"))
+            (memory / str(len(made))).mkdir()
+            made[name] = Stage(SAVERS[name], memory / str(len(made)))
         return made[name]
 
     return stage
@@ -234,19 +223,6 @@ def test_what_was_reported_is_there_after_a_fault_at_some_operations(name, fault
 @pytest.mark.parametrize(("name", "fault"), EVERY)
 def test_what_was_reported_is_there_after_a_fault_at_every_operation(name, fault, stages):
     storm(stages(name), name, fault, every=True)
-
-
-def in_a_child(action: Callable[[], object]) -> int:
-    """The status of a fork that runs `action`; 0 where it returns, 1 where it raises."""
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            action()
-            status = 0
-        finally:
-            os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def test_what_rust_cannot_write_is_an_error_of_the_disk_with_the_files_name(tmp_path, monkeypatch):
@@ -328,9 +304,10 @@ def merging(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_true_merge_that_is_really_killed_is_there_whole_or_not_at_all(tmp_path, merging):
+def test_a_true_merge_that_is_really_killed_is_there_whole_or_not_at_all(memory, merging):
     """Nothing stands for anything here: a FLUX pipeline, weights that Rust writes, and SIGKILL."""
-    root = tmp_path / "root"
+    root = memory / "merge"
+    root.mkdir()
     a_new_process()
     with recorded(root).watched() as disk:
         merging(root / "out")
