@@ -20,7 +20,7 @@ from typing import NoReturn
 from safetensors import SafetensorError
 
 import ppcoat
-from ppcoat.errors import ConfigError, not_installed, tell_plainly, unknown_name
+from ppcoat.errors import ConfigError, not_installed, one_line, tell_plainly, unknown_name
 
 _OF_A_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 _FLAG = re.compile(r"(?<=^--)[a-z0-9]+(-[a-z0-9]+)+(?=$|=)")
@@ -173,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = " ".join(argv[:words])
     if name not in COMMANDS:
         known = [each for each in COMMANDS if words == 1 or each.startswith(f"{argv[0]} ")]
-        print(f"error: {unknown_name('command', name, known)}", file=sys.stderr)
+        print(f"error: {one_line(unknown_name('command', name, known))}", file=sys.stderr)
         return 2
     return run(name, argv[words:], prog=f"python -m ppcoat {name}")
 
@@ -198,7 +198,7 @@ def run(name: str, argv: Sequence[str] | None = None, prog: str | None = None) -
         parse = parser.parse_intermixed_args if command.mixed else parser.parse_args
         getattr(module, command.run)(parse(argv))
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
         if (error.name or "ppcoat").startswith("ppcoat"):
@@ -215,10 +215,11 @@ def run(name: str, argv: Sequence[str] | None = None, prog: str | None = None) -
         reason = _reason(error)
         if reason is None:
             raise
-        print(f"error: {reason}; check the path, its permissions and the room on the disk", file=sys.stderr)
+        advice = "check the path, its permissions and the room on the disk"
+        print(f"error: {one_line(f'{reason}; {advice}')}", file=sys.stderr)
         return 2
     except (FloatingPointError, ChildProcessError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 1
     except (KeyboardInterrupt, ImportError) as error:
         # Paddle's own module makes an ImportError of a Ctrl+C that comes while it is loaded

@@ -14,6 +14,7 @@ are refused by name.
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import math
@@ -28,6 +29,7 @@ from typing import Any, TypeVar, get_type_hints
 from ppcoat.data.caption_files import MAX_CAPTION_BYTES
 from ppcoat.data.encodings import decode
 from ppcoat.errors import ConfigError, unknown_name
+from ppcoat.reading import regular_bytes
 
 MAX_PICTURES, MAX_LIST_BYTES, MAX_NAME_BYTES = 100_000, 64 << 20, 120
 # Field of Drawing -> its other names: as a column, and with -- in a line of text.
@@ -111,8 +113,9 @@ def read_pictures(
 
 
 def slug(prompt: str) -> str:
-    """A short, harmless piece of a file name."""
-    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40] or "picture"
+    """A short, harmless piece of a file name: letters and digits, of any language."""
+    words = unicodedata.normalize("NFC", prompt).lower()
+    return re.sub(r"[\W_]+", "-", words).strip("-")[:40] or "picture"
 
 
 def _named(file: Path, drawings: list[tuple[int, Any, str | None]]) -> list[ListedPicture]:
@@ -137,12 +140,10 @@ def _rows(file: Path) -> Iterator[tuple[int, Mapping[str, Any] | ConfigError]]:
     if reader is None:
         raise ConfigError(f"prompts: came {file}, wanted a {', '.join(_READERS)} file")
     try:
-        with open(file, "rb") as source:
-            raw = source.read(MAX_LIST_BYTES + 1)
+        raw = regular_bytes(file, MAX_LIST_BYTES)
     except OSError as error:
-        raise ConfigError(f"prompts: {file} cannot be read ({error.strerror}); check the path") from None
-    if len(raw) > MAX_LIST_BYTES:
-        raise ConfigError(f"{file} is larger than {MAX_LIST_BYTES >> 20} MiB; split the list")
+        advice = "split the list" if error.errno == errno.EFBIG else "check the path"
+        raise ConfigError(f"prompts: {file} cannot be read ({error.strerror}); {advice}") from None
     try:
         text, encoding = decode(raw)
     except UnicodeError:

@@ -18,6 +18,7 @@ from PIL import Image
 from ppcoat.atomic import is_disk_error
 from ppcoat.coat import COATTrainer, prepare, trained_parameters
 from ppcoat.config.load import dump_config
+from ppcoat.config.resume import settings_that_matter
 from ppcoat.config.schema import RunConfig
 from ppcoat.data.batches import ResumableBatches
 from ppcoat.data.cache import TrainingCache, build_cache
@@ -34,9 +35,15 @@ from ppcoat.device import (
 from ppcoat.errors import ConfigError
 from ppcoat.fp8 import backend
 from ppcoat.fp8.formats import fp8_support
-from ppcoat.plan.settings import allowed_bases, line_of_plan, with_earlier_plan, with_memory_plan
-from ppcoat.train.base_model import compatible
-from ppcoat.train.checkpoint import check_resume, check_run_folder
+from ppcoat.plan.settings import (
+    allowed_bases,
+    check_fits,
+    line_of_plan,
+    with_earlier_plan,
+    with_memory_plan,
+)
+from ppcoat.train.base_model import base_identity, compatible
+from ppcoat.train.checkpoint import check_run_folder
 from ppcoat.train.flux import FluxSpec
 from ppcoat.train.model_spec import ModelSpec
 from ppcoat.train.newbie import NewbieSpec
@@ -49,9 +56,11 @@ from ppcoat.train.previews import (
     kept_pictures,
     preview_prompts,
 )
+from ppcoat.train.rank_line import Patience
 from ppcoat.train.ranks import Ranks, rank_scratch
+from ppcoat.train.resume import Start, check_resume
 from ppcoat.train.run_lock import only_run_in
-from ppcoat.train.run_state import RunningMean, RunState
+from ppcoat.train.run_state import Records, RunningMean, RunState
 from ppcoat.train.start import AdapterStart, adapter_start, as_it_started, settings_before
 from ppcoat.train.trainer import Side, StepResult, Trainer, TrainingResult
 
@@ -84,12 +93,14 @@ def train_lora(config: RunConfig) -> TrainingResult:
     spec = MODEL_SPECS[config.model.family]
     inputs = check_inputs(spec, config)
     ranks = inputs.ranks
+    ranks.agree(_alike(config, inputs.examples))
     config = with_steps_of_epochs(with_fitting_settings(spec, as_it_started(config), ranks), inputs)
     if ranks.is_first:
         check_run_folder(config.run_dir)
-        batches = ResumableBatches(inputs.examples, config.train.batch_size * ranks.size, config.seed)
-        check_resume(config, compatible(config), batches)
     with only_run_in(config.run_dir, ranks):
+        batches = ResumableBatches(inputs.examples, config.train.batch_size * ranks.size, config.seed)
+        start = Start(compatible(config), batches, Records(settings_that_matter(config)))
+        records = check_resume(config, start, inputs.datasets, spec.parts(config), ranks)
         pipeline = spec.load_encoders(config, inputs.dtype)
         cache = encode_for_all(spec, config, inputs.examples, pipeline, ranks)
         validation = None
@@ -97,7 +108,9 @@ def train_lora(config: RunConfig) -> TrainingResult:
             encoders = spec.encoders(config, pipeline)
             validation = encode_validation(config, inputs.validation, encoders, spec.objective(config))
         spec.load_base(pipeline, config, inputs.dtype, ranks)
-        return build_trainer(spec, config, pipeline, cache, validation, ranks, inputs.start).run()
+        trainer = build_trainer(spec, config, pipeline, cache, validation, ranks, inputs.start)
+        trainer.state.records = records
+        return trainer.run()
 
 
 def dry_run(config: RunConfig) -> Iterator[tuple[StepResult, float]]:
@@ -149,7 +162,7 @@ def check_inputs(spec: ModelSpec, config: RunConfig) -> RunInputs:
             f"model.quantize_matmul: {fp8_support().reason}: leave it out; quantize: fp8 alone is as small"
         )
     dtype = compute_dtype(config.model.dtype)
-    ranks = Ranks.current(config.device)
+    ranks = Ranks.current(config.device, Patience(config.train.rank_timeout))
     cost = use_deterministic_kernels() if config.train.deterministic else None
     if ranks.is_first:
         print(*filter(None, (data_report(datasets), start and start.told, cost)), sep="\n")
@@ -158,10 +171,11 @@ def check_inputs(spec: ModelSpec, config: RunConfig) -> RunInputs:
 
 def with_fitting_settings(spec: ModelSpec, config: RunConfig, ranks: Ranks) -> RunConfig:
     """What `memory: auto` asks for, the same on all ranks. Without vram_gb a run is planned for the memory
-    that is free when it starts, the least of all ranks; a run that goes on keeps what was planned then, where
-    all ranks see its folder. Raises ConfigError as `with_memory_plan` does.
+    that is free when it starts, the least of all ranks; a run that goes on keeps what was planned
+    then. Raises ConfigError as `with_memory_plan` does.
     """
     if config.memory == "as_given":
+        check_fits(config, spec.memory_model)
         return config
     if config.vram_gb is not None:
         planned, note = with_memory_plan(config, spec.memory_model), f"the {config.vram_gb:g} GB of vram_gb"
@@ -171,15 +185,41 @@ def with_fitting_settings(spec: ModelSpec, config: RunConfig, ranks: Ranks) -> R
     free, total = meter.free_memory(), meter.total_memory()
     if free is None:
         return with_memory_plan(config, spec.memory_model)
-    earlier = _planned_before(config)
-    table = ranks.gather([free, earlier is not None])
-    if table[:, 1].all():
-        planned, note = with_earlier_plan(config, earlier), "the settings with which this run began"
+    earlier = _planned_before(config)  # rank 0's counts
+    earlier = ranks.from_first(b"" if earlier is None else earlier.model_dump_json().encode())
+    free = int(ranks.gather([free]).min())
+    if earlier:
+        before = RunConfig.model_validate_json(earlier)
+        planned, note = with_earlier_plan(config, before), "the settings with which this run began"
     else:
-        free = int(table[:, 0].min())
         planned = with_memory_plan(config, spec.memory_model, free)
         note = f"the {free / 1e9:.1f} GB that are free of {total / 1e9:.1f}"
     return _tell_plan(config, planned, note, ranks)
+
+
+def _alike(config: RunConfig, examples: Sequence[Example]) -> dict[str, object]:
+    """What the ranks of a run must share: settings, base model and pictures, wherever these lie."""
+    settings = settings_that_matter(config)
+    settings = {key: value for key, value in settings.items() if not key.endswith("_path")}
+    permissions = {f"save.{name}": getattr(config.save, name) for name in ("restart_data", "strict_resume")}
+    return {
+        **settings,
+        **permissions,
+        "memory": config.memory,
+        "vram_gb": config.vram_gb,
+        "base model": base_identity(config.model.name_or_path),
+        **alike_pictures(examples),
+    }
+
+
+def alike_pictures(examples: Sequence[Example]) -> dict[str, int]:
+    """What ranks compare of their pictures."""
+    facts = ResumableBatches(examples, 1, 0).state_dict()
+    return {
+        "the number of pictures": facts["num_examples"],
+        "a checksum of their sizes and repeats": facts["sizes_and_repeats"],
+        "a checksum of their names, bytes and captions": facts["contents"],
+    }
 
 
 def _tell_plan(config: RunConfig, planned: RunConfig, note: str, ranks: Ranks) -> RunConfig:
@@ -316,6 +356,7 @@ def build_trainer(
         side.bins,
         RunningMean(parameters, train.ema.ema_decay) if train.ema.use_ema else None,
         compatible(config, list(modules)),
+        Records(settings_that_matter(config)),
     )
     return Trainer(
         config=config,

@@ -18,8 +18,8 @@ import pytest
 
 from ppcoat.errors import ConfigError
 from ppcoat.optim import FP8AdamW, FP8QuantizationConfig
-from ppcoat.train import ranks as module
-from ppcoat.train.ranks import LOST_EXIT, Ranks
+from ppcoat.train.rank_line import _END, _FRAME, GREETING, LOST_EXIT, Line, greeting
+from ppcoat.train.ranks import Ranks
 
 SHAPES = ([3, 5], [7], [2, 2, 2])
 
@@ -280,14 +280,18 @@ def test_the_first_goes_ahead_and_the_others_follow(start, tmp_path):
 
 
 def test_a_stranger_at_the_port_is_not_a_rank():
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        lines = []
-        for token, rank in ((1, 1), (7, 0), (7, 2), (7, 1)):
-            lines.append(socket.create_connection(server.getsockname()))
-            lines[-1].sendall(module._GREETING.pack(token, rank))
-        peers = module._accept(server, token=7, size=2)
-    assert list(peers) == [1]
-    assert peers[1].getpeername() == lines[3].getsockname()
+    server, run = socket.create_server(("127.0.0.1", 0)), bytes(16)
+    address, lines = server.getsockname(), []
+    line = Line(0, 2, server, run)
+    for words in (greeting(b"1" * 16, 1, 2), greeting(run, 0, 2), greeting(run, 2, 2), greeting(run, 1, 3),
+                  b"GET / HTTP/1.1\r\n".ljust(40), greeting(run, 1, 2)):  # fmt: skip
+        lines.append(socket.create_connection(address, timeout=5))
+        lines[-1].sendall(words)
+    answers = [each.recv(GREETING.size) for each in lines]
+    assert answers == [b""] * 5 + [greeting(run, 0, 2)]
+    assert line._peers[1].getpeername() == lines[5].getsockname()
+    lines[5].sendall(_FRAME.pack(_END, 0))  # else its end would end this process
+    line.end()
 
 
 def test_one_process_needs_no_group(monkeypatch):
