@@ -14,6 +14,7 @@ ALLOWED = {
     "device": (),
     "atomic": (),
     "progress": (),
+    "finite": (),
     "fp8": (),
     "config": (),
     "nn": ("fp8",),
@@ -32,7 +33,7 @@ ALLOWED = {
     "pretrain": ("data", "models", "infer", "train.ranks", "config.flags"),
 }  # fmt: skip
 # The last are the names of FLUX's Linears and norms: data, in an __init__ that imports nothing.
-OPEN_TO_ALL = ("errors", "device", "atomic", "progress", "models.flux.ATTENTION_AND_MLP",
+OPEN_TO_ALL = ("errors", "device", "atomic", "progress", "finite", "models.flux.ATTENTION_AND_MLP",
                "models.flux.MODULATION", "models.flux.NORMS", "models.flux.OUTSIDE_BLOCKS",
                "models.flux.HALVES_SWAPPED")  # fmt: skip
 UNRESTRICTED = ("cli", "bench", "__init__", "__main__")  # the top

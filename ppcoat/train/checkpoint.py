@@ -27,6 +27,7 @@ from ppcoat.atomic import check_writable, remove_dead_drafts, remove_folder, who
 from ppcoat.config.schema import RunConfig
 from ppcoat.data.batches import ResumableBatches
 from ppcoat.errors import ConfigError
+from ppcoat.finite import first_not_finite
 from ppcoat.train.ranks import Ranks
 from ppcoat.train.run_state import ANEW, STRICT_FLAG, ResumeWords, RunState
 
@@ -247,6 +248,9 @@ def _load(path: Path) -> Checkpoint:
         name.removesuffix(".safetensors"): safetensors.paddle.load(content)
         for name, content in contents.items()
     }
+    for group, named in tensors.items():
+        if (name := first_not_finite(named)) is not None:
+            raise _Damaged(f"{group}.safetensors: {name} holds NaN or infinity")
     return Checkpoint(path, int(path.name), tensors, state)
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import paddle
 from PIL import Image
 
+from ppcoat.coat import warn_of_rank
 from ppcoat.config.schema import PreviewConfig, RunConfig
 from ppcoat.data.cache import Encoders, TrainingCache, folder_identity
 from ppcoat.data.examples import Example
@@ -26,6 +27,7 @@ from ppcoat.models.flux.pipeline import FluxPipeline
 from ppcoat.models.flux.transformer import FluxTransformer2DModel
 from ppcoat.models.loading import check_folder, check_without_control, load_transformer, unfilled
 from ppcoat.models.quantized_base import load_quantized_transformer
+from ppcoat.models.tensor_files import Component
 from ppcoat.nn.swap import last_blocks
 from ppcoat.objective import FlowMatching
 from ppcoat.plan.phases import MemoryModel
@@ -35,6 +37,8 @@ from ppcoat.train.model_spec import ModelSpec
 from ppcoat.train.ranks import Ranks
 from ppcoat.train.start import fields_of_start
 from ppcoat.train.trainer import SaveWeights
+
+_MAKERS = {"latents": "vae", "prompt_embeds": "text_encoder_2", "pooled": "text_encoder"}
 
 
 class FluxSpec(ModelSpec):
@@ -49,6 +53,7 @@ class FluxSpec(ModelSpec):
         check_folder(files, control=True)
         transformer = self.unfilled(config)
         check_without_control(transformer, files, fill=True)
+        warn_of_rank(config.network, transformer)
         if config.model.blocks_to_swap:
             last_blocks(transformer, config.model.blocks_to_swap)
         fill = editing.is_fill(files)
@@ -85,7 +90,12 @@ class FluxSpec(ModelSpec):
             return pipeline.encode_prompt(captions, max_sequence_length=config.train.max_sequence_length)[:2]
 
         masked = editing.masked_encoder(pipeline) if editing.is_fill(_files(config)) else None
-        return Encoders(pipeline.encode_image, encode_text, vae, text, masked=masked)
+
+        def maker(name: str) -> tuple[Component, paddle.nn.Layer]:
+            part = _MAKERS[name]
+            return _files(config)[part], getattr(pipeline, part)
+
+        return Encoders(pipeline.encode_image, encode_text, vae, text, masked=masked, maker=maker)
 
     def load_base(
         self,
