@@ -46,5 +46,5 @@ def check_made(tensor: paddle.Tensor, what: str, maker: Maker | None = None) -> 
     place, model = maker() if maker else (None, None)
     weight = damaged_weight(model) if maker else None
     if weight is not None:
-        raise ConfigError(f"{what} is not finite: {weight} of {place} holds NaN or infinity; fetch it again")
+        raise ConfigError(f"{what} is not finite: {weight} of {place} holds NaN or infinity: fetch it again")
     raise ConfigError(f"{what} is not finite; use model.dtype float32 or bfloat16, or remove the file")
