@@ -16,6 +16,7 @@ ALLOWED = {
     "atomic": (),
     "progress": (),
     "reading": (),
+    "finite": (),
     "fp8": (),
     "config": (),
     "nn": ("fp8",),
@@ -34,7 +35,7 @@ ALLOWED = {
     "pretrain": ("data", "models", "infer", "train.ranks", "config.flags"),
 }  # fmt: skip
 # The last are the names of FLUX's Linears and norms: data, in an __init__ that imports nothing.
-OPEN_TO_ALL = ("errors", "device", "atomic", "progress", "reading", "models.flux.ATTENTION_AND_MLP",
+OPEN_TO_ALL = ("errors", "device", "atomic", "progress", "reading", "finite", "models.flux.ATTENTION_AND_MLP",
                "models.flux.MODULATION", "models.flux.NORMS", "models.flux.OUTSIDE_BLOCKS",
                "models.flux.HALVES_SWAPPED")  # fmt: skip
 UNRESTRICTED = ("cli", "bench", "__init__", "__main__")  # the top

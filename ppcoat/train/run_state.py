@@ -239,7 +239,7 @@ class RunState:
     records: Records = Records()
     step: int = 0
     skipped: int = 0
-    skipped_in_a_row: int = 0
+    skipped_in_a_row: dict[str, int] = field(default_factory=dict)
 
     def tensors(self) -> dict[str, dict[str, paddle.Tensor]]:
         """Tensors of any shape by group and name: "lora", "optimizer" and, where there is a mean, "ema"."""
@@ -274,6 +274,8 @@ class RunState:
         self.schedule.last_lr = self.schedule.get_lr()  # of this run's settings: the other's may differ
         if self.ema is not None:
             self.ema.load(tensors.get("ema", tensors["lora"]))
-        self.skipped, self.skipped_in_a_row = state["skipped"]["steps"], state["skipped"]["in_a_row"]
+        self.skipped, in_a_row = state["skipped"]["steps"], state["skipped"]["in_a_row"]
+        # earlier versions had one number for all sides
+        self.skipped_in_a_row = dict(in_a_row) if isinstance(in_a_row, dict) else {}
         self.bins.load_state_dict(state["bins"])
         self.step = step
