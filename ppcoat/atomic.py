@@ -33,7 +33,7 @@ import socket
 import stat
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -216,13 +216,10 @@ def _draft(goal: Path, or_goal: bool = False) -> Iterator[Path]:
     """
     if or_goal and not _own.isdisjoint(goal.parts):
         _remove(goal)
-        whole = False
-        try:
+        with ExitStack() as unless_whole:
+            unless_whole.callback(_remove, goal)
             yield goal
-            whole = True
-        finally:
-            if not whole:
-                _remove(goal)
+            unless_whole.pop_all()
         return
     name = f".{goal.name}.tmp-{_host()}-{os.getpid()}-{secrets.token_hex(4)}"
     own = goal.with_name(name)
