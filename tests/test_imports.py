@@ -14,6 +14,7 @@ ALLOWED = {
     "device": (),
     "atomic": (),
     "progress": (),
+    "signals": (),
     "fp8": (),
     "config": (),
     "nn": ("fp8",),
@@ -32,7 +33,7 @@ ALLOWED = {
     "pretrain": ("data", "models", "infer", "train.ranks", "config.flags"),
 }  # fmt: skip
 # The last are the names of FLUX's Linears and norms: data, in an __init__ that imports nothing.
-OPEN_TO_ALL = ("errors", "device", "atomic", "progress", "models.flux.ATTENTION_AND_MLP",
+OPEN_TO_ALL = ("errors", "device", "atomic", "progress", "signals", "models.flux.ATTENTION_AND_MLP",
                "models.flux.MODULATION", "models.flux.NORMS", "models.flux.OUTSIDE_BLOCKS",
                "models.flux.HALVES_SWAPPED")  # fmt: skip
 UNRESTRICTED = ("cli", "bench", "__init__", "__main__")  # the top
@@ -41,6 +42,9 @@ MODEL_FILE_WITH_LORA = "models/flux/lora_methods.py"  # load_lora_weights and it
 FORBIDDEN_MODULES = ("pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "torch")
 # It reads torch's checkpoints by a pickle.Unpickler whose find_class knows stand-ins for tensors only.
 UNPICKLER = "models/newbie/convert.py"
+# What a signal has ended says nothing else, whatever came of the exception on its way through libraries; and
+# nothing keeps a process that is told to end.
+CATCHES_ALL = {"__main__.py": "except BaseException", "signals.py": "except Exception"}
 FORBIDDEN_CALLS = ("eval", "exec", "compile", "__import__", "paddle.load", "torch.load", "yaml.load",
                    "yaml.unsafe_load", "yaml.full_load", "os.system", "numpy.load", "np.load")  # fmt: skip
 
@@ -210,7 +214,10 @@ def forbidden(tree):
 
 @pytest.mark.parametrize("file", FILES, ids=name_of)
 def test_nothing_catches_everything_or_runs_what_it_reads(file):
-    assert forbidden(tree_of(file)) == []
+    found = [
+        each for each in forbidden(tree_of(file)) if not each.endswith(CATCHES_ALL.get(name_of(file), "!"))
+    ]
+    assert found == []
     allowed = {"pickle"} if name_of(file) == UNPICKLER else set()
     assert not {name.split(".")[0] for name, _ in imports_of(file)} & set(FORBIDDEN_MODULES) - allowed
 

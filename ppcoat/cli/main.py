@@ -16,8 +16,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
-from safetensors import SafetensorError
-
 import ppcoat
 from ppcoat.errors import ConfigError, not_installed, tell_plainly, unknown_name
 
@@ -155,8 +153,8 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`python -m ppcoat <command> ...` -> exit status: 0, or 2 for a user's mistake, 130 for Ctrl+C, 1
-    if training diverged."""
+    """`python -m ppcoat <command> ...` -> exit status: 0, or 2 for a user's mistake, 1 if training diverged;
+    signals are `ppcoat.signals`'."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
         try:
@@ -209,7 +207,7 @@ def run(name: str, argv: Sequence[str] | None = None, prog: str | None = None) -
         raise
     except BrokenPipeError:
         return _unread()
-    except (OSError, SafetensorError) as error:
+    except (OSError, _safetensor_error()) as error:
         if isinstance(error, OSError) and (error.errno is None or error.filename is None):
             raise  # one of Paddle's, who gives device errors this type, or of the network
         reason = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else error
@@ -218,13 +216,14 @@ def run(name: str, argv: Sequence[str] | None = None, prog: str | None = None) -
     except (FloatingPointError, ChildProcessError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except (KeyboardInterrupt, ImportError) as error:
-        # Paddle's own module makes an ImportError of a Ctrl+C that comes while it is loaded
-        if not any(isinstance(each, KeyboardInterrupt) for each in (error, error.__cause__)):
-            raise
-        print("interrupted", file=sys.stderr)
-        return 130
     return _flushed()
+
+
+def _safetensor_error() -> type[Exception]:
+    """Imported once there is an error: the start of a command is short."""
+    from safetensors import SafetensorError
+
+    return SafetensorError
 
 
 class _Parser(argparse.ArgumentParser):
