@@ -121,7 +121,7 @@ CLASSES: Mapping[str, Class] = {
 
 def class_of(key: str) -> Class:
     """Of a setting by its dotted name, "datasets.0.flip_x"; what is not known any more may change."""
-    return CLASSES.get(without_number(key), "told")
+    return CLASSES.get(key) or CLASSES.get(without_number(key), "told")
 
 
 def without_number(key: str) -> str:

@@ -32,6 +32,10 @@ WITH = {
     **dict.fromkeys(("invert_mask", "mask_min_value"), {"datasets.1.mask_path": "masks"}),
     **dict.fromkeys(("full_size_control_images", "control_transparent_color", "control_path"),
                     {"datasets.1.control_path": ["references"]}),
+    "sample": {"sample.prompts": ["a green hat"], "sample.width": 64, "sample.height": 64,
+               "sample.sample_steps": 1},
+    "validation": {"train.validation.items": [{"image_path": "pictures/pictures0.png"}],
+                   "train.validation.resolution": 64},
     "mask_path": {"datasets.1.mask_path": "masks"},
     "prompt_prefix": {"model.family": "newbie"},
 }  # fmt: skip
@@ -46,6 +50,9 @@ VALUES = {
     "prompt_prefix": "You draw.", "prompts": ["a hat"], "samples": [{"prompt": "a hat"}],
     "control_transparent_color": [9, 9, 9], "growth_rate": 2.0, "lr": 2e-3, "learning_rate": 2e-3,
     "group_size": 64, "optimizer": "lion", "block_size": 32, "cache_dir": "caches",
+    "items": [{"image_path": "pictures/pictures1.png"}], "name_or_path": "copy/model",
+    "text_encoders": ["copy/model"], "vae": "copy/model", "tokenizers": ["copy/model"], "device": "auto",
+    "pretrained_teacher_model": "copy/model", "data_path": "copy/more", "vram_gb": 64.0,
     "resume_from_checkpoint": None, "save_format": ["paddle"],
 }  # fmt: skip
 # What changes with a setting, so that the settings are valid and nothing else is another.

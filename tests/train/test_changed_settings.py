@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from functools import cache
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from ppcoat.config.schema import RunConfig
 from ppcoat.data import examples
 from ppcoat.data.batches import ResumableBatches
 from ppcoat.data.examples import all_examples, scan_datasets
-from ppcoat.distill.flux_lightning import WORDS, _compatible
+from ppcoat.distill.flux_lightning import WORDS, _compatible, train_flux_lightning
 from ppcoat.errors import ConfigError
 from ppcoat.optim import lr_scheduler
 from ppcoat.train.base_model import compatible
@@ -26,9 +27,15 @@ from ppcoat.train.flux import FluxSpec
 from ppcoat.train.ranks import Ranks
 from ppcoat.train.report import SigmaBins
 from ppcoat.train.resume import data_record, resume_run
+from ppcoat.train.run import train_lora
 from ppcoat.train.run_state import Records, ResumeWords, RunState
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "tiny_flux_fp32"
+
+FLAGS = {"pretrained_teacher_model": str(FIXTURE), "resolution": "64", "lora_rank": "2", "device": "cpu",
+         "use_dmd_loss": True, "apply_reflow_loss": True, "use_distill_loss": True, "max_train_steps": "3",
+         "max_sequence_length": "16", "num_euler_timesteps": "20", "validation_steps": "0",
+         "resume_from_checkpoint": "latest"}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -183,9 +190,104 @@ def test_every_setting_of_a_distillation_is_refused_told_or_passed_over_as_its_c
     run, tmp_path, capsys, quick, monkeypatch
 ):
     folder, _ = run
-    flags = {"data_path": str(folder / "more"), "pretrained_teacher_model": str(FIXTURE), "resolution": "64",
-             "lora_rank": "2", "use_dmd_loss": True, "apply_reflow_loss": True, "use_distill_loss": True,
-             "resume_from_checkpoint": "latest", "file_list_path": "list.txt", "device": "cpu"}  # fmt: skip
+    flags = FLAGS | {"data_path": str(folder / "more"), "file_list_path": "list.txt"}
     monkeypatch.chdir(folder)
-    changes = every_change(lightning_config(flags), skip={"data_path"})
+    changes = every_change(lightning_config(flags))
     check_each(changes, Resumed(tmp_path), capsys, restarts=False)
+
+
+@pytest.fixture(scope="module")
+def trained(run):
+    """trained(settings) -> the folder of a run of 3 steps with them and with a checkpoint of each."""
+    folder, _ = run
+    shutil.copytree(FIXTURE, folder / "copy" / "model")
+
+    @cache
+    def train(key):
+        config, lightning = wanted[key], isinstance(wanted[key], LightningConfig)
+        name = f"whole{len(list(folder.glob('whole*')))}"
+        every = {"checkpointing_steps": 1, "tracker_project_name": name, "resume_from_checkpoint": None}
+        named = {"name": name, "save": config.save.model_copy(update={"save_every": 1})} if not lightning else (
+            every)  # fmt: skip
+        start(config.model_copy(update=named))
+        return folder / name
+
+    wanted = {}
+
+    def of(config):
+        key = repr(flat(config))
+        wanted[key] = config
+        return train(key)
+
+    return of
+
+
+def start(config):
+    return train_flux_lightning(config) if isinstance(config, LightningConfig) else train_lora(config)
+
+
+def gone_on(change, trained, folder, capsys):
+    """(what is said, whether the last checkpoint has the bits of a run without a stop) of a run that goes on
+    from step 2 under the changed settings."""
+    whole = trained(change.before)
+    own = folder / "again" / change.key
+    shutil.copytree(whole, own)
+    (own / "checkpoints" / "latest").write_text("000000002\n")
+    shutil.rmtree(own / "checkpoints" / "000000003")
+    place = {"output_dir": str(own.parent)}
+    place["tracker_project_name" if isinstance(change.after, LightningConfig) else "name"] = change.key
+    capsys.readouterr()
+    try:
+        start(change.after.model_copy(update=place))
+    except ConfigError as error:
+        return f"refused: {error}", False
+    files = [sorted((each / "checkpoints" / "000000003").glob("*.safetensors")) for each in (whole, own)]
+    same = [a.read_bytes() == b.read_bytes() for a, b in zip(*files, strict=True)]
+    return capsys.readouterr().out, all(same)
+
+
+def check_trained(changes, trained, folder, capsys):
+    wrong, counts = {}, {}
+    for change in changes:
+        kind = class_of(change.key)
+        said, equal = gone_on(change, trained, folder, capsys)
+        line = next((each for each in said.splitlines() if each.startswith("changed since then")), "")
+        if kind == "free":
+            right = equal and not line and "resuming from" in said
+        elif kind == "told":
+            right = shown(change) in line
+        else:
+            right = said.startswith("refused: cannot resume") and change.key in said
+        counts[kind] = counts.get(kind, 0) + 1
+        if not right:
+            wrong[change.key] = kind, equal, line or said[-300:]
+    print(f"settings changed, trained on from a checkpoint: {counts}, wrong {len(wrong)}")
+    assert not wrong, "\n".join(f"{key}: {each}" for key, each in wrong.items())
+
+
+# What names no setting of its own here: what `memory: auto` chose is told as the settings that it chose.
+PLANNED = {"memory", "vram_gb"}
+
+
+@pytest.mark.slow
+def test_training_goes_on_under_every_changed_setting_as_its_class_says(
+    run, trained, tmp_path, capsys, monkeypatch
+):
+    """Free ones leave every bit of weights, optimizer states and running mean."""
+    folder, config = run
+    monkeypatch.chdir(folder)
+    steps = config.train.model_copy(update={"steps": 3})
+    config = config.model_copy(update={"train": steps})
+    check_trained(every_change(config, PLANNED), trained, tmp_path, capsys)
+
+
+@pytest.mark.slow
+def test_a_distillation_goes_on_under_every_changed_setting_as_its_class_says(
+    run, trained, tmp_path, capsys, monkeypatch
+):
+    folder, _ = run
+    monkeypatch.chdir(folder)
+    flags = FLAGS | {"data_path": str(folder / "more"), "output_dir": str(folder)}
+    of_shards = {"image_column", "caption_column", "bad_rows", "max_bad_share", "dataloader_num_workers",
+                 "file_list_path", "resume_from_checkpoint", "strict_resume"}  # fmt: skip
+    check_trained(every_change(lightning_config(flags), of_shards), trained, tmp_path, capsys)
