@@ -204,12 +204,12 @@ def trained(run):
 
     @cache
     def train(key):
-        config, lightning = wanted[key], isinstance(wanted[key], LightningConfig)
-        name = f"whole{len(list(folder.glob('whole*')))}"
-        every = {"checkpointing_steps": 1, "tracker_project_name": name, "resume_from_checkpoint": None}
-        named = {"name": name, "save": config.save.model_copy(update={"save_every": 1})} if not lightning else (
-            every)  # fmt: skip
-        start(config.model_copy(update=named))
+        config, name = wanted[key], f"whole{len(list(folder.glob('whole*')))}"
+        if isinstance(config, LightningConfig):
+            own = {"checkpointing_steps": 1, "tracker_project_name": name, "resume_from_checkpoint": None}
+        else:
+            own = {"name": name, "save": config.save.model_copy(update={"save_every": 1})}
+        start(config.model_copy(update=own))
         return folder / name
 
     wanted = {}
