@@ -30,7 +30,7 @@ Class = Literal["same", "order", "told", "free"]
 # {section: {class: its fields}}
 _RUN: dict[str, dict[Class, str]] = {
     "": {
-        "order": "seed",
+        "order": "seed datasets",  # of datasets: how many
         "told": "device trigger_word reg_weight",
         # what `memory: auto` chooses stands in the other settings
         "free": "name output_dir memory vram_gb cache_dir",

@@ -8,8 +8,20 @@ import numpy as np
 from PIL import Image
 from pydantic import BaseModel, ValidationError
 
+from ppcoat.coat import chosen_modules
 from ppcoat.config.lightning import MISTAKES, LightningConfig
-from ppcoat.config.resume import setting_fields
+from ppcoat.config.resume import setting_fields, settings_that_matter
+from ppcoat.data.batches import ResumableBatches
+from ppcoat.data.examples import all_examples, scan_datasets
+from ppcoat.distill.flux_lightning import WORDS, _compatible
+from ppcoat.optim import lr_scheduler
+from ppcoat.train.base_model import compatible
+from ppcoat.train.checkpoint import save_run
+from ppcoat.train.flux import FluxSpec
+from ppcoat.train.ranks import Ranks
+from ppcoat.train.report import SigmaBins
+from ppcoat.train.resume import data_record, resume_run
+from ppcoat.train.run_state import Records, ResumeWords, RunState
 
 # What a setting needs beside it to be valid or to have an effect.
 WITH = {
@@ -155,3 +167,59 @@ def flat(config: BaseModel) -> dict:
     numbers = range(len(dump.get("datasets", [0])))
     keys = {key.replace("datasets.", f"datasets.{number}.") for key in fields for number in numbers}
     return {key: _at(dump, key) for key in sorted(keys)}
+
+
+class Resumed:
+    """Checkpoints of runs without parameters, and starts that go on from them."""
+
+    def __init__(self, folder):
+        self.folder, self.transformer, self.saved = folder, None, None
+
+    def state(self, config, weights=None):
+        """(its state, its config) of a run, as far as it is compared. weights: fingerprints of its base."""
+        lightning = isinstance(config, LightningConfig)
+        plain = config.run_config(config.data_path) if lightning else config
+        datasets = scan_datasets(plain)
+        batches = ResumableBatches(all_examples(datasets), plain.train.batch_size, plain.seed)
+        if self.transformer is None:
+            self.transformer = FluxSpec().unfilled(plain)
+        modules = list(chosen_modules(plain.network, self.transformer))
+        facts = _compatible(config) | {"modules": modules} if lightning else compatible(plain, modules)
+        schedule = lr_scheduler("constant", 1e-3, 4)
+        records = Records(settings_that_matter(config), weights or {}, data_record(datasets))
+        state = RunState({}, NoOptimizer(), schedule, batches, SigmaBins(), None, facts, records)
+        return state, plain.model_copy(update={"output_dir": str(self.folder), "name": "run"})
+
+    def save(self, config, weights=None):
+        """A checkpoint of a run."""
+        save_run(*self.state(config, weights))
+
+    def go_on(self, config, capsys, weights=None, ranks=None, **save):
+        """What is said when a run goes on from it."""
+        state, plain = self.state(config, weights)
+        plain = plain.model_copy(update={"save": plain.save.model_copy(update=save)})
+        words = WORDS if isinstance(config, LightningConfig) else ResumeWords()
+        capsys.readouterr()
+        resume_run(state, plain, ranks or Ranks(), words)
+        return capsys.readouterr().out
+
+    def changed(self, change, capsys, **save):
+        """The same under changed settings."""
+        if self.saved != flat(change.before):
+            self.save(change.before)
+            self.saved = flat(change.before)
+        return self.go_on(change.after, capsys, **save)
+
+
+class NoOptimizer:
+    def state_dict(self):
+        return {}
+
+    def set_state_dict(self, state):
+        assert state == {}
+
+
+def shown(change):
+    """`key old -> new`, as a line of a resumed run has it."""
+    values = [settings_that_matter(each)[change.key] for each in (change.before, change.after)]
+    return f"{change.key} {values[0]!r} -> {values[1]!r}"

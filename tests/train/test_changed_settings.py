@@ -7,28 +7,17 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from changed_settings import every_change, flat, write_data
+from changed_settings import Resumed, every_change, flat, shown, write_data
 
-from ppcoat.coat import chosen_modules
 from ppcoat.config.lightning import LightningConfig, lightning_config
 from ppcoat.config.load import load_config
 from ppcoat.config.newbie import _NO_EFFECT, _PARTS, known_keys, load_newbie_config
 from ppcoat.config.resume import CLASSES, class_of, setting_fields, settings_that_matter, without_number
 from ppcoat.config.schema import RunConfig
 from ppcoat.data import examples
-from ppcoat.data.batches import ResumableBatches
-from ppcoat.data.examples import all_examples, scan_datasets
-from ppcoat.distill.flux_lightning import WORDS, _compatible, train_flux_lightning
+from ppcoat.distill.flux_lightning import train_flux_lightning
 from ppcoat.errors import ConfigError
-from ppcoat.optim import lr_scheduler
-from ppcoat.train.base_model import compatible
-from ppcoat.train.checkpoint import save_run
-from ppcoat.train.flux import FluxSpec
-from ppcoat.train.ranks import Ranks
-from ppcoat.train.report import SigmaBins
-from ppcoat.train.resume import data_record, resume_run
 from ppcoat.train.run import train_lora
-from ppcoat.train.run_state import Records, ResumeWords, RunState
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "tiny_flux_fp32"
 
@@ -70,7 +59,7 @@ def quick(monkeypatch):
 def test_every_setting_of_every_config_has_a_class():
     """NewBie's keys become settings of the same schema."""
     known = setting_fields(RunConfig).keys() | setting_fields(LightningConfig).keys()
-    assert known == CLASSES.keys()
+    assert known | {"datasets"} == CLASSES.keys()
     assert class_of("datasets.3.flip_x") == "order" and class_of("of.an.earlier.version") == "told"
 
 
@@ -102,63 +91,12 @@ def test_every_key_of_newbies_file_is_a_setting_with_a_class(tmp_path):
     assert without_effect == {"lokr_dropout", "lokr_train_norm"}  # which are warned of
 
 
-class Resumed:
-    """Checkpoints of runs without parameters, and starts that go on from them."""
-
-    def __init__(self, folder):
-        self.folder, self.transformer = folder, None
-        self.saved = {}
-
-    def state(self, config):
-        """What a run of this config is, as far as it is compared."""
-        lightning = isinstance(config, LightningConfig)
-        plain = config.run_config(config.data_path) if lightning else config
-        datasets = scan_datasets(plain)
-        batches = ResumableBatches(all_examples(datasets), plain.train.batch_size, plain.seed)
-        if self.transformer is None:
-            self.transformer = FluxSpec().unfilled(plain)
-        modules = list(chosen_modules(plain.network, self.transformer))
-        facts = _compatible(config) | {"modules": modules} if lightning else (
-            compatible(plain, modules))  # fmt: skip
-        schedule = lr_scheduler("constant", 1e-3, 4)
-        records = Records(settings_that_matter(config), data=data_record(datasets))
-        state = RunState({}, NoOptimizer(), schedule, batches, SigmaBins(), None, facts, records)
-        return state, plain.model_copy(update={"output_dir": str(self.folder), "name": "run"})
-
-    def go_on(self, before, after, capsys, **save):
-        """What is said when a run of `after` goes on from a checkpoint of `before`."""
-        key = json.dumps(flat(before), default=str)
-        if self.saved.get("now") != key:
-            save_run(*self.state(before))
-            self.saved["now"] = key
-        state, config = self.state(after)
-        config = config.model_copy(update={"save": config.save.model_copy(update=save)})
-        words = WORDS if isinstance(after, LightningConfig) else ResumeWords()
-        capsys.readouterr()
-        resume_run(state, config, Ranks(), words)
-        return capsys.readouterr().out
-
-
-class NoOptimizer:
-    def state_dict(self):
-        return {}
-
-    def set_state_dict(self, state):
-        assert state == {}
-
-
-def shown(change):
-    """`key old -> new`, as a line of a resumed run has it."""
-    values = [settings_that_matter(each)[change.key] for each in (change.before, change.after)]
-    return f"{change.key} {values[0]!r} -> {values[1]!r}"
-
-
 def check_each(changes, resumed, capsys, restarts):
     wrong = {}
     for change in changes:
         kind = class_of(change.key)
         try:
-            said = resumed.go_on(change.before, change.after, capsys)
+            said = resumed.changed(change, capsys)
         except ConfigError as error:
             said = f"refused: {error}"
         if kind == "free":
@@ -171,7 +109,7 @@ def check_each(changes, resumed, capsys, restarts):
             named = change.key in said and all(value in said for value in values) and "set it back" in said
             right = said.startswith(begins) and named and "\n" not in said
         if right and kind == "order" and restarts:
-            said = resumed.go_on(change.before, change.after, capsys, restart_data=True)
+            said = resumed.changed(change, capsys, restart_data=True)
             right = shown(change) in said and "anew: the order of the pictures" in said
         if not right:
             wrong[change.key] = (kind, said)
