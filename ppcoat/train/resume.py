@@ -196,9 +196,9 @@ def _compared(facts: dict, start: Start, config: RunConfig, words: ResumeWords) 
     before = _earlier_names(facts.get("settings", {}), records.settings)
     changed = _changed_settings(before, records.settings)
     saved = {name: value for name, value in saved.items() if name in current or name not in _EARLIER}
-    saved |= must_stay(before)
-    kept = current | (must_stay(records.settings) if before else {})
-    check_compatible(saved, kept, words.anew, _of_class("same", changed))
+    kept = must_stay(records.settings) if before else {}
+    behind = _of_class("same", changed) | {key: changed[key] for key in kept if key in changed}
+    check_compatible(saved | must_stay(before), current | kept, words.anew, behind)
     data = _data_changes(facts["data"], records.data) if facts.get("data") and records.data else ""
     moved = start.batches.difference(facts["batches"])
     restart_flag = words.restart_flag

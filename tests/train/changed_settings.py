@@ -61,7 +61,8 @@ VALUES = {
     "max_sequence_length": 24, "format": ["diffusers", "paddle"], "slice_p": 3, "policy": "coat+recompute",
     "prompt_prefix": "You draw.", "prompts": ["a hat"], "samples": [{"prompt": "a hat"}],
     "control_transparent_color": [9, 9, 9], "growth_rate": 2.0, "lr": 2e-3, "learning_rate": 2e-3,
-    "group_size": 64, "optimizer": "lion", "block_size": 32, "cache_dir": "caches",
+    "group_size": 64, "adam_beta1": 0.8, "optimizer": "lion", "train.beta1": 0.8, "block_size": 32,
+    "cache_dir": "caches",
     "items": [{"image_path": "pictures/pictures1.png"}], "name_or_path": "copy/model",
     "text_encoders": ["copy/model"], "vae": "copy/model", "tokenizers": ["copy/model"], "device": "auto",
     "pretrained_teacher_model": "copy/model", "data_path": "copy/more", "vram_gb": 64.0,
@@ -117,7 +118,7 @@ def _changed(config: BaseModel, key: str, field) -> Changed | None:
     needs = WITH_IN_DISTILLATION if isinstance(config, LightningConfig) else WITH
     before = _with(config, next((needs[part] for part in (own, *reversed(sections)) if part in needs), {}))
     value = _at(before.model_dump(mode="json"), dotted)
-    for other in [VALUES[own]] if own in VALUES else _others(value, field):
+    for other in [VALUES.get(key, VALUES.get(own))] if {key, own} & VALUES.keys() else _others(value, field):
         try:
             after = _with(before, {dotted: other} | BESIDE.get(key, {}))
         except ValidationError:

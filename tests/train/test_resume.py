@@ -163,7 +163,7 @@ def test_moved_folders_of_the_same_pictures_are_not_spoken_of(settled, capsys):
 @pytest.mark.parametrize(
     ("optimizer", "key", "values"),
     [("schedulefree_adamw", "train.beta1", (0.9, 0.8)), ("prodigy", "train.prodigy.d0", (1e-6, 1e-5)),
-     ("adafactor", "train.adafactor.beta1", (0.0, 0.9))],
+     ("adafactor", "train.adafactor.beta1", (0.0, 0.9)), ("adamw", "train.beta1", (0.9, 0.0))],
 )  # fmt: skip
 def test_what_an_optimizers_states_are_made_with_stays(settled, capsys, optimizer, key, values):
     _, config, resumed = settled
