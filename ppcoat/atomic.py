@@ -4,7 +4,8 @@ grow, do not.
 
     outputs/lora.safetensors                                       the goal
     outputs/.lora.safetensors.tmp-myhost-4711-9f3a01c2/            a draft folder beside it, of one writer
-        lora.safetensors                                           what is being written
+        lora.safetensors                                           what is being written, or a folder: in it
+                                                                   nothing has drafts of its own
 
 Draft, fsync, rename, fsync of the folder that holds the name, removal of the draft folder. Where the writing
 fails (a full disk, Ctrl+C) the draft folder goes at once; what a killed process left, the next one that
@@ -50,8 +51,10 @@ _EARLIER = (
 )
 # How safetensors and shutil.copytree quote the system's error; neither has its number in a field.
 _SYSTEM_SAID = re.compile(
-    r"\(os error (?P<rust>[0-9]+)\)|\[Errno (?P<python>[0-9]+)\][^:\"']*(: '(?P<path>[^']*)')?"
+    r"\(os error (?P<rust>[0-9]+)\)"
+    r"|\[Errno (?P<python>[0-9]+)\][^:\"']*(: '(?P<path>[^']*)'( -> '(?P<to>[^']*)')?)?"
 )
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM)  # EPERM: of a container's filter
 _NO_SECOND_NAME = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EXDEV)
 _REFUSED_SYNC = (errno.EINVAL, errno.ENOTSUP)  # of a folder, by some network file systems
@@ -70,12 +73,14 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     if goal.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(goal))
     remove_dead_drafts(goal.parent)
-    with _draft(goal) as draft:
+    with _draft(goal, or_goal=True) as draft:
         draft.touch()
         mode = stat.S_IMODE((goal if goal.exists() else draft).stat().st_mode)
         yield draft
         if stat.S_IMODE(draft.stat().st_mode) != mode:  # safetensors makes files that only their owner reads
             draft.chmod(mode)
+        if draft == goal:
+            return
         _sync(draft)
         os.replace(draft, goal)
         _sync_name(goal)
@@ -95,15 +100,14 @@ def whole_folder(path: str | Path, replace: bool = False, keep: bool = False) ->
     if goal.is_file():  # asked once: another writer may be exchanging the folder
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(goal))
     remove_dead_drafts(goal.parent, goal.name)
-    with _draft(goal) as draft:
+    with _draft(goal, or_goal=replace and not keep) as draft:
         draft.mkdir()
         yield draft
+        if draft == goal:
+            return
         if keep and goal.is_dir():
             _keep(goal, draft)
         for folder, _, files in os.walk(draft, topdown=False):
-            if _DRAFT.fullmatch(Path(folder).name):
-                shutil.rmtree(folder)  # of a file that is whole: the disk refused to remove it then
-                continue
             for each in (*files, "."):
                 _sync(Path(folder, each))
         _put(draft, goal, replace)
@@ -202,10 +206,24 @@ def _goal(path: str | Path) -> Path:
 
 
 @contextmanager
-def _draft(goal: Path) -> Iterator[Path]:
+def _draft(goal: Path, or_goal: bool = False) -> Iterator[Path]:
     """A path, with nothing there, in a draft folder of its own, so that whatever a library writes beside it
     goes with it and its ending is the goal's. An OSError without a file's name, or with the draft's, gets the
-    goal's."""
+    goal's.
+
+    or_goal: within another draft of this process it is the goal itself, which is removed first: nobody reads
+    it before all of that draft is synced and gets its name.
+    """
+    if or_goal and not _own.isdisjoint(goal.parts):
+        _remove(goal)
+        whole = False
+        try:
+            yield goal
+            whole = True
+        finally:
+            if not whole:
+                _remove(goal)
+        return
     name = f".{goal.name}.tmp-{_host()}-{os.getpid()}-{secrets.token_hex(4)}"
     own = goal.with_name(name)
     _own.add(name)
@@ -217,10 +235,12 @@ def _draft(goal: Path) -> Iterator[Path]:
         if said is None:
             raise
         number, path = int(said["rust"] or said["python"]), said["path"] or name
-        raise OSError(number, os.strerror(number), str(goal) if name in path else path) from error
+        mine = name in path or (number in _NO_ROOM and said["to"] is not None)
+        raise OSError(number, os.strerror(number), str(goal) if mine else path) from error
     except OSError as error:
-        if error.errno is not None and (error.filename is None or name in str(error.filename)):
-            error.filename = str(goal)  # nobody knows the draft
+        copied = error.errno in _NO_ROOM and error.filename2 is not None  # from filename, for which is room
+        if error.errno is not None and (error.filename is None or name in str(error.filename) or copied):
+            error.filename, error.filename2 = str(goal), None  # nobody knows the draft
         raise
     finally:
         _clear(own, own / f"{goal.name}.old", goal)
@@ -228,16 +248,14 @@ def _draft(goal: Path) -> Iterator[Path]:
 
 
 def _keep(old: Path, new: Path) -> None:
-    """Give a folder what an older one has and it has not, as second names of the same files where the file
-    system has those."""
-    new.chmod(stat.S_IMODE(old.stat().st_mode))
-    for each in old.iterdir():
-        if os.path.lexists(new / each.name):
-            continue
-        if each.is_dir() and not each.is_symlink():
-            shutil.copytree(each, new / each.name, symlinks=True, copy_function=_name_again)
-        else:
-            _name_again(each, new / each.name)
+    """Give a folder what an older one has and it has not, but for drafts, as second names of the same files
+    where the file system has those."""
+
+    def left_out(folder: str, names: list[str]) -> list[str]:
+        there = set(os.listdir(new)) if Path(folder) == old else ()
+        return [name for name in names if name in there or _DRAFT.fullmatch(name)]
+
+    shutil.copytree(old, new, symlinks=True, ignore=left_out, copy_function=_name_again, dirs_exist_ok=True)
 
 
 def _name_again(file: str | Path, name: str | Path) -> None:

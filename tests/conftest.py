@@ -64,7 +64,7 @@ def pytest_collection():
 def encoders_read_once():
     """Runs on the reference models share their encoders, which no run changes, and what a check of their
     folders builds. How they are loaded and checked is tested in tests/models."""
-    from ppcoat.models import loading
+    from ppcoat.models import fingerprint, loading
     from ppcoat.models.newbie import pipeline as newbie_pipeline
 
     def read_once(load):
@@ -76,7 +76,8 @@ def encoders_read_once():
 
         return found
 
-    names = {loading: ("load_vae", "load_clip", "load_t5", "unfilled"),
+    names = {fingerprint: ("_fingerprint",),
+             loading: ("load_vae", "load_clip", "load_t5", "unfilled"),
              newbie_pipeline: ("load_newbie_vae", "load_gemma3", "load_jina_clip")}  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         for module, functions in names.items():

@@ -453,29 +453,38 @@ def test_a_folder_can_be_replaced_where_its_place_is_ours(tmp_path, monkeypatch)
     assert not atomic.can_be_replaced(tmp_path / "c")
 
 
-@pytest.mark.parametrize("lasting", [False, True])
-def test_a_draft_that_could_not_be_removed_does_not_stay_in_a_folder_that_is_whole(
-    tmp_path, monkeypatch, lasting
-):
-    real, asked = os.rmdir, []
+def test_in_a_folder_that_is_being_written_files_and_folders_need_no_drafts(tmp_path, monkeypatch):
+    with whole_folder(tmp_path / "goal") as draft:
+        for content in ("before", "after"):
+            write_file(draft / "deep" / "a", content)
+            write_folder(draft / "d", content)
+            (draft / "d" / content).touch()
+            with whole_folder(draft / "kept", replace=True, keep=True) as inner:
+                write_file(inner / content, content)
+            assert names(draft) == ["d", "deep", "kept"] and names(draft / "deep") == ["a"]
+            assert names(draft / "d") == sorted(["b", content, "sub"])
+        with pytest.raises(OSError, match="not empty"), whole_folder(draft / "d"):
+            pass
+        with pytest.raises(OSError, match="goal"), whole_file(draft / "half") as half:
+            half.write_text("x")
+            raise OSError(errno.ENOSPC, "No space left on device", str(half))
+        assert not half.exists()
+    assert content_of(tmp_path / "goal" / "d") == "after" and names(tmp_path) == ["goal"]
+    assert names(tmp_path / "goal" / "kept") == ["after", "before"]
 
-    def rmdir(path, **given):
-        asked.append(path)
-        if lasting or len(asked) == 1:
-            raise OSError(errno.EROFS, "Read-only file system")
-        real(path, **given)
+
+def test_what_cannot_be_removed_never_stays_in_a_folder_that_is_whole(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "rmdir", rmdir)
-        try:
-            with whole_folder(tmp_path / "goal") as draft:
-                write_text(draft / "a", "x")
-        except OSError as error:
-            assert lasting and error.filename == str(tmp_path / "goal")
-    assert asked and (tmp_path / "goal").exists() is not lasting
+        patch.setattr(os, "rmdir", refuse)
+        with whole_folder(tmp_path / "goal") as draft:
+            write_text(draft / "a", "x")
+            write_folder(draft / "d", "x")
+    assert len(names(tmp_path)) == 2 and names(tmp_path / "goal") == ["a", "d"]
     remove_dead_drafts(tmp_path)
-    assert names(tmp_path) == ([] if lasting else ["goal"])
-    assert lasting or names(tmp_path / "goal") == ["a"]
+    assert names(tmp_path) == ["goal"]
 
 
 WRITE_OFTEN = """

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import importlib
 import os
 import re
@@ -21,6 +22,7 @@ from safetensors import SafetensorError
 import ppcoat
 from ppcoat.errors import ConfigError, not_installed, tell_plainly, unknown_name
 
+_OF_A_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 _FLAG = re.compile(r"(?<=^--)[a-z0-9]+(-[a-z0-9]+)+(?=$|=)")
 
 
@@ -210,9 +212,9 @@ def run(name: str, argv: Sequence[str] | None = None, prog: str | None = None) -
     except BrokenPipeError:
         return _unread()
     except (OSError, SafetensorError) as error:
-        if isinstance(error, OSError) and (error.errno is None or error.filename is None):
-            raise  # one of Paddle's, who gives device errors this type, or of the network
-        reason = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else error
+        reason = _reason(error)
+        if reason is None:
+            raise
         print(f"error: {reason}; check the path, its permissions and the room on the disk", file=sys.stderr)
         return 2
     except (FloatingPointError, ChildProcessError) as error:
@@ -225,6 +227,16 @@ def run(name: str, argv: Sequence[str] | None = None, prog: str | None = None) -
         print("interrupted", file=sys.stderr)
         return 130
     return _flushed()
+
+
+def _reason(error: OSError | SafetensorError) -> str | None:
+    """What an error of the disk says; None for one of the network, or of Paddle's, who gives device errors
+    this type."""
+    if isinstance(error, SafetensorError):
+        return str(error)
+    if error.errno is None or (error.filename is None and error.errno not in _OF_A_DISK):
+        return None
+    return f"{error.filename or 'what was being written'}: {error.strerror}"  # an open file has no name
 
 
 class _Parser(argparse.ArgumentParser):
@@ -250,6 +262,10 @@ def _flushed() -> int:
         sys.stdout.flush()
     except BrokenPipeError:
         return _unread()
+    except OSError as error:
+        print(f"error: what was to be printed: {error.strerror}", file=sys.stderr)
+        _unread()
+        return 2
     return 0
 
 

@@ -155,9 +155,10 @@ def build_cache(
     blank = [""] if any(example.caption_dropout_rate > 0 for example in examples) else []
     captions = [caption for each in examples for caption in each.texts]
     latents, beside = _encoded_pictures(examples, encoders, batch_size, store)
-    embeddings = _embeddings(
-        list(dict.fromkeys([*captions, *blank, *extra_captions])), encoders, batch_size, store
-    )
+    own = dict.fromkeys([*captions, *blank])
+    # in calls of their own, so that other previews leave the bits of what is trained on as they are
+    extra = dict.fromkeys(caption for caption in extra_captions if caption not in own)
+    embeddings = _embeddings([list(own), list(extra)], encoders, batch_size, store)
     return TrainingCache(list(examples), latents, embeddings, reg_weight, encoders.text_names, beside)
 
 
@@ -167,20 +168,21 @@ def pictures_at_once(pixels: int, batch_size: int = ENCODED_AT_ONCE) -> int:
     return max(1, min(batch_size, ENCODED_PIXELS // pixels))
 
 
-def folder_identity(*folders: Path) -> str:
+def folder_identity(*folders: Path, times: bool = False) -> str:
     """sha256 (64 hex digits) of the files in model folders, independent of where the folders are; a file may
     stand for a folder, and its name does not count.
 
     Hashes each file's name, its size and three pieces of 1 MiB (start, middle, end), so that the 10 GB of
-    text encoders need not be read. Files that differ only in other places get the same identity.
+    text encoders need not be read. Files that differ only in other places get the same identity, but with
+    `times` only where they were also written at the same moment; models/fingerprint.py reads all.
     """
     digest = hashlib.sha256()
     for folder in folders:
         is_file = folder.is_file()
         for path in [folder] if is_file else sorted(path for path in folder.rglob("*") if path.is_file()):
-            size = path.stat().st_size
+            size, written = path.stat().st_size, path.stat().st_mtime_ns
             name = "" if is_file else f"{folder.name}/{path.relative_to(folder).as_posix()}"
-            digest.update(f"{name} {size}\n".encode())
+            digest.update((f"{name} {size} {written}\n" if times else f"{name} {size}\n").encode())
             with open(path, "rb") as file:
                 for start in (0, size // 2, size - _SAMPLED_BYTES):
                     file.seek(max(0, start))
@@ -265,18 +267,20 @@ def _encode(pictures: Sequence[CutPicture], encoders: Encoders, flat: list[Path]
 
 @paddle.no_grad()
 def _embeddings(
-    captions: list[str], encoders: Encoders, batch_size: int, store: EmbeddingStore | None
+    groups: list[list[str]], encoders: Encoders, batch_size: int, store: EmbeddingStore | None
 ) -> dict[str, Embedding]:
+    """Of captions, each once; no call has captions of two groups."""
     embeddings: dict[str, Embedding] = {}
+    captions = [caption for group in groups for caption in group]
     keys = {caption: content_key("text", caption, encoders.text_identity) for caption in captions}
     for caption in captions if store else ():
         if (found := store.get(keys[caption])) is not None:
             embeddings[caption] = tuple(found[name] for name in encoders.text_names)
-    missing = [caption for caption in captions if caption not in embeddings]
+    missing = [[caption for caption in group if caption not in embeddings] for group in groups]
     with Progress(
         total=len(captions), initial=len(embeddings), desc="encoding captions", unit="caption"
     ) as bar:
-        for some in _chunks(missing, batch_size):
+        for some in (each for group in missing for each in _chunks(group, batch_size)):
             columns = [[row.cpu() for row in column] for column in encoders.text(list(some))]
             for caption, *row in zip(some, *columns, strict=True):
                 named = dict(zip(encoders.text_names, row, strict=True))

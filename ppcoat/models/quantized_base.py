@@ -298,8 +298,8 @@ class DamagedCopyError(ConfigError):
 
 @dataclass(frozen=True)
 class QuantizedCopy:
-    """folder: where the copy lies or shall lie. source: what stands for the contents of the model's files
-    (say, ppcoat.data.cache.folder_identity), by which a copy of other weights is known. base: its format.
+    """folder: where the copy lies or shall lie. source: what stands for the contents of the model's files,
+    by which a copy of other weights is known: ppcoat.data.cache.folder_identity with times. base: its format.
     """
 
     folder: Path

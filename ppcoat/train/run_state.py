@@ -39,6 +39,23 @@ class ResumeWords:
     anew: str = ANEW
 
 
+@dataclass(frozen=True)
+class Records:
+    """What a checkpoint remembers of what its run was made of, so that a later start can say what changed.
+
+    settings: those that matter, flat. weights: fingerprint of each component of the base. data: as
+    `data_record` gives it. Those that are not known are empty.
+    """
+
+    settings: dict[str, object] = field(default_factory=dict)
+    weights: dict[str, str] = field(default_factory=dict)
+    data: dict[str, dict[str, str]] = field(default_factory=dict)
+
+    def known(self) -> dict[str, dict]:
+        """Those that are, by name."""
+        return {name: value for name, value in vars(self).items() if value}
+
+
 class FinishStepOnSignal:
     """Context manager: the first SIGINT or SIGTERM is only noted in `signal`.
 
@@ -208,7 +225,8 @@ class RunState:
 
     parameters: what is trained, by name. batches: the position in the data. bins: losses since the last point
     of the curves. ema: the running mean, if there is one. compatible: facts that a run which goes on from
-    here must share. step: updates done; skipped: those that changed nothing, and how many just now in a row.
+    here must share; records: what else it compares. step: updates done; skipped: those that changed nothing,
+    and how many just now in a row.
     """
 
     parameters: dict[str, paddle.Tensor]
@@ -218,6 +236,7 @@ class RunState:
     bins: SigmaBins
     ema: RunningMean | None = None
     compatible: dict = field(default_factory=dict)
+    records: Records = Records()
     step: int = 0
     skipped: int = 0
     skipped_in_a_row: dict[str, int] = field(default_factory=dict)
@@ -235,6 +254,7 @@ class RunState:
             "schedule": {"last_epoch": self.schedule.last_epoch, "last_lr": self.schedule.last_lr},
             "skipped": {"steps": self.skipped, "in_a_row": self.skipped_in_a_row},
             "bins": self.bins.state_dict(),
+            **self.records.known(),
         }
 
     def load(

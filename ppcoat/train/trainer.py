@@ -30,11 +30,12 @@ from ppcoat.nn.linear import FactorCopies
 from ppcoat.nn.saved_tensors import SavedTensors
 from ppcoat.objective import Objective
 from ppcoat.optim import Prodigy, ScheduleFreeAdamW
-from ppcoat.train.checkpoint import resume_run, save_run
+from ppcoat.train.checkpoint import save_run
 from ppcoat.train.divergence import BadStep, check_before_saving, check_weights, give_up
 from ppcoat.train.previews import Validation
 from ppcoat.train.ranks import Ranks
 from ppcoat.train.report import Report, SigmaBins
+from ppcoat.train.resume import resume_run
 from ppcoat.train.run_state import FinishStepOnSignal, ResumeWords, RunState, optimizer_state_bytes
 
 # What drawing and writing a picture may raise for a disk, a size or a device that does not play along.

@@ -266,6 +266,28 @@ def test_what_rust_cannot_write_is_an_error_of_the_disk_with_the_files_name(tmp_
     assert list(goal.parent.iterdir()) == []
 
 
+@pytest.mark.parametrize("copy", [shutil.copyfile, shutil.copytree])
+def test_a_copy_for_which_is_no_room_names_what_was_to_be_written(tmp_path, monkeypatch, copy):
+    """The kernel copies, and Python's error names the source first."""
+    monkeypatch.undo()
+    source, goal = tmp_path / "model", tmp_path / "out" / "merged"
+    source.mkdir()
+    (source / "weights").write_bytes(bytes(9000))
+
+    def save():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, resource.RLIM_INFINITY))
+        with pytest.raises(OSError) as caught, atomic.whole_folder(goal) as draft:
+            one = copy is shutil.copyfile
+            copy(source / "weights" if one else source, draft / "weights")
+        assert (caught.value.errno, caught.value.filename, caught.value.filename2) == (
+            errno.EFBIG, str(goal), None
+        )  # fmt: skip
+
+    assert in_a_child(save) == 0
+    assert list(goal.parent.iterdir()) == []
+
+
 def test_what_copytree_cannot_read_or_write_is_one_error_with_the_files_name(tmp_path, monkeypatch):
     source, goal = tmp_path / "model", tmp_path / "merged" / "out"
     for name in ("a", "b"):

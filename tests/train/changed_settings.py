@@ -1,0 +1,150 @@
+"""Every setting of a run changed to another valid value, one at a time, and starts that go on under it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+from PIL import Image
+from pydantic import BaseModel, ValidationError
+
+from ppcoat.config.lightning import MISTAKES, LightningConfig
+from ppcoat.config.resume import setting_fields
+
+# What a setting needs beside it to be valid or to have an effect.
+WITH = {
+    "lr_warmup_steps": {"train.lr_scheduler": "constant_with_warmup"},
+    "lr_num_cycles": {"train.lr_scheduler": "cosine_with_restarts"},
+    "lr_power": {"train.lr_scheduler": "polynomial"},
+    **dict.fromkeys(("lr_step_size", "lr_gamma"), {"train.lr_scheduler": "step", "train.lr_step_size": 5}),
+    "prodigy": {"train.optimizer": "prodigy", "train.lr": 1.0},
+    "schedulefree": {"train.optimizer": "schedulefree_adamw"},
+    "adafactor": {"train.optimizer": "adafactor", "train.adafactor.relative_step": True},
+    **dict.fromkeys(("lokr_full_rank", "lokr_factor", "lokr_rank_dropout", "lokr_module_dropout"),
+                    {"network.type": "lokr"}),
+    "fp8_states": {"coat.optimizer.use_fp8": True, "coat.enabled": False},
+    "save_every_epochs": {"train.num_epochs": 2},
+    "quantize_matmul": {"model.quantize": "fp8"},
+    **dict.fromkeys(("diff_output_preservation_class", "diff_output_preservation_multiplier"),
+                    {"train.diff_output_preservation": True}),
+    "blank_prompt_preservation_multiplier": {"train.blank_prompt_preservation": True},
+    "checkpoint_blocks": {"train.gradient_checkpointing": True},
+    **dict.fromkeys(("invert_mask", "mask_min_value"), {"datasets.1.mask_path": "masks"}),
+    **dict.fromkeys(("full_size_control_images", "control_transparent_color", "control_path"),
+                    {"datasets.1.control_path": ["references"]}),
+    "mask_path": {"datasets.1.mask_path": "masks"},
+    "prompt_prefix": {"model.family": "newbie"},
+}  # fmt: skip
+WITH_IN_DISTILLATION = {"lr_warmup_steps": {"lr_scheduler": "constant_with_warmup"}}
+# The other value where the first that is valid would not do: of places a copy, of others one that matters.
+VALUES = {
+    "folder_path": "copy/more", "control_path": ["copy/references"], "mask_path": "copy/masks",
+    "caption_ext": "caption", "double_blocks": [0, 0], "single_blocks": [0, 0], "targets": ["to_q"],
+    "only_if_contains": ["attn"], "ignore_if_contains": ["attn"], "bucket_step": 64, "keep_tokens": 1,
+    "blocks_to_swap": 1, "adv_weight": 0.0, "linear_granularity": "per_group", "lokr_factor": 2,
+    "max_sequence_length": 24, "format": ["diffusers", "paddle"], "slice_p": 3, "policy": "coat+recompute",
+    "prompt_prefix": "You draw.", "prompts": ["a hat"], "samples": [{"prompt": "a hat"}],
+    "control_transparent_color": [9, 9, 9], "growth_rate": 2.0, "lr": 2e-3, "learning_rate": 2e-3,
+    "group_size": 64, "optimizer": "lion", "block_size": 32, "cache_dir": "caches",
+    "resume_from_checkpoint": None, "save_format": ["paddle"],
+}  # fmt: skip
+# What changes with a setting, so that the settings are valid and nothing else is another.
+BESIDE = {"adv_weight": {"adv_lr": None, "head_blocks": None}, "compat": dict.fromkeys(MISTAKES, "fixed")}
+ONE_VALUE = {"coat.optimizer.stochastic_rounding"}  # a run takes no other
+
+
+@dataclass(frozen=True)
+class Changed:
+    """A setting by its dotted name, and the whole settings before and after."""
+
+    key: str
+    before: BaseModel
+    after: BaseModel
+
+
+def write_data(folder: Path) -> None:
+    """pictures, more with masks and smaller references, and copies of all in copy; in sizes that settings
+    divide otherwise."""
+    for root in (folder, folder / "copy"):
+        rng = np.random.default_rng(0)
+        for name, sizes in {"pictures": [(64, 64)] * 2, "more": [(64, 64), (64, 112)]}.items():
+            for number, (width, height) in enumerate(sizes):
+                path = root / name / f"{name}{number}.png"
+                _draw(path, rng, height, width, 4)
+                for ending in (".txt", ".caption"):
+                    path.with_suffix(ending).write_text("a hat, green, small")
+                if name == "more":
+                    _draw(root / "masks" / path.name, rng, height, width, 3)
+                    _draw(root / "references" / path.name, rng, height // 2, width // 2, 3)
+
+
+def _draw(path: Path, rng: np.random.Generator, *shape: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(rng.integers(0, 256, shape, "uint8")).save(path)
+
+
+def every_change(config: BaseModel, skip: set[str] = frozenset()) -> list[Changed]:
+    """One for each setting that has a second value; where a config has two datasets, it is the second's."""
+    fields, skip = setting_fields(type(config)), skip | ONE_VALUE
+    found = {key: _changed(config, key, field) for key, field in fields.items() if key not in skip}
+    without = [key for key, change in found.items() if change is None]
+    assert not without, f"no other valid value is known of {without}"
+    return list(found.values())
+
+
+def _changed(config: BaseModel, key: str, field) -> Changed | None:
+    *sections, own = key.split(".")
+    dotted = key.replace("datasets.", "datasets.1.")
+    needs = WITH_IN_DISTILLATION if isinstance(config, LightningConfig) else WITH
+    before = _with(config, next((needs[part] for part in (own, *reversed(sections)) if part in needs), {}))
+    value = _at(before.model_dump(mode="json"), dotted)
+    for other in [VALUES[own]] if own in VALUES else _others(value, field):
+        try:
+            after = _with(before, {dotted: other} | BESIDE.get(key, {}))
+        except ValidationError:
+            continue
+        if _at(after.model_dump(mode="json"), dotted) != value:
+            return Changed(dotted, before, after)
+    return None
+
+
+def _others(value, field) -> list:
+    choices = [each for each in get_args(field.annotation) if isinstance(each, str | bool)]
+    found = [each for each in choices if each != value]
+    if isinstance(value, bool):
+        return [*found, not value]
+    if isinstance(value, int | float):
+        return [*found, value + 1, value * 2, value + 16, value // 2, value / 2, 0.5, 0.25]
+    if isinstance(value, list):
+        return [["x"], [1.0, 0.5], [{"image_path": "x"}], [0, 1]]
+    return [*found, "auto", "x", 2, 0.5, ["x"]]
+
+
+def _with(config: BaseModel, values: dict) -> BaseModel:
+    """The config with these settings, checked; those that are None are left out."""
+    given = isinstance(config, LightningConfig)
+    data = config.model_dump(mode="json", exclude_unset=given)
+    for dotted, value in values.items():
+        *sections, name = dotted.split(".")
+        here = data
+        for part in sections:
+            here = here[int(part)] if part.isdecimal() else here[part]
+        if given and value is None:
+            here.pop(name, None)
+        else:
+            here[name] = value
+    return type(config).model_validate(data)
+
+
+def _at(data: dict, dotted: str):
+    for part in dotted.split("."):
+        data = data[int(part)] if part.isdecimal() else data[part]
+    return data
+
+
+def flat(config: BaseModel) -> dict:
+    """All settings by dotted name, whatever their class."""
+    dump, fields = config.model_dump(mode="json"), setting_fields(type(config))
+    numbers = range(len(dump.get("datasets", [0])))
+    keys = {key.replace("datasets.", f"datasets.{number}.") for key in fields for number in numbers}
+    return {key: _at(dump, key) for key in sorted(keys)}
