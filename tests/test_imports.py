@@ -219,9 +219,10 @@ def forbidden(tree):
 
 
 def test_nothing_catches_everything_or_runs_what_it_reads():
-    found = {name_of(file): [each for each in forbidden(tree_of(file))
-                             if not each.endswith(CATCHES_ALL.get(name_of(file), "!"))] for file in FILES}  # fmt: skip
-    assert {file: lines for file, lines in found.items() if lines} == {}
+    found = {name_of(file): forbidden(tree_of(file)) for file in FILES}
+    bad = {file: [line for line in lines if not line.endswith(CATCHES_ALL.get(file, "!"))]
+           for file, lines in found.items()}  # fmt: skip
+    assert {file: lines for file, lines in bad.items() if lines} == {}
     importing = {module: importers(module) for module in FORBIDDEN_MODULES}
     assert {module: files for module, files in importing.items() if files} == {"pickle": {UNPICKLER}}
 

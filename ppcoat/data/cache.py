@@ -13,7 +13,6 @@ batches, so all ranks finish theirs at the same step and none waits for another'
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -25,7 +24,7 @@ import paddle
 
 from ppcoat.data.batches import ResumableBatches
 from ppcoat.data.captions import dropped_captions
-from ppcoat.data.colours import WHITE
+from ppcoat.data.colours import WHITE, is_flat, tell_of_flat
 from ppcoat.data.content_keys import content_key, file_digest
 from ppcoat.data.embedding_store import EmbeddingStore
 from ppcoat.data.examples import Example
@@ -47,7 +46,6 @@ Embedding = tuple[paddle.Tensor, ...]  # FLUX: prompt_embeds [T, D], pooled [P]
 ENCODED_AT_ONCE, ENCODED_PIXELS = 8, 1024 * 1024
 CLASS = "class_"  # begins the names of a batch's tensors that are of class captions
 _SAMPLED_BYTES = 2**20
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -248,9 +246,7 @@ def _latents(
                 if store:
                     store.put(keys[i], {"latent": latent})
             bar.update(len(some))
-    if flat:
-        _log.warning("%d of %d pictures are of one colour all over, e.g. %s: they teach nothing",
-                     len(flat), len(pictures), flat[0])  # fmt: skip
+    tell_of_flat(flat, len(pictures))
     return [latents[i] for i in range(len(pictures))]
 
 
@@ -258,7 +254,7 @@ def _encode(pictures: Sequence[CutPicture], encoders: Encoders, flat: list[Path]
     """Latents of pictures of one size, all with a hole or all without; those of one colour are added to
     `flat`."""
     each_one = [each.pixels() for each in pictures]
-    flat += [each.path for each, own in zip(pictures, each_one, strict=True) if (own == own[:, :1, :1]).all()]
+    flat += [each.path for each, own in zip(pictures, each_one, strict=True) if is_flat(own)]
     pixels = paddle.to_tensor(np.stack(each_one))
     if pictures[0].hole is None:
         return encoders.image(pixels)

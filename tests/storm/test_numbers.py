@@ -392,6 +392,21 @@ def test_a_rate_beyond_all_bounds_is_named_and_saves_nothing(scene):
 
 
 @pytest.mark.slow
+def test_a_side_all_of_whose_steps_are_skipped_ends_the_run(scene):
+    """The heads train well and the LoRA never does: its loss is beyond float32."""
+    scene.family = "Lightning"
+    ended = scene.call(scene.argv("run", scene.data(), more=("adv_weight=1e38",)))
+    left = results(scene.folder / "run")
+    right = refused(ended, 1, "2 steps in a row were skipped .* in step 4") and all_finite(left)
+    judge(
+        "a loss beyond float32",
+        "Lightning",
+        right and not any("run.safe" in path for path in left),
+        told_of(ended),
+    )
+
+
+@pytest.mark.slow
 def test_encodings_on_disk_that_are_not_finite_are_made_again(scene):
     data = scene.data()
     scene.cache = True
