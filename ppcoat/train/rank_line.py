@@ -11,6 +11,9 @@ call: a lock, a disk, a card, a network. A loop of Python that never ends is tak
 Rank 0 judges the others, and they judge rank 0: who sent nothing for the bound while somebody waited for it
 ends the run, and every rank says which it was. The bound counts the time that the waiting process itself
 ran: a machine that sleeps, or a launcher that is stopped with all its ranks, ends nothing.
+
+A process that is stopped, or hangs in a library that holds Python's lock (Paddle's store does), cannot end
+itself. So every rank has a keeper (rank_keeper.py) that ends it.
 """
 
 from __future__ import annotations
@@ -27,6 +30,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+
+from ppcoat.train.rank_keeper import start_keeper
 
 LOST_EXIT = 75  # EX_TEMPFAIL of <sysexits.h>: the same command may well succeed the next time
 _GRACE_SECONDS = 5.0  # for a rank to end by itself, with its own message, after another has died
@@ -85,6 +90,7 @@ class Line:
         self._unread = dict.fromkeys(others, b"")
         self._changed, self._sending = threading.Condition(), threading.Lock()
         self._pace = min(PACE_SECONDS, patience.bound / 10)
+        self._keeper: int | None = start_keeper(rank, patience.bound, patience.setting, patience.again)
         self._selector = selectors.DefaultSelector()
         self._selector.register(link, selectors.EVENT_READ, rank if rank == 0 else 0)
         threading.Thread(target=self._watch, name="ranks", daemon=True).start()
@@ -122,8 +128,10 @@ class Line:
         return found
 
     @contextmanager
-    def transfer(self) -> Iterator[None]:
-        """Context manager: the main thread is inside of the process group, which all ranks have entered."""
+    def transfer(self, what: str = "an exchange of all ranks") -> Iterator[None]:
+        """Context manager: the main thread is inside of the process group, which all ranks have entered.
+        what: it does there, for the keeper's words."""
+        self._tell_keeper(what)
         with self._changed:
             self._waited, self._noted, self._transfers = 0.0, False, True
         try:
@@ -131,6 +139,7 @@ class Line:
         finally:
             with self._changed:
                 self._waited, self._transfers = None, False
+            self._tell_keeper("its own work")
 
     def leave_if_lost(self) -> None:
         """After an error of the process group: leave with LOST_EXIT if a rank is dead or silent, also if the
@@ -191,6 +200,8 @@ class Line:
             if self._lost is not None:
                 time.sleep(_GRACE_SECONDS)
                 os._exit(LOST_EXIT)  # the main thread may wait inside nccl, deaf to exceptions
+        keeper, self._keeper = self._keeper, None
+        os.close(keeper)
 
     def _accept(self) -> None:
         """A connection at rank 0's port: of a rank that was not there yet, or of a stranger."""
@@ -254,6 +265,7 @@ class Line:
             self._waited = None if self._waited is None else self._waited + passed
             waited, transfers = self._waited, self._transfers
             missing = [rank for rank, words in self._arrived.items() if not words and not self._texts[rank]]
+        self._tell_keeper("")
         self._beat(waited, _ALL if transfers else missing[0] if missing else _AT_WORK)
         if self._ended or self._lost is not None:
             return
@@ -269,6 +281,12 @@ class Line:
         elif waited is not None and waited >= NOTICE_SECONDS and not self._noted:
             self._noted = True
             say(self._notice(waited, _ALL if transfers else missing[0] if missing else 0))
+
+    def _tell_keeper(self, what: str) -> None:
+        """That this process runs, and what its main thread goes into."""
+        if self._keeper is not None:
+            with suppress(OSError):  # it has not read for long, or was killed
+                os.write(self._keeper, what.encode() + b"\n")
 
     def _beat(self, waited: float | None, waits_for: int) -> None:
         """Send a sign of work if there is one; it says for whom this rank waits."""

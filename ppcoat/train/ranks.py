@@ -116,7 +116,7 @@ class Ranks:
         os.environ |= {"PADDLE_MASTER": address, "MASTER_ADDR": name, "MASTER_PORT": port}
         if self.rank:
             time.sleep(0.3)  # Paddle's store asks again only after 3 seconds
-        with self._line.transfer():
+        with self._line.transfer(f"the store of the process group, where rank 0 waits for all at {address}"):
             dist.init_parallel_env()
         self.barrier()
 
