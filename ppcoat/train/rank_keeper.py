@@ -11,14 +11,15 @@ import subprocess
 import sys
 import time
 
-_MARGIN_SECONDS = 10.0  # beyond the bound, in which the ranks find out by themselves
 
-
-def start_keeper(rank: int, bound: float, setting: str, again: str) -> int:
+def start_keeper(rank: int, bound: float, setting: str, again: str, margin: float = 10.0) -> int:
     """Start the keeper of this process -> the descriptor that it reads: lines that say what the process is
-    at, or empty ones. It ends when the descriptor is closed, and so with the process."""
+    at, or empty ones. It ends when the descriptor is closed, and so with the process.
+
+    margin: seconds beyond the bound, in which the ranks find out by themselves.
+    """
     listens, tells = os.pipe()
-    words = [str(rank), f"{bound:g}", setting, again, str(os.getpid())]
+    words = [str(rank), f"{bound:g}", f"{margin:g}", setting, again, str(os.getpid())]
     keeper = subprocess.Popen([sys.executable, "-I", "-S", __file__, *words], stdin=listens)
     keeper.returncode = 0  # nobody waits for it: it outlives this process by a moment
     os.close(listens)
@@ -26,11 +27,11 @@ def start_keeper(rank: int, bound: float, setting: str, again: str) -> int:
     return tells
 
 
-def _keep(rank: str, bound: str, setting: str, again: str, kept: str) -> None:
+def _keep(rank: str, bound: str, margin: str, setting: str, again: str, kept: str) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     silence, at = 0.0, "its start"
-    while silence < float(bound) + _MARGIN_SECONDS:
+    while silence < float(bound) + float(margin):
         before = time.monotonic()
         if select.select([0], [], [], 1)[0]:
             words = os.read(0, 4096)

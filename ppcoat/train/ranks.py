@@ -32,7 +32,7 @@ import socket
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -94,8 +94,9 @@ class Ranks:
                 f"device: came {device} with {size} ranks, wanted gpu or auto: each rank gets a GPU of its "
                 "own; choose them with --gpus of paddle.distributed.launch"
             )
-        ranks = Ranks(rank, size, _connect(rank, size, patience))
         kind = paddle.get_device().partition(":")[0]
+        patience = replace(patience, computes_here=kind == "cpu")
+        ranks = Ranks(rank, size, _connect(rank, size, patience))
         ranks.agree({"device": kind, "Paddle": paddle.__version__})
         ranks._join(kind)
         if rank == 0:
