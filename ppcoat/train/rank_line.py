@@ -96,6 +96,11 @@ class Line:
         self._selector.register(link, selectors.EVENT_READ, rank if rank == 0 else 0)
         threading.Thread(target=self._watch, name="ranks", daemon=True).start()
 
+    @property
+    def own_address(self) -> str:
+        """This machine's address on the way to the others; once they have met."""
+        return next(iter(self._peers.values())).getsockname()[0]
+
     def meet(self, word: bytes = _READY) -> None:
         """Wait for all ranks: the others report to rank 0, which answers when all have. Leaves with
         LOST_EXIT if one is dead, or silent for too long."""

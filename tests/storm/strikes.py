@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -38,12 +39,16 @@ def hang(*_):
     threading.Event().wait()
 
 
+def cut_line(*_):
+    subprocess.run(["ip", "link", "set", "eth0", "down"], check=True)
+
+
 def sent(number):
     return lambda *_: os.kill(os.getpid(), number)
 
 
 HOW = {"stopped": sent(signal.SIGSTOP), "killed": sent(signal.SIGKILL), "hangs": hang,
-       "full disk": full_disk, "no GPU": no_gpu}  # fmt: skip
+       "line cut": cut_line, "full disk": full_disk, "no GPU": no_gpu}  # fmt: skip
 # Where a rank is struck: what it calls there, and at which call of it. (A rank waits from its first call on.)
 WHERE = {
     "before it joins": (train_run.Ranks, "current", 1),
