@@ -58,7 +58,7 @@ class Cluster:
     def __init__(self, folder, write_run, data, own):
         self.folder, self.launchers = folder, []
         folder.mkdir()
-        train = {"steps": 4, "batch_size": 1, "lr": 1e-2, "rank_timeout": 5}
+        train = {"steps": 4, "batch_size": 1, "lr": 1e-2, "rank_timeout": 15}
         self.files = []
         for number in range(2):
             place = folder / (f"own{number}" if own else "shared")
