@@ -19,7 +19,7 @@ ALLOWED = {
     "nn": ("fp8",),
     "optim": ("fp8",),
     "models": ("nn",),
-    "lora": ("nn", "models.tensor_files"),
+    "lora": ("nn", "models.tensor_files", "models.headers"),
     "data": ("config",),
     "infer": ("models", "lora", "data", "config.flags", "plan.GB", "plan.drawing"),
     "coat": ("config", "lora", "nn", "optim", "models.blocks"),
@@ -41,6 +41,8 @@ MODEL_FILE_WITH_LORA = "models/flux/lora_methods.py"  # load_lora_weights and it
 FORBIDDEN_MODULES = ("pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "torch")
 # It reads torch's checkpoints by a pickle.Unpickler whose find_class knows stand-ins for tensors only.
 UNPICKLER = "models/newbie/convert.py"
+# The one place that catches what libraries raise over a model's files: tokenizers raises Exception itself.
+LIBRARIES = "models/tensor_files.py"
 FORBIDDEN_CALLS = ("eval", "exec", "compile", "__import__", "paddle.load", "torch.load", "yaml.load",
                    "yaml.unsafe_load", "yaml.full_load", "os.system", "numpy.load", "np.load")  # fmt: skip
 
@@ -210,7 +212,11 @@ def forbidden(tree):
 
 @pytest.mark.parametrize("file", FILES, ids=name_of)
 def test_nothing_catches_everything_or_runs_what_it_reads(file):
-    assert forbidden(tree_of(file)) == []
+    found = forbidden(tree_of(file))
+    if name_of(file) == LIBRARIES:
+        assert [line.partition(": ")[2] for line in found] == ["except BaseException"]
+    else:
+        assert found == []
     allowed = {"pickle"} if name_of(file) == UNPICKLER else set()
     assert not {name.split(".")[0] for name, _ in imports_of(file)} & set(FORBIDDEN_MODULES) - allowed
 

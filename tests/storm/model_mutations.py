@@ -34,7 +34,7 @@ VALUES = {
     "10^6 letters": "x" * 10**6,
 }
 # Of a model's folder; fixtures lie beside them.
-_PARTS = ("model_index.json", "transformer/", "vae/", "text_encoder", "tokenizer", "scheduler/", "clip_model/")
+_PARTS = ("model_index.json", "transformer", "vae", "text_encoder", "tokenizer", "scheduler", "clip_model")
 _MOST = 8  # entries of a list or object that are damaged one by one
 
 

@@ -6,7 +6,6 @@ at the end of its own import, imports ours when somebody asks for them.
 
 import functools
 import importlib
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -15,6 +14,9 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from ppcoat.errors import ConfigError
+from ppcoat.models.json_files import read_json
 
 # Class in model_index.json -> (module here, class) of the pipeline that draws with such a folder: all of
 # files.FLUX_CLASSES.
@@ -103,7 +105,7 @@ def _flux_pipeline(name_or_path: str | os.PathLike) -> type | None:
     if not index.is_file():
         return None
     try:
-        home = FLUX_PIPELINES.get(json.loads(index.read_text(encoding="utf-8")).get("_class_name"))
-    except ValueError:
+        home = FLUX_PIPELINES.get(str(read_json(index).get("_class_name")))
+    except ConfigError:
         return None  # ppdiffusers says what is wrong with it
     return home and _ours(*home)
