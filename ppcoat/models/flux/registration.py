@@ -104,14 +104,16 @@ def _ours(module: str, name: str) -> type:
 
 def _flux_pipeline(name_or_path: str | os.PathLike) -> type | None:
     """The class that draws with a local FLUX folder; None for anything else."""
-    import json
     from pathlib import Path
+
+    from ppcoat.errors import ConfigError
+    from ppcoat.models.json_files import read_json
 
     index = Path(name_or_path) / "model_index.json"
     if not index.is_file():
         return None
     try:
-        home = FLUX_PIPELINES.get(json.loads(index.read_text(encoding="utf-8")).get("_class_name"))
-    except ValueError:
+        home = FLUX_PIPELINES.get(str(read_json(index).get("_class_name")))
+    except ConfigError:
         return None  # ppdiffusers says what is wrong with it
     return home and _ours(*home)
