@@ -38,6 +38,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from ppcoat.signals import unfinished
+
 _FORGOTTEN_SECONDS = 24 * 3600  # without a change: a draft of another machine has no living writer
 
 _PROCESS = r"(?P<pid>[0-9]{1,9})"
@@ -226,6 +228,7 @@ def _draft(goal: Path, or_goal: bool = False) -> Iterator[Path]:
     name = f".{goal.name}.tmp-{_host()}-{os.getpid()}-{secrets.token_hex(4)}"
     own = goal.with_name(name)
     _own.add(name)
+    unfinished[name] = lambda: _clear(own, own / f"{goal.name}.old", goal)
     try:
         own.mkdir()
         yield own / goal.name
@@ -246,6 +249,7 @@ def _draft(goal: Path, or_goal: bool = False) -> Iterator[Path]:
     finally:
         _clear(own, own / f"{goal.name}.old", goal)
         _own.discard(name)
+        del unfinished[name]
 
 
 def _keep(old: Path, new: Path) -> None:

@@ -16,12 +16,14 @@ ALLOWED = {
     "atomic": (),
     "progress": (),
     "reading": (),
+    "finite": (),
+    "signals": (),
     "fp8": (),
     "config": (),
     "nn": ("fp8",),
     "optim": ("fp8",),
     "models": ("nn",),
-    "lora": ("nn", "models.tensor_files"),
+    "lora": ("nn", "models.tensor_files", "models.headers"),
     "data": ("config",),
     "infer": ("models", "lora", "data", "config.flags", "plan.GB", "plan.drawing"),
     "coat": ("config", "lora", "nn", "optim", "models.blocks"),
@@ -34,7 +36,8 @@ ALLOWED = {
     "pretrain": ("data", "models", "infer", "train.ranks", "config.flags"),
 }  # fmt: skip
 # The last are the names of FLUX's Linears and norms: data, in an __init__ that imports nothing.
-OPEN_TO_ALL = ("errors", "device", "atomic", "progress", "reading", "models.flux.ATTENTION_AND_MLP",
+OPEN_TO_ALL = ("errors", "device", "atomic", "progress", "reading", "finite", "signals",
+               "models.flux.ATTENTION_AND_MLP",
                "models.flux.MODULATION", "models.flux.NORMS", "models.flux.OUTSIDE_BLOCKS",
                "models.flux.HALVES_SWAPPED")  # fmt: skip
 UNRESTRICTED = ("cli", "bench", "__init__", "__main__")  # the top
@@ -43,6 +46,11 @@ MODEL_FILE_WITH_LORA = "models/flux/lora_methods.py"  # load_lora_weights and it
 FORBIDDEN_MODULES = ("pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "torch")
 # It reads torch's checkpoints by a pickle.Unpickler whose find_class knows stand-ins for tensors only.
 UNPICKLER = "models/newbie/convert.py"
+# What a signal has ended says nothing else, whatever came of the exception on its way through libraries; and
+# nothing keeps a process that is told to end. The one place that catches what libraries raise over a model's
+# files: tokenizers raises Exception itself.
+CATCHES_ALL = {"__main__.py": "except BaseException", "signals.py": "except Exception",
+               "models/tensor_files.py": "except BaseException"}  # fmt: skip
 FORBIDDEN_CALLS = ("eval", "exec", "compile", "__import__", "paddle.load", "torch.load", "yaml.load",
                    "yaml.unsafe_load", "yaml.full_load", "os.system", "numpy.load", "np.load")  # fmt: skip
 
@@ -214,7 +222,9 @@ def forbidden(tree):
 
 def test_nothing_catches_everything_or_runs_what_it_reads():
     found = {name_of(file): forbidden(tree_of(file)) for file in FILES}
-    assert {file: lines for file, lines in found.items() if lines} == {}
+    bad = {file: [line for line in lines if not line.endswith(CATCHES_ALL.get(file, "!"))]
+           for file, lines in found.items()}  # fmt: skip
+    assert {file: lines for file, lines in bad.items() if lines} == {}
     importing = {module: importers(module) for module in FORBIDDEN_MODULES}
     assert {module: files for module, files in importing.items() if files} == {"pickle": {UNPICKLER}}
 

@@ -17,8 +17,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
-from safetensors import SafetensorError
-
 import ppcoat
 from ppcoat.errors import ConfigError, not_installed, one_line, tell_plainly, unknown_name
 
@@ -157,8 +155,8 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`python -m ppcoat <command> ...` -> exit status: 0, or 2 for a user's mistake, 130 for Ctrl+C, 1
-    if training diverged."""
+    """`python -m ppcoat <command> ...` -> exit status: 0, or 2 for a user's mistake, 1 if training diverged;
+    signals are `ppcoat.signals`'."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
         try:
@@ -211,7 +209,7 @@ def run(name: str, argv: Sequence[str] | None = None, prog: str | None = None) -
         raise
     except BrokenPipeError:
         return _unread()
-    except (OSError, SafetensorError) as error:
+    except (OSError, _safetensor_error()) as error:
         reason = _reason(error)
         if reason is None:
             raise
@@ -221,23 +219,24 @@ def run(name: str, argv: Sequence[str] | None = None, prog: str | None = None) -
     except (FloatingPointError, ChildProcessError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 1
-    except (KeyboardInterrupt, ImportError) as error:
-        # Paddle's own module makes an ImportError of a Ctrl+C that comes while it is loaded
-        if not any(isinstance(each, KeyboardInterrupt) for each in (error, error.__cause__)):
-            raise
-        print("interrupted", file=sys.stderr)
-        return 130
     return _flushed()
 
 
-def _reason(error: OSError | SafetensorError) -> str | None:
+def _reason(error: Exception) -> str | None:
     """What an error of the disk says; None for one of the network, or of Paddle's, who gives device errors
     this type."""
-    if isinstance(error, SafetensorError):
+    if not isinstance(error, OSError):
         return str(error)
     if error.errno is None or (error.filename is None and error.errno not in _OF_A_DISK):
         return None
     return f"{error.filename or 'what was being written'}: {error.strerror}"  # an open file has no name
+
+
+def _safetensor_error() -> type[Exception]:
+    """Imported once there is an error: the start of a command is short."""
+    from safetensors import SafetensorError
+
+    return SafetensorError
 
 
 class _Parser(argparse.ArgumentParser):

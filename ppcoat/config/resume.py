@@ -30,7 +30,7 @@ Class = Literal["same", "order", "told", "free"]
 # {section: {class: its fields}}
 _RUN: dict[str, dict[Class, str]] = {
     "": {
-        "order": "seed",
+        "order": "seed datasets",  # of datasets: how many
         "told": "device trigger_word reg_weight",
         # what `memory: auto` chooses stands in the other settings
         "free": "name output_dir memory vram_gb cache_dir",
@@ -72,7 +72,7 @@ _RUN: dict[str, dict[Class, str]] = {
     },
     "train.schedulefree": {"told": "r weight_lr_power"},
     "train.adafactor": {
-        "same": "beta1",  # of a momentum, or none
+        "same": "beta1",  # whether there is a momentum
         "told": "eps1 eps2 clip_threshold decay_rate scale_parameter relative_step warmup_init",
     },
     "train.ema": {"told": "use_ema ema_decay"},
@@ -121,7 +121,7 @@ CLASSES: Mapping[str, Class] = {
 
 def class_of(key: str) -> Class:
     """Of a setting by its dotted name, "datasets.0.flip_x"; what is not known any more may change."""
-    return CLASSES.get(without_number(key), "told")
+    return CLASSES.get(key) or CLASSES.get(without_number(key), "told")
 
 
 def without_number(key: str) -> str:
@@ -166,7 +166,11 @@ def must_stay(settings: Mapping[str, object]) -> dict[str, object]:
     """Of flat settings those of class `same` that are not among the compatible facts of a checkpoint: the
     model, and with what the states of the optimizer that is used are made."""
     optimizer = str(settings.get("train.optimizer"))
-    keys = {"prodigy": ("train.prodigy.d0", "train.prodigy.slice_p"),
-            "schedulefree_adamw": ("train.beta1",),  # by which the average is read
-            "adafactor": ("train.adafactor.beta1",)}.get(optimizer, ())  # fmt: skip
-    return {key: settings[key] for key in ("model.family", *keys) if key in settings}
+    keys = {
+        "prodigy": ("train.prodigy.d0", "train.prodigy.slice_p"),
+        "schedulefree_adamw": ("train.beta1",),
+    }.get(optimizer, ())  # by which the average is read
+    # at 0 there is no first moment
+    whether = {key: settings[key] == 0 for key in ("train.beta1", "train.adafactor.beta1", "adam_beta1")
+               if key in settings}  # fmt: skip
+    return whether | {key: settings[key] for key in ("model.family", *keys) if key in settings}

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from ppcoat.atomic import check_writable, remove_dead_drafts, whole_file
 from ppcoat.data.content_keys import FORMAT
 from ppcoat.errors import ConfigError
+from ppcoat.finite import first_not_finite
 from ppcoat.reading import json_value, regular_bytes
 
 MAX_ENTRY_BYTES = 1 << 30  # a picture of 4096 x 4096 has 8 MB, a caption's embeddings have 4
@@ -106,9 +107,12 @@ def _decode(key: str, content: bytes) -> dict[str, paddle.Tensor]:
     if hashlib.sha256(data).hexdigest() != digest:
         raise _Damaged("cut off, or its bytes have changed")
     try:
-        return safetensors.paddle.load(content)
+        tensors = safetensors.paddle.load(content)
     except SafetensorError as error:
         raise _Damaged(str(error)) from None
+    if (name := first_not_finite(tensors)) is not None:
+        raise _Damaged(f"its {name} holds NaN or infinity")
+    return tensors
 
 
 def _split(content: bytes) -> tuple[bytes, memoryview]:

@@ -86,7 +86,7 @@ def train_flux_lightning(config: LightningConfig) -> TrainingResult:
     datasets = scan_datasets(run)
     ranks.agree(alike_pictures(all_examples(datasets)))
     if ranks.is_first:
-        print(data_report(datasets))
+        print(data_report(datasets, config.train_batch_size * ranks.size))
         check_run_folder(run.run_dir)
         _say_dtype(config)
     if config.deterministic:

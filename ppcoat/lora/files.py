@@ -16,7 +16,8 @@ import paddle
 from safetensors import SafetensorError, safe_open
 
 from ppcoat.errors import ConfigError
-from ppcoat.models.tensor_files import PICKLES, what_it_is
+from ppcoat.models.headers import what_it_is
+from ppcoat.models.tensor_files import PICKLES
 from ppcoat.reading import json_value, regular_bytes
 
 from .header import ADAPTER_METADATA, ROTATIONS

@@ -26,6 +26,7 @@ import safetensors.paddle
 from ppcoat.atomic import check_writable, remove_dead_drafts, remove_folder, whole_folder, write_text
 from ppcoat.config.schema import RunConfig
 from ppcoat.errors import ConfigError
+from ppcoat.finite import first_not_finite
 from ppcoat.reading import json_value, regular_bytes
 from ppcoat.train.run_state import STRICT_FLAG, RunState
 
@@ -209,6 +210,9 @@ def _load(path: Path) -> Checkpoint:
         name.removesuffix(".safetensors"): safetensors.paddle.load(content)
         for name, content in contents.items()
     }
+    for group, named in tensors.items():
+        if (name := first_not_finite(named)) is not None:
+            raise _Damaged(f"{group}.safetensors: {name} holds NaN or infinity")
     return Checkpoint(path, int(path.name), tensors, state)
 
 

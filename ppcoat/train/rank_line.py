@@ -4,13 +4,16 @@ rank that is dead, or longer than a bound for one that shows no sign of work. Kn
 Rank 0 listens at the first of the launcher's endpoints; every other rank has one plain TCP connection to it.
 Over it ranks meet before they exchange anything, exchange short texts, and send a beat now and then.
 
-A beat is a sign of work, not of life: a thread sends it where the main thread waits for the others, or its
-stack has changed since the last one. So a stopped process sends none, nor does one that hangs inside of a
-call: a lock, a disk, a card, a network. A loop of Python that never ends is taken for work.
+A beat is a sign of work, not of life: a thread sends it where the main thread waits for the others, or has
+moved since the last one (rank_signs.py). So a stopped process sends none, nor does one that hangs inside of a
+call: a lock, a disk, a card, a network. A loop that never ends is taken for work.
 
 Rank 0 judges the others, and they judge rank 0: who sent nothing for the bound while somebody waited for it
-ends the run, and every rank says which it was. The bound counts the time that the waiting process itself
-ran: a machine that sleeps, or a launcher that is stopped with all its ranks, ends nothing.
+(or stood still itself) ends the run, and every rank says which it was. The bound counts the time that the
+waiting process itself ran: a machine that sleeps, or a launcher stopped with all its ranks, ends nothing.
+
+A process that is stopped, or hangs in a library that holds Python's lock (Paddle's store does), cannot end
+itself. So every rank has a keeper (rank_keeper.py) that ends it.
 """
 
 from __future__ import annotations
@@ -25,8 +28,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
-from types import FrameType
+
+from ppcoat.train.rank_keeper import start_keeper
+from ppcoat.train.rank_signs import place_of_work, signs_of_work
 
 LOST_EXIT = 75  # EX_TEMPFAIL of <sysexits.h>: the same command may well succeed the next time
 _GRACE_SECONDS = 5.0  # for a rank to end by itself, with its own message, after another has died
@@ -50,6 +54,7 @@ class Patience:
     bound: float = 600.0
     setting: str = "train.rank_timeout"
     again: str = "run the same command again"
+    computes_here: bool = True  # and not on a card
 
 
 class Line:
@@ -81,21 +86,27 @@ class Line:
         self._waited: float | None = None  # seconds of the main thread's waiting; None: it is at work
         self._transfers = self._noted = self._ended = False
         self._lost: int | None = None
-        self._stack: int | None = None
+        self._missing: Callable[[], list[int]] | None = None
+        self._signs, self._stood = 0, 0.0  # of work, and seconds without a new one
         self._unread = dict.fromkeys(others, b"")
         self._changed, self._sending = threading.Condition(), threading.Lock()
         self._pace = min(PACE_SECONDS, patience.bound / 10)
+        self._keeper: int | None = start_keeper(rank, patience.bound, patience.setting, patience.again)
         self._selector = selectors.DefaultSelector()
         self._selector.register(link, selectors.EVENT_READ, rank if rank == 0 else 0)
         threading.Thread(target=self._watch, name="ranks", daemon=True).start()
+
+    @property
+    def own_address(self) -> str:
+        """This machine's address on the way to the others; once they have met."""
+        return next(iter(self._peers.values())).getsockname()[0]
 
     def meet(self, word: bytes = _READY) -> None:
         """Wait for all ranks: the others report to rank 0, which answers when all have. Leaves with
         LOST_EXIT if one is dead, or silent for too long."""
         if self._rank:
             self._send(_FRAME.pack(word, 0))
-        with self._waiting():
-            self._until(lambda: all(self._arrived.values()))
+        with self._waiting(lambda: [rank for rank, words in self._arrived.items() if not words]):
             for rank in self._arrived:
                 self._arrived[rank] -= 1
             self._ended = word == _END
@@ -110,20 +121,20 @@ class Line:
         """A text of every rank, by rank, on all of them. Leaves as `meet` does."""
         if self._rank:
             self._send_text(text)
-            with self._waiting():
-                self._until(lambda: len(self._texts[0]) >= self._size)
+            with self._waiting(lambda: [0] * (len(self._texts[0]) < self._size)):
                 found, self._texts[0] = self._texts[0][: self._size], self._texts[0][self._size :]
             return found
-        with self._waiting():
-            self._until(lambda: all(self._texts.values()))
+        with self._waiting(lambda: [rank for rank, texts in self._texts.items() if not texts]):
             found = [text, *(texts.pop(0) for texts in self._texts.values())]
         for each in found:
             self._send_text(each)
         return found
 
     @contextmanager
-    def transfer(self) -> Iterator[None]:
-        """Context manager: the main thread is inside of the process group, which all ranks have entered."""
+    def transfer(self, what: str = "an exchange of all ranks") -> Iterator[None]:
+        """Context manager: the main thread is inside of the process group, which all ranks have entered.
+        what: it does there, for the keeper's words."""
+        self._tell_keeper(what)
         with self._changed:
             self._waited, self._noted, self._transfers = 0.0, False, True
         try:
@@ -131,6 +142,7 @@ class Line:
         finally:
             with self._changed:
                 self._waited, self._transfers = None, False
+            self._tell_keeper("its own work")
 
     def leave_if_lost(self) -> None:
         """After an error of the process group: leave with LOST_EXIT if a rank is dead or silent, also if the
@@ -143,23 +155,23 @@ class Line:
                 raise SystemExit(LOST_EXIT)
 
     @contextmanager
-    def _waiting(self) -> Iterator[None]:
+    def _waiting(self, missing: Callable[[], list[int]]) -> Iterator[None]:
+        """Context manager: nobody is missing any more, and this thread has the lock. missing: tells whom the
+        main thread still waits for."""
         with self._changed:
-            self._waited, self._noted = 0.0, False
+            self._waited, self._noted, self._missing = 0.0, False, missing
             try:
+                self._changed.wait_for(lambda: self._lost is not None or not missing())
+                if self._lost is not None:
+                    raise SystemExit(LOST_EXIT)
                 yield
             except (KeyboardInterrupt, SystemExit):
                 if self._lost is None:  # a signal
-                    missing = [str(rank) for rank, words in self._arrived.items() if not words]
-                    say(f"rank {self._rank} was stopped while it waited for rank {', '.join(missing)}")
+                    told = ", ".join(map(str, missing()))
+                    say(f"rank {self._rank} was stopped while it waited for rank {told}")
                 raise
             finally:
-                self._waited = None
-
-    def _until(self, there: Callable[[], bool]) -> None:
-        self._changed.wait_for(lambda: self._lost is not None or there())
-        if self._lost is not None:
-            raise SystemExit(LOST_EXIT)
+                self._waited = self._missing = None
 
     def _send(self, content: bytes) -> None:
         for rank, peer in list(self._peers.items()):
@@ -191,6 +203,8 @@ class Line:
             if self._lost is not None:
                 time.sleep(_GRACE_SECONDS)
                 os._exit(LOST_EXIT)  # the main thread may wait inside nccl, deaf to exceptions
+        keeper, self._keeper = self._keeper, None
+        os.close(keeper)
 
     def _accept(self) -> None:
         """A connection at rank 0's port: of a rank that was not there yet, or of a stranger."""
@@ -248,21 +262,26 @@ class Line:
 
     def _look(self, passed: float) -> None:
         """What is due at a pace: a beat, a line about who is waited for, the end of waiting."""
+        self._tell_keeper("")
+        signs = signs_of_work(self.patience.computes_here)
         with self._changed:
             for rank in self._silence:
                 self._silence[rank] += passed
+            moved, self._signs = signs != self._signs, signs
+            self._stood = 0.0 if moved or self._waited is not None else self._stood + passed
             self._waited = None if self._waited is None else self._waited + passed
             waited, transfers = self._waited, self._transfers
-            missing = [rank for rank, words in self._arrived.items() if not words and not self._texts[rank]]
-        self._beat(waited, _ALL if transfers else missing[0] if missing else _AT_WORK)
+            missing = self._missing() if self._missing is not None else [*self._peers] if transfers else []
+        if waited is not None or moved:
+            self._beat(_AT_WORK if waited is None else _ALL if transfers else missing[0] if missing else 0)
         if self._ended or self._lost is not None:
             return
         bound = self.patience.bound
-        late = waited is not None and waited >= bound
+        late = max(waited or 0.0, self._stood) >= bound
         for rank, silence in self._silence.items():
-            # who has arrived waits, and so would beat; who waits and has not arrived waits for something else
-            elsewhere = rank in missing and self._doing[rank] != _AT_WORK
-            if (silence >= bound and (late or rank not in missing)) or (late and elsewhere):
+            # who has arrived waits, and so would beat; who waits for this one and has not arrived never will
+            elsewhere = late and rank in missing and self._doing[rank] == self._rank
+            if (silence >= bound and (late or self._arrived[rank])) or elsewhere:
                 return self._lose(rank, _SILENT)
         if late and transfers:
             self._lose(_ALL, _SILENT)
@@ -270,13 +289,15 @@ class Line:
             self._noted = True
             say(self._notice(waited, _ALL if transfers else missing[0] if missing else 0))
 
-    def _beat(self, waited: float | None, waits_for: int) -> None:
-        """Send a sign of work if there is one; it says for whom this rank waits."""
-        marks = hash(_marks(_stack_of_main()))
-        if waited is None and marks == self._stack:
-            return
-        self._stack = marks
-        beat = _FRAME.pack(_BEAT, _AT_WORK if waited is None else waits_for)
+    def _tell_keeper(self, what: str) -> None:
+        """That this process runs, and what its main thread goes into."""
+        if self._keeper is not None:
+            with suppress(OSError):  # it has not read for long, or was killed
+                os.write(self._keeper, what.encode() + b"\n")
+
+    def _beat(self, waits_for: int) -> None:
+        """Send a sign of work, which says for whom this rank waits."""
+        beat = _FRAME.pack(_BEAT, waits_for)
         for peer in list(self._peers.values()):
             if self._sending.acquire(blocking=False):  # busy: a word is on its way, which says as much
                 with suppress(OSError):  # a full buffer: the peer has not read for long
@@ -324,7 +345,8 @@ class Line:
         if rank == _ALL:
             return f"an exchange of all ranks has not ended in {bound} ({setting}): look at the network"
         if rank == self._rank:
-            return f"the others have waited {bound} for this rank, {rank}, and ended; it stood in {_place()}"
+            where = place_of_work()
+            return f"the others have waited {bound} for this rank, {rank}, and ended; it stood in {where}"
         if self._rank == 0 and rank not in self._peers:
             return f"waited {bound} for rank {rank}, which has not come ({setting}); its log may say why"
         return f"rank {rank} was waited for and showed no sign of work: {setting} is {bound}"
@@ -350,25 +372,3 @@ def say(text: str) -> None:
     """A line for the log of this rank. One on a full disk must not keep the process alive."""
     with suppress(OSError):
         print(text, file=sys.stderr, flush=True)
-
-
-def _stack_of_main() -> FrameType | None:
-    return sys._current_frames().get(threading.main_thread().ident)
-
-
-def _marks(frame: FrameType | None) -> tuple[tuple[int, int], ...]:
-    """Where the main thread stands, in every function that it is in."""
-    marks = []
-    while frame is not None:
-        marks.append((id(frame.f_code), frame.f_lasti))
-        frame = frame.f_back
-    return tuple(marks)
-
-
-def _place() -> str:
-    """Where the main thread stands, innermost function last, of ours and the one that it called."""
-    frame, names = _stack_of_main(), []
-    while frame is not None and len(names) < 2:
-        names.append(f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} {frame.f_code.co_name}")
-        frame = frame.f_back
-    return ", in ".join(names)

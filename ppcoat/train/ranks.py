@@ -29,10 +29,11 @@ import secrets
 import select
 import shutil
 import socket
+import struct
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,12 @@ from ppcoat.train.rank_line import (
     say,
 )
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+_SIOCGIFADDR = 0x8915  # <linux/sockios.h>: asks an interface for its address
 _RETRY_SECONDS = 0.1
 _PIECE = 64 * 2**20  # bytes that go to the other ranks at once
 _ALIKE = "start them all with the same settings, versions and pictures"
@@ -94,8 +101,9 @@ class Ranks:
                 f"device: came {device} with {size} ranks, wanted gpu or auto: each rank gets a GPU of its "
                 "own; choose them with --gpus of paddle.distributed.launch"
             )
-        ranks = Ranks(rank, size, _connect(rank, size, patience))
         kind = paddle.get_device().partition(":")[0]
+        patience = replace(patience, computes_here=kind == "cpu")
+        ranks = Ranks(rank, size, _connect(rank, size, patience))
         ranks.agree({"device": kind, "Paddle": paddle.__version__})
         ranks._join(kind)
         if rank == 0:
@@ -110,13 +118,16 @@ class Ranks:
 
         if device == "cpu":
             os.environ["PADDLE_DISTRI_BACKEND"] = "gloo"  # a GPU wheel would take nccl for a run on CPU
+            network = _interface_of(self._line.own_address)
+            if network:  # gloo asks for this machine's name, which often means the loopback
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", network)
         address = _store_address() if self.is_first else ""
         address = self._line.exchange(address)[0]
         name, _, port = address.rpartition(":")
         os.environ |= {"PADDLE_MASTER": address, "MASTER_ADDR": name, "MASTER_PORT": port}
         if self.rank:
             time.sleep(0.3)  # Paddle's store asks again only after 3 seconds
-        with self._line.transfer():
+        with self._line.transfer(f"the store of the process group, where rank 0 waits for all at {address}"):
             dist.init_parallel_env()
         self.barrier()
 
@@ -281,6 +292,19 @@ def _number(variable: str, default: int) -> int:
 
 def _first_endpoint() -> str:
     return os.environ.get("PADDLE_TRAINER_ENDPOINTS", "").split(",")[0]
+
+
+def _interface_of(address: str) -> str | None:
+    """Name of the network interface with this IPv4 address; None where that cannot be told."""
+    if fcntl is None:
+        return None
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
+        for _, name in socket.if_nameindex():
+            with suppress(OSError):  # it has no address
+                answer = fcntl.ioctl(asking, _SIOCGIFADDR, struct.pack("256s", name.encode()))
+                if socket.inet_ntoa(answer[20:24]) == address:
+                    return name
+    return None
 
 
 def _store_address() -> str:

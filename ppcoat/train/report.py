@@ -25,6 +25,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from ppcoat.atomic import remove_dead_drafts, whole_file, write_text
 from ppcoat.errors import ConfigError
+from ppcoat.finite import is_finite
 from ppcoat.progress import Progress
 
 if TYPE_CHECKING:
@@ -245,7 +246,7 @@ def first_bad_module(model: paddle.nn.Layer, forward: Callable[[], object]) -> s
     def note(path: str) -> Callable:
         def hook(layer: paddle.nn.Layer, inputs: object, outputs: object) -> None:
             tensors = outputs if isinstance(outputs, list | tuple) else [outputs]
-            if not bad and not all(_is_finite(tensor) for tensor in tensors):
+            if not bad and not all(is_finite(each) for each in tensors if isinstance(each, paddle.Tensor)):
                 bad.append(path)
 
         return hook
@@ -257,9 +258,3 @@ def first_bad_module(model: paddle.nn.Layer, forward: Callable[[], object]) -> s
         for hook in hooks:
             hook.remove()
     return bad[0] if bad else None
-
-
-def _is_finite(value: object) -> bool:
-    if not isinstance(value, paddle.Tensor) or not value.is_floating_point():
-        return True
-    return bool(paddle.isfinite(value.astype("float32")).all())

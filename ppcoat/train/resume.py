@@ -196,9 +196,9 @@ def _compared(facts: dict, start: Start, config: RunConfig, words: ResumeWords) 
     before = _earlier_names(facts.get("settings", {}), records.settings)
     changed = _changed_settings(before, records.settings)
     saved = {name: value for name, value in saved.items() if name in current or name not in _EARLIER}
-    saved |= must_stay(before)
-    kept = current | (must_stay(records.settings) if before else {})
-    check_compatible(saved, kept, words.anew, _of_class("same", changed))
+    kept = must_stay(records.settings) if before else {}
+    behind = _of_class("same", changed) | {key: changed[key] for key in kept if key in changed}
+    check_compatible(saved | must_stay(before), current | kept, words.anew, behind)
     data = _data_changes(facts["data"], records.data) if facts.get("data") and records.data else ""
     moved = start.batches.difference(facts["batches"])
     restart_flag = words.restart_flag
@@ -275,7 +275,6 @@ def _changed_settings(before: Mapping[str, object], now: Mapping[str, object]) -
     """Of those that matter; one that the checkpoint does not know had its default."""
     if not before:
         return {}
-    fields = setting_fields(RunConfig) | setting_fields(LightningConfig)
     folders = [max((int(key.split(".")[1]) + 1 for key in each if key.startswith("datasets.")), default=0)
                for each in (before, now)]  # fmt: skip
     several = tuple(f"{count} entr{'y' if count == 1 else 'ies'}" for count in folders)
@@ -283,10 +282,16 @@ def _changed_settings(before: Mapping[str, object], now: Mapping[str, object]) -
     for key, value in now.items():
         if key.startswith("datasets.") and int(key.split(".")[1]) >= folders[0]:
             continue
-        was = before.get(key, to_jsonable_python(fields[without_number(key)].default))
+        was = before[key] if key in before else _default(key)
         if was != value and class_of(key) != "free":
             changed[key] = _shown(was), _shown(value)
     return changed
+
+
+def _default(key: str) -> object:
+    """Of a setting, as JSON gives it back."""
+    fields = setting_fields(RunConfig) | setting_fields(LightningConfig)
+    return to_jsonable_python(fields[without_number(key)].default)
 
 
 def _of_class(wanted: str, changed: Mapping[str, Values]) -> dict[str, Values]:

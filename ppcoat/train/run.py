@@ -165,7 +165,13 @@ def check_inputs(spec: ModelSpec, config: RunConfig) -> RunInputs:
     ranks = Ranks.current(config.device, Patience(config.train.rank_timeout))
     cost = use_deterministic_kernels() if config.train.deterministic else None
     if ranks.is_first:
-        print(*filter(None, (data_report(datasets), start and start.told, cost)), sep="\n")
+        print(
+            *filter(
+                None,
+                (data_report(datasets, config.train.batch_size * ranks.size), start and start.told, cost),
+            ),
+            sep="\n",
+        )
     return RunInputs(datasets, validation, dtype, ranks, start)
 
 

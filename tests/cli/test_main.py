@@ -181,19 +181,6 @@ def fake_command(monkeypatch, action):
     monkeypatch.setitem(COMMANDS, "fake", Command("does what the test says", "a_command_of_this_test"))
 
 
-def test_ctrl_c_exits_with_130(monkeypatch, capsys):
-    def interrupted(_):
-        raise KeyboardInterrupt
-
-    def interrupted_while_paddle_is_imported(_):
-        raise ImportError("initialization failed") from KeyboardInterrupt()
-
-    for does in (interrupted, interrupted_while_paddle_is_imported):
-        fake_command(monkeypatch, does)
-        assert run("fake", []) == 130
-        assert capsys.readouterr().err == "interrupted\n"
-
-
 def test_numbers_that_went_bad_exit_with_1(monkeypatch, capsys):
     def diverged(_):
         raise FloatingPointError("the loss is nan")

@@ -8,8 +8,20 @@ import numpy as np
 from PIL import Image
 from pydantic import BaseModel, ValidationError
 
+from ppcoat.coat import chosen_modules
 from ppcoat.config.lightning import MISTAKES, LightningConfig
-from ppcoat.config.resume import setting_fields
+from ppcoat.config.resume import setting_fields, settings_that_matter
+from ppcoat.data.batches import ResumableBatches
+from ppcoat.data.examples import all_examples, scan_datasets
+from ppcoat.distill.flux_lightning import WORDS, _compatible
+from ppcoat.optim import lr_scheduler
+from ppcoat.train.base_model import compatible
+from ppcoat.train.checkpoint import save_run
+from ppcoat.train.flux import FluxSpec
+from ppcoat.train.ranks import Ranks
+from ppcoat.train.report import SigmaBins
+from ppcoat.train.resume import data_record, resume_run
+from ppcoat.train.run_state import Records, ResumeWords, RunState
 
 # What a setting needs beside it to be valid or to have an effect.
 WITH = {
@@ -32,6 +44,10 @@ WITH = {
     **dict.fromkeys(("invert_mask", "mask_min_value"), {"datasets.1.mask_path": "masks"}),
     **dict.fromkeys(("full_size_control_images", "control_transparent_color", "control_path"),
                     {"datasets.1.control_path": ["references"]}),
+    "sample": {"sample.prompts": ["a green hat"], "sample.width": 64, "sample.height": 64,
+               "sample.sample_steps": 1},
+    "validation": {"train.validation.items": [{"image_path": "pictures/pictures0.png"}],
+                   "train.validation.resolution": 64},
     "mask_path": {"datasets.1.mask_path": "masks"},
     "prompt_prefix": {"model.family": "newbie"},
 }  # fmt: skip
@@ -45,7 +61,11 @@ VALUES = {
     "max_sequence_length": 24, "format": ["diffusers", "paddle"], "slice_p": 3, "policy": "coat+recompute",
     "prompt_prefix": "You draw.", "prompts": ["a hat"], "samples": [{"prompt": "a hat"}],
     "control_transparent_color": [9, 9, 9], "growth_rate": 2.0, "lr": 2e-3, "learning_rate": 2e-3,
-    "group_size": 64, "optimizer": "lion", "block_size": 32, "cache_dir": "caches",
+    "group_size": 64, "adam_beta1": 0.8, "optimizer": "lion", "train.beta1": 0.8, "block_size": 32,
+    "cache_dir": "caches",
+    "items": [{"image_path": "pictures/pictures1.png"}], "name_or_path": "copy/model",
+    "text_encoders": ["copy/model"], "vae": "copy/model", "tokenizers": ["copy/model"], "device": "auto",
+    "pretrained_teacher_model": "copy/model", "data_path": "copy/more", "vram_gb": 64.0,
     "resume_from_checkpoint": None, "save_format": ["paddle"],
 }  # fmt: skip
 # What changes with a setting, so that the settings are valid and nothing else is another.
@@ -98,7 +118,7 @@ def _changed(config: BaseModel, key: str, field) -> Changed | None:
     needs = WITH_IN_DISTILLATION if isinstance(config, LightningConfig) else WITH
     before = _with(config, next((needs[part] for part in (own, *reversed(sections)) if part in needs), {}))
     value = _at(before.model_dump(mode="json"), dotted)
-    for other in [VALUES[own]] if own in VALUES else _others(value, field):
+    for other in [VALUES.get(key, VALUES.get(own))] if {key, own} & VALUES.keys() else _others(value, field):
         try:
             after = _with(before, {dotted: other} | BESIDE.get(key, {}))
         except ValidationError:
@@ -148,3 +168,59 @@ def flat(config: BaseModel) -> dict:
     numbers = range(len(dump.get("datasets", [0])))
     keys = {key.replace("datasets.", f"datasets.{number}.") for key in fields for number in numbers}
     return {key: _at(dump, key) for key in sorted(keys)}
+
+
+class Resumed:
+    """Checkpoints of runs without parameters, and starts that go on from them."""
+
+    def __init__(self, folder):
+        self.folder, self.transformer, self.saved = folder, None, None
+
+    def state(self, config, weights=None):
+        """(its state, its config) of a run, as far as it is compared. weights: fingerprints of its base."""
+        lightning = isinstance(config, LightningConfig)
+        plain = config.run_config(config.data_path) if lightning else config
+        datasets = scan_datasets(plain)
+        batches = ResumableBatches(all_examples(datasets), plain.train.batch_size, plain.seed)
+        if self.transformer is None:
+            self.transformer = FluxSpec().unfilled(plain)
+        modules = list(chosen_modules(plain.network, self.transformer))
+        facts = _compatible(config) | {"modules": modules} if lightning else compatible(plain, modules)
+        schedule = lr_scheduler("constant", 1e-3, 4)
+        records = Records(settings_that_matter(config), weights or {}, data_record(datasets))
+        state = RunState({}, NoOptimizer(), schedule, batches, SigmaBins(), None, facts, records)
+        return state, plain.model_copy(update={"output_dir": str(self.folder), "name": "run"})
+
+    def save(self, config, weights=None):
+        """A checkpoint of a run."""
+        save_run(*self.state(config, weights))
+
+    def go_on(self, config, capsys, weights=None, ranks=None, **save):
+        """What is said when a run goes on from it."""
+        state, plain = self.state(config, weights)
+        plain = plain.model_copy(update={"save": plain.save.model_copy(update=save)})
+        words = WORDS if isinstance(config, LightningConfig) else ResumeWords()
+        capsys.readouterr()
+        resume_run(state, plain, ranks or Ranks(), words)
+        return capsys.readouterr().out
+
+    def changed(self, change, capsys, **save):
+        """The same under changed settings."""
+        if self.saved != flat(change.before):
+            self.save(change.before)
+            self.saved = flat(change.before)
+        return self.go_on(change.after, capsys, **save)
+
+
+class NoOptimizer:
+    def state_dict(self):
+        return {}
+
+    def set_state_dict(self, state):
+        assert state == {}
+
+
+def shown(change):
+    """`key old -> new`, as a line of a resumed run has it."""
+    values = [settings_that_matter(each)[change.key] for each in (change.before, change.after)]
+    return f"{change.key} {values[0]!r} -> {values[1]!r}"

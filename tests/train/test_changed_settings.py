@@ -2,33 +2,29 @@
 
 import json
 import os
+import shutil
 from functools import cache
 from pathlib import Path
 
 import pytest
-from changed_settings import every_change, flat, write_data
+from changed_settings import Resumed, every_change, flat, shown, write_data
 
-from ppcoat.coat import chosen_modules
 from ppcoat.config.lightning import LightningConfig, lightning_config
 from ppcoat.config.load import load_config
 from ppcoat.config.newbie import _NO_EFFECT, _PARTS, known_keys, load_newbie_config
 from ppcoat.config.resume import CLASSES, class_of, setting_fields, settings_that_matter, without_number
 from ppcoat.config.schema import RunConfig
 from ppcoat.data import examples
-from ppcoat.data.batches import ResumableBatches
-from ppcoat.data.examples import all_examples, scan_datasets
-from ppcoat.distill.flux_lightning import WORDS, _compatible
+from ppcoat.distill.flux_lightning import train_flux_lightning
 from ppcoat.errors import ConfigError
-from ppcoat.optim import lr_scheduler
-from ppcoat.train.base_model import compatible
-from ppcoat.train.checkpoint import save_run
-from ppcoat.train.flux import FluxSpec
-from ppcoat.train.ranks import Ranks
-from ppcoat.train.report import SigmaBins
-from ppcoat.train.resume import data_record, resume_run
-from ppcoat.train.run_state import Records, ResumeWords, RunState
+from ppcoat.train.run import train_lora
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "tiny_flux_fp32"
+
+FLAGS = {"pretrained_teacher_model": str(FIXTURE), "resolution": "64", "lora_rank": "2", "device": "cpu",
+         "use_dmd_loss": True, "apply_reflow_loss": True, "use_distill_loss": True, "max_train_steps": "3",
+         "max_sequence_length": "16", "num_euler_timesteps": "20", "validation_steps": "0",
+         "resume_from_checkpoint": "latest"}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +59,7 @@ def quick(monkeypatch):
 def test_every_setting_of_every_config_has_a_class():
     """NewBie's keys become settings of the same schema."""
     known = setting_fields(RunConfig).keys() | setting_fields(LightningConfig).keys()
-    assert known == CLASSES.keys()
+    assert known | {"datasets"} == CLASSES.keys()
     assert class_of("datasets.3.flip_x") == "order" and class_of("of.an.earlier.version") == "told"
 
 
@@ -95,63 +91,12 @@ def test_every_key_of_newbies_file_is_a_setting_with_a_class(tmp_path):
     assert without_effect == {"lokr_dropout", "lokr_train_norm"}  # which are warned of
 
 
-class Resumed:
-    """Checkpoints of runs without parameters, and starts that go on from them."""
-
-    def __init__(self, folder):
-        self.folder, self.transformer = folder, None
-        self.saved = {}
-
-    def state(self, config):
-        """What a run of this config is, as far as it is compared."""
-        lightning = isinstance(config, LightningConfig)
-        plain = config.run_config(config.data_path) if lightning else config
-        datasets = scan_datasets(plain)
-        batches = ResumableBatches(all_examples(datasets), plain.train.batch_size, plain.seed)
-        if self.transformer is None:
-            self.transformer = FluxSpec().unfilled(plain)
-        modules = list(chosen_modules(plain.network, self.transformer))
-        facts = _compatible(config) | {"modules": modules} if lightning else (
-            compatible(plain, modules))  # fmt: skip
-        schedule = lr_scheduler("constant", 1e-3, 4)
-        records = Records(settings_that_matter(config), data=data_record(datasets))
-        state = RunState({}, NoOptimizer(), schedule, batches, SigmaBins(), None, facts, records)
-        return state, plain.model_copy(update={"output_dir": str(self.folder), "name": "run"})
-
-    def go_on(self, before, after, capsys, **save):
-        """What is said when a run of `after` goes on from a checkpoint of `before`."""
-        key = json.dumps(flat(before), default=str)
-        if self.saved.get("now") != key:
-            save_run(*self.state(before))
-            self.saved["now"] = key
-        state, config = self.state(after)
-        config = config.model_copy(update={"save": config.save.model_copy(update=save)})
-        words = WORDS if isinstance(after, LightningConfig) else ResumeWords()
-        capsys.readouterr()
-        resume_run(state, config, Ranks(), words)
-        return capsys.readouterr().out
-
-
-class NoOptimizer:
-    def state_dict(self):
-        return {}
-
-    def set_state_dict(self, state):
-        assert state == {}
-
-
-def shown(change):
-    """`key old -> new`, as a line of a resumed run has it."""
-    values = [settings_that_matter(each)[change.key] for each in (change.before, change.after)]
-    return f"{change.key} {values[0]!r} -> {values[1]!r}"
-
-
 def check_each(changes, resumed, capsys, restarts):
     wrong = {}
     for change in changes:
         kind = class_of(change.key)
         try:
-            said = resumed.go_on(change.before, change.after, capsys)
+            said = resumed.changed(change, capsys)
         except ConfigError as error:
             said = f"refused: {error}"
         if kind == "free":
@@ -164,7 +109,7 @@ def check_each(changes, resumed, capsys, restarts):
             named = change.key in said and all(value in said for value in values) and "set it back" in said
             right = said.startswith(begins) and named and "\n" not in said
         if right and kind == "order" and restarts:
-            said = resumed.go_on(change.before, change.after, capsys, restart_data=True)
+            said = resumed.changed(change, capsys, restart_data=True)
             right = shown(change) in said and "anew: the order of the pictures" in said
         if not right:
             wrong[change.key] = (kind, said)
@@ -183,9 +128,104 @@ def test_every_setting_of_a_distillation_is_refused_told_or_passed_over_as_its_c
     run, tmp_path, capsys, quick, monkeypatch
 ):
     folder, _ = run
-    flags = {"data_path": str(folder / "more"), "pretrained_teacher_model": str(FIXTURE), "resolution": "64",
-             "lora_rank": "2", "use_dmd_loss": True, "apply_reflow_loss": True, "use_distill_loss": True,
-             "resume_from_checkpoint": "latest", "file_list_path": "list.txt", "device": "cpu"}  # fmt: skip
+    flags = FLAGS | {"data_path": str(folder / "more"), "file_list_path": "list.txt"}
     monkeypatch.chdir(folder)
-    changes = every_change(lightning_config(flags), skip={"data_path"})
+    changes = every_change(lightning_config(flags))
     check_each(changes, Resumed(tmp_path), capsys, restarts=False)
+
+
+@pytest.fixture(scope="module")
+def trained(run):
+    """trained(settings) -> the folder of a run of 3 steps with them and with a checkpoint of each."""
+    folder, _ = run
+    shutil.copytree(FIXTURE, folder / "copy" / "model")
+
+    @cache
+    def train(key):
+        config, name = wanted[key], f"whole{len(list(folder.glob('whole*')))}"
+        if isinstance(config, LightningConfig):
+            own = {"checkpointing_steps": 1, "tracker_project_name": name, "resume_from_checkpoint": None}
+        else:
+            own = {"name": name, "save": config.save.model_copy(update={"save_every": 1})}
+        start(config.model_copy(update=own))
+        return folder / name
+
+    wanted = {}
+
+    def of(config):
+        key = repr(flat(config))
+        wanted[key] = config
+        return train(key)
+
+    return of
+
+
+def start(config):
+    return train_flux_lightning(config) if isinstance(config, LightningConfig) else train_lora(config)
+
+
+def gone_on(change, trained, folder, capsys):
+    """(what is said, whether the last checkpoint has the bits of a run without a stop) of a run that goes on
+    from the step before under the changed settings."""
+    whole, own = trained(change.before), folder / "again" / change.key
+    shutil.copytree(whole, own)
+    before, last = sorted(each.name for each in (own / "checkpoints").iterdir() if each.is_dir())[-2:]
+    (own / "checkpoints" / "latest").write_text(f"{before}\n")
+    shutil.rmtree(own / "checkpoints" / last)
+    place = {"output_dir": str(own.parent)}
+    place["tracker_project_name" if isinstance(change.after, LightningConfig) else "name"] = change.key
+    capsys.readouterr()
+    try:
+        start(change.after.model_copy(update=place))
+    except ConfigError as error:
+        return f"refused: {error}", False
+    ends = [{file.name: file.read_bytes() for file in (each / "checkpoints" / last).glob("*.safetensors")}
+            for each in (whole, own)]  # fmt: skip
+    return capsys.readouterr().out, ends[0] == ends[1]
+
+
+def check_trained(changes, trained, folder, capsys):
+    wrong, counts = {}, {}
+    for change in changes:
+        kind = class_of(change.key)
+        said, equal = gone_on(change, trained, folder, capsys)
+        line = next((each for each in said.splitlines() if each.startswith("changed since then")), "")
+        if kind == "free":
+            right = equal and not line and "resuming from" in said
+        elif kind == "told":
+            right = shown(change) in line
+        else:
+            right = said.startswith("refused: cannot resume") and change.key in said
+        counts[kind] = counts.get(kind, 0) + 1
+        if not right:
+            wrong[change.key] = kind, equal, line or said[-300:]
+    print(f"settings changed, trained on from a checkpoint: {counts}, wrong {len(wrong)}")
+    assert not wrong, "\n".join(f"{key}: {each}" for key, each in wrong.items())
+
+
+# What `memory: auto` chooses is told as the settings that it chose; a FLUX is no NewBie.
+NOT_TRAINED = {"memory", "vram_gb", "model.family", "model.prompt_prefix"}
+
+
+@pytest.mark.slow
+def test_training_goes_on_under_every_changed_setting_as_its_class_says(
+    run, trained, tmp_path, capsys, monkeypatch
+):
+    """Free ones leave every bit of weights, optimizer states and running mean."""
+    folder, config = run
+    monkeypatch.chdir(folder)
+    steps = config.train.model_copy(update={"steps": 3})
+    config = config.model_copy(update={"train": steps})
+    check_trained(every_change(config, NOT_TRAINED), trained, tmp_path, capsys)
+
+
+@pytest.mark.slow
+def test_a_distillation_goes_on_under_every_changed_setting_as_its_class_says(
+    run, trained, tmp_path, capsys, monkeypatch
+):
+    folder, _ = run
+    monkeypatch.chdir(folder)
+    flags = FLAGS | {"data_path": str(folder / "more"), "output_dir": str(folder)}
+    of_shards = {"image_column", "caption_column", "bad_rows", "max_bad_share", "dataloader_num_workers",
+                 "file_list_path", "resume_from_checkpoint", "strict_resume"}  # fmt: skip
+    check_trained(every_change(lightning_config(flags), of_shards), trained, tmp_path, capsys)
