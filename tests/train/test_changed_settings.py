@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from functools import cache
 from pathlib import Path
@@ -61,6 +62,22 @@ def test_every_setting_of_every_config_has_a_class():
     known = setting_fields(RunConfig).keys() | setting_fields(LightningConfig).keys()
     assert known | {"datasets"} == CLASSES.keys()
     assert class_of("datasets.3.flip_x") == "order" and class_of("of.an.earlier.version") == "told"
+
+
+@pytest.mark.parametrize("page", ["training.md", "zh/training.md"])
+def test_the_table_of_classes_in_the_docs_is_that_of_the_code(page):
+    """A row has names, sections (save.*), and after a section what does not belong to it."""
+    fields, found = setting_fields(RunConfig), {}
+    text = (Path(__file__).parents[2] / "docs" / page).read_text("utf-8")
+    for kind in ("same", "order", "free"):
+        (row,) = re.findall(rf"(?m)^\| {kind} \|[^|]*\|(.*)\|$", text)
+        found[kind] = set()
+        for name in re.findall(r"`([^`]+)`", row):
+            found[kind] ^= (
+                {key for key in fields if key.startswith(name[:-1])} if name.endswith("*") else
+                {name if name in fields else f"datasets.{name}"} - {"datasets.datasets"})  # fmt: skip
+    wanted = {kind: {key for key in fields if CLASSES[key] == kind} for kind in found}
+    assert found == wanted
 
 
 # Of a key of [Model] or [Optimization] the two values that are compared; others get a number.
