@@ -267,6 +267,6 @@ def test_newbie_leaves_every_bit_under_free_settings(run, trained, tmp_path, cap
     of_flux = {f"datasets.{name}" for name in ("control_path", "mask_path", "full_size_control_images",
                "invert_mask", "control_transparent_color", "mask_min_value")}  # fmt: skip
     of_flux |= {"model.text_encoders", "model.vae", "model.tokenizers", "network.type"} | NOT_TRAINED
-    of_flux |= {"train.validation.control_path"}
+    of_flux |= {"train.validation.control_path", "datasets.alpha_mask"}
     changes = [each for each in every_change(config, of_flux) if class_of(each.key) == "free"]
     check_trained(changes, trained, tmp_path, capsys)
