@@ -133,8 +133,10 @@ def can_be_replaced(folder: str | Path) -> bool:
     """Whether whole_folder may replace a folder: not one where a disk is mounted, whose parent others own, or
     in which this process stands, which would go on in the old one."""
     folder = Path(folder).resolve()
-    stands_there = Path.cwd().is_relative_to(folder)
-    return not (stands_there or os.path.ismount(folder)) and os.access(folder.parent, os.W_OK | os.X_OK)
+    with suppress(FileNotFoundError):  # where this process stands was removed
+        if Path.cwd().is_relative_to(folder):
+            return False
+    return not os.path.ismount(folder) and os.access(folder.parent, os.W_OK | os.X_OK)
 
 
 def is_disk_error(error: Exception) -> bool:
@@ -240,7 +242,9 @@ def _draft(goal: Path, or_goal: bool = False) -> Iterator[Path]:
     except OSError as error:
         copied = error.errno in _NO_ROOM and error.filename2 is not None  # from filename, for which is room
         if error.errno is not None and (error.filename is None or name in str(error.filename) or copied):
-            error.filename, error.filename2 = str(goal), None  # nobody knows the draft
+            error.filename = str(goal)  # nobody knows the draft
+            if error.filename2 is not None:
+                del error.filename2  # None would be told as a file of that name
         raise
     finally:
         _clear(own, own / f"{goal.name}.old", goal)

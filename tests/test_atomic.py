@@ -449,6 +449,8 @@ def test_a_folder_can_be_replaced_where_its_place_is_ours(tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path / "a" / "b")
     assert not atomic.can_be_replaced("..") and not atomic.can_be_replaced(tmp_path / "a" / "b")
     assert not atomic.can_be_replaced("/proc")
+    (tmp_path / "a" / "b").rmdir()
+    assert atomic.can_be_replaced(tmp_path / "a")
     monkeypatch.setattr(os, "access", lambda *_: False)
     assert not atomic.can_be_replaced(tmp_path / "c")
 
