@@ -23,6 +23,8 @@ def is_finite(tensor: paddle.Tensor) -> bool:
     """Whether no value of a tensor, of any shape and dtype, is NaN or infinite. Waits for the device."""
     if not (tensor.is_floating_point() or tensor.dtype in _FLOAT8):  # which Paddle calls none
         return True
+    if tensor.place.is_cuda_pinned_place():  # a weight that waits in host memory
+        tensor = tensor.cpu()
     # what the operator lacks a kernel for; a cast from float8 keeps its NaN
     return bool(paddle.isfinite(tensor.astype("float32")).all())
 

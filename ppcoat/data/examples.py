@@ -248,9 +248,7 @@ def _few_warning(examples: list[Example], per_epoch: int, at_once: int) -> list[
         return ["  warning: one picture only: what is trained on it will draw that picture; take more"]
     if at_once <= per_epoch:
         return []
-    return [
-        f"  warning: {at_once} pictures at once, and {per_epoch} in an epoch: some are there more than once"
-    ]
+    return [f"  warning: {at_once} pictures at once, {per_epoch} in an epoch: some are there more than once"]
 
 
 def _crop_warning(examples: list[Example]) -> list[str]:

@@ -24,6 +24,7 @@ MOST_EXACT_FIRST = (False, "int8", "fp8", "fp4", "nf4")
 LEAST_UNASKED = "fp4"  # nf4 is less exact and hardly smaller: only where a config names it
 # Pictures of a pass in pixels, and a rank, that are planned before any run.
 USUAL_PIXELS, USUAL_RANK = 64 * 1024**2, 1024
+MOST_AT_ONCE = 4096  # pictures of a pass that a plan chooses
 NO_FASTER = 0.10  # by so much two times of the time model may differ and count as one
 
 
@@ -217,7 +218,7 @@ def _candidates(memory: MemoryModel, budget: float) -> Iterator[Settings]:
     pictures = config.train.batch_size * config.train.gradient_accumulation
     whole = replace(as_given(config, 0), blocks_to_swap=0, stream_encoders=False)
     stream = max(phase.total for phase in memory.phases(whole)[:2]) > budget
-    for batch in (n for n in range(1, pictures + 1) if pictures % n == 0):
+    for batch in (n for n in range(1, min(pictures, MOST_AT_ONCE) + 1) if pictures % n == 0):
         for quantize in allowed_bases(config):
             for policy in memory.policies:
                 for checkpointed in memory.checkpoint_counts:

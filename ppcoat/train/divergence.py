@@ -37,11 +37,11 @@ class BadStep:
     forward: Callable[[int], object]
 
 
-def check_weights(step: BadStep, config: RunConfig, ranks: Ranks) -> None:
-    """For the first bad step in a row, as all weights are read. Raises, on all ranks, FloatingPointError for
-    a parameter that is not finite, and ConfigError for a weight of the base."""
+def check_weights(step: BadStep, config: RunConfig, ranks: Ranks, with_base: bool) -> None:
+    """Raises, on all ranks, FloatingPointError for a parameter that is not finite, and ConfigError for a
+    weight of the base: all of them are read, and they do not change, so once is enough."""
     own = first_not_finite(step.parameters)
-    base = damaged_weight(step.model) if own is None else None
+    base = damaged_weight(step.model) if own is None and with_base else None
     found = ranks.gather([float(own is not None), float(base is not None)])
     if not found.any():
         return

@@ -107,6 +107,7 @@ class Trainer:
     words: ResumeWords = ResumeWords()
     ranks: Ranks = field(default_factory=Ranks)
     factors: FactorCopies = field(init=False)
+    _base_is_whole: bool = field(default=False, init=False)  # looked at, and found finite
 
     def __post_init__(self) -> None:
         self.factors = factor_copies(self.model, [side.optimizer for side in self.sides.values()])
@@ -289,8 +290,8 @@ class Trainer:
             self.step + 1, self.model, side.parameters, losses, squares,
             lambda number: side.objective.losses_at(self.model, *drawn[number]),
         )  # fmt: skip
-        if in_a_row == 1:
-            check_weights(bad, self.config, self.ranks)
+        check_weights(bad, self.config, self.ranks, with_base=not self._base_is_whole)
+        self._base_is_whole = True
         if in_a_row >= min(train.max_skipped_in_a_row, self.steps_of(name)):
             give_up(bad, in_a_row, self.config, self.ranks)
 

@@ -25,10 +25,10 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-import yaml
 from PIL import Image, PngImagePlugin
 
 from ppcoat.cli.main import Command
+from ppcoat.config.load import value_of_text
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -494,9 +494,9 @@ def as_toml(value: dict) -> bytes:
 
 
 def said_by(base: Path) -> dict:
-    """What a config file says, read by the plain readers."""
+    """What a config file says."""
     if base.suffix == ".yaml":
-        return yaml.safe_load(base.read_text())
+        return value_of_text(base.read_text())  # 1e-4 is a number
     from ppcoat.config.newbie import tomllib
 
     return tomllib.loads(base.read_text())
@@ -873,7 +873,7 @@ def laion_list(rng, folder):
     lists = [b"", b"\n\n", b"\0", b"a\0.txt", b"x" * 5000, b"x/" * 5000, b"../list.txt", b"/etc/passwd", b"a.txt\n" * 5000, b"\xff\xfe", b"\xed\xa0\x80", b".", b"..", b"shards",
              b"a.txt\t" + b"x" * 10**6, b"b.txt", b"\x1b[31m", b"a.txt\nx" + b"\0", "a.txt\u2028b.txt".encode(), b"~", b"$HOME", b"a.txt/", b"./a.txt", b"x" * 256, b"\\\\x\\y", rng.randbytes(999)]  # fmt: skip
     (folder / "list.txt").write_bytes(content := rng.choice(lists))
-    statuses = EITHER if content.startswith((b"a.txt\n" * 9, b"a.txt\t", b"./a.txt")) else REFUSED
+    statuses = EITHER if content.startswith((b"a.txt\n" * 9, b"a.txt\t", b"./a.txt", b"a.txt/")) else REFUSED
     return laion_input(folder, f"list {content[:20]} of {len(content)}", statuses=statuses)
 
 

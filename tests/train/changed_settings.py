@@ -46,6 +46,9 @@ WITH = {
                     {"datasets.1.control_path": ["references"]}),
     "sample": {"sample.prompts": ["a green hat"], "sample.width": 64, "sample.height": 64,
                "sample.sample_steps": 1},
+    "train.validation.control_path": {"train.validation.folder_path": "more",
+                                      "train.validation.control_path": ["references"],
+                                      "train.validation.resolution": 64},
     "validation": {"train.validation.items": [{"image_path": "pictures/pictures0.png"}],
                    "train.validation.resolution": 64},
     "mask_path": {"datasets.1.mask_path": "masks"},
@@ -116,7 +119,8 @@ def _changed(config: BaseModel, key: str, field) -> Changed | None:
     *sections, own = key.split(".")
     dotted = key.replace("datasets.", "datasets.1.")
     needs = WITH_IN_DISTILLATION if isinstance(config, LightningConfig) else WITH
-    before = _with(config, next((needs[part] for part in (own, *reversed(sections)) if part in needs), {}))
+    found = (needs[part] for part in (key, own, *reversed(sections)) if part in needs)
+    before = _with(config, next(found, {}))
     value = _at(before.model_dump(mode="json"), dotted)
     for other in [VALUES.get(key, VALUES.get(own))] if {key, own} & VALUES.keys() else _others(value, field):
         try:

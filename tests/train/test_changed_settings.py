@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from functools import cache
 from pathlib import Path
@@ -11,15 +12,17 @@ from changed_settings import Resumed, every_change, flat, shown, write_data
 
 from ppcoat.config.lightning import LightningConfig, lightning_config
 from ppcoat.config.load import load_config
-from ppcoat.config.newbie import _NO_EFFECT, _PARTS, known_keys, load_newbie_config
+from ppcoat.config.newbie import _NO_EFFECT, _PARTS, DEFAULT_TARGETS, known_keys, load_newbie_config
 from ppcoat.config.resume import CLASSES, class_of, setting_fields, settings_that_matter, without_number
-from ppcoat.config.schema import RunConfig
+from ppcoat.config.schema import ModelConfig, NetworkConfig, RunConfig
 from ppcoat.data import examples
 from ppcoat.distill.flux_lightning import train_flux_lightning
 from ppcoat.errors import ConfigError
 from ppcoat.train.run import train_lora
 
-FIXTURE = Path(__file__).parents[1] / "fixtures" / "tiny_flux_fp32"
+FIXTURE, NEWBIE = (
+    Path(__file__).parents[1] / "fixtures" / name for name in ("tiny_flux_fp32", "tiny_newbie")
+)
 
 FLAGS = {"pretrained_teacher_model": str(FIXTURE), "resolution": "64", "lora_rank": "2", "device": "cpu",
          "use_dmd_loss": True, "apply_reflow_loss": True, "use_distill_loss": True, "max_train_steps": "3",
@@ -61,6 +64,22 @@ def test_every_setting_of_every_config_has_a_class():
     known = setting_fields(RunConfig).keys() | setting_fields(LightningConfig).keys()
     assert known | {"datasets"} == CLASSES.keys()
     assert class_of("datasets.3.flip_x") == "order" and class_of("of.an.earlier.version") == "told"
+
+
+@pytest.mark.parametrize("page", ["training.md", "zh/training.md"])
+def test_the_table_of_classes_in_the_docs_is_that_of_the_code(page):
+    """A row has names, sections (save.*), and after a section what does not belong to it."""
+    fields, found = setting_fields(RunConfig), {}
+    text = (Path(__file__).parents[2] / "docs" / page).read_text("utf-8")
+    for kind in ("same", "order", "free"):
+        (row,) = re.findall(rf"(?m)^\| {kind} \|[^|]*\|(.*)\|$", text)
+        found[kind] = set()
+        for name in re.findall(r"`([^`]+)`", row):
+            found[kind] ^= (
+                {key for key in fields if key.startswith(name[:-1])} if name.endswith("*") else
+                {name if name in fields else f"datasets.{name}"} - {"datasets.datasets"})  # fmt: skip
+    wanted = {kind: {key for key in fields if CLASSES[key] == kind} for kind in found}
+    assert found == wanted
 
 
 # Of a key of [Model] or [Optimization] the two values that are compared; others get a number.
@@ -229,3 +248,25 @@ def test_a_distillation_goes_on_under_every_changed_setting_as_its_class_says(
     of_shards = {"image_column", "caption_column", "bad_rows", "max_bad_share", "dataloader_num_workers",
                  "file_list_path", "resume_from_checkpoint", "strict_resume"}  # fmt: skip
     check_trained(every_change(lightning_config(flags), of_shards), trained, tmp_path, capsys)
+
+
+@pytest.mark.slow
+def test_newbie_leaves_every_bit_under_free_settings(run, trained, tmp_path, capsys, monkeypatch):
+    folder, config = run
+    newbie = tmp_path / "newbie"
+    write_data(newbie)
+    shutil.copytree(NEWBIE, newbie / "copy" / "model")
+    monkeypatch.chdir(newbie)
+    config = config.model_copy(
+        update={
+            "model": ModelConfig(name_or_path=str(NEWBIE), family="newbie"),
+            "train": config.train.model_copy(update={"steps": 3, "lr": 1e-2}),
+            "network": NetworkConfig(linear=2, targets=DEFAULT_TARGETS),
+        }
+    )
+    of_flux = {f"datasets.{name}" for name in ("control_path", "mask_path", "full_size_control_images",
+               "invert_mask", "control_transparent_color", "mask_min_value")}  # fmt: skip
+    of_flux |= {"model.text_encoders", "model.vae", "model.tokenizers", "network.type"} | NOT_TRAINED
+    of_flux |= {"train.validation.control_path", "datasets.alpha_mask"}
+    changes = [each for each in every_change(config, of_flux) if class_of(each.key) == "free"]
+    check_trained(changes, trained, tmp_path, capsys)
