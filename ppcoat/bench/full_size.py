@@ -148,7 +148,7 @@ def full_size(case: FullSizeCase) -> dict:
     written = ensure_random_transformer(case.weights, case.settings, case.seed, _copy_bytes(planned, case))
     report["weights"] = watch.note("random weights", "written" if written else "found")
     copy = QuantizedCopy.beside_or_in(
-        case.folder, config.cache_folder, folder_identity(case.weights), True, case.base
+        case.folder, config.cache_folder, folder_identity(case.weights, times=True), True, case.base
     )
     had_copy = copy.is_usable()
     transformer = load_quantized_transformer(case.weights, copy=copy, base=case.base)

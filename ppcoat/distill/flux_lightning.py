@@ -10,6 +10,7 @@ from PIL import Image
 
 from ppcoat.coat import COATTrainer, prepare, trained_parameters
 from ppcoat.config.lightning import LightningConfig
+from ppcoat.config.resume import settings_that_matter
 from ppcoat.config.schema import RunConfig
 from ppcoat.data.batches import ResumableBatches
 from ppcoat.data.cache import TrainingCache, WindowedCache
@@ -49,9 +50,10 @@ from ppcoat.train.model_spec import ModelSpec
 from ppcoat.train.previews import draw_previews
 from ppcoat.train.rank_line import Patience
 from ppcoat.train.ranks import Ranks
+from ppcoat.train.resume import Start, check_resume
 from ppcoat.train.run import alike_pictures
 from ppcoat.train.run_lock import only_run_in
-from ppcoat.train.run_state import ResumeWords
+from ppcoat.train.run_state import Records, ResumeWords
 from ppcoat.train.trainer import Side, TrainingResult
 
 GIGABYTE = 10**9
@@ -84,7 +86,7 @@ def train_flux_lightning(config: LightningConfig) -> TrainingResult:
     datasets = scan_datasets(run)
     ranks.agree(alike_pictures(all_examples(datasets)))
     if ranks.is_first:
-        print(data_report(datasets))
+        print(data_report(datasets, config.train_batch_size * ranks.size))
         check_run_folder(run.run_dir)
         _say_dtype(config)
     if config.deterministic:
@@ -92,13 +94,17 @@ def train_flux_lightning(config: LightningConfig) -> TrainingResult:
         if ranks.is_first:
             print(cost)
     with only_run_in(run.run_dir, ranks):
-        pre_allocate(config.pre_alloc_memory)
-        pipeline = spec.load_encoders(run, dtype)
         examples = all_examples(datasets)
         batches = _batches(config, examples, ranks)
+        start = Start(_compatible(config), batches, Records(settings_that_matter(config)))
+        records = check_resume(run, start, datasets, spec.parts(run), ranks, WORDS)
+        pre_allocate(config.pre_alloc_memory)
+        pipeline = spec.load_encoders(run, dtype)
         cache = encode_pictures(spec, config, run, examples, batches, pipeline, ranks)
         spec.load_base(pipeline, run, dtype, ranks)
-        return build_lightning_trainer(spec, config, run, pipeline, cache, ranks).run()
+        trainer = build_lightning_trainer(spec, config, run, pipeline, cache, ranks)
+        trainer.state.records = records
+        return trainer.run()
 
 
 def build_lightning_trainer(
@@ -122,12 +128,13 @@ def build_lightning_trainer(
 
     windowed = isinstance(cache, WindowedCache)
     batches = cache.batches if windowed else _batches(config, cache.examples, ranks)
-    compatible = _compatible(config, list(modules)) | {"batch_size": batches.batch_size}
+    state = joint_state(sides, batches, _compatible(config) | {"modules": list(modules)})
+    state.records = Records(settings_that_matter(config))
     return LightningTrainer(
         config=run,
         model=transformer,
         sides=sides,
-        state=joint_state(sides, batches, compatible),
+        state=state,
         cache=cache,
         save_weights=LoRAFiles(run, transformer).write,
         draw_previews=draw if run.sample.wanted else None,
@@ -248,14 +255,13 @@ def _say_dtype(config: LightningConfig) -> None:
         print("mixed_precision bf16: Paddle computes in float32 on a CPU")
 
 
-def _compatible(config: LightningConfig, modules: list[str]) -> dict:
-    """What a checkpoint must share with the run that resumes from it; everything else may change."""
+def _compatible(config: LightningConfig) -> dict:
+    """What a checkpoint must share with the run that resumes from it, beside the LoRA's modules and the
+    weights of the base; all else may change."""
     alike = ("lora_rank", "lora_alpha", "resolution", "fp8_optimizer", "num_euler_timesteps", "multiphase",
              "head_blocks", "guidance_scale")  # fmt: skip
     turns = {"even": DISCRIMINATOR, "odd": GENERATOR} if config.adv_weight > 0 else {"all": GENERATOR}
     return {
-        "base": base_identity(config.pretrained_teacher_model),
         **{name: getattr(config, name) for name in alike},
         "turns": turns,
-        "modules": modules,
     }

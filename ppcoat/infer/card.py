@@ -115,7 +115,7 @@ def _transformer(
 
 def _copy(drawing: Any, component: Component, base: str) -> QuantizedCopy | None:
     """A training run's copy beside the model, if there is one; else that in cache_dir, if it is given."""
-    model, source = Path(drawing.model), folder_identity(Path(component))
+    model, source = Path(drawing.model), folder_identity(Path(component), times=True)
     here = Path(drawing.cache_dir or ".")
     beside = QuantizedCopy.beside_or_in(model, here, source, True, base)
     if beside.is_usable():

@@ -4,7 +4,7 @@ again by its content."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import paddle
 from ppcoat.config.schema import RunConfig
 from ppcoat.data.cache import folder_identity
 from ppcoat.device import on_gpu
+from ppcoat.models.fingerprint import Fingerprints
 from ppcoat.models.quantized_base import QuantizedCopy
 from ppcoat.models.tensor_files import Component
 from ppcoat.train.ranks import Ranks
@@ -41,19 +42,25 @@ def quantized_copy_of(config: RunConfig) -> QuantizedCopy:
     """Where the quantised weights of the config's transformer are kept for the next start. Pieces of the
     model's files are read, to know whose copy it is."""
     model = Path(config.model.name_or_path)
-    source, beside_model = folder_identity(_weights(model)), config.model.quantized_beside_model
+    source = folder_identity(_weights(model), times=True)
+    beside_model = config.model.quantized_beside_model
     return QuantizedCopy.beside_or_in(model, config.cache_folder, source, beside_model, config.model.quantize)
+
+
+def fingerprints(config: RunConfig, parts: Mapping[str, Component]) -> dict[str, str]:
+    """{part: what stands for every byte of it}, kept in the run folder for the next start."""
+    return Fingerprints(config.run_dir / "weights.json").of(parts)
 
 
 def base_identity(model: str | Path) -> str:
     """16 hex digits that stand for the weights of a model's transformer, wherever its folder or file is;
-    pieces of its files are read."""
+    pieces of its files are read. Checkpoints of earlier versions know their base by it."""
     return folder_identity(_weights(Path(model)))[:16]
 
 
 def compatible(config: RunConfig, modules: list[str] | None = None) -> dict:
-    """What a checkpoint must share with the run that resumes from it; everything else may change. modules:
-    that have an adapter, None: not known yet."""
+    """What a checkpoint must share with the run that resumes from it, beside the weights of the base; all
+    else may change. modules: that have an adapter, None: not known yet."""
     network = config.network
     adapter: dict[str, Any] = {"linear": network.linear, "linear_alpha": network.linear_alpha}
     adapter |= {} if modules is None else {"modules": modules}
@@ -64,7 +71,7 @@ def compatible(config: RunConfig, modules: list[str] | None = None) -> dict:
         optimizer["name"] = config.train.optimizer
     if config.uses_fp8_optimizer:
         optimizer |= config.coat.optimizer.model_dump()
-    return {"base": base_identity(config.model.name_or_path), "network": adapter, "optimizer": optimizer}
+    return {"network": adapter, "optimizer": optimizer}
 
 
 def _weights(model: Path) -> Path:

@@ -15,26 +15,30 @@ from pathlib import Path
 import paddle
 from PIL import Image
 
+from ppcoat.coat import warn_of_rank
 from ppcoat.config.schema import PreviewConfig, RunConfig
-from ppcoat.data.cache import Encoders, TrainingCache, folder_identity
+from ppcoat.data.cache import Encoders, TrainingCache
 from ppcoat.data.examples import Example
 from ppcoat.device import compute_dtype
 from ppcoat.lora import LoRASummary, save_lora
 from ppcoat.lora.writing import FORMATS
-from ppcoat.models.flux.files import FluxFiles
+from ppcoat.models.flux.files import FLUX_COMPONENTS, FluxFiles
 from ppcoat.models.flux.pipeline import FluxPipeline
 from ppcoat.models.flux.transformer import FluxTransformer2DModel
 from ppcoat.models.loading import check_folder, check_without_control, load_transformer, unfilled
 from ppcoat.models.quantized_base import load_quantized_transformer
+from ppcoat.models.tensor_files import Component
 from ppcoat.nn.swap import last_blocks
 from ppcoat.objective import FlowMatching
 from ppcoat.plan.phases import MemoryModel
 from ppcoat.train import editing
-from ppcoat.train.base_model import drop_encoders, load_encoders, load_frozen
+from ppcoat.train.base_model import drop_encoders, fingerprints, load_encoders, load_frozen
 from ppcoat.train.model_spec import ModelSpec
 from ppcoat.train.ranks import Ranks
 from ppcoat.train.start import fields_of_start
 from ppcoat.train.trainer import SaveWeights
+
+_MAKERS = {"latents": "vae", "prompt_embeds": "text_encoder_2", "pooled": "text_encoder"}
 
 
 class FluxSpec(ModelSpec):
@@ -49,6 +53,7 @@ class FluxSpec(ModelSpec):
         check_folder(files, control=True)
         transformer = self.unfilled(config)
         check_without_control(transformer, files, fill=True)
+        warn_of_rank(config.network, transformer)
         if config.model.blocks_to_swap:
             last_blocks(transformer, config.model.blocks_to_swap)
         fill = editing.is_fill(files)
@@ -65,6 +70,11 @@ class FluxSpec(ModelSpec):
         """That of the folder or file, whose headers are checked."""
         return unfilled(FluxTransformer2DModel, _files(config)["transformer"])[0]
 
+    def parts(self, config: RunConfig) -> dict[str, Component]:
+        """All but the scheduler's."""
+        files = _files(config)
+        return {name: files[name] for name in FLUX_COMPONENTS if name != "scheduler"}
+
     def load_encoders(self, config: RunConfig, dtype: str | None) -> FluxPipeline:
         """T5, CLIP and the VAE."""
         files = _files(config)
@@ -75,17 +85,22 @@ class FluxSpec(ModelSpec):
         """The VAE; T5 and CLIP."""
         vae, text = "", ""
         if any(data.cache_to_disk for data in config.datasets):  # reads files, so only where it is of use
-            files, dtype = _files(config), compute_dtype(config.model.dtype)
-            vae = f"{folder_identity(Path(files['vae']))} {dtype}"
-            names = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-            identity = folder_identity(*(Path(files[name]) for name in names))
-            text = f"{identity} {dtype} {config.train.max_sequence_length}"
+            parts, dtype = self.parts(config), compute_dtype(config.model.dtype)
+            del parts["transformer"]
+            known = fingerprints(config, parts)
+            vae = f"{known.pop('vae')} {dtype}"
+            text = f"{' '.join(known.values())} {dtype} {config.train.max_sequence_length}"
 
         def encode_text(captions: list[str]) -> tuple[paddle.Tensor, paddle.Tensor]:
             return pipeline.encode_prompt(captions, max_sequence_length=config.train.max_sequence_length)[:2]
 
         masked = editing.masked_encoder(pipeline) if editing.is_fill(_files(config)) else None
-        return Encoders(pipeline.encode_image, encode_text, vae, text, masked=masked)
+
+        def maker(name: str) -> tuple[Component, paddle.nn.Layer]:
+            part = _MAKERS[name]
+            return _files(config)[part], getattr(pipeline, part)
+
+        return Encoders(pipeline.encode_image, encode_text, vae, text, masked=masked, maker=maker)
 
     def load_base(
         self,

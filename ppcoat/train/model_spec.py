@@ -14,6 +14,7 @@ from PIL import Image
 from ppcoat.config.schema import PreviewConfig, RunConfig
 from ppcoat.data.cache import Encoders, TrainingCache
 from ppcoat.data.examples import Example
+from ppcoat.models.tensor_files import Component
 from ppcoat.objective import Objective
 from ppcoat.plan.phases import MemoryModel
 from ppcoat.train.ranks import Ranks
@@ -35,6 +36,10 @@ class ModelSpec(ABC):
     @abstractmethod
     def unfilled(self, config: RunConfig) -> paddle.nn.Layer:
         """The transformer with parameters that have a shape and no memory."""
+
+    @abstractmethod
+    def parts(self, config: RunConfig) -> dict[str, Component]:
+        """The components on whose contents the result depends, by name. What only draws is not among them."""
 
     def check_captions(self, config: RunConfig, captions: Sequence[str]) -> None:
         """Warn of captions that are cut, and raise ConfigError for those that cannot be read."""

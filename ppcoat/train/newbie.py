@@ -20,14 +20,15 @@ import paddle
 from PIL import Image
 
 from ppcoat.atomic import remove_dead_drafts
-from ppcoat.coat import chosen_modules
+from ppcoat.coat import warn_of_rank
 from ppcoat.config.schema import ModelConfig, NetworkConfig, PreviewConfig, RunConfig, TrainConfig
-from ppcoat.data.cache import Encoders, TrainingCache, folder_identity
+from ppcoat.data.cache import Encoders, TrainingCache
 from ppcoat.device import compute_dtype
 from ppcoat.errors import ConfigError
 from ppcoat.lora import LoRASummary, save_comfyui, save_peft
 from ppcoat.lora.files import CONFIG, WEIGHTS
 from ppcoat.models.newbie.files import (
+    NEWBIE_COMPONENTS,
     check_newbie_folder,
     load_nextdit,
     load_quantized_nextdit,
@@ -35,16 +36,18 @@ from ppcoat.models.newbie.files import (
 )
 from ppcoat.models.newbie.jina_clip import load_gemma3_tokenizer
 from ppcoat.models.newbie.pipeline import PROMPT_PREFIX, NewbiePipeline, warn_of_cut, with_prefix
+from ppcoat.models.tensor_files import Component
 from ppcoat.nn.swap import last_blocks
 from ppcoat.objective import NewbieFlowMatching
 from ppcoat.plan.newbie import NewbieMemoryModel
-from ppcoat.train.base_model import drop_encoders, load_encoders, load_frozen
+from ppcoat.train.base_model import drop_encoders, fingerprints, load_encoders, load_frozen
 from ppcoat.train.model_spec import ModelSpec
 from ppcoat.train.ranks import Ranks
 from ppcoat.train.start import fields_of_start
 from ppcoat.train.trainer import SaveWeights
 
 TEXT_NAMES = ("cap_feats", "cap_mask", "clip_text_pooled")
+_MAKERS = {"latents": "vae", "cap_feats": "text_encoder", "clip_text_pooled": "clip_model"}
 # Settings of FLUX's objective and blocks: (section, its model, keys).
 _OF_FLUX = (
     ("train", TrainConfig, ("timestep_type", "cfg_scale", "loss_type")),
@@ -68,7 +71,7 @@ class NewbieSpec(ModelSpec):
                     raise ConfigError(f"{name}.{key} is FLUX's: leave it out for model.family newbie")
         check_newbie_folder(config.model.name_or_path, "base_model_path (model.name_or_path)")
         model = self.unfilled(config)
-        chosen_modules(config.network, model)
+        warn_of_rank(config.network, model)
         last_blocks(model, config.model.blocks_to_swap)
 
     def unfilled(self, config: RunConfig) -> paddle.nn.Layer:
@@ -90,6 +93,10 @@ class NewbieSpec(ModelSpec):
                 f"shorten {captions[longest][:60]!r}"
             )
 
+    def parts(self, config: RunConfig) -> dict[str, Component]:
+        """The folder's; tokenizers lie in those of the text encoders."""
+        return {name: Path(config.model.name_or_path) / name for name in NEWBIE_COMPONENTS}
+
     def load_encoders(self, config: RunConfig, dtype: str | None) -> NewbiePipeline:
         """Gemma3, Jina CLIP and the VAE."""
         streamed = "text_encoder" if config.model.stream_encoders else None
@@ -100,10 +107,11 @@ class NewbieSpec(ModelSpec):
         prefix, tokens = _prefix(config), config.train.max_sequence_length
         vae, text = "", ""
         if any(data.cache_to_disk for data in config.datasets):  # reads files, so only where it is of use
-            model, dtype = Path(config.model.name_or_path), compute_dtype(config.model.dtype)
-            vae = folder_identity(model / "vae")
-            encoders = folder_identity(model / "text_encoder", model / "clip_model")
-            text = f"{encoders} {dtype} {tokens} {prefix!r}"
+            parts = self.parts(config)
+            del parts["transformer"]
+            known = fingerprints(config, parts)
+            vae = known.pop("vae")
+            text = f"{' '.join(known.values())} {compute_dtype(config.model.dtype)} {tokens} {prefix!r}"
 
         def encode_text(captions: list[str]) -> tuple[paddle.Tensor | list[paddle.Tensor], ...]:
             found = pipeline.encode_prompt(captions, prefix, tokens, warn=False)
@@ -112,7 +120,11 @@ class NewbieSpec(ModelSpec):
                                for name in TEXT_NAMES[:2])  # fmt: skip
             return features, masks, found["clip_text_pooled"]
 
-        return Encoders(pipeline.encode_image, encode_text, vae, text, TEXT_NAMES)
+        def maker(name: str) -> tuple[Path, paddle.nn.Layer]:
+            part = _MAKERS[name]
+            return Path(config.model.name_or_path) / part, getattr(pipeline, part)
+
+        return Encoders(pipeline.encode_image, encode_text, vae, text, TEXT_NAMES, maker=maker)
 
     def load_base(
         self,

@@ -18,6 +18,7 @@ from PIL import Image
 from ppcoat.atomic import is_disk_error
 from ppcoat.coat import COATTrainer, prepare, trained_parameters
 from ppcoat.config.load import dump_config
+from ppcoat.config.resume import settings_that_matter
 from ppcoat.config.schema import RunConfig
 from ppcoat.data.batches import ResumableBatches
 from ppcoat.data.cache import TrainingCache, build_cache
@@ -34,9 +35,15 @@ from ppcoat.device import (
 from ppcoat.errors import ConfigError
 from ppcoat.fp8 import backend
 from ppcoat.fp8.formats import fp8_support
-from ppcoat.plan.settings import allowed_bases, line_of_plan, with_earlier_plan, with_memory_plan
+from ppcoat.plan.settings import (
+    allowed_bases,
+    check_fits,
+    line_of_plan,
+    with_earlier_plan,
+    with_memory_plan,
+)
 from ppcoat.train.base_model import base_identity, compatible
-from ppcoat.train.checkpoint import check_resume, check_run_folder, settings_of_training
+from ppcoat.train.checkpoint import check_run_folder
 from ppcoat.train.flux import FluxSpec
 from ppcoat.train.model_spec import ModelSpec
 from ppcoat.train.newbie import NewbieSpec
@@ -51,8 +58,9 @@ from ppcoat.train.previews import (
 )
 from ppcoat.train.rank_line import Patience
 from ppcoat.train.ranks import Ranks, rank_scratch
+from ppcoat.train.resume import Start, check_resume
 from ppcoat.train.run_lock import only_run_in
-from ppcoat.train.run_state import RunningMean, RunState
+from ppcoat.train.run_state import Records, RunningMean, RunState
 from ppcoat.train.start import AdapterStart, adapter_start, as_it_started, settings_before
 from ppcoat.train.trainer import Side, StepResult, Trainer, TrainingResult
 
@@ -89,9 +97,10 @@ def train_lora(config: RunConfig) -> TrainingResult:
     config = with_steps_of_epochs(with_fitting_settings(spec, as_it_started(config), ranks), inputs)
     if ranks.is_first:
         check_run_folder(config.run_dir)
-        batches = ResumableBatches(inputs.examples, config.train.batch_size * ranks.size, config.seed)
-        check_resume(config, compatible(config), batches)
     with only_run_in(config.run_dir, ranks):
+        batches = ResumableBatches(inputs.examples, config.train.batch_size * ranks.size, config.seed)
+        start = Start(compatible(config), batches, Records(settings_that_matter(config)))
+        records = check_resume(config, start, inputs.datasets, spec.parts(config), ranks)
         pipeline = spec.load_encoders(config, inputs.dtype)
         cache = encode_for_all(spec, config, inputs.examples, pipeline, ranks)
         validation = None
@@ -99,7 +108,9 @@ def train_lora(config: RunConfig) -> TrainingResult:
             encoders = spec.encoders(config, pipeline)
             validation = encode_validation(config, inputs.validation, encoders, spec.objective(config))
         spec.load_base(pipeline, config, inputs.dtype, ranks)
-        return build_trainer(spec, config, pipeline, cache, validation, ranks, inputs.start).run()
+        trainer = build_trainer(spec, config, pipeline, cache, validation, ranks, inputs.start)
+        trainer.state.records = records
+        return trainer.run()
 
 
 def dry_run(config: RunConfig) -> Iterator[tuple[StepResult, float]]:
@@ -154,7 +165,13 @@ def check_inputs(spec: ModelSpec, config: RunConfig) -> RunInputs:
     ranks = Ranks.current(config.device, Patience(config.train.rank_timeout))
     cost = use_deterministic_kernels() if config.train.deterministic else None
     if ranks.is_first:
-        print(*filter(None, (data_report(datasets), start and start.told, cost)), sep="\n")
+        print(
+            *filter(
+                None,
+                (data_report(datasets, config.train.batch_size * ranks.size), start and start.told, cost),
+            ),
+            sep="\n",
+        )
     return RunInputs(datasets, validation, dtype, ranks, start)
 
 
@@ -164,6 +181,7 @@ def with_fitting_settings(spec: ModelSpec, config: RunConfig, ranks: Ranks) -> R
     then. Raises ConfigError as `with_memory_plan` does.
     """
     if config.memory == "as_given":
+        check_fits(config, spec.memory_model)
         return config
     if config.vram_gb is not None:
         planned, note = with_memory_plan(config, spec.memory_model), f"the {config.vram_gb:g} GB of vram_gb"
@@ -187,7 +205,7 @@ def with_fitting_settings(spec: ModelSpec, config: RunConfig, ranks: Ranks) -> R
 
 def _alike(config: RunConfig, examples: Sequence[Example]) -> dict[str, object]:
     """What the ranks of a run must share: settings, base model and pictures, wherever these lie."""
-    settings = settings_of_training(config)
+    settings = settings_that_matter(config)
     settings = {key: value for key, value in settings.items() if not key.endswith("_path")}
     permissions = {f"save.{name}": getattr(config.save, name) for name in ("restart_data", "strict_resume")}
     return {
@@ -344,6 +362,7 @@ def build_trainer(
         side.bins,
         RunningMean(parameters, train.ema.ema_decay) if train.ema.use_ema else None,
         compatible(config, list(modules)),
+        Records(settings_that_matter(config)),
     )
     return Trainer(
         config=config,

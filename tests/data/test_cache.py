@@ -63,6 +63,15 @@ def test_everything_is_encoded_once(examples):
     assert recorder.captions == ["a sks", "sks bb", "sks dddd", ""]
 
 
+def test_captions_of_previews_are_in_calls_of_their_own(examples):
+    """The bits of a caption may depend on how many others are in its call: not on those of previews."""
+    calls = []
+    recorder = Recorder()
+    encoders = Encoders(recorder.image, lambda some: calls.append(some) or recorder.text(some), "vae", "te")
+    build_cache(examples, encoders, ["preview", "a sks"], batch_size=8)
+    assert calls == [["a sks", "sks bb", "sks dddd"], ["preview"]]
+
+
 @pytest.mark.parametrize(
     ("side", "batch_size", "calls"),
     [(1024, 8, [1, 1, 1]), (1040, 8, [1, 1, 1]), (512, 8, [4, 4, 1]), (768, 8, [1, 1, 1]),

@@ -116,7 +116,7 @@ def test_the_copy_is_written_where_asked_and_found_beside_the_model(drawing, tmp
     drawing = dataclasses.replace(drawing, quantize="int8", prompt=["a hat"])
     first = redrawn(drawing, "first", cache_dir=str(tmp_path / "cache"))
     copy = QuantizedCopy(tmp_path / "cache" / "tiny_flux_fp32-transformer-int8",
-                         folder_identity(FLUX / "transformer"), "int8")  # fmt: skip
+                         folder_identity(FLUX / "transformer", times=True), "int8")  # fmt: skip
     assert copy.is_usable()
     monkeypatch.setattr("ppcoat.models.quantized_base.quantised_tensors", None)  # only the copy is read
     np.testing.assert_array_equal(redrawn(drawing, "second", cache_dir=str(tmp_path / "cache")), first)

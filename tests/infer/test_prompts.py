@@ -154,5 +154,5 @@ def test_too_much_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="more than 3 pictures; split"):
         read(tmp_path, "txt", "a\nb\n", Drawing("m", prompts="list", num_images=2))
     monkeypatch.setattr(prompts_module, "MAX_LIST_BYTES", 3)
-    with pytest.raises(ConfigError, match="list.txt is larger than"):
+    with pytest.raises(ConfigError, match="list.txt cannot be read .more than 3 bytes.; split the list"):
         read(tmp_path, "txt", "abcd")

@@ -1,6 +1,8 @@
 """The storm's own modules by name, and the tables of what was tried."""
 
+import os
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -23,3 +25,11 @@ def pytest_runtest_call(item):
 def pytest_terminal_summary(terminalreporter, config):
     if counts.COUNTS and config.getoption("capture") == "no":
         terminalreporter.write_line("\n" + counts.tables())
+
+
+@pytest.fixture(scope="module")
+def memory():
+    """An empty folder; in memory, where a removal takes no time, if there is such a disk."""
+    disk = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix="storm-", dir=disk) as folder:
+        yield Path(folder)

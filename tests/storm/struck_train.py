@@ -7,7 +7,7 @@ from ppcoat.cli.main import run
 
 if __name__ == "__main__":
     if os.environ.get("STRIKE"):
-        from strikes import Strike
+        from rank_strikes import Strike
 
         rank, how, where = os.environ["STRIKE"].split(":")
         if rank == os.environ["PADDLE_TRAINER_ID"]:

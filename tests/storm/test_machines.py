@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from counts import judge
-from strikes import parts
+from rank_strikes import parts
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

@@ -9,7 +9,7 @@ import time
 
 import pytest
 from counts import judge
-from strikes import Run, Strike
+from rank_strikes import Run, Strike
 
 SILENT = (
     r"rank {0} was waited for and showed no sign of work: train.rank_timeout is 4 s; run the same command"

@@ -4,12 +4,17 @@ own), and processes that are ranks."""
 import multiprocessing
 import os
 import socket
+import sys
+from pathlib import Path
 
 import pytest
 
 from ppcoat.config.load import load_config
 from ppcoat.train import rank_line, ranks
 
+HERE = str(Path(__file__).parent)
+if HERE not in sys.path:
+    sys.path.insert(0, HERE)  # tests here import changed_settings by its name
 CONTEXT = multiprocessing.get_context("fork")  # a fork has Paddle imported already
 
 

@@ -18,7 +18,8 @@ from safetensors.numpy import load_file
 
 from ppcoat.data import garments
 from ppcoat.errors import ConfigError
-from ppcoat.train.checkpoint import check_compatible, load_latest, save_checkpoint
+from ppcoat.train.checkpoint import load_latest, save_checkpoint
+from ppcoat.train.resume import check_compatible
 
 
 def tensors(step):

@@ -18,7 +18,7 @@ from ppcoat.data import garments
 from ppcoat.errors import ConfigError
 from ppcoat.nn.convert import quantize_linears
 from ppcoat.train import run as run_module
-from ppcoat.train.checkpoint import check_compatible
+from ppcoat.train.resume import check_compatible
 from ppcoat.train.run import train_lora
 from ppcoat.train.trainer import Trainer
 
@@ -245,15 +245,17 @@ def test_training_lowers_the_loss_on_a_fixed_batch(make_config, monkeypatch):
         ("network.linear_alpha=2", "network.linear_alpha was 4.0 .* is 2.0 now"),
         (
             "network.ignore_if_contains=[proj]",
-            "network.targets and what else chooses the Linears was .* is .* now",
+            r"network.targets and what else chooses the Linears was .* is .* now "
+            r"\(network.ignore_if_contains None -> \['proj'\]\)",
         ),
         (
             "datasets.0.resolution=32",
-            "sizes, repeats or regularisation of the pictures changed; set it back, add --restart_data",
+            r"sizes, repeats or regularisation of the pictures changed \(datasets.0.resolution 64 -> 32\); "
+            "set it back, add --restart_data",
         ),
         (
             "train.batch_size=3",
-            "order of the data: the batch of all processes was 2 .* is 3 now.* add --restart_data",
+            "the batch of all processes was 2 .* is 3 now .train.batch_size 2 -> 3.; .* add --restart_data",
         ),
         ("coat.optimizer.block_size=32", "optimizer.block_size was 16 .* is 32 now"),
         ("coat.optimizer.use_fp8=false", r"FP8 optimizer states \(coat.enabled.* was True .* is False now"),

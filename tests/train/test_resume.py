@@ -1,15 +1,20 @@
 """Going on under other settings: what may change does at once, what may not is refused by name."""
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
+from changed_settings import Resumed, write_data
+from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from ppcoat.cli.main import main
+from ppcoat.config.schema import RunConfig
 from ppcoat.data import garments
 from ppcoat.data.batches import ResumableBatches
 from ppcoat.data.examples import Example
@@ -17,11 +22,14 @@ from ppcoat.data.sources import Item
 from ppcoat.errors import ConfigError
 from ppcoat.optim import lr_scheduler
 from ppcoat.train.base_model import base_identity
-from ppcoat.train.checkpoint import check_compatible, in_its_folder, load_latest
+from ppcoat.train.checkpoint import in_its_folder, load_latest, save_run
 from ppcoat.train.flux import FluxSpec
+from ppcoat.train.ranks import Ranks
 from ppcoat.train.report import SigmaBins
 from ppcoat.train.run import train_lora
-from ppcoat.train.run_state import RunState
+from ppcoat.train.run_state import Records, RunState
+
+FLUX = Path(__file__).parents[1] / "fixtures" / "tiny_flux_fp32"
 
 
 def test_a_moved_run_goes_on_with_another_rate_a_mean_and_one_picture_more(make_config, tmp_path, capfd):
@@ -53,11 +61,11 @@ def test_what_changed_is_refused_before_anything_is_loaded_or_told(make_config, 
     next((tmp_path / "data").glob("*.txt")).write_text("a hat")
     train_lora(make_config("train.steps=2", *base))
     said = capfd.readouterr().out
-    assert "changed since then: train.steps 1 -> 2, captions, names or files of the same number" in said
+    assert "changed since then: train.steps 1 -> 2, data: 1 caption changed (" in said
     monkeypatch.setattr(FluxSpec, "load_encoders", None)  # a call would be another error
     for change, part in {
         "network.linear=8": "network.linear was 4 in the checkpoint and is 8 now",
-        "train.batch_size=1": "batch of all processes was 2 and is 1 now; set it back, add --restart_data",
+        "train.batch_size=1": "was 2 and is 1 now (train.batch_size 2 -> 1); set it back, add --restart_data",
         "seed=7": "the seed was 0 and is 7 now",
         "coat.optimizer.use_fp8=false": "FP8 optimizer states",
     }.items():
@@ -77,6 +85,197 @@ def test_only_the_own_config_of_a_moved_folder_is_followed(make_config, tmp_path
     assert in_its_folder(config, config.run_dir / "config.yaml") == config
 
 
+@pytest.fixture
+def settled(tmp_path, monkeypatch):
+    """(folder with data, settings of a run on it, Resumed): two folders of two pictures, the second with
+    masks and references, and one of two for regularisation."""
+    write_data(tmp_path)
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    more = {"folder_path": f"{tmp_path}/more", "mask_path": f"{tmp_path}/masks", "resolution": 64,
+            "control_path": [f"{tmp_path}/references"]}  # fmt: skip
+    reg = {"folder_path": f"{tmp_path}/copy/pictures", "resolution": 64, "is_reg": True}
+    config = RunConfig.model_validate({
+        "name": "run", "output_dir": str(tmp_path), "model": {"name_or_path": str(FLUX)},
+        "network": {"linear": 2}, "datasets": [{"folder_path": f"{tmp_path}/pictures", "resolution": 64},
+                                               more, reg]})  # fmt: skip
+    return tmp_path, config, Resumed(tmp_path)
+
+
+def repaint(path):
+    """One pixel, in a file of the same size."""
+    pixels, size = np.array(Image.open(path)), path.stat().st_size
+    for number in range(64):
+        pixels[0, 0, 0] += 1
+        Image.fromarray(pixels).save(path, compress_level=number % 10)
+        if path.stat().st_size == size:
+            return
+
+
+def test_each_picture_caption_mask_and_reference_that_changed_is_named(settled, capsys):
+    folder, config, resumed = settled
+    resumed.save(config)
+    assert "changed" not in resumed.go_on(config, capsys)
+    repaint(folder / "pictures" / "pictures0.png")
+    (folder / "more" / "more1.txt").write_text("a cat, green, small")  # of the same length
+    repaint(folder / "masks" / "more0.png")
+    repaint(folder / "references" / "more0.png")
+    repaint(folder / "copy" / "pictures" / "pictures1.png")
+    (folder / "copy" / "pictures" / "pictures0.txt").write_text("a cat, green, small")
+    said = resumed.go_on(config, capsys)
+    for part in ("1 picture changed (pictures0.png)", "1 caption changed (more1.png)", "1 mask changed",
+                 "1 reference changed (more0.png)", "1 regularisation picture changed (pictures1.png)",
+                 "1 regularisation caption changed (pictures0.png)"):  # fmt: skip
+        assert part in said, part
+    assert len(said.splitlines()) == 2 and "changed since then: data: " in said
+
+
+def test_new_and_missing_pictures_are_named_where_the_order_may_stay_and_where_it_may_not(settled, capsys):
+    folder, config, resumed = settled
+    resumed.save(config)
+    for ending in ("png", "txt"):
+        (folder / "pictures" / f"pictures1.{ending}").rename(folder / "pictures" / f"renamed.{ending}")
+    said = resumed.go_on(config, capsys)
+    assert "data: 1 picture new (renamed.png), 1 picture gone (pictures1.png)" in said
+    for number in range(4):
+        for ending in ("png", "txt"):
+            shutil.copy(folder / "pictures" / f"renamed.{ending}", folder / "pictures" / f"{number}.{ending}")
+    with pytest.raises(ConfigError) as refused:
+        resumed.go_on(config, capsys)
+    assert "(data: 5 pictures new (0.png, 1.png, 2.png and 2 more), 1 picture gone (pic" in str(refused.value)
+    said = resumed.go_on(config, capsys, restart_data=True)
+    assert "was 6 and is 10 now, data: 5 pictures new" in said and "anew: the order of the pict" in said
+    fewer = config.model_copy(update={"datasets": config.datasets[:1]})
+    with pytest.raises(ConfigError, match="datasets 3 entries -> 1 entry, data: .* 2 regularisation"):
+        resumed.go_on(fewer, capsys)
+
+
+def test_moved_folders_of_the_same_pictures_are_not_spoken_of(settled, capsys):
+    folder, config, resumed = settled
+    resumed.save(config)
+    for name in ("pictures", "more", "masks", "references"):
+        shutil.move(folder / name, folder / "moved" / name)
+    moved = config.model_dump(mode="json")
+    text = json.dumps(moved["datasets"]).replace(f"{folder}/", f"{folder}/moved/")
+    moved["datasets"] = json.loads(text.replace("moved/copy", "copy"))
+    assert "changed" not in resumed.go_on(RunConfig.model_validate(moved), capsys)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "key", "values"),
+    [("schedulefree_adamw", "train.beta1", (0.9, 0.8)), ("prodigy", "train.prodigy.d0", (1e-6, 1e-5)),
+     ("adafactor", "train.adafactor.beta1", (0.0, 0.9)), ("adamw", "train.beta1", (0.9, 0.0))],
+)  # fmt: skip
+def test_what_an_optimizers_states_are_made_with_stays(settled, capsys, optimizer, key, values):
+    _, config, resumed = settled
+    *sections, name = key.removeprefix("train.").split(".")
+
+    def with_value(value):
+        data = config.model_dump(mode="json")
+        data["train"] = {"optimizer": optimizer} | (
+            {sections[0]: {name: value}} if sections else {name: value}
+        )
+        return RunConfig.model_validate(data)
+
+    first, second = map(with_value, values)
+    resumed.save(first)
+    assert "changed" not in resumed.go_on(first, capsys)
+    with pytest.raises(ConfigError, match=f"{key} was {values[0]} .* is {values[1]} now; set it back"):
+        resumed.go_on(second, capsys)
+
+
+def test_what_an_earlier_version_did_not_record_is_said_and_its_base_is_known_still(settled, capsys):
+    folder, config, resumed = settled
+    weights = {"vae": "a", "transformer": "b"}
+    state, plain = resumed.state(config)
+    state.records = Records()
+    base = base_identity(FLUX)
+    state.compatible = state.compatible | {"base": base}
+    save_run(state, plain)
+    (folder / "more" / "more1.txt").write_text("a longer caption")
+    said = resumed.go_on(config, capsys, weights)
+    assert (
+        "the checkpoint is of an earlier version, and changes of these cannot be seen: its settings, VAE"
+        in said
+    )
+    assert "captions, names or files of the same number of pictures" in said
+    state.compatible = state.compatible | {"base": base[::-1]}
+    save_run(state, plain)
+    with pytest.raises(ConfigError, match="transformer of .* changed"):
+        resumed.go_on(config, capsys, weights)
+
+
+def test_a_setting_that_a_checkpoint_does_not_know_had_its_default(settled, capsys):
+    _, config, resumed = settled
+    state, plain = resumed.state(config)
+    for key in ("train.loss_type", "train.max_grad_norm", "model.quantize"):
+        del state.records.settings[key]
+    save_run(state, plain)
+    assert "changed" not in resumed.go_on(config, capsys)
+    other = config.model_copy(update={"train": config.train.model_copy(update={"loss_type": "mae"})})
+    assert "changed since then: train.loss_type 'mse' -> 'mae'; weights" in resumed.go_on(other, capsys)
+
+
+def test_ranks_with_other_models_do_not_start(settled, capsys):
+    _, config, resumed = settled
+
+    seen = []
+
+    class OneOfTwo(Ranks):
+        def gather(self, values):
+            seen.append(list(values))
+            return np.array(seen)
+
+    resumed.go_on(config, capsys, {"vae": "a"}, OneOfTwo())
+    with pytest.raises(ConfigError, match="the ranks do not start alike: model is .* pictures and model"):
+        resumed.go_on(config, capsys, {"vae": "b"}, OneOfTwo())
+
+
+def change_a_byte(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) * 2 // 3] ^= 1
+    file.write_bytes(content)
+
+
+def test_another_base_is_refused_before_it_is_loaded_and_a_moved_or_quantised_one_goes_on(
+    make_config, tmp_path, monkeypatch
+):
+    def at(name, *more):
+        return make_config("train.steps=1", f"model.name_or_path={tmp_path / name}", *more)
+
+    shutil.copytree(FLUX, tmp_path / "model")
+    train_lora(at("model"))
+    shutil.move(tmp_path / "model", tmp_path / "renamed")
+
+    def load(*_):
+        raise StopIteration  # so far a run went on
+
+    monkeypatch.setattr(FluxSpec, "load_encoders", load)
+    for name, more in (("renamed", ()), ("renamed", ("model.quantize=nf4",))):
+        with pytest.raises(StopIteration):
+            train_lora(at(name, *more))
+    for part in ("vae", "text_encoder", "text_encoder_2", "transformer"):
+        (file,) = (tmp_path / "renamed" / part).glob("*.safetensors")
+        whole = file.read_bytes()
+        change_a_byte(file)
+        with pytest.raises(ConfigError, match=f"base model are not those .*: {part} of .*renamed changed"):
+            train_lora(at("renamed"))
+        file.write_bytes(whole)
+    with open(tmp_path / "renamed" / "tokenizer" / "merges.txt", "a") as merges:
+        merges.write("a b\n")
+    with pytest.raises(ConfigError, match="those that the checkpoint was trained on: tokenizer of"):
+        train_lora(at("renamed"))
+
+
+def test_encodings_on_disk_are_of_these_very_encoders(make_config, tmp_path):
+    shutil.copytree(FLUX, tmp_path / "model")
+    config = make_config(f"model.name_or_path={tmp_path / 'model'}", "datasets.0.cache_to_disk=true")
+    before = FluxSpec().encoders(config, Mock())
+    (file,) = (tmp_path / "model" / "text_encoder_2").glob("*.safetensors")
+    change_a_byte(file)
+    now = FluxSpec().encoders(config, Mock())
+    assert now.image_identity == before.image_identity and now.text_identity != before.text_identity
+
+
 def test_a_base_is_known_by_its_weights_and_not_by_the_name_of_its_folder(tmp_path):
     folders = [tmp_path / name for name in ("a", "b")]
     for folder in folders:
@@ -86,8 +285,7 @@ def test_a_base_is_known_by_its_weights_and_not_by_the_name_of_its_folder(tmp_pa
     assert first == second
     file = folders[0] / "transformer" / "model.safetensors"
     save_file({"w": load_file(file)["w"] * 2}, file)
-    with pytest.raises(ConfigError, match="the weights of the base model are not those that the checkpoint"):
-        check_compatible({"base": first}, {"base": base_identity(folders[0])})
+    assert base_identity(folders[0]) != first
 
 
 @pytest.mark.parametrize("scheduler", ["constant", "cosine"])

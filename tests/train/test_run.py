@@ -9,6 +9,7 @@ import paddle
 import pytest
 
 from ppcoat.atomic import write_text
+from ppcoat.config.resume import settings_that_matter
 from ppcoat.data.cache import Encoders
 from ppcoat.data.embedding_store import EmbeddingStore
 from ppcoat.data.examples import all_examples, scan_datasets
@@ -16,7 +17,6 @@ from ppcoat.errors import ConfigError
 from ppcoat.fp8.formats import FP8Support
 from ppcoat.plan.settings import as_given, with_settings
 from ppcoat.train import run
-from ppcoat.train.checkpoint import settings_of_training
 from ppcoat.train.ranks import Ranks
 from ppcoat.train.run import encode_for_all, with_fitting_settings
 
@@ -183,5 +183,5 @@ def test_fp8_products_want_a_card_that_has_them(make_config, monkeypatch):
 
 def test_deterministic_kernels_may_come_and_go(make_config):
     first, second = (run.compatible(make_config(f"train.deterministic={on}"), []) for on in ("true", "false"))
-    assert first == second  # settings_of_training tells of it
-    assert "train.deterministic" in settings_of_training(make_config())
+    assert first == second  # settings_that_matter tells of it
+    assert "train.deterministic" in settings_that_matter(make_config())

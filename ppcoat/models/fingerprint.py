@@ -1,0 +1,162 @@
+"""What stands for the contents of a model: a sha256 over every byte of its weights and every setting, so that
+one changed number is found.
+
+A tensor counts by its name, shape and bytes. Where it lies does not: a model that was moved, renamed or cut
+into other shards has the same fingerprint, and so has a single file with the weights of a folder. Reading
+34 GB takes a while, so Fingerprints keeps what it found in a file, beside what the system says of the files
+(size, times, inode), and reads again only what has changed by that.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from ppcoat.atomic import is_disk_error, write_text
+from ppcoat.errors import ConfigError
+from ppcoat.models.tensor_files import (
+    Component,
+    FilePart,
+    TensorInfo,
+    in_file_order,
+    read_json,
+    tensor_infos,
+    with_progress,
+)
+
+THREADS = 4  # hashing does not hold Python's lock
+_CHUNK = 1 << 22
+_YOUNG = 2 * 10**9  # nanoseconds in which a file may change again without a change of its times
+# Files of a component folder beside its weights that say how it computes or reads text.
+_SETTINGS = (".json", ".txt", ".model")
+_CONFIGS = ("config.json", "scheduler_config.json")
+# Keys of these that say how it was written.
+_OF_WRITER = ("architectures", "dtype", "torch_dtype", "transformers_version")
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Fingerprints:
+    """Those that were found before are in `file` (JSON), which is made where it is not there."""
+
+    file: Path
+
+    def of(self, components: Mapping[str, Component]) -> dict[str, str]:
+        """{name: fingerprint, 64 hex digits} of components by name; tensors of any shape and dtype.
+
+        Raises ConfigError for files that cannot be read, as `tensor_infos` does.
+        """
+        known, found = self._known(), {}
+        for name, component in components.items():
+            began, before = time.time_ns(), known.get(name)
+            states = [_state(file) for file in _files(component)]
+            if not (isinstance(before, dict) and before.get("files") == states):
+                before = {"files": states, "sha256": _fingerprint(component)}
+                if all(max(state[2:4]) < began - _YOUNG for state in states):
+                    known[name] = before
+            found[name] = before["sha256"]
+        self._keep(known)
+        return found
+
+    def _known(self) -> dict:
+        try:
+            known = json.loads(self.file.read_bytes())
+        except (OSError, ValueError):
+            return {}
+        return known if isinstance(known, dict) else {}
+
+    def _keep(self, known: dict) -> None:
+        if not known or known == self._known():
+            return
+        try:
+            write_text(self.file, json.dumps(known, indent=1))
+        except OSError as error:
+            if not is_disk_error(error):
+                raise
+            _log.warning("%s cannot be written (%s): the model is read again next time", self.file, error)
+
+
+def _fingerprint(component: Component) -> str:
+    infos, whole = _tensors(component), hashlib.sha256()
+    for name, content in _settings(component):
+        whole.update(f"{name} {hashlib.sha256(content).hexdigest()}\n".encode())
+    pool = ThreadPoolExecutor(THREADS)
+    try:
+        digests = dict(zip([name for name, _ in in_file_order(infos)],
+                           pool.map(_digest, [info for _, info in with_progress(infos, "checking")]),
+                           strict=True))  # fmt: skip
+    finally:
+        pool.shutdown(cancel_futures=True)  # Ctrl+C does not wait for the rest
+    for name, info in sorted(infos.items()):
+        what = info.shape, info.dtype, info.stored, info.scale, info.torch_layout
+        whole.update(f"{name} {what} {digests[name]}\n".encode())
+    return whole.hexdigest()
+
+
+def _tensors(component: Component) -> dict[str, TensorInfo]:
+    """Those of a component; none of a tokenizer."""
+    if isinstance(component, FilePart) or any(Path(component).glob("*.safetensors*")):
+        return tensor_infos(component)
+    return {}
+
+
+def _files(component: Component) -> list[Path]:
+    """All files that a fingerprint is made of."""
+    own = [] if isinstance(component, FilePart) else _beside(Path(component))
+    return sorted({*own, *(info.file for info in _tensors(component).values())})
+
+
+def _beside(folder: Path) -> list[Path]:
+    return sorted(
+        file
+        for file in folder.iterdir()
+        if file.suffix in _SETTINGS and not file.name.startswith(".") and file.is_file()
+    )
+
+
+def _settings(component: Component) -> Iterator[tuple[str, bytes]]:
+    """(name, content) of what is no tensor; of a config only what computes."""
+    if isinstance(component, FilePart):
+        yield _CONFIGS[0], _of_config(component.config)
+        return
+    for file in _beside(Path(component)):
+        if file.name in _CONFIGS:
+            yield file.name, _of_config(read_json(file))
+        elif not file.name.endswith(".index.json"):
+            yield file.name, file.read_bytes()
+
+
+def _of_config(config: dict) -> bytes:
+    plain = {key: value for key, value in config.items() if key[:1] != "_" and key not in _OF_WRITER}
+    return json.dumps(plain, sort_keys=True).encode()
+
+
+def _state(file: Path) -> list:
+    """What changes when a file does. The path does not count: a folder may be moved."""
+    found = os.stat(file)
+    return [file.name, found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
+
+
+def _digest(info: TensorInfo) -> str:
+    """sha256 of a tensor's bytes, any shape and dtype, in the order of its rows."""
+    digest, count = hashlib.sha256(), info.shape[0] if info.shape else 1
+    info = info if info.shape else info._replace(shape=[1])
+    with open(info.file, "rb", buffering=0) as file:
+        for first, last in ((info.first_row, count), (0, info.first_row)):
+            begin, end = (info.rows(row, row).start for row in (first, last))
+            file.seek(begin)
+            while begin < end:
+                chunk = file.read(min(_CHUNK, end - begin))
+                if not chunk:
+                    raise ConfigError(f"{info.file} was cut off while it was read: fetch it again")
+                digest.update(chunk)
+                begin += len(chunk)
+    return digest.hexdigest()
