@@ -17,11 +17,19 @@ from rank_strikes import parts
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 NAMES, ADDRESSES = ("ppcoat_a", "ppcoat_b"), ("10.231.77.1", "10.231.77.2")
+STRUCK = str(HERE / "struck_train.py")
 MASTER = f"{ADDRESSES[0]}:8090"
 
 
 def ip(*words):
     return subprocess.run(["ip", *words], capture_output=True, text=True)
+
+
+def ranks_in(name):
+    """Processes of the namespace that are ranks, not launchers."""
+    words = [Path(f"/proc/{pid}/cmdline") for pid in ip("netns", "pids", name).stdout.split()]
+    words = [file.read_bytes().split(b"\0") for file in words if file.exists()]
+    return [each for each in words if STRUCK.encode() in each and b"paddle.distributed.launch" not in each]
 
 
 @pytest.fixture
@@ -56,7 +64,7 @@ class Cluster:
     """A run on two machines, again and again. own: each has an output folder of its own."""
 
     def __init__(self, folder, write_run, data, own):
-        self.folder, self.launchers = folder, []
+        self.folder, self.launchers, self.left = folder, [], []
         folder.mkdir()
         train = {"steps": 4, "batch_size": 1, "lr": 1e-2, "rank_timeout": 15}
         self.files = []
@@ -76,7 +84,7 @@ class Cluster:
             launch = ["-m", "paddle.distributed.launch", "--master", MASTER, "--nnodes", "2",
                       "--rank", str(number), "--nproc_per_node", "1", "--host", ADDRESSES[number],
                       "--log_dir", str(self.folder / "log" / str(number))]  # fmt: skip
-            command = ["ip", "netns", "exec", name, sys.executable, *launch, str(HERE / "struck_train.py"),
+            command = ["ip", "netns", "exec", name, sys.executable, *launch, STRUCK,
                        str(self.files[number])]  # fmt: skip
             with open(self.folder / f"launcher.{number}", "w") as output:
                 process = subprocess.Popen(command, env=environment, cwd=self.folder, stdout=output,
@@ -92,6 +100,7 @@ class Cluster:
             except subprocess.TimeoutExpired:
                 continue
         codes = [process.poll() for process in self.launchers]
+        self.left = [ranks_in(name) for name in NAMES]
         for process in self.launchers:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
@@ -125,7 +134,8 @@ def test_two_machines_train_and_end_and_go_on_together(own, machines, tmp_path, 
         cluster = Cluster(tmp_path / f"case{number}", write_run, tmp_path / "data", own)
         began = time.monotonic()
         cluster.start(strike)
-        codes = cluster.codes(150)
+        codes = cluster.codes(120)
+        left = cluster.left
         seconds, heard = time.monotonic() - began, [cluster.said(0), cluster.said(1)]
         if not strike:
             judge(
@@ -137,7 +147,8 @@ def test_two_machines_train_and_end_and_go_on_together(own, machines, tmp_path, 
             expected = cluster.result() if codes == [0, 0] else None
             continue
         right = all(words is None or f"{words}" in told for words, told in zip(said, heard, strict=True))
-        right = right and None not in codes and 0 not in codes
+        # where the line is cut Paddle's launcher may wait for its own master; the ranks may not
+        right = right and 0 not in codes and not any(left) and ("cut" in strike or None not in codes)
         judge(f"two machines, {where}", "ends, says for whom", right,
               f"{strike}: {codes} {heard[0][-600:]} | {heard[1][-600:]}")  # fmt: skip
         for name in NAMES:
