@@ -16,6 +16,8 @@ os.environ.setdefault("FLAGS_use_cinn", "1")
 os.environ.setdefault("FLAGS_prim_all", "true")
 os.environ.setdefault("FLAGS_prim_enable_dynamic", "true")
 
-from ppcoat.cli.main import run  # noqa: E402
+sys.argv[1:1] = ["--repeat", "3"]
 
-sys.exit(run(__command__, ["--repeat", "3", *sys.argv[1:]]))
+from ppcoat.__main__ import start  # noqa: E402
+
+sys.exit(start(__command__))

@@ -5,13 +5,10 @@ It makes FLUX known to ppdiffusers where that has none, once a program imports p
 (models/flux/registration.py). That takes seconds, so the names below are imported when they are asked for.
 """
 
-import importlib
-import warnings
-from typing import TYPE_CHECKING
-
-from ppcoat.errors import ignore_warnings_of_libraries, not_installed
+# Nothing slow here: it comes before a command can take its signals.
 from ppcoat.models.flux.registration import register_when_imported
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from ppcoat.coat import COATConfig, COATTrainer
     from ppcoat.errors import ConfigError
@@ -72,6 +69,11 @@ def __getattr__(name: str) -> object:
 
 
 def _imported(module: str) -> object:
+    import importlib
+    import warnings
+
+    from ppcoat.errors import ignore_warnings_of_libraries, not_installed
+
     try:
         with warnings.catch_warnings():
             ignore_warnings_of_libraries()

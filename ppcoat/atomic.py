@@ -4,12 +4,17 @@ grow, do not.
 
     outputs/lora.safetensors                                       the goal
     outputs/.lora.safetensors.tmp-myhost-4711-9f3a01c2/            a draft folder beside it, of one writer
-        lora.safetensors                                           what is being written
-        lora.safetensors.old                                       the folder that it replaces, for a moment
+        lora.safetensors                                           what is being written, or a folder: in it
+                                                                   nothing has drafts of its own
 
 Draft, fsync, rename, fsync of the folder that holds the name, removal of the draft folder. Where the writing
 fails (a full disk, Ctrl+C) the draft folder goes at once; what a killed process left, the next one that
-writes into that folder removes, and it puts back a folder that was set aside and not replaced.
+writes into that folder removes.
+
+A folder that is replaced and its draft exchange their names in one step, and the old one goes with the draft
+folder. Only Linux can do that, on most of its file systems; elsewhere the old one is set aside in the draft
+folder (lora.old), so that the name is free for a moment, and the next writer puts back one that was set aside
+and not replaced.
 
 A symlink is written through. A new file's permissions are those of the umask, a replaced file's stay. Two
 writers of one goal are both whole; the last one counts. A full disk or a folder without write permission is
@@ -18,6 +23,7 @@ an OSError with `filename`, which commands explain where they know what to do.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import re
@@ -27,10 +33,12 @@ import socket
 import stat
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
+
+from ppcoat.signals import unfinished
 
 _FORGOTTEN_SECONDS = 24 * 3600  # without a change: a draft of another machine has no living writer
 
@@ -45,8 +53,12 @@ _EARLIER = (
 )
 # How safetensors and shutil.copytree quote the system's error; neither has its number in a field.
 _SYSTEM_SAID = re.compile(
-    r"\(os error (?P<rust>[0-9]+)\)|\[Errno (?P<python>[0-9]+)\][^:\"']*(: '(?P<path>[^']*)')?"
+    r"\(os error (?P<rust>[0-9]+)\)"
+    r"|\[Errno (?P<python>[0-9]+)\][^:\"']*(: '(?P<path>[^']*)'( -> '(?P<to>[^']*)')?)?"
 )
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM)  # EPERM: of a container's filter
+_NO_SECOND_NAME = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EXDEV)
 _REFUSED_SYNC = (errno.EINVAL, errno.ENOTSUP)  # of a folder, by some network file systems
 _own: set[str] = set()  # names of the draft folders that threads of this process are writing to
 _on_disk: set[Path] = set()  # folders whose names this process has synced
@@ -63,32 +75,40 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     if goal.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(goal))
     remove_dead_drafts(goal.parent)
-    with _draft(goal) as draft:
+    with _draft(goal, or_goal=True) as draft:
         draft.touch()
         mode = stat.S_IMODE((goal if goal.exists() else draft).stat().st_mode)
         yield draft
         if stat.S_IMODE(draft.stat().st_mode) != mode:  # safetensors makes files that only their owner reads
             draft.chmod(mode)
+        if draft == goal:
+            return
         _sync(draft)
         os.replace(draft, goal)
         _sync_name(goal)
 
 
 @contextmanager
-def whole_folder(path: str | Path, replace: bool = False) -> Iterator[Path]:
+def whole_folder(path: str | Path, replace: bool = False, keep: bool = False) -> Iterator[Path]:
     """Context manager: an empty draft folder, with the name of `path`, to be filled and checked in the body.
     It becomes `path`, every file of it synced, when the body ends; where anything raises it is removed.
 
-    replace: whether `path` may be there, with anything in it; it stays until the draft is whole. Makes the
-    folders above. Raises OSError (full disk, no permission, `path` is a file, or is there and not empty).
+    replace: whether `path` may be there, with anything in it; it stays until the draft is whole. keep: what
+    lies in it under names that the draft has not is in the new one, too; what others add to it just then is
+    lost. Makes the folders above. Raises OSError (full disk, no permission, `path` is a file, or is there and
+    not empty).
     """
     goal = _goal(path)
     if goal.is_file():  # asked once: another writer may be exchanging the folder
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(goal))
     remove_dead_drafts(goal.parent, goal.name)
-    with _draft(goal) as draft:
+    with _draft(goal, or_goal=replace and not keep) as draft:
         draft.mkdir()
         yield draft
+        if draft == goal:
+            return
+        if keep and goal.is_dir():
+            _keep(goal, draft)
         for folder, _, files in os.walk(draft, topdown=False):
             for each in (*files, "."):
                 _sync(Path(folder, each))
@@ -107,6 +127,16 @@ def remove_folder(path: str | Path) -> None:
     draft. Raises OSError (no permission)."""
     with _draft(_goal(path)) as draft:
         os.rename(path, draft)
+
+
+def can_be_replaced(folder: str | Path) -> bool:
+    """Whether whole_folder may replace a folder: not one where a disk is mounted, whose parent others own, or
+    in which this process stands, which would go on in the old one."""
+    folder = Path(folder).resolve()
+    with suppress(FileNotFoundError):  # where this process stands was removed
+        if Path.cwd().is_relative_to(folder):
+            return False
+    return not os.path.ismount(folder) and os.access(folder.parent, os.W_OK | os.X_OK)
 
 
 def is_disk_error(error: Exception) -> bool:
@@ -180,13 +210,25 @@ def _goal(path: str | Path) -> Path:
 
 
 @contextmanager
-def _draft(goal: Path) -> Iterator[Path]:
+def _draft(goal: Path, or_goal: bool = False) -> Iterator[Path]:
     """A path, with nothing there, in a draft folder of its own, so that whatever a library writes beside it
     goes with it and its ending is the goal's. An OSError without a file's name, or with the draft's, gets the
-    goal's."""
+    goal's.
+
+    or_goal: within another draft of this process it is the goal itself, which is removed first: nobody reads
+    it before all of that draft is synced and gets its name.
+    """
+    if or_goal and not _own.isdisjoint(goal.parts):
+        _remove(goal)
+        with ExitStack() as unless_whole:
+            unless_whole.callback(_remove, goal)
+            yield goal
+            unless_whole.pop_all()
+        return
     name = f".{goal.name}.tmp-{_host()}-{os.getpid()}-{secrets.token_hex(4)}"
     own = goal.with_name(name)
     _own.add(name)
+    unfinished[name] = lambda: _clear(own, own / f"{goal.name}.old", goal)
     try:
         own.mkdir()
         yield own / goal.name
@@ -195,22 +237,53 @@ def _draft(goal: Path) -> Iterator[Path]:
         if said is None:
             raise
         number, path = int(said["rust"] or said["python"]), said["path"] or name
-        raise OSError(number, os.strerror(number), str(goal) if name in path else path) from error
+        mine = name in path or (number in _NO_ROOM and said["to"] is not None)
+        raise OSError(number, os.strerror(number), str(goal) if mine else path) from error
     except OSError as error:
-        if error.errno is not None and (error.filename is None or name in str(error.filename)):
+        copied = error.errno in _NO_ROOM and error.filename2 is not None  # from filename, for which is room
+        if error.errno is not None and (error.filename is None or name in str(error.filename) or copied):
             error.filename = str(goal)  # nobody knows the draft
+            if error.filename2 is not None:
+                del error.filename2  # None would be told as a file of that name
         raise
     finally:
         _clear(own, own / f"{goal.name}.old", goal)
         _own.discard(name)
+        del unfinished[name]
+
+
+def _keep(old: Path, new: Path) -> None:
+    """Give a folder what an older one has and it has not, but for drafts, as second names of the same files
+    where the file system has those."""
+
+    def left_out(folder: str, names: list[str]) -> list[str]:
+        there = set(os.listdir(new)) if Path(folder) == old else ()
+        return [name for name in names if name in there or _DRAFT.fullmatch(name)]
+
+    shutil.copytree(old, new, symlinks=True, ignore=left_out, copy_function=_name_again, dirs_exist_ok=True)
+
+
+def _name_again(file: str | Path, name: str | Path) -> None:
+    try:
+        os.link(file, name, follow_symlinks=False)
+    except OSError as error:
+        if error.errno not in _NO_SECOND_NAME:
+            raise
+        shutil.copy2(file, name, follow_symlinks=False)
 
 
 def _put(draft: Path, goal: Path, replace: bool) -> None:
-    """Rename a folder. One that is there is set aside first, because a rename cannot replace a folder; it is
-    put back where the second rename fails or never comes (_clear)."""
+    """Rename a folder. One that is there changes places with it or, where that is not possible, is set aside
+    first, because a rename cannot replace a folder; it is put back where the second rename fails or never
+    comes (_clear)."""
     aside = draft.with_name(f"{goal.name}.old")
     while True:
         if replace:
+            try:
+                return _exchange(draft, goal)
+            except OSError as error:
+                if error.errno not in (errno.ENOENT, *_NO_EXCHANGE):
+                    raise
             _remove(aside)
             with suppress(FileNotFoundError):
                 os.rename(goal, aside)
@@ -220,6 +293,18 @@ def _put(draft: Path, goal: Path, replace: bool) -> None:
             # another writer's folder came in between: that is the one to replace
             if not (replace and error.errno in (errno.ENOTEMPTY, errno.EEXIST)):
                 raise
+
+
+def _exchange(one: Path, other: Path) -> None:
+    """Two names change places, in one step. Raises OSError: ENOSYS where the system has no such step, EINVAL
+    where the file system has not."""
+    rename = None if os.name == "nt" else getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    if rename is None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS), str(other))
+    if rename(here, os.fsencode(one), here, os.fsencode(other), exchange) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), str(other))
 
 
 def _clear(draft: Path, aside: Path, goal: Path) -> None:
@@ -233,13 +318,14 @@ def _clear(draft: Path, aside: Path, goal: Path) -> None:
 def _sync(path: Path) -> None:
     """Bring a file's bytes, or the names in a folder, to the disk: a rename alone does not survive a power
     cut."""
-    if path.is_symlink() or (path.is_dir() and not hasattr(os, "O_DIRECTORY")):  # Windows opens no folder
-        return
+    kind = stat.S_IFMT(path.lstat().st_mode)
+    if kind != stat.S_IFREG and not (kind == stat.S_IFDIR and hasattr(os, "O_DIRECTORY")):
+        return  # a link, a pipe; Windows opens no folder
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if not (path.is_dir() and error.errno in _REFUSED_SYNC):
+        if not (kind == stat.S_IFDIR and error.errno in _REFUSED_SYNC):
             raise
     finally:
         os.close(descriptor)

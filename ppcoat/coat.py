@@ -12,6 +12,7 @@ COAT: arXiv 2410.19313. With `enabled: false` the same calls give AdamW and ordi
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
@@ -30,6 +31,8 @@ from ppcoat.nn.policy import granularity_groups
 from ppcoat.nn.saved_tensors import SavedTensors, fp8_saved_tensors
 from ppcoat.nn.swap import last_blocks, swap_blocks
 from ppcoat.optim import FlatOptimizer, FP8AdamW, FP8QuantizationConfig
+
+_log = logging.getLogger(__name__)
 
 
 class COATConfig(CoatConfig):
@@ -246,6 +249,20 @@ def chosen_modules(network: NetworkConfig, transformer: paddle.nn.Layer) -> list
             f"names look like transformer.{all_paths[0]}"
         )
     return paths
+
+
+def warn_of_rank(network: NetworkConfig, transformer: paddle.nn.Layer) -> None:
+    """One line for a rank beyond the width of Linears that get a LoRA. transformer: its parameters need no
+    memory. Raises ConfigError as `chosen_modules` does."""
+    paths, layers = chosen_modules(network, transformer), dict(transformer.named_sublayers())
+    widths = [min(layers[path].weight.shape) for path in paths]
+    narrow = [width for width in widths if width < network.linear]
+    if narrow and network.type != "lokr":
+        _log.warning(
+            "rank %d is more than the width of %d of the %d layers that get a LoRA (at the least %d): there "
+            "it only takes memory and time",
+            network.linear, len(narrow), len(paths), min(narrow),
+        )  # fmt: skip
 
 
 def _is_in_range(path: str, network: NetworkConfig, transformer: paddle.nn.Layer) -> bool:

@@ -13,6 +13,7 @@ import re
 import sys
 import time
 from collections.abc import Callable
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,6 +21,7 @@ from typing import Any
 import paddle
 
 from ppcoat.errors import ConfigError, warnings_of_a_child
+from ppcoat.signals import child_main, held, started_with_signals_held
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # <malloc.h>
 LARGEST_KEPT = 32 << 20  # HEAP_MAX_SIZE / 2 of glibc on 64 bits
@@ -30,7 +32,8 @@ GRACE = 30  # seconds between SIGTERM and SIGKILL
 def tune_host() -> None:
     """Apply the three CPU settings below, where they apply, and leave signals to Python: Paddle would print a
     stack for SIGTERM. Call once, before the first tensor."""
-    paddle.disable_signal_handler()
+    with held():
+        paddle.disable_signal_handler()
     keep_freed_memory()
     use_avx2_on_amd()
     use_all_cores()
@@ -207,19 +210,22 @@ class ChildProcess:
     exit.
 
     The process starts a new Python ("spawn"), so function and arguments must be picklable. If the
-    block ends with an error, the process gets SIGTERM, and is killed after GRACE seconds. pipe: connection
-    to the process; EOF means that it died.
+    block ends with an error, the process gets SIGTERM, and is killed after GRACE seconds. Ctrl+C is for the
+    parent, the process ignores it. pipe: connection to the process; EOF means that it died.
     """
 
     def __init__(self, function: Callable, *arguments: Any, daemon: bool = False) -> None:
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
+        # pickled here, so that the process takes its signals before it imports what these need
+        work = bytes(ForkingPickler.dumps((function, arguments)))
         self.process = context.Process(
-            target=function, args=(theirs, *arguments), daemon=daemon, name=f"ppcoat: {function.__name__}"
+            target=child_main, args=(theirs, work), daemon=daemon, name=f"ppcoat: {function.__name__}"
         )
         users, os.environ["PYTHONWARNINGS"] = os.environ.get("PYTHONWARNINGS"), warnings_of_a_child()
         try:
-            self.process.start()
+            with started_with_signals_held():
+                self.process.start()
         finally:
             os.environ.pop("PYTHONWARNINGS")
             if users is not None:

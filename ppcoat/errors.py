@@ -12,8 +12,26 @@ from collections.abc import Iterable
 _LOGS_OF_LIBRARIES = ("PaddleNLP", "ppdiffusers", "aistudio_sdk", "datasets", "huggingface_hub", "jieba")
 
 
+START_OF_LINE, END_OF_LINE, LONGEST_LINE = 1200, 400, 1800  # characters of a message
+
+
 class ConfigError(ValueError):
     """A wrong setting, file or folder. The command line prints it in one line and exits with 2."""
+
+
+def printable(text: object) -> str:
+    """Text from a user or a file for a message: line ends and other control characters escaped."""
+    return "".join(mark if mark.isprintable() else repr(mark)[1:-1] for mark in str(text))
+
+
+def one_line(text: object) -> str:
+    """`text` as a command says it: printable, and of a long one its beginning and its end, where the advice
+    is."""
+    shown = str(text)
+    if len(shown) > LONGEST_LINE:
+        start, end = printable(shown[:START_OF_LINE]), printable(shown[-END_OF_LINE:])
+        return f"{start[:START_OF_LINE]} ... {end[-END_OF_LINE:]}"
+    return printable(shown)[: 2 * LONGEST_LINE]
 
 
 def unknown_name(what: str, name: object, known: Iterable[str]) -> str:
@@ -53,7 +71,7 @@ class _Plainly(logging.Handler):
 def _show_warning(text: object) -> None:
     bars = sys.modules.get("ppcoat.progress")
     write = bars.Progress.write if bars else print
-    write(f"warning: {text}", file=sys.stderr)
+    write(f"warning: {one_line(text)}", file=sys.stderr)
 
 
 def _is_error(record: logging.LogRecord) -> bool:

@@ -9,19 +9,8 @@ import sys
 from functools import cache
 from pathlib import Path
 
-import paddle
 import pytest
 import yaml
-
-# Kernels run in the interpreter where there is no GPU. Read when a kernel is defined, and importing ppcoat
-# imports Triton; what compiles kernels runs in a process of its own.
-if not paddle.get_device().startswith("gpu"):
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
-from ppcoat.data import garments
-from ppcoat.models import fingerprint, loading
-from ppcoat.models.flux.transformer import FluxTransformer2DModel
-from ppcoat.models.newbie import pipeline as newbie_pipeline
 
 FIXTURES = Path(__file__).parent / "fixtures"
 FIXTURE = FIXTURES / "tiny_flux_fp32"
@@ -46,6 +35,19 @@ print(json.dumps({"modules": modules, "left": left}))
 """
 
 
+def pytest_addoption(pluginmanager):
+    """Kernels run in the interpreter where there is no GPU. Triton reads that when a kernel is defined, so it
+    is said before anything imports ppcoat; what compiles kernels runs in a process of its own.
+    The process that starts others for the tests (-n 2) runs none, and they wait: it imports no Paddle."""
+    given = pluginmanager.get_plugin("pytestconfig").known_args_namespace
+    if getattr(given, "numprocesses", None) and "PYTEST_XDIST_WORKER" not in os.environ:
+        return
+    import paddle
+
+    if not paddle.get_device().startswith("gpu"):
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_collection():
     """What is imported and collected stays to the end. To look through it for circles again and again takes a
@@ -62,6 +64,8 @@ def pytest_collection():
 def encoders_read_once():
     """Runs on the reference models share their encoders, which no run changes, and what a check of their
     folders builds. How they are loaded and checked is tested in tests/models."""
+    from ppcoat.models import fingerprint, loading
+    from ppcoat.models.newbie import pipeline as newbie_pipeline
 
     def read_once(load):
         known = cache(load)
@@ -86,6 +90,7 @@ def encoders_read_once():
 def drawings(tmp_path_factory):
     """drawings(folder, count): `folder` gets a copy of so many drawings of 64 x 64 with captions, the same in
     every test."""
+    from ppcoat.data import garments
 
     @cache
     def drawn(count: int) -> Path:
@@ -112,6 +117,9 @@ def fresh_process():
 @pytest.fixture(scope="session")
 def build_flux():
     """build_flux(...) -> a random FluxTransformer2DModel, the same for the same arguments."""
+    import paddle
+
+    from ppcoat.models.flux.transformer import FluxTransformer2DModel
 
     def build(
         double=2, single=2, heads=2, head_dim=8, channels=4, text=12, pooled=6, guidance=False, axes=None

@@ -61,6 +61,16 @@ def draft_of(folder, goal, **told):
     return draft
 
 
+@pytest.fixture
+def two_renames(monkeypatch):
+    """As where two names cannot change places."""
+
+    def refused(one, other):
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(atomic, "_exchange", refused)
+
+
 class Disk:
     """Records the calls that decide what survives, and raises at the number-th one if it is told to."""
 
@@ -68,6 +78,7 @@ class Disk:
         self.calls, self.fail_at, self.error = [], fail_at, error
         for name in ("fsync", "rename", "replace"):
             monkeypatch.setattr(os, name, self._watched(name, getattr(os, name)))
+        monkeypatch.setattr(atomic, "_exchange", self._watched("exchange", atomic._exchange))
 
     def _watched(self, name, real):
         def call(*args):
@@ -110,7 +121,11 @@ def test_everything_is_synced_before_the_rename_and_the_name_after_it(tmp_path, 
     disk.calls.clear()
     write_folder(tmp_path / "d", "x")
     synced = [("fsync", "a"), ("fsync", "sub"), ("fsync", "b"), ("fsync", "d")]
-    assert disk.calls == [*synced, ("rename", "d", "d.old"), ("rename", "d", "d"), ("fsync", tmp_path.name)]
+    new = [("exchange", "d", "d"), ("rename", "d", "d.old"), ("rename", "d", "d"), ("fsync", tmp_path.name)]
+    assert disk.calls == [*synced, *new]
+    disk.calls.clear()
+    write_folder(tmp_path / "d", "y")
+    assert disk.calls == [*synced, ("exchange", "d", "d"), ("fsync", tmp_path.name)]
 
 
 def test_the_names_of_new_folders_are_synced_once_whoever_made_them(tmp_path, monkeypatch):
@@ -190,6 +205,8 @@ def test_a_killed_writer_leaves_the_old_and_the_next_one_removes_its_draft(tmp_p
             Path.write_text = lambda self, content: (self.touch(), kill_self())
         for name in {"fsync": ["fsync"], "rename": ["rename", "replace"]}.get(moment, []):
             setattr(os, name, kill_self)
+        if moment == "rename":
+            atomic._exchange = kill_self
         write(goal, "after")
 
     pid = killed(action)
@@ -200,7 +217,7 @@ def test_a_killed_writer_leaves_the_old_and_the_next_one_removes_its_draft(tmp_p
     assert content_of(goal) == "before" and names(tmp_path) == ["goal", "other"]
 
 
-def test_a_folder_that_was_set_aside_and_not_replaced_is_put_back(tmp_path):
+def test_a_folder_that_was_set_aside_and_not_replaced_is_put_back(tmp_path, two_renames):
     goal = tmp_path / "goal"
     write_folder(goal, "before")
 
@@ -215,7 +232,7 @@ def test_a_folder_that_was_set_aside_and_not_replaced_is_put_back(tmp_path):
     assert content_of(goal) == "before" and names(tmp_path) == ["goal"]
 
 
-def test_a_folder_is_put_back_even_where_that_fails_at_first(tmp_path, monkeypatch):
+def test_a_folder_is_put_back_even_where_that_fails_at_first(tmp_path, monkeypatch, two_renames):
     goal, real = tmp_path / "goal", os.rename
     write_folder(goal, "before")
     calls = []
@@ -344,7 +361,7 @@ def test_a_folder_is_replaced_only_where_that_is_asked_for(tmp_path):
         pytest.fail("written")
 
 
-def test_of_two_writers_of_one_folder_each_is_whole_and_one_remains(tmp_path):
+def test_of_two_writers_of_one_folder_each_is_whole_and_one_remains(tmp_path, two_renames):
     """The second comes between the first one's two renames."""
     goal, real = tmp_path / "goal", os.rename
     write_folder(goal, "before")
@@ -361,6 +378,115 @@ def test_of_two_writers_of_one_folder_each_is_whole_and_one_remains(tmp_path):
     finally:
         os.rename = real
     assert content_of(goal) == "first" and names(tmp_path) == ["goal"]
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_folder_that_is_replaced_always_has_its_name(tmp_path, moment):
+    goal, exchange = tmp_path / "goal", atomic._exchange
+    write_folder(goal, "before")
+
+    def action():
+        atomic._exchange = lambda *given: (moment == "after" and exchange(*given), kill_self())
+        write_folder(goal, "after")
+
+    killed(action)
+    assert content_of(goal) == moment
+    (draft,) = remove_dead_drafts(tmp_path)
+    assert content_of(goal) == moment and names(tmp_path) == ["goal"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM])
+def test_where_names_cannot_change_places_a_folder_is_set_aside(tmp_path, monkeypatch, number):
+    def refused(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(atomic, "_exchange", refused)
+    write_folder(tmp_path / "goal", "before")
+    write_folder(tmp_path / "goal", "after")
+    assert content_of(tmp_path / "goal") == "after" and names(tmp_path) == ["goal"]
+
+
+def test_a_file_systems_refusal_of_an_exchange_is_an_error_with_its_number(tmp_path):
+    (tmp_path / "a").mkdir()
+    for name, number in (("missing", errno.ENOENT), ("a", errno.EINVAL)):  # a folder and one in it
+        (tmp_path / "a" / "b").mkdir(exist_ok=True)
+        with pytest.raises(OSError) as caught:
+            atomic._exchange(tmp_path / "a" / "b", tmp_path / name)
+        assert caught.value.errno == number
+
+
+@pytest.mark.parametrize("by_copy", [False, True])
+def test_what_a_replaced_folder_has_beside_is_kept_where_that_is_asked_for(tmp_path, monkeypatch, by_copy):
+    goal = tmp_path / "goal"
+    write_folder(goal, "before")
+    (goal / "mine" / "deep").mkdir(parents=True)
+    (goal / "mine" / "deep" / "a").write_text("mine")
+    (goal / "sub" / "old").write_text("of a name that is replaced")
+    (goal / "link").symlink_to("b")
+    goal.chmod(0o711)
+
+    def no_second_name(*_, **__):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    if by_copy:
+        monkeypatch.setattr(os, "link", no_second_name)
+    else:
+        os.mkfifo(goal / "mine" / "pipe")  # nobody would ever write to it
+    with whole_folder(goal, replace=True, keep=True) as draft:
+        (draft / "sub").mkdir()
+        (draft / "sub" / "a").write_text("after")
+        (draft / "b").write_text("after")
+    assert content_of(goal) == "after" and names(tmp_path) == ["goal"]
+    assert names(goal) == ["b", "link", "mine", "sub"] and names(goal / "sub") == ["a"]
+    assert (goal / "mine" / "deep" / "a").read_text() == "mine" and (goal / "link").is_symlink()
+    assert by_copy or (goal / "mine" / "pipe").is_fifo()
+    assert stat.S_IMODE(goal.stat().st_mode) == 0o711
+
+
+def test_a_folder_can_be_replaced_where_its_place_is_ours(tmp_path, monkeypatch):
+    assert atomic.can_be_replaced(tmp_path / "a")
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "a" / "b")
+    assert not atomic.can_be_replaced("..") and not atomic.can_be_replaced(tmp_path / "a" / "b")
+    assert not atomic.can_be_replaced("/proc")
+    (tmp_path / "a" / "b").rmdir()
+    assert atomic.can_be_replaced(tmp_path / "a")
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert not atomic.can_be_replaced(tmp_path / "c")
+
+
+def test_in_a_folder_that_is_being_written_files_and_folders_need_no_drafts(tmp_path, monkeypatch):
+    with whole_folder(tmp_path / "goal") as draft:
+        for content in ("before", "after"):
+            write_file(draft / "deep" / "a", content)
+            write_folder(draft / "d", content)
+            (draft / "d" / content).touch()
+            with whole_folder(draft / "kept", replace=True, keep=True) as inner:
+                write_file(inner / content, content)
+            assert names(draft) == ["d", "deep", "kept"] and names(draft / "deep") == ["a"]
+            assert names(draft / "d") == sorted(["b", content, "sub"])
+        with pytest.raises(OSError, match="not empty"), whole_folder(draft / "d"):
+            pass
+        with pytest.raises(OSError, match="goal"), whole_file(draft / "half") as half:
+            half.write_text("x")
+            raise OSError(errno.ENOSPC, "No space left on device", str(half))
+        assert not half.exists()
+    assert content_of(tmp_path / "goal" / "d") == "after" and names(tmp_path) == ["goal"]
+    assert names(tmp_path / "goal" / "kept") == ["after", "before"]
+
+
+def test_what_cannot_be_removed_never_stays_in_a_folder_that_is_whole(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rmdir", refuse)
+        with whole_folder(tmp_path / "goal") as draft:
+            write_text(draft / "a", "x")
+            write_folder(draft / "d", "x")
+    assert len(names(tmp_path)) == 2 and names(tmp_path / "goal") == ["a", "d"]
+    remove_dead_drafts(tmp_path)
+    assert names(tmp_path) == ["goal"]
 
 
 WRITE_OFTEN = """
@@ -382,9 +508,13 @@ def test_many_processes_may_write_one_goal(tmp_path):
         subprocess.Popen([sys.executable, "-c", WRITE_OFTEN, str(tmp_path / "lib"), str(out), each])
         for each in "ab"
     ]
+    seen = False
     while any(writer.poll() is None for writer in writers):
         if (out / "f").exists():
             assert (out / "f").read_text() in ("a" * 1000, "b" * 1000)
+        if seen or (out / "d").exists():
+            seen = True  # and never goes
+            assert (out / "d").exists()
     assert [writer.returncode for writer in writers] == [0, 0]
     assert names(out) == ["d", "f"] and (out / "d" / "x").read_text() in "ab"
 

@@ -2,6 +2,7 @@
 can run code."""
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -14,12 +15,15 @@ ALLOWED = {
     "device": (),
     "atomic": (),
     "progress": (),
+    "reading": (),
+    "finite": (),
+    "signals": (),
     "fp8": (),
     "config": (),
     "nn": ("fp8",),
     "optim": ("fp8",),
     "models": ("nn",),
-    "lora": ("nn", "models.tensor_files"),
+    "lora": ("nn", "models.tensor_files", "models.headers"),
     "data": ("config",),
     "infer": ("models", "lora", "data", "config.flags", "plan.GB", "plan.drawing"),
     "coat": ("config", "lora", "nn", "optim", "models.blocks"),
@@ -32,7 +36,8 @@ ALLOWED = {
     "pretrain": ("data", "models", "infer", "train.ranks", "config.flags"),
 }  # fmt: skip
 # The last are the names of FLUX's Linears and norms: data, in an __init__ that imports nothing.
-OPEN_TO_ALL = ("errors", "device", "atomic", "progress", "models.flux.ATTENTION_AND_MLP",
+OPEN_TO_ALL = ("errors", "device", "atomic", "progress", "reading", "finite", "signals",
+               "models.flux.ATTENTION_AND_MLP",
                "models.flux.MODULATION", "models.flux.NORMS", "models.flux.OUTSIDE_BLOCKS",
                "models.flux.HALVES_SWAPPED")  # fmt: skip
 UNRESTRICTED = ("cli", "bench", "__init__", "__main__")  # the top
@@ -41,6 +46,11 @@ MODEL_FILE_WITH_LORA = "models/flux/lora_methods.py"  # load_lora_weights and it
 FORBIDDEN_MODULES = ("pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "torch")
 # It reads torch's checkpoints by a pickle.Unpickler whose find_class knows stand-ins for tensors only.
 UNPICKLER = "models/newbie/convert.py"
+# What a signal has ended says nothing else, whatever came of the exception on its way through libraries; and
+# nothing keeps a process that is told to end. The one place that catches what libraries raise over a model's
+# files: tokenizers raises Exception itself.
+CATCHES_ALL = {"__main__.py": "except BaseException", "signals.py": "except Exception",
+               "models/tensor_files.py": "except BaseException"}  # fmt: skip
 FORBIDDEN_CALLS = ("eval", "exec", "compile", "__import__", "paddle.load", "torch.load", "yaml.load",
                    "yaml.unsafe_load", "yaml.full_load", "os.system", "numpy.load", "np.load")  # fmt: skip
 
@@ -56,6 +66,7 @@ def layer_of(file):
     return first if rest else file.stem
 
 
+@cache
 def tree_of(file):
     return ast.parse(file.read_text(encoding="utf-8"))
 
@@ -73,6 +84,7 @@ def imported(file, node):
     return [f"{module}.{alias.name}" for alias in node.names]
 
 
+@cache
 def imports_of(file, tree=None):
     """(dotted name, names of the functions around it) of every import, wherever it stands."""
     found = []
@@ -117,9 +129,8 @@ def test_every_package_has_a_rule():
     assert {layer_of(file) for file in FILES} <= {*ALLOWED, *UNRESTRICTED}
 
 
-@pytest.mark.parametrize("file", FILES, ids=name_of)
-def test_packages_import_only_what_is_below_them(file):
-    assert broken_rules(file) == []
+def test_packages_import_only_what_is_below_them():
+    assert [rule for file in FILES for rule in broken_rules(file)] == []
 
 
 def module_of(file):
@@ -178,14 +189,15 @@ def test_a_circle_is_found():
     assert circle(needs) == ["ppcoat.lora.files", "ppcoat.lora.layer"]
 
 
-@pytest.mark.parametrize("file", FILES, ids=name_of)
-def test_triton_and_visualdl_stay_where_they_belong(file):
-    modules = {name.split(".")[0] for name, _ in imports_of(file)}
-    asks = ("fp8/backend.py", "bench/kernel_static.py")  # the second asks Triton's compiler
-    if not (file.stem.endswith("_triton") or name_of(file) in asks):
-        assert "triton" not in modules
-    if name_of(file) != "train/report.py":
-        assert "visualdl" not in modules
+def importers(module):
+    """Files that import it or something in it."""
+    return {name_of(file) for file in FILES if any(is_inside(name, module) for name, _ in imports_of(file))}
+
+
+def test_triton_and_visualdl_stay_where_they_belong():
+    others = {name for name in importers("triton") if not name.endswith("_triton.py")}
+    assert others == {"bench/kernel_static.py"}  # asks Triton's compiler
+    assert importers("visualdl") == {"train/report.py"}
 
 
 def forbidden(tree):
@@ -208,11 +220,13 @@ def forbidden(tree):
     return found
 
 
-@pytest.mark.parametrize("file", FILES, ids=name_of)
-def test_nothing_catches_everything_or_runs_what_it_reads(file):
-    assert forbidden(tree_of(file)) == []
-    allowed = {"pickle"} if name_of(file) == UNPICKLER else set()
-    assert not {name.split(".")[0] for name, _ in imports_of(file)} & set(FORBIDDEN_MODULES) - allowed
+def test_nothing_catches_everything_or_runs_what_it_reads():
+    found = {name_of(file): forbidden(tree_of(file)) for file in FILES}
+    bad = {file: [line for line in lines if not line.endswith(CATCHES_ALL.get(file, "!"))]
+           for file, lines in found.items()}  # fmt: skip
+    assert {file: lines for file, lines in bad.items() if lines} == {}
+    importing = {module: importers(module) for module in FORBIDDEN_MODULES}
+    assert {module: files for module, files in importing.items() if files} == {"pickle": {UNPICKLER}}
 
 
 def test_pickle_is_imported_for_its_unpickler_alone():

@@ -9,6 +9,6 @@ __command__ = "convert-newbie"
 
 import sys
 
-from ppcoat.cli.main import run
+from ppcoat.__main__ import start
 
-sys.exit(run(__command__))
+sys.exit(start(__command__))

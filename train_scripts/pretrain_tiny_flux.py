@@ -10,6 +10,6 @@ __command__ = "pretrain-tiny-flux"
 
 import sys
 
-from ppcoat.cli.main import run
+from ppcoat.__main__ import start
 
-sys.exit(run(__command__))
+sys.exit(start(__command__))

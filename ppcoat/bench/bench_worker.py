@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 import os
 import platform
-import signal
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
@@ -218,7 +217,6 @@ def serve(connection: Connection, case: BenchmarkCase) -> None:
     with the records of n steps, and 0 with `result`, after which it ends. Instead of an answer it may send a
     ConfigError or MemoryError.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C is for the parent, which then ends this process
     ignore_warnings_of_libraries()
     try:
         tune_host()

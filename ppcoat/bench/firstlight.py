@@ -15,7 +15,6 @@ import argparse
 import importlib.metadata
 import json
 import shutil
-import signal
 import statistics
 import subprocess
 import time
@@ -149,7 +148,6 @@ def run_section(name: str, small: bool, seconds: float) -> dict[str, Any]:
 
 def serve_section(pipe: Connection, name: str, small: bool, deadline: float) -> None:
     """Main function of a section's process: sends (part, entry) for each, then None."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C is for the parent, which then ends this process
     ignore_warnings_of_libraries()
     tune_host()
     for entry in _one_by_one(name, small, deadline):

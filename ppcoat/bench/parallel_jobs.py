@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,6 +24,7 @@ from typing import Any
 
 from ppcoat.device import ChildProcess, core_count, tune_host, uses_gpu
 from ppcoat.errors import ConfigError, ignore_warnings_of_libraries
+from ppcoat.signals import leave
 
 PARALLEL_JOBS = 2  # trainings of a small model that commands run in parallel on a CPU
 MESSAGES = (ConfigError, FloatingPointError, SystemExit, KeyboardInterrupt)  # errors without a traceback
@@ -135,4 +137,4 @@ class _Faults:
 
 def _end_with_parent() -> None:
     multiprocessing.parent_process().join()
-    os._exit(1)
+    leave(signal.SIGTERM)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import importlib
 import os
 import re
@@ -16,11 +17,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
-from safetensors import SafetensorError
-
 import ppcoat
-from ppcoat.errors import ConfigError, not_installed, tell_plainly, unknown_name
+from ppcoat.errors import ConfigError, not_installed, one_line, tell_plainly, unknown_name
 
+_OF_A_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 _FLAG = re.compile(r"(?<=^--)[a-z0-9]+(-[a-z0-9]+)+(?=$|=)")
 
 
@@ -155,8 +155,8 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`python -m ppcoat <command> ...` -> exit status: 0, or 2 for a user's mistake, 130 for Ctrl+C, 1
-    if training diverged."""
+    """`python -m ppcoat <command> ...` -> exit status: 0, or 2 for a user's mistake, 1 if training diverged;
+    signals are `ppcoat.signals`'."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
         try:
@@ -171,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = " ".join(argv[:words])
     if name not in COMMANDS:
         known = [each for each in COMMANDS if words == 1 or each.startswith(f"{argv[0]} ")]
-        print(f"error: {unknown_name('command', name, known)}", file=sys.stderr)
+        print(f"error: {one_line(unknown_name('command', name, known))}", file=sys.stderr)
         return 2
     return run(name, argv[words:], prog=f"python -m ppcoat {name}")
 
@@ -196,7 +196,7 @@ def run(name: str, argv: Sequence[str] | None = None, prog: str | None = None) -
         parse = parser.parse_intermixed_args if command.mixed else parser.parse_args
         getattr(module, command.run)(parse(argv))
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
         if (error.name or "ppcoat").startswith("ppcoat"):
@@ -209,22 +209,34 @@ def run(name: str, argv: Sequence[str] | None = None, prog: str | None = None) -
         raise
     except BrokenPipeError:
         return _unread()
-    except (OSError, SafetensorError) as error:
-        if isinstance(error, OSError) and (error.errno is None or error.filename is None):
-            raise  # one of Paddle's, who gives device errors this type, or of the network
-        reason = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else error
-        print(f"error: {reason}; check the path, its permissions and the room on the disk", file=sys.stderr)
+    except (OSError, _safetensor_error()) as error:
+        reason = _reason(error)
+        if reason is None:
+            raise
+        advice = "check the path, its permissions and the room on the disk"
+        print(f"error: {one_line(f'{reason}; {advice}')}", file=sys.stderr)
         return 2
     except (FloatingPointError, ChildProcessError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 1
-    except (KeyboardInterrupt, ImportError) as error:
-        # Paddle's own module makes an ImportError of a Ctrl+C that comes while it is loaded
-        if not any(isinstance(each, KeyboardInterrupt) for each in (error, error.__cause__)):
-            raise
-        print("interrupted", file=sys.stderr)
-        return 130
     return _flushed()
+
+
+def _reason(error: Exception) -> str | None:
+    """What an error of the disk says; None for one of the network, or of Paddle's, who gives device errors
+    this type."""
+    if not isinstance(error, OSError):
+        return str(error)
+    if error.errno is None or (error.filename is None and error.errno not in _OF_A_DISK):
+        return None
+    return f"{error.filename or 'what was being written'}: {error.strerror}"  # an open file has no name
+
+
+def _safetensor_error() -> type[Exception]:
+    """Imported once there is an error: the start of a command is short."""
+    from safetensors import SafetensorError
+
+    return SafetensorError
 
 
 class _Parser(argparse.ArgumentParser):
@@ -250,6 +262,10 @@ def _flushed() -> int:
         sys.stdout.flush()
     except BrokenPipeError:
         return _unread()
+    except OSError as error:
+        print(f"error: what was to be printed: {error.strerror}", file=sys.stderr)
+        _unread()
+        return 2
     return 0
 
 

@@ -211,7 +211,7 @@ def check_merged(files: FluxFiles, merged: Path, components: Sequence[Merged]) -
     """Compare both folders' components, tensor by tensor: they must differ by what was added, rounded once.
 
     Returns ||difference - delta-W|| / ||delta-W||, all weights together. Raises OSError for a file that does
-    not hold that.
+    not hold that, ConfigError for a weight that is not finite.
     """
     missed = total = 0.0
     for each in components:
@@ -231,6 +231,11 @@ def check_merged(files: FluxFiles, merged: Path, components: Sequence[Merged]) -
         for name, tensor in read_tensors(tensor_infos(merged / each.part), linears):
             written = tensor.astype("float32").numpy()
             written = written.T if name in linears else written
+            if not np.isfinite(written).all():
+                whole = np.isfinite(base(name)).all()
+                told = "with the LoRA leaves the range of its dtype: lower its strength" if whole else (
+                    "holds NaN or infinity: fetch it again")  # fmt: skip
+                raise ConfigError(f"{name} of {files[each.part]} {told}; nothing was written")
             off, size, allowed = written - base(name), 0.0, 0.0
             if name in changes:
                 delta = changes[name]()

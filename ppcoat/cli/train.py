@@ -113,8 +113,14 @@ def _train(config: RunConfig, flags: RunFlags) -> None:
         train_lora(config)
         return
     print(dump_config(config))
+    skipped = []
     for number, (result, seconds) in enumerate(dry_run(config), start=1):
+        skipped.append(result.skipped)
         kept = "not counted" if result.saved is None else f"{result.saved.bytes_kept / 1e6:.2f} MB"
         note = " (not finite: nothing was updated)" if result.skipped else ""
         print(f"step {number}: loss {result.loss:.4f}{note}, activations kept {kept}, {seconds * 1e3:.0f} ms")
+    if all(skipped):
+        raise FloatingPointError(
+            "no loss or gradient was finite: lower network.linear_alpha, or train in float32 or bfloat16"
+        )
     print("dry run: two steps done, nothing written")

@@ -11,7 +11,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import yaml
@@ -19,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 
 from ppcoat.config.ai_toolkit_keys import KEYS
 from ppcoat.config.schema import RunConfig
-from ppcoat.errors import ConfigError
+from ppcoat.errors import ConfigError, printable
 
 # pydantic speaks of Python's types; a user wrote YAML
 _WANTED = {
@@ -132,11 +131,6 @@ def schema_keys() -> frozenset[str]:
 def _sections() -> frozenset[str]:
     """Those of schema_keys that have others below them."""
     return frozenset(key.rpartition(".")[0].removesuffix(".0") for key in schema_keys())
-
-
-def printable(text: str | Path) -> str:
-    """Text from a user or a file name for a message: line ends and other control characters escaped."""
-    return "".join(mark if mark.isprintable() else repr(mark)[1:-1] for mark in str(text))
 
 
 def _section_at(location: tuple[str | int, ...]) -> type[BaseModel]:

@@ -162,6 +162,10 @@ class LightningConfig(BaseModel):
     strict_resume: bool = Field(
         False, description="stop where that checkpoint is damaged, instead of going on from the one before it"
     )
+    rank_timeout: float = Field(
+        600.0, ge=1, le=7 * 86400,
+        description="seconds that ranks wait for one that shows no sign of work; then all end, and say which",
+    )  # fmt: skip
     validation_prompt: tuple[str, ...] = Field(("a beautiful girl",), description="previews, one for each")
     log_every: int = Field(10, ge=1, description="steps between points in the curves")
     visualdl: bool = Field(True, description="write VisualDL curves")
@@ -310,6 +314,7 @@ class LightningConfig(BaseModel):
             "gradient_checkpointing": self.gradient_checkpointing,
             "deterministic": self.deterministic,
             "max_sequence_length": self.max_sequence_length,
+            "rank_timeout": self.rank_timeout,
         }
 
 

@@ -12,6 +12,7 @@ says where, what came and what was wanted.
 from __future__ import annotations
 
 import codecs
+import errno
 import json
 import os
 import re
@@ -25,8 +26,9 @@ from ppcoat.config.ai_toolkit import drop_other_spellings, is_nested, translate,
 from ppcoat.config.explain import Location, Origins, printable, settings_error
 from ppcoat.config.schema import RunConfig, Section
 from ppcoat.errors import ConfigError
+from ppcoat.reading import MAX_LEVELS, TOO_DEEP, regular_bytes
 
-MAX_CONFIG_BYTES = 1 << 20
+MAX_CONFIG_BYTES, MAX_NODES = 1 << 20, 30_000
 YAML_ENDINGS, JSON_ENDINGS = (".yaml", ".yml"), (".json", ".jsonc")
 # sections that may be left out, or have no key: all of them commented out
 OPTIONAL_SECTIONS = {
@@ -99,8 +101,8 @@ def read_config_text(path: Path, endings: tuple[str, ...]) -> str:
     """The text of a config file, UTF-8 with or without a byte order mark. endings: allowed, with their dot,
     in small letters; the file's may have capitals.
 
-    At most MAX_CONFIG_BYTES and one more are read. Raises ConfigError for another ending, and for a file
-    that is not there, larger or not UTF-8.
+    Raises ConfigError for another ending, and for one that is not there, no regular file, larger than
+    MAX_CONFIG_BYTES or not UTF-8.
     """
     if path.suffix.lower() not in endings:
         raise ConfigError(
@@ -108,18 +110,14 @@ def read_config_text(path: Path, endings: tuple[str, ...]) -> str:
             "or check the path"
         )
     try:
-        with open(path, "rb") as file:
-            raw = file.read(MAX_CONFIG_BYTES + 1)
-        if len(raw) > MAX_CONFIG_BYTES:
-            raise ConfigError(
-                f"config file {path}: more than {MAX_CONFIG_BYTES} bytes; is this the right file?"
-            )
+        raw = regular_bytes(path, MAX_CONFIG_BYTES)
         text = raw.decode("utf-8-sig")
         if "\0" in text[:4]:  # UTF-16 of plain letters, without its mark
             raise UnicodeDecodeError("utf-8", raw, 0, 1, "a zero")
         return text
     except OSError as error:
-        raise ConfigError(f"cannot read the config file {path}: {error.strerror}; check the path") from None
+        advice = "is this the right file?" if error.errno == errno.EFBIG else "check the path"
+        raise ConfigError(f"cannot read the config file {path}: {error.strerror}; {advice}") from None
     except UnicodeDecodeError as error:
         utf16 = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in raw[:4]
         line = raw[: error.start].count(b"\n") + 1
@@ -133,9 +131,14 @@ class _ConfigLoader(yaml.SafeLoader):
     """SafeLoader with our number rules, without tags, aliases and duplicate keys."""
 
     yaml_implicit_resolvers: dict = {}  # ours alone; filled below
+    levels = nodes = 0  # around the node that is read, and read so far
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event = self.peek_event()
+        self.nodes += 1
+        if self.levels > MAX_LEVELS or self.nodes > MAX_NODES:
+            what = TOO_DEEP if self.levels > MAX_LEVELS else f"more than {MAX_NODES} keys and values"
+            raise ConfigError(f"{_line(self.name, event)}: {what}; wanted sections with keys")
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
             raise ConfigError(
                 f"{_line(self.name, event)}: came a YAML alias or anchor, wanted the value written out"
@@ -144,7 +147,10 @@ class _ConfigLoader(yaml.SafeLoader):
             raise ConfigError(
                 f"{_line(self.name, event)}: came the YAML tag {event.tag}, wanted a plain value"
             )
-        return super().compose_node(parent, index)
+        self.levels += 1
+        node = super().compose_node(parent, index)
+        self.levels -= 1
+        return node
 
     def compose_scalar_node(self, anchor: str | None) -> yaml.ScalarNode:
         # before the type is resolved, so that `lr: ${LR}` is a number and a variable can never add structure
@@ -206,8 +212,6 @@ def _parse(text: str, source: str) -> yaml.Node | None:
         raise ConfigError(f"{source}:{line}: this is not YAML: {problem}; {advice}") from None
     except yaml.YAMLError as error:  # an unprintable character: no mark, several lines
         raise ConfigError(f"{source}: this is not YAML: {' '.join(str(error).split())}; remove it") from None
-    except RecursionError:
-        raise ConfigError(f"{source}: nested too deeply; wanted sections with keys") from None
 
 
 def _advice(lines: list[str]) -> str:
@@ -287,7 +291,9 @@ def apply_override(data: dict, override: str, nested: bool = False) -> Location:
     node = _parse(text, source)
     value = None if node is None else _to_data(node, source)
     dotted = without_nesting(dotted.strip()) if nested else dotted.strip()
-    parts = [int(part) if part.isdecimal() else part for part in dotted.split(".")]
+    parts = [int(part) if part.isdecimal() and len(part) < 10 else part for part in dotted.split(".")]
+    if len(parts) > MAX_LEVELS:
+        raise ConfigError(f"{source}: {TOO_DEEP}; wanted section.key=value")
     here: Any = data
     for part, following in zip(parts, [*parts[1:], None], strict=True):
         _check_step(here, part, source)

@@ -23,6 +23,7 @@ from ppcoat.config.explain import Location, Origins, printable, settings_error
 from ppcoat.config.load import (
     BACKSLASH,
     JSON_ENDINGS,
+    MAX_NODES,
     YAML_ENDINGS,
     apply_override,
     load_config,
@@ -30,6 +31,7 @@ from ppcoat.config.load import (
 )
 from ppcoat.config.schema import RunConfig
 from ppcoat.errors import ConfigError
+from ppcoat.reading import MAX_LEVELS, TOO_DEEP, leaves
 
 try:
     import tomllib
@@ -80,6 +82,9 @@ _WEIGHT_ENDINGS = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")
 _OWN_TABLES = tuple(RunConfig.model_fields)
 _SAVE_EVERY = 1000  # steps, beside the epochs
 
+# texts and comments of TOML, on one line
+_TEXTS = re.compile(r'"(?:\\.|[^"\\\n])*"|\'[^\'\n]*\'|#[^\n]*')
+
 _log = logging.getLogger(__name__)
 
 
@@ -103,11 +108,7 @@ def load_newbie_config(path: str | Path, overrides: Sequence[str] = ()) -> RunCo
     """
     path = Path(path)
     text = read_config_text(path, (".toml",))
-    try:
-        content = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        advice = f"; {BACKSLASH}" if "\\" in str(error) or "hex" in str(error) else ""
-        raise ConfigError(f"{path}: this is not TOML: {error}{advice}") from None
+    content = _parse(text, path)
     origins = _TomlOrigins(str(path), None, text=text)
     given, own = _split(content, origins)
     data = _translate(given, origins)
@@ -122,6 +123,24 @@ def load_newbie_config(path: str | Path, overrides: Sequence[str] = ()) -> RunCo
         return RunConfig.model_validate(data)
     except ValidationError as error:
         raise settings_error(error, origins) from None
+
+
+def _parse(text: str, path: Path) -> dict[str, Any]:
+    """TOML -> its tables. What its reader would take very long for, or has no bound of its own for, is
+    refused before and after."""
+    bare = _TEXTS.sub("", text)
+    if bare.count("=") > MAX_NODES or any(part.count(".") > MAX_LEVELS for part in re.split("[=\n]", bare)):
+        raise ConfigError(f"{path}: more than {MAX_NODES} keys, or {TOO_DEEP}; wanted tables with keys")
+    try:
+        content = tomllib.loads(text)
+        if any(type(each) is int and abs(each) >= 2**63 for each in leaves(content)):
+            raise ValueError("a whole number of more than 64 bits")
+    except RecursionError:
+        raise ConfigError(f"{path}: {TOO_DEEP}; wanted tables with keys") from None
+    except ValueError as error:
+        advice = f"; {BACKSLASH}" if "\\" in str(error) or "hex" in str(error) else ""
+        raise ConfigError(f"{path}: this is not TOML: {error}{advice}") from None
+    return content
 
 
 def _read_optimizer(data: dict[str, Any], origins: _TomlOrigins) -> None:

@@ -64,7 +64,7 @@ _RUN: dict[str, dict[Class, str]] = {
         "cfg_scale gradient_checkpointing deterministic max_sequence_length loss_type "
         "diff_output_preservation diff_output_preservation_class diff_output_preservation_multiplier "
         "blank_prompt_preservation blank_prompt_preservation_multiplier",
-        "free": "max_skipped_in_a_row",
+        "free": "max_skipped_in_a_row rank_timeout",
     },
     "train.prodigy": {
         "same": "d0 slice_p",  # sums are in units of d0, over every slice_p-th value
@@ -109,7 +109,7 @@ _LIGHTNING: dict[Class, str] = {
     "free": "data_path file_list_path pretrained_teacher_model text_encoders vae tokenizers output_dir "
     "tracker_project_name dataloader_num_workers validation_steps checkpointing_steps "
     "checkpoints_total_limit resume_from_checkpoint pre_alloc_memory cache_to_disk encode_ahead "
-    "strict_resume validation_prompt log_every visualdl blocks_to_swap max_bad_share compat",
+    "strict_resume validation_prompt log_every visualdl blocks_to_swap max_bad_share compat rank_timeout",
 }
 CLASSES: Mapping[str, Class] = {
     f"{section}.{name}".removeprefix("."): each

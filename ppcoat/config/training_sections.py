@@ -117,7 +117,7 @@ class TrainConfig(Section):
         None, ge=1, description="instead of steps: how often all pictures are seen, repeats counted"
     )
     batch_size: int = Field(1, ge=1, description="pictures in one forward pass")
-    gradient_accumulation: int = Field(1, ge=1, description="forward passes in one optimizer update")
+    gradient_accumulation: int = Field(1, ge=1, le=10_000, description="forward passes in one update")
     lr: float = Field(1e-4, gt=0, le=1, description="peak learning rate")
     lr_scheduler: Literal[
         "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "step"
@@ -176,8 +176,7 @@ class TrainConfig(Section):
         "backward pass",
     )
     diff_output_preservation_class: str = Field(
-        "",
-        description="what stands in the place of the trigger word, such as person; empty: nothing",
+        "", description="what stands in the place of the trigger word, such as person; empty: nothing"
     )
     diff_output_preservation_multiplier: float = Field(1.0, gt=0, description="weight of that loss")
     blank_prompt_preservation: bool = Field(
@@ -186,6 +185,9 @@ class TrainConfig(Section):
     blank_prompt_preservation_multiplier: float = Field(1.0, gt=0, description="weight of that loss")
     max_skipped_in_a_row: int = Field(
         5, ge=1, description="stop after this many consecutive steps whose loss or gradient is not finite"
+    )
+    rank_timeout: float = Field(
+        600, ge=1, le=604_800, description="seconds that ranks wait for one that shows no sign of work"
     )
     ema: EMAConfig = Field(EMAConfig(), description="running mean of the LoRA's weights")
     validation: ValidationConfig = Field(ValidationConfig(), description="loss on pictures kept aside")
@@ -318,9 +320,7 @@ class SaveConfig(Section):
 
     save_every: int = Field(250, ge=1, description="updates between checkpoints, each with its LoRA file")
     save_every_epochs: int | None = Field(
-        None,
-        ge=1,
-        description="epochs between checkpoints, beside save_every; needs train.num_epochs",
+        None, ge=1, description="epochs between checkpoints, beside save_every; needs train.num_epochs"
     )
     max_step_saves_to_keep: int = Field(4, ge=1, description="checkpoints kept, and LoRA files of steps")
     strict_resume: bool = Field(
@@ -328,8 +328,7 @@ class SaveConfig(Section):
         description="stop where the latest checkpoint is damaged, instead of going on from the one before it",
     )
     restart_data: bool = Field(
-        False,
-        description="where pictures, their sizes or the batch changed, go on with a new order of pictures",
+        False, description="where pictures, their sizes or the batch changed, go on with a new order of them"
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="dtype in the LoRA file")
     format: Annotated[tuple[LoRAFormat, ...], Strict(False)] = Field(

@@ -13,6 +13,7 @@ import numpy as np
 from ppcoat.data.examples import Example
 from ppcoat.errors import ConfigError
 
+MOST_SEEN = 10_000_000  # in an epoch, whose order is held in memory
 # Fact -> what a user is told of it: the checkpoint's value and the one of now.
 _WORDS = {
     "num_examples": "the number of pictures (each size and mirrored copy counts) was {} and is {} now",
@@ -37,7 +38,7 @@ class ResumableBatches:
     """
 
     def __init__(self, examples: Sequence[Example], batch_size: int, seed: int) -> None:
-        """Raises ConfigError for no examples, and for a batch_size below 1."""
+        """Raises ConfigError for no examples, for a batch_size below 1, and for an epoch above MOST_SEEN."""
         if not examples:
             raise ConfigError("there is no picture to train on; wanted at least 1")
         if batch_size < 1:
@@ -114,10 +115,10 @@ class ResumableBatches:
 class _Bucket:
     """Examples that may share a batch, as one endless sequence: one permutation of them per epoch."""
 
-    def __init__(self, entries: list[int], batch_size: int, seed: int, number: int) -> None:
+    def __init__(self, entries: np.ndarray, batch_size: int, seed: int, number: int) -> None:
         self.entries, self.batch_size = entries, batch_size
         self.seed, self.number = seed, number
-        self._epochs: dict[int, list[int]] = {}
+        self._epochs: dict[int, np.ndarray] = {}
 
     def batches_before(self, epoch: int) -> int:
         """Number of batches that the epochs before this one take, rounded up."""
@@ -134,8 +135,8 @@ class _Bucket:
             order = rng.permutation(len(self.entries))
             # a batch spans few epochs, in order; the first batch of a resumed run may need the epoch before
             self._epochs = {e: o for e, o in self._epochs.items() if e == epoch - 1}
-            self._epochs[epoch] = order.tolist()
-        return self.entries[self._epochs[epoch][place]]
+            self._epochs[epoch] = order
+        return int(self.entries[self._epochs[epoch][place]])
 
 
 class _Stream:
@@ -144,15 +145,15 @@ class _Stream:
 
     def __init__(self, buckets: list[_Bucket]) -> None:
         self.buckets = buckets
-        self._turns: tuple[int, list[int]] = (-1, [])
+        self._turns: tuple[int, np.ndarray] = (-1, np.empty(0, np.int32))
 
     def batch(self, number: int) -> list[int]:
         # an epoch may have no batch at all, if earlier epochs borrowed all of its entries
         epoch = bisect_right(range(self._bound(number)), number, key=self.batches_before) - 1
         place = number - self.batches_before(epoch)
         turns = self._turns_of(epoch)
-        bucket = turns[place]
-        earlier = turns[:place].count(bucket)
+        bucket = int(turns[place])
+        earlier = np.count_nonzero(turns[:place] == bucket)
         return self.buckets[bucket].batch(self.buckets[bucket].batches_before(epoch) + earlier)
 
     def _bound(self, number: int) -> int:
@@ -163,17 +164,14 @@ class _Stream:
     def batches_before(self, epoch: int) -> int:
         return sum(bucket.batches_before(epoch) for bucket in self.buckets)
 
-    def _turns_of(self, epoch: int) -> list[int]:
+    def _turns_of(self, epoch: int) -> np.ndarray:
         """The shuffled turns of an epoch: one bucket number per batch."""
         if self._turns[0] != epoch:
-            turns = [
-                number
-                for number, bucket in enumerate(self.buckets)
-                for _ in range(bucket.batches_before(epoch + 1) - bucket.batches_before(epoch))
-            ]
+            counts = [each.batches_before(epoch + 1) - each.batches_before(epoch) for each in self.buckets]
+            turns = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
             first = self.buckets[0]  # the 1 sets it apart from the permutations within buckets
             rng = np.random.default_rng([first.seed, epoch, first.number, 1])
-            self._turns = epoch, [turns[i] for i in rng.permutation(len(turns))]
+            self._turns = epoch, turns[rng.permutation(len(turns))]
         return self._turns[1]
 
 
@@ -189,9 +187,22 @@ def _streams(examples: Sequence[Example], batch_size: int, seed: int) -> list[_S
     for number, example in enumerate(examples):
         groups.setdefault(example.shape, []).append(number)
     streams: dict[bool, list[_Bucket]] = {}
+    seen = sum(example.repeats for example in examples)
+    if seen > MOST_SEEN:
+        raise ConfigError(
+            f"an epoch has {seen} pictures, wanted at most {MOST_SEEN}: lower num_repeats, which only counts "
+            "against that of the other datasets"
+        )
     for number, key in enumerate(sorted(groups)):
-        rounds = range(max(examples[i].repeats for i in groups[key]))
-        entries = [i for r in rounds for i in groups[key] if examples[i].repeats > r]
+        entries = _repeated(groups[key], np.array([examples[i].repeats for i in groups[key]]))
         bucket = _Bucket(entries, batch_size, seed, number)
         streams.setdefault(key[0], []).append(bucket)
     return [_Stream(streams[is_reg]) for is_reg in sorted(streams, reverse=True)]
+
+
+def _repeated(numbers: Sequence[int], repeats: np.ndarray) -> np.ndarray:
+    """All numbers, then those again that are to come twice, three times, ..."""
+    ends = np.unique(repeats)
+    rounds = [np.tile(np.array(numbers, np.int32)[repeats >= end], end - begin)
+              for begin, end in zip([0, *ends[:-1]], ends, strict=True)]  # fmt: skip
+    return np.concatenate(rounds)

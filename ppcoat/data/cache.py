@@ -16,6 +16,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,12 +24,13 @@ import paddle
 
 from ppcoat.data.batches import ResumableBatches
 from ppcoat.data.captions import dropped_captions
-from ppcoat.data.colours import WHITE
+from ppcoat.data.colours import WHITE, is_flat, tell_of_flat
 from ppcoat.data.content_keys import content_key, file_digest
 from ppcoat.data.embedding_store import EmbeddingStore
 from ppcoat.data.examples import Example
 from ppcoat.data.pairs import CutPicture, loss_weights
 from ppcoat.errors import ConfigError
+from ppcoat.finite import check_made
 from ppcoat.progress import Progress
 
 # pixels float32 [N, 3, H, W] in [-1, 1] -> latents [N, C, h, w]: the VAE posterior's mean, shifted and scaled
@@ -53,6 +55,7 @@ class Encoders:
     image_identity: stands for the VAE, its weights and dtype in the keys of a store. text_identity: the same
     for the text encoders and the maximum number of tokens. text_names: names of a caption's tensors in a
     batch and on disk. masked: of a model that is given the masks (Fill); for others a mask weighs the loss.
+    maker: name of a result, of pictures "latents" -> where the model that makes it lies, and that model.
     """
 
     image: EncodeImage
@@ -61,6 +64,11 @@ class Encoders:
     text_identity: str = ""
     text_names: tuple[str, ...] = ("prompt_embeds", "pooled")
     masked: EncodeMasked | None = None
+    maker: Callable[[str], tuple[object, paddle.nn.Layer]] | None = None
+
+    def check(self, tensor: paddle.Tensor, name: str, what: str) -> None:
+        """Raises ConfigError for a result, any shape, that is not finite. name: its name; what: of what."""
+        check_made(tensor, what, self.maker and partial(self.maker, name))
 
 
 @dataclass(frozen=True)
@@ -228,21 +236,26 @@ def _latents(
     for i, picture in enumerate(pictures):
         if i not in latents:
             sizes.setdefault((*picture.size, picture.hole is not None), []).append(i)
+    flat: list[Path] = []
     with Progress(total=len(pictures), initial=len(latents), desc="encoding pictures", unit="file") as bar:
         for some in _calls(sizes, batch_size):
-            encoded = _encode([pictures[i] for i in some], encoders).cpu().unbind(0)
+            encoded = _encode([pictures[i] for i in some], encoders, flat).cpu().unbind(0)
             for i, latent in zip(some, encoded, strict=True):
-                _check_finite(latent, f"the VAE's latent of {pictures[i].path}")
+                encoders.check(latent, "latents", f"the VAE's latent of {pictures[i].path}")
                 latents[i] = latent
                 if store:
                     store.put(keys[i], {"latent": latent})
             bar.update(len(some))
+    tell_of_flat(flat, len(pictures))
     return [latents[i] for i in range(len(pictures))]
 
 
-def _encode(pictures: Sequence[CutPicture], encoders: Encoders) -> paddle.Tensor:
-    """Latents of pictures of one size, all with a hole or all without."""
-    pixels = paddle.to_tensor(np.stack([each.pixels() for each in pictures]))
+def _encode(pictures: Sequence[CutPicture], encoders: Encoders, flat: list[Path]) -> paddle.Tensor:
+    """Latents of pictures of one size, all with a hole or all without; those of one colour are added to
+    `flat`."""
+    each_one = [each.pixels() for each in pictures]
+    flat += [each.path for each, own in zip(pictures, each_one, strict=True) if is_flat(own)]
+    pixels = paddle.to_tensor(np.stack(each_one))
     if pictures[0].hole is None:
         return encoders.image(pixels)
     return encoders.masked(pixels, paddle.to_tensor(np.stack([each.hole_pixels() for each in pictures])))
@@ -268,7 +281,7 @@ def _embeddings(
             for caption, *row in zip(some, *columns, strict=True):
                 named = dict(zip(encoders.text_names, row, strict=True))
                 for name, tensor in named.items():
-                    _check_finite(tensor, f"the {name} text embedding of {caption!r}")
+                    encoders.check(tensor, name, f"the {name} text embedding of {caption!r}")
                 embeddings[caption] = tuple(row)
                 if store:
                     store.put(keys[caption], named)
@@ -284,12 +297,6 @@ def _calls(sizes: dict[tuple[int, int, bool], list[int]], batch_size: int) -> It
 
 def _chunks(entries: Sequence, size: int) -> Iterable[Sequence]:
     return (entries[start : start + size] for start in range(0, len(entries), size))
-
-
-def _check_finite(tensor: paddle.Tensor, what: str) -> None:
-    # a half-precision VAE can overflow; training on NaN would show it thousands of steps later
-    if not paddle.isfinite(tensor.astype("float32")).all().item():
-        raise ConfigError(f"{what} is not finite; use model.dtype float32 or bfloat16, or remove the file")
 
 
 def _stack(rows: list[paddle.Tensor]) -> paddle.Tensor:

@@ -9,8 +9,8 @@ Which pictures there are, and what is done about problems, is in sources.py.
 from __future__ import annotations
 
 import csv
+import errno
 import io
-import json
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ppcoat.data.encodings import decode
+from ppcoat.reading import json_value, regular_bytes
 
 MAX_CAPTION_BYTES = 64 * 1024
 MAX_TABLE_BYTES = 256 << 20
@@ -247,13 +248,11 @@ def normal(name: str) -> str:
 
 def _bytes_of(path: Path, most: int) -> bytes:
     try:
-        with open(path, "rb") as file:
-            raw = file.read(most + 1)
+        return regular_bytes(path, most)
     except OSError as error:
+        if error.errno == errno.EFBIG:
+            raise BadCaption(f"the caption {path.name} is longer than {most} bytes") from None
         raise BadCaption(f"the caption {path.name} cannot be read ({error.strerror})") from None
-    if len(raw) > most:
-        raise BadCaption(f"the caption {path.name} is longer than {most} bytes")
-    return raw
 
 
 def _decoded(raw: bytes, path: Path) -> tuple[str, str]:
@@ -270,8 +269,8 @@ def _of_json(text: str, path: Path) -> str:
     """The caption in a JSON text; a .txt with brackets but no key, such as {a|b} or [red] dress, is a caption
     itself."""
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
+        value = json_value(text)
+    except ValueError:
         if path.suffix.lower() != ".json" and not _LIKE_JSON.match(text):
             return text
         raise BadCaption(f"the caption {path.name} is no JSON (mend it, or write plain text)") from None
@@ -301,7 +300,7 @@ def _rows(file: Path) -> Iterator[tuple[str, Caption | str]]:
             )
             none = f"the caption in its row of {file.name} {reason}"
             yield name, Caption(caption, encoding, file=file) if caption else none
-    except (ValueError, csv.Error, RecursionError) as error:
+    except (ValueError, csv.Error) as error:
         raise BadCaption(f"{file.name} is damaged: {' '.join(str(error).split())}") from None
 
 
@@ -311,7 +310,7 @@ def _json_lines(text: str) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(text.split("\n"), start=1):  # JSON may hold U+2028 and other line ends
         if line.strip():
             try:
-                row = json.loads(line)
+                row = json_value(line)
             except ValueError as error:
                 raise ValueError(f"line {number}: {error}") from None
             yield from _row(row)
@@ -319,9 +318,9 @@ def _json_lines(text: str) -> Iterator[tuple[str, Any]]:
 
 def _json_table(text: str) -> Iterator[tuple[str, Any]]:
     try:
-        data = json.loads(text)
-    except json.JSONDecodeError as error:
-        if not error.msg.startswith("Extra data"):
+        data = json_value(text)
+    except ValueError as error:
+        if not str(error).startswith("Extra data"):
             raise
         return (yield from _json_lines(text))
     if isinstance(data, dict) and len(data) == 1 and isinstance(next(iter(data.values())), list):

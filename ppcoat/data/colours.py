@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageChops, ImageCms
@@ -13,6 +15,7 @@ Colour = tuple[int, int, int]
 # an upright picture, its colour profile, and a list that gets what was done to it -> the picture to use
 Convert = Callable[[Image.Image, bytes | None, list[str]], Image.Image]
 WHITE: Colour = (255, 255, 255)
+_log = logging.getLogger(__name__)
 _ROUNDING = 3  # of 255: between sRGB and its many nearly equal profiles
 
 
@@ -84,3 +87,15 @@ def _in_srgb(image: Image.Image, profile: bytes, notes: list[str]) -> Image.Imag
 @cache
 def _srgb() -> ImageCms.ImageCmsProfile:
     return ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
+
+
+def is_flat(pixels: np.ndarray) -> bool:
+    """Whether pixels [3, H, W] are all of one colour."""
+    return bool((pixels == pixels[:, :1, :1]).all())
+
+
+def tell_of_flat(paths: Sequence[Path], count: int) -> None:
+    """One line for those of `count` pictures that are of one colour."""
+    if paths:
+        _log.warning("%d of %d pictures are of one colour all over, e.g. %s: they teach nothing",
+                     len(paths), count, paths[0])  # fmt: skip

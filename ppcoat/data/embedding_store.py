@@ -9,7 +9,6 @@ two writers of one key write the same. This file knows nothing of what an entry 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import re
 from pathlib import Path
@@ -21,7 +20,10 @@ from safetensors import SafetensorError
 from ppcoat.atomic import check_writable, remove_dead_drafts, whole_file
 from ppcoat.data.content_keys import FORMAT
 from ppcoat.errors import ConfigError
+from ppcoat.finite import first_not_finite
+from ppcoat.reading import json_value, regular_bytes
 
+MAX_ENTRY_BYTES = 1 << 30  # a picture of 4096 x 4096 has 8 MB, a caption's embeddings have 4
 _KEY = re.compile(r"^[0-9a-f]{64}$")
 
 _log = logging.getLogger(__name__)
@@ -55,7 +57,7 @@ class EmbeddingStore:
         """
         path = self._path(key)
         try:
-            return _decode(key, path.read_bytes())
+            return _decode(key, regular_bytes(path, MAX_ENTRY_BYTES))
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -95,7 +97,7 @@ def _encode(key: str, tensors: dict[str, paddle.Tensor]) -> bytes:
 def _decode(key: str, content: bytes) -> dict[str, paddle.Tensor]:
     try:
         header, data = _split(content)
-        metadata = json.loads(header)["__metadata__"]
+        metadata = json_value(header)["__metadata__"]
         named = (metadata["format"], metadata["key"])
         digest = metadata["sha256"]
     except (ValueError, KeyError, TypeError) as error:
@@ -105,9 +107,12 @@ def _decode(key: str, content: bytes) -> dict[str, paddle.Tensor]:
     if hashlib.sha256(data).hexdigest() != digest:
         raise _Damaged("cut off, or its bytes have changed")
     try:
-        return safetensors.paddle.load(content)
+        tensors = safetensors.paddle.load(content)
     except SafetensorError as error:
         raise _Damaged(str(error)) from None
+    if (name := first_not_finite(tensors)) is not None:
+        raise _Damaged(f"its {name} holds NaN or infinity")
+    return tensors
 
 
 def _split(content: bytes) -> tuple[bytes, memoryview]:

@@ -179,14 +179,15 @@ def _with_its(companions: Companions, example: Example, data: DatasetConfig) -> 
     return replace(example, references=references, mask=companions.mask, mask_floor=data.mask_min_value)
 
 
-def data_report(datasets: Sequence[Dataset]) -> str:
-    """At most 37 lines: pictures per dataset, what goes with them, bucket table, warnings of crops, small
+def data_report(datasets: Sequence[Dataset], at_once: int = 1) -> str:
+    """At most 38 lines: pictures per dataset, what goes with them, bucket table, warnings of crops, small
     pictures and duplicates, notes on the folders, three final captions."""
     examples = all_examples(datasets)
     per_epoch = sum(example.repeats for example in examples)
     lines = [f"data: {_count(len(examples), 'picture')} to encode, {per_epoch} per epoch"]
     lines += _dataset_lines(datasets)
     lines += _bucket_table(examples)
+    lines += _few_warning(examples, per_epoch, at_once)
     lines += _crop_warning(examples)
     lines += _small_warning(examples)
     lines += _duplicate_warning(examples)
@@ -240,6 +241,14 @@ def _bucket_table(examples: list[Example]) -> list[str]:
         for (width, height), crops in sorted(buckets.items(), key=lambda each: (-len(each[1]), each[0]))
     ]
     return ["  width x height pictures mean crop     worst", *_shortened(rows, _BUCKET_ROWS, "bucket")]
+
+
+def _few_warning(examples: list[Example], per_epoch: int, at_once: int) -> list[str]:
+    if len({each.item.image_path for each in examples if not each.is_reg}) == 1:
+        return ["  warning: one picture only: what is trained on it will draw that picture; take more"]
+    if at_once <= per_epoch:
+        return []
+    return [f"  warning: {at_once} pictures at once, {per_epoch} in an epoch: some are there more than once"]
 
 
 def _crop_warning(examples: list[Example]) -> list[str]:

@@ -17,6 +17,7 @@ import binascii
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -28,11 +29,13 @@ from ppcoat.config.explain import printable
 from ppcoat.data.caption_files import MAX_CAPTION_BYTES
 from ppcoat.data.sources import load_image
 from ppcoat.errors import ConfigError
+from ppcoat.reading import json_value, regular_bytes
 
 CAPTION_KEYS = ("caption", "text", "TEXT", "prompt", "long_caption", "caption_en", "blip_caption")
 # first characters of a picture in base64 -> file suffix of its format
 STARTS = {"/9j/": ".jpg", "iVBORw0KGgo": ".png", "UklGR": ".webp"}
 MAX_ROW_BYTES = 64 << 20
+MAX_LIST_BYTES = 64 << 20
 MAX_NESTING = 64  # brackets in a caption cell
 PROBED_ROWS = 20
 NAMED_ROWS = 5
@@ -64,18 +67,24 @@ class LaionSource:
         """The listed files, in order. Raises ConfigError for one that is missing or outside data_path."""
         root = Path(self.data_path)
         try:
-            lines = Path(self.file_list_path).read_text("utf-8").splitlines()
+            lines = regular_bytes(self.file_list_path, MAX_LIST_BYTES).decode().splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"file list {self.file_list_path} cannot be read ({error})") from None
+            raise ConfigError(
+                f"file list {self.file_list_path} cannot be read ({error}); wanted one name in UTF-8 a line"
+            ) from None
         names = [line.split("\t")[0].strip() for line in lines if line.strip()]
         if not root.is_dir() or not names:
             what = f"names no shard: {self.file_list_path}" if root.is_dir() else f"has no data folder {root}"
             raise ConfigError(f"the file list {what}; give --data_path and --file_list_path of one data set")
         paths = [root / name for name in names]
         for name, path in zip(names, paths, strict=True):
-            if not path.resolve().is_relative_to(root.resolve()):
+            try:
+                inside, there = path.resolve().is_relative_to(root.resolve()), path.is_file()
+            except (OSError, ValueError, RuntimeError):  # a long name; a zero byte; a circle of links
+                inside, there = True, False
+            if not inside:
                 raise ConfigError(f"file list: {printable(name)} is outside {root}; wanted names inside it")
-            if not path.is_file():
+            if not there:
                 raise ConfigError(
                     f"file list: there is no {printable(name)} in {root}; complete the download"
                 )
@@ -105,17 +114,17 @@ class Unpacked:
 def unpack_laion(source: LaionSource, folder: Path) -> Unpacked:
     """Write the rows into `folder` as 00000_0000012.jpg and .txt (shard, row), completely or not at all.
 
-    A folder of an earlier call is complete and is used as it is. Raises ConfigError for a wrong list, columns
-    that cannot be found, too many unusable rows, and a full disk.
+    A folder of an earlier call is complete and is used as it is, unless its DONE is damaged. Raises
+    ConfigError for a wrong list, columns that cannot be found, too many unusable rows, and a full disk.
     """
-    if (folder / DONE).is_file():
-        facts = json.loads((folder / DONE).read_text("utf-8"))
-        return Unpacked(folder, facts["pictures"], facts["bad"], facts["reasons"])
+    earlier = _unpacked_before(folder)
+    if earlier is not None:
+        return earlier
     shards = source.shards()
     columns = _columns(source, shards[0])
     done = Unpacked(folder)
     try:
-        with whole_folder(folder) as draft:
+        with whole_folder(folder, replace=os.path.lexists(folder / DONE)) as draft:
             _unpack_all(source, shards, columns, draft, done)
             facts = {"pictures": done.pictures, "bad": done.bad, "reasons": done.reasons}
             (draft / DONE).write_text(json.dumps(facts), "utf-8")
@@ -126,6 +135,17 @@ def unpack_laion(source: LaionSource, folder: Path) -> Unpacked:
     if done.bad:
         _log.warning("%s: %s", done.line(), "; ".join(done.reasons))
     return done
+
+
+def _unpacked_before(folder: Path) -> Unpacked | None:
+    """What an earlier call found; None where there was none, or what it left in DONE is damaged."""
+    try:
+        facts = json_value(regular_bytes(folder / DONE, MAX_CAPTION_BYTES))
+        pictures, bad, reasons = (facts[key] for key in ("pictures", "bad", "reasons"))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    whole = type(pictures) is int and type(bad) is int and isinstance(reasons, list)
+    return Unpacked(folder, pictures, bad, list(map(str, reasons))) if whole and pictures > 0 <= bad else None
 
 
 class _BadRow(Exception):
@@ -238,6 +258,8 @@ def _caption(cell: str) -> str:
         facts = _object(cell)
         text = next((facts[key] for key in CAPTION_KEYS if isinstance(facts.get(key), str)), "")
     text = " ".join(text.split())
+    if not text.isascii() and any("\ud800" <= mark <= "\udfff" for mark in text):
+        raise _BadRow("its caption holds half of a character (a lone surrogate)")
     if not text:
         raise _BadRow(f"it has no caption under any of {', '.join(CAPTION_KEYS)}")
     return text

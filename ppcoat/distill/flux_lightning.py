@@ -43,17 +43,22 @@ from ppcoat.models.flux.pipeline import FluxPipeline
 from ppcoat.models.flux.scheduler import calculate_shift
 from ppcoat.models.loading import check_folder
 from ppcoat.optim import lr_scheduler
+from ppcoat.train.base_model import base_identity
 from ppcoat.train.checkpoint import check_run_folder
 from ppcoat.train.flux import LoRAFiles
 from ppcoat.train.model_spec import ModelSpec
 from ppcoat.train.previews import draw_previews
+from ppcoat.train.rank_line import Patience
 from ppcoat.train.ranks import Ranks
 from ppcoat.train.resume import Start, check_resume
+from ppcoat.train.run import alike_pictures
 from ppcoat.train.run_lock import only_run_in
 from ppcoat.train.run_state import Records, ResumeWords
 from ppcoat.train.trainer import Side, TrainingResult
 
 GIGABYTE = 10**9
+PLACES = ("data_path", "file_list_path", "output_dir", "pretrained_teacher_model", "text_encoders", "vae",
+          "tokenizers", "device", "rank_timeout")  # fmt: skip
 WORDS = ResumeWords(
     "give --resume_from_checkpoint latest", "--strict_resume", "", "start a new run under another name"
 )
@@ -72,12 +77,16 @@ def train_flux_lightning(config: LightningConfig) -> TrainingResult:
     set_device(config.device)
     backend.check_forced()
     dtype = compute_dtype(run.model.dtype)
-    ranks = Ranks.current(config.device, WORDS.again)
+    patience = Patience(config.rank_timeout, "--rank_timeout", WORDS.again)
+    ranks = Ranks.current(config.device, patience)
+    flags = config.model_dump(mode="json", exclude=set(PLACES))
+    ranks.agree(flags | {"base model": base_identity(config.pretrained_teacher_model)})
     if config.file_list_path is not None:
         run = config.run_config(_unpacked(config, run, ranks))
     datasets = scan_datasets(run)
+    ranks.agree(alike_pictures(all_examples(datasets)))
     if ranks.is_first:
-        print(data_report(datasets))
+        print(data_report(datasets, config.train_batch_size * ranks.size))
         check_run_folder(run.run_dir)
         _say_dtype(config)
     if config.deterministic:

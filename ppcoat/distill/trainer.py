@@ -48,6 +48,11 @@ class LightningTrainer(Trainer):
         """Whose turn step number `step`, from 0, is."""
         return DISCRIMINATOR if DISCRIMINATOR in self.sides and step % 2 == 0 else GENERATOR
 
+    def steps_of(self, side: str) -> int:
+        """Every second, the heads' first, where there are heads."""
+        steps = self.config.train.steps
+        return (steps + (side == DISCRIMINATOR)) // 2 if DISCRIMINATOR in self.sides else steps
+
     def _report_step(self, report: Report, result: StepResult, learning_rate: float) -> None:
         """As Trainer's, with the loss under the name of its side too, and its terms at points of curves."""
         name = self.turn(self.step - 1)

@@ -56,11 +56,11 @@ class Sight:
     @classmethod
     def of(cls, files: FluxFiles) -> Sight:
         """From configs and names: Kontext's tensors are those of FLUX.1-dev."""
-        config = component_config(files["transformer"])
+        config = component_config(files["transformer"], "transformer")
         inputs = config.get("in_channels", 64)
         fill = inputs == INPUTS_OF_CLASS["FluxFillPipeline"] * (config.get("out_channels") or inputs)
         kontext = files.class_name == "FluxKontextPipeline" or "kontext" in files.base.name.lower()
-        vae = component_config(files["vae"])
+        vae = component_config(files["vae"], "vae")
         side, halvings = vae.get("sample_size", TRAINED_SIDE), len(vae["block_out_channels"]) - 1
         return cls(str(files.base), fill, kontext and not fill, side, 2**halvings)
 

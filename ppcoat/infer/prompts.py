@@ -14,10 +14,11 @@ are refused by name.
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
-import math
 import re
+import sys
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -28,7 +29,9 @@ from typing import Any, TypeVar, get_type_hints
 from ppcoat.data.caption_files import MAX_CAPTION_BYTES
 from ppcoat.data.encodings import decode
 from ppcoat.errors import ConfigError, unknown_name
+from ppcoat.reading import regular_bytes
 
+MOST_MISTAKES = 1000  # that are looked for
 MAX_PICTURES, MAX_LIST_BYTES, MAX_NAME_BYTES = 100_000, 64 << 20, 120
 # Field of Drawing -> its other names: as a column, and with -- in a line of text.
 COLUMNS: dict[str, tuple[str, ...]] = {
@@ -96,6 +99,8 @@ def read_pictures(
             check(one)
         except ConfigError as error:
             mistakes.append(f"{file}, line {number}: {error}")
+            if len(mistakes) > MOST_MISTAKES:
+                break
             continue
         if len(drawings) + one.num_images > MAX_PICTURES:
             raise ConfigError(f"{file}: more than {MAX_PICTURES} pictures; split the list")
@@ -103,7 +108,9 @@ def read_pictures(
             own = name if name is None or one.num_images == 1 else f"{name}_{one.seed + i}"
             drawings.append((number, replace(one, seed=one.seed + i, num_images=1), own))
     if mistakes:
-        more = f" (so many lines with mistakes follow: {len(mistakes) - 1})" if len(mistakes) > 1 else ""
+        least = "at least " if len(mistakes) > MOST_MISTAKES else ""
+        follow = f" (so many lines with mistakes follow: {least}{len(mistakes) - 1})"
+        more = follow if len(mistakes) > 1 else ""
         raise ConfigError(mistakes[0] + more)
     if not drawings:
         raise ConfigError(f"{file} has no prompts: one a line, or rows with a prompt")
@@ -111,8 +118,9 @@ def read_pictures(
 
 
 def slug(prompt: str) -> str:
-    """A short, harmless piece of a file name."""
-    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40] or "picture"
+    """A short, harmless piece of a file name: letters and digits, of any language."""
+    words = unicodedata.normalize("NFC", prompt).lower()
+    return re.sub(r"[\W_]+", "-", words).strip("-")[:40] or "picture"
 
 
 def _named(file: Path, drawings: list[tuple[int, Any, str | None]]) -> list[ListedPicture]:
@@ -137,12 +145,10 @@ def _rows(file: Path) -> Iterator[tuple[int, Mapping[str, Any] | ConfigError]]:
     if reader is None:
         raise ConfigError(f"prompts: came {file}, wanted a {', '.join(_READERS)} file")
     try:
-        with open(file, "rb") as source:
-            raw = source.read(MAX_LIST_BYTES + 1)
+        raw = regular_bytes(file, MAX_LIST_BYTES)
     except OSError as error:
-        raise ConfigError(f"prompts: {file} cannot be read ({error.strerror}); check the path") from None
-    if len(raw) > MAX_LIST_BYTES:
-        raise ConfigError(f"{file} is larger than {MAX_LIST_BYTES >> 20} MiB; split the list")
+        advice = "split the list" if error.errno == errno.EFBIG else "check the path"
+        raise ConfigError(f"prompts: {file} cannot be read ({error.strerror}); {advice}") from None
     try:
         text, encoding = decode(raw)
     except UnicodeError:
@@ -272,7 +278,8 @@ def _number(name: str, value: Any) -> int | float:
         value = int(text) if re.fullmatch(r"[+-]?\d{1,40}", text) else text
         if isinstance(value, str) and _DECIMAL.fullmatch(text):
             value = float(text)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not -sys.float_info.max <= value <= sys.float_info.max:
         raise ConfigError(f"{name}: came {value!r:.60}, wanted a number")
     return value
 

@@ -16,13 +16,16 @@ import paddle
 from safetensors import SafetensorError, safe_open
 
 from ppcoat.errors import ConfigError
-from ppcoat.models.tensor_files import PICKLES, what_it_is
+from ppcoat.models.headers import what_it_is
+from ppcoat.models.tensor_files import PICKLES
+from ppcoat.reading import json_value, regular_bytes
 
 from .header import ADAPTER_METADATA, ROTATIONS
 from .keys import clean, whole_model
 from .parse import LoRAFile, parse_lora
 
 SHOWN_KEYS = 5
+MAX_CONFIG_BYTES, LONGEST_NAME = 1 << 20, 1000
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"  # of an adapter directory
 _USUAL_NAMES = (WEIGHTS, "pytorch_lora_weights.safetensors", "paddle_lora_weights.safetensors")
 _PEFT_TYPES = ("LORA", "LOKR", "LOHA", "LYCORIS")  # peft_type of kinds with an alpha; NewBie's trainer's last
@@ -115,6 +118,11 @@ def tensors_and_header(file: Path) -> tuple[dict[str, paddle.Tensor], dict[str, 
     tensors without numbers and for dtypes that no LoRA has."""
     with safe_open(str(file), framework="paddle") as content:
         keys = list(content.keys())
+        long = next((key for key in keys if len(key) > LONGEST_NAME), None)
+        if long is not None:
+            raise ConfigError(
+                f"{file}: a tensor's name has {len(long)} letters, {long[:40]!r}...: no LoRA; fetch another"
+            )
         whole = whole_model(keys)
         if whole:
             raise ConfigError(
@@ -153,8 +161,8 @@ def _config_beside(file: Path, keys: Iterable[str]) -> dict[str, str]:
 
 def _read_config(file: Path) -> dict:
     try:
-        config = json.loads(file.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
+        config = json_value(regular_bytes(file, MAX_CONFIG_BYTES).decode("utf-8-sig"))
+    except (OSError, ValueError) as error:
         raise ConfigError(
             f"{file} cannot be read ({error}): fetch it again, it belongs beside {WEIGHTS}"
         ) from None

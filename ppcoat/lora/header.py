@@ -12,12 +12,12 @@ cannot run for long.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
 
 from ppcoat.errors import ConfigError
+from ppcoat.reading import json_value
 
 ADAPTER_METADATA = "lora_adapter_metadata"
 DORA_RULE = "dora_rule"  # our field: by which of kinds.DORA_RULES the magnitudes are meant
@@ -91,8 +91,8 @@ def adapter_config(header: Mapping[str, str], part: str) -> dict:
     if not text.strip():
         return {}
     try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:  # of numbers and brackets beyond Python's limits, too
+        values = json_value(text)
+    except ValueError as error:  # of numbers and brackets beyond Python's limits, too
         raise ConfigError(f"LoRA header {ADAPTER_METADATA} is not JSON: {error}") from error
     if values is None:
         return {}
@@ -178,8 +178,8 @@ def step_from_header(header: Mapping[str, str]) -> int | None:
     text = header.get("step")
     if text is None:
         try:
-            info = json.loads(header.get("training_info", "null"))
-        except (ValueError, RecursionError):
+            info = json_value(header.get("training_info", "null"))
+        except ValueError:
             return None
         text = str(info.get("step")) if isinstance(info, dict) else None
     return int(text) if text is not None and text.isdecimal() and len(text) <= _MOST_DIGITS else None

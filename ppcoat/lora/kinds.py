@@ -26,7 +26,7 @@ from .delta import LoRAModule
 from .rotations import OFT, PEFT_ROLES, PeftRotation, Shape, check_rotation, rotation_of_peft
 
 _LOKR_SIDES = ("lokr_w1", "lokr_w2")
-_LARGEST = 1e9  # products of such numbers are beyond float32, and pictures black
+LARGEST = 1e9  # products of such numbers are beyond float32, and pictures black
 _FACTORS = ("lokr_", "hada_", "oft_s", "boft_s", "dora_scale")
 _GLORA = ("a1", "a2", "b1", "b2")
 
@@ -302,8 +302,8 @@ def check_factor(role: str, values: np.ndarray, key: str) -> None:
     than one number, and for a factor that is no matrix (that of a convolution, say). values: any shape,
     float32. key: of the tensor, for the message."""
     finite = np.isfinite(values).all()
-    if not finite or (role != "alpha" and np.abs(values).max(initial=0.0) > _LARGEST):
-        holds = "NaN or infinity" if not finite else f"numbers beyond {_LARGEST:g}"
+    if not finite or (role != "alpha" and np.abs(values).max(initial=0.0) > LARGEST):
+        holds = "NaN or infinity" if not finite else f"numbers beyond {LARGEST:g}"
         raise ConfigError(
             f"the tensor {key} of the LoRA holds {holds} (a training that broke, or numbers beyond float16): "
             "use another file of that training"

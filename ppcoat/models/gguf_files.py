@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ppcoat.errors import ConfigError
+from ppcoat.models.json_files import shown
 
 MAGIC = b"GGUF"
 PLAIN = ("F64", "F32", "F16", "BF16")  # types that are no blocks, named as safetensors does
@@ -42,16 +43,24 @@ def read_gguf(file: Path) -> tuple[str, dict[str, GGUFTensor]]:
         field = reader.get_field("general.architecture")
         architecture = str(field.contents()) if field else ""
     except (ValueError, IndexError, KeyError, TypeError, OverflowError) as error:
-        raise ConfigError(f"{file} is a damaged or cut-off GGUF file ({error}): fetch it again") from error
-    size, tensors = file.stat().st_size, {}
-    for tensor in reader.tensors:
-        name, kind = tensor.name, tensor.tensor_type.name
+        raise ConfigError(
+            f"{file} is a damaged or cut-off GGUF file ({shown(error)}): fetch it again"
+        ) from error
+    size, tensors, place = file.stat().st_size, {}, 0
+    for tensor in sorted(reader.tensors, key=lambda each: each.data_offset):
+        name, kind, start = shown(tensor.name), tensor.tensor_type.name, int(tensor.data_offset)
         shape = [int(side) for side in reversed(tensor.shape)]
-        if tensor.data_offset + math.prod(shape[:-1]) * row_bytes(shape[-1], kind) > size:
+        end = start + math.prod(shape[:-1]) * row_bytes(shape[-1], kind)
+        if end > size:
             raise ConfigError(f"{file} is cut off: {size} bytes, and {name} lies beyond: fetch it again")
+        if tensors and not 0 <= start - place < reader.alignment:
+            raise ConfigError(
+                f"{file} is damaged: {name} does not lie where the one before ends: fetch it again"
+            )
+        place = end
         if kind not in PLAIN and (len(shape) < 2 or not _can_decode(kind)):
             raise ConfigError(f"{file}: {name} {shape} is {kind}, which is not read: take the file in Q8_0")
-        tensors[name] = GGUFTensor(shape, kind, int(tensor.data_offset))
+        tensors[tensor.name] = GGUFTensor(shape, kind, start)
     return architecture, tensors
 
 

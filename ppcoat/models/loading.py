@@ -7,7 +7,7 @@ Everything that headers can tell (missing shards, missing tensors, wrong shapes)
 weight is read; tensor_files.py reads them.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,17 @@ from typing import Any
 import paddle
 import paddle.nn as nn
 from ppdiffusers import AutoencoderKL
-from tokenizers import Tokenizer
 
 from ppcoat.device import compute_dtype, default_dtype
 from ppcoat.errors import ConfigError
 from ppcoat.models.flux.files import FLUX_COMPONENTS, INPUTS_OF_CLASS, FluxFiles
+from ppcoat.models.flux.original_names import check_sizes
 from ppcoat.models.flux.scheduler import FlowMatchEulerDiscreteScheduler
+from ppcoat.models.flux.tokenizers import check_tokenizer, load_clip_tokenizer, load_t5_tokenizer
 from ppcoat.models.flux.transformer import FluxTransformer2DModel
 from ppcoat.models.pictures import check_options
 from ppcoat.models.tensor_files import (
+    FLOATS,
     Component,
     FilePart,
     TensorInfo,
@@ -31,8 +33,10 @@ from ppcoat.models.tensor_files import (
     check_variants,
     chosen_weights,
     component_config,
+    config_file,
+    known_config,
     map_tensor,
-    read_json,
+    read_by_library,
     tensor_infos,
     with_progress,
 )
@@ -43,9 +47,13 @@ _IGNORED = {"text_model.embeddings.position_ids", "vision_model.embeddings.posit
 # T5 reads one table under two names; the file has the first.
 TIED = {"encoder.embed_tokens.weight": "shared.weight"}
 MOST_NAMED = 4  # tensors of one kind that an error names
-# What the tokenizers' own classes read; transformers 5 writes tokenizer.json instead.
-_TOKENIZERS = {"tokenizer": ("vocab.json", "merges.txt"), "tokenizer_2": ("spiece.model",)}
-_WITH_WEIGHTS = ("text_encoder", "text_encoder_2", "transformer", "vae")
+_PARTS = {
+    "CLIPTextModel": "text_encoder",
+    "T5EncoderModel": "text_encoder_2",
+    "FluxTransformer2DModel": "transformer",
+    "AutoencoderKL": "vae",
+}
+_WITH_WEIGHTS = tuple(_PARTS.values())
 
 
 def check_folder(
@@ -73,18 +81,24 @@ def check_folder(
                if name in _WITH_WEIGHTS and not isinstance(component, FilePart)}  # fmt: skip
     check_variants(weights, variant, files.base)
     where |= {name: chosen for name, (_, chosen) in weights.items()}
-    for name in {"text_encoder", "text_encoder_2"} & {*parts}:
-        component_config(where[name])
-        tensor_infos(where[name])
-    for name in _TOKENIZERS.keys() & {*parts}:
-        _has_files(where[name], _TOKENIZERS[name])
+    for name in _WITH_WEIGHTS:
+        if name in parts:
+            check_sizes(name, where[name], tensor_infos(where[name]))
+    for name, load, encoder in (("tokenizer", load_clip_tokenizer, "text_encoder"),
+                                ("tokenizer_2", load_t5_tokenizer, "text_encoder_2")):  # fmt: skip
+        if name in parts:
+            tokenizer = load(where[name])
+            if encoder in parts:
+                check_tokenizer(tokenizer, where[encoder], encoder)
     if "scheduler" in parts:
-        FlowMatchEulerDiscreteScheduler.from_config(_scheduler_config(where["scheduler"]))
+        load_scheduler(where["scheduler"])
     models = {
         name: unfilled(model_class, where[name])[0]
         for name, model_class in (("transformer", FluxTransformer2DModel), ("vae", AutoencoderKL))
         if name in parts
     }
+    if "vae" in parts:
+        _check_latents(where["vae"])
     if "transformer" in models:
         _check_widths(models["transformer"], files, parts)
         if not control:
@@ -100,12 +114,21 @@ def _check_widths(transformer: FluxTransformer2DModel, files: FluxFiles, parts: 
         ("text_encoder_2", "d_model", transformer.config.joint_attention_dim),
         ("vae", "latent_channels", transformer.out_channels // 4),
     ):
-        came = component_config(files[name]).get(key, wanted) if name in parts else wanted
+        came = component_config(files[name], name).get(key, wanted) if name in parts else wanted
         if came != wanted:
             raise ConfigError(
                 f"{files[name]} has {key} {came}, but the transformer of {files.base} wants {wanted}: take "
                 "components of one model"
             )
+
+
+def _check_latents(vae: Component) -> None:
+    """Raise ConfigError for an autoencoder whose config leaves out what FLUX's latents are scaled by: what
+    is meant then is another model's."""
+    config = component_config(vae, "vae")
+    for key in ("scaling_factor", "shift_factor"):
+        if config.get(key) is None:
+            raise ConfigError(f"{config_file(vae, 'vae')}: {key} is missing: take FLUX.1's autoencoder")
 
 
 def check_without_control(transformer: FluxTransformer2DModel, files: FluxFiles, fill: bool = False) -> None:
@@ -134,7 +157,7 @@ def parameter_shapes(model: str | Path | FluxFiles, *parts: str) -> dict[str, di
 def load_transformer(folder: Component, dtype: str | None = None) -> FluxTransformer2DModel:
     """The FLUX transformer of a component folder, in `dtype` (None: see `default_dtype`), in eval mode. Here
     and below, a folder may be a file that `chosen_weights` gave."""
-    return load_weights(opened(_from_config(FluxTransformer2DModel), folder, dtype), folder)
+    return load_weights(_opened(FluxTransformer2DModel, folder, dtype), folder)
 
 
 def pretrained_transformer(
@@ -172,7 +195,7 @@ def unfilled(
     Raises ConfigError unless names and shapes in the files are exactly the model's.
     """
     with paddle.LazyGuard():
-        model = opened(_from_config(model_class), folder, dtype)
+        model = _opened(model_class, folder, dtype)
     infos = tensor_infos(folder)
     _check_model(model, infos, folder)
     return model, infos
@@ -180,7 +203,7 @@ def unfilled(
 
 def load_vae(folder: Component, dtype: str | None = None) -> AutoencoderKL:
     """The autoencoder of a component folder, in `dtype` (None: see `default_dtype`), in eval mode."""
-    return load_weights(opened(_from_config(AutoencoderKL), folder, dtype), folder)
+    return load_weights(_opened(AutoencoderKL, folder, dtype), folder)
 
 
 def load_clip(folder: Component, dtype: str | None = None) -> nn.Layer:
@@ -197,63 +220,21 @@ def load_t5(folder: Component, dtype: str | None = None) -> nn.Layer:
     return _load_text_encoder(T5EncoderModel, T5Config, folder, dtype)
 
 
-def load_clip_tokenizer(folder: str | Path) -> Any:
-    """paddlenlp's CLIPTokenizer from vocab.json and merges.txt, or else what tokenizer.json says."""
-    from ppdiffusers.transformers import CLIPTokenizer
-
-    return _load_tokenizer(CLIPTokenizer, folder, _TOKENIZERS["tokenizer"], "<|endoftext|>", 77)
-
-
-def load_t5_tokenizer(folder: str | Path) -> Any:
-    """paddlenlp's T5Tokenizer from spiece.model, or else what tokenizer.json says."""
-    from ppdiffusers.transformers import T5Tokenizer
-
-    return _load_tokenizer(T5Tokenizer, folder, _TOKENIZERS["tokenizer_2"], "<pad>", 512)
-
-
-def _load_tokenizer(slow: type, folder: str | Path, files: Sequence[str], pad: str, length: int) -> Any:
-    """slow: the class that reads `files`. pad, length: where tokenizer_config.json does not say them."""
-    if _has_files(folder, files):
-        return slow.from_pretrained(str(folder))
-    from paddlenlp.transformers import PretrainedTokenizerFast
-
-    file, config = Path(folder) / "tokenizer.json", Path(folder) / "tokenizer_config.json"
-    said = read_json(config) if config.is_file() else {}
-    token, limit = said.get("pad_token") or pad, said.get("model_max_length")
-    token = token["content"] if isinstance(token, dict) else token  # as older versions write it
-    if not isinstance(read_json(file).get("model"), dict):
-        raise ConfigError(f"{file} has no vocabulary: fetch it again")
-    core = Tokenizer.from_file(str(file))
-    if core.token_to_id(token) is None:
-        raise ConfigError(f"{file} has no {token}, the pad_token: take all files from one model")
-    length = min(limit, length) if isinstance(limit, int) else length
-    return PretrainedTokenizerFast(
-        tokenizer_object=core, pad_token=token, model_max_length=length, name_or_path=str(folder)
-    )
-
-
-def _has_files(folder: str | Path, names: Sequence[str]) -> bool:
-    """Whether these files of a tokenizer are there. Raises ConfigError if tokenizer.json is missing, too."""
-    missing = [name for name in names if not (Path(folder) / name).is_file()]
-    if missing and not (Path(folder) / "tokenizer.json").is_file():
-        raise ConfigError(
-            f"{Path(folder) / missing[0]} is missing, and tokenizer.json, which would do: take them from the "
-            "original model folder"
-        )
-    return not missing
-
-
 def load_scheduler(folder: Component) -> FlowMatchEulerDiscreteScheduler:
     """The scheduler of a component folder with scheduler_config.json."""
-    return FlowMatchEulerDiscreteScheduler.from_config(_scheduler_config(folder))
+    return FlowMatchEulerDiscreteScheduler.from_config(known_config(folder, "scheduler"))
 
 
-def opened(build: Callable[[Component], nn.Layer], folder: Component, dtype: str | None) -> nn.Layer:
+def opened(
+    build: Callable[[Component], nn.Layer], folder: Component, part: str, dtype: str | None
+) -> nn.Layer:
     """The model that build(folder) makes, with parameters of `dtype` (None: see `default_dtype`), and with
-    `source_config`: config.json as found, which writing.py writes again. A folder comes to it as a Path."""
-    with weights_in(dtype):
+    `source_config`: config.json as found, which writing.py writes again. A folder comes to it as a Path.
+    part: see `limits_of`. Raises ConfigError as `component_config`, and for what `build` stumbles over."""
+    config = component_config(folder, part)
+    with weights_in(dtype), read_by_library(config_file(folder, part)):
         model = build(folder if isinstance(folder, FilePart) else Path(folder))
-    model.source_config = component_config(folder)
+    model.source_config = config
     return model
 
 
@@ -315,12 +296,18 @@ def check_tensors(
     """
     missing = [f"missing {name} {shape}" for name, shape in wanted.items() if name not in infos]
     unexpected = [f"unexpected {name} {info.shape}" for name, info in infos.items() if name not in wanted]
+    numberless = [
+        f"{name} in {infos[name].file.name} holds {infos[name].dtype}, wanted one of {', '.join(FLOATS)}"
+        for name in wanted
+        if name in infos and infos[name].dtype not in FLOATS
+    ]
     misshapen = [
         f"{name} in {infos[name].file.name} has shape {infos[name].shape}, config.json wants {shape}"
         for name, shape in wanted.items()
         if name in infos and infos[name].shape != shape
     ]
-    kinds = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen}
+    kinds = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen,
+             "not of floating numbers": numberless}  # fmt: skip
     count = sum(map(len, kinds.values()))
     if count:
         named = [each for differences in kinds.values() for each in differences[:MOST_NAMED]]
@@ -362,29 +349,24 @@ def _under_names_of(
 def _load_text_encoder(
     model_class: type, config_class: type, folder: Component, dtype: str | None
 ) -> nn.Layer:
+    return load_weights(_opened(model_class, folder, dtype, config_class), folder)
+
+
+def _opened(
+    model_class: type, folder: Component, dtype: str | None, config_class: type | None = None
+) -> nn.Layer:
+    """`opened` by a class of ppdiffusers; its sizes are compared with the weights before."""
+    part = _PARTS[model_class.__name__]
+
     def build(folder: Component) -> nn.Layer:
-        return model_class(config_class.from_dict(component_config(folder)))
+        check_sizes(part, folder, tensor_infos(folder))
+        config = known_config(folder, part)
+        config.pop("mid_block_add_attention", None)  # of newer ones, and true, which these classes are
+        return (
+            model_class(config_class.from_dict(config)) if config_class else model_class.from_config(config)
+        )
 
-    return load_weights(opened(build, folder, dtype), folder)
-
-
-def _from_config(model_class: type) -> Callable[[Component], nn.Layer]:
-    """What makes a model of a ppdiffusers class from a component."""
-    return lambda folder: model_class.from_config(_model_config(folder))
-
-
-def _model_config(folder: Component) -> dict:
-    """Drops a key that only repeats a default and that older ppdiffusers would warn of."""
-    config = component_config(folder)
-    if config.get("mid_block_add_attention") is True:
-        del config["mid_block_add_attention"]
-    return config
-
-
-def _scheduler_config(folder: Component) -> dict:
-    if isinstance(folder, FilePart):
-        return component_config(folder)
-    return read_json(Path(folder) / "scheduler_config.json")
+    return opened(build, folder, part, dtype)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from paddle.base.core import Generator, default_cpu_generator
 
 from ppcoat.device import COMPUTE_DTYPES, compute_dtype, set_device
 from ppcoat.errors import ConfigError, unknown_name
+from ppcoat.finite import damaged_weight, is_finite
 from ppcoat.models import vae_tiling
 from ppcoat.models.offload import Offloading
 from ppcoat.nn.base_weight import BaseWeight
@@ -136,10 +137,21 @@ class LatentPictures(Offloading):
         return vae_tiling.through_decoder(self.vae, latents)
 
     def pictures(self, latents: paddle.Tensor, output_type: str):
-        """Latents [B, 16, h, w] -> "pil": a list of pictures; "np": float32 [B, 8h, 8w, 3] in 0..1."""
+        """Latents [B, 16, h, w] -> "pil": a list of pictures; "np": float32 [B, 8h, 8w, 3] in 0..1. Raises
+        ConfigError for a picture that is not finite, which would be black; it names a damaged weight."""
         pixels = self.decode_latents(latents).astype("float32")
+        if not is_finite(pixels):
+            raise ConfigError(self._why_not_finite(latents))
         pixels = (pixels / 2 + 0.5).clip(0, 1).numpy().transpose(0, 2, 3, 1)
         return self.numpy_to_pil(pixels) if output_type == "pil" else pixels
+
+    def _why_not_finite(self, latents: paddle.Tensor) -> str:
+        models = {name: part for name, part in self.components.items() if isinstance(part, paddle.nn.Layer)}
+        for name, model in models.items():
+            if (weight := damaged_weight(model)) is not None:
+                return f"the picture is not finite: {weight} of {name} holds NaN or infinity: fetch it again"
+        where = "its latents are" if is_finite(latents) else "nor are its latents"
+        return f"the picture is not finite ({where}): use dtype float32 or bfloat16, or a weaker LoRA"
 
     @property
     def device(self) -> Any:

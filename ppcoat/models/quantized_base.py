@@ -41,9 +41,9 @@ from ppcoat.models.tensor_files import (
     TensorInfo,
     in_file_order,
     map_tensor,
-    read_json,
     rows_of,
     tensor_infos,
+    weight_index,
     with_progress,
 )
 from ppcoat.models.writing import INDEX, Layout, check_room, layout_bytes, shard_metadata, write_component
@@ -376,7 +376,8 @@ class QuantizedCopy:
         return f"{BASES[self.base].about}; {self.source}"
 
     def _sums(self) -> dict[str, int]:
-        return read_json(self.folder / INDEX).get("metadata", {}).get("crc32", {})
+        said = weight_index(self.folder / INDEX).metadata
+        return said.crc32 if said else {}
 
 
 def _layout(infos: dict[str, TensorInfo], weights: set[str], base: str) -> Layout:

@@ -10,7 +10,6 @@ flux/files.py says where the other components are.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -21,7 +20,9 @@ import numpy as np
 from ppcoat.errors import ConfigError
 from ppcoat.models.flux.original_names import part_of, renamed, told_config
 from ppcoat.models.gguf_files import PLAIN, is_gguf, read_gguf
+from ppcoat.models.json_files import json_object, read_json, shown
 from ppcoat.models.tensor_files import (
+    FLOATS,
     FP8,
     PICKLES,
     FilePart,
@@ -29,7 +30,6 @@ from ppcoat.models.tensor_files import (
     check_not_quantised,
     map_tensor,
     read_header_and_metadata,
-    read_json,
     warn_once,
 )
 
@@ -125,10 +125,14 @@ def _by_component(file: Path) -> dict[str, Tensors]:
 
 def _formats(file: Path, metadata: Mapping[str, str]) -> dict[str, dict]:
     """ComfyUI's table of quantised layers in the header, by their names."""
+    what = f"{file}: _quantization_metadata in the header"
     try:
-        return dict(json.loads(metadata.get("_quantization_metadata", "{}")).get("layers", {}))
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{file}: _quantization_metadata in the header is damaged ({error})") from error
+        said = json_object(metadata.get("_quantization_metadata", "{}").encode("utf-8", "replace"), what)
+        return dict(said.get("layers", {}))
+    except (ValueError, TypeError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{what} is damaged ({shown(error)})") from error
 
 
 def _with_scales(file: Path, tensors: Tensors, formats: Mapping[str, dict]) -> Tensors:
@@ -160,9 +164,10 @@ def _with_scales(file: Path, tensors: Tensors, formats: Mapping[str, dict]) -> T
 
 def _scale(name: str, info: TensorInfo) -> float:
     """The one number of a scale."""
-    if math.prod(info.shape) != 1:
+    if math.prod(info.shape) != 1 or info.dtype not in FLOATS:
         raise ConfigError(
-            f"{info.file}: {name} is {info.shape}, wanted one scale a tensor: take the file in bfloat16"
+            f"{info.file}: {name} is {info.dtype} {info.shape}, wanted one scale a tensor: take the file in "
+            "bfloat16"
         )
     value = map_tensor(info).reshape(-1)
     if info.dtype == "BF16":
@@ -173,10 +178,7 @@ def _scale(name: str, info: TensorInfo) -> float:
 
 
 def _json(name: str, info: TensorInfo) -> dict:
-    try:
-        return json.loads(bytes(map_tensor(info)))
-    except ValueError as error:
-        raise ConfigError(f"{info.file}: {name} is no JSON ({error}): fetch it again") from error
+    return json_object(bytes(map_tensor(info)), f"{info.file}: {name}")
 
 
 def _config(part: str, infos: Tensors, file: Path, configs: Iterable[Path]) -> dict:

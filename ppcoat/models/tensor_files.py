@@ -1,25 +1,28 @@
 """Safetensors and JSON of a component folder, on disk: which tensors lie where, and their values.
 
-Headers are read and checked (missing shards, cut-off files); no Paddle and no model. loading.py puts the
+Headers are read (headers.py), configs checked (limits.py); no Paddle and no model. loading.py puts the
 tensors into models, single_file.py finds the components that one file holds.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ppcoat.errors import ConfigError
 from ppcoat.models import gguf_files
+from ppcoat.models.headers import read_entries
+from ppcoat.models.json_files import TABLE_BYTES, read_json, shown
+from ppcoat.models.limits import PipelineIndex, WeightIndex, limits_of, within
 from ppcoat.progress import Progress
 
 # File stems in the order tried: diffusers, transformers, ppdiffusers.
@@ -32,32 +35,10 @@ _NUMPY = {
     **{"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16},
     **{"I64": np.int64, "I32": np.int32, "U8": np.uint8, "BOOL": np.bool_},
 }
+FLOATS = ("F64", "F32", "F16", "BF16")  # of the weights of a model, those in FP8 and GGUF decoded
 FP8 = ("F8_E4M3", "F8_E5M2")  # as safetensors names them
 _AT_ONCE = 2**18  # FP8 codes: NumPy makes eight bytes of each to look up its value
-_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pdparams")
-# How a file begins that is no safetensors file (spaces left out, small letters) -> what it is.
-_BEGINNINGS = [
-    (
-        rb"<[!?/a-z]",
-        "a web page, saved under this name: the download asked for a login or a click; fetch it again",
-    ),
-    (
-        rb"version https://git-lfs",
-        "a Git LFS pointer, not the file itself: run `git lfs pull`, or download it again",
-    ),
-    (rb"[{\[]", "a text (JSON), not tensors: what a server answered in place of the file; fetch it again"),
-    (
-        rb"\x80[\x02-\x05]|pk\x03\x04.{26,200}data\.pkl",
-        "a pickle under another name, and reading it can run code: convert it to .safetensors",
-    ),
-    (rb"gguf", "a GGUF file, wanted a .safetensors"),
-    (rb"pk\x03\x04|\x1f\x8b|rar!|7z\xbc\xaf|.{257}ustar", "an archive under another name: unpack it"),
-    (rb"\x89png|\xff\xd8\xff|gif8|riff.{4}webp", "a picture, saved under this name: fetch the file itself"),
-    (rb"\0*$", "all zeros: the download stopped before it began; fetch it again"),
-    (rb"[ -~\s]{1,512}$", "a text, what a server answered in place of the file; fetch it again"),
-]
-_BOM = b"\xef\xbb\xbf"
 # Ends of names beside weights in formats that are not read, and whose they are. Our own nf4 copies have an
 # absmax, too, but no quant_map and quant_state beside it.
 _QUANTISED = [
@@ -115,18 +96,57 @@ class FilePart:
 Component = str | Path | FilePart
 
 
-def component_config(component: Component) -> dict:
-    """The config.json of a component. Raises ConfigError for a folder without one, and for one of weights
-    that are quantised already."""
-    if isinstance(component, FilePart):
-        return dict(component.config)
-    component = Path(component)
-    file = (component.parent if component.is_file() else component) / "config.json"
-    config = read_json(file)
+def component_config(component: Component, part: str) -> dict:
+    """The config of a component as it was found, its values checked; part: see `limits_of`. Raises
+    ConfigError for a folder without its config, for a value beyond its limits, and for weights that are
+    quantised already."""
+    file = config_file(component, part)
+    config = dict(component.config) if isinstance(component, FilePart) else read_json(file)
     if said := config.get("quantization_config"):
         method = said.get("quant_method") if isinstance(said, dict) else None
-        raise _already_quantised(file, method or "as its quantization_config says")
+        raise _already_quantised(file, shown(method or "as its quantization_config says"))
+    within(limits_of(part, config), config, file)
     return config
+
+
+def config_file(component: Component, part: str) -> Path:
+    """The JSON file, or the model in one file, that says how a component is built."""
+    if isinstance(component, FilePart):
+        return component.file
+    component = Path(component)
+    folder = component.parent if component.is_file() else component
+    return folder / ("scheduler_config.json" if part == "scheduler" else "config.json")
+
+
+def known_config(component: Component, part: str) -> dict:
+    """The keys of `component_config` that are read here: what the classes that are built are given."""
+    return sizes_of(component, part).model_dump(exclude_unset=True, by_alias=True)
+
+
+def sizes_of(component: Component, part: str) -> Any:
+    """`component_config` as an object of its limits, with the defaults of what is not said."""
+    config = component_config(component, part)
+    return within(limits_of(part, config), config, config_file(component, part))
+
+
+@contextmanager
+def read_by_library(place: object) -> Iterator[None]:
+    """Context manager: what a library raises while it reads a part of a model, whose settings were found
+    within their limits, becomes a ConfigError that names the part.
+
+    Caught broadly, for it is data that they stumble over: the package tokenizers raises Exception itself, and
+    a panic of its Rust code is not even one.
+    """
+    try:
+        yield
+    except (ConfigError, MemoryError):
+        raise
+    except BaseException as error:
+        of_the_disk = isinstance(error, OSError) and error.filename is not None
+        if of_the_disk or not (isinstance(error, Exception) or type(error).__name__ == "PanicException"):
+            raise
+        what = f"{type(error).__name__}: {shown(error)}"
+        raise ConfigError(f"{place} cannot be read ({what}): take it from the original model") from error
 
 
 def check_not_quantised(file: str | Path, names: Iterable[str]) -> None:
@@ -222,45 +242,15 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
 
 def read_header_and_metadata(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     """What `read_header` gives, and the texts of the header."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if not 2 <= length <= min(size - 8, _MAX_HEADER_BYTES):
-            what = what_it_is(file) or f"not a safetensors file or is cut off ({size} bytes): fetch it again"
-            raise ConfigError(f"{file} is {what}")
-        try:
-            header = json.loads(stream.read(length))
-            metadata = dict(header.pop("__metadata__", None) or {})
-            torch_layout, begin = metadata.get("format", "pt") != "pd", 8 + length
-            shapes = {name: [int(side) for side in entry["shape"]] for name, entry in header.items()}
-            spans = {name: [int(end) for end in entry["data_offsets"]] for name, entry in header.items()}
-            infos = {
-                name: TensorInfo(
-                    file, shape, torch_layout, str(header[name]["dtype"]), begin + spans[name][0]
-                )
-                for name, shape in shapes.items()
-            }
-        except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
-            raise ConfigError(f"{file} has a damaged header ({error}): fetch it again") from error
-    end = begin + max((span[-1] for span in spans.values()), default=0)
-    if size != end:
-        raise ConfigError(f"{file} has {size} bytes, its header speaks of {end}: fetch it again")
-    for name, info in infos.items():
-        if info.dtype in FP8:
-            infos[name] = info = info._replace(dtype="F32", stored=info.dtype)
-        if info.dtype in _NUMPY and spans[name][-1] - spans[name][0] != _bytes(info):
-            raise ConfigError(f"{file}: {name} has not the bytes of its shape {info.shape}: fetch it again")
+    entries, metadata = read_entries(file)
+    torch_layout = metadata.get("format", "pt") != "pd"
+    infos = {
+        name: TensorInfo(file, entry.shape, torch_layout, "F32", entry.start, entry.dtype)
+        if entry.dtype in FP8
+        else TensorInfo(file, entry.shape, torch_layout, entry.dtype, entry.start)
+        for name, entry in entries.items()
+    }
     return infos, metadata
-
-
-def what_it_is(file: Path) -> str | None:
-    """What a file is that is no safetensors file, by its first bytes, and what to do; None where they say
-    nothing."""
-    if not file.stat().st_size:
-        return "empty: the download failed; fetch it again"
-    with file.open("rb") as stream:
-        start = stream.read(512).removeprefix(_BOM).lstrip(b" \t\r\n").lower()
-    return next((what for beginning, what in _BEGINNINGS if re.match(beginning, start, re.DOTALL)), None)
 
 
 def check_there(folder: Path, setting: str) -> None:
@@ -276,33 +266,18 @@ def check_there(folder: Path, setting: str) -> None:
 def check_index(folder: Path, *classes: str) -> None:
     """Raise ConfigError unless the model_index.json of `folder` says that it is of one of these pipeline
     classes; the message names the first."""
-    index = read_json(folder / "model_index.json", f"the folder of a {classes[0]} has one")
-    if index.get("_class_name") not in classes:
-        raise ConfigError(
-            f"{folder}/model_index.json is of a {index.get('_class_name')}, not of a {classes[0]}: "
-            "give the folder of one"
-        )
-
-
-def read_json(file: Path, why: str = "the folder is not complete") -> dict:
-    """The object in a JSON file. Raises ConfigError if the file is missing or holds none."""
-    if not file.is_file():
-        raise ConfigError(f"{file} is missing: {why}")
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise ConfigError(f"{file} holds no JSON object: take that of the model")
-    return found
+    file = folder / "model_index.json"
+    said = pipeline_class(folder) if file.is_file() else None
+    if said not in classes:
+        read_json(file, f"the folder of a {classes[0]} has one")
+        raise ConfigError(f"{file} is of a {said}, not of a {classes[0]}: give the folder of one")
 
 
 def pipeline_class(folder: Path) -> str | None:
     """What model_index.json of a folder says that it is; None without one. Raises ConfigError as
-    `read_json`."""
+    `read_json`, and for a name that is no text."""
     index = folder / "model_index.json"
-    said = read_json(index).get("_class_name") if index.is_file() else None
-    return None if said is None else str(said)
+    return within(PipelineIndex, read_json(index), index).class_name if index.is_file() else None
 
 
 def in_file_order(infos: dict[str, TensorInfo]) -> list[tuple[str, TensorInfo]]:
@@ -328,14 +303,13 @@ def map_tensor(info: TensorInfo) -> np.ndarray:
 
 def rows_of(info: TensorInfo, start: int, stop: int) -> np.ndarray:
     """Some rows of a tensor, as `map_tensor` gives all; fewer where it ends before `stop`."""
-    if info.dtype not in _NUMPY:
-        raise ConfigError(f"{info.file} holds {info.dtype} numbers; wanted one of {', '.join(_NUMPY)}")
+    numbers = _numbers(info)
     count = info.shape[0]
     first, last = info.first_row + start, info.first_row + min(stop, count)
     pieces = [(first, min(last, count)), (max(first, count) - count, last - count)]
     read = [_read(info.rows(begin, end)) for begin, end in pieces if begin < end]
     if not read:
-        return np.zeros([0, *info.shape[1:]], _NUMPY[info.dtype])
+        return np.zeros([0, *info.shape[1:]], numbers)
     return read[0] if len(read) == 1 else np.concatenate(read)
 
 
@@ -343,8 +317,8 @@ def _read(info: TensorInfo) -> np.ndarray:
     """The values of a tensor whose rows lie in order."""
     if not info.stored:
         if 0 in info.shape:
-            return np.zeros(info.shape, _NUMPY[info.dtype])
-        return np.asarray(np.memmap(info.file, _NUMPY[info.dtype], "r", info.start, tuple(info.shape)))
+            return np.zeros(info.shape, _numbers(info))
+        return np.asarray(np.memmap(info.file, _numbers(info), "r", info.start, tuple(info.shape)))
     codes = np.memmap(info.file, np.uint8, "r", info.start, (info.shape[0], _row_bytes(info)))
     if info.stored in FP8:
         table = _fp8_values(info.stored)
@@ -357,17 +331,19 @@ def _read(info: TensorInfo) -> np.ndarray:
     return gguf_files.decoded(np.asarray(codes), info.stored).reshape(info.shape)
 
 
-def _bytes(info: TensorInfo) -> int:
-    return _row_bytes(info) * (info.shape[0] if info.shape else 1)
-
-
 def _row_bytes(info: TensorInfo) -> int:
     values = math.prod(info.shape[1:])
     if info.stored in FP8:
         return values
     if info.stored:
         return gguf_files.row_bytes(values, info.stored)
-    return values * np.dtype(_NUMPY[info.dtype]).itemsize
+    return values * np.dtype(_numbers(info)).itemsize
+
+
+def _numbers(info: TensorInfo) -> type:
+    if info.dtype not in _NUMPY:
+        raise ConfigError(f"{info.file} holds {info.dtype} numbers; wanted one of {', '.join(_NUMPY)}")
+    return _NUMPY[info.dtype]
 
 
 def _fp8_values(dtype: str) -> np.ndarray:
@@ -383,11 +359,10 @@ def _fp8_values(dtype: str) -> np.ndarray:
 
 
 def _sharded(index: Path) -> dict[str, TensorInfo]:
-    weight_map = read_json(index).get("weight_map", {})
+    weight_map = weight_index(index).weight_map
     headers = {}
     for shard in sorted(set(weight_map.values())):
-        # A name in the index is data: it may not lead out of the folder.
-        if Path(shard).name != shard or not (index.parent / shard).is_file():
+        if not (index.parent / shard).is_file():
             raise ConfigError(
                 f"shard {index.parent / shard} is missing, but {index.name} names it: fetch it again"
             )
@@ -395,6 +370,11 @@ def _sharded(index: Path) -> dict[str, TensorInfo]:
     for name, shard in weight_map.items():
         if name not in headers[shard]:
             raise ConfigError(
-                f"tensor {name} is missing in {index.parent / shard}, where {index.name} puts it"
+                f"tensor {shown(name)} is missing in {index.parent / shard}, where {index.name} puts it"
             )
     return {name: headers[shard][name] for name, shard in weight_map.items()}
+
+
+def weight_index(file: Path) -> WeightIndex:
+    """An index of shards. Raises ConfigError for a damaged one, and for a name that may lead elsewhere."""
+    return within(WeightIndex, read_json(file, limit=TABLE_BYTES), file)

@@ -73,15 +73,17 @@ Layout = dict[str, tuple[str, list[int]]]  # name -> dtype as safetensors names 
 
 
 def save_component(part: Any, folder: Path, dtype: str | None = None) -> None:
-    """A component of a FLUX pipeline as the folder that is named after it; dtype is that of weights."""
-    if folder.name in ("transformer", "vae"):
-        save_diffusers_model(part, folder, dtype)
-    elif folder.name.startswith("text_encoder"):
-        save_text_encoder(part, folder, dtype)
-    elif folder.name == "scheduler":
-        save_scheduler(part, folder)
-    else:
-        save_tokenizer(part, folder)
+    """A component of a FLUX pipeline as the folder that is named after it; dtype is that of weights. One that
+    is there is replaced: of its files, those without a successor would still be read."""
+    with whole_folder(folder, replace=True) as target:
+        if folder.name in ("transformer", "vae"):
+            save_diffusers_model(part, target, dtype)
+        elif folder.name.startswith("text_encoder"):
+            save_text_encoder(part, target, dtype)
+        elif folder.name == "scheduler":
+            save_scheduler(part, target)
+        else:
+            save_tokenizer(part, target)
 
 
 def save_diffusers_model(model: nn.Layer, folder: Path, dtype: str | None = None) -> None:
@@ -119,13 +121,11 @@ def save_scheduler(scheduler: Any, folder: Path) -> None:
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     """Copies the tokenizer's files from where it was loaded; one made in memory writes its own."""
-    folder.mkdir(parents=True, exist_ok=True)
     source = Path(tokenizer.init_kwargs.get("name_or_path") or "")
     if source.name and source.is_dir():
         for file in source.iterdir():
-            if file.is_file() and file.resolve().parent != folder.resolve():
-                with whole_file(folder / file.name) as draft:
-                    shutil.copyfile(file, draft)
+            if file.is_file():
+                shutil.copyfile(file, folder / file.name)
         return
     tokenizer.save_pretrained(str(folder))
     config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))

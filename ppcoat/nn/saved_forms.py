@@ -4,6 +4,7 @@ residual, or not at all but computed again.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -65,7 +66,7 @@ class FP8Saved:
 
     @property
     def nbytes_unpacked(self) -> int:
-        return self.codes.size * (4 if self.dtype == paddle.float32 else 2)
+        return numel(self.codes) * (4 if self.dtype == paddle.float32 else 2)
 
     def reshaped(self, shape: list[int]) -> FP8Saved:
         """The same codes and scale for a view of the tensor with the same last axis."""
@@ -164,9 +165,15 @@ def codes_or_floats(saved: SavedTensor) -> tuple[paddle.Tensor, Groups | None]:
     return saved.unpack(), None
 
 
+def numel(x: paddle.Tensor) -> int:
+    """How many numbers there are in x of any shape and dtype. x.size goes through NumPy: 9 microseconds, a
+    thousand times a step."""
+    return math.prod(x.shape)
+
+
 def _nbytes(x: paddle.Tensor) -> int:
-    return x.size * x.element_size()
+    return numel(x) * x.element_size()
 
 
 def _nbytes_bf16(x: paddle.Tensor) -> int:
-    return x.size * 2 if x.dtype == paddle.float32 else _nbytes(x)
+    return numel(x) * 2 if x.dtype == paddle.float32 else _nbytes(x)

@@ -32,7 +32,16 @@ from ppcoat.errors import ConfigError
 from ppcoat.fp8.formats import E4M3, FP8Format, get_format
 
 from .policy import AS_IT_IS, NONE, SavingPolicy, get_policy, granularity_groups
-from .saved_forms import FP8Saved, PlainSaved, Recomputed, SavedTensor, SharedSaved, save_fp8, save_residual
+from .saved_forms import (
+    FP8Saved,
+    PlainSaved,
+    Recomputed,
+    SavedTensor,
+    SharedSaved,
+    numel,
+    save_fp8,
+    save_residual,
+)
 
 FLOATS = (paddle.float32, paddle.bfloat16, paddle.float16)
 # Originals that the hooks hold for a moment, so that the next operators that save them find their FP8 copy.
@@ -321,7 +330,7 @@ class SavedTensors(Saver):
             return False
         if x.persistable or x.stop_gradient:
             return False
-        return x.ndim > 0 and x.size >= self._min_size
+        return x.ndim > 0 and numel(x) >= self._min_size
 
 
 @dataclass(eq=False)
@@ -363,4 +372,4 @@ def _identity(x: paddle.Tensor) -> tuple:
     an activation in that way.
     """
     layout = "contiguous" if x.is_contiguous() else (tuple(x.shape), tuple(x.strides))
-    return x.data_ptr(), x.size, x.dtype, layout, x.inplace_version
+    return x.data_ptr(), numel(x), x.dtype, layout, x.inplace_version

@@ -17,6 +17,7 @@ import numpy as np
 import paddle
 
 from ppcoat.errors import ConfigError
+from ppcoat.finite import first_not_finite
 from ppcoat.fp8.adamw import (
     State,
     decode_moments,
@@ -233,7 +234,7 @@ class FlatOptimizer(paddle.optimizer.Optimizer):
 
     def set_state_dict(self, state_dict: dict[str, paddle.Tensor]) -> None:
         """Restore a `state_dict`. Raises ConfigError, before anything is changed, if its layout or the shape
-        or dtype of a tensor differs from this optimizer's.
+        or dtype of a tensor differs from this optimizer's, and if a state does not decode to finite numbers.
         """
         if "layout" not in state_dict:
             raise ConfigError(f"this is not a state of {type(self).__name__}: it has no `layout`")
@@ -251,12 +252,21 @@ class FlatOptimizer(paddle.optimizer.Optimizer):
                 raise ConfigError(
                     f"optimizer state {name}: wanted {tensor.dtype} {list(tensor.shape)}, got {got}"
                 )
+        self._check_finite(state_dict)
         for name, tensor in own_state.items():
             paddle.assign(state_dict[name], output=tensor)
         if isinstance(self._learning_rate, paddle.optimizer.lr.LRScheduler) and "LR_Scheduler" in state_dict:
             self._learning_rate.set_state_dict(_json_value(state_dict["LR_Scheduler"]))
         if self.space.master is not None:
             self.space.store(self.space.master)
+
+    def _check_finite(self, given: dict[str, paddle.Tensor]) -> None:
+        """Raises ConfigError for states of which a code or a scale is NaN, as their numbers then are."""
+        for rows in row_pieces(*self.space.shape):
+            states = {name: {key: given[f"{name}.{key}"] for key in self._state[name]} for name in self.kinds}
+            decoded = self._decoded({name: rows_of_state(state, rows) for name, state in states.items()})
+            if (name := first_not_finite(decoded)) is not None:
+                raise ConfigError(f"optimizer state {name}: holds NaN or infinity; take an earlier one")
 
     def _parameter_groups(self, parameters: Iterable | None, weight_decay: float) -> list[dict]:
         """`parameters` as given -> groups with all of GROUP_KEYS."""

@@ -197,7 +197,7 @@ class FluxDrawingMemory(_DrawingMemory, MemoryModel):
 
     def vae_config(self) -> dict:
         """Of its VAE."""
-        return FLUX_VAE if self.files is None else component_config(self.files["vae"])
+        return FLUX_VAE if self.files is None else component_config(self.files["vae"], "vae")
 
 
 class NewbieDrawingMemory(_DrawingMemory, NewbieMemoryModel):

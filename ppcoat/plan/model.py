@@ -193,7 +193,7 @@ def read_model(config: RunConfig, transformer: dict | None = None, control: bool
     if not assumed and not given:
         files = FluxFiles.found(config.model.name_or_path, "model.name_or_path", **config.model.beside)
     if transformer is None:
-        transformer = component_config(files["transformer"]) if files else FLUX_DEV
+        transformer = component_config(files["transformer"], "transformer") if files else FLUX_DEV
     with paddle.LazyGuard():  # parameters get a shape and no memory
         model = FluxTransformer2DModel.from_config(transformer)
     if files and not control:
@@ -287,7 +287,7 @@ def stored_values(component: Component) -> int:
 
 
 def _encoders(files: FluxFiles) -> EncoderSizes:
-    t5, vae = (component_config(files[name]) for name in ("text_encoder_2", "vae"))
+    t5, vae = (component_config(files[name], name) for name in ("text_encoder_2", "vae"))
     text = stored_values(files["text_encoder"]) + stored_values(files["text_encoder_2"])
     blocks: Counter[str] = Counter()
     for name, info in tensor_infos(files["text_encoder_2"]).items():

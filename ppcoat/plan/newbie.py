@@ -180,8 +180,8 @@ def _encoders(folder: Path | None) -> EncoderSizes:
     """Those of a folder, None: Gemma3-4B, Jina CLIP v2 and FLUX.1's VAE."""
     gemma3, jina_clip, vae, channels = Gemma3Config(), JinaClipConfig(), DEV_VAE, DEV_VAE_CHANNELS
     if folder is not None:
-        gemma3 = Gemma3Config.from_dict(component_config(folder / "text_encoder"))
-        jina_clip = JinaClipConfig.from_dict(component_config(folder / "clip_model"))
+        gemma3 = Gemma3Config.from_dict(component_config(folder / "text_encoder", "gemma3"))
+        jina_clip = JinaClipConfig.from_dict(component_config(folder / "clip_model", "jina_clip"))
         vae, channels = (
             stored_values(folder / "vae"),
             check_newbie_vae(folder / "vae")["block_out_channels"][0],

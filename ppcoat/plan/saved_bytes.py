@@ -32,6 +32,7 @@ from ppcoat.plan.model import BFLOAT16, FLOAT32
 
 SIDE = 8  # rows of image tokens of the small model: enough that no tensor is too small for FP8
 TEXT = 64  # its text tokens
+RANK = 256  # from twice this rank on, a LoRA is not traced itself
 SCORES_AT = 128  # tokens, and twice as many, from which the scores of any number are known
 
 
@@ -258,7 +259,13 @@ def _at_tokens(model: TracedModel, heads: int, checkpointed: bool, image: int, t
 
 @lru_cache(maxsize=64)
 def _lines(model: TracedModel, heads: int, checkpointed: bool) -> tuple[np.ndarray, ...]:
-    """These numbers for SIDE x SIDE image tokens and TEXT text tokens, and per token more of each kind."""
+    """These numbers for SIDE x SIDE image tokens and TEXT text tokens, and per token more of each kind. What
+    a LoRA saves grows evenly with its rank, so that no LoRA of a large one need be made."""
+    rank = model.network.linear
+    if rank > 2 * RANK:
+        one, two = (_lines(replace(model, network=model.network.model_copy(update={"linear": each})),
+                           heads, checkpointed) for each in (RANK, 2 * RANK))  # fmt: skip
+        return tuple(a + (b - a) * ((rank - RANK) / RANK) for a, b in zip(one, two, strict=True))
     weight = Constant(0.01)  # bytes do not depend on it, and to draw random weights takes longer
     set_global_initializer(weight, weight)
     try:

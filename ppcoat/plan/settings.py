@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import paddle
 
 from ppcoat.config.schema import RunConfig
+from ppcoat.device import GpuMeter, HostMeter, on_gpu
 from ppcoat.errors import ConfigError
 from ppcoat.plan import GB, check_budget
 from ppcoat.plan.phases import MemoryModel, Phase, Settings, base_name
@@ -21,6 +22,9 @@ from ppcoat.plan.phases import MemoryModel, Phase, Settings, base_name
 # Formats of the base by the error of a weight: 0, 0.6, 2.7, 6.8 and 9.2 % (docs/accuracy.md).
 MOST_EXACT_FIRST = (False, "int8", "fp8", "fp4", "nf4")
 LEAST_UNASKED = "fp4"  # nf4 is less exact and hardly smaller: only where a config names it
+# Pictures of a pass in pixels, and a rank, that are planned before any run.
+USUAL_PIXELS, USUAL_RANK = 64 * 1024**2, 1024
+MOST_AT_ONCE = 4096  # pictures of a pass that a plan chooses
 NO_FASTER = 0.10  # by so much two times of the time model may differ and count as one
 
 
@@ -68,6 +72,23 @@ def plan_for_card(config: RunConfig, memory_model: type[MemoryModel], vram_gb: f
     check_budget(vram_gb)
     memory = memory_model(config, planned_for_gpu(config, vram_gb))
     return replace(_plan(memory, as_given(config, len(memory.model.blocks))), vram_gb=vram_gb)
+
+
+def check_fits(config: RunConfig, memory_model: type[MemoryModel]) -> None:
+    """Raises ConfigError, with the planned peak, for a batch or a rank far beyond what is usual that the
+    device cannot hold. Others are not planned here, because that takes seconds."""
+    train, network = config.train, config.network
+    pixels = train.batch_size * max(side for data in config.datasets for side in data.resolutions) ** 2
+    if pixels <= USUAL_PIXELS and network.linear <= USUAL_RANK:
+        return
+    there = (GpuMeter() if on_gpu() else HostMeter()).total_memory()
+    peak = plan(config, memory_model).peak
+    if there is not None and peak.total > there:
+        raise ConfigError(
+            f"train.batch_size {train.batch_size} at this resolution with network.linear {network.linear} "
+            f"would take {peak.total / GB:.0f} GB ({peak.name}), and the device has {there / GB:.0f}: lower "
+            "them; python -m ppcoat plan tells what fits"
+        )
 
 
 def best_that_fits(memory: MemoryModel, vram_gb: float) -> Plan:
@@ -197,7 +218,7 @@ def _candidates(memory: MemoryModel, budget: float) -> Iterator[Settings]:
     pictures = config.train.batch_size * config.train.gradient_accumulation
     whole = replace(as_given(config, 0), blocks_to_swap=0, stream_encoders=False)
     stream = max(phase.total for phase in memory.phases(whole)[:2]) > budget
-    for batch in (n for n in range(1, pictures + 1) if pictures % n == 0):
+    for batch in (n for n in range(1, min(pictures, MOST_AT_ONCE) + 1) if pictures % n == 0):
         for quantize in allowed_bases(config):
             for policy in memory.policies:
                 for checkpointed in memory.checkpoint_counts:

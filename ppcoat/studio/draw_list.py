@@ -19,12 +19,13 @@ from PIL import Image
 
 from ppcoat.atomic import write_text
 from ppcoat.errors import ConfigError
+from ppcoat.reading import json_value, regular_bytes
 
 Compare = Literal["one", "off", "checkpoints", "grid", "steps"]
 LIST, ASKED = "list.jsonl", "drawing.json"
 MOST_CELLS = 400
 _MAX_JSON = 1 << 20
-_WRONG_JSON = (ValueError, KeyError, TypeError, OverflowError, RecursionError)
+_WRONG_JSON = (ValueError, KeyError, TypeError, OverflowError)
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ def write_drawing(asked: Asked, folder: Path, shown: str) -> list[str]:
 def read_drawing(folder: Path) -> tuple[Asked, list[str], list[str], list[list[str]]] | None:
     """(what was asked for, rows, columns, names of the files) of an earlier drawing; None for no such."""
     try:
-        found = json.loads((folder / ASKED).read_text("utf-8")[:_MAX_JSON])
+        found = json_value(regular_bytes(folder / ASKED, _MAX_JSON))
         names = [[Path(str(name)).name for name in row] for row in found["names"]]
         return _asked(found["asked"]), list(map(str, found["rows"])), list(map(str, found["columns"])), names
     except (OSError, AttributeError, *_WRONG_JSON):
@@ -143,8 +144,8 @@ def asked_of_picture(content: bytes) -> Asked:
     try:
         with Image.open(io.BytesIO(content)) as picture:
             text, size = dict(picture.info), picture.size
-        settings = json.loads(text.get("settings", "{}"))
-        named = json.loads(text.get("files", "{}"))
+        settings = json_value(text.get("settings", "{}"))
+        named = json_value(text.get("files", "{}"))
         found = {**settings, **named, "prompt": str(text["prompt"])}
         paths, scales = found.get("path_to_lora"), found.get("lora_scale")
         if isinstance(paths, list) and isinstance(scales, list) and len(paths) == len(scales):

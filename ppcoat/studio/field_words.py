@@ -132,6 +132,7 @@ CHINESE: Mapping[str, str] = {
     "train.blank_prompt_preservation": "同上，但用空标注代替类别词",
     "train.blank_prompt_preservation_multiplier": "该损失的权重",
     "train.max_skipped_in_a_row": "损失或梯度连续这么多步不是有限数时停止",
+    "train.rank_timeout": "多卡训练时，各进程等待没有工作迹象的进程，最多等这么多秒",
     "train.ema.use_ema": "用 float32 保存权重的滑动平均，并以它代替权重",
     "train.ema.ema_decay": "每次更新中旧平均所占的比例",
     "train.validation.folder_path": "带标注的验证图片文件夹；既无它也无 items：不验证",

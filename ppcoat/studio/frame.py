@@ -36,7 +36,16 @@ body { background: #f8fafc; color: #1f2937; }
 .studio-upload .q-uploader__title { font-size: 13px; font-weight: 400; }
 .studio-upload .q-uploader__header { background: #f1f5f9; color: #475569; border: 1px dashed #cbd5e1; }
 .studio-error { color: #b91c1c; overflow-wrap: anywhere; }
+body:not(.studio-ready) .studio { visibility: hidden; }
+.studio-ready .studio-connecting { display: none; }
+.studio-connecting { position: absolute; padding: 20px 16px; opacity: 0;
+  animation: studio-late 0.3s 1s forwards; }
+@keyframes studio-late { to { opacity: 1; } }
 """
+# Until the page is connected, what NiceGUI still has to say of the fields would take back what is typed into
+# them, and clicks may overtake it. Messages keep their order, so this one comes last of a new page's.
+_READY = 'document.body.classList.add("studio-ready")'
+_ERROR_MILLISECONDS = 15_000
 
 
 @dataclass(frozen=True)
@@ -50,8 +59,8 @@ class Studio:
 
 @contextmanager
 def page_frame(studio: Studio, here: str) -> Iterator[Words]:
-    """Context manager: a page with its header, whose body is filled inside -> the texts in its language.
-    here: its name in PAGES."""
+    """Context manager: a page with its header, whose body is filled inside -> the texts in its language. It
+    is shown, and takes input, once the page is connected. here: its name in PAGES."""
     request = ui.context.client.request
     language = language_of(
         request.cookies.get(COOKIE), request.headers.get("accept-language"), studio.language
@@ -74,8 +83,10 @@ def page_frame(studio: Studio, here: str) -> Iterator[Words]:
             if code != language:
                 link = ui.link(NAMES[code], f"/language/{code}?back={back}").classes("studio-nav")
                 link.props(f"lang={code}")
+    ui.label(say("connecting")).classes("studio-connecting text-grey-7")
     with ui.column().classes("studio"):
         yield say
+    ui.run_javascript(_READY)
 
 
 class CommandBox:
@@ -217,7 +228,7 @@ def say_error(error: Exception) -> None:
 
 def notify_error(error: Exception) -> None:
     """An error of what was just asked, for a moment."""
-    ui.notify(printable(str(error)), type="negative", multi_line=True)
+    ui.notify(printable(str(error)), type="negative", multi_line=True, timeout=_ERROR_MILLISECONDS)
 
 
 async def choose_path(

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
-import yaml
-
+from ppcoat.config.load import MAX_CONFIG_BYTES, value_of_text
+from ppcoat.reading import only_regular, regular_bytes
 from ppcoat.studio.access import Roots, is_text
 from ppcoat.studio.runs import NOTE, OUTPUT, ChildRun
 
@@ -66,7 +66,7 @@ class RunLog:
     def read(self) -> None:
         """Take the lines that were written since the last call."""
         try:
-            with open(self.folder / "log.jsonl", "rb") as file:
+            with open(self.folder / "log.jsonl", "rb", opener=only_regular) as file:
                 status = os.fstat(file.fileno())
                 if status.st_size < self._at or status.st_ino != self._inode:
                     self._begin_anew(status.st_ino)
@@ -138,7 +138,7 @@ def total_steps(folder: Path) -> int:
         try:
             status = file.stat()
             steps = _steps_in(file, (status.st_mtime_ns, status.st_size))
-        except (OSError, ValueError, AttributeError, yaml.YAMLError):
+        except (OSError, ValueError, AttributeError, TypeError, OverflowError):
             continue
         if steps is not None:
             return steps
@@ -148,7 +148,7 @@ def total_steps(folder: Path) -> int:
 @lru_cache(maxsize=1024)  # the page looks every second, and YAML takes milliseconds
 def _steps_in(file: Path, changed: tuple[int, int]) -> int | None:
     """None where the run counts them by itself. changed: for the cache."""
-    train = yaml.safe_load(file.read_text("utf-8")).get("train") or {}
+    train = value_of_text(regular_bytes(file, MAX_CONFIG_BYTES).decode()).get("train") or {}
     return None if file.name == CONFIG and train.get("num_epochs") else int(train.get("steps", 1000))
 
 

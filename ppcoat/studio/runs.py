@@ -24,11 +24,13 @@ from typing import Literal
 
 from ppcoat.atomic import write_text
 from ppcoat.errors import ConfigError
+from ppcoat.reading import json_value, only_regular, regular_bytes
 from ppcoat.studio.commands import child_command, child_environment
 
 Status = Literal["new", "waiting", "running", "stopping", "stopped", "ended"]
 NOTE, OUTPUT, QUEUE = "studio.json", "studio.log", "queue.json"
 MAX_TAIL = 64 << 10  # bytes of a log that are looked at
+MAX_NOTE = 1 << 20
 _MARKS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")  # of a terminal
 
 
@@ -54,7 +56,7 @@ class ChildRun:
     def note(self) -> Note | None:
         """None where the studio never started anything, or the file is damaged."""
         try:
-            found = json.loads((self.folder / NOTE).read_text("utf-8"))
+            found = json_value(regular_bytes(self.folder / NOTE, MAX_NOTE))
             return Note(
                 tuple(map(str, found["argv"])),
                 str(found["cwd"]),
@@ -62,7 +64,7 @@ class ChildRun:
                 str(found["born"]),
                 bool(found["stop"]),
             )
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, OverflowError):
             return None
 
     @property
@@ -120,7 +122,7 @@ class ChildRun:
     def tail(self, lines: int = 200) -> list[str]:
         """The last lines that it printed; of a progress bar only what is shown last."""
         try:
-            with open(self.folder / OUTPUT, "rb") as file:
+            with open(self.folder / OUTPUT, "rb", opener=only_regular) as file:
                 file.seek(max(0, file.seek(0, os.SEEK_END) - MAX_TAIL))
                 text = file.read().decode("utf-8", "replace")
         except OSError:
@@ -161,7 +163,7 @@ class Queue:
         self._children: list[subprocess.Popen] = []
         self.refused: dict[str, str] = {}  # folder -> why it could not be started
         try:
-            found = json.loads(self._file.read_text("utf-8"))
+            found = json_value(regular_bytes(self._file, MAX_NOTE))
             self._waiting = [str(each) for each in found["waiting"]]
             self._current = str(found["current"])
         except (OSError, ValueError, KeyError, TypeError):

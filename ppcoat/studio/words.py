@@ -35,6 +35,7 @@ _FRAME = {
     "done": ("Done", "完成"),
     "failed": ("Ended with status {status}", "已结束，状态码 {status}"),
     "upload": ("Upload", "上传"),
+    "connecting": ("Connecting …", "正在连接…"),
 }
 _DATA = {
     "folder": ("Folder of pictures", "图片文件夹"),

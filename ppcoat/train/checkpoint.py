@@ -26,9 +26,12 @@ import safetensors.paddle
 from ppcoat.atomic import check_writable, remove_dead_drafts, remove_folder, whole_folder, write_text
 from ppcoat.config.schema import RunConfig
 from ppcoat.errors import ConfigError
+from ppcoat.finite import first_not_finite
+from ppcoat.reading import json_value, regular_bytes
 from ppcoat.train.run_state import STRICT_FLAG, RunState
 
 FORMAT = "ppcoat-checkpoint-1"
+MAX_STATE_BYTES = 64 << 20  # of the JSON of a checkpoint
 _COMMITTED = re.compile(r"^[0-9]{9}$")
 _FILE_NAME = re.compile(r"^[A-Za-z0-9_]+\.(safetensors|json)$")
 
@@ -179,9 +182,11 @@ def _report(damage: str, instead: str, refusing: str | None) -> None:
 def _pointed(root: Path, refusing: str | None) -> int | None:
     """Step that `latest` names; None where there is no pointer or it holds something else."""
     try:
-        text = (root / "latest").read_text("ascii").strip()
+        text = regular_bytes(root / "latest", MAX_STATE_BYTES).decode("ascii").strip()
     except FileNotFoundError:
         return None
+    except OSError as error:
+        text = f"{error.strerror}"
     except UnicodeDecodeError:
         text = "bytes that are not ASCII"
     if not _COMMITTED.match(text):
@@ -193,11 +198,11 @@ def _pointed(root: Path, refusing: str | None) -> int | None:
 
 def _load(path: Path) -> Checkpoint:
     try:
-        manifest = json.loads((path / "manifest.json").read_bytes())
+        manifest = json_value(regular_bytes(path / "manifest.json", MAX_STATE_BYTES))
         if manifest["format"] != FORMAT or manifest["step"] != int(path.name):
             raise _Damaged("manifest.json belongs to another format or step")
         contents = {name: _verified(path, name, facts) for name, facts in manifest["files"].items()}
-        state = json.loads(contents.pop("state.json"))
+        state = json_value(contents.pop("state.json"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         # every other file has the bytes that the manifest says, or has been named
         raise _Damaged(f"manifest.json: {type(error).__name__}: {error}") from None
@@ -205,6 +210,9 @@ def _load(path: Path) -> Checkpoint:
         name.removesuffix(".safetensors"): safetensors.paddle.load(content)
         for name, content in contents.items()
     }
+    for group, named in tensors.items():
+        if (name := first_not_finite(named)) is not None:
+            raise _Damaged(f"{group}.safetensors: {name} holds NaN or infinity")
     return Checkpoint(path, int(path.name), tensors, state)
 
 
@@ -215,7 +223,7 @@ def _verified(path: Path, name: str, facts: dict) -> bytes:
         size = (path / name).stat().st_size
         if size != facts["size"]:
             raise _Damaged(f"{name} has {size} bytes, wanted {facts['size']}")
-        content = (path / name).read_bytes()
+        content = regular_bytes(path / name, size)
     except OSError as error:
         raise _Damaged(f"{name}: {error.strerror}") from None
     if hashlib.sha256(content).hexdigest() != facts["sha256"]:

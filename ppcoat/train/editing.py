@@ -31,7 +31,7 @@ _MOST_NAMED = 5
 
 def is_fill(files: FluxFiles) -> bool:
     """Whether the transformer is given masked latents and a mask beside the noise, by its config."""
-    config = component_config(files["transformer"])
+    config = component_config(files["transformer"], "transformer")
     inputs = config.get("in_channels", 64)
     return inputs == INPUTS_OF_CLASS["FluxFillPipeline"] * (config.get("out_channels") or inputs)
 

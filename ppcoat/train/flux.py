@@ -15,6 +15,7 @@ from pathlib import Path
 import paddle
 from PIL import Image
 
+from ppcoat.coat import warn_of_rank
 from ppcoat.config.schema import PreviewConfig, RunConfig
 from ppcoat.data.cache import Encoders, TrainingCache
 from ppcoat.data.examples import Example
@@ -37,6 +38,8 @@ from ppcoat.train.ranks import Ranks
 from ppcoat.train.start import fields_of_start
 from ppcoat.train.trainer import SaveWeights
 
+_MAKERS = {"latents": "vae", "prompt_embeds": "text_encoder_2", "pooled": "text_encoder"}
+
 
 class FluxSpec(ModelSpec):
     """FLUX.1-dev, schnell, Kontext and Fill. Captions of any length are taken: T5 and CLIP cut them."""
@@ -50,6 +53,7 @@ class FluxSpec(ModelSpec):
         check_folder(files, control=True)
         transformer = self.unfilled(config)
         check_without_control(transformer, files, fill=True)
+        warn_of_rank(config.network, transformer)
         if config.model.blocks_to_swap:
             last_blocks(transformer, config.model.blocks_to_swap)
         fill = editing.is_fill(files)
@@ -91,7 +95,12 @@ class FluxSpec(ModelSpec):
             return pipeline.encode_prompt(captions, max_sequence_length=config.train.max_sequence_length)[:2]
 
         masked = editing.masked_encoder(pipeline) if editing.is_fill(_files(config)) else None
-        return Encoders(pipeline.encode_image, encode_text, vae, text, masked=masked)
+
+        def maker(name: str) -> tuple[Component, paddle.nn.Layer]:
+            part = _MAKERS[name]
+            return _files(config)[part], getattr(pipeline, part)
+
+        return Encoders(pipeline.encode_image, encode_text, vae, text, masked=masked, maker=maker)
 
     def load_base(
         self,

@@ -20,7 +20,7 @@ import paddle
 from PIL import Image
 
 from ppcoat.atomic import remove_dead_drafts
-from ppcoat.coat import chosen_modules
+from ppcoat.coat import warn_of_rank
 from ppcoat.config.schema import ModelConfig, NetworkConfig, PreviewConfig, RunConfig, TrainConfig
 from ppcoat.data.cache import Encoders, TrainingCache
 from ppcoat.device import compute_dtype
@@ -47,6 +47,7 @@ from ppcoat.train.start import fields_of_start
 from ppcoat.train.trainer import SaveWeights
 
 TEXT_NAMES = ("cap_feats", "cap_mask", "clip_text_pooled")
+_MAKERS = {"latents": "vae", "cap_feats": "text_encoder", "clip_text_pooled": "clip_model"}
 # Settings of FLUX's objective and blocks: (section, its model, keys).
 _OF_FLUX = (
     ("train", TrainConfig, ("timestep_type", "cfg_scale", "loss_type")),
@@ -70,7 +71,7 @@ class NewbieSpec(ModelSpec):
                     raise ConfigError(f"{name}.{key} is FLUX's: leave it out for model.family newbie")
         check_newbie_folder(config.model.name_or_path, "base_model_path (model.name_or_path)")
         model = self.unfilled(config)
-        chosen_modules(config.network, model)
+        warn_of_rank(config.network, model)
         last_blocks(model, config.model.blocks_to_swap)
 
     def unfilled(self, config: RunConfig) -> paddle.nn.Layer:
@@ -119,7 +120,11 @@ class NewbieSpec(ModelSpec):
                                for name in TEXT_NAMES[:2])  # fmt: skip
             return features, masks, found["clip_text_pooled"]
 
-        return Encoders(pipeline.encode_image, encode_text, vae, text, TEXT_NAMES)
+        def maker(name: str) -> tuple[Path, paddle.nn.Layer]:
+            part = _MAKERS[name]
+            return Path(config.model.name_or_path) / part, getattr(pipeline, part)
+
+        return Encoders(pipeline.encode_image, encode_text, vae, text, TEXT_NAMES, maker=maker)
 
     def load_base(
         self,

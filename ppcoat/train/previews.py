@@ -162,5 +162,8 @@ def encode_validation(
         text = [paddle.stack(list(rows)) for rows in encoders.text([each.caption])]
         named = dict(zip(encoders.text_names, text, strict=True))
         latents = {name: encoders.image(paddle.to_tensor(pixels[None])) for name, pixels in shown.items()}
+        for name, tensor in (latents | named).items():
+            made = name if name in named else "latents"
+            encoders.check(tensor, made, f"{name} of the validation picture {each.path}")
         pictures.append(latents | named)
     return Validation(pictures, objective, config.train.validation.sigmas)

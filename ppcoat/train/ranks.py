@@ -11,41 +11,58 @@ Two ranks with one picture each do what one rank with two does, up to rounding, 
 its neighbours: without COAT, and with per-group scales. A per-tensor scale (coat.activation's default for
 linear layers) is that of the pictures of one rank, so another split quantises a little differently.
 
-Beside Paddle's process group the ranks hold one plain TCP connection each to rank 0, for two reasons. gloo
+Beside Paddle's process group the ranks hold one plain TCP connection each to rank 0 (rank_line.py). gloo
 gives up after 30 seconds, and rank 0 may well take longer to encode a data set or to draw previews: ranks
-meet over these connections, without a limit, before they exchange anything. And a connection tells at once
-that the process behind it has died, where nccl would wait for it.
+meet over these connections before they exchange anything. And these tell at once that a rank has died, and
+within a bound that one hangs, where nccl would wait for it.
 """
 
 from __future__ import annotations
 
+import errno
+import hashlib
+import io
+import json
 import os
 import re
 import secrets
-import selectors
+import select
 import shutil
 import socket
 import struct
-import sys
-import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import paddle
+from safetensors.paddle import load, save
 
 from ppcoat.errors import ConfigError
-from ppcoat.train.run_state import AGAIN
+from ppcoat.train.rank_line import (
+    GREETING,
+    LOST_EXIT,
+    NOTICE_SECONDS,
+    PACE_SECONDS,
+    Line,
+    Patience,
+    greeting,
+    keep_alive,
+    say,
+)
 
-LOST_EXIT = 75  # EX_TEMPFAIL of <sysexits.h>: the same command may well succeed the next time
-_GRACE_SECONDS = 5.0  # for a rank to end by itself, with its own message, after another has died
-_GREETING_SECONDS = 60.0
-_KEEPALIVE = (("TCP_KEEPIDLE", 20), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3))  # a lost machine: 50 seconds
-_GREETING = struct.Struct("<qq")  # token, rank
-_READY, _END = b"r", b"e"
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+_SIOCGIFADDR = 0x8915  # <linux/sockios.h>: asks an interface for its address
+_RETRY_SECONDS = 0.1
+_PIECE = 64 * 2**20  # bytes that go to the other ranks at once
+_ALIKE = "start them all with the same settings, versions and pictures"
 _SCRATCH = re.compile(r"^handover-[0-9a-f]{13}$")
 
 
@@ -54,21 +71,22 @@ class Ranks:
     """This process among the `size` that train together. Everything is free of cost where size is 1.
 
     All ranks must call the methods below in the same order. A rank that dies ends the others within about
-    10 seconds (50 if its machine is lost), with one line and exit status 75: in a method below as SystemExit,
-    elsewhere without more ado.
+    10 seconds (50 if its machine is lost), and one that shows no sign of work within the bound of `patience`,
+    with one line and exit status 75: in a method below as SystemExit, elsewhere without more ado.
     """
 
     rank: int = 0
     size: int = 1
-    _line: _Line | None = field(default=None, repr=False, compare=False)
+    _line: Line | None = field(default=None, repr=False, compare=False)
 
     @staticmethod
-    def current(device: str = "auto", again: str = AGAIN) -> Ranks:
+    def current(device: str = "auto", patience: Patience = Patience()) -> Ranks:  # noqa: B008 (frozen)
         """From PADDLE_TRAINER_ID and PADDLE_TRAINERS_NUM, as paddle.distributed.launch sets them.
 
-        Starts the process group where there is more than one rank. Call once, after the device is set and
-        before long work. again: what to do when a rank has died. Raises ConfigError for numbers that make no
-        sense, and for a config's `device` gpu:N with several ranks, which would all take the same GPU.
+        Waits for all ranks and starts the process group where there is more than one. Call once, after the
+        device is set and before long work. Raises ConfigError for numbers that make no sense, for a port of
+        rank 0 that is in use, for ranks on different devices or versions, and for a config's `device` gpu:N
+        with several ranks, which would all take the same GPU.
         """
         rank, size = _number("PADDLE_TRAINER_ID", 0), _number("PADDLE_TRAINERS_NUM", 1)
         if not 0 <= rank < size:
@@ -83,12 +101,35 @@ class Ranks:
                 f"device: came {device} with {size} ranks, wanted gpu or auto: each rank gets a GPU of its "
                 "own; choose them with --gpus of paddle.distributed.launch"
             )
+        kind = paddle.get_device().partition(":")[0]
+        patience = replace(patience, computes_here=kind == "cpu")
+        ranks = Ranks(rank, size, _connect(rank, size, patience))
+        ranks.agree({"device": kind, "Paddle": paddle.__version__})
+        ranks._join(kind)
+        if rank == 0:
+            print(f"{size} ranks: who shows no sign of work is waited for {patience.bound:g} s, no longer "
+                  f"({patience.setting})")  # fmt: skip
+        return ranks
+
+    def _join(self, device: str) -> None:
+        """Start the process group. Its store gets the port that the launcher chose for it, or another free
+        one where that is taken."""
         import paddle.distributed as dist
 
-        if paddle.get_device() == "cpu":
+        if device == "cpu":
             os.environ["PADDLE_DISTRI_BACKEND"] = "gloo"  # a GPU wheel would take nccl for a run on CPU
-        dist.init_parallel_env()
-        return Ranks(rank, size, _connect(rank, size, again))
+            network = _interface_of(self._line.own_address)
+            if network:  # gloo asks for this machine's name, which often means the loopback
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", network)
+        address = _store_address() if self.is_first else ""
+        address = self._line.exchange(address)[0]
+        name, _, port = address.rpartition(":")
+        os.environ |= {"PADDLE_MASTER": address, "MASTER_ADDR": name, "MASTER_PORT": port}
+        if self.rank:
+            time.sleep(0.3)  # Paddle's store asks again only after 3 seconds
+        with self._line.transfer(f"the store of the process group, where rank 0 waits for all at {address}"):
+            dist.init_parallel_env()
+        self.barrier()
 
     @property
     def is_first(self) -> bool:
@@ -96,9 +137,24 @@ class Ranks:
         return self.rank == 0
 
     def barrier(self) -> None:
-        """Return when all ranks have come here, however long that takes."""
+        """Return when all ranks have come here, however long that takes while they show signs of work."""
         if self._line is not None:
-            self._line.meet(_READY)
+            self._line.meet()
+
+    def agree(self, facts: Mapping[str, object]) -> None:
+        """Raises ConfigError, on all ranks, where `facts`, which JSON can hold, are not the same on all: it
+        names what differs, with rank 0's value and that of the first rank that has another."""
+        if self._line is None:
+            return
+        first, *others = map(json.loads, self._line.exchange(json.dumps(facts)))
+        for rank, own in enumerate(others, start=1):
+            names = [name for name in first | own if first.get(name) != own.get(name)]
+            if names:
+                told = [f"{name} is {first.get(name)!r} on rank 0 and {own.get(name)!r} on rank {rank}"
+                        for name in names[:3]]  # fmt: skip
+                more = [f"{len(names) - 3} more"] if len(names) > 3 else []
+                self.close()  # they all meet this error
+                raise ConfigError(f"the ranks do not start alike: {', '.join(told + more)}; {_ALIKE}")
 
     @contextmanager
     def first_ahead(self) -> Iterator[None]:
@@ -116,7 +172,7 @@ class Ranks:
         any other error: a rank that ends without this counts as dead.
         """
         if self._line is not None:
-            self._line.meet(_END)
+            self._line.end()
 
     def share(self, batch: Sequence) -> Sequence:
         """This rank's consecutive part, 1/size, of a global list, array or tensor (along its first axis).
@@ -168,6 +224,31 @@ class Ranks:
             for parameter in parameters:
                 dist.broadcast(parameter, src=0)
 
+    def hand_over(
+        self, facts: Any, tensors: dict[str, dict[str, paddle.Tensor]]
+    ) -> tuple[Any, dict[str, dict[str, paddle.Tensor]]]:
+        """Rank 0's facts, which JSON can hold, and groups of tensors, any shape and dtype, on all ranks, bit
+        for bit."""
+        if self.size == 1:
+            return facts, tensors
+        facts, names = json.loads(self.from_first(json.dumps([facts, [*tensors]]).encode()))
+        files = [self.from_first(save(tensors[name]) if self.is_first else b"") for name in names]
+        return facts, {name: load(file) for name, file in zip(names, files, strict=True)}
+
+    def from_first(self, content: bytes) -> bytes:
+        """Rank 0's bytes, on all ranks; what the others give is not used."""
+        if self.size == 1:
+            return content
+        length, found = int(self.gather([len(content)])[0, 0]), io.BytesIO()
+        for start in range(0, length, _PIECE):
+            piece = np.zeros(min(_PIECE, length - start), np.uint8)
+            if self.is_first:
+                piece[:] = np.frombuffer(content, np.uint8, len(piece), start)
+            tensor = paddle.to_tensor(piece)
+            self.broadcast([tensor])
+            found.write(tensor.numpy().tobytes())
+        return found.getvalue()
+
     def gather(self, values: Sequence[float]) -> np.ndarray:
         """As many numbers from every rank -> float64 [size, n], exact and the same on all; NaN and inf stay
         where they are."""
@@ -189,12 +270,15 @@ class Ranks:
     def _exchange(self) -> Iterator[None]:
         """Context manager: within it something goes over the process group; only with several ranks."""
         self.barrier()  # gloo's 30 seconds then cover the transfer only
-        try:
+        if self._line is None:
             yield
-        except (RuntimeError, OSError):  # gloo's and nccl's words for a peer that has died meanwhile, too
-            if self._line is not None:
+            return
+        with self._line.transfer():
+            try:
+                yield
+            except (RuntimeError, OSError):  # gloo's and nccl's words for a peer that is dead or silent, too
                 self._line.leave_if_lost()
-            raise
+                raise
 
 
 def _number(variable: str, default: int) -> int:
@@ -206,139 +290,87 @@ def _number(variable: str, default: int) -> int:
     return int(text)
 
 
-class _Line:
-    """Rank 0's connections to all others, or another rank's one connection to rank 0.
-
-    A thread reads them. A peer that closes its end without having said _END is dead: one line says so at
-    once, `meet` leaves with SystemExit, and after a time of grace the process ends wherever its main thread
-    stands.
-    """
-
-    def __init__(self, rank: int, peers: dict[int, socket.socket], again: str = AGAIN) -> None:
-        self._is_first, self._peers, self._again = rank == 0, peers, again
-        self._arrived = dict.fromkeys(peers, 0)  # words of each peer that no meeting has used yet
-        self._lost: int | None = None
-        self._ended = False
-        self._changed = threading.Condition()
-        for peer in peers.values():
-            _keep_alive(peer)
-        threading.Thread(target=self._listen, name="ranks", daemon=True).start()
-
-    def meet(self, word: bytes) -> None:
-        """Wait for all ranks: the others report to rank 0, which answers when all have. Leaves with
-        LOST_EXIT if one is dead."""
-        if not self._is_first:
-            self._send(word)
-        with self._changed:
-            self._changed.wait_for(lambda: self._lost is not None or all(self._arrived.values()))
-            if self._lost is not None:
-                raise SystemExit(LOST_EXIT)
-            for rank in self._arrived:
-                self._arrived[rank] -= 1
-            self._ended = word == _END
-        if self._is_first:
-            self._send(word)
-
-    def leave_if_lost(self) -> None:
-        """Leave with LOST_EXIT if a rank is dead, also if the news of it is still on its way: another's death
-        comes from rank 0, which may take its time of grace first."""
-        with self._changed:
-            if self._changed.wait_for(lambda: self._lost is not None, timeout=_GRACE_SECONDS + 2):
-                raise SystemExit(LOST_EXIT)
-
-    def _send(self, word: bytes) -> None:
-        for rank, peer in self._peers.items():
-            try:
-                peer.sendall(word)
-            except OSError:
-                self._lose(rank)
-                raise SystemExit(LOST_EXIT) from None
-
-    def _listen(self) -> None:
-        with selectors.DefaultSelector() as selector:
-            for rank, peer in self._peers.items():
-                selector.register(peer, selectors.EVENT_READ, rank)
-            while True:
-                for ready, _ in selector.select():
-                    words = _receive(ready.fileobj)
-                    with self._changed:
-                        if not words and self._ended:
-                            return
-                        self._arrived[ready.data] += len(words)
-                        # at once, not in meet: rank 0 may close right after its answer
-                        self._ended |= words.endswith(_END) and not self._is_first
-                        self._changed.notify_all()
-                    if not words:
-                        self._lose(ready.data)
-                        time.sleep(_GRACE_SECONDS)
-                        os._exit(LOST_EXIT)  # the main thread may wait inside nccl, deaf to exceptions
-
-    def _lose(self, rank: int) -> None:
-        """Say that a rank is dead, once, whichever thread notices first: at once, because a launcher may end
-        this process before its time of grace is over."""
-        with self._changed:
-            if self._lost is not None:
-                return
-            with suppress(OSError):  # a log on a full disk must not keep this process alive
-                print(
-                    f"rank {rank} has died and so ends this one; {self._again} to go on from the checkpoint",
-                    file=sys.stderr,
-                    flush=True,
-                )
-            self._lost = rank
-            self._changed.notify_all()
+def _first_endpoint() -> str:
+    return os.environ.get("PADDLE_TRAINER_ENDPOINTS", "").split(",")[0]
 
 
-def _connect(rank: int, size: int, again: str) -> _Line:
-    """Rank 0 listens where the launcher placed it and tells the port, with a token that strangers lack, over
-    the process group."""
-    import paddle.distributed as dist
-
-    host = os.environ["PADDLE_TRAINER_ENDPOINTS"].split(",")[0].rpartition(":")[0]
-    news = paddle.zeros([2], dtype="int64")
-    if rank == 0:
-        with socket.create_server((host, 0), backlog=size) as server:
-            token = secrets.randbits(62)
-            paddle.assign(paddle.to_tensor([server.getsockname()[1], token], dtype="int64"), output=news)
-            dist.broadcast(news, src=0)
-            return _Line(0, _accept(server, token, size), again)
-    dist.broadcast(news, src=0)
-    port, token = news.tolist()
-    line = socket.create_connection((host, port), timeout=_GREETING_SECONDS)
-    line.sendall(_GREETING.pack(token, rank))
-    return _Line(rank, {0: line}, again)
+def _interface_of(address: str) -> str | None:
+    """Name of the network interface with this IPv4 address; None where that cannot be told."""
+    if fcntl is None:
+        return None
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
+        for _, name in socket.if_nameindex():
+            with suppress(OSError):  # it has no address
+                answer = fcntl.ioctl(asking, _SIOCGIFADDR, struct.pack("256s", name.encode()))
+                if socket.inet_ntoa(answer[20:24]) == address:
+                    return name
+    return None
 
 
-def _accept(server: socket.socket, token: int, size: int) -> dict[int, socket.socket]:
-    peers: dict[int, socket.socket] = {}
-    server.settimeout(_GREETING_SECONDS)
-    while len(peers) < size - 1:
-        line, _ = server.accept()
-        line.settimeout(_GREETING_SECONDS)
-        greeting = line.recv(_GREETING.size, socket.MSG_WAITALL)
-        came, rank = _GREETING.unpack(greeting) if len(greeting) == _GREETING.size else (None, 0)
-        if came == token and 0 < rank < size and rank not in peers:
-            peers[rank] = line
-        else:
-            line.close()
-    return peers
+def _store_address() -> str:
+    """Where rank 0 can open the store of the process group now: at the launcher's address, or at another port
+    where that one is taken, or is that of the ranks' own connections."""
+    here, _, own = _first_endpoint().rpartition(":")
+    host, _, wanted = os.environ.get("PADDLE_MASTER", "").rpartition(":")
+    host = host or here
+    for port in (int(wanted) if wanted.isdecimal() and wanted != own else 0, 0):
+        with suppress(OSError), socket.create_server((host, port)) as server:
+            return f"{host}:{server.getsockname()[1]}"
+    raise ConfigError(f"rank 0 cannot listen at {host} (PADDLE_MASTER); give the launcher another --host")
 
 
-def _keep_alive(line: socket.socket) -> None:
-    """Let the kernel ask a silent peer whether it is there; no data is sent for long stretches."""
-    line.settimeout(None)
-    line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    line.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, value in _KEEPALIVE:
-        if hasattr(socket, option):  # names of Linux
-            line.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
-
-
-def _receive(line: socket.socket) -> bytes:
+def _connect(rank: int, size: int, patience: Patience) -> Line:
+    """The line of this rank. Rank 0 returns at once; its first meeting waits for the others. Another waits
+    for rank 0 to answer, and leaves with LOST_EXIT after the bound. Raises ConfigError where rank 0 cannot
+    listen where the launcher placed it, or that is nowhere."""
+    host, _, port = _first_endpoint().rpartition(":")
+    if not (host and port.isdecimal() and int(port) < 65536):
+        raise ConfigError(
+            f"PADDLE_TRAINER_ENDPOINTS: came {_first_endpoint()!r} for rank 0, wanted host:port; start with "
+            "python -m paddle.distributed.launch"
+        )
+    run = hashlib.sha256(os.environ["PADDLE_TRAINER_ENDPOINTS"].encode()).digest()[:16]
+    if rank:
+        line = _reach((host, int(port)), greeting(run, rank, size), patience)
+        return Line(rank, size, line, run, patience)
     try:
-        return line.recv(64)
-    except OSError:  # reset, or no answer to the kernel's questions
-        return b""
+        return Line(rank, size, socket.create_server((host, int(port)), backlog=size), run, patience)
+    except OSError as error:
+        busy = "another program uses that port: " if error.errno == errno.EADDRINUSE else ""
+        raise ConfigError(
+            f"rank 0 cannot listen at {host}:{port} ({error.strerror}); {busy}start again, or give the "
+            "launcher another --start_port or --host"
+        ) from None
+
+
+def _reach(address: tuple[str, int], words: bytes, patience: Patience) -> socket.socket:
+    """A connection on which rank 0 has answered the greeting `words`."""
+    where = f"rank 0, which does not answer at {address[0]}:{address[1]}"
+    limit = f"{patience.bound:g} s ({patience.setting})"
+    waited, noted, line = 0.0, False, None
+    while waited < patience.bound:
+        before, slot = time.monotonic(), min(PACE_SECONDS, patience.bound - waited)
+        try:
+            if line is None:
+                line = socket.create_connection(address, timeout=slot)
+                line.sendall(words)
+            if select.select([line], [], [], slot)[0]:
+                answer = line.recv(GREETING.size, socket.MSG_WAITALL)
+                if answer[:24] == words[:24]:
+                    return keep_alive(line)
+                raise ConnectionError("a stranger, or rank 0 with its ranks complete")
+        except OSError:
+            line = line.close() if line else None
+            time.sleep(_RETRY_SECONDS)
+        except (KeyboardInterrupt, SystemExit):
+            say(f"stopped while it waited for {where}")
+            raise
+        waited += min(time.monotonic() - before, 2 * PACE_SECONDS)  # one that was stopped has not waited
+        if waited >= NOTICE_SECONDS and not noted:
+            noted = True
+            say(f"waits for {where}, since {waited:.0f} s; ends after {limit}")
+    say(f"waited {limit} for {where}; its log may say why; {patience.again}")
+    raise SystemExit(LOST_EXIT)
 
 
 @contextmanager

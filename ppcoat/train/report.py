@@ -23,8 +23,9 @@ import paddle
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from ppcoat.atomic import whole_file, write_text
+from ppcoat.atomic import remove_dead_drafts, whole_file, write_text
 from ppcoat.errors import ConfigError
+from ppcoat.finite import is_finite
 from ppcoat.progress import Progress
 
 if TYPE_CHECKING:
@@ -94,6 +95,7 @@ class Report:
         self._images, self._since = 0, time.perf_counter()
         self._closing = ExitStack()
         self.run_dir.mkdir(parents=True, exist_ok=True)
+        remove_dead_drafts(self.run_dir / "samples")  # the rest of the run may draw none
         with self._closing as closing_on_error:
             log = _open_log(self.run_dir / "log.jsonl", start_step)
             self._log = closing_on_error.enter_context(log)
@@ -244,7 +246,7 @@ def first_bad_module(model: paddle.nn.Layer, forward: Callable[[], object]) -> s
     def note(path: str) -> Callable:
         def hook(layer: paddle.nn.Layer, inputs: object, outputs: object) -> None:
             tensors = outputs if isinstance(outputs, list | tuple) else [outputs]
-            if not bad and not all(_is_finite(tensor) for tensor in tensors):
+            if not bad and not all(is_finite(each) for each in tensors if isinstance(each, paddle.Tensor)):
                 bad.append(path)
 
         return hook
@@ -256,9 +258,3 @@ def first_bad_module(model: paddle.nn.Layer, forward: Callable[[], object]) -> s
         for hook in hooks:
             hook.remove()
     return bad[0] if bad else None
-
-
-def _is_finite(value: object) -> bool:
-    if not isinstance(value, paddle.Tensor) or not value.is_floating_point():
-        return True
-    return bool(paddle.isfinite(value.astype("float32")).all())

@@ -7,7 +7,6 @@ anything is loaded; what only a loaded run knows (the Linears that have an adapt
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,8 +24,9 @@ from ppcoat.data.content_keys import content_key, file_digest
 from ppcoat.data.examples import Dataset
 from ppcoat.errors import ConfigError
 from ppcoat.models.tensor_files import Component
+from ppcoat.reading import json_value, regular_bytes
 from ppcoat.train.base_model import base_identity, fingerprints
-from ppcoat.train.checkpoint import Checkpoint, load_latest, unwritable
+from ppcoat.train.checkpoint import MAX_STATE_BYTES, Checkpoint, load_latest, unwritable
 from ppcoat.train.ranks import Ranks
 from ppcoat.train.run_state import ANEW, Records, ResumeWords, RunState
 
@@ -114,7 +114,8 @@ def check_resume(
 def _check_latest(config: RunConfig, start: Start, words: ResumeWords) -> None:
     root = config.run_dir / "checkpoints"
     try:
-        facts = json.loads((root / (root / "latest").read_text("ascii").strip() / "state.json").read_bytes())
+        latest = regular_bytes(root / "latest", MAX_STATE_BYTES).decode("ascii").strip()
+        facts = json_value(regular_bytes(root / latest / "state.json", MAX_STATE_BYTES))
         for place in (facts["compatible"], facts["compatible"].get("network", {})):
             place.pop("modules", None)
         facts["batches"].keys()
@@ -134,22 +135,21 @@ def resume_run(
     The number of ranks may differ from the checkpoint's where the global batch does not. What changed and may
     change is told in one line. words: of the command that runs. Raises ConfigError for a checkpoint of other
     settings or another base, a damaged one with save.strict_resume, other pictures without save.restart_data,
-    and where the ranks do not see the same pictures, checkpoints and model.
+    and where the ranks do not see the same pictures and model. The first rank reads the checkpoint and gives
+    it to the others.
     """
     words = words if words is not None else ResumeWords()
-    with ranks.first_ahead():  # it also removes what a killed save left
+    checkpoint = None
+    if ranks.is_first:  # it also removes what a killed save left
         checkpoint = load_latest(config.run_dir, config.save.strict_resume, words.strict_flag)
-    if checkpoint is not None:
-        told = _go_on(state, config, checkpoint, words)
+    facts = checkpoint and [str(checkpoint.path), checkpoint.step, checkpoint.state]
+    facts, tensors = ranks.hand_over(facts, checkpoint.tensors if checkpoint else {})
+    if facts is not None:
+        path, step, saved = facts
+        told = _go_on(state, config, Checkpoint(Path(path), step, tensors, saved), words)
         if ranks.is_first:
             print(told)
-    facts = {"step": state.step, **state.batches.state_dict(), "model": _number(state.records.weights)}
-    for name, values in zip(facts, ranks.gather(list(facts.values())).T, strict=True):
-        if (values != values[0]).any():
-            raise ConfigError(
-                f"the ranks do not start alike: {name} is {', '.join(f'{value:.0f}' for value in values)}; "
-                "all machines need the same pictures and model, and one output_dir that they share"
-            )
+    ranks.agree({"step": state.step, **state.batches.state_dict(), "model": state.records.weights})
     ranks.broadcast(state.parameters.values())
     if settings and ranks.is_first:
         try:
@@ -332,11 +332,6 @@ def _free_name(name: str, taken: Mapping[str, str]) -> str:
     while (numbered := name if number == 2 else f"{name} (folder {number - 1})") in taken:
         number += 1
     return numbered
-
-
-def _number(weights: Mapping[str, str]) -> int:
-    """A number, exact in float64, that differs where the fingerprints do."""
-    return int(hashlib.sha256(" ".join(weights.values()).encode()).hexdigest()[:13], 16)
 
 
 def _lines(changed: Mapping[str, Values]) -> list[str]:

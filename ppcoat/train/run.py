@@ -35,8 +35,14 @@ from ppcoat.device import (
 from ppcoat.errors import ConfigError
 from ppcoat.fp8 import backend
 from ppcoat.fp8.formats import fp8_support
-from ppcoat.plan.settings import allowed_bases, line_of_plan, with_earlier_plan, with_memory_plan
-from ppcoat.train.base_model import compatible
+from ppcoat.plan.settings import (
+    allowed_bases,
+    check_fits,
+    line_of_plan,
+    with_earlier_plan,
+    with_memory_plan,
+)
+from ppcoat.train.base_model import base_identity, compatible
 from ppcoat.train.checkpoint import check_run_folder
 from ppcoat.train.flux import FluxSpec
 from ppcoat.train.model_spec import ModelSpec
@@ -50,6 +56,7 @@ from ppcoat.train.previews import (
     kept_pictures,
     preview_prompts,
 )
+from ppcoat.train.rank_line import Patience
 from ppcoat.train.ranks import Ranks, rank_scratch
 from ppcoat.train.resume import Start, check_resume
 from ppcoat.train.run_lock import only_run_in
@@ -86,6 +93,7 @@ def train_lora(config: RunConfig) -> TrainingResult:
     spec = MODEL_SPECS[config.model.family]
     inputs = check_inputs(spec, config)
     ranks = inputs.ranks
+    ranks.agree(_alike(config, inputs.examples))
     config = with_steps_of_epochs(with_fitting_settings(spec, as_it_started(config), ranks), inputs)
     if ranks.is_first:
         check_run_folder(config.run_dir)
@@ -154,19 +162,26 @@ def check_inputs(spec: ModelSpec, config: RunConfig) -> RunInputs:
             f"model.quantize_matmul: {fp8_support().reason}: leave it out; quantize: fp8 alone is as small"
         )
     dtype = compute_dtype(config.model.dtype)
-    ranks = Ranks.current(config.device)
+    ranks = Ranks.current(config.device, Patience(config.train.rank_timeout))
     cost = use_deterministic_kernels() if config.train.deterministic else None
     if ranks.is_first:
-        print(*filter(None, (data_report(datasets), start and start.told, cost)), sep="\n")
+        print(
+            *filter(
+                None,
+                (data_report(datasets, config.train.batch_size * ranks.size), start and start.told, cost),
+            ),
+            sep="\n",
+        )
     return RunInputs(datasets, validation, dtype, ranks, start)
 
 
 def with_fitting_settings(spec: ModelSpec, config: RunConfig, ranks: Ranks) -> RunConfig:
     """What `memory: auto` asks for, the same on all ranks. Without vram_gb a run is planned for the memory
-    that is free when it starts, the least of all ranks; a run that goes on keeps what was planned then, where
-    all ranks see its folder. Raises ConfigError as `with_memory_plan` does.
+    that is free when it starts, the least of all ranks; a run that goes on keeps what was planned
+    then. Raises ConfigError as `with_memory_plan` does.
     """
     if config.memory == "as_given":
+        check_fits(config, spec.memory_model)
         return config
     if config.vram_gb is not None:
         planned, note = with_memory_plan(config, spec.memory_model), f"the {config.vram_gb:g} GB of vram_gb"
@@ -176,15 +191,41 @@ def with_fitting_settings(spec: ModelSpec, config: RunConfig, ranks: Ranks) -> R
     free, total = meter.free_memory(), meter.total_memory()
     if free is None:
         return with_memory_plan(config, spec.memory_model)
-    earlier = _planned_before(config)
-    table = ranks.gather([free, earlier is not None])
-    if table[:, 1].all():
-        planned, note = with_earlier_plan(config, earlier), "the settings with which this run began"
+    earlier = _planned_before(config)  # rank 0's counts
+    earlier = ranks.from_first(b"" if earlier is None else earlier.model_dump_json().encode())
+    free = int(ranks.gather([free]).min())
+    if earlier:
+        before = RunConfig.model_validate_json(earlier)
+        planned, note = with_earlier_plan(config, before), "the settings with which this run began"
     else:
-        free = int(table[:, 0].min())
         planned = with_memory_plan(config, spec.memory_model, free)
         note = f"the {free / 1e9:.1f} GB that are free of {total / 1e9:.1f}"
     return _tell_plan(config, planned, note, ranks)
+
+
+def _alike(config: RunConfig, examples: Sequence[Example]) -> dict[str, object]:
+    """What the ranks of a run must share: settings, base model and pictures, wherever these lie."""
+    settings = settings_that_matter(config)
+    settings = {key: value for key, value in settings.items() if not key.endswith("_path")}
+    permissions = {f"save.{name}": getattr(config.save, name) for name in ("restart_data", "strict_resume")}
+    return {
+        **settings,
+        **permissions,
+        "memory": config.memory,
+        "vram_gb": config.vram_gb,
+        "base model": base_identity(config.model.name_or_path),
+        **alike_pictures(examples),
+    }
+
+
+def alike_pictures(examples: Sequence[Example]) -> dict[str, int]:
+    """What ranks compare of their pictures."""
+    facts = ResumableBatches(examples, 1, 0).state_dict()
+    return {
+        "the number of pictures": facts["num_examples"],
+        "a checksum of their sizes and repeats": facts["sizes_and_repeats"],
+        "a checksum of their names, bytes and captions": facts["contents"],
+    }
 
 
 def _tell_plan(config: RunConfig, planned: RunConfig, note: str, ranks: Ranks) -> RunConfig:

@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ppcoat.errors import ConfigError
+from ppcoat.signals import unfinished
 from ppcoat.train.ranks import Ranks
 
 try:
@@ -37,13 +38,19 @@ def only_run_in(folder: Path, ranks: Ranks) -> Iterator[None]:
         yield
         return
     descriptor = _locked(folder / LOCK)
+    unfinished[descriptor] = lambda: _take_away(folder)
     try:
         yield
     finally:
-        with suppress(OSError):  # not empty: a run was here
-            (folder / LOCK).unlink()
-            folder.rmdir()
+        _take_away(folder)
+        del unfinished[descriptor]
         os.close(descriptor)
+
+
+def _take_away(folder: Path) -> None:
+    with suppress(OSError):  # not empty: a run was here
+        (folder / LOCK).unlink()
+        folder.rmdir()
 
 
 def _locked(file: Path) -> int:
@@ -67,7 +74,8 @@ def _locked(file: Path) -> int:
             return descriptor
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), file.stat()):
-                os.ftruncate(descriptor, 0)
-                os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+                with suppress(OSError):  # a full disk: locked all the same, but nobody is told by whom
+                    os.ftruncate(descriptor, 0)
+                    os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
                 return descriptor
         os.close(descriptor)  # so did one its file

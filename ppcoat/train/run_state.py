@@ -11,16 +11,19 @@ import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import inf
 from types import FrameType
 
 import paddle
 
 from ppcoat.data.batches import ResumableBatches
+from ppcoat.signals import SIGNALS, expect
 from ppcoat.train.report import SigmaBins
 
 # What a command with a config file needs to go on, and what it calls a strict resume and one with other data.
 AGAIN, STRICT_FLAG = "run the same command again", "--strict (save.strict_resume)"
 RESTART_FLAG = "--restart_data (save.restart_data)"
+_HANGUP = getattr(signal, "SIGHUP", None)
 ANEW = "start a new run under another name from this one's LoRA file, with network.pretrained_lora_path"
 
 
@@ -57,7 +60,7 @@ class Records:
 
 
 class FinishStepOnSignal:
-    """Context manager: the first SIGINT or SIGTERM is only noted in `signal`.
+    """Context manager: the first SIGINT, SIGTERM or SIGHUP is only noted in `signal`.
 
     A second one acts as usual, unless second_acts is false: one Ctrl+C then counts once, though both the
     terminal and a launcher pass it on.
@@ -68,19 +71,26 @@ class FinishStepOnSignal:
         self._second_acts = second_acts
 
     def __enter__(self) -> FinishStepOnSignal:
-        self._before = {
-            number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)
-        }
+        self._before = {number: signal.getsignal(number) for number in SIGNALS}
+        if self._before.get(_HANGUP) in (signal.SIG_IGN, None):  # nohup's
+            self._before.pop(_HANGUP, None)
+        expect(1 if self._second_acts else inf)
+        for number in self._before:
+            signal.signal(number, self._note)
         return self
 
     def __exit__(self, *error: object) -> None:
+        self._hand_back()
+        expect(0)
+
+    def _hand_back(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.signal = self.signal or number
         if self._second_acts:
-            self.__exit__()
+            self._hand_back()
 
 
 def optimizer_state_bytes(optimizer: paddle.optimizer.Optimizer) -> int:
@@ -239,7 +249,7 @@ class RunState:
     records: Records = Records()
     step: int = 0
     skipped: int = 0
-    skipped_in_a_row: int = 0
+    skipped_in_a_row: dict[str, int] = field(default_factory=dict)
 
     def tensors(self) -> dict[str, dict[str, paddle.Tensor]]:
         """Tensors of any shape by group and name: "lora", "optimizer" and, where there is a mean, "ema"."""
@@ -274,6 +284,8 @@ class RunState:
         self.schedule.last_lr = self.schedule.get_lr()  # of this run's settings: the other's may differ
         if self.ema is not None:
             self.ema.load(tensors.get("ema", tensors["lora"]))
-        self.skipped, self.skipped_in_a_row = state["skipped"]["steps"], state["skipped"]["in_a_row"]
+        self.skipped, in_a_row = state["skipped"]["steps"], state["skipped"]["in_a_row"]
+        # earlier versions had one number for all sides
+        self.skipped_in_a_row = dict(in_a_row) if isinstance(in_a_row, dict) else {}
         self.bins.load_state_dict(state["bins"])
         self.step = step

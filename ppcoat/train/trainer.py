@@ -31,9 +31,10 @@ from ppcoat.nn.saved_tensors import SavedTensors
 from ppcoat.objective import Objective
 from ppcoat.optim import Prodigy, ScheduleFreeAdamW
 from ppcoat.train.checkpoint import save_run
+from ppcoat.train.divergence import BadStep, check_before_saving, check_weights, give_up
 from ppcoat.train.previews import Validation
 from ppcoat.train.ranks import Ranks
-from ppcoat.train.report import Report, SigmaBins, first_bad_module
+from ppcoat.train.report import Report, SigmaBins
 from ppcoat.train.resume import resume_run
 from ppcoat.train.run_state import FinishStepOnSignal, ResumeWords, RunState, optimizer_state_bytes
 
@@ -106,6 +107,7 @@ class Trainer:
     words: ResumeWords = ResumeWords()
     ranks: Ranks = field(default_factory=Ranks)
     factors: FactorCopies = field(init=False)
+    _base_is_whole: bool = field(default=False, init=False)  # looked at, and found finite
 
     def __post_init__(self) -> None:
         self.factors = factor_copies(self.model, [side.optimizer for side in self.sides.values()])
@@ -120,6 +122,10 @@ class Trainer:
         """What the next update trains."""
         (only,) = self.sides.values()
         return only
+
+    def steps_of(self, side: str) -> int:
+        """Updates of the whole run that train this side."""
+        return self.config.train.steps
 
     def run(self) -> TrainingResult:
         """Train from the latest checkpoint (or from the start) to train.steps and write the result files.
@@ -262,7 +268,9 @@ class Trainer:
             self.state.ema.update()
         self._note_memory("after_optimizer_step")
         side.bins.add(side.objective.noise_levels(levels), of_pictures)
-        self.state.skipped_in_a_row = 0
+        self.state.skipped_in_a_row = {
+            name: count for name, count in self.state.skipped_in_a_row.items() if self.sides[name] is not side
+        }
 
     @paddle.no_grad()
     def _gradient_squares(self) -> paddle.Tensor:
@@ -272,34 +280,20 @@ class Trainer:
         return paddle.stack([nothing if g is None else g.astype("float32").square().sum() for g in gradients])
 
     def _skip(self, losses: np.ndarray, squares: np.ndarray, drawn: list[tuple]) -> None:
-        """Count a step that changes nothing. Raises FloatingPointError, on all ranks, if it is one too
-        many."""
-        self.state.skipped += 1
-        self.state.skipped_in_a_row += 1
-        if self.state.skipped_in_a_row < self.config.train.max_skipped_in_a_row:
-            return
-        self.ranks.close()  # they all meet this error
-        raise FloatingPointError(
-            f"{self.state.skipped_in_a_row} steps in a row were skipped for a loss or gradient that is not "
-            f"finite; in step {self.step + 1} the first bad tensor is "
-            f"{self._first_bad(losses, squares, drawn)}. Checkpoints are unharmed. Lower train.lr, or train "
-            "in float32 or bfloat16"
-        )
-
-    def _first_bad(self, losses: np.ndarray, squares: np.ndarray, drawn: list[tuple]) -> str:
-        """What _read gave, and the inputs of the passes -> name of the first tensor that is not finite."""
-        bad = np.argwhere(~np.isfinite(losses))
-        if not bad.size:
-            names = list(self.side.parameters)
-            return f"the gradient of {names[np.flatnonzero(~np.isfinite(squares))[0]]}"
-        rank, number = bad[0]
-        first = f"the loss, {losses[rank, number]}"
-        if rank != self.ranks.rank:
-            return f"{first}, on rank {rank}, whose log says more"
-        module = first_bad_module(
-            self.model, lambda: self.side.objective.losses_at(self.model, *drawn[number])
-        )
-        return first if module is None else f"{first}, and before it the output of {module}"
+        """Count a step that changes nothing. Raises on all ranks, as divergence.py says, where it is one too
+        many: in a row of this side, all that it has in this run, or one that no other step will mend."""
+        state, side, train = self.state, self.side, self.config.train
+        (name,) = (each for each, other in self.sides.items() if other is side)
+        state.skipped += 1
+        in_a_row = state.skipped_in_a_row[name] = state.skipped_in_a_row.get(name, 0) + 1
+        bad = BadStep(
+            self.step + 1, self.model, side.parameters, losses, squares,
+            lambda number: side.objective.losses_at(self.model, *drawn[number]),
+        )  # fmt: skip
+        check_weights(bad, self.config, self.ranks, with_base=not self._base_is_whole)
+        self._base_is_whole = True
+        if in_a_row >= min(train.max_skipped_in_a_row, self.steps_of(name)):
+            give_up(bad, in_a_row, self.config, self.ranks)
 
     def _report_step(self, report: Report, result: StepResult, learning_rate: float) -> None:
         scalars = {"loss": result.loss, "lr": learning_rate, "grad_norm": result.grad_norm}
@@ -361,8 +355,9 @@ class Trainer:
 
         The final files are written after the last checkpoint and the last previews, so not together with the
         checkpoint, unless that fails. Where the disk takes one of the two and not the other, the one is there
-        before ConfigError is raised.
+        before ConfigError is raised. Raises FloatingPointError where training has diverged, before either.
         """
+        check_before_saving(self.state, self.config.run_dir)
         done, failed, advice = {}, {}, set()
 
         def attempt(what: str, write: Callable[[], Path | None]) -> None:
@@ -396,4 +391,8 @@ class Trainer:
             written = self.save_weights(self.step, final)
         for path, summary in written:
             report.message(f"LoRA file: {path}: {summary.line()}")
+        if final and len(summary.zero) == len(summary.norms):
+            report.message(
+                "warning: all of it is zero and changes nothing: no step had a learning rate above 0"
+            )
         return written[0][0]

@@ -43,12 +43,10 @@ import importlib.util, json, sys
 spec = importlib.util.spec_from_file_location("ppcoat", {package!r} + "/__init__.py")
 sys.modules["ppcoat"] = importlib.util.module_from_spec(spec)
 sys.path.insert(0, {tests!r})
-from conftest import adapted, plain
+from conftest import interpreted
 from ppcoat.bench import kernels
 from ppcoat.bench.kernel_cases import Kernels
 from ppcoat.bench.kernel_library import PaddleLibrary
-def connect(launcher):
-    return lambda *args, **kwargs: plain(launcher(*(adapted(arg) for arg in args), **kwargs))
 kernels._block_errors = lambda *_: ()
 del kernels.PARTS["double block"]
 # What is timed is launched once: in the interpreter a launch takes a second, and that is no kernel's time.
@@ -66,7 +64,7 @@ class Once(Kernels):
         self.run = every
         return found
 sizes = kernels.Sizes(**{sizes!r})
-report = kernels.measure(Once(PaddleLibrary(), connect), sizes)
+report = kernels.measure(Once(PaddleLibrary(), interpreted), sizes)
 print(kernels.kernel_table(report))
 print(json.dumps(report))
 """

@@ -181,19 +181,6 @@ def fake_command(monkeypatch, action):
     monkeypatch.setitem(COMMANDS, "fake", Command("does what the test says", "a_command_of_this_test"))
 
 
-def test_ctrl_c_exits_with_130(monkeypatch, capsys):
-    def interrupted(_):
-        raise KeyboardInterrupt
-
-    def interrupted_while_paddle_is_imported(_):
-        raise ImportError("initialization failed") from KeyboardInterrupt()
-
-    for does in (interrupted, interrupted_while_paddle_is_imported):
-        fake_command(monkeypatch, does)
-        assert run("fake", []) == 130
-        assert capsys.readouterr().err == "interrupted\n"
-
-
 def test_numbers_that_went_bad_exit_with_1(monkeypatch, capsys):
     def diverged(_):
         raise FloatingPointError("the loss is nan")
@@ -255,7 +242,12 @@ def test_a_missing_package_is_one_line_unless_it_is_our_own(monkeypatch, capsys)
 
 
 @pytest.mark.parametrize(
-    "error", [OSError(28, "No space left on device", "/full/x"), SafetensorError("I/O error: no room")]
+    "error",
+    [
+        OSError(28, "No space left on device", "/full/x"),
+        OSError(28, "No space left on device"),  # of a file that was open
+        SafetensorError("I/O error: no room"),
+    ],
 )
 def test_what_cannot_be_written_is_one_line(monkeypatch, capsys, error):
     def fail(arguments):
@@ -269,15 +261,26 @@ def test_what_cannot_be_written_is_one_line(monkeypatch, capsys, error):
     assert said.count("\n") == 1 and "check the path, its permissions and the room on the disk" in said
 
 
-def test_an_error_of_the_device_keeps_its_traceback(monkeypatch):
+@pytest.mark.parametrize("error", [OSError("(External) CUDA error(2)"), OSError(111, "CUDA refused")])
+def test_an_error_of_the_device_or_the_network_keeps_its_traceback(monkeypatch, error):
     def fail(arguments):
-        raise OSError("(External) CUDA error(2)")
+        raise error
 
     module = SimpleNamespace(add_arguments=lambda parser: None, run_command=fail)
     monkeypatch.setitem(sys.modules, "a_module", module)
     monkeypatch.setitem(COMMANDS, "a-command", Command("", "a_module"))
     with pytest.raises(OSError, match="CUDA"):
         main(["a-command"])
+
+
+def test_what_cannot_be_printed_for_want_of_room_is_one_line(monkeypatch, capsys):
+    module = SimpleNamespace(add_arguments=lambda parser: None, run_command=lambda _: print("a"))
+    monkeypatch.setitem(sys.modules, "a_module", module)
+    monkeypatch.setitem(COMMANDS, "a-command", Command("", "a_module"))
+    with open("/dev/full", "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert main(["a-command"]) == 2
+    assert capsys.readouterr().err == "error: what was to be printed: No space left on device\n"
 
 
 def test_characters_that_a_redirected_output_lacks_are_escaped(monkeypatch):

@@ -43,10 +43,10 @@ def test_counts_captions_and_crops_are_those_of_the_folder(draw, run_config, tmp
 def test_there_is_no_warning_at_ten_per_cent_or_less(draw, run_config, tmp_path):
     draw("a/x.png", (1920, 1080))  # 704 x 384: 3 %
     report = data_report(scan_datasets(run_config({"folder_path": str(tmp_path / "a")})))
-    assert "warning:" not in report and "3.0%" in report and "trigger" not in report
+    assert "cropped by" not in report and "3.0%" in report and "trigger" not in report
     draw("b/x.png", (96, 64))  # 80 x 48: 10 %, but for the rounding of floats
     report = data_report(scan_datasets(run_config({"folder_path": str(tmp_path / "b"), "resolution": 64})))
-    assert "warning:" not in report and "10.0%" in report
+    assert "cropped by" not in report and "10.0%" in report
 
 
 def test_it_stays_short_and_printable(draw, run_config, tmp_path):

@@ -1,6 +1,8 @@
 """Triton kernels in tests: on a GPU as they are, else in Triton's interpreter on Paddle's CPU tensors."""
 
+import warnings
 from dataclasses import fields, is_dataclass, replace
+from functools import cache
 
 import numpy as np
 import paddle
@@ -74,17 +76,41 @@ def plain(value):
     return value.tensor if isinstance(value, Adapter) else value
 
 
+@cache
+def remember_patches() -> None:
+    """Triton's interpreter puts its own functions into triton.language, for good, and looks whether they are
+    there at every call of a jitted function: a third of the time. Once for a file of kernels will do."""
+    from triton.runtime import interpreter
+
+    patch, patched = interpreter._patch_lang, set()
+
+    def once(function):
+        if id(function.__globals__) not in patched:
+            patch(function)
+            patched.add(id(function.__globals__))
+
+    interpreter._patch_lang = once
+
+
+def interpreted(launcher):
+    """The launcher as a function of Paddle tensors. Kernels meet NaN and infinity as on a card: silently."""
+    remember_patches()
+
+    def run(*args, **kwargs):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            return plain(
+                launcher(*map(adapted, args), **{name: adapted(arg) for name, arg in kwargs.items()})
+            )
+
+    return run
+
+
 @pytest.fixture(scope="session")
 def on_triton():
     """on_triton(launcher) -> the launcher as a function of Paddle tensors."""
     pytest.importorskip("triton", reason="Triton is not installed")
-    if paddle.get_device().startswith("gpu"):
-        return lambda launcher: launcher
-    return lambda launcher: (
-        lambda *args, **kwargs: plain(
-            launcher(*(adapted(arg) for arg in args), **{name: adapted(arg) for name, arg in kwargs.items()})
-        )
-    )
+    return (lambda launcher: launcher) if paddle.get_device().startswith("gpu") else interpreted
 
 
 @pytest.fixture(params=["reference", "triton"])

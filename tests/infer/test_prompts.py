@@ -64,11 +64,17 @@ def test_num_images_of_each_line_have_seeds_and_names_of_their_own(tmp_path):
     assert said(found, "seed", "num_images") == [(42, 1), (43, 1), (7, 1), (8, 1)]
 
 
+def test_a_name_keeps_the_letters_of_every_language(tmp_path):
+    pictures = read(tmp_path, "txt", "E\u0301té_à la plage!\n../../a\\b:c\n…\n")
+    names = ["000_été-à-la-plage_9", "001_a-b-c_9", "002_picture_9"]
+    assert [picture.name for picture in pictures] == names
+
+
 def test_excels_first_line_and_other_encodings(tmp_path, capsys):
     found = read(tmp_path, "csv", "sep=;\r\nprompt;w\r\n一件红色的裙子,长的;32\r\n".encode("gb18030"))
     assert said(found, "prompt", "width") == [(["一件红色的裙子,长的"], 32)]
     assert "read as gb18030, a guess" in capsys.readouterr().out
-    assert found[0].name == "000_picture_9"
+    assert found[0].name == "000_一件红色的裙子-长的_9"
 
 
 def test_empty_cells_of_a_table_name_no_picture(tmp_path):
@@ -148,5 +154,5 @@ def test_too_much_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="more than 3 pictures; split"):
         read(tmp_path, "txt", "a\nb\n", Drawing("m", prompts="list", num_images=2))
     monkeypatch.setattr(prompts_module, "MAX_LIST_BYTES", 3)
-    with pytest.raises(ConfigError, match="list.txt is larger than"):
+    with pytest.raises(ConfigError, match="list.txt cannot be read .more than 3 bytes.; split the list"):
         read(tmp_path, "txt", "abcd")

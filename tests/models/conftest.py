@@ -1,5 +1,6 @@
 """The tiny random FLUX folders and the outputs that diffusers computed from them."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from ppcoat.models.flux.pipeline import FluxPipeline
 from ppcoat.nn.base_weight import FP8Weight
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
+sys.path.append(str(FIXTURES.parent / "storm"))  # model_mutations
 
 
 @pytest.fixture(scope="session")

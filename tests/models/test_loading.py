@@ -13,10 +13,12 @@ from ppcoat.models.flux.transformer import FluxTransformer2DModel
 from ppcoat.models.loading import (
     check_folder,
     linear_weights,
+    load_clip,
     load_clip_tokenizer,
     load_t5,
     load_t5_tokenizer,
     load_transformer,
+    load_vae,
     read_tensors,
 )
 from ppcoat.models.tensor_files import tensor_infos
@@ -141,7 +143,7 @@ def test_index_cannot_lead_out_of_the_folder(sharded_copy):
     index.write_text(
         json.dumps({"weight_map": {"proj_out.weight": "../vae/diffusion_pytorch_model.safetensors"}})
     )
-    with pytest.raises(ConfigError, match="shard .*vae.* is missing"):
+    with pytest.raises(ConfigError, match="weight_map.proj_out.weight: came ../vae/"):
         check_folder(sharded_copy)
 
 
@@ -177,6 +179,52 @@ def test_wrong_tensors_are_named(copy, file, change, message):
     change_tensors(copy / file, change)
     with pytest.raises(ConfigError, match=message):
         FluxPipeline.from_pretrained(copy)
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        ("transformer", {"num_layers": 1000}, "config.json: num_layers: came 1000, but the weights are of 2"),
+        ("transformer", {"num_single_layers": 1}, "num_single_layers: came 1, but the weights are of 3"),
+        ("transformer", {"joint_attention_dim": 2**20}, "joint_attention_dim: came 1048576"),
+        ("transformer", {"guidance_embeds": False}, "guidance_embeds: came False"),
+        ("transformer", {"out_channels": 2**20}, "out_channels: came 1048576"),
+        ("vae", {"layers_per_block": 999}, "layers_per_block: came 999"),
+        ("vae", {"latent_channels": 2**19}, "latent_channels: came 524288"),
+        ("vae", {"shift_factor": None}, "config.json: shift_factor is missing: take FLUX.1's autoencoder"),
+        ("text_encoder", {"vocab_size": 2**20}, "vocab_size: came 1048576"),
+        ("text_encoder", {"num_hidden_layers": 1000}, "num_hidden_layers: came 1000"),
+        ("text_encoder_2", {"d_ff": 2**20}, "d_ff: came 1048576"),
+        ("text_encoder_2", {"num_layers": 1000}, "num_layers: came 1000"),
+    ],
+)
+def test_sizes_beyond_the_weights_are_named_before_anything_is_built(
+    copy, part, change, message, monkeypatch
+):
+    def built(*_, **__):
+        raise AssertionError("a layer is made")
+
+    config = copy / part / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | change))
+    load = {
+        "transformer": load_transformer,
+        "vae": load_vae,
+        "text_encoder": load_clip,
+        "text_encoder_2": load_t5,
+    }
+    if part != "vae" or "is missing" not in message:
+        monkeypatch.setattr(paddle.nn, "Linear", built)
+        monkeypatch.setattr(paddle.nn, "Embedding", built)
+        with pytest.raises(ConfigError, match=message):
+            load[part](copy / part)
+    with pytest.raises(ConfigError, match=message):
+        check_folder(copy)
+
+
+def test_integers_in_the_place_of_weights_are_named(copy):
+    change_tensors(copy / WEIGHTS, lambda t: t.update({"proj_out.bias": t["proj_out.bias"].view(np.int32)}))
+    with pytest.raises(ConfigError, match="proj_out.bias in .* holds I32, wanted one of F64, F32, F16, BF16"):
+        check_folder(copy)
 
 
 @pytest.mark.parametrize("part", ["transformer", "text_encoder_2"])

@@ -37,6 +37,23 @@ def model(flux):
     return flux.build()
 
 
+@pytest.fixture(scope="module")
+def plain(flux):
+    """plain(...) -> (model, batch, loss, gradients by plain autograd) of these settings of build, made once:
+    the tests leave all of them as they are."""
+    made = {}
+
+    def make(**settings):
+        key = repr(settings)
+        if key not in made:
+            model = flux.build(**settings)
+            batch = flux.arguments(model)
+            made[key] = model, batch, *flux.plain_gradients(model, batch)
+        return made[key]
+
+    return make
+
+
 def assert_equal_gradients(flux, got, wanted):
     each, _ = flux.errors(got, wanted)
     assert max(each.values()) < 1e-5, max(each, key=each.get)
@@ -58,10 +75,8 @@ def assert_equal_gradients(flux, got, wanted):
     ],
     ids=lambda s: "-".join(map(str, s.values())).replace(" ", ""),
 )
-def test_without_packing_it_is_plain_autograd(flux, policy, settings):
-    model = flux.build(**settings)
-    batch = flux.arguments(model)
-    loss, wanted = flux.plain_gradients(model, batch)
+def test_without_packing_it_is_plain_autograd(flux, plain, policy, settings):
+    model, batch, loss, wanted = plain(**settings)
     exact_loss, got = flux.gradients(model, batch, policy)
     assert exact_loss == pytest.approx(loss, rel=1e-6)
     assert_equal_gradients(flux, got, wanted)
@@ -90,10 +105,8 @@ ADAPTERS = {
 
 @pytest.mark.parametrize("kind", ADAPTERS)
 @pytest.mark.parametrize(("policy", "checkpoints"), [(EXACT, 0), (EXACT_VARIANTS[-1], 0), (EXACT, 3)])
-def test_other_adapters_are_plain_autograd_too(flux, kind, policy, checkpoints):
-    model = flux.build(1, 2, **ADAPTERS[kind])
-    batch = flux.arguments(model)
-    loss, wanted = flux.plain_gradients(model, batch)
+def test_other_adapters_are_plain_autograd_too(flux, plain, kind, policy, checkpoints):
+    model, batch, loss, wanted = plain(double=1, single=2, **ADAPTERS[kind])
     exact_loss, got = flux.gradients(model, batch, policy, checkpoints)
     assert exact_loss == pytest.approx(loss, rel=1e-6)
     assert_equal_gradients(flux, got, wanted)
@@ -381,10 +394,9 @@ def test_a_trained_vec_gets_its_gradient(flux, model, checkpoints):
 
 @pytest.mark.parametrize("policy", [None, "none", EXACT, COAT, ATTENTION], ids=str)
 @pytest.mark.parametrize("checkpoints", [1, 3, 4, 9])
-def test_checkpointing_the_first_blocks_without_packing_is_plain_autograd(flux, model, checkpoints, policy):
+def test_checkpointing_the_first_blocks_without_packing_is_plain_autograd(flux, plain, checkpoints, policy):
     """Policies pack in the other blocks, and the input of the norm behind them, only."""
-    batch = flux.arguments(model)
-    _, wanted = flux.plain_gradients(model, batch)
+    model, batch, _, wanted = plain()
     each, _ = flux.errors(flux.gradients(model, batch, policy, checkpoints)[1], wanted)
     exact = policy in (None, "none", EXACT)
     assert max(each.values()) < (1e-5 if exact else 0.03 if checkpoints >= 4 else 0.05)

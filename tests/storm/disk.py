@@ -1,9 +1,9 @@
 """A disk that fails on purpose: what stands between Python and the file system while a saver runs.
 
-Every create, write, fsync, rename, removal, mkdir and chmod below one folder is counted, and can be the last
-that happens (`dying_at`), fail (`failing_at`), or be written down (`Recorder`), from which `PowerCut` builds
-the disk that a power cut at any moment may leave. Files that C or Rust code writes are not seen: savers.py
-has stand-ins for those.
+Every create, write, fsync, rename, exchange, link, removal, mkdir and chmod below one folder is counted, and
+can be the last that happens (`dying_at`, `killed_at`), fail (`Failure`), or be written down, from which
+`PowerCut` builds the disk that a power cut at any moment may leave. Files that C or Rust code writes are not
+seen: savers.py has stand-ins for those.
 """
 
 import builtins
@@ -11,6 +11,7 @@ import errno
 import io
 import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,14 +19,16 @@ from pathlib import Path
 
 import pytest
 
-WRITING = {"create", "write", "fsync", "rename", "mkdir", "chmod"}
+from ppcoat import atomic
+
+WRITING = {"create", "write", "fsync", "rename", "exchange", "link", "mkdir", "chmod"}
 REMOVING = {"unlink", "rmdir"}
 # What an error of the disk forbids. A full disk can still be cleared; a folder without permission cannot.
 FORBIDS = {
     errno.ENOSPC: WRITING - {"chmod"},
     errno.EIO: WRITING,
     errno.EROFS: WRITING | REMOVING,
-    errno.EACCES: {"create", "rename", "mkdir", "chmod"} | REMOVING,
+    errno.EACCES: {"create", "rename", "exchange", "link", "mkdir", "chmod"} | REMOVING,
 }
 
 
@@ -88,8 +91,9 @@ class Disk:
     def watched(self) -> Iterator["Disk"]:
         """Context manager: the operations of this process below `root` go through here."""
         with pytest.MonkeyPatch.context() as patch:
-            for name in ("mkdir", "unlink", "remove", "rmdir", "chmod", "fsync", "rename", "replace"):
+            for name in ("mkdir", "unlink", "remove", "rmdir", "chmod", "fsync", "rename", "replace", "link"):
                 patch.setattr(os, name, self._patched(name, getattr(os, name)))
+            patch.setattr(atomic, "_exchange", self._patched("exchange", atomic._exchange))
             patch.setattr(os, "open", self._patched_os_open(os.open))
             patch.setattr(io, "open", self._patched_open(io.open))
             patch.setattr(builtins, "open", io.open)
@@ -106,10 +110,12 @@ class Disk:
             if own is None:
                 return real(path, *args, **kwargs)
             told = ()
-            if kind == "rename":
+            if kind in ("rename", "exchange", "link"):
                 told = (self.mine(args[0]).relative_to(self.root),)
             if kind in ("rename", "unlink", "rmdir") and not os.path.lexists(own):
                 return real(path, *args, **kwargs)  # it fails, and changes nothing
+            if kind == "exchange" and not os.path.lexists(args[0]):
+                return real(path, *args, **kwargs)
             if kind == "mkdir" and os.path.lexists(own):
                 return real(path, *args, **kwargs)
             with self.operation(kind, own, *told):
@@ -160,6 +166,19 @@ def dying_at(root: Path, number: int) -> Disk:
             raise DeadError
 
     return Disk(root, before)
+
+
+def killed_at(root: Path, number: int) -> Disk:
+    """The same, by the kernel."""
+
+    class Killed(Disk):
+        def operation(self, kind: str, path: Path, *told, partly=lambda: None):
+            if self.count + 1 == number:
+                partly()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().operation(kind, path, *told, partly=partly)
+
+    return Killed(root)
 
 
 @dataclass
@@ -224,6 +243,11 @@ class PowerCut:
             self._at(path).sync()
         elif kind == "rename":
             self._at(told[0].parent).now[told[0].name] = folder.now.pop(name)
+        elif kind == "link":
+            self._at(told[0].parent).now[told[0].name] = folder.now[name]
+        elif kind == "exchange":
+            other, its_name = self._at(told[0].parent), told[0].name
+            folder.now[name], other.now[its_name] = other.now[its_name], folder.now[name]
         elif kind in REMOVING:
             del folder.now[name]
 
@@ -271,3 +295,32 @@ def snapshot(root: Path) -> dict[str, bytes]:
 def drafts(root: Path) -> list[str]:
     """What should have been cleaned."""
     return [str(path) for path in root.rglob("*") if is_draft(path.relative_to(root))]
+
+
+def a_new_process() -> None:
+    """What a process knows of its own drafts and of synced folders ends with it."""
+    atomic._own.clear()
+    atomic._on_disk.clear()
+
+
+def chosen(count: int, every: bool, few: int = 4):
+    """Numbers of operations, from 1: all, or some that are spread over them with the last ones."""
+    return range(1, count + 1) if every else sorted({1 + i * (count - 1) // (few - 1) for i in range(few)})
+
+
+def in_a_child(action: Callable[[], object]) -> int:
+    """The status of a fork that runs `action`; 0 where it returns, 1 where it raises."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            action()
+            status = 0
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def named(error: OSError) -> bool:
+    """Whether an error says which file, and that is none that the user does not know."""
+    return error.errno is not None and ".tmp-" not in str(error.filename) and error.filename is not None

@@ -3,35 +3,46 @@ and what is found when it is read again.
 """
 
 import base64
+import errno
 import io
 import json
 from collections.abc import Callable, Collection
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import paddle
+import pytest
 from disk import snapshot
 from PIL import Image
 from safetensors.numpy import save as numpy_bytes
 from safetensors.paddle import save
 
+from ppcoat import atomic
 from ppcoat.atomic import remove_dead_drafts, whole_file, write_text
+from ppcoat.cli.lora_files import run_convert
 from ppcoat.cli.merge import write_merged
+from ppcoat.data.caption_edits import CaptionEditor
 from ppcoat.data.embedding_store import EmbeddingStore
 from ppcoat.data.laion import LaionSource, unpack_laion
+from ppcoat.data.sources import Item
 from ppcoat.infer.generate import save_picture
 from ppcoat.lora import LoRAModule, read_lora_file, write_lora_file
 from ppcoat.lora.layer import inject_lora
 from ppcoat.lora.peft import save_comfyui, save_peft
 from ppcoat.models import writing
+from ppcoat.models.flux.pipeline import FluxPipeline
 from ppcoat.models.newbie import convert
 from ppcoat.models.newbie.convert import checkpoint_infos, write_newbie_folder
 from ppcoat.models.quantized_base import QuantizedCopy
 from ppcoat.models.writing import write_component
-from ppcoat.studio.runs import Queue
+from ppcoat.studio.draw_list import Asked, read_drawing, write_drawing
+from ppcoat.studio.runs import ChildRun, Queue
 from ppcoat.train.checkpoint import load_latest, save_checkpoint
+from ppcoat.train.search import Costs, Journal, Rounds
 
 
 @dataclass(frozen=True)
@@ -108,6 +119,10 @@ def read_lora(name: str, paths: Collection[str] | None = None) -> Callable[[Path
     return read
 
 
+def read_converted(root: Path) -> object:
+    return [(name, read_lora(Path(name).name)(root)) for name in snapshot(root)]
+
+
 class Block(paddle.nn.Layer):
     def __init__(self) -> None:
         super().__init__()
@@ -120,6 +135,17 @@ def adapted(k: int) -> Block:
     for layer in inject_lora(model, 1 + k, alpha=3.0 * k, targets=["to_q"]).values():
         layer.lora_B.set_value(paddle.full(layer.lora_B.shape, k, "float32"))
     return model
+
+
+def save_two_renames(root: Path, k: int) -> None:
+    """Where two names cannot change places: other systems, some file systems."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(atomic, "_exchange", lambda *_: cannot())
+        save_lightning(root, k)
+
+
+def cannot() -> None:
+    raise OSError(errno.EINVAL, "Invalid argument")
 
 
 def save_newbie(root: Path, k: int) -> None:
@@ -163,12 +189,13 @@ def read_copy(root: Path) -> object:
     return snapshot(root) if copy_of(root).is_usable() else None
 
 
-def once(write: Callable[[Path, int], None]) -> Callable[[Path, int], None]:
+def once(write: Callable[[Path, int], None], ending: str = "") -> Callable[[Path, int], None]:
     """For results that are never replaced: the command says that it is there."""
 
     def save(root: Path, k: int) -> None:
-        if not (root / "out" / str(k)).exists():
-            write(root / "out" / str(k), k)
+        output = root / "out" / f"{k}{ending}"
+        if not output.exists():
+            write(output, k)
 
     return save
 
@@ -215,6 +242,91 @@ def save_unpacked(output: Path, k: int) -> None:
     unpack_laion(LaionSource(str(data), str(data / "list.txt")), output)
 
 
+class Config(dict):
+    __getattr__ = dict.__getitem__
+
+
+class Words:
+    """A tokenizer that was made in memory, and writes its files as it likes."""
+
+    init_kwargs: ClassVar[dict] = {}
+
+    def __init__(self, k: int) -> None:
+        self.files = {"vocab.json": [k] * 300, "tokenizer_config.json": {"k": k, "name_or_path": "/a"}}
+
+    def save_pretrained(self, folder: str) -> None:
+        for name, content in self.files.items():
+            with open(Path(folder) / name, "w", encoding="utf-8") as file:
+                json.dump(content, file)
+
+
+def save_pipeline(root: Path, k: int) -> None:
+    """Into a folder that holds something else, too, over the one before."""
+    folder, model, scheduler = root / "out" / "pipeline", Block(), SimpleNamespace(config={"k": k})
+    if not (folder / "more" / "README.md").exists():
+        write_text(folder / "more" / "README.md", "of the user")
+    model.config, model.source_config, model.out_channels = Config(in_channels=64), {"k": k}, 64
+    for parameter in model.parameters():
+        parameter.set_value(paddle.full(parameter.shape, k, "float32"))
+    models = dict.fromkeys(("transformer", "vae", "text_encoder", "text_encoder_2"), model)
+    parts = models | {"scheduler": scheduler, "tokenizer": Words(k), "tokenizer_2": Words(k)}
+    FluxPipeline.save_pretrained(SimpleNamespace(**parts), folder)
+
+
+def read_pipeline(root: Path) -> object:
+    found = snapshot(root)
+    return found if "out/pipeline/model_index.json" in found else None
+
+
+def save_caption(root: Path, k: int) -> None:
+    """As the studio's page and the command `captions` write one."""
+    picture, before = root / "data" / "0001.png", str(k - 1) * 5000 if k > 1 else ""
+    item = Item(picture, before, 8, 8, caption_file=picture.with_suffix(".txt"))
+    CaptionEditor([item], "txt").write({picture: str(k) * 5000})
+
+
+def save_note(root: Path, k: int) -> None:
+    ChildRun(root / "runs" / "a").prepare(["train", str(k)], root)
+
+
+def read_note(root: Path) -> object:
+    note = ChildRun(root / "runs" / "a").note
+    return note and note.argv
+
+
+def save_drawing_list(root: Path, k: int) -> None:
+    write_drawing(Asked(model="m", prompt="a dress", seed=k), root / "drawings" / "a", "a")
+
+
+def read_drawing_list(root: Path) -> object:
+    return read_drawing(root / "drawings" / "a")
+
+
+def save_journal(root: Path, k: int) -> None:
+    file = root / "tune" / "journal.json"
+    journal = Journal(file, {"k": 0}, Costs(1.0, 1.0, 1.0), Rounds((4,), (10,)))
+    journal.seconds = float(k)
+    journal.save()
+
+
+def read_journal(root: Path) -> object:
+    return Journal.of(root / "tune" / "journal.json", {"k": 0}).seconds
+
+
+def save_lora_of_another_program(output: Path, k: int) -> None:
+    """The command that converts one, from a file to a file."""
+    source = model_folder(output.parents[1]) / f"kohya_{k}.safetensors"
+    module = LoRAModule(np.full([2, 8], k, "float32"), np.ones([8, 2], "float32"), 2.0)
+    write_lora_file(source, {"transformer_blocks.0.attn.to_q": module}, {}, "kohya")
+    quietly(run_convert, SimpleNamespace(input=source, output=output, format="diffusers", dtype=None,
+                                         ignore_unknown=False))  # fmt: skip
+
+
+def quietly(action: Callable, *given: object) -> None:
+    with redirect_stdout(io.StringIO()):
+        action(*given)
+
+
 def save_queue(root: Path, k: int) -> None:
     queue = Queue(root / "studio")
     queue.add(SimpleNamespace(folder=Path(f"/runs/{k}"), is_alive=False))
@@ -225,7 +337,7 @@ def read_queue(root: Path) -> object:
 
 
 def save_drawing(root: Path, k: int) -> None:
-    save_picture(Image.new("RGB", (8, 8), (k, 0, 0)), root / "drawn", k, "a dress", 0)
+    quietly(save_picture, Image.new("RGB", (8, 8), (k, 0, 0)), root / "drawn", k, "a dress", 0)
 
 
 def save_text(root: Path, k: int) -> None:
@@ -246,6 +358,7 @@ def save_bytes(root: Path, k: int) -> None:
 SAVERS = {
     "checkpoint": Saver(save_run, read_run),
     "Lightning's checkpoint": Saver(save_lightning, read_run),
+    "the same, without an exchange of names": Saver(save_two_renames, read_run),
     "LoRA file, diffusers": lora_saver("diffusers"),
     "LoRA file, kohya": lora_saver("kohya"),
     "LoRA file, paddle": lora_saver("paddle"),
@@ -254,10 +367,16 @@ SAVERS = {
     "cache of encodings": Saver(save_encodings, read_encodings),
     "quantised copy": Saver(save_copy, read_copy),
     "merge": Saver(once(save_merged), snapshot),
+    "saved pipeline": Saver(save_pipeline, read_pipeline),
+    "convert": Saver(once(save_lora_of_another_program, ".safetensors"), read_converted),
     "convert-newbie": Saver(once(save_converted), snapshot),
     "unpacked LAION": Saver(once(save_unpacked), snapshot),
+    "caption": Saver(save_caption, snapshot),
     "drawn picture": Saver(save_drawing, snapshot),
     "config.yaml": Saver(save_text, snapshot),
     "studio's queue": Saver(save_queue, read_queue),
+    "studio's run": Saver(save_note, read_note),
+    "studio's drawing": Saver(save_drawing_list, read_drawing_list),
     "studio's upload": Saver(save_bytes, snapshot),
+    "tune's journal": Saver(save_journal, read_journal),
 }

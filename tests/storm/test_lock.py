@@ -1,5 +1,6 @@
 """Two runs on one folder: the second is told who runs, and a dead one holds nothing."""
 
+import errno
 import os
 import signal
 from contextlib import suppress
@@ -59,6 +60,17 @@ def test_an_error_in_the_run_gives_the_folder_back(tmp_path):
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt), only_run_in(tmp_path / "run", Ranks()):
             raise KeyboardInterrupt
+
+
+def test_a_disk_without_room_for_its_note_is_no_obstacle(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "write", full)
+    mine = pytest.raises(ConfigError, match="another process is training there")
+    with only_run_in(tmp_path / "run", Ranks()), mine, only_run_in(tmp_path / "run", Ranks()):
+        pytest.fail("both run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_whoever_waited_at_a_file_that_was_taken_away_holds_the_new_one(tmp_path, monkeypatch):

@@ -1,21 +1,27 @@
 """Kills, errors of the disk and power cuts at every operation of every saver: what was reported as written is
 there, bit for bit.
 
-    python -m pytest tests/storm -s -m "slow or not slow"        all of it, with the table of counts
+    python -m pytest tests/storm -s -m "slow or not slow"        all of it, with the tables of counts
 
 In small, every saver meets every kind of fault, but not at every operation.
 """
 
 import errno
 import os
+import re
 import resource
 import shutil
 import signal
-from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
 from itertools import product
+from pathlib import Path
 
+import numpy as np
 import paddle
 import pytest
+from counts import judge
 from disk import (
     FORBIDS,
     REMOVING,
@@ -23,234 +29,200 @@ from disk import (
     Disk,
     Failure,
     PowerCut,
+    a_new_process,
+    chosen,
     drafts,
     dying_at,
+    in_a_child,
+    killed_at,
+    named,
     put,
     recorded,
     snapshot,
 )
 from safetensors.paddle import save_file
-from savers import SAVERS, stand_ins
+from savers import SAVERS, Saver, stand_ins
 
 from ppcoat import atomic
+from ppcoat.cli import merge
+from ppcoat.cli.main import main
 from ppcoat.errors import ConfigError
+from ppcoat.lora import LoRAModule, write_lora_file
 
-COUNTS: dict[tuple[str, str], Counter] = {}
-EVERY_NAME = pytest.mark.parametrize("name", SAVERS)
+FLUX = Path(__file__).parents[1] / "fixtures" / "tiny_flux_fp32"
+
 VERSIONS = 3  # the last replaces, and the first is pruned, where a saver does either
 
 
-def judge(name: str, kind: str, right: bool, told: str) -> None:
-    count = COUNTS.setdefault((name, kind), Counter())
-    count["tried"] += 1
-    count["right"] += right
-    assert right, f"{name}, {kind}: {told}"
+@dataclass
+class Stage:
+    """Where a saver meets its faults. known: what is read after 0, 1, ... saves in a row without a fault;
+    verdicts: of what faults left, which version that is, and whether the next saves end as on a calm disk."""
 
+    saver: Saver
+    folder: Path
+    known: list = field(default_factory=list)
+    verdicts: dict = field(default_factory=dict)
 
-@pytest.fixture(autouse=True)
-def python_writes(monkeypatch):
-    stand_ins(monkeypatch)
+    def __post_init__(self) -> None:
+        calm = self.folder / "calm"
+        calm.mkdir()
+        self.known.append(self.saver.read(calm))
+        for k in range(1, VERSIONS + 2):
+            self.saver.save(calm, k)
+            self.known.append(self.saver.read(calm))
+            if k == VERSIONS - 1:
+                shutil.copytree(calm, self.folder / "before", symlinks=True)
+        assert drafts(calm) == [] and all(self.known.count(each) == 1 for each in self.known)
+        self.names = snapshot(calm).keys()
+        self.root = self.folder / "root"
 
-
-@pytest.fixture
-def versions(tmp_path):
-    """versions(name, last) -> what is read after 0, 1, ... last saves in a row without a fault."""
-
-    def read(name: str, last: int = VERSIONS + 1) -> list:
-        saver, root = SAVERS[name], tmp_path / "calm"
-        root.mkdir()
-        found = [saver.read(root)]
-        for k in range(1, last + 1):
-            saver.save(root, k)
-            found.append(saver.read(root))
-        assert drafts(root) == [] and all(found.count(each) == 1 for each in found)
-        return found
-
-    return read
-
-
-@pytest.fixture
-def begin(tmp_path):
-    """begin(name) -> an empty folder in which all versions but the last were written."""
-
-    def fresh(name: str):
-        calm = tmp_path / "before"
-        if not calm.exists():
-            calm.mkdir()
-            for k in range(1, VERSIONS):
-                SAVERS[name].save(calm, k)
+    def begin(self) -> Path:
+        """A folder in which all versions but the last were written, for a new process."""
         a_new_process()
-        root = tmp_path / "root"
-        shutil.rmtree(root, ignore_errors=True)
-        shutil.copytree(calm, root)
-        return root
+        shutil.rmtree(self.root, ignore_errors=True)
+        shutil.copytree(self.folder / "before", self.root, symlinks=True)
+        return self.root
 
-    return fresh
+    def save(self, disk: Disk) -> Disk:
+        with disk.watched():
+            self.saver.save(disk.root, VERSIONS)
+        return disk
 
+    @property
+    def operations(self) -> int:
+        return self.save(recorded(self.begin())).count
 
-def a_new_process() -> None:
-    """What a process knows of its own drafts and of synced folders ends with it."""
-    atomic._own.clear()
-    atomic._on_disk.clear()
+    def found(self) -> tuple[int | None, bool]:
+        """Which version is there, and whether the next save succeeds and leaves what it leaves on a calm
+        disk. The same is judged once."""
+        state = everything_in(self.root)
+        if state not in self.verdicts:
+            found = self.saver.read(self.root)
+            k = self.known.index(found) if found in self.known else None
+            self.verdicts[state] = k, k is not None and self._goes_on(k)
+        return self.verdicts[state]
 
-
-def operations(name: str, root) -> int:
-    with recorded(root).watched() as disk:
-        SAVERS[name].save(root, VERSIONS)
-    return disk.count
-
-
-def goes_on(name: str, root, known: list, k: int) -> bool:
-    """Whether the next save succeeds and leaves what it leaves on a calm disk. k: the version that is
-    there."""
-    for each in range(k + 1, VERSIONS + 2):
-        SAVERS[name].save(root, each)
-    files = snapshot(root.parent / "calm").keys()
-    return SAVERS[name].read(root) == known[-1] and drafts(root) == [] and snapshot(root).keys() == files
-
-
-def chosen(count: int, every: bool, few: int = 4):
-    """Numbers of operations, from 1: all, or some that are spread over them with the last ones."""
-    return range(1, count + 1) if every else sorted({1 + i * (count - 1) // (few - 1) for i in range(few)})
+    def _goes_on(self, k: int) -> bool:
+        for each in range(k + 1, VERSIONS + 2):
+            self.saver.save(self.root, each)
+        whole = self.saver.read(self.root) == self.known[-1] and drafts(self.root) == []
+        return whole and snapshot(self.root).keys() == self.names
 
 
-def killed_everywhere(name, begin, versions, every):
-    known = versions(name)
-    for number in chosen(operations(name, begin(name)), every):
-        root = begin(name)
-        with pytest.raises(DeadError), dying_at(root, number).watched():
-            SAVERS[name].save(root, VERSIONS)
+def everything_in(root: Path) -> tuple:
+    """All that a save and a reader can see in a folder, however its drafts are called."""
+    found = []
+    for path in root.rglob("*"):
+        name = re.sub(r"\.tmp-[^/]*-[0-9a-f]{8}", ".tmp-", str(path.relative_to(root)))
+        found.append((name, path.lstat().st_mode, path.read_bytes() if path.is_file() else None))
+    return len(atomic._own), *sorted(found, key=str)
+
+
+# A fault's case: the least and the last version that may be there, whether all else was as it must be, and
+# which case it was.
+Case = tuple[int, int, bool, str]
+
+
+def kills(stage: Stage, every: bool) -> Iterator[Case]:
+    for number in chosen(stage.operations, every):
+        with pytest.raises(DeadError):
+            stage.save(dying_at(stage.begin(), number))
         a_new_process()
-        found = SAVERS[name].read(root)
-        there = [k for k in (VERSIONS - 1, VERSIONS) if found == known[k]]
-        judge(name, "kill", bool(there) and goes_on(name, root, known, there[-1]), f"operation {number}")
+        yield VERSIONS - 1, VERSIONS, True, f"operation {number}"
 
 
-@EVERY_NAME
-def test_killed_at_some_operations(name, begin, versions):
-    killed_everywhere(name, begin, versions, every=False)
+def real_kills(stage: Stage, every: bool) -> Iterator[Case]:
+    """DeadError stands for SIGKILL: here the kernel does it."""
+    for number in chosen(stage.operations, every):
+        root = stage.begin()
+        status = in_a_child(partial(stage.save, killed_at(root, number)))
+        yield VERSIONS - 1, VERSIONS, status == -signal.SIGKILL, f"operation {number}, status {status}"
 
 
-@pytest.mark.slow
-@EVERY_NAME
-def test_killed_at_every_operation(name, begin, versions):
-    killed_everywhere(name, begin, versions, every=True)
-
-
-def fails_everywhere(name, begin, versions, every):
-    known = versions(name)
-    count = operations(name, begin(name))
+def errors(stage: Stage, every: bool) -> Iterator[Case]:
     kinds = [(code, lasting) for code in FORBIDS for lasting in (False, True)]
-    places = chosen(count, every, few=len(kinds))
-    cases = product(places, kinds) if every else zip(places, kinds, strict=False)
-    for number, (code, lasting) in cases:
-        root, error, failure = begin(name), None, Failure(number, code, lasting)
-        with Disk(root, failure).watched():
-            try:
-                SAVERS[name].save(root, VERSIONS)
-            except (OSError, ConfigError) as caught:
-                error = caught
+    places = chosen(stage.operations, every, few=len(kinds))
+    for number, (code, lasting) in product(places, kinds) if every else zip(places, kinds, strict=False):
+        error, failure = None, Failure(number, code, lasting)
+        try:
+            stage.save(Disk(stage.begin(), failure))
+        except (OSError, ConfigError) as caught:
+            error = caught
         if not failure.met:
             continue
-        clean = error is None or isinstance(error, ConfigError) or named(error, root)
-        left = drafts(root)
+        left = drafts(stage.root)
         if failure.met & REMOVING or any(each.endswith(".old") for each in left):
             left = []  # what cannot be removed, or put back, now, the next save or reader does
-        found = SAVERS[name].read(root)
-        there = [k for k in (VERSIONS - 1, VERSIONS) if found == known[k]]
-        right = clean and not left and bool(there) and (error is not None or there[-1] == VERSIONS)
-        right = right and goes_on(name, root, known, there[-1])
-        told = f"operation {number}, {errno.errorcode[code]}, lasting {lasting}: {error!r}, {left}, {there}"
-        judge(name, "error", right, told)
+        clean = error is None or isinstance(error, ConfigError) or named(error)
+        least = VERSIONS if error is None else VERSIONS - 1
+        told = f"operation {number}, {errno.errorcode[code]}, lasting {lasting}: {error!r}, {left}"
+        yield least, VERSIONS, clean and not left, told
 
 
-def named(error: OSError, root) -> bool:
-    """Whether an error says which file, and that is none that the user does not know."""
-    return error.errno is not None and ".tmp-" not in str(error.filename) and error.filename is not None
-
-
-@EVERY_NAME
-def test_errors_of_the_disk_at_some_operations(name, begin, versions):
-    fails_everywhere(name, begin, versions, every=False)
-
-
-@pytest.mark.slow
-@EVERY_NAME
-def test_errors_of_the_disk_at_every_operation(name, begin, versions):
-    fails_everywhere(name, begin, versions, every=True)
-
-
-def cut_everywhere(name, tmp_path, versions, every):
-    known, root, reported = versions(name), tmp_path / "root", {}
+def cuts(stage: Stage, every: bool) -> Iterator[Case]:
+    reported, root = {}, stage.begin()
+    shutil.rmtree(root)
     root.mkdir()
-    a_new_process()
     with recorded(root).watched() as disk:
         for k in range(1, VERSIONS + 1):
-            SAVERS[name].save(root, k)
+            stage.saver.save(root, k)
             reported[len(disk.trace)] = k
-    model, seen, last = PowerCut(), set(), 0
-    after = tmp_path / "after"
+    model, last = PowerCut(), 0
     moments = set(chosen(len(disk.trace), every, few=5)) | set(reported)
     for number, operation in enumerate(disk.trace, 1):
         model.apply(operation)
         last = reported.get(number, last)
         for variant in PowerCut.VARIANTS if number in moments else ():
-            left = model.left(variant)
-            case = (last, tuple(sorted(left.items())))
-            right = True
-            if case not in seen:
-                seen.add(case)
-                put(after, left)
-                a_new_process()
-                found = SAVERS[name].read(after)
-                allowed = [k for k in (last, last + 1) if k <= VERSIONS]
-                there = [k for k in allowed if found == known[k]]
-                right = bool(there) and goes_on(name, after, known, there[-1])
-            judge(name, "power cut", right, f"after {number}: {operation[:3]}, {variant}, reported {last}")
+            put(root, model.left(variant))
+            a_new_process()
+            told = f"after {number}: {operation[:3]}, {variant}, reported {last}"
+            yield last, min(last + 1, VERSIONS), True, told
 
 
-@EVERY_NAME
-def test_power_cuts_at_some_operations(name, tmp_path, versions):
-    cut_everywhere(name, tmp_path, versions, every=False)
+FAULTS = {"kill": kills, "error": errors, "power cut": cuts, "real kill": real_kills}
+REAL = ["checkpoint", "LoRA file, diffusers", "quantised copy", "config.yaml"]
+SOME = [(name, fault) for name in SAVERS for fault in FAULTS if fault != "real kill" or name == "config.yaml"]
+EVERY = [(name, fault) for name in SAVERS for fault in FAULTS if fault != "real kill" or name in REAL]
+
+
+@pytest.fixture(autouse=True)
+def python_writes(monkeypatch):
+    """Nobody cuts the power of this machine, so nothing need reach its disk."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    stand_ins(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def stages(memory):
+    """stages(name), the same for all faults."""
+    made: dict[str, Stage] = {}
+
+    def stage(name: str) -> Stage:
+        if name not in made:
+            (memory / str(len(made))).mkdir()
+            made[name] = Stage(SAVERS[name], memory / str(len(made)))
+        return made[name]
+
+    return stage
+
+
+def storm(stage: Stage, name: str, fault: str, every: bool) -> None:
+    for least, last, right, told in FAULTS[fault](stage, every):
+        k, goes_on = stage.found()
+        there = k is not None and least <= k <= last
+        judge(name, fault, right and there and goes_on, f"{told}; found {k}, goes on {goes_on}")
+
+
+@pytest.mark.parametrize(("name", "fault"), SOME)
+def test_what_was_reported_is_there_after_a_fault_at_some_operations(name, fault, stages):
+    storm(stages(name), name, fault, every=False)
 
 
 @pytest.mark.slow
-@EVERY_NAME
-def test_power_cuts_at_every_operation(name, tmp_path, versions):
-    cut_everywhere(name, tmp_path, versions, every=True)
-
-
-def in_a_child(action) -> int:
-    """The status of a fork that runs `action`; 0 where it returns, 1 where it raises."""
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            action()
-            status = 0
-        finally:
-            os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-def test_a_process_that_is_really_killed_leaves_what_the_storm_says(begin, versions):
-    """DeadError stands for SIGKILL everywhere above: here the kernel does it."""
-    known, count = versions("config.yaml"), operations("config.yaml", begin("config.yaml"))
-    for number in range(1, count + 1):
-        root = begin("config.yaml")
-
-        def save(root=root, number=number):
-            def before(seen, kind, path):
-                if seen == number:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-            with Disk(root, before).watched():
-                SAVERS["config.yaml"].save(root, VERSIONS)
-
-        assert in_a_child(save) == -signal.SIGKILL
-        found = SAVERS["config.yaml"].read(root)
-        assert found in known[VERSIONS - 1 : VERSIONS + 1]
-        assert goes_on("config.yaml", root, known, known.index(found))
+@pytest.mark.parametrize(("name", "fault"), EVERY)
+def test_what_was_reported_is_there_after_a_fault_at_every_operation(name, fault, stages):
+    storm(stages(name), name, fault, every=True)
 
 
 def test_what_rust_cannot_write_is_an_error_of_the_disk_with_the_files_name(tmp_path, monkeypatch):
@@ -265,6 +237,26 @@ def test_what_rust_cannot_write_is_an_error_of_the_disk_with_the_files_name(tmp_
         with pytest.raises(OSError) as caught, atomic.whole_file(goal) as draft:
             save_file(tensors, str(draft))
         assert caught.value.errno == errno.EFBIG and caught.value.filename == str(goal)
+
+    assert in_a_child(save) == 0
+    assert list(goal.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("copy", [shutil.copyfile, shutil.copytree])
+def test_a_copy_for_which_is_no_room_names_what_was_to_be_written(tmp_path, monkeypatch, copy):
+    """The kernel copies, and Python's error names the source first."""
+    monkeypatch.undo()
+    source, goal = tmp_path / "model", tmp_path / "out" / "merged"
+    source.mkdir()
+    (source / "weights").write_bytes(bytes(9000))
+
+    def save():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, resource.RLIM_INFINITY))
+        with pytest.raises(OSError) as caught, atomic.whole_folder(goal) as draft:
+            one = copy is shutil.copyfile
+            copy(source / "weights" if one else source, draft / "weights")
+        assert str(caught.value) == f"[Errno {errno.EFBIG}] File too large: {str(goal)!r}"
 
     assert in_a_child(save) == 0
     assert list(goal.parent.iterdir()) == []
@@ -294,14 +286,46 @@ def test_what_copytree_cannot_read_or_write_is_one_error_with_the_files_name(tmp
     assert list(goal.parent.iterdir()) == []
 
 
-@pytest.fixture(scope="module", autouse=True)
-def table(request):
-    """Prints what was tried, right and wrong."""
-    yield
-    if request.config.getoption("capture") != "no":
-        return
-    print("\n\n| what is written | kill | error | power cut |\n|---|---|---|---|")
-    for name in SAVERS:
-        cells = [COUNTS.get((name, kind), Counter()) for kind in ("kill", "error", "power cut")]
-        print(f"| {name} | " + " | ".join(f"{c['tried']} / {c['right']} / {c['tried'] - c['right']}"
-                                          for c in cells) + " |")  # fmt: skip
+@pytest.fixture
+def merging(tmp_path, monkeypatch):
+    """The command `merge` on the reference FLUX up to its writing -> the call that writes output_dir."""
+    monkeypatch.undo()
+    module = LoRAModule(np.ones([2, 64], "float32"), np.ones([64, 2], "float32"), 2.0)
+    lora, taken = tmp_path / "lora.safetensors", []
+    write_lora_file(lora, {"transformer_blocks.0.attn.to_q": module}, {}, "diffusers")
+    with monkeypatch.context() as patch:
+        patch.setattr(merge, "write_merged", lambda files, output, *rest: taken.append((files, *rest)) or 0.0)
+        assert main(["merge", "--model", str(FLUX), "--lora", str(lora),
+                     "--output_dir", str(tmp_path / "out")]) == 0  # fmt: skip
+    (files, *rest) = taken[0]
+    return lambda output: merge.write_merged(files, output, *rest)
+
+
+@pytest.mark.slow
+def test_a_true_merge_that_is_really_killed_is_there_whole_or_not_at_all(memory, merging):
+    """Nothing stands for anything here: a FLUX pipeline, weights that Rust writes, and SIGKILL."""
+    root = memory / "merge"
+    root.mkdir()
+    a_new_process()
+    with recorded(root).watched() as disk:
+        merging(root / "out")
+    whole = snapshot(root)
+    assert len(whole) > 10
+
+    def killed(number):
+        with killed_at(root, number).watched():
+            merging(root / "out")
+
+    for number in range(1, disk.count + 1):
+        shutil.rmtree(root)
+        root.mkdir()
+        a_new_process()
+        status = in_a_child(partial(killed, number))
+        found = snapshot(root)
+        right = status == -signal.SIGKILL and found in ({}, whole)
+        a_new_process()
+        if not found:
+            merging(root / "out")
+        atomic.remove_dead_drafts(root)  # as whoever writes there next does
+        right = right and snapshot(root) == whole and drafts(root) == []
+        judge("merge of a true FLUX pipeline", "real kill", right, f"operation {number}, status {status}")

@@ -17,6 +17,21 @@ CHROMIUM = os.environ.get("PPCOAT_CHROMIUM") or shutil.which("chromium") or shut
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
              "--disable-background-networking", "--disable-component-update"]  # fmt: skip
 REPOSITORY = Path(__file__).parents[2]
+PATIENCE = 300  # seconds, for a busy machine: what is there is seen at once
+LOOP_SECONDS = 0.1  # of the loop in `slowness` on a core of 2020 that does nothing else
+
+
+@pytest.fixture
+def slowness():
+    """slowness() -> how many times slower than such a core this machine is now, at least 1: what bounds of
+    seconds are multiplied by."""
+
+    def measured():
+        began = time.perf_counter()
+        sum(range(6_000_000))
+        return max(1.0, (time.perf_counter() - began) / LOOP_SECONDS)
+
+    return measured
 
 
 @pytest.fixture
@@ -36,7 +51,7 @@ def start_studio(tmp_path):
         process = subprocess.Popen(command, env=environment, cwd=root)
         started.append(process)
         address = f"http://127.0.0.1:{port}"
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + PATIENCE
         while time.monotonic() < deadline and process.poll() is None:
             try:
                 urllib.request.urlopen(f"{address}/data", timeout=10).close()
@@ -51,7 +66,7 @@ def start_studio(tmp_path):
     for process in started:
         process.terminate()
     for process in started:
-        process.wait(timeout=30)
+        process.wait(timeout=PATIENCE)
 
 
 @pytest.fixture(scope="session")
@@ -79,7 +94,7 @@ def open_page(chromium):
         )
         contexts.append(context)
         page = context.new_page()
-        page.set_default_timeout(60_000)  # for a busy machine
+        page.set_default_timeout(1000 * PATIENCE)
         ours = (url.split("/")[2], "")
         page.on("request", lambda request: outside.append(request.url)
                 if request.url.split("/")[0] in ("http:", "https:", "ws:", "wss:")
@@ -89,7 +104,7 @@ def open_page(chromium):
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.on("dialog", lambda dialog: errors.append(f"dialog: {dialog.message}"))
         page.goto(url)
-        page.wait_for_selector(".studio")
+        page.wait_for_selector(".studio")  # it is shown once the page is connected
         return page
 
     yield opened

@@ -159,7 +159,7 @@ def test_a_bad_folder_is_one_line_in_the_page(data, tmp_path, start_studio, open
     assert page.locator(".picture").count() == 0
 
 
-def test_many_pictures_are_loaded_as_they_are_scrolled_to(tmp_path, start_studio, open_page):
+def test_many_pictures_are_loaded_as_they_are_scrolled_to(tmp_path, start_studio, open_page, slowness):
     folder = tmp_path / "many"
     folder.mkdir()
     for number in range(500):
@@ -187,10 +187,10 @@ def test_many_pictures_are_loaded_as_they_are_scrolled_to(tmp_path, start_studio
         }
         return times.sort((a, b) => a - b)[20];
     }""")
-    assert frames < 100  # ms, of two cores that are shared: 16 where nothing else runs
+    assert frames < 100 * slowness()  # ms, of two cores that are shared: 16 where nothing else runs
 
 
-def test_the_first_page_comes_in_two_seconds(data, start_studio, open_page):
+def test_the_first_page_comes_in_two_seconds(data, start_studio, open_page, slowness):
     url, _ = start_studio(data.parent)
     times = []
     for _ in range(5):
@@ -199,7 +199,7 @@ def test_the_first_page_comes_in_two_seconds(data, start_studio, open_page):
         times.append(time.perf_counter() - start)
     if min(times) >= 2 and os.getloadavg()[0] > 1.5 * os.cpu_count():
         pytest.skip("others use the processors: the clock tells nothing of the page")
-    assert min(times) < 2
+    assert min(times) < 2 * slowness()
 
 
 def test_a_narrow_page_needs_no_sideways_scrolling_and_speaks_chinese(data, start_studio, open_page):
@@ -235,6 +235,7 @@ def test_another_machine_needs_the_token(data, start_studio, chromium, capfd):
     url, _ = start_studio(data.parent, "--host", "0.0.0.0")
     token = capfd.readouterr().out.split("?token=")[1].split()[0]
     page = chromium.new_context().new_page()
+    page.set_default_timeout(300_000)
     assert page.goto(f"{url}/data").status == 403
     page.goto(f"{url}/data?folder=pictures&token={token}")
     page.wait_for_selector(".picture")

@@ -31,7 +31,7 @@ def test_a_lora_is_inspected_by_path(panel, tmp_path):
     command.wait_for()
     assert command.inner_text() == "python -m ppcoat inspect 'my lora.safetensors'"
     tool.get_by_role("button", name="Run").click()
-    tool.get_by_text("Done").wait_for(timeout=60_000)
+    tool.get_by_text("Done").wait_for()
     log = tool.locator(".nicegui-log")
     assert "rank" in log.inner_text() and log.bounding_box()["height"] > 200  # it can be read
 
@@ -42,10 +42,10 @@ def test_a_lora_that_is_sent_is_converted(panel, tmp_path):
     page.get_by_text("Stored as studio_uploads/rslora.safetensors").wait_for()
     assert tool.get_by_label("Write to").input_value() == "studio_uploads/rslora_kohya.safetensors"
     tool.get_by_role("button", name="Run").click()
-    tool.get_by_text("Done").wait_for(timeout=60_000)
+    tool.get_by_text("Done").wait_for()
     assert read_lora_file(tmp_path / "studio_uploads/rslora_kohya.safetensors").format == "kohya"
     tool.get_by_role("button", name="Run").click()  # it is there now
-    tool.get_by_text("Ended with status 2").wait_for(timeout=60_000)
+    tool.get_by_text("Ended with status 2").wait_for()
     assert "exists: remove it, or choose another name" in tool.locator(".nicegui-log").inner_text()
 
 
@@ -63,7 +63,7 @@ def test_a_lora_is_made_smaller(panel, tmp_path):
     tool.get_by_label("Largest rank").fill("2")
     tool.get_by_text("--rank=2").wait_for()
     tool.get_by_role("button", name="Run").click()
-    tool.get_by_text("Done").wait_for(timeout=60_000)
+    tool.get_by_text("Done").wait_for()
     modules = read_lora_file(tmp_path / "my lora_rank2.safetensors").modules
     assert {module.rank for module in modules.values()} == {2}
 

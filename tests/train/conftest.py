@@ -5,13 +5,12 @@ import multiprocessing
 import os
 import socket
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from ppcoat.config.load import load_config
-from ppcoat.train import ranks
+from ppcoat.train import rank_line, ranks
 
 HERE = str(Path(__file__).parent)
 if HERE not in sys.path:
@@ -42,22 +41,20 @@ def start():
     tell), and what it tells comes from its receiver."""
     started = []
 
-    def start(work, size=2, grace=0.3, again=ranks.AGAIN):
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            port = server.getsockname()[1]
+    def start(work, size=2, grace=0.3, **patience):
+        with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as other:
+            store, ours = (each.getsockname()[1] for each in (one, other))
         environment = {
             "PADDLE_TRAINERS_NUM": str(size),
-            "PADDLE_MASTER": f"127.0.0.1:{port}",
-            "PADDLE_TRAINER_ENDPOINTS": ",".join(f"127.0.0.1:{port + 1 + i}" for i in range(size)),
+            "PADDLE_MASTER": f"127.0.0.1:{store}",
+            "PADDLE_TRAINER_ENDPOINTS": ",".join([f"127.0.0.1:{ours}", *["127.0.0.1:1"] * (size - 1)]),
         }
         results = [CONTEXT.Pipe(duplex=False) for _ in range(size)]
 
         def run(rank):
             os.environ.update(environment, PADDLE_TRAINER_ID=str(rank), PADDLE_CURRENT_ENDPOINT="127.0.0.1:1")
-            ranks._GRACE_SECONDS = grace
-            if rank:
-                time.sleep(0.3)  # Paddle's store asks again only after 3 seconds
-            work(ranks.Ranks.current(again=again), results[rank][1].send)
+            rank_line._GRACE_SECONDS = grace
+            work(ranks.Ranks.current(patience=rank_line.Patience(**patience)), results[rank][1].send)
 
         for rank in range(size):
             process = CONTEXT.Process(target=run, args=(rank,))

@@ -19,7 +19,8 @@ import pytest
 from ppcoat.errors import ConfigError
 from ppcoat.optim import FP8AdamW, FP8QuantizationConfig
 from ppcoat.train import ranks as module
-from ppcoat.train.ranks import LOST_EXIT, Ranks
+from ppcoat.train.rank_line import _END, _FRAME, GREETING, LOST_EXIT, Line, Patience, greeting
+from ppcoat.train.ranks import Ranks
 
 SHAPES = ([3, 5], [7], [2, 2, 2])
 
@@ -68,6 +69,13 @@ def work_together(ranks, tell):
     ranks.broadcast(tensors)
     told["broadcast"] = [tensors[0].view("int16").numpy(), tensors[1].numpy(), tensors[2].numpy()]
 
+    tensors = {"lora": {"a": tensors[0], "b": paddle.ones([3])}, "optimizer": {"c": tensors[0].view("uint8")}}
+    given = ({"step": 7}, tensors) if ranks.is_first else (None, {})
+    facts, found = ranks.hand_over(*given)
+    told["handed"] = facts, [found["lora"]["a"].view("int16").numpy(), found["lora"]["b"].numpy(),
+                             found["optimizer"]["c"].numpy()]  # fmt: skip
+    told["bytes"] = len(ranks.from_first(b"x" * 1000 if ranks.is_first else b""))
+
     told["gathered"] = ranks.gather([[0.1, 0.7], [float("nan"), float("-inf")]][ranks.rank])
     told["share"] = [ranks.share([1, 2, 3, 4]), ranks.share(np.arange(6).reshape(2, 3)).tolist()]
     with pytest.raises(ConfigError, match="batch of 3 cannot be shared by 2 ranks"):
@@ -92,6 +100,11 @@ def test_two_ranks_compute_together(start):
         np.testing.assert_array_equal(told["broadcast"][0], np.arange(8) - 4)
         np.testing.assert_array_equal(told["broadcast"][1], [0.5, 0.5])
         np.testing.assert_array_equal(told["broadcast"][2], [1, 1, 1])
+        facts, found = told["handed"]
+        assert facts == {"step": 7} and told["bytes"] == 1000
+        bits = np.arange(8, dtype=np.int16) - 4
+        for value, expected in zip(found, (bits, [1, 1, 1], bits.view(np.uint8)), strict=True):
+            np.testing.assert_array_equal(value, expected)
         np.testing.assert_array_equal(told["gathered"], [[0.1, 0.7], [np.nan, -np.inf]])
     assert (first["share"], second["share"]) == ([[1, 2], [[0, 1, 2]]], [[3, 4], [[3, 4, 5]]])
 
@@ -280,14 +293,70 @@ def test_the_first_goes_ahead_and_the_others_follow(start, tmp_path):
 
 
 def test_a_stranger_at_the_port_is_not_a_rank():
+    server, run = socket.create_server(("127.0.0.1", 0)), bytes(16)
+    address, lines = server.getsockname(), []
+    line = Line(0, 2, server, run)
+    for words in (greeting(b"1" * 16, 1, 2), greeting(run, 0, 2), greeting(run, 2, 2), greeting(run, 1, 3),
+                  b"GET / HTTP/1.1\r\n".ljust(40), greeting(run, 1, 2)):  # fmt: skip
+        lines.append(socket.create_connection(address, timeout=5))
+        lines[-1].sendall(words)
+    answers = [each.recv(GREETING.size) for each in lines]
+    assert answers == [b""] * 5 + [greeting(run, 0, 2)]
+    lines[5].sendall(_FRAME.pack(_END, 0))  # else its end would end this process
+    line.end()
+    assert line.own_address == "127.0.0.1" and line._peers[1].getpeername() == lines[5].getsockname()
+
+
+def test_what_differs_between_ranks_is_named_on_all(start):
+    def work(ranks, tell):
+        ranks.agree({"train.lr": 0.1, "name": "连衣裙"})
+        with pytest.raises(ConfigError) as refused:
+            more = dict.fromkeys("abc"[: ranks.rank * 3], 1)
+            ranks.agree({"train.lr": 0.1 * (1 + ranks.rank), **more, "same": 0})
+        tell(str(refused.value))
+
+    processes, heard = start(work)
+    expected = (
+        "the ranks do not start alike: train.lr is 0.1 on rank 0 and 0.2 on rank 1, a is None on rank 0 and "
+        "1 on rank 1, b is None on rank 0 and 1 on rank 1, 1 more; start them all with the same settings, "
+        "versions and pictures"
+    )
+    assert [hear(receiver) for receiver in heard] == [expected, expected]
+    assert finish(processes) == [0, 0]  # nobody has died
+
+
+def test_a_store_whose_port_is_taken_gets_another(start, monkeypatch):
+    monkeypatch.setattr(module, "_store_address", lambda found=module._store_address: (held(), found())[1])
+    taken = []
+
+    def held():
+        host, _, port = os.environ["PADDLE_MASTER"].rpartition(":")
+        taken.append(socket.create_server((host, int(port))))
+
+    def work(ranks, tell):
+        tell((os.environ["PADDLE_MASTER"], ranks.gather([ranks.rank]).tolist()))
+        ranks.close()
+
+    _, heard = start(work)
+    first, second = hear(heard[0]), hear(heard[1])
+    assert first == second and first[1] == [[0], [1]]
+
+
+def test_a_port_of_rank_0_that_is_taken_is_told(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as server:
-        lines = []
-        for token, rank in ((1, 1), (7, 0), (7, 2), (7, 1)):
-            lines.append(socket.create_connection(server.getsockname()))
-            lines[-1].sendall(module._GREETING.pack(token, rank))
-        peers = module._accept(server, token=7, size=2)
-    assert list(peers) == [1]
-    assert peers[1].getpeername() == lines[3].getsockname()
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        monkeypatch.setenv("PADDLE_TRAINER_ENDPOINTS", f"{address},127.0.0.1:1")
+        with pytest.raises(ConfigError, match=f"cannot listen at {address} .*another program uses that port"):
+            module._connect(0, 2, Patience())
+    for wrong in ("", "127.0.0.1", "127.0.0.1:x"):
+        monkeypatch.setenv("PADDLE_TRAINER_ENDPOINTS", wrong)
+        with pytest.raises(ConfigError, match="ENDPOINTS: came '.*' for rank 0, wanted host:port"):
+            module._connect(0, 2, Patience())
+
+
+def test_the_network_of_an_address_has_a_name():
+    assert module._interface_of("127.0.0.1") == "lo"
+    assert module._interface_of("203.0.113.7") is None
 
 
 def test_one_process_needs_no_group(monkeypatch):

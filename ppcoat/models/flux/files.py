@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ppcoat.errors import ConfigError
+from ppcoat.models.json_files import read_json
 from ppcoat.models.single_file import component_kind, components_in
 from ppcoat.models.tensor_files import (
     Component,
@@ -17,7 +18,6 @@ from ppcoat.models.tensor_files import (
     check_index,
     check_there,
     pipeline_class,
-    read_json,
 )
 
 Places = str | Path | Sequence[str | Path] | None

@@ -11,13 +11,15 @@ Source: black-forest-labs/flux (model.py, modules/autoencoder.py), ComfyUI-GGUF'
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from ppcoat.errors import ConfigError
 from ppcoat.models.flux import ATTENTION_AND_MLP, HALVES_SWAPPED, MODULATION, NORMS, OUTSIDE_BLOCKS
-from ppcoat.models.tensor_files import TensorInfo
+from ppcoat.models.json_files import shown
+from ppcoat.models.tensor_files import Component, TensorInfo, config_file, sizes_of
 
 Infos = Mapping[str, TensorInfo]
 _BLOCKS = {"double_blocks": "transformer_blocks", "single_blocks": "single_transformer_blocks"}
@@ -49,6 +51,9 @@ _LLAMA = [  # T5: llama.cpp's name -> transformers'
     (r"^enc\.blk\.(\d+)\.ffn_down\.", r"encoder.block.\1.layer.1.DenseReluDense.wo."),
     (r"^enc\.blk\.(\d+)\.ffn_norm\.", r"encoder.block.\1.layer.1.layer_norm."),
 ]
+
+
+_TABLE = re.compile(r"embedding\.weight$|^shared\.|embed_tokens\.|attention_bias\.")  # matrices of no Linear
 
 
 class ToldConfig(NamedTuple):
@@ -89,10 +94,35 @@ def told_config(part: str, infos: Infos) -> ToldConfig:
     try:
         return _PARTS[part].config(infos)
     except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
+        if isinstance(error, ConfigError):
+            raise
         file = next(iter(infos.values())).file
+        why = f"missing {error.args[0]}" if isinstance(error, KeyError) else str(error)
         raise ConfigError(
-            f"{file}: the tensors of its {part} are incomplete ({error}): fetch it again"
+            f"{file}: the tensors of its {part} are incomplete ({why}): fetch it again"
         ) from error
+
+
+def check_sizes(part: str, component: Component, infos: Infos) -> None:
+    """Raises ConfigError unless the sizes in the config of a component are those of its tensors: so a model
+    that is built from the config has no more layers and numbers than its files."""
+    config = sizes_of(component, part)
+    told = told_config(part, {name: _as_torch(name, info) for name, info in infos.items()}).told
+    if part == "transformer":
+        told.setdefault("out_channels", told["in_channels"])
+    for key, wanted in told.items():
+        came = getattr(config, key)
+        if came != wanted and (came, key) != (None, "out_channels"):
+            raise ConfigError(
+                f"{config_file(component, part)}: {key}: came {shown(came)}, but the weights are of "
+                f"{shown(wanted)}: take config.json and all weights from one model"
+            )
+
+
+def _as_torch(name: str, info: TensorInfo) -> TensorInfo:
+    """The matrix of a Linear of a file in Paddle's layout as torch has it."""
+    turned = not info.torch_layout and len(info.shape) == 2 and not _TABLE.search(name)
+    return info._replace(shape=info.shape[::-1]) if turned else info
 
 
 def _transformer_names(infos: Infos) -> dict[str, TensorInfo]:
@@ -165,8 +195,9 @@ def _transformer_config(infos: Infos) -> ToldConfig:
         "pooled_projection_dim": infos["time_text_embed.text_embedder.linear_1.weight"].shape[1],
         "guidance_embeds": "time_text_embed.guidance_embedder.linear_1.weight" in infos,
     }
-    if infos["proj_out.weight"].shape[0] != inputs:
-        told["out_channels"] = infos["proj_out.weight"].shape[0]
+    outputs = infos["proj_out.weight"].shape[0] if "proj_out.weight" in infos else inputs
+    if outputs != inputs:
+        told["out_channels"] = outputs
     sides = 7 * head // 16 // 2 * 2  # 56 of 128, even
     published = {
         "_class_name": "FluxTransformer2DModel",
@@ -197,7 +228,7 @@ def _vae_config(infos: Infos) -> ToldConfig:
         "down_block_types": ["DownEncoderBlock2D"] * stages,
         "up_block_types": ["UpDecoderBlock2D"] * stages,
         "force_upcast": True,
-        "norm_num_groups": 32,
+        "norm_num_groups": math.gcd(32, *channels),
         "sample_size": 1024,
         "scaling_factor": 0.3611,
         "shift_factor": 0.1159,

@@ -14,7 +14,7 @@ import paddle
 import paddle.nn as nn
 from ppdiffusers import AutoencoderKL, DiffusionPipeline
 
-from ppcoat.atomic import whole_folder
+from ppcoat.atomic import can_be_replaced, whole_folder
 from ppcoat.device import compute_dtype
 from ppcoat.errors import ConfigError
 from ppcoat.models import loading, writing
@@ -118,17 +118,19 @@ class FluxPipeline(DrawingLoop, LoRAMethods, PictureInputs, LatentPictures, Diff
         return cls.from_pretrained(file, paddle_dtype, **options)
 
     def save_pretrained(self, folder: str | os.PathLike, dtype: str | None = None) -> None:
-        """Writes a folder that diffusers (PyTorch) and `from_pretrained` load; a new one whole or not at all,
-        into one that is there file by file, model_index.json last.
+        """Writes a folder that diffusers (PyTorch) and `from_pretrained` load, whole or not at all: one that
+        is there is replaced, and what it has beside a pipeline stays. Where it cannot be replaced (see
+        `can_be_replaced`), each component is, and model_index.json comes last.
 
         dtype: float32, bfloat16 or float16 (None: as loaded). Raises ConfigError if a part is None or a
-        LoRA is on.
+        LoRA is on, OSError (full disk; it takes room for the old and the new one).
         """
         absent = [name for name in FLUX_COMPONENTS if getattr(self, name) is None]
         if absent:
             raise ConfigError(f"the pipeline has no {absent[0]}, and a folder is not complete without it")
         folder = Path(folder)
-        with nullcontext(folder) if folder.exists() else whole_folder(folder) as target:
+        in_place = folder.is_dir() and not can_be_replaced(folder)
+        with nullcontext(folder) if in_place else whole_folder(folder, replace=True, keep=True) as target:
             for name in FLUX_COMPONENTS:
                 writing.save_component(getattr(self, name), target / name, dtype)
             name = writing.class_that_draws(self.transformer, type(self).__name__)

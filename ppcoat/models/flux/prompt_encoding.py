@@ -13,6 +13,8 @@ import paddle
 from ppcoat.errors import ConfigError
 
 MAX_T5_TOKENS = 512
+LETTERS_OF_A_TOKEN = 32
+MOST_COUNTED = 16  # of the prompts that are cut, to tell how long they are
 
 
 @dataclass(frozen=True)
@@ -116,14 +118,27 @@ def _as_list(prompt: str | Sequence[str]) -> list[str]:
 
 
 def _token_ids(tokenizer: Any, prompts: list[str], length: int) -> paddle.Tensor:
-    tokens = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pd")
+    starts = [_start(prompt, length) for prompt in prompts]
+    tokens = tokenizer(starts, padding="max_length", max_length=length, truncation=True, return_tensors="pd")
     return tokens["input_ids"]
+
+
+def _start(prompt: str, length: int) -> str:
+    """As much of a prompt as `length` tokens can come from: no piece of T5 has more than 16 letters, and
+    tokenizers in Python take seconds for 64 KiB."""
+    letters = end = LETTERS_OF_A_TOKEN * length
+    while end < len(prompt) and sum(map(len, prompt[:end].split())) < letters:
+        end *= 2  # white space is no letter
+    return prompt[:end]
 
 
 def _warn_if_cut(tokenizer: Any, prompts: list[str], ids: paddle.Tensor) -> None:
     """ids: [prompts, length], of which only rows without padding can have been cut."""
     full = [p for p, row in zip(prompts, ids.numpy(), strict=True) if row[-1] != tokenizer.pad_token_id]
-    pieces = max((len(tokenizer.tokenize(prompt)) for prompt in full), default=0)
+    some = sorted(full, key=len)[-MOST_COUNTED:]
+    starts = [_start(prompt, ids.shape[1]) for prompt in some]
+    pieces = max((len(tokenizer.tokenize(start)) for start in starts), default=0)
     longest = pieces + tokenizer.num_special_tokens_to_add(pair=False)
     if longest > ids.shape[1]:
-        warnings.warn(f"a prompt of {longest} T5 tokens is cut to {ids.shape[1]}", stacklevel=1)
+        more = "more than " if starts != some else ""
+        warnings.warn(f"a prompt of {more}{longest} T5 tokens is cut to {ids.shape[1]}", stacklevel=1)

@@ -1,20 +1,21 @@
 """Makes ppdiffusers know our FLUX classes where it has none, so `DiffusionPipeline` loads a FLUX folder.
 
 It imports neither: ppdiffusers takes seconds, and ours derive from its classes. What is put into ppdiffusers,
-at the end of its own import, imports ours when somebody asks for them.
+at the end of its own import, imports ours when somebody asks for them. This file comes with every
+`import ppcoat`, so it imports nothing else at its top either.
 """
 
-import functools
-import importlib
-import json
-import os
+from __future__ import annotations
+
 import sys
-from collections.abc import Sequence
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
-from pathlib import Path
-from types import ModuleType
-from typing import Any
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Sequence
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
+    from typing import Any
 
 # Class in model_index.json -> (module here, class) of the pipeline that draws with such a folder: all of
 # files.FLUX_CLASSES.
@@ -41,7 +42,7 @@ def register_when_imported() -> None:
         sys.meta_path.insert(0, _AtTheEndOfItsImport())
 
 
-class _AtTheEndOfItsImport(MetaPathFinder):
+class _AtTheEndOfItsImport:
     """Finds ppdiffusers as the other finders do, and has `register` called after it was loaded."""
 
     def find_spec(
@@ -70,6 +71,8 @@ def register() -> None:
     Everything else of ppdiffusers stays as it is; a second call does nothing. Features are looked for by
     name, for trees with and without FLUX report the same version.
     """
+    import functools
+
     ppdiffusers = sys.modules[_PPDIFFUSERS]
     original = ppdiffusers.DiffusionPipeline.from_pretrained
     if hasattr(original, "reads_flux_folders"):
@@ -94,16 +97,23 @@ def register() -> None:
 
 
 def _ours(module: str, name: str) -> type:
+    import importlib
+
     return getattr(importlib.import_module(f"ppcoat.models.flux.{module}"), name)
 
 
 def _flux_pipeline(name_or_path: str | os.PathLike) -> type | None:
     """The class that draws with a local FLUX folder; None for anything else."""
+    from pathlib import Path
+
+    from ppcoat.errors import ConfigError
+    from ppcoat.models.json_files import read_json
+
     index = Path(name_or_path) / "model_index.json"
     if not index.is_file():
         return None
     try:
-        home = FLUX_PIPELINES.get(json.loads(index.read_text(encoding="utf-8")).get("_class_name"))
-    except ValueError:
+        home = FLUX_PIPELINES.get(str(read_json(index).get("_class_name")))
+    except ConfigError:
         return None  # ppdiffusers says what is wrong with it
     return home and _ours(*home)

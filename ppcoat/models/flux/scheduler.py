@@ -30,6 +30,7 @@ _OFF = {
     "time_shift_type": ("exponential",),
     "stochastic_sampling": (False,),
 }
+_LARGEST_MU = 20.0  # all noise levels but the last are 1 in float32 long before
 
 
 @dataclass
@@ -158,6 +159,11 @@ class FlowMatchEulerDiscreteScheduler(SchedulerMixin, ConfigMixin):
             return shift * sigmas / (1 + (shift - 1) * sigmas)
         if mu is None:
             raise ConfigError("this scheduler has use_dynamic_shifting: pass mu, see calculate_shift")
+        if abs(mu) > _LARGEST_MU:
+            raise ConfigError(
+                f"the dynamic shift of so many tokens is {mu:.4g}, FLUX's are 0.5 to 1.15: take base_shift, "
+                "max_shift, base_image_seq_len and max_image_seq_len of the original's scheduler_config.json"
+            )
         return math.exp(mu) / (math.exp(mu) + (1 / sigmas - 1))
 
     def _set(self, levels: np.ndarray) -> None:

@@ -20,6 +20,7 @@ import pickletools
 import shutil
 import struct
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -70,13 +71,16 @@ CONFIG_3B = {
 }
 _TEXT_SUFFIXES = (".json", ".txt", ".model", ".py")  # configs, tokenizers, and code that nothing here runs
 _FLOATS = ("F64", "F32", "F16", "BF16")
-MAX_PICKLE_BYTES = 64_000_000
+MAX_PICKLE_BYTES, MAX_OPCODES = 16_000_000, 600_000  # a tensor takes 150 bytes and 40 opcodes
 # Opcodes of a dict of tensors, in protocols 2 to 5.
 _OPCODES = {"PROTO", "FRAME", "STOP", "MARK", "NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2",
             "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "EMPTY_TUPLE", "TUPLE",
             "TUPLE1", "TUPLE2", "TUPLE3", "EMPTY_LIST", "APPEND", "APPENDS", "EMPTY_DICT", "SETITEM",
             "SETITEMS", "BINPUT", "LONG_BINPUT", "MEMOIZE", "BINGET", "LONG_BINGET", "GLOBAL", "STACK_GLOBAL",
             "BINPERSID", "REDUCE", "BUILD"}  # fmt: skip
+# What zipfile raises for damaged records: of a compression, flag or version that it does not know, too.
+_NO_ZIP = (zipfile.BadZipFile, OSError, NotImplementedError, RuntimeError, ValueError, struct.error, EOFError,
+           zlib.error)  # fmt: skip
 MAX_TUPLES = 50_000  # a tensor takes four; hashing tuples nested deeper than 100,000 ends the process
 _MODELS = ("model", "state_dict")  # keys under which a checkpoint may hold its weights
 
@@ -156,10 +160,13 @@ def tensor_infos_of_pth(file: str | Path) -> dict[str, TensorInfo]:
         with zipfile.ZipFile(file) as archive:
             entries = {entry.filename: entry for entry in archive.infolist()}
             pickles = [name for name in entries if name.endswith("/data.pkl")]
-            if len(pickles) != 1 or entries[pickles[0]].file_size > MAX_PICKLE_BYTES:
+            if len(pickles) != 1:
                 raise ConfigError(f"{file} is no checkpoint of torch: it has {len(pickles)} data.pkl")
+            _check_plain(entries[pickles[0]], file)
             content = _unpickled(archive.read(pickles[0]), file)
-    except (zipfile.BadZipFile, OSError) as error:
+    except ConfigError:
+        raise
+    except _NO_ZIP as error:
         raise ConfigError(
             f"{file} cannot be read ({error}): wanted .safetensors, or a .pth of torch 1.6 or later"
         ) from None
@@ -172,6 +179,16 @@ def tensor_infos_of_pth(file: str | Path) -> dict[str, TensorInfo]:
     tensors = {name: value for name, value in content.items() if isinstance(value, _Tensor)}
     with file.open("rb") as stream:
         return {name: tensor.info(stream, file, entries, root) for name, tensor in tensors.items()}
+
+
+def _check_plain(entry: zipfile.ZipInfo, file: Path) -> None:
+    """Raise ConfigError for a data.pkl that is not stored as torch stores it, before it is unpacked."""
+    size, packed = entry.file_size, entry.compress_size
+    if entry.compress_type != zipfile.ZIP_STORED or size != packed or size > MAX_PICKLE_BYTES:
+        raise ConfigError(
+            f"{file} is no checkpoint of torch: its data.pkl of {size} bytes is packed or longer than "
+            f"{MAX_PICKLE_BYTES}; save the state_dict alone"
+        )
 
 
 class _Number(NamedTuple):
@@ -233,7 +250,8 @@ def _check_program(program: bytes, file: Path) -> None:
         if opcode.name not in _OPCODES:
             raise ConfigError(f"{file}: its pickle wants {opcode.name}, which plain tensors do not: not read")
         tuples += opcode.name.startswith("TUPLE")
-        if tuples > MAX_TUPLES or (opcode.name == "LONG_BINPUT" and argument > count):
+        many = tuples > MAX_TUPLES or count > MAX_OPCODES
+        if many or (opcode.name == "LONG_BINPUT" and argument > count):
             raise ConfigError(f"{file}: its pickle at byte {place} is not of plain tensors; not read")
 
 

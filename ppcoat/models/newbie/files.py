@@ -10,6 +10,7 @@ transformer with its Linears in FP8 is read, and written for the next start, as 
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from paddle import nn
 from ppdiffusers import AutoencoderKL
 
 from ppcoat.errors import ConfigError
+from ppcoat.models.json_files import shown
 from ppcoat.models.loading import (
     check_tensors,
     fill,
@@ -27,12 +29,26 @@ from ppcoat.models.loading import (
     opened,
     read_tensors,
     shape_on_disk,
+    unfilled,
 )
 from ppcoat.models.newbie.gemma3 import Gemma3Config, Gemma3TextEncoder
-from ppcoat.models.newbie.jina_clip import JinaClipConfig, JinaClipTextModel
+from ppcoat.models.newbie.jina_clip import (
+    JinaClipConfig,
+    JinaClipTextModel,
+    load_gemma3_tokenizer,
+    load_jina_clip_tokenizer,
+)
 from ppcoat.models.newbie.nextdit import NextDiT_CLIP
 from ppcoat.models.quantized_base import QuantizedCopy, load_quantized
-from ppcoat.models.tensor_files import TensorInfo, check_index, check_there, read_json, tensor_infos
+from ppcoat.models.tensor_files import (
+    TensorInfo,
+    check_index,
+    check_there,
+    component_config,
+    known_config,
+    sizes_of,
+    tensor_infos,
+)
 from ppcoat.nn.swap import last_blocks
 
 NEWBIE_COMPONENTS = ("transformer", "text_encoder", "clip_model", "vae")
@@ -76,10 +92,8 @@ def check_newbie_folder(folder: str | Path, setting: str = "the model") -> None:
             f"{folder / missing[0]} is missing: the folder of a NewbiePipeline has "
             f"{', '.join(NEWBIE_COMPONENTS)}"
         )
-    for name in ("text_encoder", "clip_model"):
-        if not (folder / name / "tokenizer.json").is_file():
-            raise ConfigError(f"{folder / name}/tokenizer.json is missing: take it from the original model")
     check_newbie_vae(folder / "vae")
+    unfilled(AutoencoderKL, folder / "vae")
     models: list = []
     for name, build, source_of in (
         ("transformer", _nextdit, _nextdit_source),
@@ -90,6 +104,8 @@ def check_newbie_folder(folder: str | Path, setting: str = "the model") -> None:
             models.append(build(folder / name))
         _check(models[-1], source_of(models[-1], folder / name), folder / name)
     transformer, gemma3, jina_clip = models
+    load_gemma3_tokenizer(folder / "text_encoder").check_ids(gemma3.config.vocab_size)
+    load_jina_clip_tokenizer(folder / "clip_model").check_ids(jina_clip.config.vocab_size)
     for key, encoder in (("cap_feat_dim", gemma3), ("clip_text_dim", jina_clip)):
         wanted, width = transformer.config[key], encoder.config.hidden_size
         if wanted != width:
@@ -109,7 +125,7 @@ def open_nextdit(folder: str | Path, dtype: str | None = None) -> tuple[NextDiT_
     """`unfilled_nextdit` with parameters of `dtype`, and where their tensors lie. Raises ConfigError unless
     names and shapes in the files are exactly the model's."""
     folder = Path(folder)
-    model = opened(unfilled_nextdit, folder, dtype)
+    model = opened(unfilled_nextdit, folder, "nextdit", dtype)
     source = _nextdit_source(model, folder)
     _check(model, source, folder)
     return model, source.infos
@@ -167,7 +183,7 @@ def load_newbie_vae(folder: str | Path, dtype: str | None = None) -> Autoencoder
 
 def check_newbie_vae(folder: str | Path) -> dict:
     """config.json of a component folder. Raises ConfigError for another number of latent channels than 16."""
-    config = read_json(Path(folder) / "config.json")
+    config = component_config(folder, "vae")
     channels = config.get("latent_channels")
     if channels != LATENT_CHANNELS:
         raise ConfigError(
@@ -177,27 +193,47 @@ def check_newbie_vae(folder: str | Path) -> dict:
 
 
 def _loaded(build: Callable, source_of: Callable, folder: str | Path, dtype: str | None) -> nn.Layer:
-    model = opened(build, folder, dtype)
+    model = opened(build, folder, build.__name__.removeprefix("_"), dtype)
     source = source_of(model, Path(folder))
     _check(model, source, Path(folder))
     return fill(model, _tensors_of(model, source))
 
 
 def _nextdit(folder: Path) -> NextDiT_CLIP:
-    config = read_json(folder / "config.json")
+    config, sizes = component_config(folder, "nextdit"), sizes_of(folder, "nextdit")
     known = inspect.signature(NextDiT_CLIP).parameters
     unknown = sorted(config.keys() - known.keys() - _IGNORED_KEYS)
     if unknown:
-        raise ConfigError(f"{folder}/config.json has keys that a NextDiT_CLIP lacks: {', '.join(unknown)}")
-    return NextDiT_CLIP(**{key: value for key, value in config.items() if key in known})
+        named = ", ".join(map(shown, unknown))
+        raise ConfigError(f"{folder}/config.json has keys that a NextDiT_CLIP lacks: {named}")
+    _check_layers(folder, "n_layers", sizes.n_layers, r"layers\.(\d+)\.")
+    _check_layers(folder, "n_refiner_layers", sizes.n_refiner_layers, r"noise_refiner\.(\d+)\.")
+    return NextDiT_CLIP(**known_config(folder, "nextdit"))
 
 
 def _gemma3(folder: Path) -> Gemma3TextEncoder:
-    return Gemma3TextEncoder(Gemma3Config.from_dict(read_json(folder / "config.json")))
+    config = Gemma3Config.from_dict(component_config(folder, "gemma3"))
+    layers = config.num_hidden_layers - 1  # of the last there may be nothing
+    _check_layers(folder, "num_hidden_layers", layers, r"(?:.*\.)?layers\.(\d+)\.")
+    return Gemma3TextEncoder(config)
 
 
 def _jina_clip(folder: Path) -> JinaClipTextModel:
-    return JinaClipTextModel(JinaClipConfig.from_dict(read_json(folder / "config.json")))
+    config = JinaClipConfig.from_dict(component_config(folder, "jina_clip"))
+    _check_layers(folder, "num_hidden_layers", config.num_hidden_layers, r".*\blayers\.(\d+)\.")
+    return JinaClipTextModel(config)
+
+
+def _check_layers(folder: Path, key: str, wanted: int, pattern: str) -> None:
+    """Raises ConfigError for more layers than there are weights of, before they are built. pattern: what
+    names of tensors begin with, its group being the layer."""
+    names = (name for name in tensor_infos(folder) if not _is_vision(name))
+    there = {match[1] for name in names if (match := re.match(pattern, name))}
+    if wanted > len(there):
+        raise ConfigError(
+            f"{folder}/config.json: {key} wants {wanted} layers, but the weights are of {len(there)}: take "
+            "config.json and all weights from one model"
+        )
 
 
 def _nextdit_source(model: NextDiT_CLIP, folder: Path) -> _Source:

@@ -24,6 +24,8 @@ from paddle import nn
 from tokenizers import Tokenizer
 
 from ppcoat.errors import ConfigError
+from ppcoat.models.json_files import VOCABULARY_BYTES, read_bytes, shown
+from ppcoat.models.tensor_files import read_by_library
 from ppcoat.nn.attention import (
     attention,
     attention_bias,
@@ -193,12 +195,24 @@ class CaptionTokenizer:
     """Texts -> Tokens, padded on the right to the longest, cut at max_tokens (special tokens included)."""
 
     def __init__(self, file: str | Path, pad_id: int, max_tokens: int, multiple: int | None = None):
-        if not Path(file).is_file():
-            raise ConfigError(f"{file} is missing: take it from the original model folder")
-        self.max_tokens = max_tokens
+        content = read_bytes(Path(file), "take it from the original model folder", VOCABULARY_BYTES)
+        self.file, self.max_tokens = file, max_tokens
         self._pad_id, self._multiple = pad_id, multiple
-        self._tokenizer = Tokenizer.from_file(str(file))
-        self._tokenizer.no_padding()
+        with read_by_library(file):
+            self._tokenizer = Tokenizer.from_buffer(content)
+            self._tokenizer.no_padding()
+            tried = self(["a red shirt"])
+        if not tried.ids.size:
+            raise ConfigError(f"{file} makes no tokens of a caption: fetch it again")
+
+    def check_ids(self, vocabulary: int) -> None:
+        """Raises ConfigError for ids that a text encoder with a table of `vocabulary` rows lacks."""
+        token, highest = max(self._tokenizer.get_vocab().items(), key=lambda item: item[1])
+        if highest >= vocabulary:
+            raise ConfigError(
+                f"{self.file} has the id {highest} for {shown(token)}, but the vocab_size in the config.json "
+                f"beside it is {vocabulary}: take both from one model"
+            )
 
     def __call__(self, texts: Sequence[str], max_tokens: int | None = None) -> Tokens:
         """max_tokens: instead of the tokenizer's own."""

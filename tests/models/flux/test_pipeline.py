@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import numpy as np
 import paddle
@@ -447,6 +448,30 @@ def test_half_precision_shards_load_again(pipeline, tmp_path, monkeypatch):
     for name, tensor in pipeline.transformer.state_dict().items():
         rounded = tensor.astype("bfloat16").astype("float32").numpy()
         np.testing.assert_array_equal(again[name].numpy(), rounded, err_msg=name)
+
+
+@pytest.mark.parametrize("standing_there", [False, True])
+def test_an_earlier_folder_is_replaced_and_what_is_beside_stays(
+    pipeline, tmp_path, monkeypatch, standing_there
+):
+    folder = tmp_path / "model"
+    for part in ("transformer", "tokenizer"):
+        (folder / part).mkdir(parents=True)
+    for name in ("README.md", "transformer/diffusion_pytorch_model-00001-of-00002.safetensors"):
+        (folder / name).write_text("of an earlier model")
+    words = Path(pipeline.tokenizer.init_kwargs["name_or_path"])
+    for file in words.iterdir():
+        (folder / "tokenizer" / file.name).write_bytes(file.read_bytes())
+    monkeypatch.setitem(pipeline.tokenizer.init_kwargs, "name_or_path", str(folder / "tokenizer"))
+    before = folder.stat().st_ino
+    if standing_there:
+        monkeypatch.chdir(folder)
+    pipeline.save_pretrained("." if standing_there else folder)
+    assert (folder.stat().st_ino == before) is standing_there
+    assert (folder / "README.md").read_text() == "of an earlier model"
+    found = [file.name for file in (folder / "transformer").iterdir()]
+    assert sorted(found) == ["config.json", "diffusion_pytorch_model.safetensors"]
+    assert {file.name for file in (folder / "tokenizer").iterdir()} == {file.name for file in words.iterdir()}
 
 
 def test_encoders_made_in_memory_get_transformers_keys(pipeline, fp32_folder, tmp_path, monkeypatch):

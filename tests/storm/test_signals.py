@@ -1,0 +1,142 @@
+"""Ctrl+C, SIGTERM and SIGHUP at any moment: one line, 130, 143 or 129, nothing left, and the same command
+goes through afterwards."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from counts import judge
+from strikes import Strike
+
+COMMAND = [sys.executable, "-m", "ppcoat"]
+PROCESS = """
+import os, signal, sys, time
+from ppcoat import __main__, signals
+signals.PATIENCE = 0.3
+def work(command):
+    signals.take()
+    exec(sys.argv[1], globals())
+    return 0
+__main__._status_of = work
+sys.exit(__main__.start())
+"""
+TRAIN = [*COMMAND, "train", "run.yaml", "--set", "train.steps=20", "--set", "save.save_every=5"]
+
+
+@pytest.fixture
+def strike(tmp_path, write_run, drawings):
+    """strike(command) -> a Strike in a folder with a run.yaml and its pictures."""
+    drawings(tmp_path / "data", 4)
+    write_run(tmp_path, tmp_path / "data")
+    return lambda command: Strike(command, tmp_path)
+
+
+@pytest.fixture
+def in_process(tmp_path):
+    """in_process(code, number=...) -> the End of a process in which a command with PATIENCE 0.3 is this code,
+    and which gets the signal when it prints "now"."""
+
+    def ended(code, number=signal.SIGTERM):
+        strike = Strike([sys.executable, "-c", PROCESS, code], tmp_path)
+        process = strike.start()
+        assert process.stdout.readline() == "now\n", process.stderr.read()
+        return strike.send(process, number)
+
+    return ended
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_from_the_first_moment_a_signal_is_one_line(strike, number):
+    for seconds in (0, 0.05):
+        ended = strike(TRAIN).at(number, seconds)
+        judge("train, first moments", number.name, not ended.wrong, f"{seconds} s: {ended.wrong}")
+
+
+def test_paddles_own_handler_never_speaks(strike):
+    """It is there from the middle of `import paddle`."""
+    process = strike(TRAIN).start()
+    maps = Path(f"/proc/{process.pid}/maps")
+    while "libpaddle" not in maps.read_text():
+        time.sleep(0.002)
+    ended = strike(TRAIN).send(process, signal.SIGTERM)
+    judge("train, Paddle's import", "SIGTERM", not ended.wrong, ended.wrong)
+
+
+STUCK = """
+import hashlib, subprocess, sys
+from ppcoat.atomic import whole_file
+subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+with whole_file("result") as draft:
+    draft.write_text("half")
+    print("now", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"x", b"y", 200_000_000)  # minutes, in C
+"""
+
+
+def test_code_in_c_that_does_not_return_is_left_within_a_bound(in_process, tmp_path):
+    ended = in_process(STUCK)
+    judge("stuck in C", "SIGTERM", not ended.wrong and ended.took < 20, f"{ended.took} s: {ended.wrong}")
+    assert not (tmp_path / "result").exists()
+
+
+LOST = """
+class Slow:
+    def __del__(self):
+        print("now", flush=True)
+        time.sleep(5)
+slow = Slow()
+del slow
+time.sleep(5)
+print("it was lost")
+"""
+
+
+def test_a_signal_that_python_would_drop_is_raised_again(in_process):
+    ended = in_process(LOST, signal.SIGINT)
+    judge("while an object is cleared away", "SIGINT", not ended.wrong, ended.wrong)
+    assert "lost" not in ended.out
+
+
+EXPECTED = """
+noted = []
+signals.expect(1)
+signal.signal(signal.SIGTERM, lambda *_: noted.append(1))
+print("now", flush=True)
+while not noted:
+    time.sleep(0.01)
+time.sleep(1)  # longer than PATIENCE
+signal.signal(signal.SIGTERM, signals._act)
+signals.finished(0)
+os.kill(os.getpid(), signal.SIGTERM)
+raise SystemExit(0)
+"""
+
+
+def test_who_takes_a_signal_has_time_and_one_after_the_end_changes_nothing(in_process):
+    ended = in_process(EXPECTED)
+    assert (ended.status, ended.err) == (0, "")
+
+
+def test_what_is_ignored_from_the_start_stays_ignored():
+    code = "print(signal.getsignal(signal.SIGHUP) is signal.SIG_IGN)"
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        told = subprocess.run(
+            [sys.executable, "-c", PROCESS, code], capture_output=True, text=True, check=True
+        )
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert told.stdout == "True\n"
+
+
+def test_a_child_of_a_command_ends_in_silence(tmp_path):
+    setup = "from ppcoat import signals\nsignals.take(quiet=True)\nprint('now', flush=True)\n"
+    process = Strike([sys.executable, "-c", setup + "import time; time.sleep(9)"], tmp_path).start()
+    assert process.stdout.readline() == "now\n"
+    process.send_signal(signal.SIGINT)  # for the parent
+    time.sleep(0.1)
+    process.terminate()
+    assert (process.wait(10), process.stderr.read()) == (143, "")
