@@ -242,3 +242,11 @@ def test_a_cut_off_checkpoint_is_refused(tmp_path):
     file.write_bytes(REAL.read_bytes()[:100_000])
     with pytest.raises(ConfigError, match="cannot be read"):
         tensor_infos_of_pth(file)
+
+
+def test_a_pickle_that_is_packed_or_very_long_is_not_unpacked(tmp_path):
+    file = archive(tmp_path / "x.pth", floats(), {"0": bytes(16)}, zipfile.ZIP_DEFLATED)
+    with pytest.raises(ConfigError, match="its data.pkl of .* bytes is packed"):
+        tensor_infos_of_pth(file)
+    with pytest.raises(ConfigError, match="is not of plain tensors; not read"):
+        tensor_infos_of_pth(archive(file, OPEN + b"N" * 700_000 + CLOSE))
