@@ -117,9 +117,7 @@ class TrainConfig(Section):
         None, ge=1, description="instead of steps: how often all pictures are seen, repeats counted"
     )
     batch_size: int = Field(1, ge=1, description="pictures in one forward pass")
-    gradient_accumulation: int = Field(
-        1, ge=1, le=10_000, description="forward passes in one optimizer update"
-    )
+    gradient_accumulation: int = Field(1, ge=1, le=10_000, description="forward passes of an update")
     lr: float = Field(1e-4, gt=0, le=1, description="peak learning rate")
     lr_scheduler: Literal[
         "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "step"
