@@ -262,7 +262,7 @@ def test_unreadable_files(tmp_path):
         with pytest.raises(ConfigError, match=part):
             load_config(path)
     (tmp_path / "folder.yaml").mkdir()
-    with pytest.raises(ConfigError, match="a folder"):
+    with pytest.raises(ConfigError, match="no regular file but a folder"):
         load_config(tmp_path / "folder.yaml")
     (tmp_path / "latin.yaml").write_bytes(b"name: caf\xe9")
     with pytest.raises(ConfigError, match="UTF-8"):

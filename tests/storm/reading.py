@@ -11,6 +11,7 @@ all are run by `ppcoat.cli.main.run`. Model folders are in model_mutations.py.
 
 import argparse
 import base64
+import importlib.util
 import io
 import json
 import os
@@ -32,6 +33,7 @@ from ppcoat.config.load import value_of_text
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 CONFIGS = Path(__file__).parents[2] / "configs"
+TINY_FLUX = Path(__file__).parents[2] / "ppcoat" / "assets" / "tiny_flux"
 RIGHT, REFUSED = frozenset({0}), frozenset({2})
 EITHER = RIGHT | REFUSED
 
@@ -1240,6 +1242,34 @@ def studio_picture(rng, folder):
         content, told = damaged(rng, content)
     (folder / "x.png").write_bytes(content)
     return Input(f"picture: {told}", "dropped", [str(folder / "x.png")])
+
+
+# --- model folders ------------------------------------------------------------------------------------------
+@cache
+def model_damages() -> list:
+    from model_mutations import mutations
+
+    return list(mutations(TINY_FLUX))
+
+
+def model_folder(rng, folder):
+    """A copy of the built-in model, made of links, that is drawn with."""
+    shutil.copytree(TINY_FLUX, folder / "model", copy_function=os.symlink)
+    damage = rng.choice(model_damages())
+    damage.mutate(folder / "model")
+    argv = [
+        "--model",
+        str(folder / "model"),
+        "--prompt",
+        "a hat",
+        "--output_dir",
+        str(folder / "out" / "drawn"),
+    ]
+    return Input(damage.name, "generate", [*argv, "--steps", "1", "--width", "64", "--height", "64"])
+
+
+if importlib.util.find_spec("model_mutations"):
+    KINDS["model folders"] = [model_folder] * 3
 
 
 # --- stand-ins: commands of one argument that read, and print what they read --------------------------------
