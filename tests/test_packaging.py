@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import ppcoat
-from ppcoat.bench.quickstart import CONFIG
+from ppcoat.bench.flags import CONFIG
 from ppcoat.config.load import load_config
 
 try:

@@ -11,20 +11,20 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ppcoat.atomic import write_text
+from ppcoat.bench.flags import AblationFlags
 from ppcoat.bench.parallel_jobs import PARALLEL_JOBS, Job, batched, run_parallel
-from ppcoat.config.flags import add_flags, flag, from_flags
-from ppcoat.config.lightning import TINY_FLUX, lightning_config
+from ppcoat.config.flags import from_flags
+from ppcoat.config.lightning import lightning_config
 from ppcoat.device import tune_host
 from ppcoat.distill.flux_lightning import train_flux_lightning
 from ppcoat.errors import ConfigError
 from ppcoat.infer.garment_scores import SampleScores, compare_students
 
-TEACHER = "/".join(Path(TINY_FLUX).parts[-3:])  # as the repository sees it: students' settings name it
 SHARED: dict[str, Any] = {
     "resolution": 64, "guidance_scale": 1.5, "train_batch_size": 16, "lora_rank": 64,
     "num_euler_timesteps": 20, "use_distill_loss": True, "loss_type": "l2", "learning_rate": 2e-3,
@@ -40,22 +40,6 @@ STUDENTS: dict[str, dict[str, Any]] = {
     "+ reflow": REFLOW,
     "all, --compat reference": REFLOW | {"compat": "reference"},
 }
-
-
-@dataclass(frozen=True)
-class AblationFlags:
-    """Settings of the command."""
-
-    data_path: str = flag("folder of pictures with captions")
-    model: str = flag("teacher: a FLUX folder", TEACHER)
-    output_dir: str = flag("folder for runs and results", "output/ablation")
-    lora_steps: int = flag("steps of each LoRA", 250)
-    samples: int = flag("pictures per score", 1000)
-    seed: int = flag("seed of the trainings", 0)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_flags(parser, AblationFlags)
 
 
 def run_command(arguments: argparse.Namespace) -> None:

@@ -142,7 +142,8 @@ def recorded_gradients(
     from ppcoat.train.flux import FluxSpec
     from ppcoat.train.run import build_trainer, encode_dataset
 
-    from .quickstart import CONFIG, DATA_SEED, MOTIF
+    from .flags import CONFIG
+    from .quickstart import DATA_SEED, MOTIF
 
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "data"

@@ -26,8 +26,9 @@ from pathlib import Path
 import numpy as np
 
 from ppcoat.atomic import whole_file, write_text
+from ppcoat.bench.flags import CONFIG
 from ppcoat.bench.parity import earlier_results, furthest, trained
-from ppcoat.bench.quickstart import CONFIG, draw_data
+from ppcoat.bench.quickstart import draw_data
 from ppcoat.config.flags import flag, set_flag
 from ppcoat.config.lightning import TINY_FLUX
 from ppcoat.config.load import load_config

@@ -22,8 +22,9 @@ import paddle
 from PIL import Image
 
 from ppcoat.atomic import whole_file
-from ppcoat.bench.quickstart import CONFIGS, DRAWN, DRAWN_AT_ONCE, remove_earlier
-from ppcoat.config.flags import add_flags, flag, from_flags, set_flag
+from ppcoat.bench.flags import DEMOS, DemoFlags
+from ppcoat.bench.quickstart import DRAWN, DRAWN_AT_ONCE, remove_earlier
+from ppcoat.config.flags import CONFIGS, from_flags
 from ppcoat.config.load import load_config, read_config_text
 from ppcoat.config.schema import RunConfig
 from ppcoat.device import tune_host
@@ -34,24 +35,6 @@ from ppcoat.models.flux.pipeline import FluxPipeline
 from ppcoat.models.loading import check_folder
 from ppcoat.train.checkpoint import check_run_folder
 from ppcoat.train.run import train_lora
-
-DEMOS = {  # name -> module and class
-    "edit": ("ppcoat.bench.demo_editing", "Edit"),
-    "try_on": ("ppcoat.bench.demo_editing", "TryOn"),
-    "inpaint": ("ppcoat.bench.demo_pictures", "Inpaint"),
-    "style": ("ppcoat.bench.demo_pictures", "Style"),
-    "preserve": ("ppcoat.bench.demo_preserve", "Preserve"),
-}
-
-
-@dataclass(frozen=True)
-class DemoFlags:
-    """Settings of the command."""
-
-    name: str = flag(f"what to show: {', '.join(DEMOS)}", positional=True, choices=DEMOS, metavar="name")
-    samples: int = flag("pictures per measured rate", 100)
-    output_dir: str = flag("folder for data, run and sheets of all demonstrations", "output/demo")
-    overrides: list[str] = set_flag()
 
 
 @dataclass(frozen=True)
@@ -109,10 +92,6 @@ class Demo(ABC):
     @abstractmethod
     def judge(self, config: RunConfig, lora_file: Path, samples: int) -> Shown:
         """Draw and measure after `samples` inputs that no training saw."""
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_flags(parser, DemoFlags)
 
 
 def run_command(arguments: argparse.Namespace) -> None:

@@ -40,8 +40,9 @@ from ppcoat.bench.firstlight_report import (
     checks,
     firstlight_table,
 )
+from ppcoat.bench.flags import FirstlightFlags
 from ppcoat.cli import doctor
-from ppcoat.config.flags import add_flags, flag, from_flags
+from ppcoat.config.flags import from_flags
 from ppcoat.config.schema import RunConfig
 from ppcoat.device import ChildProcess, on_gpu, set_device, tune_host
 from ppcoat.errors import ConfigError, ignore_warnings_of_libraries
@@ -68,24 +69,12 @@ TINY_SIZES = kernels.Sizes(
 
 
 @dataclass(frozen=True)
-class FirstlightFlags:
-    """Settings of the command."""
-
-    output: str = flag("JSON file to write", "firstlight.json")
-    small: bool = flag("tiny sizes, to try the command itself; always so on a CPU", False)
-
-
-@dataclass(frozen=True)
 class FirstlightSection:
     """seconds: that it may take. parts: small or not -> its parts by name; nothing is allocated before one is
     called. A part's result is a JSON value."""
 
     seconds: float
     parts: Callable[[bool], Parts]
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_flags(parser, FirstlightFlags)
 
 
 def run_command(arguments: argparse.Namespace) -> None:

@@ -12,15 +12,14 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from ppcoat.atomic import write_text
+from ppcoat.bench.flags import ParityFlags
 from ppcoat.bench.parallel_jobs import PARALLEL_JOBS, Job, batched, run_parallel
 from ppcoat.bench.quickstart import (
-    CONFIG,
     draw_data,
     draw_prompts,
     final_loss,
@@ -28,7 +27,7 @@ from ppcoat.bench.quickstart import (
     motif_rate,
     remove_earlier,
 )
-from ppcoat.config.flags import add_flags, flag, from_flags, set_flag
+from ppcoat.config.flags import from_flags
 from ppcoat.config.load import load_config
 from ppcoat.config.schema import RunConfig
 from ppcoat.device import tune_host
@@ -39,24 +38,6 @@ from ppcoat.train.run import train_lora
 
 FLOAT32 = "float32"
 WANTED_LOSS, WANTED_RATE = 0.01, 0.05  # greatest difference from float32
-
-
-@dataclass(frozen=True)
-class ParityFlags:
-    """Settings of the command. config: the file; what the runs differ in is set on top of it."""
-
-    config: str = flag(
-        "config of the runs (default: configs/quickstart.yaml)", str(CONFIG), shows_default=False
-    )
-    steps: int = flag("steps of each run", 400)
-    seeds: list[int] = flag("seeds of the runs", [0, 1, 2])
-    samples: int = flag("pictures per motif rate", 600)
-    output_dir: str = flag("folder for runs and results", "output/parity")
-    overrides: list[str] = set_flag()
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_flags(parser, ParityFlags)
 
 
 def run_command(arguments: argparse.Namespace) -> None:

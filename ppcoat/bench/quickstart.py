@@ -13,15 +13,15 @@ from __future__ import annotations
 import argparse
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 from ppcoat.atomic import whole_file
+from ppcoat.bench.flags import QuickstartFlags
 from ppcoat.bench.parallel_jobs import Job, run_parallel
-from ppcoat.config.flags import CONFIGS, add_flags, flag, from_flags, set_flag
+from ppcoat.config.flags import from_flags
 from ppcoat.config.load import load_config
 from ppcoat.config.schema import RunConfig
 from ppcoat.data import garments
@@ -36,25 +36,9 @@ from ppcoat.train.run import train_lora
 from ppcoat.train.trainer import TrainingResult
 
 MOTIF = garments.MOTIFS[0]
-CONFIG = CONFIGS / "quickstart.yaml"
 PICTURES, DATA_SEED = 96, 7
 GRID_COLUMNS, DRAWN_AT_ONCE = 8, 50
 DRAWN = ".drawn_by_quickstart"  # file in a data folder that marks it as made here
-
-
-@dataclass(frozen=True)
-class QuickstartFlags:
-    """Settings of the command."""
-
-    config: str = flag(
-        "config of the run (default: configs/quickstart.yaml)", str(CONFIG), shows_default=False
-    )
-    samples: int = flag("pictures drawn for each rate", 100)
-    overrides: list[str] = set_flag()
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_flags(parser, QuickstartFlags)
 
 
 def run_command(arguments: argparse.Namespace) -> None:

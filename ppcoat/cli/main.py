@@ -38,11 +38,16 @@ class Command:
 
 COMMANDS = {
     "quickstart": Command(
-        "draw data, train a LoRA with and without COAT, draw with it, measure", "ppcoat.bench.quickstart"
+        "draw data, train a LoRA with and without COAT, draw with it, measure",
+        "ppcoat.bench.flags",
+        "add_quickstart_arguments",
+        "run_quickstart",
     ),
     "demo": Command(
         "edit, dress a figure, inpaint, change the style: train it on drawings, draw, measure",
-        "ppcoat.bench.demo",
+        "ppcoat.bench.flags",
+        "add_demo_arguments",
+        "run_demo",
     ),
     "train": Command(
         "train a LoRA, DoRA or LoKr of FLUX from a YAML or JSON file",
@@ -63,7 +68,7 @@ COMMANDS = {
     ),
     "merge-newbie": Command(
         "write a NewBie folder with a LoRA or LoKr added",
-        "ppcoat.cli.newbie",
+        "ppcoat.cli.flags",
         "add_merge_newbie_arguments",
         "run_merge_newbie",
     ),
@@ -100,7 +105,12 @@ COMMANDS = {
         "add_inspect_arguments",
         "run_inspect",
     ),
-    "merge": Command("write a FLUX folder with a LoRA added to its weights", "ppcoat.cli.merge"),
+    "merge": Command(
+        "write a FLUX folder with a LoRA added to its weights",
+        "ppcoat.cli.flags",
+        "add_merge_arguments",
+        "run_merge",
+    ),
     "lora resize": Command(
         "write a LoRA of smaller rank; makes one of a LoKr, LoHa or whole difference",
         "ppcoat.cli.lora_tools",
@@ -136,16 +146,27 @@ COMMANDS = {
     ),
     "doctor": Command("tell what works on this machine, and what each miss costs", "ppcoat.cli.doctor"),
     "firstlight": Command(
-        "check, time and train on a card for ten minutes: one table to report", "ppcoat.bench.firstlight"
+        "check, time and train on a card for ten minutes: one table to report",
+        "ppcoat.bench.flags",
+        "add_firstlight_arguments",
+        "run_firstlight",
     ),
     "studio": Command("open the web page: data, training, drawing, files", "ppcoat.studio.server"),
     "plan": Command(
         "tell how much memory a run needs, and choose settings that fit a card", "ppcoat.cli.plan"
     ),
     "benchmark": Command("measure standard and COAT training side by side", "ppcoat.bench.benchmark"),
-    "parity": Command("train quickstart's LoRA under every saving policy and compare", "ppcoat.bench.parity"),
+    "parity": Command(
+        "train quickstart's LoRA under every saving policy and compare",
+        "ppcoat.bench.flags",
+        "add_parity_arguments",
+        "run_parity",
+    ),
     "ablation": Command(
-        "distil the tiny FLUX with each loss of FLUX-Lightning and compare", "ppcoat.bench.ablation"
+        "distil the tiny FLUX with each loss of FLUX-Lightning and compare",
+        "ppcoat.bench.flags",
+        "add_ablation_arguments",
+        "run_ablation",
     ),
     "accuracy": Command(
         "measure the error of FP8 optimizer states and of quantised bases", "ppcoat.bench.accuracy"

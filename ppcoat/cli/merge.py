@@ -26,7 +26,8 @@ import numpy as np
 import paddle
 
 from ppcoat.atomic import check_writable, whole_folder
-from ppcoat.config.flags import OF_FILE, add_flags, flag, from_flags
+from ppcoat.cli.flags import MergeFlags
+from ppcoat.config.flags import from_flags
 from ppcoat.device import tune_host
 from ppcoat.errors import ConfigError
 from ppcoat.lora import LoRAFile, info_of, merge_lora, put_adapters, read_fitting, tell
@@ -48,25 +49,7 @@ NOTABLE_LOSS = 0.05  # of the norm of delta-W
 ROUNDING = {"F32": ("float32", 2.0**-24), "BF16": ("bfloat16", 2.0**-8), "F16": ("float16", 2.0**-11)}
 
 
-@dataclass(frozen=True)
-class MergeFlags:
-    """Settings of the command."""
-
-    model: str = flag("FLUX folder in diffusers' layout, or a FLUX file")
-    lora: list[str] = flag("LoRA files (.safetensors) or folders; several add up")
-    output_dir: str = flag("folder to write; must not exist yet")
-    scale: list[float] = flag("strength of the LoRAs: one for all, or one each", [1.0])
-    ignore_unknown: bool = flag("leave out keys of a LoRA that name nothing in the model", False)
-    text_encoders: list[str] | None = flag(f"CLIP and T5 {OF_FILE}, or a file for each", None)
-    vae: str | None = flag(f"autoencoder {OF_FILE}, or its file", None)
-    tokenizers: list[str] | None = flag(f"tokenizers {OF_FILE}, or a folder for each", None)
-
-
 COMPONENTS = ("transformer", "text_encoder", "text_encoder_2")  # those that an adapter can change
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_flags(parser, MergeFlags)
 
 
 def run_command(arguments: argparse.Namespace) -> None:

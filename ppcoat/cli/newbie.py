@@ -28,6 +28,7 @@ from ppcoat.models.newbie.convert import WEIGHT_DTYPES, checkpoint_infos, write_
 from ppcoat.models.newbie.files import check_newbie_folder, load_nextdit
 from ppcoat.models.tensor_files import read_json
 
+from .flags import MergeNewbieFlags
 from .merge import base_dtype, changed_modules, check_output, strengths, write_merged
 
 
@@ -44,17 +45,6 @@ class ConvertNewbieFlags:
     )
     dtype: str = flag("dtype of all weights", "bf16", choices=list(WEIGHT_DTYPES))
     transformer_config: str | None = flag("config.json of a transformer that is not the 3B one", None)
-
-
-@dataclass(frozen=True)
-class MergeNewbieFlags:
-    """Settings of the command that merges."""
-
-    base_model_path: str = flag("NewBie folder")
-    lora_path: list[str] = flag("LoRA or LoKr files (.safetensors) or folders; several add up")
-    output_path: str = flag("folder to write; must not exist yet")
-    scale: list[float] = flag("strength of the LoRAs: one for all, or one each", [1.0])
-    ignore_unknown: bool = flag("leave out keys of a LoRA that name nothing in the model", False)
 
 
 def add_convert_newbie_arguments(parser: argparse.ArgumentParser) -> None:
@@ -86,10 +76,6 @@ def folder_of(flag: str, folder: Path) -> Path:
     if not folder.is_dir():
         raise ConfigError(f"{flag} {folder} is not a folder: download the model first and give its folder")
     return folder
-
-
-def add_merge_newbie_arguments(parser: argparse.ArgumentParser) -> None:
-    add_flags(parser, MergeNewbieFlags)
 
 
 def run_merge_newbie(arguments: argparse.Namespace) -> None:

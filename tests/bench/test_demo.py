@@ -10,7 +10,7 @@ from PIL import Image
 import ppcoat.bench.demo as demo
 import ppcoat.bench.quickstart as quickstart_module
 from ppcoat.bench import demo_editing
-from ppcoat.bench.demo import DEMOS, Measure, measures_table
+from ppcoat.bench.demo import Measure, measures_table
 from ppcoat.bench.demo_editing import (
     Edit,
     TryOn,
@@ -24,8 +24,9 @@ from ppcoat.bench.demo_editing import (
     worn_pairs,
     worn_rates,
 )
-from ppcoat.bench.quickstart import CONFIGS
+from ppcoat.bench.flags import DEMOS
 from ppcoat.cli.main import run
+from ppcoat.config.flags import CONFIGS
 from ppcoat.config.load import load_config
 from ppcoat.data.figures import draw_figure
 from ppcoat.data.garments import KINDS

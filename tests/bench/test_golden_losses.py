@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ppcoat.bench.quickstart import CONFIG, draw_data
+from ppcoat.bench.flags import CONFIG
+from ppcoat.bench.quickstart import draw_data
 from ppcoat.config.load import load_config
 from ppcoat.train import run
 

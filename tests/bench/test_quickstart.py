@@ -11,7 +11,8 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 import ppcoat.bench.quickstart as quickstart_module
-from ppcoat.bench.quickstart import CONFIG, contact_sheet, draw_and_score, final_loss, quickstart_summary
+from ppcoat.bench.flags import CONFIG
+from ppcoat.bench.quickstart import contact_sheet, draw_and_score, final_loss, quickstart_summary
 from ppcoat.cli.main import run
 from ppcoat.config.load import load_config
 from ppcoat.infer.garment_scores import GarmentClassifier
