@@ -10,10 +10,12 @@ import errno
 import json
 import os
 import stat
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 MAX_LEVELS = 64  # of brackets in each other
+MAX_DIGITS = 40  # transformers writes 10^30, rounded, for "no limit"
 TOO_DEEP = f"nested deeper than {MAX_LEVELS} levels"
 
 
@@ -40,14 +42,30 @@ def only_regular(path: str, flags: int) -> int:
     return descriptor
 
 
-def json_value(text: str | bytes) -> Any:
+def json_value(text: str | bytes, strict: bool = False) -> Any:
     """What a text of JSON says. Raises ValueError for one that is none, nested deeper than MAX_LEVELS, or
-    with a whole number of more than 4,300 digits."""
+    with a whole number of more than 4,300 digits; strict: of more than MAX_DIGITS, and for a key that stands
+    twice in an object."""
+    hooks = {"parse_int": _integer, "object_pairs_hook": _once} if strict else {}
     try:
-        found = json.loads(text)
+        found = json.loads(text, **hooks)
     except RecursionError:
         raise ValueError(TOO_DEEP) from None
     leaves(found)
+    return found
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > MAX_DIGITS:
+        raise ValueError(f"a whole number of {len(digits)} digits")
+    return int(digits)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        name, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise ValueError(f"the key {name!r} stands twice")
     return found
 
 

@@ -188,6 +188,7 @@ def _again_if_lost(lost: sys.UnraisableHookArgs) -> None:
 def _look_out(pipe: int) -> None:
     """The thread: waits for signals, and for the end of the patience with the main thread."""
     number, deadline = 0, None
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # else what the main thread holds comes to this one
     while True:
         wait = 0.05 if _State.is_held else None if deadline is None else max(0.0, deadline - time.monotonic())
         if select.select([pipe], [], [], wait)[0]:

@@ -265,27 +265,32 @@ def _encode(pictures: Sequence[CutPicture], encoders: Encoders, flat: list[Path]
 def _embeddings(
     groups: list[list[str]], encoders: Encoders, batch_size: int, store: EmbeddingStore | None
 ) -> dict[str, Embedding]:
-    """Of captions, each once; no call has captions of two groups."""
+    """Of captions, each once; no call has captions of two groups. Which are in a call does not depend on what
+    the store has: beside longer captions one has other padding, and other last bits."""
     embeddings: dict[str, Embedding] = {}
     captions = [caption for group in groups for caption in group]
     keys = {caption: content_key("text", caption, encoders.text_identity) for caption in captions}
     for caption in captions if store else ():
         if (found := store.get(keys[caption])) is not None:
             embeddings[caption] = tuple(found[name] for name in encoders.text_names)
-    missing = [[caption for caption in group if caption not in embeddings] for group in groups]
     with Progress(
         total=len(captions), initial=len(embeddings), desc="encoding captions", unit="caption"
     ) as bar:
-        for some in (each for group in missing for each in _chunks(group, batch_size)):
+        for some in (each for group in groups for each in _chunks(group, batch_size)):
+            missing = set(some) - embeddings.keys()
+            if not missing:
+                continue
             columns = [[row.cpu() for row in column] for column in encoders.text(list(some))]
             for caption, *row in zip(some, *columns, strict=True):
+                if caption not in missing:
+                    continue
                 named = dict(zip(encoders.text_names, row, strict=True))
                 for name, tensor in named.items():
                     encoders.check(tensor, name, f"the {name} text embedding of {caption!r}")
                 embeddings[caption] = tuple(row)
                 if store:
                     store.put(keys[caption], named)
-            bar.update(len(some))
+            bar.update(len(missing))
     return embeddings
 
 

@@ -203,12 +203,14 @@ class Queue:
         self._children = [child for child in self._children if child.poll() is None]
         if not self._waiting or self.current is not None:
             return
+        job = ChildRun(Path(self._waiting[0]))
+        try:
+            if not job.is_alive:  # it is where a studio was killed before it could write down what it started
+                self._children.append(job.start())
+        except (OSError, ConfigError) as error:
+            self.refused[str(job.folder)] = str(error)
         self._current = self._waiting.pop(0)
         self._save()
-        try:
-            self._children.append(ChildRun(Path(self._current)).start())
-        except (OSError, ConfigError) as error:
-            self.refused[self._current] = str(error)
 
     def start_beside(self, job: ChildRun) -> None:
         """Start a job that waits for nothing, such as a drawing."""

@@ -173,9 +173,10 @@ def check_compatible(
             continue
         was = _shown(before[field]) if field in before else "not recorded"
         is_now = _shown(now[field]) if field in now else "not set"
-        was, is_now = changed.get(field, (was, is_now))
-        why = _listed({key: values for key, values in changed.items() if key != field})
-        what = f"{_NAMES.get(field, field)} was {was} in the checkpoint and is {is_now} now{why}"
+        name = _NAMES.get(field, field)
+        was, is_now = changed.get(name, (was, is_now))
+        why = _listed({key: values for key, values in changed.items() if key != name})
+        what = f"{name} was {was} in the checkpoint and is {is_now} now{why}"
         raise ConfigError(f"cannot resume: {what}; set it back, or {anew}")
 
 

@@ -269,7 +269,9 @@ class Trainer:
         self._note_memory("after_optimizer_step")
         side.bins.add(side.objective.noise_levels(levels), of_pictures)
         self.state.skipped_in_a_row = {
-            name: count for name, count in self.state.skipped_in_a_row.items() if self.sides[name] is not side
+            name: count
+            for name, count in self.state.skipped_in_a_row.items()
+            if self.sides.get(name) is not side
         }
 
     @paddle.no_grad()

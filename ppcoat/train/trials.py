@@ -26,6 +26,7 @@ from ppcoat.lora.layer import linear_paths
 from ppcoat.nn.convert import set_sublayer, sublayer_at
 from ppcoat.progress import Progress
 from ppcoat.train.checkpoint import load_latest, save_run
+from ppcoat.train.divergence import check_before_saving
 from ppcoat.train.model_spec import ModelSpec
 from ppcoat.train.previews import Validation, encode_validation
 from ppcoat.train.run import RunInputs, build_trainer, encode_for_all
@@ -165,6 +166,7 @@ def _train(trainer: Trainer, steps: int) -> None:
             trainer.train_step()
             bar.update()
             if stop.signal or trainer.step == steps or trainer.step % config.save.save_every == 0:
+                check_before_saving(trainer.state, config.run_dir)
                 save_run(trainer.state, config)
             if stop.signal:
                 print(f"stopped at step {trainer.step}; {AGAIN} to go on from there", file=sys.stderr)

@@ -55,20 +55,26 @@ def assert_as_on_a_gpu():
     return assert_nothing_differs
 
 
+@pytest.fixture(scope="session")
+def tiny_flux(first_blocks):
+    """The built-in FLUX with the first block of each kind alone."""
+    return first_blocks(TINY_FLUX)
+
+
 @pytest.fixture(scope="module")
-def train(tmp_path_factory):
-    """train(*settings, sensitivity=False) -> Trained: two steps of the built-in FLUX on four
+def train(tmp_path_factory, tiny_flux):
+    """train(*settings, sensitivity=False) -> Trained: two steps of the small FLUX on four
     drawings, encoders included."""
     folder = tmp_path_factory.mktemp("bf16")
     garments.write_folder(folder / "data", 4, seed=1, motif="gold star", prefix="[trigger] ")
 
     def run(*settings: str, sensitivity: bool = False) -> Trained:
         name = f"name=run{len(list(folder.iterdir()))}"
-        base = (f"output_dir={folder}", name, "device=cpu", "train.steps=2",
-                "train.batch_size=2", "train.lr=1e-3", f"datasets.0.folder_path={folder / 'data'}",
-                "network.linear=8", "network.linear_alpha=8", "sample.sample_every=0",
-                "sample.sample_steps=2", "logging.visualdl=false",
-                "train.max_sequence_length=16")  # fmt: skip
+        base = (f"output_dir={folder}", name, f"model.name_or_path={tiny_flux}", "device=cpu",
+                "train.steps=2", "train.batch_size=2", "train.lr=1e-3",
+                f"datasets.0.folder_path={folder / 'data'}", "network.linear=8",
+                "network.linear_alpha=8", "sample.sample_every=0", "sample.sample_steps=2",
+                "logging.visualdl=false", "train.max_sequence_length=16")  # fmt: skip
         done = Trained(load_config(ROOT / "configs" / "quickstart.yaml", [*base, *settings]))
         with pytest.MonkeyPatch.context() as patch:
             watch_steps(patch, done)

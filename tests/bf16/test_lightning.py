@@ -1,7 +1,6 @@
 """FLUX-Lightning in bfloat16: a turn of the discriminator's heads and one of the LoRA, with every loss."""
 
 import json
-from pathlib import Path
 
 import pytest
 from pretended_gpu import PretendedGpu, bfloat16_noise, four_deviations
@@ -10,19 +9,18 @@ from ppcoat.config.lightning import lightning_config
 from ppcoat.data import garments
 from ppcoat.distill.flux_lightning import train_flux_lightning
 
-TEACHER = Path(__file__).parents[2] / "ppcoat" / "assets" / "tiny_flux"
 LOSSES = ("loss_discriminator_fake", "loss_discriminator_real", "loss_consistency", "loss_reflow",
           "loss_adversarial")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def train(tmp_path_factory):
+def train(tmp_path_factory, tiny_flux):
     """train(name, flag=value, ...) -> {loss: its values} of two steps, all losses on."""
     folder = tmp_path_factory.mktemp("lightning")
     garments.write_folder(folder / "data", 2, seed=1)
     given = {
         "data_path": str(folder / "data"), "output_dir": str(folder),
-        "pretrained_teacher_model": str(TEACHER),
+        "pretrained_teacher_model": str(tiny_flux),
         "resolution": 64, "lora_rank": 4, "learning_rate": 1e-3, "adv_lr": 1e-3, "train_batch_size": 2,
         "max_train_steps": 2, "max_sequence_length": 16, "num_euler_timesteps": 20, "use_dmd_loss": True,
         "apply_reflow_loss": True, "log_every": 1, "visualdl": False, "validation_steps": 0, "device": "cpu",

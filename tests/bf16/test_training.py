@@ -25,11 +25,11 @@ RUNS = {
     ],
     "FP8 base and products, swapped": [
         POLICY + "coat+recompute", "model.quantize=true", "model.quantize_matmul=true",
-        "model.blocks_to_swap=3",
+        "model.blocks_to_swap=2",
     ],
     "DoRA on an FP8 base, swapped, dropout": [
         POLICY + "coat+recompute", "network.type=dora", "network.dropout=0.1", "model.quantize=true",
-        "model.blocks_to_swap=3", "train.steps=1",
+        "model.blocks_to_swap=2", "train.steps=1",
     ],
 }  # fmt: skip
 MORE_RUNS = {
@@ -39,14 +39,14 @@ MORE_RUNS = {
     "plain checkpoints": [POLICY + "none", "train.gradient_checkpointing=true",
                           "coat.memory.enable_efficient_checkpoint=false"],
     "checkpoints of some blocks": [POLICY + "coat+recompute", "train.gradient_checkpointing=true",
-                                   "coat.memory.checkpoint_blocks=2"],
+                                   "coat.memory.checkpoint_blocks=1"],
     "DoRA with FP8 products": [POLICY + "coat", "network.type=dora", "model.quantize=true",
                                "model.quantize_matmul=true"],
     "DoRA checkpointed": [POLICY + "none", "network.type=dora", "train.gradient_checkpointing=true",
                           "train.gradient_accumulation=2"],
     "LoKr": [POLICY + "coat+recompute", "network.type=lokr", "network.lokr_factor=8",
              "network.lokr_rank_dropout=0.1"],
-    "swapped": [POLICY + "coat", "model.blocks_to_swap=6"],
+    "swapped": [POLICY + "coat", "model.blocks_to_swap=2"],
     "other losses": [POLICY + "coat", "train.timestep_type=weighted", "train.loss_type=pseudo_huber"],
 }  # fmt: skip
 
@@ -79,7 +79,7 @@ def test_without_coat_as_much_is_saved_as_is_planned_for_a_gpu(plain, in_bfloat1
     memory = MemoryModel(found.config, on_gpu=True)
     assert memory.image_tokens == IMAGE_TOKENS
     planned = memory.activations(as_given(found.config, 6))[0]
-    assert found.saved.bytes_kept == pytest.approx(planned, rel=0.003)
+    assert found.saved.bytes_kept == pytest.approx(planned, rel=0.004)
 
 
 @pytest.mark.parametrize("name", RUNS)

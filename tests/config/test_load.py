@@ -195,7 +195,7 @@ def test_names_that_are_no_folder_are_refused(tmp_path, name):
         (BASE + "[1]: 2", "as a key"),
         (BASE + "seed: \x00", "this is not YAML"),
         (BASE + "date: 2020-99-99", "unknown key 'date'"),
-        ("[" * 5000, "nested too deeply"),
+        ("[" * 5000, "nested deeper than 64 levels"),
         ("#" * (1 << 20) + "\n", "more than"),
         (BASE.replace("folder_path", "folder_pth"), "unknown key 'datasets.0.folder_pth'"),
         (BASE.replace("  - folder_path: photos\n", "  []\n"), "at least 1 entry"),
@@ -262,7 +262,7 @@ def test_unreadable_files(tmp_path):
         with pytest.raises(ConfigError, match=part):
             load_config(path)
     (tmp_path / "folder.yaml").mkdir()
-    with pytest.raises(ConfigError, match="directory"):
+    with pytest.raises(ConfigError, match="a folder"):
         load_config(tmp_path / "folder.yaml")
     (tmp_path / "latin.yaml").write_bytes(b"name: caf\xe9")
     with pytest.raises(ConfigError, match="UTF-8"):

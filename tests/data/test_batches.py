@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ppcoat.data.batches import ResumableBatches
+from ppcoat.data.batches import ResumableBatches, _repeated
 from ppcoat.data.sources import Item
 from ppcoat.errors import ConfigError
 
@@ -145,3 +145,14 @@ def test_a_late_batch_is_found_without_walking_there(example):
     late = ResumableBatches(examples, 3, 0)
     late.load_state_dict(late.state_dict() | {"batches": 10**9})
     assert len(next(late)) == 3
+
+
+def test_pictures_that_count_several_times_come_round_by_round():
+    assert _repeated([4, 5, 6], np.array([1, 3, 2])).tolist() == [4, 5, 6, 5, 6, 5]
+
+
+def test_a_long_epoch_is_an_array_and_a_longer_one_is_refused(example):
+    batches = ResumableBatches([example(repeats=10**6), example(size=(32, 64))], 4, 0)
+    assert len(next(batches)) == 4 and batches.batches_of(1) == 250_001
+    with pytest.raises(ConfigError, match="an epoch has 1000000000 pictures, wanted at most 10000000"):
+        ResumableBatches([example(repeats=10**9)], 4, 0)

@@ -94,7 +94,8 @@ def garbage(folder):
 
 
 @pytest.mark.parametrize("damage", [cut, flip, without_index, without_sums, garbage, shutil.rmtree])
-def test_a_damaged_copy_is_made_anew_with_one_message(assert_same, source, copy, caplog, damage):
+def test_a_damaged_copy_is_made_anew_with_one_message(assert_same, small_flux, copy, caplog, damage):
+    source = small_flux / "transformer"
     plain = load_quantized_transformer(source, copy=copy)
     damage(copy.folder)
     if damage is shutil.rmtree:

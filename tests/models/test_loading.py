@@ -321,6 +321,7 @@ def test_a_folder_of_diffusers_042_draws_and_its_tokenizers_are_written_again(
     drawn = pipeline(prompts, None, 64, 64, 1, latents=latents, max_sequence_length=64, output_type="latent")
     close(drawn.images, torch_refs["pipe_latent_1"])
     for part in ("tokenizer", "tokenizer_2"):
+        (tmp_path / part).mkdir()
         save_tokenizer(getattr(pipeline, part), tmp_path / part)
         written = {file.name: file.read_bytes() for file in (tmp_path / part).iterdir()}
         assert written == {file.name: file.read_bytes() for file in (NEW / part).iterdir()}

@@ -56,21 +56,20 @@ def test_every_linear_is_rounded_once_and_all_else_is_as_it_was(request, folder,
     assert [path.removesuffix(".weight") for path in fp8] == linear_paths(exact)
 
 
-@pytest.mark.parametrize("base", ["int8", "nf4", "fp4"])
-@pytest.mark.parametrize("layout", ["pt", "pd"])
+@pytest.mark.parametrize(("base", "layout"), [("int8", "pd"), ("nf4", "pt"), ("fp4", "pd")])
 def test_other_formats_read_in_bands_are_what_they_make_of_whole_weights(
-    fp32_folder, tmp_path, monkeypatch, assert_same, base, layout
+    small_flux, tmp_path, monkeypatch, assert_same, base, layout
 ):
     """Bands of 128 rows, with Paddle's order of a Linear's weight too, and from the copy on disk."""
     monkeypatch.setattr(quantized_base, "BAND", 128)
-    exact = load_transformer(fp32_folder / "transformer")
+    exact = load_transformer(small_flux / "transformer")
     save_weights(exact, tmp_path, "diffusion_pytorch_model")
     if layout == "pd":
         linears = {f"{path}.weight" for path in linear_paths(exact)}
         tensors = load_file(tmp_path / WEIGHTS)
         turned = {n: np.ascontiguousarray(t.T) if n in linears else t for n, t in tensors.items()}
         save_file(turned, tmp_path / WEIGHTS, {"format": "pd"})
-    (tmp_path / "config.json").write_bytes((fp32_folder / "transformer/config.json").read_bytes())
+    (tmp_path / "config.json").write_bytes((small_flux / "transformer/config.json").read_bytes())
     model, copy = load_quantized_transformer(tmp_path, base=base), QuantizedCopy(tmp_path / "c", "w", base)
     assert len(quantize_linears(exact, base)) == len(linear_paths(model))
     assert_same(model, exact)
@@ -167,7 +166,7 @@ def trained_loss(model, steps: int) -> float:
 def test_a_lora_learns_as_well_on_an_fp8_base(build_flux):
     plain, quantised = (build_flux(1, 1, 2, 32, 8, 16, 16) for _ in range(2))
     quantize_linears(quantised)
-    assert abs(trained_loss(quantised, 60) / trained_loss(plain, 60) - 1) < 0.02
+    assert abs(trained_loss(quantised, 30) / trained_loss(plain, 30) - 1) < 0.02
 
 
 @pytest.mark.slow

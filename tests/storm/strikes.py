@@ -84,14 +84,14 @@ class Strike:
             os.killpg(process.pid, number) if group else process.send_signal(number)
         out, err = process.communicate(timeout=BOUND)
         took = time.monotonic() - began
-        return End(number, process.returncode, out, err, took, self.left(process.pid), before)
+        return End(number, process.returncode, out, err, took, self.left(), before)
 
-    def left(self, session: int) -> list[str]:
-        """Processes of its session, drafts, locks and temporary files that are still there."""
+    def left(self) -> list[str]:
+        """Processes that began in the folder, drafts, locks and temporary files that are still there."""
         deadline = time.monotonic() + 5
-        while (there := processes_of(session)) and time.monotonic() < deadline:
+        while (there := processes_in(self.folder)) and time.monotonic() < deadline:
             time.sleep(0.02)
-        for pid in processes_of(session):
+        for pid in processes_in(self.folder):
             os.kill(pid, signal.SIGKILL)
         files = [path for form in DRAFTS for path in self.folder.rglob(form)]
         return there + [str(path) for path in [*files, *(self.folder / "temporary").iterdir()]]
@@ -113,14 +113,11 @@ def until_taken(process: subprocess.Popen) -> None:
         time.sleep(0.001)
 
 
-def processes_of(session: int) -> list[int]:
+def processes_in(folder: Path) -> list[int]:
+    """Processes whose working folder it is, in whatever session; zombies have none."""
     found = []
     for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                state, _, _, of, *_ = (entry / "stat").read_bytes().rpartition(b")")[2].split()
-            except (OSError, ValueError):
-                continue
-            if int(of) == session and state != b"Z":
+        with suppress(OSError):
+            if entry.name.isdigit() and os.readlink(entry / "cwd") == str(folder):
                 found.append(int(entry.name))
     return found

@@ -312,10 +312,7 @@ def with_first(value: float, x: paddle.Tensor) -> paddle.Tensor:
 
 STATES = {  # of a checkpoint: group and tensor
     "NaN in a resumed LoRA": ("lora", "lora_A"),
-    "NaN in resumed optimizer states": (
-        "optimizer",
-        {"NewBie": "moment1"},
-    ),  # elsewhere FP8, whose scale it is
+    "NaN in resumed optimizer states": ("optimizer", "m1.amax"),  # of FP8
 }
 
 
@@ -335,8 +332,7 @@ def test_states_that_are_not_finite(any_scene, monkeypatch):
 
 def resumed(scene: Scene, argv: list, name: str) -> None:
     """The last checkpoint is damaged: the run goes on from the one before. It is as before, then."""
-    run, whole, (group, tensors) = scene.folder / "run", scene.folder / "whole", STATES[name]
-    tensor = tensors if isinstance(tensors, str) else tensors.get(scene.family, "m1.amax")
+    run, whole, (group, tensor) = scene.folder / "run", scene.folder / "whole", STATES[name]
     shutil.copytree(run, whole)
     last = run / "checkpoints" / "000000004"
     change_checkpoint(last, group, tensor, partial(with_first, NAN))
@@ -412,7 +408,8 @@ def test_encodings_on_disk_that_are_not_finite_are_made_again(scene):
     scene.cache = True
     argv = scene.argv("run", data)
     assert scene.call(argv).status == 0
-    whole, store = results(scene.folder / "run"), EmbeddingStore(scene.folder / "run" / "cache")
+    file, store = scene.folder / "run" / "run.safetensors", EmbeddingStore(scene.folder / "run" / "cache")
+    whole = files.load_file(file)
     keys = [path.stem for path in store.folder.glob("*/*.safetensors")]
     for key in keys:
         tensors = store.get(key)
@@ -420,7 +417,8 @@ def test_encodings_on_disk_that_are_not_finite_are_made_again(scene):
     shutil.rmtree(scene.folder / "run" / "checkpoints")
     ended = scene.call(argv)
     warned = [line for line in ended.told if "holds NaN or infinity); it will be made anew" in line]
-    right = ended.status == 0 and len(warned) == len(keys) and results(scene.folder / "run") == whole
+    right = ended.status == 0 and len(warned) == len(keys)
+    right = right and all((found == whole[name]).all() for name, found in files.load_file(file).items())
     judge("NaN in encodings on disk", "FLUX", right, told_of(ended))
 
 
@@ -439,12 +437,14 @@ def test_adapters_and_models_that_are_not_finite_draw_and_make_nothing(scene):
         "draw": ["generate", "--model", scene.model(), "--path_to_lora", bad, *size, "--output_dir", out],
         "merge": ["merge", "--model", scene.model(), "--lora", bad, "--output_dir", out],
         "convert": ["convert", bad, out, "--format", "kohya"],
-        "resize": ["lora", "resize", bad, out, "--rank", 1],
-        "combine": ["lora", "combine", bad, good, out],
+        "resize": ["lora", "resize", bad, f"{out}.safetensors", "--rank", 1],
+        "combine": ["lora", "combine", bad, good, f"{out}.safetensors"],
     }
     for name, argv in commands.items():
         ended = scene.call(argv)
-        right = refused(ended, 2, f"{bad}: the tensor .*lora_B.* holds NaN or infinity") and not out.exists()
+        right = refused(ended, 2, f"{bad}: the tensor .*lora_B.* holds NaN or infinity") and not list(
+            scene.folder.glob("out*")
+        )
         judge("NaN in a LoRA", name, right, told_of(ended))
     for part in ("T5", "CLIP", "transformer"):
         argv = ["generate", "--model", scene.model(part), *size, "--output_dir", out]

@@ -1,15 +1,16 @@
 """Ctrl+C, SIGTERM and SIGHUP at any moment: one line, 130, 143 or 129, nothing left, and the same command
 goes through afterwards."""
 
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
+from contextlib import suppress
 
 import pytest
 from counts import judge
-from strikes import Strike
+from strikes import NOISE, REPOSITORY, Strike
 
 COMMAND = [sys.executable, "-m", "ppcoat"]
 PROCESS = """
@@ -55,14 +56,22 @@ def test_from_the_first_moment_a_signal_is_one_line(strike, number):
         judge("train, first moments", number.name, not ended.wrong, f"{seconds} s: {ended.wrong}")
 
 
-def test_paddles_own_handler_never_speaks(strike):
-    """It is there from the middle of `import paddle`."""
-    process = strike(TRAIN).start()
-    maps = Path(f"/proc/{process.pid}/maps")
-    while "libpaddle" not in maps.read_text():
-        time.sleep(0.002)
-    ended = strike(TRAIN).send(process, signal.SIGTERM)
-    judge("train, Paddle's import", "SIGTERM", not ended.wrong, ended.wrong)
+HELD = """
+import ctypes
+libc = ctypes.CDLL(None)
+with signals.held():
+    libc.signal(15, libc._exit)  # as Paddle's, which speaks
+    print("now", flush=True)
+    time.sleep(5)
+"""
+
+
+def test_what_paddle_does_with_sigterm_while_it_is_imported_never_shows(in_process):
+    ended = in_process(HELD)
+    judge("another's handler", "SIGTERM", not ended.wrong, ended.wrong)
+    code = HELD.replace("print", "0 and print").replace("time.sleep(5)", "pass")
+    ended = in_process(code + "print('now', flush=True); time.sleep(5)")
+    judge("another's handler", "SIGTERM", not ended.wrong, ended.wrong)
 
 
 STUCK = """
@@ -140,3 +149,100 @@ def test_a_child_of_a_command_ends_in_silence(tmp_path):
     time.sleep(0.1)
     process.terminate()
     assert (process.wait(10), process.stderr.read()) == (143, "")
+
+
+# name -> arguments and what is removed before each start; each runs in a folder with a run on the tiny FLUX
+LORA = str(REPOSITORY / "tests/fixtures/adapters/rslora.safetensors")
+TINY = str(REPOSITORY / "ppcoat/assets/tiny_flux")
+COMMANDS = {
+    "inspect": (["inspect", LORA], []),
+    "convert": (["convert", LORA, "out.safetensors", "--format", "kohya"], ["out.safetensors"]),
+    "lora resize": (["lora", "resize", LORA, "out.safetensors", "--rank", "2"], ["out.safetensors"]),
+    "data report": (["data", "report", "data"], []),
+    "doctor": (["doctor"], []),
+    "plan": (["plan", "run.yaml"], []),
+    "generate": (["generate", "--model", TINY, "--prompt", "a hat", "--output_dir", "drawn"], ["drawn"]),
+    "quickstart": (["quickstart", "--samples", "10"], ["output"]),
+    "benchmark": (["benchmark", "--num_steps", "3", "--num_layers", "1", "--hidden_size", "64"], []),
+    "accuracy": (["accuracy"], []),
+    "studio": (["studio", "--port", "7893"], []),
+}
+MOMENTS = 5
+ENDLESS = {"studio": 15.0, "quickstart": 40.0}  # seconds that are enough to see all that they do
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_training_struck_at_any_moment_goes_on_afterwards(strike, number):
+    """30 moments from its start to its end, over one run that is taken up again and again."""
+    train = strike(TRAIN)
+    length = seconds_of(train)
+    shutil.rmtree(train.folder / "run")
+    for moment in range(30):
+        ended = train.at(number, length * moment / 29)
+        judge("train", number.name, not ended.wrong, f"moment {moment} of {length:.1f} s: {ended.wrong}")
+    through = train.send(until_over(train), number)
+    assert (through.status, through.before) == (0, True), through.err
+    assert (train.folder / "run/run.safetensors").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_struck_at_any_moment_works_afterwards(strike, name):
+    arguments, made = COMMANDS[name]
+    command = strike([*COMMAND, *arguments])
+    length = ENDLESS.get(name) or seconds_of(command)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        for moment in range(MOMENTS):
+            remove(command.folder, made)
+            ended = command.at(number, length * moment / (MOMENTS - 1))
+            judge(name, number.name, not ended.wrong, f"moment {moment} of {length:.1f} s: {ended.wrong}")
+    if name not in ENDLESS:
+        remove(command.folder, made)
+        assert command.send(until_over(command), signal.SIGTERM).status == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ranks_struck_at_any_moment_say_it_in_their_logs(strike, number):
+    """As a terminal or a scheduler does: to the launcher and to all ranks at once, which repeats it."""
+    script = str(REPOSITORY / "train_scripts/train_flux_lora.py")
+    launch = [sys.executable, "-m", "paddle.distributed.launch", "--nproc_per_node", "2", "--log_dir", "logs"]
+    ranks = strike([*launch, script, *TRAIN[4:], "--set", "train.batch_size=2"])
+    for seconds in (2, 4, 6, 9, 12, 16):
+        remove(ranks.folder, ["logs"])
+        process = ranks.start()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(seconds)
+        ended = ranks.send(process, number, group=True)
+        said = "".join(file.read_text("utf-8", "replace") for file in ranks.folder.glob("logs/workerlog.*"))
+        noise = NOISE.search(said)
+        judge("2 ranks", number.name, not (noise or ended.left), f"{seconds} s: {ended.left} {said[-900:]}")
+
+
+@pytest.mark.slow
+def test_a_reader_that_has_gone_ends_a_training_as_it_ends_other_programs(strike):
+    command = " ".join(TRAIN)
+    shell = strike(["bash", "-c", f"{command} | head -1; echo ${{PIPESTATUS[0]}}"])
+    process = shell.start()
+    out, err = process.communicate(timeout=300)
+    judge("train, its reader gone", "SIGPIPE", out.endswith("141\n") and not NOISE.search(err), out + err)
+
+
+def seconds_of(command):
+    began = time.monotonic()
+    process = until_over(command)
+    assert process.returncode == 0, process.stderr.read()
+    return time.monotonic() - began
+
+
+def until_over(command):
+    process = command.start()
+    process.wait(600)  # what these print fits into their pipes
+    return process
+
+
+def remove(folder, names):
+    for name in names:
+        shutil.rmtree(folder / name, ignore_errors=True)
+        (folder / name).unlink(missing_ok=True)

@@ -118,6 +118,21 @@ def test_the_queue_trains_one_after_the_other_and_outlives_the_studio(job, tmp_p
     assert second.is_alive and again.waiting == []
 
 
+@pytest.mark.parametrize("moment", [(ChildRun, "start"), (Queue, "_save")], ids=["before", "after"])
+def test_a_studio_that_is_killed_at_a_start_loses_no_run(job, tmp_path, monkeypatch, moment):
+    run = job("a", "train")
+    queue = Queue(tmp_path)
+    queue.add(run)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(*moment, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        queue.tick()
+    again = Queue(tmp_path)
+    assert again.waiting == [run.folder] and again.current is None
+    again.tick()
+    assert run.is_alive and again.current == run and again.waiting == [] and again.refused == {}
+    assert Queue(tmp_path).current == run and Queue(tmp_path).waiting == []
+
+
 def test_a_run_that_cannot_start_holds_nobody_up(job, tmp_path):
     broken, good = ChildRun(tmp_path / "gone"), job("b", "train")
     queue = Queue(tmp_path)

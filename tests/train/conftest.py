@@ -24,13 +24,16 @@ def shared_encoders(encoders_read_once):
 
 
 @pytest.fixture
-def make_config(tmp_path, write_run, drawings):
-    """make_config("train.steps=3", ...) -> RunConfig; runs are named by `name=`, all in tmp_path."""
-    data = tmp_path / "data"
+def make_config(request, tmp_path, write_run, drawings):
+    """make_config("train.steps=3", ...) -> RunConfig; runs are named by `name=`, all in tmp_path. They are
+    on small_flux where a test uses it."""
+    data, more = tmp_path / "data", {}
     drawings(data, 6)
+    if "small_flux" in request.fixturenames:
+        more["model"] = {"name_or_path": str(request.getfixturevalue("small_flux"))}
     train = {"steps": 4, "batch_size": 2, "lr": 1e-2}
     file = write_run(
-        tmp_path, data, train=train, coat={"optimizer": {"block_size": 16}}, save={"save_every": 2}
+        tmp_path, data, train=train, coat={"optimizer": {"block_size": 16}}, save={"save_every": 2}, **more
     )
     return lambda *overrides: load_config(file, overrides)
 

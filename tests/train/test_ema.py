@@ -10,6 +10,8 @@ from ppcoat.train.run import train_lora
 from ppcoat.train.run_state import RunningMean
 from ppcoat.train.trainer import Trainer
 
+pytestmark = pytest.mark.usefixtures("small_flux")
+
 
 def parameter(values):
     return paddle.create_parameter(

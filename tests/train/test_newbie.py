@@ -211,7 +211,7 @@ def test_stopped_and_resumed_run_is_bit_equal_to_an_uninterrupted_one(make_confi
     [
         ("network.linear=3", "network.linear was 2 .* is 3 now"),
         ("network.targets=[attention.qkv]", "network.targets and what else .* was .* is .* now"),
-        ("network.type=lokr", "network.type was not recorded .* is 'lokr, factor -1' now"),
+        ("network.type=lokr", "network.type was 'lora' .* is 'lokr' now"),
         ("datasets.0.resolution=32", "sizes, repeats or regularisation of the pictures changed"),
     ],
 )

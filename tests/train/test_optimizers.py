@@ -14,6 +14,8 @@ from ppcoat.train.optimizers import run_optimizer
 from ppcoat.train.run import train_lora
 from ppcoat.train.trainer import Trainer
 
+pytestmark = pytest.mark.usefixtures("small_flux")
+
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("schedulefree_adamw", "lion", "adafactor")]
 NAMES = ["prodigy", *SLOW]
 PREVIEWS_OFF = "sample.sample_every=0"

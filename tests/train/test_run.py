@@ -127,8 +127,11 @@ def planned(make_config, monkeypatch):
         meter = SimpleNamespace(free_memory=lambda: free[0], total_memory=lambda: 12 * 10**9)
         monkeypatch.setattr(run, "HostMeter", lambda: meter)
         others = [[count] for count in free[1:]]
-        ranks = SimpleNamespace(is_first=True, gather=lambda values: np.array([values, *others]),
-                                from_first=lambda content: content)  # fmt: skip
+        ranks = SimpleNamespace(
+            is_first=True,
+            gather=lambda values: np.array([values, *others]),
+            from_first=lambda content: content,
+        )
         config = make_config("memory=auto", "coat.enabled=true", "vram_gb=null")
         return with_fitting_settings(SimpleNamespace(memory_model=None), config, ranks), asked
 
@@ -151,7 +154,7 @@ def test_a_run_that_goes_on_keeps_its_settings_whatever_is_free_now(planned, cap
     (config.run_dir / "checkpoints" / "latest").write_text("x")
     again, _ = planned(5 * 10**9)
     assert again == config and len(asked) == 2
-    again, _ = planned(8 * 10**9, 5 * 10**9)  # also for a rank that does not see the folder
+    again, _ = planned(8 * 10**9, 5 * 10**9)  # the first rank's folder counts
     assert again == config and len(asked) == 2
     assert "the settings with which this run began" in capsys.readouterr().out
 

@@ -10,6 +10,8 @@ from ppcoat.train.checkpoint import load_latest
 from ppcoat.train.report import Report
 from ppcoat.train.run import train_lora
 
+pytestmark = pytest.mark.usefixtures("small_flux")
+
 FULL = OSError(28, "No space left on device")
 
 

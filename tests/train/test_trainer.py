@@ -17,6 +17,8 @@ from ppcoat.train.checkpoint import load_latest
 from ppcoat.train.run import train_lora
 from ppcoat.train.trainer import Trainer
 
+pytestmark = pytest.mark.usefixtures("small_flux")
+
 
 def log(config):
     return [json.loads(line) for line in (config.run_dir / "log.jsonl").read_text().splitlines()]

@@ -15,6 +15,8 @@ from ppcoat.train import flux as flux_lora
 from ppcoat.train.previews import Validation, encode_validation, kept_pictures
 from ppcoat.train.run import train_lora
 
+pytestmark = pytest.mark.usefixtures("small_flux")
+
 LEVELS = ["validation_loss", *(f"validation_loss_sigma_{s}" for s in ("1.00", "0.75", "0.50", "0.25"))]
 
 

@@ -118,9 +118,9 @@ class FluxPipeline(DrawingLoop, LoRAMethods, PictureInputs, LatentPictures, Diff
         return cls.from_pretrained(file, paddle_dtype, **options)
 
     def save_pretrained(self, folder: str | os.PathLike, dtype: str | None = None) -> None:
-        """Writes a folder that diffusers (PyTorch) and `from_pretrained` load, whole or not at all: one that
-        is there is replaced, and what it has beside a pipeline stays. Where it cannot be replaced (see
-        `can_be_replaced`), each component is, and model_index.json comes last.
+        """Writes a folder that diffusers (PyTorch) and `from_pretrained` load, whole or not at all: one of an
+        earlier pipeline is replaced, and what it has beside that stays. In a folder of other things, and in
+        one that cannot be replaced (see `can_be_replaced`), each component is, and model_index.json is last.
 
         dtype: float32, bfloat16 or float16 (None: as loaded). Raises ConfigError if a part is None or a
         LoRA is on, OSError (full disk; it takes room for the old and the new one).
@@ -129,8 +129,10 @@ class FluxPipeline(DrawingLoop, LoRAMethods, PictureInputs, LatentPictures, Diff
         if absent:
             raise ConfigError(f"the pipeline has no {absent[0]}, and a folder is not complete without it")
         folder = Path(folder)
-        in_place = folder.is_dir() and not can_be_replaced(folder)
-        with nullcontext(folder) if in_place else whole_folder(folder, replace=True, keep=True) as target:
+        whole = not folder.is_dir()
+        if not whole and ((folder / "model_index.json").exists() or not any(folder.iterdir())):
+            whole = can_be_replaced(folder)
+        with whole_folder(folder, replace=True, keep=True) if whole else nullcontext(folder) as target:
             for name in FLUX_COMPONENTS:
                 writing.save_component(getattr(self, name), target / name, dtype)
             name = writing.class_that_draws(self.transformer, type(self).__name__)

@@ -13,7 +13,7 @@ import paddle
 from ppcoat.errors import ConfigError
 
 MAX_T5_TOKENS = 512
-LETTERS_OF_A_TOKEN = 32
+LETTERS_OF_A_TOKEN = 16
 MOST_COUNTED = 16  # of the prompts that are cut, to tell how long they are
 
 
@@ -128,7 +128,7 @@ def _start(prompt: str, length: int) -> str:
     tokenizers in Python take seconds for 64 KiB."""
     letters = end = LETTERS_OF_A_TOKEN * length
     while end < len(prompt) and sum(map(len, prompt[:end].split())) < letters:
-        end *= 2  # white space is no letter
+        end += letters  # white space is no letter
     return prompt[:end]
 
 

@@ -450,9 +450,9 @@ def test_half_precision_shards_load_again(pipeline, tmp_path, monkeypatch):
         np.testing.assert_array_equal(again[name].numpy(), rounded, err_msg=name)
 
 
-@pytest.mark.parametrize("standing_there", [False, True])
-def test_an_earlier_folder_is_replaced_and_what_is_beside_stays(
-    pipeline, tmp_path, monkeypatch, standing_there
+@pytest.mark.parametrize("kind", ["of a pipeline", "of other things", "where we stand"])
+def test_a_folder_of_an_earlier_pipeline_is_replaced_and_what_is_beside_stays(
+    pipeline, tmp_path, monkeypatch, kind
 ):
     folder = tmp_path / "model"
     for part in ("transformer", "tokenizer"):
@@ -463,15 +463,34 @@ def test_an_earlier_folder_is_replaced_and_what_is_beside_stays(
     for file in words.iterdir():
         (folder / "tokenizer" / file.name).write_bytes(file.read_bytes())
     monkeypatch.setitem(pipeline.tokenizer.init_kwargs, "name_or_path", str(folder / "tokenizer"))
-    before = folder.stat().st_ino
-    if standing_there:
+    if kind != "of other things":
+        (folder / "model_index.json").write_text("{}")
+    if kind == "where we stand":
         monkeypatch.chdir(folder)
-    pipeline.save_pretrained("." if standing_there else folder)
-    assert (folder.stat().st_ino == before) is standing_there
+    before = folder.stat().st_ino
+    pipeline.save_pretrained("." if kind == "where we stand" else folder)
+    assert (folder.stat().st_ino != before) is (kind == "of a pipeline")
     assert (folder / "README.md").read_text() == "of an earlier model"
     found = [file.name for file in (folder / "transformer").iterdir()]
     assert sorted(found) == ["config.json", "diffusion_pytorch_model.safetensors"]
     assert {file.name for file in (folder / "tokenizer").iterdir()} == {file.name for file in words.iterdir()}
+
+
+def test_a_new_folder_is_there_whole_or_not_at_all(pipeline, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(writing, "write_json", full)
+    with pytest.raises(OSError, match="No space"):
+        pipeline.save_pretrained(tmp_path / "a" / "model")
+    assert list((tmp_path / "a").iterdir()) == []
+
+
+def test_a_folder_where_a_disk_is_mounted_is_filled_in_place(pipeline, tmp_path, monkeypatch):
+    monkeypatch.setattr("os.path.ismount", lambda path: True)
+    before = tmp_path.stat().st_ino
+    pipeline.save_pretrained(tmp_path)
+    assert tmp_path.stat().st_ino == before and (tmp_path / "model_index.json").exists()
 
 
 def test_encoders_made_in_memory_get_transformers_keys(pipeline, fp32_folder, tmp_path, monkeypatch):
