@@ -108,4 +108,4 @@ def test_two_ranks_are_one_with_both_pictures(write, tmp_path, settings):
     names = [sorted(path.name for path in (file.parent / "run").iterdir()) for file in (two, one)]
     assert names[0] == names[1] and not list(two.parent.rglob("*tmp*"))
     copies = list((two.parent / "run").glob("*/*-fp8/*.safetensors"))
-    assert bool(copies) == config.model.quantize
+    assert bool(copies) == bool(config.model.quantize)
