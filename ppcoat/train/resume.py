@@ -41,6 +41,7 @@ Values = tuple[str, str]  # of a setting, in the checkpoint and now
 _PICTURES, _REGULARISATION = "pictures", "regularisation"
 _PARTS = ("picture", "caption", "mask", "reference")  # of a row of a data record
 _NAMED = 3  # files in a line
+MOST_NAMED, _ALL = 200_000, "*"  # pictures in a checkpoint: 12 MB of text
 _DIGITS = 12  # of a sha256: enough to see a change
 # Record -> what cannot be compared where a checkpoint lacks it.
 _UNSEEN = {"settings": "its settings", "weights": "VAE, text encoders and tokenizers",
@@ -59,7 +60,8 @@ class Start:
 
 def data_record(datasets: Sequence[Dataset]) -> dict[str, dict[str, str]]:
     """{"pictures" or "regularisation": {name in its folder: digests of picture, caption, mask and
-    references}}. Reads every file. Raises ConfigError as file_digest does."""
+    references}}, of more than MOST_NAMED one digest together. Reads every file. Raises ConfigError as
+    file_digest does."""
     digests: dict[Path, str] = {}
 
     def of(path: Path) -> str:
@@ -83,7 +85,8 @@ def data_record(datasets: Sequence[Dataset]) -> dict[str, dict[str, str]]:
             row.append(of(mask.path) if mask and not mask.from_alpha else "-")
             row += [of(reference.path) for reference in (beside.references if beside else ())]
             rows[_free_name(path.relative_to(folder).as_posix(), rows)] = " ".join(row)
-    return record
+    return {kind: rows if len(rows) <= MOST_NAMED else {_ALL: content_key(*rows, *rows.values())[:_DIGITS]}
+            for kind, rows in record.items()}  # fmt: skip
 
 
 def check_resume(
@@ -302,8 +305,11 @@ def _of_class(wanted: str, changed: Mapping[str, Values]) -> dict[str, Values]:
 def _data_changes(before: Mapping[str, dict], now: Mapping[str, dict]) -> str:
     """Two data records -> "data: 1 caption changed (a.png), 2 pictures new (b.png, c.png)", or nothing."""
     parts = []
-    for kind in (_PICTURES, _REGULARISATION):
+    for kind, of in ((_PICTURES, ""), (_REGULARISATION, "regularisation ")):
         was, rows = before.get(kind, {}), now.get(kind, {})
+        if _ALL in was or _ALL in rows:
+            parts += [] if was == rows else [f"files of the {of}pictures changed"]
+            continue
         found: dict[tuple[str, str], list[str]] = {}
         for name in sorted(was.keys() & rows.keys()):
             for part in _changed_parts(was[name].split(), rows[name].split()):
@@ -311,7 +317,6 @@ def _data_changes(before: Mapping[str, dict], now: Mapping[str, dict]) -> str:
         for word, names in (("new", rows.keys() - was.keys()), ("gone", was.keys() - rows.keys())):
             if names:
                 found["picture", word] = sorted(names)
-        of = "regularisation " if kind == _REGULARISATION else ""
         for (part, word), names in found.items():
             more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
             plural = "s" if len(names) > 1 else ""

@@ -21,6 +21,7 @@ from ppcoat.data.examples import Example
 from ppcoat.data.sources import Item
 from ppcoat.errors import ConfigError
 from ppcoat.optim import lr_scheduler
+from ppcoat.train import resume
 from ppcoat.train.base_model import base_identity
 from ppcoat.train.checkpoint import in_its_folder, load_latest, save_run
 from ppcoat.train.flux import FluxSpec
@@ -127,6 +128,15 @@ def test_each_picture_caption_mask_and_reference_that_changed_is_named(settled, 
                  "1 regularisation caption changed (pictures0.png)"):  # fmt: skip
         assert part in said, part
     assert len(said.splitlines()) == 2 and "changed since then: data: " in said
+
+
+def test_of_very_many_pictures_it_is_told_only_whether_they_changed(settled, capsys, monkeypatch):
+    folder, config, resumed = settled
+    monkeypatch.setattr(resume, "MOST_NAMED", 1)
+    resumed.save(config)
+    assert "changed" not in resumed.go_on(config, capsys)
+    (folder / "copy" / "pictures" / "pictures0.txt").write_text("a cat")
+    assert "data: files of the regularisation pictures changed; weights" in resumed.go_on(config, capsys)
 
 
 def test_new_and_missing_pictures_are_named_where_the_order_may_stay_and_where_it_may_not(settled, capsys):
