@@ -20,13 +20,14 @@ pytestmark = pytest.mark.usefixtures("encoders_read_once")
 
 
 @pytest.fixture
-def file(tmp_path, write_run, drawings):
+def file(tmp_path, write_run, drawings, small_flux):
     """Config of a run on 8 drawings, more than two steps need, with everything that writes switched on."""
     data = tmp_path / "data"
     drawings(data, 8)
     return write_run(
         tmp_path,
         data,
+        model={"name_or_path": str(small_flux)},
         train={"steps": 3, "batch_size": 2, "gradient_accumulation": 2, "lr": 1e-2},
         datasets=[{"folder_path": str(data), "resolution": 64, "cache_to_disk": True,
                    "caption_dropout_rate": 0.5}],

@@ -26,8 +26,6 @@ from ppcoat.fp8 import backend
 from ppcoat.train.flux import FluxSpec
 from ppcoat.train.ranks import Ranks
 
-FIXTURE = Path(__file__).parents[1] / "fixtures" / "tiny_flux_fp32"
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -38,11 +36,11 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def make_config(folder):
+def make_config(folder, small_flux):
     """make_config(name, flag=value, ...) -> a run of 2 pictures a step."""
     given = {
         "data_path": str(folder / "data"),
-        "pretrained_teacher_model": str(FIXTURE),
+        "pretrained_teacher_model": str(small_flux),
         "output_dir": str(folder),
         "resolution": "64",
         "lora_rank": "2",
@@ -113,14 +111,14 @@ def test_the_heads_are_in_the_checkpoint_and_have_no_first_moment(whole):
     config, result = whole
     names = shapes(checkpoint(config, 5, "optimizer.safetensors"))
     assert "generator.m1.codes" in names
-    assert all(f"discriminator.{head}.m2.codes" in names for head in range(5))
+    assert all(f"discriminator.{head}.m2.codes" in names for head in range(2))
     assert not any(name.startswith("discriminator.") and ".m1." in name for name in names)
     parameters = shapes(checkpoint(config, 5, "lora.safetensors"))
     heads = {
         name: math.prod(shape) for name, shape in parameters.items() if name.startswith("discriminator.")
     }
     lora = sum(math.prod(shape) for name, shape in parameters.items() if name not in heads)
-    assert len({name.split(".")[2] for name in heads}) == 5
+    assert len({name.split(".")[2] for name in heads}) == 2
     # small tensors leave their last group half empty
     assert result.optimizer_bytes < 1.25 * sum(heads.values()) + 3 * lora
 

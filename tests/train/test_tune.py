@@ -30,6 +30,7 @@ from ppcoat.train.trainer import Trainer
 from ppcoat.train.trials import Trials, with_candidate
 from ppcoat.train.tune import Search, check_flags, search_space, tune
 
+pytestmark = pytest.mark.usefixtures("small_flux")
 OWN = Candidate(1e-2, 2, "coat")
 OTHER = Candidate(3e-2, 4, "coat+recompute")
 SPACE = Space(Candidate(1e-3, 16, "coat"), (4, 8, 16), ("coat",))

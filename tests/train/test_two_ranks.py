@@ -26,7 +26,7 @@ IN_GROUPS = {"optimizer": {"use_fp8": False}, "activation": {"linear_granularity
 
 
 @pytest.fixture
-def write(tmp_path, write_run):
+def write(tmp_path, write_run, small_flux):
     """write(name, batch_size, train={...}, section={...}) -> config file of a run in tmp_path/<name>."""
     data = tmp_path / "data"
     garments.write_folder(data, 6, seed=1, motif="gold star", prefix="[trigger] ")
@@ -36,7 +36,8 @@ def write(tmp_path, write_run):
         folder.mkdir(exist_ok=True)
         # an epsilon above rounding: with a small one AdamW makes a whole step of any gradient
         settings = {"steps": 3, "lr": 1e-4, "batch_size": batch_size, "epsilon": 1e-6, **(train or {})}
-        return write_run(folder, data, train=settings, **sections)
+        model = {"name_or_path": str(small_flux)}
+        return write_run(folder, data, train=settings, model=model, **sections)
 
     return write
 
