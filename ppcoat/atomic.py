@@ -38,6 +38,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from ppcoat.errors import ConfigError
 from ppcoat.signals import unfinished
 
 _FORGOTTEN_SECONDS = 24 * 3600  # without a change: a draft of another machine has no living writer
@@ -213,7 +214,7 @@ def _goal(path: str | Path) -> Path:
 def _draft(goal: Path, or_goal: bool = False) -> Iterator[Path]:
     """A path, with nothing there, in a draft folder of its own, so that whatever a library writes beside it
     goes with it and its ending is the goal's. An OSError without a file's name, or with the draft's, gets the
-    goal's.
+    goal's; so does a ConfigError with the draft's.
 
     or_goal: within another draft of this process it is the goal itself, which is removed first: nobody reads
     it before all of that draft is synced and gets its name.
@@ -239,6 +240,8 @@ def _draft(goal: Path, or_goal: bool = False) -> Iterator[Path]:
         number, path = int(said["rust"] or said["python"]), said["path"] or name
         mine = name in path or (number in _NO_ROOM and said["to"] is not None)
         raise OSError(number, os.strerror(number), str(goal) if mine else path) from error
+    except ConfigError as error:
+        raise ConfigError(str(error).replace(str(own / goal.name), str(goal))) from error
     except OSError as error:
         copied = error.errno in _NO_ROOM and error.filename2 is not None  # from filename, for which is room
         if error.errno is not None and (error.filename is None or name in str(error.filename) or copied):

@@ -68,9 +68,9 @@ def test_files_carry_number_prompt_and_seed(drawing, capsys):
     assert [picture.text["prompt"] for picture in pictures] == [prompts[0]] * 2 + [prompts[1]] * 2
 
 
-def test_a_prompt_without_letters_still_gets_a_name(drawing):
+def test_a_prompt_gives_the_name_in_any_language(drawing):
     (file,) = generate(dataclasses.replace(drawing, prompt=["猫 !"]))
-    assert file.name == "000_picture_5.png" and Image.open(file).text["prompt"] == "猫 !"
+    assert file.name == "000_猫_5.png" and Image.open(file).text["prompt"] == "猫 !"
 
 
 def test_width_and_height_are_not_exchanged_and_default_to_the_models_own(drawing):

@@ -195,12 +195,12 @@ def test_the_cinn_script_sets_flags_before_paddle_is_imported(environment, wante
     names = ("FLAGS_use_cinn", "FLAGS_prim_all", "FLAGS_prim_enable_dynamic")
     code = f"""
 import os, runpy, sys, types
-def run(name, flags):
-    print(name, flags, *[os.environ[name] for name in {names}], "paddle" in sys.modules)
+import ppcoat.cli
+def run(name):
+    print(name, sys.argv[1:], *[os.environ[name] for name in {names}], "paddle" in sys.modules)
 main = types.ModuleType("ppcoat.cli.main")
 main.run = run
-sys.modules |= {{"ppcoat": types.ModuleType("ppcoat"), "ppcoat.cli": types.ModuleType("ppcoat.cli")}}
-sys.modules["ppcoat.cli.main"] = main
+ppcoat.cli.main = sys.modules["ppcoat.cli.main"] = main
 sys.argv = [{str(script)!r}, "--repeat", "7"]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
