@@ -78,9 +78,6 @@ def flux(folder, out, write_run):
 
 
 def newbie(folder, out, write_run):
-    """Captions of one length: those of a run that died are encoded in other company, and padded otherwise."""
-    for letter, caption in zip("abcd", sorted((folder / "data").glob("*.txt")), strict=True):
-        caption.write_text(f"a dress {letter}")
     file = folder / "run.toml"
     file.write_text(TOML.format(model=FIXTURES / "tiny_newbie", out=out, data=folder / "data"))
     return partial(
