@@ -48,7 +48,7 @@ def add_merge_newbie_arguments(parser: argparse.ArgumentParser) -> None:
     add_flags(parser, MergeNewbieFlags)
 
 
-def run_merge_newbie(arguments: argparse.Namespace) -> None:
+def call_merge_newbie(arguments: argparse.Namespace) -> None:
     from ppcoat.cli import newbie
 
     newbie.run_merge_newbie(arguments)

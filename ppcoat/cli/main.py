@@ -70,7 +70,7 @@ COMMANDS = {
         "write a NewBie folder with a LoRA or LoKr added",
         "ppcoat.cli.flags",
         "add_merge_newbie_arguments",
-        "run_merge_newbie",
+        "call_merge_newbie",
     ),
     "convert-newbie": Command(
         "write a NewBie folder from its released parts",
