@@ -59,7 +59,7 @@ WHERE = {
     "before the first step": (Trainer, "train_step", 1),
     "in a step": (Trainer, "_update", 3),
     "in a transfer": (paddle.distributed, "all_reduce", 12),
-    "in a save": (checkpoint, "write_text", 2),
+    "in a save": (checkpoint, "write_text", 1),
 }
 
 
