@@ -29,7 +29,8 @@ def on_colour(background: Colour | None) -> Convert:
         alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
         if alpha is not None and background == WHITE and alpha.getextrema() == (0, 0):
             notes.append("wholly transparent, trained as white")
-        if image.mode not in ("RGB", "L", "CMYK"):
+        at_once = ("RGB", "L", "CMYK", "1", *(["P"] if alpha is None else []))
+        if image.mode not in at_once:  # in two copies, which of a huge picture are gigabytes
             image = image.convert("RGBA").convert("RGB")
         image = _in_srgb(image, profile, notes) if profile else image.convert("RGB")
         if alpha is None or background is None:
