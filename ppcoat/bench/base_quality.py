@@ -69,7 +69,7 @@ class WeightFlags:
 
     model: Path = flag("FLUX folder or file", Path(TINY_FLUX))
     base: str = flag("format of the base weights", "fp8", choices=tuple(BASES))
-    no_output: bool = flag("measure weights only, for models too large to run", False)
+    weights_only: bool = flag("measure weights only, for models too large to run", False)
     output: Path | None = flag("JSON file to write the numbers to", None, metavar="FILE")
 
 
@@ -92,7 +92,7 @@ def run_weights(flags: WeightFlags) -> None:
     folder = FluxFiles.found(flags.model, "--model")["transformer"]
     tune_host()
     rows = list(weight_errors(folder, flags.base))
-    output = None if flags.no_output else output_errors(folder, seeds=range(INPUTS), base=flags.base)
+    output = None if flags.weights_only else output_errors(folder, seeds=range(INPUTS), base=flags.base)
     print(_weight_table(rows, output, flags.base))
     if flags.output:
         content = {

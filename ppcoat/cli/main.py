@@ -21,7 +21,7 @@ import ppcoat
 from ppcoat.errors import ConfigError, not_installed, one_line, tell_plainly, unknown_name
 
 _OF_A_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
-_FLAG = re.compile(r"(?<=^--)[a-z0-9]+(-[a-z0-9]+)+(?=$|=)")
+_FLAG = re.compile(r"(?<=^--)(no[-_])?([a-z0-9_]+(?:-[a-z0-9_]+)*)(?=$|=)")
 
 
 @dataclass(frozen=True)
@@ -204,8 +204,7 @@ def run(name: str, argv: Sequence[str] | None = None, prog: str | None = None) -
     FloatingPointError and ChildProcessError (1) become one line on stderr.
     """
     command = COMMANDS[name]
-    argv = [_FLAG.sub(lambda flag: flag.group().replace("-", "_"), each, count=1) for each in
-            (sys.argv[1:] if argv is None else argv)]  # fmt: skip
+    argv = [_FLAG.sub(_as_declared, each, count=1) for each in (sys.argv[1:] if argv is None else argv)]
     tell_plainly()
     for stream in (sys.stdout, sys.stderr):  # a redirected stream may know no Chinese, and no emoji
         if hasattr(stream, "reconfigure"):
@@ -241,6 +240,11 @@ def run(name: str, argv: Sequence[str] | None = None, prog: str | None = None) -
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 1
     return _flushed()
+
+
+def _as_declared(flag: re.Match) -> str:
+    """--train-batch-size is --train_batch_size, and what switches --visualdl off is --no-visualdl."""
+    return ("no-" if flag[1] else "") + flag[2].replace("-", "_")
 
 
 def _reason(error: Exception) -> str | None:

@@ -277,13 +277,10 @@ def _embeddings(
         total=len(captions), initial=len(embeddings), desc="encoding captions", unit="caption"
     ) as bar:
         for some in (each for group in groups for each in _chunks(group, batch_size)):
-            missing = set(some) - embeddings.keys()
-            if not missing:
+            if not (missing := set(some) - embeddings.keys()):
                 continue
             columns = [[row.cpu() for row in column] for column in encoders.text(list(some))]
             for caption, *row in zip(some, *columns, strict=True):
-                if caption not in missing:
-                    continue
                 named = dict(zip(encoders.text_names, row, strict=True))
                 for name, tensor in named.items():
                     encoders.check(tensor, name, f"the {name} text embedding of {caption!r}")

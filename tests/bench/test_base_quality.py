@@ -45,13 +45,13 @@ def test_formats_keep_their_order(capsys):
     """Of the mean error of all Linears: int8, fp8, fp4, nf4."""
     means = []
     for base in ("int8", "fp8", "fp4", "nf4"):
-        assert main(["accuracy", "weights", "--model", str(FOLDER), "--no_output", "--base", base]) == 0
+        assert main(["accuracy", "weights", "--model", str(FOLDER), "--weights_only", "--base", base]) == 0
         means.append(float(re.search(r"mean (\d\.\d+)", capsys.readouterr().out)[1]))
     assert means == sorted(means) and means[2] < 0.85 * means[3]
 
 
 def test_the_output_can_be_left_out(capsys):
-    assert main(["accuracy", "weights", "--model", str(FOLDER), "--no_output"]) == 0
+    assert main(["accuracy", "weights", "--model", str(FOLDER), "--weights_only"]) == 0
     assert "random inputs" not in capsys.readouterr().out
 
 
@@ -65,7 +65,7 @@ def test_a_model_file_has_the_errors_of_its_folder(capsys):
     tables = []
     for name in ("transformer", "flux_bfl_bf16.safetensors"):
         model = str(FOLDER.parent / "single_file" / name)
-        assert main(["accuracy", "weights", "--model", model, "--no_output", "--base", "nf4"]) == 0
+        assert main(["accuracy", "weights", "--model", model, "--weights_only", "--base", "nf4"]) == 0
         lines = capsys.readouterr().out.splitlines()
         assert sum("s of CPU time a GB" in line for line in lines) == 1
         tables.append(sorted(line for line in lines if "CPU time" not in line))
