@@ -76,7 +76,7 @@ def take(quiet: bool = False) -> None:
         os.set_blocking(end, False)
     signal.set_wakeup_fd(_State.pipe[1], warn_on_full_buffer=False)
     _thread.start_new_thread(_look_out, (_State.pipe[0],))
-    sys.meta_path.insert(0, _Importing())
+    sys.meta_path.insert(0, LoadedInside("paddle", held))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # `started_with_signals_held`
 
 
@@ -134,6 +134,29 @@ class held:
                 signal.signal(signal.SIGTERM, handler)
             _State.is_held = False
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _TERM)
+
+
+class LoadedInside:
+    """A finder of sys.meta_path: it finds the module `name` as the other finders do, and has it loaded inside
+    the context manager that `context()` gives."""
+
+    def __init__(self, name: str, context: Callable[[], Any]) -> None:
+        self.name, self._context = name, context
+
+    def find_spec(self, name: str, path: Any, target: ModuleType | None = None) -> Any:
+        if name != self.name:
+            return None
+        others = [each for each in sys.meta_path if each is not self and hasattr(each, "find_spec")]
+        spec = next(filter(None, (each.find_spec(name, path, target) for each in others)), None)
+        if spec is not None and spec.loader is not None:
+            load = spec.loader.exec_module
+
+            def load_inside(module: ModuleType) -> None:
+                with self._context():
+                    load(module)
+
+            spec.loader.exec_module = load_inside
+        return spec
 
 
 class started_with_signals_held:
@@ -204,25 +227,6 @@ def _look_out(pipe: int) -> None:
             leave(signal.SIGTERM)
         if deadline is not None and time.monotonic() >= deadline:
             leave(number)
-
-
-class _Importing:
-    """Finds paddle as the other finders do; while it is loaded, SIGTERM is held."""
-
-    def find_spec(self, name: str, path: Any, target: ModuleType | None = None) -> Any:
-        if name != "paddle":
-            return None
-        others = [each for each in sys.meta_path if each is not self and hasattr(each, "find_spec")]
-        spec = next(filter(None, (each.find_spec(name, path, target) for each in others)), None)
-        if spec is not None and spec.loader is not None:
-            load = spec.loader.exec_module
-
-            def load_held(module: ModuleType) -> None:
-                with held():
-                    load(module)
-
-            spec.loader.exec_module = load_held
-        return spec
 
 
 def _say(number: int) -> None:

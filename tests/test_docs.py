@@ -4,7 +4,6 @@ English one.
 """
 
 import argparse
-import importlib
 import re
 import shlex
 from functools import cache
@@ -102,9 +101,8 @@ class Parser(argparse.ArgumentParser):
 def check_flags(name, argv):
     """Parse without running. "..." and what stands in [] or <> leaves a command open."""
     command = COMMANDS[name]
-    module = importlib.import_module(command.module)
     parser = Parser(prog=name, allow_abbrev=False)
-    getattr(module, command.flags)(parser)
+    command.add_flags(parser)
     if not argv or {"...", "-h", "--help"} & {*argv}:  # the command is named, not given
         known = {option for action in parser._actions for option in action.option_strings}
         assert {word for word in argv if word.startswith("--")} <= known

@@ -23,9 +23,10 @@ import numpy as np
 import paddle
 
 from ppcoat.atomic import write_text
-from ppcoat.bench.base_quality import BaseFlags, WeightFlags, run_bases, run_weights
+from ppcoat.bench.base_quality import run_bases, run_weights
+from ppcoat.bench.flags import AccuracyFlags, BaseFlags, WeightFlags
 from ppcoat.bench.published import PUBLISHED
-from ppcoat.config.flags import add_flags, flag, from_flags
+from ppcoat.config.flags import from_flags
 from ppcoat.data import garments
 from ppcoat.device import tune_host
 from ppcoat.fp8.adamw import decode_moments, dither, encode_moments
@@ -61,10 +62,7 @@ OPTIMIZERS = {  # of parameters and FlatSettings
 
 Pair = tuple[np.ndarray, np.ndarray]
 Store = Callable[[np.ndarray, np.ndarray, int | None], Pair]  # (m, v, step or None) -> decoded m and v
-OTHERS: dict[str, tuple[type, Callable, str]] = {  # name -> its flags, its function, what it shows
-    "weights": (WeightFlags, run_weights, "errors of weights in a smaller format, and of the output"),
-    "bases": (BaseFlags, run_bases, "errors, pictures and training with every format of the base"),
-}
+OTHERS = {"weights": (WeightFlags, run_weights), "bases": (BaseFlags, run_bases)}
 
 
 @dataclass(frozen=True)
@@ -76,23 +74,9 @@ class MomentErrors:
     update: float
 
 
-@dataclass(frozen=True)
-class AccuracyFlags:
-    """Settings of the command."""
-
-    output: Path | None = flag("JSON file to write the numbers to", None, metavar="FILE")
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_flags(parser, AccuracyFlags)
-    others = parser.add_subparsers(dest="other", title="other tables, with flags of their own")
-    for name, (settings, _, what) in OTHERS.items():
-        add_flags(others.add_parser(name, help=what, description=what), settings)
-
-
 def run_command(arguments: argparse.Namespace) -> None:
     if arguments.other:
-        settings, command, _ = OTHERS[arguments.other]
+        settings, command = OTHERS[arguments.other]
         command(from_flags(settings, arguments))
         return
     flags = from_flags(AccuracyFlags, arguments)

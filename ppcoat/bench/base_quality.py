@@ -19,18 +19,15 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from ppcoat.atomic import whole_file, write_text
-from ppcoat.bench.flags import CONFIG
+from ppcoat.bench.flags import BaseFlags, WeightFlags
 from ppcoat.bench.parity import earlier_results, furthest, trained
 from ppcoat.bench.quickstart import draw_data
-from ppcoat.config.flags import flag, set_flag
-from ppcoat.config.lightning import TINY_FLUX
 from ppcoat.config.load import load_config
 from ppcoat.config.schema import RunConfig
 from ppcoat.device import set_device, tune_host
@@ -61,30 +58,6 @@ FLOAT, OTHER_SEEDS = "false", "false, other seeds"  # rows of what is not quanti
 STEPS, DRAWN_AT_ONCE, SHOWN = 28, 50, 16
 _GOAL = f"features/{FLOAT}"  # of the pictures that the others are compared with
 SEED_APART = 10_000_000  # from any seed of the other pictures
-
-
-@dataclass(frozen=True)
-class WeightFlags:
-    """Settings of `accuracy weights`."""
-
-    model: Path = flag("FLUX folder or file", Path(TINY_FLUX))
-    base: str = flag("format of the base weights", "fp8", choices=tuple(BASES))
-    weights_only: bool = flag("measure weights only, for models too large to run", False)
-    output: Path | None = flag("JSON file to write the numbers to", None, metavar="FILE")
-
-
-@dataclass(frozen=True)
-class BaseFlags:
-    """Settings of `accuracy bases`. config: of the LoRA runs, and its model is the one that is quantised."""
-
-    config: str = flag(
-        "config of the runs (default: configs/quickstart.yaml)", str(CONFIG), shows_default=False
-    )
-    steps: int = flag("steps of each LoRA", 150)
-    seeds: list[int] = flag("seeds of the LoRAs", [0, 1, 2])
-    samples: int = flag("pictures per Frechet distance", 200)
-    output_dir: str = flag("folder for runs and results", "output/bases")
-    overrides: list[str] = set_flag()
 
 
 def run_weights(flags: WeightFlags) -> None:

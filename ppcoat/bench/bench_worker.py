@@ -23,8 +23,8 @@ from multiprocessing.connection import Connection
 import numpy as np
 import paddle
 
+from ppcoat.bench.flags import LATENT_CHANNELS, POOLED_WIDTH, TEXT_WIDTH, BenchmarkCase
 from ppcoat.coat import COATConfig, COATTrainer, factor_copies, prepare, trained_parameters
-from ppcoat.config.flags import flag
 from ppcoat.config.schema import CoatActivationConfig, CoatOptimizerConfig, NetworkConfig
 from ppcoat.device import (
     ChildProcess,
@@ -36,91 +36,13 @@ from ppcoat.device import (
 )
 from ppcoat.errors import ConfigError, ignore_warnings_of_libraries
 from ppcoat.models.flux.transformer import FluxTransformer2DModel
-from ppcoat.models.pictures import TOKEN_SIDE
-from ppcoat.nn.policy import check_policy
 from ppcoat.objective import FlowMatching
 from ppcoat.train.run_state import optimizer_state_bytes
 
-HEAD_DIM = 64
-TEXT_WIDTH, POOLED_WIDTH, LATENT_CHANNELS = 4096, 768, 16  # of FLUX.1: T5-XXL, CLIP-L, autoencoder
 BYTES = ("bytes_kept", "bytes_kept_bf16", "bytes_unpacked")  # counters of nn.saved_tensors
 LEARNING_RATE = {"lora": 1e-3, "full": 1e-4}
 PROBE_STEPS = 2  # the first update makes the optimizer's states, so the second step has the peak
 GROWTH = 4  # the next batch to try is at most this many times the largest that fits
-
-
-@dataclass(frozen=True)
-class BenchmarkCase:
-    """One variant to measure. Sizes of the model and of a batch, what is trained, and how.
-
-    hidden_size: head_dim per head. num_layers: a third double blocks, the rest single blocks. tokens: image
-    tokens, one for 16 x 16 pixels. fp8_states: FP8AdamW instead of AdamW. policy: what is saved for backward.
-    full_training: all parameters are trained instead of a LoRA of `rank`. Raises ConfigError for a wrong
-    value.
-    """
-
-    hidden_size: int = flag("width of the model, a multiple of 64", 1024)
-    num_layers: int = flag("blocks: a third double, the rest single", 8)
-    batch_size: int = flag("pictures in a step", 4)
-    tokens: int = flag("image tokens; 256 are a picture of 256 x 256 pixels, 4096 one of 1024 x 1024", 256)
-    text_tokens: int = flag("text tokens", 64)
-    rank: int = flag("rank of the LoRA", 16)
-    fp8_states: bool = False
-    policy: str = "none"
-    gradient_checkpointing: bool = False
-    head_dim: int = HEAD_DIM
-    full_training: bool = flag("train all parameters, not a LoRA", False)
-    seed: int = flag("seed of weights and data", 0)
-    device: str = flag("auto, cpu, gpu or gpu:N", "auto")
-
-    def __post_init__(self) -> None:
-        for name in ("hidden_size", "num_layers", "batch_size", "tokens", "text_tokens", "rank"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.hidden_size % self.head_dim:
-            nearest = self.head_dim * max(1, round(self.hidden_size / self.head_dim))
-            raise ConfigError(
-                f"hidden_size must be a multiple of {self.head_dim} (channels per head), got "
-                f"{self.hidden_size}; the nearest is {nearest}"
-            )
-        if self.seed < 0:
-            raise ConfigError(f"seed must be 0 or more, got {self.seed}")
-        if check_policy(self.policy) not in ("none", "coat") and self.full_training:
-            raise ConfigError(
-                f"policy {self.policy!r} rebuilds what a frozen block needs; with full_training use 'coat'"
-            )
-
-    @property
-    def blocks(self) -> tuple[int, int]:
-        """Double and single blocks; FLUX.1 has 19 and 38."""
-        double = round(self.num_layers / 3)
-        return double, self.num_layers - double
-
-    @property
-    def settings(self) -> dict:
-        """Of the FluxTransformer2DModel."""
-        double, single = self.blocks
-        return {
-            "num_layers": double,
-            "num_single_layers": single,
-            "attention_head_dim": self.head_dim,
-            "num_attention_heads": self.hidden_size // self.head_dim,
-            "joint_attention_dim": TEXT_WIDTH,
-            "pooled_projection_dim": POOLED_WIDTH,
-            "axes_dims_rope": (self.head_dim // 8, *(7 * self.head_dim // 16,) * 2),  # as FLUX.1 divides 128
-        }
-
-    @property
-    def token_grid(self) -> tuple[int, int]:
-        """Rows and columns of image tokens, as near to a square as `tokens` can be split."""
-        rows = next(n for n in range(math.isqrt(self.tokens), 0, -1) if self.tokens % n == 0)
-        return rows, self.tokens // rows
-
-    @property
-    def picture_size(self) -> tuple[int, int]:
-        """Width and height in pixels of a picture of `tokens` tokens."""
-        rows, columns = self.token_grid
-        return columns * TOKEN_SIDE, rows * TOKEN_SIDE
 
 
 @dataclass(frozen=True)

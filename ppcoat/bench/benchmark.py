@@ -24,54 +24,17 @@ from ppcoat.atomic import whole_file, write_text
 from ppcoat.bench import full_size, kernels
 from ppcoat.bench.bench_worker import (
     PROBE_STEPS,
-    BenchmarkCase,
     largest_batch,
     measured_peak,
     run_interleaved,
 )
-from ppcoat.config.flags import add_flags, flag, from_flags
+from ppcoat.bench.flags import BenchmarkCase, BenchmarkFlags
+from ppcoat.config.flags import from_flags
 from ppcoat.errors import ConfigError
 from ppcoat.progress import Progress
 
 LAST_STEPS = 5  # the final loss is their mean
 MIB = 2**20
-
-
-@dataclasses.dataclass(frozen=True)
-class BenchmarkFlags:
-    """Settings of the command beside those of a BenchmarkCase. Raises ConfigError for numbers out of range,
-    and for flags that contradict each other."""
-
-    num_steps: int = flag("steps of each variant", 50)
-    memory_budget_gb: float | None = flag("also find the largest batch within so many GB (1e9 bytes)", None)
-    use_fp8_activation: bool = flag("save activations in FP8, too, not only optimizer states", False)
-    policy: str | None = flag("saving policy of these activations (default: coat)", None)
-    output: str = flag("JSON file to write, with the plot beside it as .png", "benchmark_results.json")
-
-    def __post_init__(self) -> None:
-        if self.policy is not None and not self.use_fp8_activation:
-            raise ConfigError(f"--policy {self.policy} has no effect alone: add --use_fp8_activation")
-        if self.num_steps < 1:
-            raise ConfigError(f"num_steps must be at least 1, got {self.num_steps}")
-        budget = self.memory_budget_gb
-        if budget is not None and not 0 < budget < math.inf:
-            raise ConfigError(f"memory_budget_gb must be a positive number, got {budget}")
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_flags(parser, BenchmarkCase, "hidden_size", "num_layers", "batch_size")
-    add_flags(parser, BenchmarkFlags, "num_steps")
-    add_flags(parser, BenchmarkCase, "tokens", "text_tokens", "rank", "seed")
-    add_flags(parser, BenchmarkFlags, "memory_budget_gb", "use_fp8_activation", "policy")
-    add_flags(parser, BenchmarkCase, "full_training", "device")
-    add_flags(parser, BenchmarkFlags, "output")
-
-    others = parser.add_subparsers(dest="other", title="another measurement, with flags of its own")
-    for name, module, what in (
-        ("full_size", full_size, "take LoRA steps on random weights of FLUX.1-dev's size, on the CPU"),
-        ("kernels", kernels, "measure error and speed of the Triton kernels on a card"),
-    ):
-        module.add_arguments(others.add_parser(name, help=what, description=what))
 
 
 def run_command(arguments: argparse.Namespace) -> None:

@@ -21,7 +21,7 @@ import logging
 import shutil
 import time
 import zlib
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from statistics import NormalDist
@@ -31,8 +31,8 @@ import numpy as np
 import paddle
 
 from ppcoat.atomic import write_text
-from ppcoat.config.flags import add_flags, flag, from_flags
-from ppcoat.config.schema import RunConfig
+from ppcoat.bench.flags import PIXELS, FullSizeCase, FullSizeFlags
+from ppcoat.config.flags import from_flags
 from ppcoat.data.cache import TrainingCache, folder_identity
 from ppcoat.data.examples import Example
 from ppcoat.data.sources import Item
@@ -46,81 +46,19 @@ from ppcoat.models.tensor_files import read_json, tensor_infos
 from ppcoat.models.writing import INDEX, Layout, check_room, layout_bytes, shard_metadata, write_component
 from ppcoat.nn.base_weight import BASES
 from ppcoat.plan import GB
-from ppcoat.plan.model import FLUX_DEV
 from ppcoat.plan.phases import MemoryModel
 from ppcoat.plan.settings import as_given
 from ppcoat.train.flux import FluxSpec
 from ppcoat.train.run import build_trainer
 from ppcoat.train.trainer import Trainer
 
-PIXELS, LATENT_SIDE = 128, 16
+LATENT_SIDE = 16  # of the latents of a picture
 CAPTION = "random"
 _log = logging.getLogger(__name__)
 
 _RANDOM = "random weights"  # first words of `source` in a shard's header
 _ELSEWHERE = "name another folder, or remove it"
 CHUNK = 1 << 23  # numbers drawn at a time
-
-
-@dataclass(frozen=True)
-class FullSizeCase:
-    """Settings of the command. settings: of the FluxTransformer2DModel, by default FLUX.1-dev's. Raises
-    ConfigError for a number out of range."""
-
-    folder: Path = flag(
-        "folder for the weights: 31 GB must be free there, 36 GB for a base of 8 bits",
-        Path("output/full_size"),
-        shows_default=False,
-    )
-    base: str = flag("format of the base weights", "fp4", choices=tuple(BASES))
-    steps: int = flag("LoRA steps", 2)
-    text_tokens: int = flag("text tokens beside the 64 image tokens", 64)
-    seed: int = flag("seed of weights and data", 0)
-    settings: dict = field(default_factory=lambda: dict(FLUX_DEV))
-
-    def __post_init__(self) -> None:
-        for name, least, most in (("steps", 1, 1000), ("text_tokens", 1, 512), ("seed", 0, 2**31)):
-            if not least <= getattr(self, name) <= most:
-                raise ConfigError(f"{name}: came {getattr(self, name)}, wanted {least} to {most}")
-
-    @property
-    def weights(self) -> Path:
-        """The component folder of the random transformer."""
-        return self.folder / "transformer"
-
-    def config(self) -> RunConfig:
-        """The config of the run."""
-        return RunConfig.model_validate(
-            {
-                "name": "run",
-                "output_dir": str(self.folder),
-                "seed": self.seed,
-                "device": "cpu",
-                "model": {
-                    "name_or_path": str(self.folder),
-                    "quantize": self.base,
-                    "quantized_beside_model": True,
-                },
-                "network": {"linear": 16, "linear_alpha": 16},
-                "datasets": [{"folder_path": "none", "resolution": PIXELS, "bucket_rule": "square"}],
-                "train": {"steps": self.steps, "max_sequence_length": self.text_tokens},
-                "coat": {"enabled": True, "activation": {"policy": "coat+recompute"}},
-                "sample": {"sample_every": 0},
-            }
-        )
-
-
-@dataclass(frozen=True)
-class FullSizeFlags:
-    """What the command does with the numbers and with the files that it wrote."""
-
-    delete: bool = flag("remove the weights at the end", False)
-    output: Path = flag("JSON file to write", Path("full_size.json"))
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_flags(parser, FullSizeCase)
-    add_flags(parser, FullSizeFlags)
 
 
 def run_command(arguments: argparse.Namespace) -> None:

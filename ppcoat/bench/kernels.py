@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ppcoat.config.flags import add_flags, flag, from_flags
+from ppcoat.config.flags import flag, from_flags
 
 if TYPE_CHECKING:
     from ppcoat.bench.kernel_cases import Kernels
@@ -96,10 +96,6 @@ class KernelFlags:
     output: str | None = flag("JSON file to write (default: kernels.json; with --static none)", None)
     static: bool = flag("compile and count instructions instead of timing; needs no card", False)
     runs: int = flag("timed calls of each kernel", Sizes.runs)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_flags(parser, KernelFlags)
 
 
 def run_command(arguments: argparse.Namespace) -> None:

@@ -54,10 +54,6 @@ class Finding:
     advice: str = ""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    del parser  # it looks at the machine, there is nothing to choose
-
-
 def run_command(arguments: argparse.Namespace) -> None:
     findings = examine()
     print(doctor_table(findings))

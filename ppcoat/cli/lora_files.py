@@ -16,17 +16,17 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-from ppcoat.config.flags import add_flags, flag, from_flags
+from ppcoat.cli.flags import ConvertFlags, InspectFlags
+from ppcoat.config.flags import from_flags
 from ppcoat.errors import ConfigError
 from ppcoat.lora import LoRAFile, LoRAModule, inputs_of, read_lora_file, summarize, write_lora_file
 from ppcoat.lora.files import adapter_file, check_known
 from ppcoat.lora.header import OF_TENSORS
 from ppcoat.lora.keys import clean
 from ppcoat.lora.parse import described
-from ppcoat.lora.writing import FORMATS, LORA_DTYPES
+from ppcoat.lora.writing import LORA_DTYPES
 from ppcoat.models.flux.files import FLUX_COMPONENTS
 from ppcoat.models.single_file import components_in
 from ppcoat.models.tensor_files import FilePart
@@ -38,28 +38,6 @@ COMFYUI_MEASURES = (
     "LyCORIS' loader draws this as PEFT does at strength 1; ComfyUI measures rows before the update, which "
     "is a little different (a run with save.format kohya writes magnitudes for ComfyUI)"
 )
-
-
-@dataclass(frozen=True)
-class InspectFlags:
-    """Settings of `inspect`."""
-
-    file: Path = flag("LoRA file (.safetensors) or folder, or a base model in one file", positional=True)
-
-
-@dataclass(frozen=True)
-class ConvertFlags:
-    """Settings of `convert`."""
-
-    input: Path = flag("LoRA file (.safetensors) or folder", positional=True, metavar="IN")
-    output: Path = flag("file to write (.safetensors)", positional=True, metavar="OUT")
-    format: str = flag("format of OUT", choices=FORMATS)
-    dtype: str | None = flag("dtype of the tensors (default: as in IN)", None, choices=LORA_DTYPES)
-    ignore_unknown: bool = flag("leave out keys of a LoRA that name nothing in the model", False)
-
-
-def add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
-    add_flags(parser, InspectFlags)
 
 
 def run_inspect(arguments: argparse.Namespace) -> None:
@@ -142,10 +120,6 @@ def extremes(norms: dict[str, float]) -> str:
 def some(paths: list[str]) -> str:
     more = f" and {len(paths) - SHOWN_PATHS} more" if len(paths) > SHOWN_PATHS else ""
     return ", ".join(paths[:SHOWN_PATHS]) + more
-
-
-def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
-    add_flags(parser, ConvertFlags)
 
 
 def run_convert(arguments: argparse.Namespace) -> None:

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from ppcoat.atomic import check_writable
-from ppcoat.config.flags import add_flags, flag, from_flags
+from ppcoat.config.flags import from_flags
 from ppcoat.errors import ConfigError
 from ppcoat.lora import LoRAFile, LoRAModule, flux_names, read_fitting, read_lora_file, write_lora_file
 from ppcoat.lora.arithmetic import (
@@ -39,7 +39,7 @@ from ppcoat.lora.arithmetic import (
 from ppcoat.lora.files import check_known
 from ppcoat.lora.keys import CLIP, T5, TRANSFORMER, KeyReader
 from ppcoat.lora.parse import Change, described, is_plain
-from ppcoat.lora.writing import FORMATS, LORA_DTYPES
+from ppcoat.lora.writing import FORMATS
 from ppcoat.models.flux.files import FLUX_CLASSES, FluxFiles
 from ppcoat.models.flux.transformer import FluxTransformer2DModel
 from ppcoat.models.loading import linear_weights, parameter_shapes, read_tensors, unfilled
@@ -47,6 +47,7 @@ from ppcoat.models.newbie.files import unfilled_nextdit
 from ppcoat.models.tensor_files import TensorInfo, map_tensor, read_json, tensor_infos
 from ppcoat.progress import Progress
 
+from .flags import CombineFlags, ExtractFlags, ReadFlags, ResizeFlags, WriteFlags
 from .lora_files import carried_fields, counts, stored_dtype
 from .merge import strengths
 
@@ -58,80 +59,6 @@ _OF_FLUX = {
     "NewbiePipeline": False,
     "nextdit_clip": False,
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class WriteFlags:
-    """What is written."""
-
-    format: str | None = flag(
-        "format of the file to write (default: as in the first LoRA, else diffusers)", None, choices=FORMATS
-    )
-    dtype: str | None = flag("dtype of the tensors (default: as in the files)", None, choices=LORA_DTYPES)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReadFlags(WriteFlags):
-    """What is read."""
-
-    model: str | None = flag("model of the LoRA, to check names and shapes; needed for NewBie", None)
-    ignore_unknown: bool = flag("leave out keys of a LoRA that name nothing in the model", False)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ResizeFlags(ReadFlags):
-    """Settings of `lora resize`."""
-
-    input: Path = flag("LoRA file (.safetensors) or folder", positional=True, metavar="IN")
-    output: Path = flag("file to write (.safetensors)", positional=True, metavar="OUT")
-    rank: int | None = flag("largest rank of any layer", None)
-    energy: float | None = flag(
-        "share of the squares of a layer's singular values that stays, e.g. 0.95: it decides the rank of the "
-        "layer", None
-    )  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True)
-class CombineFlags(ReadFlags):
-    """Settings of `lora combine`."""
-
-    files: list[Path] = flag("LoRA files or folders, and as the last the file to write", positional=True,
-                             metavar="FILE")  # fmt: skip
-    scale: list[str] = flag("strength of the LoRAs: one for all, or one each", ["1"])
-    rank: int | None = flag("largest rank of any layer (default: the sum of the ranks, which is exact)", None)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExtractFlags(WriteFlags):
-    """Settings of `lora extract`."""
-
-    base: Path = flag(
-        "FLUX or NewBie folder, the folder of its transformer, or a FLUX file",
-        positional=True,
-        metavar="BASE",
-    )
-    tuned: Path = flag("the same model after training", positional=True, metavar="TUNED")
-    output: Path = flag("file to write (.safetensors)", positional=True, metavar="OUT")
-    rank: int = flag("largest rank of any layer")
-    text_encoders: bool = flag("take the differences of FLUX's CLIP and T5, too", False)
-
-
-def add_resize_arguments(parser: argparse.ArgumentParser) -> None:
-    add_flags(parser, ResizeFlags, "input", "output", "rank", "energy", *_names(ReadFlags))
-
-
-def add_combine_arguments(parser: argparse.ArgumentParser) -> None:
-    add_flags(parser, CombineFlags, "files", "scale", "rank", *_names(ReadFlags))
-
-
-def add_extract_arguments(parser: argparse.ArgumentParser) -> None:
-    add_flags(
-        parser, ExtractFlags, *("base", "tuned", "output", "rank", "text_encoders", *_names(WriteFlags))
-    )
-
-
-def _names(fields_of: type) -> list[str]:
-    return list(fields_of.__dataclass_fields__)
 
 
 def run_resize(arguments: argparse.Namespace) -> None:

@@ -1,7 +1,7 @@
 """The command table: `python -m ppcoat <command>`. The files in train_scripts/ and inference/ run the same
 commands.
 
-The table names modules and functions in full; a module is imported when its command is called.
+The table names modules and functions; what a command does is imported when its flags are right.
 """
 
 from __future__ import annotations
@@ -26,152 +26,186 @@ _FLAG = re.compile(r"(?<=^--)(no[-_])?([a-z0-9_]+(?:-[a-z0-9_]+)*)(?=$|=)")
 
 @dataclass(frozen=True)
 class Command:
-    """what: it does. module: imported only when the command is called. flags: its function that adds flags to
-    a parser; run: the one that takes the parsed flags; mixed: names may stand between and after flags."""
+    """what: it does. module: imported only when the command runs. run: its function that takes the parsed
+    flags. flags: the function, in `flags_in`, that adds them to a parser; None for a command without.
+    flags_in: the module that is imported for help and wrong flags, without Paddle. mixed: names may stand
+    between and after flags."""
 
     what: str
     module: str
-    flags: str = "add_arguments"
     run: str = "run_command"
+    flags: str | None = "add_arguments"
+    flags_in: str | None = None  # `module`
     mixed: bool = False
 
+    def add_flags(self, parser: argparse.ArgumentParser) -> None:
+        """Imports nothing else of the command."""
+        if self.flags is not None:
+            getattr(importlib.import_module(self.flags_in or self.module), self.flags)(parser)
 
+
+_FILES, _BENCH, _DRAWING = "ppcoat.cli.flags", "ppcoat.bench.flags", "ppcoat.infer.drawing"
 COMMANDS = {
     "quickstart": Command(
         "draw data, train a LoRA with and without COAT, draw with it, measure",
-        "ppcoat.bench.flags",
-        "add_quickstart_arguments",
-        "run_quickstart",
+        "ppcoat.bench.quickstart",
+        flags="add_quickstart_arguments",
+        flags_in=_BENCH,
     ),
     "demo": Command(
         "edit, dress a figure, inpaint, change the style: train it on drawings, draw, measure",
-        "ppcoat.bench.flags",
-        "add_demo_arguments",
-        "run_demo",
+        "ppcoat.bench.demo",
+        flags="add_demo_arguments",
+        flags_in=_BENCH,
     ),
     "train": Command(
         "train a LoRA, DoRA or LoKr of FLUX from a YAML or JSON file",
         "ppcoat.cli.train",
-        "add_flux_arguments",
+        flags="add_flux_arguments",
     ),
     "tune": Command(
         "find learning rate and rank of a config within a time",
         "ppcoat.cli.train",
-        "add_tune_arguments",
         "run_tune",
+        "add_tune_arguments",
     ),
     "train-flux-lightning": Command(
-        "distil FLUX to 4 steps", "ppcoat.cli.train", "add_distill_arguments", "run_distill"
+        "distil FLUX to 4 steps", "ppcoat.cli.train", "run_distill", "add_distill_arguments"
     ),
     "train-newbie": Command(
-        "train a NewBie LoRA or LoKr from a TOML file", "ppcoat.cli.train", "add_newbie_arguments"
+        "train a NewBie LoRA or LoKr from a TOML file", "ppcoat.cli.train", flags="add_newbie_arguments"
     ),
     "merge-newbie": Command(
         "write a NewBie folder with a LoRA or LoKr added",
-        "ppcoat.cli.flags",
+        "ppcoat.cli.newbie",
+        "run_merge_newbie",
         "add_merge_newbie_arguments",
-        "call_merge_newbie",
+        _FILES,
     ),
     "convert-newbie": Command(
         "write a NewBie folder from its released parts",
         "ppcoat.cli.newbie",
-        "add_convert_newbie_arguments",
         "run_convert_newbie",
+        "add_convert_newbie_arguments",
+        _FILES,
     ),
     "generate": Command(
         "draw with FLUX or NewBie-image, with LoRAs, from pictures",
         "ppcoat.cli.draw",
-        "add_generate_arguments",
         "run_generate",
+        "add_generate_arguments",
     ),
     "lightning": Command(
         "draw in four steps with a FLUX-Lightning LoRA",
         "ppcoat.cli.draw",
-        "add_lightning_arguments",
         "run_lightning",
+        "add_lightning_arguments",
     ),
     "evaluate": Command(
-        "score folders of pictures, or a tiny FLUX on unseen captions", "ppcoat.infer.evaluate"
+        "score folders of pictures, or a tiny FLUX on unseen captions",
+        "ppcoat.infer.evaluate",
+        flags="add_evaluate_arguments",
+        flags_in=_DRAWING,
     ),
     "convert": Command(
         "write a LoRA file in diffusers', kohya's or Paddle's format",
         "ppcoat.cli.lora_files",
-        "add_convert_arguments",
         "run_convert",
+        "add_convert_arguments",
+        _FILES,
     ),
     "inspect": Command(
         "show what a LoRA file holds: format, ranks, norms, header",
         "ppcoat.cli.lora_files",
-        "add_inspect_arguments",
         "run_inspect",
+        "add_inspect_arguments",
+        _FILES,
     ),
     "merge": Command(
         "write a FLUX folder with a LoRA added to its weights",
-        "ppcoat.cli.flags",
-        "add_merge_arguments",
-        "run_merge",
+        "ppcoat.cli.merge",
+        flags="add_merge_arguments",
+        flags_in=_FILES,
     ),
     "lora resize": Command(
         "write a LoRA of smaller rank; makes one of a LoKr, LoHa or whole difference",
         "ppcoat.cli.lora_tools",
-        "add_resize_arguments",
         "run_resize",
+        "add_resize_arguments",
+        _FILES,
         mixed=True,
     ),
     "lora combine": Command(
         "write the weighted sum of LoRAs",
         "ppcoat.cli.lora_tools",
-        "add_combine_arguments",
         "run_combine",
+        "add_combine_arguments",
+        _FILES,
         mixed=True,
     ),
     "lora extract": Command(
         "write the difference of two models as a LoRA",
         "ppcoat.cli.lora_tools",
-        "add_extract_arguments",
         "run_extract",
+        "add_extract_arguments",
+        _FILES,
         mixed=True,
     ),
     "data report": Command(
         "tell what a folder of pictures holds, and what is odd about which picture",
         "ppcoat.cli.data",
-        "add_report_arguments",
         "run_report",
+        "add_report_arguments",
     ),
     "data captions": Command(
         "change the captions of a folder: prepend, append, replace",
         "ppcoat.cli.data",
-        "add_caption_arguments",
         "run_captions",
+        "add_caption_arguments",
     ),
-    "doctor": Command("tell what works on this machine, and what each miss costs", "ppcoat.cli.doctor"),
+    "doctor": Command(
+        "tell what works on this machine, and what each miss costs", "ppcoat.cli.doctor", flags=None
+    ),
     "firstlight": Command(
         "check, time and train on a card for ten minutes: one table to report",
-        "ppcoat.bench.flags",
-        "add_firstlight_arguments",
-        "run_firstlight",
+        "ppcoat.bench.firstlight",
+        flags="add_firstlight_arguments",
+        flags_in=_BENCH,
     ),
     "studio": Command("open the web page: data, training, drawing, files", "ppcoat.studio.server"),
     "plan": Command(
         "tell how much memory a run needs, and choose settings that fit a card", "ppcoat.cli.plan"
     ),
-    "benchmark": Command("measure standard and COAT training side by side", "ppcoat.bench.benchmark"),
+    "benchmark": Command(
+        "measure standard and COAT training side by side",
+        "ppcoat.bench.benchmark",
+        flags="add_benchmark_arguments",
+        flags_in=_BENCH,
+    ),
     "parity": Command(
         "train quickstart's LoRA under every saving policy and compare",
-        "ppcoat.bench.flags",
-        "add_parity_arguments",
-        "run_parity",
+        "ppcoat.bench.parity",
+        flags="add_parity_arguments",
+        flags_in=_BENCH,
     ),
     "ablation": Command(
         "distil the tiny FLUX with each loss of FLUX-Lightning and compare",
-        "ppcoat.bench.flags",
-        "add_ablation_arguments",
-        "run_ablation",
+        "ppcoat.bench.ablation",
+        flags="add_ablation_arguments",
+        flags_in=_BENCH,
     ),
     "accuracy": Command(
-        "measure the error of FP8 optimizer states and of quantised bases", "ppcoat.bench.accuracy"
+        "measure the error of FP8 optimizer states and of quantised bases",
+        "ppcoat.bench.accuracy",
+        flags="add_accuracy_arguments",
+        flags_in=_BENCH,
     ),
-    "pretrain-tiny-flux": Command("make the built-in tiny FLUX from nothing", "ppcoat.pretrain.stages"),
+    "pretrain-tiny-flux": Command(
+        "make the built-in tiny FLUX from nothing",
+        "ppcoat.pretrain.stages",
+        flags="add_pretrain_arguments",
+        flags_in="ppcoat.pretrain",
+    ),
 }
 
 
@@ -210,11 +244,10 @@ def run(name: str, argv: Sequence[str] | None = None, prog: str | None = None) -
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
-        module = importlib.import_module(command.module)
         parser = _Parser(prog=prog, description=command.what, allow_abbrev=False)
-        getattr(module, command.flags)(parser)
-        parse = parser.parse_intermixed_args if command.mixed else parser.parse_args
-        getattr(module, command.run)(parse(argv))
+        command.add_flags(parser)
+        arguments = (parser.parse_intermixed_args if command.mixed else parser.parse_args)(argv)
+        getattr(importlib.import_module(command.module), command.run)(arguments)
     except ConfigError as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 2

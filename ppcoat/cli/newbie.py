@@ -14,41 +14,21 @@ the sum is taken in float32 and rounded once to the base's dtype, the other part
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
 from pathlib import Path
 
 import paddle
 
-from ppcoat.config.flags import add_flags, flag, from_flags
+from ppcoat.config.flags import from_flags
 from ppcoat.device import tune_host
 from ppcoat.errors import ConfigError
 from ppcoat.lora import info_of, merge_lora, put_adapters, read_fitting, tell
 from ppcoat.models.loading import parameter_shapes
-from ppcoat.models.newbie.convert import WEIGHT_DTYPES, checkpoint_infos, write_newbie_folder
+from ppcoat.models.newbie.convert import checkpoint_infos, write_newbie_folder
 from ppcoat.models.newbie.files import check_newbie_folder, load_nextdit
 from ppcoat.models.tensor_files import read_json
 
-from .flags import MergeNewbieFlags
+from .flags import ConvertNewbieFlags, MergeNewbieFlags
 from .merge import base_dtype, changed_modules, check_output, strengths, write_merged
-
-
-@dataclass(frozen=True)
-class ConvertNewbieFlags:
-    """Settings of the command that converts."""
-
-    checkpoint: str = flag("weights of the transformer: .safetensors or .pth")
-    gemma3: str = flag("folder of Gemma3 with its tokenizer")
-    jina: str = flag("folder of Jina CLIP v2 with its tokenizer")
-    vae: str = flag("folder of FLUX.1's VAE, or a FLUX folder with vae/ in it")
-    folder: str | None = flag(
-        "folder to write; must not exist yet (default: diffusers/ beside the checkpoint)", None, name="output"
-    )
-    dtype: str = flag("dtype of all weights", "bf16", choices=list(WEIGHT_DTYPES))
-    transformer_config: str | None = flag("config.json of a transformer that is not the 3B one", None)
-
-
-def add_convert_newbie_arguments(parser: argparse.ArgumentParser) -> None:
-    add_flags(parser, ConvertNewbieFlags)
 
 
 def run_convert_newbie(arguments: argparse.Namespace) -> None:

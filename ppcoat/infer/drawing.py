@@ -1,11 +1,13 @@
-"""What the commands that draw are told: their flags, read without Paddle and its models."""
+"""What the commands that draw and `evaluate` are told: their flags, read without Paddle and its models."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import argparse
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from ppcoat.config.flags import OF_FILE, flag
+from ppcoat.config.flags import OF_FILE, add_flags, flag
 from ppcoat.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -132,3 +134,65 @@ class LightningFlags:
     lora_scale: float | None = flag(
         "strength of the LoRA (default: 1.0; PaddleMIX's published file needs 0.25)", None
     )
+
+
+@dataclass(frozen=True)
+class GuidanceScales:
+    """distilled: input of the model's guidance embedding. true_cfg: scale of classifier-free guidance, which
+    takes a second forward pass; 1: none."""
+
+    distilled: float = 1.5
+    true_cfg: float = 1.0
+
+
+GUIDANCE = GuidanceScales()
+SAMPLES = 2000
+FEATURES = ("garments", "inception", "clip")
+
+
+@dataclass(frozen=True)
+class EvaluateFlags:
+    """Settings of `evaluate`; None where a flag is not given."""
+
+    model: str | None = flag("FLUX folder (of the built-in kind) to draw with and score", None)
+    pictures: list[str] | None = flag(
+        "folders of pictures to score, a row for each", None, metavar="[NAME=]FOLDER"
+    )
+    student: str | None = flag(
+        "with --model: a distilled LoRA, to compare at 4 steps with its teacher", None, metavar="LORA"
+    )
+    references: Path | None = flag(
+        "with --pictures: folder of the pictures to which the Frechet distance is taken", None
+    )
+    features: str | None = flag(
+        f"with --pictures: features of the distance (default: {FEATURES[0]})", None, choices=FEATURES
+    )
+    inception: str | None = flag(
+        "with --features inception: weights of paddle.vision's Inception v3 (.safetensors)",
+        None,
+        metavar="FILE",
+    )
+    clip: str | None = flag("with --pictures: folder of a CLIP, for the CLIP score", None, metavar="FOLDER")
+    prompts: Path | None = flag(
+        "with --clip: prompts, one a line in the order of the pictures' names (default: beside or in each "
+        "picture)",
+        None,
+    )
+    samples: int | None = flag(f"with --model: pictures per score (default: {SAMPLES})", None)
+    batch_size: int = flag("pictures drawn at once", 100)
+    guidance_scale: float | None = flag(
+        f"with --model: distilled guidance of the samples (default: {GUIDANCE.distilled})", None
+    )
+    true_cfg_scale: float | None = flag(
+        "with --model: classifier-free guidance of the samples, twice the time above 1 (default: "
+        f"{GUIDANCE.true_cfg})",
+        None,
+    )
+    output: str | None = flag("JSON file to write the scores to", None)
+    sheet: str | None = flag("PNG file to write a contact sheet of 28-step samples to", None)
+
+
+def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
+    chosen = ("model", "pictures")
+    add_flags(parser.add_mutually_exclusive_group(required=True), EvaluateFlags, *chosen)
+    add_flags(parser, EvaluateFlags, *(f.name for f in fields(EvaluateFlags) if f.name not in chosen))

@@ -10,20 +10,19 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from ppcoat.atomic import whole_file, write_text
-from ppcoat.config.flags import add_flags, flag, from_flags
+from ppcoat.config.flags import from_flags
 from ppcoat.device import tune_host
 from ppcoat.errors import ConfigError
+from ppcoat.infer.drawing import FEATURES, GUIDANCE, SAMPLES, EvaluateFlags, GuidanceScales
 from ppcoat.infer.garment_scores import (
-    GUIDANCE,
     GarmentClassifier,
-    GuidanceScales,
     compare_students,
     comparison_table,
     evaluate,
@@ -37,58 +36,8 @@ from ppcoat.models.loading import check_folder
 
 OF_MODEL = ("student", "samples", "guidance_scale", "true_cfg_scale", "sheet")
 OF_PICTURES = ("references", "features", "inception", "clip", "prompts")
-SAMPLES = 2000
-FEATURES = ("garments", "inception", "clip")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 Features = Callable[[list[Image.Image]], np.ndarray]  # N pictures -> [N, D]
-
-
-@dataclass(frozen=True)
-class EvaluateFlags:
-    """Settings of the command; None where a flag is not given."""
-
-    model: str | None = flag("FLUX folder (of the built-in kind) to draw with and score", None)
-    pictures: list[str] | None = flag(
-        "folders of pictures to score, a row for each", None, metavar="[NAME=]FOLDER"
-    )
-    student: str | None = flag(
-        "with --model: a distilled LoRA, to compare at 4 steps with its teacher", None, metavar="LORA"
-    )
-    references: Path | None = flag(
-        "with --pictures: folder of the pictures to which the Frechet distance is taken", None
-    )
-    features: str | None = flag(
-        f"with --pictures: features of the distance (default: {FEATURES[0]})", None, choices=FEATURES
-    )
-    inception: str | None = flag(
-        "with --features inception: weights of paddle.vision's Inception v3 (.safetensors)",
-        None,
-        metavar="FILE",
-    )
-    clip: str | None = flag("with --pictures: folder of a CLIP, for the CLIP score", None, metavar="FOLDER")
-    prompts: Path | None = flag(
-        "with --clip: prompts, one a line in the order of the pictures' names (default: beside or in each "
-        "picture)",
-        None,
-    )
-    samples: int | None = flag(f"with --model: pictures per score (default: {SAMPLES})", None)
-    batch_size: int = flag("pictures drawn at once", 100)
-    guidance_scale: float | None = flag(
-        f"with --model: distilled guidance of the samples (default: {GUIDANCE.distilled})", None
-    )
-    true_cfg_scale: float | None = flag(
-        "with --model: classifier-free guidance of the samples, twice the time above 1 (default: "
-        f"{GUIDANCE.true_cfg})",
-        None,
-    )
-    output: str | None = flag("JSON file to write the scores to", None)
-    sheet: str | None = flag("PNG file to write a contact sheet of 28-step samples to", None)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    chosen = ("model", "pictures")
-    add_flags(parser.add_mutually_exclusive_group(required=True), EvaluateFlags, *chosen)
-    add_flags(parser, EvaluateFlags, *(f.name for f in fields(EvaluateFlags) if f.name not in chosen))
 
 
 def run_command(arguments: argparse.Namespace) -> None:

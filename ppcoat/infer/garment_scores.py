@@ -23,6 +23,7 @@ from safetensors.paddle import load_file
 
 from ppcoat.data import garments
 from ppcoat.data.garments import COLOURS, KINDS, MOTIFS, PATTERNS
+from ppcoat.infer.drawing import GUIDANCE, GuidanceScales
 from ppcoat.infer.scores import frechet_distance, psnr
 from ppcoat.models.flux.pipeline import FluxPipeline
 
@@ -32,18 +33,6 @@ FACTS = ("kind", "colour", "pattern")
 LABELS = {"kind": KINDS, "colour": tuple(COLOURS), "pattern": PATTERNS, "motif": ("none", *MOTIFS)}
 WEIGHTS = Path(__file__).parent.parent / "assets" / "garment_classifier.safetensors"
 PICTURE_SIDE = 64
-
-
-@dataclass(frozen=True)
-class GuidanceScales:
-    """distilled: input of the model's guidance embedding. true_cfg: scale of classifier-free guidance, which
-    takes a second forward pass; 1: none."""
-
-    distilled: float = 1.5
-    true_cfg: float = 1.0
-
-
-GUIDANCE = GuidanceScales()
 
 
 def evaluate(

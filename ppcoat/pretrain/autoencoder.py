@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,36 +18,14 @@ import paddle
 from paddle.io import DataLoader, IterableDataset
 from ppdiffusers import AutoencoderKL
 
-from ppcoat.config.flags import flag
 from ppcoat.data import garments
 from ppcoat.infer.scores import psnr
 from ppcoat.models.loading import load_vae
 from ppcoat.models.writing import save_diffusers_model
+from ppcoat.pretrain import AutoencoderTraining
 from ppcoat.progress import Progress
 
 HELD_OUT_SEED = 10_000_000  # drawings from this seed on are never trained on
-
-
-@dataclass(frozen=True)
-class AutoencoderTraining:
-    """Batch, steps and loss weights. `kl_weight` multiplies the mean KL per latent element.
-
-    `kl_weight` is larger than good reconstruction needs: latents then carry little that is invisible, and the
-    decoder tolerates small errors, so that a small transformer can learn to draw them.
-    """
-
-    steps: int = flag("steps of the autoencoder", 2200, "autoencoder_steps")
-    batch_size: int = 8
-    learning_rate: float = 2.5e-3
-    decoder_steps: int = flag("steps of its decoder alone", 1200)
-    decoder_batch_size: int = 16
-    decoder_learning_rate: float = 1.5e-3
-    decoder_noise: float = 0.1  # most noise on the latents, in deviations
-    warmup: int = 100
-    kl_weight: float = 3e-3
-    shapes_fraction: float = 0.5
-    size: int = 64
-    seed: int = 0
 
 
 def build_autoencoder(size: int = 64) -> AutoencoderKL:

@@ -8,7 +8,6 @@ of one decoded drawing in ten, because of the autoencoder's soft edges.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,27 +19,13 @@ from ppdiffusers import AutoencoderKL
 from safetensors.paddle import save
 
 from ppcoat.atomic import whole_file
-from ppcoat.config.flags import flag
 from ppcoat.data import garments
 from ppcoat.infer.garment_scores import LABELS, GarmentClassifier, classify
+from ppcoat.pretrain import ClassifierTraining
 from ppcoat.pretrain.autoencoder import HELD_OUT_SEED, to_pixels
 from ppcoat.progress import Progress
 
 TRAIN_SEED, TEST_SEED = HELD_OUT_SEED + 1_000_000, HELD_OUT_SEED + 5_000_000
-
-
-@dataclass(frozen=True)
-class ClassifierTraining:
-    """Set size and schedule; the learning rate falls to zero along a cosine."""
-
-    pictures: int = 40_000
-    first_picture: int = 0
-    reconstructed: float = 0.5  # share of batches that are decoded by the autoencoder
-    steps: int = flag("steps of the classifier", 7000, "classifier_steps")
-    batch_size: int = 32
-    learning_rate: float = 1.5e-3
-    tested: int = 1000  # new drawings for the accuracy that is printed
-    seed: int = 0
 
 
 class LabelledDrawings(Dataset):

@@ -12,7 +12,7 @@ training" (2025), section 2.2, with which AdamW's learning rates fit.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,13 +20,13 @@ import paddle
 from paddle.io import DataLoader, Dataset
 
 from ppcoat.atomic import whole_file
-from ppcoat.config.flags import flag
 from ppcoat.data import garments
 from ppcoat.models.flux.pipeline import FluxPipeline
 from ppcoat.models.flux.scheduler import calculate_shift
 from ppcoat.models.flux.transformer import FluxTransformer2DModel
 from ppcoat.models.pictures import latent_image_ids, pack_latents
 from ppcoat.models.writing import save_diffusers_model
+from ppcoat.pretrain import DenoiserTraining
 from ppcoat.pretrain.autoencoder import HELD_OUT_SEED, to_pixels
 from ppcoat.pretrain.text import CLIP_WIDTH, T5_WIDTH, reword_caption
 from ppcoat.progress import Progress
@@ -34,28 +34,6 @@ from ppcoat.train.ranks import Ranks
 
 SAVE_EVERY = 1000  # steps between saves
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # a x + b x^3 + c x^5 drives singular values to about 1
-
-
-@dataclass(frozen=True)
-class DenoiserTraining:
-    """Size of the data, batch and schedule. Learning rates rise over `warmup` steps, stay constant, and fall
-    linearly to 0 over the share `decay` of all steps, at the end. Muon trains the matrices of the blocks,
-    AdamW the rest."""
-
-    pictures: int = flag("drawings to train on", 40_000)
-    steps: int = flag("steps of the transformer", 20_000, "transformer_steps")
-    batch_size: int = 32
-    learning_rate: float = 1e-3
-    matrix_learning_rate: float = 1e-2
-    warmup: int = 100
-    decay: float = 0.5
-    ema_decay: float = 0.999
-    guided_after: int = flag("steps of the transformer before guidance is distilled", 17_000)
-    caption_dropout: float = 0.1
-    largest_guidance: float = 4.0
-    guided_below: float = 0.8  # noise level above which guidance has no effect
-    size: int = 64
-    seed: int = 0
 
 
 def build_transformer() -> FluxTransformer2DModel:

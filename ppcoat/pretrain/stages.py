@@ -13,7 +13,7 @@ import shutil
 from pathlib import Path
 
 from ppcoat.atomic import whole_folder, write_text
-from ppcoat.config.flags import add_flags, flag, from_flags
+from ppcoat.config.flags import from_flags
 from ppcoat.device import tune_host
 from ppcoat.models.flux.pipeline import FluxPipeline
 from ppcoat.models.flux.scheduler import FlowMatchEulerDiscreteScheduler
@@ -25,27 +25,12 @@ from ppcoat.models.loading import (
     load_transformer,
     load_vae,
 )
+from ppcoat.pretrain import PretrainFlags
 from ppcoat.pretrain.autoencoder import AutoencoderTraining, sharpen_decoder, train_autoencoder
 from ppcoat.pretrain.classifier import ClassifierTraining, train_classifier
 from ppcoat.pretrain.denoiser import DenoiserTraining, build_transformer, encode_drawings, train_transformer
 from ppcoat.pretrain.text import write_text_parts
 from ppcoat.train.ranks import Ranks
-
-
-@dataclasses.dataclass(frozen=True)
-class PretrainFlags:
-    """The folders of the command."""
-
-    output_dir: Path = flag("folder for the finished pipeline")
-    work_dir: Path = flag("folder for the stages", Path("output/pretrain"))
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_flags(parser, PretrainFlags, "work_dir", "output_dir")
-    add_flags(parser, AutoencoderTraining)
-    add_flags(parser, DenoiserTraining, "steps", "guided_after")
-    add_flags(parser, ClassifierTraining)
-    add_flags(parser, DenoiserTraining, "pictures")
 
 
 def run_command(arguments: argparse.Namespace) -> None:

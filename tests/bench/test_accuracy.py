@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from ppcoat.bench import accuracy
+from ppcoat.bench.flags import add_accuracy_arguments
 from ppcoat.optim import FP8QuantizationConfig
 
 SETS = accuracy.drawn_sets(groups=16, steps=60)
@@ -59,7 +60,7 @@ def test_the_command_prints_one_table_and_writes_json(tmp_path, monkeypatch, cap
     monkeypatch.setattr(accuracy, "recorded_gradients", lambda: SETS["block-sparse"])
     monkeypatch.setattr(accuracy, "tune_host", lambda: None)
     parser = argparse.ArgumentParser()
-    accuracy.add_arguments(parser)
+    add_accuracy_arguments(parser)
     accuracy.run_command(parser.parse_args(["--output", str(tmp_path / "new" / "accuracy.json")]))
     printed = capsys.readouterr().out
     everything = json.loads((tmp_path / "new" / "accuracy.json").read_text())

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from ppcoat.bench import benchmark
+from ppcoat.bench.flags import add_benchmark_arguments
 from ppcoat.cli.main import main
 from ppcoat.config.flags import from_flags
 
@@ -138,7 +139,7 @@ def test_output_inside_a_file_is_refused(tmp_path, capsys):
 
 def cases_of(*flags):
     parser = argparse.ArgumentParser()
-    benchmark.add_arguments(parser)
+    add_benchmark_arguments(parser)
     arguments = parser.parse_args(flags)
     return benchmark.cases_of(
         from_flags(benchmark.BenchmarkCase, arguments), from_flags(benchmark.BenchmarkFlags, arguments)

@@ -31,7 +31,7 @@ SMALL = {
 @pytest.fixture
 def small(tmp_path, monkeypatch):
     """The command with a small model -> its arguments, FullSizeCase."""
-    monkeypatch.setattr(full_size, "FLUX_DEV", SMALL)
+    monkeypatch.setattr("ppcoat.plan.model.FLUX_DEV", SMALL)
     monkeypatch.setattr(full_size, "tune_host", lambda: None)
     folder, output = tmp_path / "made", tmp_path / "new" / "numbers.json"
     flags = ["--folder", str(folder), "--text_tokens", "8", "--output", str(output)]

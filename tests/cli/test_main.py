@@ -6,12 +6,18 @@ import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_args, get_type_hints
 
 import pytest
 from safetensors import SafetensorError
 
 import ppcoat
+from ppcoat.cli import flags
 from ppcoat.cli.main import COMMANDS, Command, main, run
+from ppcoat.config.base import BaseFormat
+from ppcoat.lora.writing import FORMATS, LORA_DTYPES
+from ppcoat.models.newbie.convert import WEIGHT_DTYPES
+from ppcoat.nn.base_weight import BASES
 
 ROOT = Path(__file__).parents[2]
 BAD_CONFIG = """
@@ -62,6 +68,13 @@ def test_every_command_explains_its_flags(name, capsys):
     written = " ".join(shown.split())  # defaults as one would type them, no folder of this machine
     assert str(ROOT) not in "".join(shown.split())
     assert not re.search(r"\(default: ([\[(]|None|False)", written)
+
+
+def test_flags_offer_what_is_known_where_they_are_used():
+    """They are read without Paddle, so they say it once more."""
+    assert (get_args(flags.Format), get_args(flags.Dtype)) == (FORMATS, LORA_DTYPES)
+    assert get_args(get_type_hints(flags.ConvertNewbieFlags)["dtype"]) == tuple(WEIGHT_DTYPES)
+    assert get_args(BaseFormat) == tuple(BASES)
 
 
 def test_a_missing_flag_exits_with_2(capsys):
@@ -207,10 +220,7 @@ def test_every_script_runs_a_known_command():
     for script in scripts:
         text = script.read_text(encoding="utf-8")
         name = text.split('__command__ = "')[1].split('"')[0]
-        module = importlib.import_module(COMMANDS[name].module)
-        assert callable(getattr(module, COMMANDS[name].flags)) and callable(
-            getattr(module, COMMANDS[name].run)
-        )
+        assert callable(getattr(importlib.import_module(COMMANDS[name].module), COMMANDS[name].run))
         assert len(text.splitlines()) < 40, f"{script.name} holds logic"
 
 

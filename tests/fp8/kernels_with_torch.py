@@ -235,11 +235,11 @@ def main(argv: list[str]) -> int:
     )
     sys.modules["ppcoat"] = importlib.util.module_from_spec(spec)
     from ppcoat.bench import kernels
-    from ppcoat.config.flags import from_flags
+    from ppcoat.config.flags import add_flags, from_flags
     from ppcoat.errors import ConfigError
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    kernels.add_arguments(parser)
+    add_flags(parser, kernels.KernelFlags)
     try:
         kernels.run_with(TorchLibrary, from_flags(kernels.KernelFlags, parser.parse_args(argv)))
     except ConfigError as error:

@@ -1275,7 +1275,7 @@ if importlib.util.find_spec("model_mutations"):
 # --- stand-ins: commands of one argument that read, and print what they read --------------------------------
 def stand_ins() -> dict[str, Command]:
     names = ("unpack", "weights", "prompts", "checkpoint", "cache", "studio", "dropped")
-    return {name: Command(f"read {name}", "reading", "add_arguments", f"read_{name}") for name in names}
+    return {name: Command(f"read {name}", "reading", f"read_{name}") for name in names}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

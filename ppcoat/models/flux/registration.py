@@ -2,19 +2,18 @@
 
 It imports neither: ppdiffusers takes seconds, and ours derive from its classes. What is put into ppdiffusers,
 at the end of its own import, imports ours when somebody asks for them. This file comes with every
-`import ppcoat`, so it imports nothing else at its top either.
+`import ppcoat`, so it imports little else at its top either.
 """
 
 from __future__ import annotations
 
 import sys
 
+from ppcoat.signals import LoadedInside
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import os
-    from collections.abc import Sequence
-    from importlib.machinery import ModuleSpec
-    from types import ModuleType
     from typing import Any
 
 # Class in model_index.json -> (module here, class) of the pipeline that draws with such a folder: all of
@@ -38,29 +37,18 @@ def register_when_imported() -> None:
     nothing."""
     if _PPDIFFUSERS in sys.modules:
         register()
-    elif not any(isinstance(finder, _AtTheEndOfItsImport) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _AtTheEndOfItsImport())
+    elif not any(getattr(finder, "name", None) == _PPDIFFUSERS for finder in sys.meta_path):
+        sys.meta_path.insert(0, LoadedInside(_PPDIFFUSERS, _AtItsEnd))
 
 
-class _AtTheEndOfItsImport:
-    """Finds ppdiffusers as the other finders do, and has `register` called after it was loaded."""
+class _AtItsEnd:
+    """Context manager: `register` is called at the end, unless there is an error."""
 
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        if fullname != _PPDIFFUSERS:
-            return None
-        others = (each for each in sys.meta_path if each is not self and hasattr(each, "find_spec"))
-        spec = next(filter(None, (each.find_spec(fullname, path, target) for each in others)), None)
-        if spec is not None and spec.loader is not None:
-            load = spec.loader.exec_module
+    def __enter__(self) -> None: ...
 
-            def load_and_register(module: ModuleType) -> None:
-                load(module)
-                register()
-
-            spec.loader.exec_module = load_and_register  # type: ignore[method-assign]
-        return spec
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if error is None:
+            register()
 
 
 def register() -> None:
