@@ -45,6 +45,7 @@ def pytest_addoption(pluginmanager):
         return
     import paddle
 
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else it warns in each fork of a test
     if not paddle.get_device().startswith("gpu"):
         os.environ.setdefault("TRITON_INTERPRET", "1")
 

@@ -24,7 +24,6 @@ LORA_WIDTHS = 64 * (8 * 2 + 4 * 5 + 3 * 2 + 5 + 6)
 @pytest.fixture
 def host_as_it_is(monkeypatch):
     monkeypatch.setattr(bench_worker, "tune_host", lambda: None)
-    monkeypatch.setattr(bench_worker.signal, "signal", lambda *_: None)
 
 
 @pytest.mark.parametrize(

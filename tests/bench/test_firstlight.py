@@ -224,7 +224,6 @@ def sections(request, monkeypatch):
         monkeypatch.setattr(firstlight, "on_gpu", lambda: True)
         monkeypatch.setattr(firstlight, "ChildProcess", Child)
         monkeypatch.setattr(firstlight, "tune_host", lambda: None)
-        monkeypatch.setattr(firstlight.signal, "signal", lambda *_: None)
 
     def run(parts, seconds=60.0):
         monkeypatch.setitem(SECTIONS, "section", FirstlightSection(seconds, lambda small: parts))

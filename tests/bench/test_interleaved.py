@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -145,8 +146,17 @@ def test_a_budget_beyond_the_machine_is_refused(fake, monkeypatch, total):
 @pytest.fixture
 def forked(monkeypatch):
     """Processes that need not import Paddle anew; they only play `serve`."""
-    context = multiprocessing.get_context("fork")
+    context, works = multiprocessing.get_context("fork"), []
+
+    def play(pipe, _):
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())  # as child_main
+        function, arguments = works[-1]
+        function(pipe, *arguments)
+
     monkeypatch.setattr(device.multiprocessing, "get_context", lambda _: context)
+    pickler = SimpleNamespace(dumps=lambda work: works.append(work) or b"")
+    monkeypatch.setattr(device, "ForkingPickler", pickler)
+    monkeypatch.setattr(device, "child_main", play)
 
 
 @pytest.mark.parametrize(
