@@ -178,7 +178,10 @@ def child_main(pipe: Any, pickled: bytes) -> None:
     from multiprocessing.reduction import ForkingPickler
 
     function, arguments = ForkingPickler.loads(pickled)
-    function(pipe, *arguments)
+    try:
+        function(pipe, *arguments)
+    except (BrokenPipeError, ConnectionResetError):
+        sys.exit(1)  # the parent is ending, and lets go of its pipes before its children
 
 
 def _act(number: int, frame: FrameType | None) -> None:

@@ -63,7 +63,9 @@ class Strike:
     def start(self) -> subprocess.Popen:
         temporary = self.folder / "temporary"
         temporary.mkdir(exist_ok=True)
-        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1",
+        # NiceGUI serves another way where it sees pytest
+        ours = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+        environment = {**ours, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1",
                        "TMPDIR": str(temporary), **self.environment}  # fmt: skip
         return subprocess.Popen(
             self.command, cwd=self.folder, env=environment, text=True, start_new_session=True,

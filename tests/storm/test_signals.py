@@ -209,7 +209,7 @@ resolution = 64
 num_epochs = 1
 lora_rank = 2
 lora_target_modules = ["attention.qkv"]
-mixed_precision = "fp32"
+mixed_precision = "no"
 """
 
 
