@@ -156,6 +156,21 @@ def test_a_child_of_a_command_ends_in_silence(tmp_path):
     assert (process.wait(10), process.stderr.read()) == (143, "")
 
 
+GONE = """
+import os
+from multiprocessing.reduction import ForkingPickler
+from ppcoat import signals
+reader, writer = os.pipe()
+os.close(reader)
+signals.child_main(writer, ForkingPickler.dumps((os.write, (b"facts",))))
+"""
+
+
+def test_a_child_whose_parent_lets_go_of_its_pipe_says_nothing():
+    done = subprocess.run([sys.executable, "-c", GONE], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
 # name -> arguments, and what is removed before each start; each runs in a folder of its own with a run.yaml
 # on the tiny FLUX, a run.toml on the tiny NewBie, their pictures, and `tuned`, a FLUX that differs a little
 FIXTURES = REPOSITORY / "tests/fixtures"
