@@ -222,7 +222,7 @@ def adapter_many(rng, folder):
     name = next(key for key in header if key != "__metadata__")
     text = json.dumps(header)[:-1] + f', "{name}": {json.dumps(header[name])}}}'
     (folder / "x.safetensors").write_bytes(joined(text.encode(), data))
-    return adapter_input(rng, folder, f"{base.name}: {name[:30]} twice")
+    return adapter_input(rng, folder, f"{base.name}: {name[:30]} twice", statuses=REFUSED)
 
 
 @of_kind("adapters")
