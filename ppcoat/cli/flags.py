@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 from ppcoat.config.flags import OF_FILE, add_flags, flag
+from ppcoat.config.training_sections import LoRAFormat
 
-Format = Literal["diffusers", "kohya", "paddle"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
@@ -66,7 +66,7 @@ class ConvertFlags:
 
     input: Path = flag("LoRA file (.safetensors) or folder", positional=True, metavar="IN")
     output: Path = flag("file to write (.safetensors)", positional=True, metavar="OUT")
-    format: Format = flag("format of OUT")
+    format: LoRAFormat = flag("format of OUT")
     dtype: Dtype | None = flag("dtype of the tensors (default: as in IN)", None)
     ignore_unknown: bool = flag("leave out keys of a LoRA that name nothing in the model", False)
 
@@ -75,7 +75,7 @@ class ConvertFlags:
 class WriteFlags:
     """What is written."""
 
-    format: Format | None = flag(
+    format: LoRAFormat | None = flag(
         "format of the file to write (default: as in the first LoRA, else diffusers)", None
     )
     dtype: Dtype | None = flag("dtype of the tensors (default: as in the files)", None)

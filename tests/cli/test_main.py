@@ -15,6 +15,7 @@ import ppcoat
 from ppcoat.cli import flags
 from ppcoat.cli.main import COMMANDS, Command, main, run
 from ppcoat.config.base import BaseFormat
+from ppcoat.config.training_sections import LoRAFormat
 from ppcoat.lora.writing import FORMATS, LORA_DTYPES
 from ppcoat.models.newbie.convert import WEIGHT_DTYPES
 from ppcoat.nn.base_weight import BASES
@@ -72,7 +73,7 @@ def test_every_command_explains_its_flags(name, capsys):
 
 def test_flags_offer_what_is_known_where_they_are_used():
     """They are read without Paddle, so they say it once more."""
-    assert (get_args(flags.Format), get_args(flags.Dtype)) == (FORMATS, LORA_DTYPES)
+    assert (get_args(LoRAFormat), get_args(flags.Dtype)) == (FORMATS, LORA_DTYPES)
     assert get_args(get_type_hints(flags.ConvertNewbieFlags)["dtype"]) == tuple(WEIGHT_DTYPES)
     assert get_args(BaseFormat) == tuple(BASES)
 

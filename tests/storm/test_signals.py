@@ -1,15 +1,20 @@
 """Ctrl+C, SIGTERM and SIGHUP at any moment: one line, 130, 143 or 129, nothing left, and the same command
 goes through afterwards."""
 
+import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from itertools import cycle
 
 import pytest
 from counts import judge
+from safetensors.numpy import load_file, save_file
 from strikes import NOISE, REPOSITORY, Strike
 
 COMMAND = [sys.executable, "-m", "ppcoat"]
@@ -151,73 +156,145 @@ def test_a_child_of_a_command_ends_in_silence(tmp_path):
     assert (process.wait(10), process.stderr.read()) == (143, "")
 
 
-# name -> arguments and what is removed before each start; each runs in a folder with a run on the tiny FLUX
-LORA = str(REPOSITORY / "tests/fixtures/adapters/rslora.safetensors")
+# name -> arguments, and what is removed before each start; each runs in a folder of its own with a run.yaml
+# on the tiny FLUX, a run.toml on the tiny NewBie, their pictures, and `tuned`, a FLUX that differs a little
+FIXTURES = REPOSITORY / "tests/fixtures"
+FLUX, NEWBIE = str(FIXTURES / "tiny_flux_fp32"), str(FIXTURES / "tiny_newbie")
 TINY = str(REPOSITORY / "ppcoat/assets/tiny_flux")
+LORA = str(FIXTURES / "adapters/split_diffusers.safetensors")
+SECOND = str(FIXTURES / "adapters/split_kohya.safetensors")
+OUT = "out.safetensors"
+DISTIL = ("--resolution 64 --lora_rank 2 --train_batch_size 2 --max_train_steps 4 --max_sequence_length 16 "
+          "--num_euler_timesteps 20")  # fmt: skip
 COMMANDS = {
     "inspect": (["inspect", LORA], []),
-    "convert": (["convert", LORA, "out.safetensors", "--format", "kohya"], ["out.safetensors"]),
-    "lora resize": (["lora", "resize", LORA, "out.safetensors", "--rank", "2"], ["out.safetensors"]),
+    "convert": (["convert", LORA, OUT, "--format", "kohya"], [OUT]),
+    "lora resize": (["lora", "resize", LORA, OUT, "--rank", "2"], [OUT]),
+    "lora combine": (["lora", "combine", LORA, SECOND, OUT], [OUT]),
+    "lora extract": (["lora", "extract", FLUX, "tuned", OUT, "--rank", "2"], [OUT]),
+    "merge": (["merge", "--model", FLUX, "--lora", LORA, "--output_dir", "merged"], ["merged"]),
+    "merge-newbie": (["merge-newbie", "--base_model_path", NEWBIE, "--lora_path", f"{NEWBIE}/lora",
+                      "--output_path", "merged"], ["merged"]),
+    "convert-newbie": (["convert-newbie", "--checkpoint", f"{NEWBIE}/raw/consolidated.00-of-01.pth",
+                        "--gemma3", f"{NEWBIE}/text_encoder", "--jina", f"{NEWBIE}/clip_model",
+                        "--vae", NEWBIE, "--transformer_config", f"{NEWBIE}/transformer/config.json",
+                        "--output", "made"],
+                       ["made"]),
     "data report": (["data", "report", "data"], []),
+    "data captions": (["data", "captions", "data", "--append", " in the sun", "--write"], []),
     "doctor": (["doctor"], []),
     "plan": (["plan", "run.yaml"], []),
     "generate": (["generate", "--model", TINY, "--prompt", "a hat", "--output_dir", "drawn"], ["drawn"]),
-    "quickstart": (["quickstart", "--samples", "10"], ["output"]),
+    "lightning": (["lightning", "--model", FLUX, "--path_to_lora", LORA, "--prompt", "a hat"], ["output"]),
+    "evaluate": (["evaluate", "--model", TINY, "--samples", "20"], []),
+    "train-newbie": (["train-newbie", "--config_file", "run.toml"], ["newbie"]),
+    "train-flux-lightning": (["train-flux-lightning", "--data_path", "data", "--output_dir", "distilled",
+                              "--pretrained_teacher_model", FLUX, *DISTIL.split()], ["distilled"]),
+    "tune": (["tune", "run.yaml", "--budget", "20s", "--hold_out", "1", "--ranks", "2"], ["run"]),
     "benchmark": (["benchmark", "--num_steps", "3", "--num_layers", "1", "--hidden_size", "64"], []),
+    "quickstart": (["quickstart", "--samples", "10"], ["output"]),
+    "demo": (["demo", "edit", "--samples", "10"], ["output"]),
     "accuracy": (["accuracy"], []),
     "studio": (["studio", "--port", "7893"], []),
-}
-MOMENTS = 5
-ENDLESS = {"studio": 15.0, "quickstart": 40.0}  # seconds that are enough to see all that they do
+}  # fmt: skip
+ENDLESS = ("quickstart", "demo", "accuracy", "studio", "tune")  # or so long that the last strike is the end
+WORDS = re.compile(r"^(interrupted|terminated|stopped at step .*)$", re.MULTILINE)  # of a rank
+FIRST, LATER, LAST = 0.2, 2.2, 8.0  # seconds, times, seconds: when they are struck
+TOML = """[Model]
+base_model_path = "{model}"
+output_dir = "newbie"
+output_name = "run"
+train_data_dir = "data"
+resolution = 64
+num_epochs = 1
+lora_rank = 2
+lora_target_modules = ["attention.qkv"]
+mixed_precision = "fp32"
+"""
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_training_struck_at_any_moment_goes_on_afterwards(strike, number):
-    """30 moments from its start to its end, over one run that is taken up again and again."""
-    train = strike(TRAIN)
-    length = seconds_of(train)
-    shutil.rmtree(train.folder / "run")
-    for moment in range(30):
-        ended = train.at(number, length * moment / 29)
-        judge("train", number.name, not ended.wrong, f"moment {moment} of {length:.1f} s: {ended.wrong}")
-    through = train.send(until_over(train), number)
-    assert (through.status, through.before) == (0, True), through.err
-    assert (train.folder / "run/run.safetensors").exists()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_struck_at_any_moment_works_afterwards(strike, name):
+def struck(name, folder):
+    """At later and later moments, by Ctrl+C and SIGTERM in turns, until it is over before the signal."""
     arguments, made = COMMANDS[name]
-    command = strike([*COMMAND, *arguments])
-    length = ENDLESS.get(name) or seconds_of(command)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        for moment in range(MOMENTS):
-            remove(command.folder, made)
-            ended = command.at(number, length * moment / (MOMENTS - 1))
-            judge(name, number.name, not ended.wrong, f"moment {moment} of {length:.1f} s: {ended.wrong}")
-    if name not in ENDLESS:
-        remove(command.folder, made)
-        assert command.send(until_over(command), signal.SIGTERM).status == 0
+    (folder / "run.toml").write_text(TOML.format(model=NEWBIE))
+    command, seconds = Strike([*COMMAND, *arguments], folder), FIRST
+    for number in cycle((signal.SIGINT, signal.SIGTERM)):
+        remove(folder, made)
+        ended = command.at(number, seconds)
+        right = not ended.wrong and (not ended.before or ended.status == 0)
+        judge(name, number.name, right, f"after {seconds:.2f} s: {ended.wrong} {ended.err[-300:]}")
+        seconds *= LATER
+        if ended.before or (name in ENDLESS and seconds > LAST):
+            return
 
 
 @pytest.mark.slow
+def test_every_command_struck_at_any_moment_works_afterwards(tmp_path, write_run, drawings):
+    folders = {name: tmp_path / name.replace(" ", "-") for name in COMMANDS}
+    for folder in folders.values():
+        folder.mkdir()
+        drawings(folder / "data", 4)
+        write_run(folder, folder / "data")
+    write_tuned(folders["lora extract"] / "tuned")
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(struck, folders, folders.values()))
+
+
+def write_tuned(folder):
+    shutil.copytree(FLUX, folder)
+    file = folder / "transformer/diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    tensors["transformer_blocks.0.attn.to_q.weight"] += 0.1
+    save_file(tensors, file)
+
+
+@pytest.mark.slow
+def test_a_training_struck_at_any_moment_goes_on_afterwards(tmp_path, write_run, drawings):
+    """15 moments from its start to its end for each signal, over a run that is taken up again and again."""
+
+    def struck(number):
+        folder = tmp_path / number.name
+        folder.mkdir()
+        drawings(folder / "data", 4)
+        write_run(folder, folder / "data")
+        train = Strike(TRAIN, folder)
+        length = seconds_of(train)
+        shutil.rmtree(folder / "run")
+        for moment in range(15):
+            ended = train.at(number, length * moment / 14)
+            judge("train", number.name, not ended.wrong, f"moment {moment} of {length:.1f} s: {ended.wrong}")
+        through = train.send(until_over(train), number)
+        judge("train", "goes through", (through.status, through.before) == (0, True), through.err)
+        assert (folder / "run/run.safetensors").exists()
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(struck, (signal.SIGINT, signal.SIGTERM)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("group", [False, True], ids=["launcher", "group"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ranks_struck_at_any_moment_say_it_in_their_logs(strike, number):
-    """As a terminal or a scheduler does: to the launcher and to all ranks at once, which repeats it."""
+def test_ranks_struck_at_any_moment_say_it_in_their_logs(strike, number, group):
+    """As `kill` does, to the launcher alone, which tells its ranks; or as a terminal or a scheduler does, to
+    all at once, and the launcher repeats it. The launcher tells of Ctrl+C by SIGTERM; a log without a word is
+    that of a rank whose interpreter was just starting."""
     script = str(REPOSITORY / "train_scripts/train_flux_lora.py")
     launch = [sys.executable, "-m", "paddle.distributed.launch", "--nproc_per_node", "2", "--log_dir", "logs"]
-    ranks = strike([*launch, script, *TRAIN[4:], "--set", "train.batch_size=2"])
-    for seconds in (2, 4, 6, 9, 12, 16):
+    ranks = strike([*launch, script, *TRAIN[4:], "--set", "train.batch_size=2", "--set", "train.steps=2000"])
+    for seconds in (3, 6, 12):
         remove(ranks.folder, ["logs"])
         process = ranks.start()
         with suppress(subprocess.TimeoutExpired):
             process.wait(seconds)
-        ended = ranks.send(process, number, group=True)
-        said = "".join(file.read_text("utf-8", "replace") for file in ranks.folder.glob("logs/workerlog.*"))
-        noise = NOISE.search(said)
-        judge("2 ranks", number.name, not (noise or ended.left), f"{seconds} s: {ended.left} {said[-900:]}")
+        ended = ranks.send(process, number, group)
+        said = [file.read_text("utf-8", "replace") for file in ranks.folder.glob("logs/workerlog.*")]
+        noise = NOISE.search("".join(said))
+        lines = [len(WORDS.findall(log)) for log in said]
+        right = not (noise or ended.left) and all(
+            count == 1 or not log for count, log in zip(lines, said, strict=True)
+        )
+        told = f"{seconds} s: {ended.left} {lines} {[log[-900:] for log in said]}"
+        judge(f"2 ranks, to the {'group' if group else 'launcher'}", number.name, right, told)
 
 
 @pytest.mark.slow
