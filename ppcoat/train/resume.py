@@ -223,7 +223,8 @@ def _compared(facts: dict, start: Start, config: RunConfig, words: ResumeWords) 
         told.append(data)
     elif not facts.get("data") and moved is None and start.batches.has_other_contents(facts["batches"]):
         told.append("captions, names or files of the same number of pictures")
-    unseen = [_UNSEEN[name] for name in records.known() if not facts.get(name)]
+    seen = facts | {"settings": before}
+    unseen = [_UNSEEN[name] for name in records.known() if not seen.get(name)]
     return _Changes(moved, told, unseen)
 
 

@@ -161,7 +161,8 @@ def test_every_fault_of_one_rank(new_run, calm, tmp_path):
         run.of_rank = {1: [flag.replace("OTHER", str(tmp_path / "other"))] if flag else []}
         began = time.monotonic()
         run.start(strike, **({"before": take(address)} if address else {}))
-        found, seconds = run.codes(40), time.monotonic() - began
+        ends = [rank for rank, status in enumerate(statuses) if status is not None]
+        found, seconds = run.codes(40, ends), time.monotonic() - began
         heard = [run.said(0), run.said(1)]
         plain = all(re.search(each, told) and "Traceback" not in told
                     for each, told in zip(said, heard, strict=True))  # fmt: skip

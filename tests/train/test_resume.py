@@ -198,7 +198,7 @@ def test_what_an_earlier_version_did_not_record_is_said_and_its_base_is_known_st
     folder, config, resumed = settled
     weights = {"vae": "a", "transformer": "b"}
     state, plain = resumed.state(config)
-    state.records = Records()
+    state.records = Records({"of.another.kind": 1})  # those of FLUX-Lightning had settings of a LoRA run
     base = base_identity(FLUX)
     state.compatible = state.compatible | {"base": base}
     save_run(state, plain)
