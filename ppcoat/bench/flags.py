@@ -327,6 +327,6 @@ def _add_others(
     """The name of one of these in `other`: name -> what it does, its flags."""
     subparsers = parser.add_subparsers(dest="other", title=title)
     for name, (what, kinds) in others.items():
-        subparser = subparsers.add_parser(name, help=what, description=what)
+        subparser = subparsers.add_parser(name, help=what, description=what, allow_abbrev=False)
         for kind in kinds:
             add_flags(subparser, kind)

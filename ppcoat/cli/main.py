@@ -302,8 +302,11 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raises ConfigError; a flag that is none is told with the nearest."""
-        unknown, flags = re.search(r"^unrecognized.* (--[a-z_]+)", message), self.format_usage()
+        unknown = re.search(r"^unrecognized.* (--[a-z_]+)", message)
         if unknown:
+            others = [each for action in self._actions if isinstance(action, argparse._SubParsersAction)
+                      for each in action.choices.values()]  # fmt: skip
+            flags = "".join(each.format_usage() for each in (self, *others))
             near = difflib.get_close_matches(unknown[1], re.findall(r"--\w+", flags), 1, cutoff=0.0)
             message += f"; the nearest flag is {near[0]}" if near else ""
         raise ConfigError(f"{message}; {self.prog} --help lists the flags")

@@ -95,6 +95,10 @@ def test_a_missing_flag_exits_with_2(capsys):
             "--dry; the nearest flag is --dry_run; python -m ppcoat train --help",
         ),
         ("merge --model m --lor x --out y", "required: --lora, --output_dir"),
+        (
+            "accuracy bases --step 3",
+            "--step 3; the nearest flag is --steps; python -m ppcoat accuracy --help",
+        ),
     ],
 )
 def test_the_beginning_of_a_flag_is_not_taken_for_it(command, answer, capsys, monkeypatch):
