@@ -110,7 +110,8 @@ def try_strike(run, strike, expected):
 NOT_COME = r"waited 4 s for rank 1, which has not come \(train.rank_timeout\); its log may say why"
 NO_ANSWER = r"waited 4 s \(train.rank_timeout\) for rank 0, which does not answer at 127.0.0.1"
 UNLIKE = (
-    "error: the ranks do not start alike: {}; start them all with the same settings, versions and pictures"
+    "error: the ranks do not start alike: {}; "
+    "start them all with the same settings, versions, model and pictures"
 )
 OTHER_LR = UNLIKE.format("train.lr is 0.01 on rank 0 and 0.02 on rank 1")
 OTHER_DATA = UNLIKE.format(
