@@ -47,7 +47,7 @@ $(READY): requirements.txt pyproject.toml
 	@$(VENV)/bin/python -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('paddle') is None)" \
 		|| { echo "1/3 $(PADDLE)"; $(VENV)/bin/pip install -q "$(PADDLE)"; }
 	@echo "2/3 requirements.txt" && $(VENV)/bin/pip install -q -r requirements.txt
-	@echo "3/3 ppcoat" && $(VENV)/bin/pip install -q --no-deps --no-build-isolation -e .
+	@echo "3/3 ppcoat" && PYTHONWARNINGS=ignore $(VENV)/bin/pip install -q --no-deps --no-build-isolation -e .
 	@touch $(READY)
 
 clean:

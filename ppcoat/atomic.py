@@ -226,6 +226,7 @@ def _draft(goal: Path, or_goal: bool = False) -> Iterator[Path]:
             yield goal
             unless_whole.pop_all()
         return
+    _check_name(goal)
     name = f".{goal.name}.tmp-{_host()}-{os.getpid()}-{secrets.token_hex(4)}"
     own = goal.with_name(name)
     _own.add(name)
@@ -253,6 +254,16 @@ def _draft(goal: Path, or_goal: bool = False) -> Iterator[Path]:
         _clear(own, own / f"{goal.name}.old", goal)
         _own.discard(name)
         del unfinished[name]
+
+
+def _check_name(goal: Path) -> None:
+    """Raises OSError for a name that no file can have: with a zero byte, or half of a character."""
+    try:
+        named = os.fsencode(goal)
+    except UnicodeEncodeError:
+        named = b"\0"
+    if b"\0" in named:
+        raise OSError(errno.EINVAL, "no file can have such a name", str(goal))
 
 
 def _keep(old: Path, new: Path) -> None:

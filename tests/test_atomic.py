@@ -614,3 +614,10 @@ def test_errors_name_the_goal_and_not_the_draft(monkeypatch, tmp_path):
     with pytest.raises(PermissionError) as caught, whole_file(tmp_path / "x.json"):
         pass
     assert caught.value.filename == str(tmp_path / "x.json")
+
+
+@pytest.mark.parametrize("name", ["a\0b", "\ud800"])
+def test_a_name_that_no_file_can_have_is_an_error_of_the_disk(tmp_path, name):
+    with pytest.raises(OSError, match="no file can have such a name"), whole_file(tmp_path / name):
+        pass
+    assert not any(tmp_path.iterdir())

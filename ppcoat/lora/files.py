@@ -7,16 +7,15 @@ LoRA is made of. What is no safetensors file at all is named as what its first b
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Set
 from pathlib import Path
 
 import numpy as np
 import paddle
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from ppcoat.errors import ConfigError
-from ppcoat.models.headers import what_it_is
+from ppcoat.models.headers import read_entries
 from ppcoat.models.tensor_files import PICKLES
 from ppcoat.reading import json_value, regular_bytes
 
@@ -25,12 +24,11 @@ from .keys import clean, whole_model
 from .parse import LoRAFile, parse_lora
 
 SHOWN_KEYS = 5
-MAX_CONFIG_BYTES, LONGEST_NAME = 1 << 20, 1000
+MAX_CONFIG_BYTES = 1 << 20
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"  # of an adapter directory
 _USUAL_NAMES = (WEIGHTS, "pytorch_lora_weights.safetensors", "paddle_lora_weights.safetensors")
 _PEFT_TYPES = ("LORA", "LOKR", "LOHA", "LYCORIS")  # peft_type of kinds with an alpha; NewBie's trainer's last
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # of LoRAs, as safetensors names them
-_HOLDING_HEADER = re.compile(rb"^.{8}\{", re.DOTALL)
 
 
 def read_lora_file(
@@ -105,24 +103,16 @@ def read_tensors_and_header(file: Path) -> tuple[dict[str, paddle.Tensor], dict[
         raise ConfigError(f"no LoRA file at {file}: check the path")
     if file.suffix not in (".safetensors", ".sft"):
         raise ConfigError(f"a LoRA file is a .safetensors, got {file}: rename it if it is one")
-    try:
-        return tensors_and_header(file)
-    except SafetensorError as error:
-        _refuse_unreadable(file, error)
-        raise
+    return tensors_and_header(file)
 
 
 def tensors_and_header(file: Path) -> tuple[dict[str, paddle.Tensor], dict[str, str]]:
     """What a safetensors file holds, whatever its name: each tensor in the dtype that it has there, any
-    shape; and the header. Raises SafetensorError for a damaged one, ConfigError for a whole model, for
-    tensors without numbers and for dtypes that no LoRA has."""
+    shape; and the header. Raises ConfigError for a missing or damaged one, for a whole model, for tensors
+    without numbers and for dtypes that no LoRA has."""
+    read_entries(file)
     with safe_open(str(file), framework="paddle") as content:
         keys = list(content.keys())
-        long = next((key for key in keys if len(key) > LONGEST_NAME), None)
-        if long is not None:
-            raise ConfigError(
-                f"{file}: a tensor's name has {len(long)} letters, {long[:40]!r}...: no LoRA; fetch another"
-            )
         whole = whole_model(keys)
         if whole:
             raise ConfigError(
@@ -179,15 +169,3 @@ def _read_config(file: Path) -> dict:
             f"{file} lacks r and lora_alpha, without which the strength is unknown: fetch it again"
         )
     return config
-
-
-def _refuse_unreadable(file: Path, error: Exception) -> None:
-    """Raises ConfigError that says what a file is which safetensors could not open with `error`."""
-    what, size = what_it_is(file), file.stat().st_size
-    if what is not None:
-        raise ConfigError(f"{file} is {what}") from error
-    with file.open("rb") as stream:
-        cut = ": it is cut off, or other bytes were added" if _HOLDING_HEADER.match(stream.read(9)) else ""
-    raise ConfigError(
-        f"{file} is not a whole safetensors file{cut} ({size} bytes; {error}): fetch it again"
-    ) from error

@@ -30,9 +30,12 @@ from ppcoat.models.tensor_files import (
     tensor_infos,
     with_progress,
 )
+from ppcoat.reading import json_value, regular_bytes
 
 THREADS = 4  # hashing does not hold Python's lock
 _CHUNK = 1 << 22
+_MAX_BYTES = 16 << 20  # of what was found before
+_ENTRY = {"files", "sha256"}
 _YOUNG = 2 * 10**9  # nanoseconds in which a file may change again without a change of its times
 # Files of a component folder beside its weights that say how it computes or reads text.
 _SETTINGS = (".json", ".txt", ".model")
@@ -58,7 +61,7 @@ class Fingerprints:
         for name, component in components.items():
             began, before = time.time_ns(), known.get(name)
             states = [_state(file) for file in _files(component)]
-            if not (isinstance(before, dict) and before.get("files") == states):
+            if not (isinstance(before, dict) and before.keys() == _ENTRY and before["files"] == states):
                 before = {"files": states, "sha256": _fingerprint(component)}
                 if all(max(state[2:4]) < began - _YOUNG for state in states):
                     known[name] = before
@@ -68,7 +71,7 @@ class Fingerprints:
 
     def _known(self) -> dict:
         try:
-            known = json.loads(self.file.read_bytes())
+            known = json_value(regular_bytes(self.file, _MAX_BYTES))
         except (OSError, ValueError):
             return {}
         return known if isinstance(known, dict) else {}
@@ -90,9 +93,9 @@ def _fingerprint(component: Component) -> str:
         whole.update(f"{name} {hashlib.sha256(content).hexdigest()}\n".encode())
     pool = ThreadPoolExecutor(THREADS)
     try:
-        digests = dict(zip([name for name, _ in in_file_order(infos)],
-                           pool.map(_digest, [info for _, info in with_progress(infos, "checking")]),
-                           strict=True))  # fmt: skip
+        # map takes all at once: the progress is that of what comes out
+        found = pool.map(_digest, [info for _, info in in_file_order(infos)])
+        digests = {name: next(found) for name, _ in with_progress(infos, "checking")}
     finally:
         pool.shutdown(cancel_futures=True)  # Ctrl+C does not wait for the rest
     for name, info in sorted(infos.items()):

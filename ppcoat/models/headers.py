@@ -66,8 +66,8 @@ def read_entries(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if not 2 <= length <= min(size - 8, TABLE_BYTES):
-            what = what_it_is(file) or f"not a safetensors file or is cut off ({size} bytes): fetch it again"
-            raise ConfigError(f"{file} is {what}")
+            what = "not a whole safetensors file: it is cut off, or something else"
+            raise ConfigError(f"{file} is {what_it_is(file) or f'{what} ({size} bytes): fetch it again'}")
         text = stream.read(length)
     header = json_object(text, f"the header of {file}")
     texts = header.pop("__metadata__", None)

@@ -62,7 +62,7 @@ except ImportError:  # Windows
 _SIOCGIFADDR = 0x8915  # <linux/sockios.h>: asks an interface for its address
 _RETRY_SECONDS = 0.1
 _PIECE = 64 * 2**20  # bytes that go to the other ranks at once
-_ALIKE = "start them all with the same settings, versions and pictures"
+_ALIKE = "start them all with the same settings, versions, model and pictures"
 _SCRATCH = re.compile(r"^handover-[0-9a-f]{13}$")
 
 

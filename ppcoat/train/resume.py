@@ -23,7 +23,8 @@ from ppcoat.data.batches import ResumableBatches
 from ppcoat.data.content_keys import content_key, file_digest
 from ppcoat.data.examples import Dataset
 from ppcoat.errors import ConfigError
-from ppcoat.models.tensor_files import Component
+from ppcoat.models.tensor_files import PATIENCE, Component
+from ppcoat.progress import Progress
 from ppcoat.reading import json_value, regular_bytes
 from ppcoat.train.base_model import base_identity, fingerprints
 from ppcoat.train.checkpoint import MAX_STATE_BYTES, Checkpoint, load_latest, unwritable
@@ -37,6 +38,8 @@ _NAMES = {_FP8_SWITCH: "FP8 optimizer states (coat.enabled, coat.optimizer.use_f
           "network.modules": "network.targets and what else chooses the Linears"}  # fmt: skip
 # Decisive fields of earlier versions: names and pieces of the base, and what may change today.
 _EARLIER = ("model", "base", "resolution", "batch_size", "ema_decay")
+# Settings that the checkpoints of earlier versions lack, whatever they were.
+_NOT_KEPT = ("device", "save.dtype", "save.format")
 Values = tuple[str, str]  # of a setting, in the checkpoint and now
 _PICTURES, _REGULARISATION = "pictures", "regularisation"
 _PARTS = ("picture", "caption", "mask", "reference")  # of a row of a data record
@@ -74,7 +77,7 @@ def data_record(datasets: Sequence[Dataset]) -> dict[str, dict[str, str]]:
     for each in datasets:
         kind, folder = _REGULARISATION if each.config.is_reg else _PICTURES, Path(each.config.folder_path)
         rows = record.setdefault(kind, {})
-        for item in each.images.items:
+        for item in Progress(each.images.items, desc="reading pictures", unit="file", delay=PATIENCE):
             path = item.image_path
             if (kind, path) in seen:  # once, though it is trained at several sizes
                 continue
@@ -101,8 +104,8 @@ def check_resume(
     the records of `start` with those of pictures (on the first rank, which alone needs them) and model, all
     of which are read.
 
-    parts: the model's, by name. Raises ConfigError as `resume_run`. A checkpoint that cannot be read is left
-    to that, which knows those before it.
+    parts: the model's, by name. Raises ConfigError as `resume_run`, and where the ranks do not see the same
+    model. A checkpoint that cannot be read is left to `resume_run`, which knows those before it.
     """
     words = words if words is not None else ResumeWords()
     if ranks.is_first:
@@ -110,7 +113,9 @@ def check_resume(
         _check_latest(config, start, words)
     with ranks.first_ahead():  # the others find in the run folder what it found
         records = replace(start.records, weights=fingerprints(config, parts))
-        _check_latest(config, replace(start, records=records), words)
+        if ranks.is_first:  # what a rank on another machine has in its folder does not count
+            _check_latest(config, replace(start, records=records), words)
+    ranks.agree({f"the content of {name}": digest[:_DIGITS] for name, digest in records.weights.items()})
     return records
 
 
@@ -138,8 +143,8 @@ def resume_run(
     The number of ranks may differ from the checkpoint's where the global batch does not. What changed and may
     change is told in one line. words: of the command that runs. Raises ConfigError for a checkpoint of other
     settings or another base, a damaged one with save.strict_resume, other pictures without save.restart_data,
-    and where the ranks do not see the same pictures and model. The first rank reads the checkpoint and gives
-    it to the others.
+    and where the ranks do not see the same pictures. The first rank reads the checkpoint and gives it to the
+    others.
     """
     words = words if words is not None else ResumeWords()
     checkpoint = None
@@ -152,7 +157,7 @@ def resume_run(
         told = _go_on(state, config, Checkpoint(Path(path), step, tensors, saved), words)
         if ranks.is_first:
             print(told)
-    ranks.agree({"step": state.step, **state.batches.state_dict(), "model": state.records.weights})
+    ranks.agree({"step": state.step, **state.batches.state_dict()})
     ranks.broadcast(state.parameters.values())
     if settings and ranks.is_first:
         try:
@@ -218,7 +223,8 @@ def _compared(facts: dict, start: Start, config: RunConfig, words: ResumeWords) 
         told.append(data)
     elif not facts.get("data") and moved is None and start.batches.has_other_contents(facts["batches"]):
         told.append("captions, names or files of the same number of pictures")
-    unseen = [_UNSEEN[name] for name in records.known() if not facts.get(name)]
+    seen = facts | {"settings": before}
+    unseen = [_UNSEEN[name] for name in records.known() if not seen.get(name)]
     return _Changes(moved, told, unseen)
 
 
@@ -276,7 +282,7 @@ def _earlier_names(saved: dict, now: Mapping[str, object]) -> dict[str, object]:
 
 
 def _changed_settings(before: Mapping[str, object], now: Mapping[str, object]) -> dict[str, Values]:
-    """Of those that matter; one that the checkpoint does not know had its default."""
+    """Of those that matter; one that the checkpoint does not know, because it is newer, had its default."""
     if not before:
         return {}
     folders = [max((int(key.split(".")[1]) + 1 for key in each if key.startswith("datasets.")), default=0)
@@ -285,6 +291,8 @@ def _changed_settings(before: Mapping[str, object], now: Mapping[str, object]) -
     changed = {"datasets": several} if folders[0] != folders[1] else {}
     for key, value in now.items():
         if key.startswith("datasets.") and int(key.split(".")[1]) >= folders[0]:
+            continue
+        if key in _NOT_KEPT and key not in before:
             continue
         was = before[key] if key in before else _default(key)
         if was != value and class_of(key) != "free":

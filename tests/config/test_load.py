@@ -215,6 +215,13 @@ def test_yaml_traps(tmp_path, text, part):
     assert part in refusal(tmp_path, text)
 
 
+def test_a_config_of_more_keys_than_any_has_is_refused_while_it_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("ppcoat.config.load.MAX_NODES", 40)
+    assert "nothing" in refusal(tmp_path, BASE + "nothing: 1")
+    many = "".join(f"k{i}: 1\n" for i in range(40))
+    assert "more than 40 keys and values; wanted sections" in refusal(tmp_path, BASE + many)
+
+
 def test_a_section_without_keys_is_as_if_it_were_not_there(tmp_path):
     """All of its keys commented out."""
     assert load(tmp_path, BASE + "train:\n# lr: 1\nsample:\ncoat: null\n") == load(tmp_path, BASE)

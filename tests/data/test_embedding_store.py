@@ -131,6 +131,11 @@ def test_the_entry_of_another_key_is_not_taken(store, caplog):
     assert "another entry" in caplog.text
 
 
+def test_an_entry_of_a_broken_encoder_is_made_anew(store, caplog):
+    store.put(KEY, {"x": paddle.to_tensor([1.0, float("nan")]).astype("bfloat16")})
+    assert store.get(KEY) is None and "its x holds NaN or infinity" in caplog.text
+
+
 def test_a_reader_beside_two_writers_of_one_key_sees_whole_entries_only(store, caplog):
     writers = [CONTEXT.Process(target=write_for_a_while, args=(store.folder, n, 1.0)) for n in (1.0, 2.0)]
     for writer in writers:

@@ -8,7 +8,7 @@ import random
 import pytest
 from PIL import Image
 
-from ppcoat.data.laion import LaionSource, unpack_laion
+from ppcoat.data.laion import DONE, LaionSource, unpack_laion
 from ppcoat.data.sources import scan_folder
 from ppcoat.errors import ConfigError
 
@@ -61,6 +61,17 @@ def test_a_second_run_takes_what_is_there(write, tmp_path):
     (tmp_path / "out" / "00000_0000000.jpg").touch()
     (tmp_path / "laion-45w" / "0000000.txt").unlink()
     assert unpack_laion(source, tmp_path / "out") == first
+
+
+@pytest.mark.parametrize("mark", [b"", b"{", b"\xff", b"[1]", b'{"pictures": 1}', b"[" * 5000,
+                                  b'{"pictures": "2", "bad": 0, "reasons": []}'])  # fmt: skip
+def test_a_folder_with_a_damaged_mark_is_made_anew(write, tmp_path, mark):
+    source = write([row(1), row(2)])
+    first = unpack_laion(source, tmp_path / "out")
+    (tmp_path / "out" / DONE).write_bytes(mark)
+    (tmp_path / "out" / "00000_0000001.txt").unlink()
+    assert unpack_laion(source, tmp_path / "out") == first
+    assert captions_in(tmp_path / "out") == ["a 1 dress", "a 2 dress"]
 
 
 def test_no_more_is_unpacked_than_asked_for_and_the_key_tells_sets_apart(write, tmp_path):

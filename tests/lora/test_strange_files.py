@@ -47,7 +47,7 @@ def tensors_of(arrays):
         (b"GGUF\x03\0\0\0", "a GGUF file"),
         (
             b'\xff\x06\0\0\0\0\0\0{"__metadata__": {"format": "pt"}',
-            "it is cut off, or other bytes were added",
+            "it is cut off, or something else",
         ),
         (b"\xff" * 40, "is not a whole safetensors file"),
     ],

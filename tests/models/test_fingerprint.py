@@ -94,6 +94,25 @@ def test_a_file_has_the_fingerprint_of_a_folder_with_its_weights(known, tmp_path
     assert len(each | {of(part, known)}) == 4
 
 
+def test_progress_is_that_of_what_was_read(model, known, monkeypatch):
+    shown, digest = [], fingerprint._digest
+
+    def with_progress(infos, _):
+        for name in sorted(infos):
+            shown.append(name)
+            yield name, infos[name]
+
+    def watched(info):
+        assert info.shape == [] or shown in ([], ["large"])  # none beyond it
+        return digest(info)
+
+    monkeypatch.setattr(fingerprint, "in_file_order", lambda infos: sorted(infos.items()))
+    monkeypatch.setattr(fingerprint, "with_progress", with_progress)
+    monkeypatch.setattr(fingerprint, "_digest", watched)
+    of(model, known)
+    assert shown == ["large", "small"]
+
+
 def test_a_tokenizers_files_count(known, tmp_path):
     shutil.copytree(FOLDER / "tokenizer", tmp_path / "tokenizer")
     first = of(tmp_path / "tokenizer", known)
@@ -114,7 +133,7 @@ def test_what_did_not_change_is_not_read_again(model, known, monkeypatch, caplog
         model.parent.rename(model.parent.with_name("renamed"))
         moved = model.parent.with_name("renamed") / "transformer"
         assert of(moved, known) == first
-    for damage in ("", "[]", '{"part": 3}'):
+    for damage in ("", "[]", '{"part": 3}', known.read_text().replace("sha256", "sha")):
         known.write_text(damage)
         assert of(moved, known) == first
     content = bytearray((moved / WEIGHTS).read_bytes())

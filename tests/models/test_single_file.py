@@ -317,7 +317,7 @@ def test_what_is_no_flux_1_is_named(tmp_path, tensors, message):
         ("a.safetensors", b"PK\x03\x04" + b"\xff" * 40 + b"model/data.pkl", "is a pickle under another name"),
         ("a.ckpt", b"PK\x03\x04", "is a pickle, and reading it can run code: convert it to .safetensors"),
         ("a.safetensors", BF16.read_bytes()[:-9], "its header speaks of"),
-        ("a.safetensors", BF16.read_bytes()[:900], "is not a safetensors file or is cut off"),
+        ("a.safetensors", BF16.read_bytes()[:900], "is not a whole safetensors file: it is cut off"),
         ("a.gguf", (FOLDER / "flux_Q8_0.gguf").read_bytes()[:-700], "damaged or cut-off GGUF file"),
         ("a.gguf", (FOLDER / "flux_Q8_0.gguf").read_bytes()[:900], "damaged or cut-off GGUF file"),
         ("a-00001-of-00003.safetensors", BF16.read_bytes(), "is one of several shards: give the folder"),

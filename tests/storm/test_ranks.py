@@ -110,7 +110,8 @@ def try_strike(run, strike, expected):
 NOT_COME = r"waited 4 s for rank 1, which has not come \(train.rank_timeout\); its log may say why"
 NO_ANSWER = r"waited 4 s \(train.rank_timeout\) for rank 0, which does not answer at 127.0.0.1"
 UNLIKE = (
-    "error: the ranks do not start alike: {}; start them all with the same settings, versions and pictures"
+    "error: the ranks do not start alike: {}; "
+    "start them all with the same settings, versions, model and pictures"
 )
 OTHER_LR = UNLIKE.format("train.lr is 0.01 on rank 0 and 0.02 on rank 1")
 OTHER_DATA = UNLIKE.format(
@@ -161,7 +162,8 @@ def test_every_fault_of_one_rank(new_run, calm, tmp_path):
         run.of_rank = {1: [flag.replace("OTHER", str(tmp_path / "other"))] if flag else []}
         began = time.monotonic()
         run.start(strike, **({"before": take(address)} if address else {}))
-        found, seconds = run.codes(40), time.monotonic() - began
+        ends = [rank for rank, status in enumerate(statuses) if status is not None]
+        found, seconds = run.codes(40, ends), time.monotonic() - began
         heard = [run.said(0), run.said(1)]
         plain = all(re.search(each, told) and "Traceback" not in told
                     for each, told in zip(said, heard, strict=True))  # fmt: skip

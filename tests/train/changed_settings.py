@@ -199,13 +199,13 @@ class Resumed:
         """A checkpoint of a run."""
         save_run(*self.state(config, weights))
 
-    def go_on(self, config, capsys, weights=None, ranks=None, **save):
+    def go_on(self, config, capsys, weights=None, **save):
         """What is said when a run goes on from it."""
         state, plain = self.state(config, weights)
         plain = plain.model_copy(update={"save": plain.save.model_copy(update=save)})
         words = WORDS if isinstance(config, LightningConfig) else ResumeWords()
         capsys.readouterr()
-        resume_run(state, plain, ranks or Ranks(), words)
+        resume_run(state, plain, Ranks(), words)
         return capsys.readouterr().out
 
     def changed(self, change, capsys, **save):

@@ -319,7 +319,7 @@ def test_what_differs_between_ranks_is_named_on_all(start):
     expected = (
         "the ranks do not start alike: train.lr is 0.1 on rank 0 and 0.2 on rank 1, a is None on rank 0 and "
         "1 on rank 1, b is None on rank 0 and 1 on rank 1, 1 more; start them all with the same settings, "
-        "versions and pictures"
+        "versions, model and pictures"
     )
     assert [hear(receiver) for receiver in heard] == [expected, expected]
     assert finish(processes) == [0, 0]  # nobody has died

@@ -27,6 +27,7 @@ from ppcoat.train.checkpoint import in_its_folder, load_latest, save_run
 from ppcoat.train.flux import FluxSpec
 from ppcoat.train.ranks import Ranks
 from ppcoat.train.report import SigmaBins
+from ppcoat.train.resume import Start, check_resume
 from ppcoat.train.run import train_lora
 from ppcoat.train.run_state import Records, RunState
 
@@ -197,7 +198,7 @@ def test_what_an_earlier_version_did_not_record_is_said_and_its_base_is_known_st
     folder, config, resumed = settled
     weights = {"vae": "a", "transformer": "b"}
     state, plain = resumed.state(config)
-    state.records = Records()
+    state.records = Records({"of.another.kind": 1})  # those of FLUX-Lightning had settings of a LoRA run
     base = base_identity(FLUX)
     state.compatible = state.compatible | {"base": base}
     save_run(state, plain)
@@ -217,26 +218,46 @@ def test_what_an_earlier_version_did_not_record_is_said_and_its_base_is_known_st
 def test_a_setting_that_a_checkpoint_does_not_know_had_its_default(settled, capsys):
     _, config, resumed = settled
     state, plain = resumed.state(config)
-    for key in ("train.loss_type", "train.max_grad_norm", "model.quantize"):
+    for key in ("train.loss_type", "train.max_grad_norm", "model.quantize", *resume._NOT_KEPT):
         del state.records.settings[key]
     save_run(state, plain)
+    config = config.model_copy(update={"device": "cpu"})  # as it may have been then
     assert "changed" not in resumed.go_on(config, capsys)
     other = config.model_copy(update={"train": config.train.model_copy(update={"loss_type": "mae"})})
     assert "changed since then: train.loss_type 'mse' -> 'mae'; weights" in resumed.go_on(other, capsys)
 
 
-def test_ranks_with_other_models_do_not_start(settled, capsys):
+@pytest.fixture
+def start_on(settled, monkeypatch):
+    """start_on(ranks, weights): what a start compares before anything is loaded, with such fingerprints."""
     _, config, resumed = settled
 
+    def start(ranks, weights):
+        state, plain = resumed.state(config)
+        monkeypatch.setattr(resume, "fingerprints", lambda *_: weights)
+        check_resume(plain, Start(state.compatible, state.batches, state.records), [], {}, ranks)
+
+    return start
+
+
+def test_ranks_with_other_models_do_not_start(start_on):
     seen = []
 
     class OneOfTwo(Ranks):
         def agree(self, facts):
             seen.append(facts)
 
-    for weights in ("a", "b"):
-        resumed.go_on(config, capsys, {"vae": weights}, OneOfTwo())
-    assert [name for name in seen[0] if seen[0][name] != seen[1][name]] == ["model"]
+    for vae in ("a", "b"):
+        start_on(OneOfTwo(), {"vae": vae, "transformer": "c"})
+    assert [name for name in seen[0] if seen[0][name] != seen[1][name]] == ["the content of vae"]
+
+
+def test_an_old_run_in_the_folder_of_another_machine_is_passed_over(settled, start_on):
+    _, config, resumed = settled
+    resumed.save(config.model_copy(update={"network": config.network.model_copy(update={"linear": 8})}))
+    start_on(Ranks(1, 2), {"vae": "a"})
+    with pytest.raises(ConfigError, match="network.linear was 8"):
+        start_on(Ranks(0, 2), {"vae": "a"})
 
 
 def change_a_byte(file):

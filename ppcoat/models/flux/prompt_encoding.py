@@ -13,7 +13,7 @@ import paddle
 from ppcoat.errors import ConfigError
 
 MAX_T5_TOKENS = 512
-LETTERS_OF_A_TOKEN = 16
+LETTERS_OF_A_TOKEN = 32
 MOST_COUNTED = 16  # of the prompts that are cut, to tell how long they are
 
 
@@ -124,8 +124,8 @@ def _token_ids(tokenizer: Any, prompts: list[str], length: int) -> paddle.Tensor
 
 
 def _start(prompt: str, length: int) -> str:
-    """As much of a prompt as `length` tokens can come from: no piece of T5 has more than 16 letters, and
-    tokenizers in Python take seconds for 64 KiB."""
+    """As much of a prompt as `length` tokens come from: a piece of T5 has at most 16 letters, one of CLIP
+    may be a long hashtag, and tokenizers in Python take seconds for 64 KiB."""
     letters = end = LETTERS_OF_A_TOKEN * length
     while end < len(prompt) and sum(map(len, prompt[:end].split())) < letters:
         end += letters  # white space is no letter

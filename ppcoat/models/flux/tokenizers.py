@@ -14,8 +14,8 @@ from tokenizers import Tokenizer
 
 from ppcoat.errors import ConfigError
 from ppcoat.models.json_files import TABLE_BYTES, VOCABULARY_BYTES, read_bytes, read_json, shown
-from ppcoat.models.limits import LIMITS, TokenizerSettings, within
-from ppcoat.models.tensor_files import Component, component_config, read_by_library
+from ppcoat.models.limits import TokenizerSettings, within
+from ppcoat.models.tensor_files import Component, read_by_library, sizes_of
 
 # What the tokenizers' own classes read; transformers 5 writes tokenizer.json instead.
 _FILES = {"tokenizer": ("vocab.json", "merges.txt"), "tokenizer_2": ("spiece.model",)}
@@ -39,7 +39,7 @@ def load_t5_tokenizer(folder: str | Path) -> Any:
 def check_tokenizer(tokenizer: Any, encoder: Component, part: str) -> None:
     """Raises ConfigError for ids or lengths of a tokenizer that its text encoder, the component `part`, has
     no rows for."""
-    sizes = within(LIMITS[part], component_config(encoder, part), encoder)
+    sizes = sizes_of(encoder, part)
     token, highest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
     if highest >= sizes.vocab_size:
         raise ConfigError(

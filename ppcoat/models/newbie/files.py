@@ -278,7 +278,9 @@ def _prefix(infos: dict[str, TensorInfo], suffix: str, folder: Path) -> str:
     """What stands before `suffix` in the one name that ends with it."""
     found = [name for name in infos if name == suffix or name.endswith("." + suffix)]
     if len(found) != 1:
-        raise ConfigError(f"{folder} has {len(found)} tensors named [...]{suffix}, wanted one: {found}")
+        raise ConfigError(
+            f"{folder} has {len(found)} tensors named [...]{suffix}, wanted one: {shown(found)}"
+        )
     return found[0].removesuffix(suffix)
 
 

@@ -11,6 +11,7 @@ from safetensors import safe_open
 from ppcoat.errors import ConfigError
 from ppcoat.models import writing
 from ppcoat.models.flux.pipeline import FluxPipeline
+from ppcoat.models.flux.prompt_encoding import LETTERS_OF_A_TOKEN, _token_ids
 from ppcoat.models.flux.registration import register
 from ppcoat.models.flux.scheduler import FlowMatchEulerDiscreteScheduler
 from ppcoat.models.flux.transformer import FluxTransformer2DModel
@@ -40,6 +41,19 @@ def test_prompt_embeddings_are_those_of_diffusers(pipeline, torch_refs):
     np.testing.assert_allclose(embeds.numpy(), torch_refs["pipe_prompt_embeds"], rtol=0, atol=TOLERANCE)
     np.testing.assert_allclose(pooled.numpy(), torch_refs["pipe_pooled"], rtol=0, atol=TOLERANCE)
     np.testing.assert_array_equal(ids.numpy(), torch_refs["pipe_text_ids"])
+
+
+@pytest.mark.parametrize("prompt", ["a hat, " * 9000, " " * 60_000 + "a hat", "hats" * 9000])
+def test_a_long_prompt_gives_its_own_first_tokens_for_little_work(pipeline, prompt):
+    given = []
+
+    def tokenizer(texts, **settings):
+        given.extend(texts)
+        return pipeline.tokenizer_2(texts, **settings)
+
+    wanted = pipeline.tokenizer_2(prompt, padding="max_length", max_length=8, truncation=True)["input_ids"]
+    assert _token_ids(tokenizer, [prompt], 8).tolist() == [wanted]
+    assert len("".join(given[0].split())) <= 2 * 8 * LETTERS_OF_A_TOKEN
 
 
 @pytest.mark.parametrize("limit", ["argument", "tokenizer"])
