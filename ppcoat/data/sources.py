@@ -57,6 +57,8 @@ _DECODE_ERRORS = (
     OverflowError,
     struct.error,
     zlib.error,
+    AssertionError,  # a palette that is not there
+    IndexError,  # nor are the pixels
     Image.DecompressionBombError,
     ImageCms.PyCMSError,
 )

@@ -111,22 +111,29 @@ def _truncated_png(folder):
     return "x.png: the picture cannot be decoded"
 
 
-def _bomb(folder):
-    """A PNG whose header claims 20000 x 20000 pixels."""
+def _png(folder, side, colour, *pixels):
+    """A PNG whose header claims side x side pixels; colour: 2 RGB, 3 of a palette, which it lacks."""
 
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    header = struct.pack(">IIBBBBB", 20000, 20000, 8, 2, 0, 0, 0)
-    png = (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(b""))
-        + chunk(b"IEND", b"")
-    )
-    (folder / "x.png").write_bytes(png)
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, colour, 0, 0, 0))
+    data = b"".join(chunk(b"IDAT", zlib.compress(each)) for each in pixels)
+    (folder / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n" + header + data + chunk(b"IEND", b""))
     (folder / "x.txt").write_text("a")
-    return "x.png: the picture cannot be decoded (Image size (400000000 pixels) exceeds limit"
+    return "x.png: the picture cannot be decoded"
+
+
+def _bomb(folder):
+    return f"{_png(folder, 20000, 2, b'')} (Image size (400000000 pixels) exceeds limit"
+
+
+def _without_palette(folder):
+    return _png(folder, 40, 3, bytes(41 * 40))
+
+
+def _without_pixels(folder):
+    return _png(folder, 40, 2)
 
 
 def _other_format(folder):
@@ -163,7 +170,16 @@ def _huge_caption(folder):
 
 
 BAD = [_no_caption, _empty_caption, _no_picture, _not_a_picture, _zero_bytes, _truncated_jpeg, _truncated_png]
-BAD += [_bomb, _other_format, _bad_checksum, _format_not_read, _binary_caption, _huge_caption]
+BAD += [
+    _bomb,
+    _without_palette,
+    _without_pixels,
+    _other_format,
+    _bad_checksum,
+    _format_not_read,
+    _binary_caption,
+    _huge_caption,
+]
 
 
 @pytest.mark.parametrize("spoil", BAD, ids=lambda spoil: spoil.__name__)

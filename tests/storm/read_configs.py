@@ -74,9 +74,14 @@ def config_extreme(rng, folder):
 def training_extreme(rng, folder):
     """A run of them: what it would take is told before it is taken."""
     data = data_folder(rng, folder)
-    base = {"name": "x", "output_dir": str(folder / "out"),
-        "model": {"name_or_path": "tiny_flux"}, "network": {"linear": 4}, "train": {"steps": 2},
-        "datasets": [{"folder_path": str(data), "resolution": 64}]}  # fmt: skip
+    base = {
+        "name": "x",
+        "output_dir": str(folder / "out"),
+        "model": {"name_or_path": "tiny_flux"},
+        "network": {"linear": 4},
+        "train": {"steps": 2},
+        "datasets": [{"folder_path": str(data), "resolution": 64}],
+    }
     key, value = rng.choice(
         [
             (("train", "batch_size"), 10**5),
@@ -126,34 +131,70 @@ def monsters(n: int) -> dict[tuple[str, str], str]:
     laughs = "a0: &a0 [x, x]\n" + "\n".join(
         f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)
     )
-    yaml_texts = {"brackets": "train: " + "[" * n, "closed": "train: " + "[" * n + "]" * n,
-        "braces": "train: " + "{a: " * (n // 4), "block": "\n".join(" " * i + f"k{i}:"
-        for i in range(min(n, 1400))), "dashes": "datasets: \n" + "- " * n, "questions": "? "
-        * n, "digits": "train: {steps: " + "9" * n + "}", "keys": keys, "one level": "train:\n "
-        + keys.replace("\n", "\n "), "laughs": laughs,
-        "tag": "train: !!python/object/apply:os.system [id]", "long key": "x" * n + ": 1",
-        "entries": "datasets: [" + "{}, " * (n // 4) + "]", "texts": "name: \"" + "\\u0041"
-        * (n // 6) + "\"", "float": "train: {lr: 1e" + "9" * n + "}", "variable": "name: "
-        + "${" * (n // 2), "exclamation": "!" * n, "quotes": "'" * n, "names": "name: "
-        + "[name]" * (n // 6), "documents": "---\n" * (n // 4),
-        "merge": "train: {<<: {steps: 1}}", "big": "# " + "x" * 2**20, "ones": "name: " + "1"
-        * n, "commas": "datasets: [" + "," * n, "colons": ":" * n, "stars": "*" * n,
-        "date": "name: 2020-01-01", "percent": "%" * n,}  # fmt: skip
-    toml_texts = {"tables": "[" + ".".join("a" * (n // 2)) + "]", "arrays": "a = " + "[" * n,
-        "closed": "a = " + "[" * n + "]" * n, "inline": "a = " + "{a = " * (n // 5),
-        "digits": "[Model]\nlora_rank = " + "9" * n, "hex": "[Model]\nlora_rank = 0x" + "f" * n,
-        "keys": keys.replace(":", " ="), "dotted": ".".join("a" * (n // 2)) + " = 1",
-        "date": "[Model]\nlora_rank = 1979-05-27", "nan": "[Model]\nlearning_rate = nan",
-        "float": "[Model]\nlearning_rate = 1e" + "9" * n, "many": "[a]\n" * (n // 4),
-        "array tables": "".join(f"[[a{i % 7}]]\n" for i in range(n // 7)), "quotes": "a = '"
-        + "x" * n, "big": "# " + "x" * 2**20, "dotted keys": "\n".join(f"[Model.a{i}.b.c]"
-        for i in range(n // 16)), "brackets": "[" * n, "string": 'a = """' + "\\" * n,}  # fmt: skip
-    json_texts = {"brackets": "[" * n, "closed": '{"train": ' + "[" * n + "]" * n + "}",
-        "objects": '{"a":' * (n // 5), "digits": '{"train": {"steps": ' + "9" * n + "}}",
-        "quotes": '"' * n, "comments": "/*" * (n // 2), "slashes": "//" * (n // 2),
-        "escapes": '{"name": "' + "\\" * n, "twice": '{"name": 1, "name": 2}', "tabs": "\t" * n,
+    yaml_texts = {
+        "brackets": "train: " + "[" * n,
+        "closed": "train: " + "[" * n + "]" * n,
+        "braces": "train: " + "{a: " * (n // 4),
+        "block": "\n".join(" " * i + f"k{i}:" for i in range(min(n, 1400))),
+        "dashes": "datasets: \n" + "- " * n,
+        "questions": "? " * n,
+        "digits": "train: {steps: " + "9" * n + "}",
+        "keys": keys,
+        "one level": "train:\n " + keys.replace("\n", "\n "),
+        "laughs": laughs,
+        "tag": "train: !!python/object/apply:os.system [id]",
+        "long key": "x" * n + ": 1",
+        "entries": "datasets: [" + "{}, " * (n // 4) + "]",
+        "texts": 'name: "' + "\\u0041" * (n // 6) + '"',
+        "float": "train: {lr: 1e" + "9" * n + "}",
+        "variable": "name: " + "${" * (n // 2),
+        "exclamation": "!" * n,
+        "quotes": "'" * n,
+        "names": "name: " + "[name]" * (n // 6),
+        "documents": "---\n" * (n // 4),
+        "merge": "train: {<<: {steps: 1}}",
+        "big": "# " + "x" * 2**20,
+        "ones": "name: " + "1" * n,
+        "commas": "datasets: [" + "," * n,
+        "colons": ":" * n,
+        "stars": "*" * n,
+        "date": "name: 2020-01-01",
+        "percent": "%" * n,
+    }
+    toml_texts = {
+        "tables": "[" + ".".join("a" * (n // 2)) + "]",
+        "arrays": "a = " + "[" * n,
+        "closed": "a = " + "[" * n + "]" * n,
+        "inline": "a = " + "{a = " * (n // 5),
+        "digits": "[Model]\nlora_rank = " + "9" * n,
+        "hex": "[Model]\nlora_rank = 0x" + "f" * n,
+        "keys": keys.replace(":", " ="),
+        "dotted": ".".join("a" * (n // 2)) + " = 1",
+        "date": "[Model]\nlora_rank = 1979-05-27",
+        "nan": "[Model]\nlearning_rate = nan",
+        "float": "[Model]\nlearning_rate = 1e" + "9" * n,
+        "many": "[a]\n" * (n // 4),
+        "array tables": "".join(f"[[a{i % 7}]]\n" for i in range(n // 7)),
+        "quotes": "a = '" + "x" * n,
+        "big": "# " + "x" * 2**20,
+        "dotted keys": "\n".join(f"[Model.a{i}.b.c]" for i in range(n // 16)),
+        "brackets": "[" * n,
+        "string": 'a = """' + "\\" * n,
+    }
+    json_texts = {
+        "brackets": "[" * n,
+        "closed": '{"train": ' + "[" * n + "]" * n + "}",
+        "objects": '{"a":' * (n // 5),
+        "digits": '{"train": {"steps": ' + "9" * n + "}}",
+        "quotes": '"' * n,
+        "comments": "/*" * (n // 2),
+        "slashes": "//" * (n // 2),
+        "escapes": '{"name": "' + "\\" * n,
+        "twice": '{"name": 1, "name": 2}',
+        "tabs": "\t" * n,
         "keys": json.dumps({f"k{i}": i for i in range(60_000)}),
-        "surrogate": '{"name": "\\ud800"}',}  # fmt: skip
+        "surrogate": '{"name": "\\ud800"}',
+    }
     kinds = {".yaml": yaml_texts, ".toml": toml_texts, ".json": json_texts}
     return {(ending, name): text for ending, texts in kinds.items() for name, text in texts.items()}
 

@@ -86,26 +86,42 @@ def bombs() -> dict[str, bytes]:
     exif = Image.Exif()
     exif[0x0112] = rng.choice([0, 3, 9, 65535])
     jpeg = picture(rng, format="JPEG")
-    return {"2^31 wide": mark + header(2**31 - 1, 1) + pixels + end, "2^32 wide": mark
-        + header(2**32 - 1, 2**32 - 1) + pixels + end, "0 wide": mark + header(0, 0) + pixels
-        + end, "30,000 x 30,000": mark + header(30_000, 30_000) + chunk(b"IDAT", rows) + end,
-        "13,000 x 13,000": mark + header(13_000, 13_000, 1, 0) + chunk(b"IDAT",
-        zlib.compress(bytes(1626 * 13_000), 9)) + end, "text bomb": mark + small
-        + chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(80_000_000), 9)) + pixels + end,
-        "many texts": mark + small + chunk(b"tEXt", b"a\0" + b"x" * 1000) * 70_000 + pixels
-        + end, "profile bomb": mark + small + chunk(b"iCCP", b"a\0\0"
-        + zlib.compress(bytes(80_000_000), 9)) + pixels + end, "no profile": mark + small
-        + chunk(b"iCCP", b"a\0\0" + zlib.compress(b"x" * 300)) + pixels + end, "depth 3": mark
-        + header(48, 40, 3) + pixels + end, "no pixels": mark + small + end,
-        "texts": picture(rng, pnginfo=info), "exif": picture(rng, exif=exif),
+    return {
+        "2^31 wide": mark + header(2**31 - 1, 1) + pixels + end,
+        "2^32 wide": mark + header(2**32 - 1, 2**32 - 1) + pixels + end,
+        "0 wide": mark + header(0, 0) + pixels + end,
+        "30,000 x 30,000": mark + header(30_000, 30_000) + chunk(b"IDAT", rows) + end,
+        "13,000 x 13,000": mark
+        + header(13_000, 13_000, 1, 0)
+        + chunk(b"IDAT", zlib.compress(bytes(1626 * 13_000), 9))
+        + end,
+        "text bomb": mark
+        + small
+        + chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(80_000_000), 9))
+        + pixels
+        + end,
+        "many texts": mark + small + chunk(b"tEXt", b"a\0" + b"x" * 1000) * 70_000 + pixels + end,
+        "profile bomb": mark
+        + small
+        + chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(80_000_000), 9))
+        + pixels
+        + end,
+        "no profile": mark + small + chunk(b"iCCP", b"a\0\0" + zlib.compress(b"x" * 300)) + pixels + end,
+        "depth 3": mark + header(48, 40, 3) + pixels + end,
+        "no pixels": mark + small + end,
+        "texts": picture(rng, pnginfo=info),
+        "exif": picture(rng, exif=exif),
         "exif damaged": picture(rng, format="JPEG", exif=b"Exif\0\0" + rng.randbytes(60)),
-        "profile damaged": picture(rng, icc_profile=rng.randbytes(200)), "1 pixel": picture(rng,
-        size=(1, 1)), "thin": picture(rng, size=(3000, 1)), "frames": mark + small
-        + chunk(b"acTL", struct.pack(">II", 2**31 - 1, 0)) + pixels + end,
+        "profile damaged": picture(rng, icc_profile=rng.randbytes(200)),
+        "1 pixel": picture(rng, size=(1, 1)),
+        "thin": picture(rng, size=(3000, 1)),
+        "frames": mark + small + chunk(b"acTL", struct.pack(">II", 2**31 - 1, 0)) + pixels + end,
         "65535 x 65535": jpeg.replace(struct.pack(">HH", 40, 48), b"\xff\xff\xff\xff", 1),
-        "gif": picture(rng, format="GIF"), "tiff": picture(rng, format="TIFF"), "palette": mark
-        + header(48, 40, 8, 3) + pixels + end, "chunks": mark + small + chunk(b"IDAT", b"")
-        * 200_000 + pixels + end,}  # fmt: skip
+        "gif": picture(rng, format="GIF"),
+        "tiff": picture(rng, format="TIFF"),
+        "palette": mark + header(48, 40, 8, 3) + pixels + end,
+        "chunks": mark + small + chunk(b"IDAT", b"") * 200_000 + pixels + end,
+    }
 
 
 @of_kind("data")
@@ -118,19 +134,36 @@ def data_picture_bomb(rng, folder):
 @of_kind("data")
 def data_caption(rng, folder):
     data = data_folder(rng, folder)
-    texts = {"random": rng.randbytes(300), "zeros": bytes(50),
-        "UTF-16": "a dress".encode("utf-16"), "half a character": b"\xed\xa0\x80 dress",
-        "64 KiB": b"x, " * 30_000, "64 KiB of one word": b"x" * 65_536,
-        "4,000 parts": b", ".join(b"part %d" % i for i in range(4000)), "empty": b"",
-        "spaces": b" \n" * 99, "braces": b"{" * 60_000, "brackets": b"[" * 60_000,
-        "closed": b"[" * 30_000 + b"]" * 30_000, "object": b'{"caption": ' * 5000,
-        "digits": b'{"caption": ' + b"9" * 5000 + b"}", "number": b'{"caption": 1}',
-        "list": b'{"caption": [1, 2]}', "surrogate": b'{"caption": "\\ud800"}',
-        "tags": b'{"caption": "x", "tags": [' + b"1," * 9999 + b"1]}", "triggers": b"[trigger]"
-        * 7000, "commas": b"," * 65_000, "quotes": b'"' * 65_000, "control": bytes(range(1, 32))
-        + b"dress", "line ends": b"\r" * 65_000, "escape": b"\x1b[31mred\x07", "combining": ("e"
-        + "\u0301" * 20_000).encode(), "keys": b'{"caption": null, "text": "", "prompt": {}}',
-        "yaml": b"&a [*a]", "bom": b"\xef\xbb\xbf\xff\xfe",}  # fmt: skip
+    texts = {
+        "random": rng.randbytes(300),
+        "zeros": bytes(50),
+        "UTF-16": "a dress".encode("utf-16"),
+        "half a character": b"\xed\xa0\x80 dress",
+        "64 KiB": b"x, " * 30_000,
+        "64 KiB of one word": b"x" * 65_536,
+        "4,000 parts": b", ".join(b"part %d" % i for i in range(4000)),
+        "empty": b"",
+        "spaces": b" \n" * 99,
+        "braces": b"{" * 60_000,
+        "brackets": b"[" * 60_000,
+        "closed": b"[" * 30_000 + b"]" * 30_000,
+        "object": b'{"caption": ' * 5000,
+        "digits": b'{"caption": ' + b"9" * 5000 + b"}",
+        "number": b'{"caption": 1}',
+        "list": b'{"caption": [1, 2]}',
+        "surrogate": b'{"caption": "\\ud800"}',
+        "tags": b'{"caption": "x", "tags": [' + b"1," * 9999 + b"1]}",
+        "triggers": b"[trigger]" * 7000,
+        "commas": b"," * 65_000,
+        "quotes": b'"' * 65_000,
+        "control": bytes(range(1, 32)) + b"dress",
+        "line ends": b"\r" * 65_000,
+        "escape": b"\x1b[31mred\x07",
+        "combining": ("e" + "\u0301" * 20_000).encode(),
+        "keys": b'{"caption": null, "text": "", "prompt": {}}',
+        "yaml": b"&a [*a]",
+        "bom": b"\xef\xbb\xbf\xff\xfe",
+    }
     told = rng.choice(list(texts))
     name = rng.choice(["1.txt", "1.txt", "1.json", "default.txt", "1.caption"])
     (data / "1.txt").unlink()
@@ -142,25 +175,32 @@ def data_caption(rng, folder):
 def data_table(rng, folder):
     data = data_folder(rng, folder)
     (data / "1.txt").unlink()
-    rows = {"good": b'{"file_name": "1.png", "text": "a hat"}',
+    rows = {
+        "good": b'{"file_name": "1.png", "text": "a hat"}',
         "wrong types": b'{"file_name": 1, "text": []}',
         "deep": b'{"file_name": "1.png", "text": ' + b"[" * 9999,
         "digits": b'{"file_name": "1.png", "text": ' + b"9" * 5000 + b"}",
         "surrogates": b'{"file_name": "1.png", "text": "\\ud800 hat"}',
-        "NUL": b'{"file_name": "1\\u0000.png", "text": "x"}', "long name": b'{"file_name": "'
-        + b"x" * 100_000 + b'", "text": "x"}', "slashes": b'{"file_name": "' + b"../" * 30_000
-        + b'1.png", "text": "x"}',
-        "name surrogate": b'{"file_name": "\\udcff1.png", "text": "x"}', "null": b"null",
-        "numbers": b"1\n2\n3", "csv": b"file_name,text\n1.png,a hat",
+        "NUL": b'{"file_name": "1\\u0000.png", "text": "x"}',
+        "long name": b'{"file_name": "' + b"x" * 100_000 + b'", "text": "x"}',
+        "slashes": b'{"file_name": "' + b"../" * 30_000 + b'1.png", "text": "x"}',
+        "name surrogate": b'{"file_name": "\\udcff1.png", "text": "x"}',
+        "null": b"null",
+        "numbers": b"1\n2\n3",
+        "csv": b"file_name,text\n1.png,a hat",
         "csv quotes": b'file_name,text\n1.png,"' + b"x" * 200_000,
-        "csv NUL": b"file_name,text\n1.png,\0", "csv many": b"file_name,text" + b"," * 50_000
-        + b"\n1.png,x", "lists": b"[[[1]]]", "object": b'{"1.png": "a hat"}',
+        "csv NUL": b"file_name,text\n1.png,\0",
+        "csv many": b"file_name,text" + b"," * 50_000 + b"\n1.png,x",
+        "lists": b"[[[1]]]",
+        "object": b'{"1.png": "a hat"}',
         "deep object": b'{"a":' * 50_000,
         "100,000 rows": b'{"file_name": "9.png", "text": "x"}\n' * 30_000,
         "binary": rng.randbytes(3000),
         "twice": b'{"file_name": "1.png", "text": "a"}\n{"file_name": "1.png", "text": "b"}',
-        "empty": b"", "nan": b'{"file_name": "1.png", "text": NaN}',
-        "windows": b'{"file_name": "C:\\\\a\\\\1.png", "text": "x"}',}  # fmt: skip
+        "empty": b"",
+        "nan": b'{"file_name": "1.png", "text": NaN}',
+        "windows": b'{"file_name": "C:\\\\a\\\\1.png", "text": "x"}',
+    }
     told, name = (
         rng.choice(list(rows)),
         rng.choice(
@@ -223,10 +263,20 @@ def data_shuffled(rng, folder):
     data = data_folder(rng, folder)
     n = rng.choice([2, 800, 8000])
     (data / "1.txt").write_bytes(b",".join(b"%d" % i for i in range(n)))
-    config = {"name": "x", "model": {"name_or_path": "ppcoat/assets/tiny_flux"},
-        "datasets": [{"folder_path": str(data), "resolution": 64, "shuffle_tokens": True,
-        "token_dropout_rate": rng.choice([0, 0.3]), "keep_tokens": rng.choice([0, 1, 10**9]),
-        "caption_variants": rng.choice([1, 8, 64])}]}  # fmt: skip
+    config = {
+        "name": "x",
+        "model": {"name_or_path": "ppcoat/assets/tiny_flux"},
+        "datasets": [
+            {
+                "folder_path": str(data),
+                "resolution": 64,
+                "shuffle_tokens": True,
+                "token_dropout_rate": rng.choice([0, 0.3]),
+                "keep_tokens": rng.choice([0, 1, 10**9]),
+                "caption_variants": rng.choice([1, 8, 64]),
+            }
+        ],
+    }
     if rng.random() < 0.5:
         config["trigger_word"] = rng.choice(["sks", "a" * 1000, "0", "("])
     (folder / "x.json").write_bytes(as_json(config))

@@ -111,13 +111,19 @@ def cache_entry(rng, folder):
     return Input(told, "cache", [str(folder / "cache")], RIGHT, None, ["none", "x 3.0, y 1.0"])
 
 
-NOTES = {"studio.json": {"argv": ["train", "x.yaml"], "cwd": "/", "pid": 1, "born": "x",
-    "stop": False}, "queue.json": {"waiting": ["a", "b"], "current": "c"},
-    "drawing.json": {"asked": {"prompt": "x", "loras": [["a", 1.0]], "strengths": [1.0],
-    "step_counts": [8], "width": 64}, "rows": [""], "columns": [""], "names": [["r0_c0"]]},
+NOTES = {
+    "studio.json": {"argv": ["train", "x.yaml"], "cwd": "/", "pid": 1, "born": "x", "stop": False},
+    "queue.json": {"waiting": ["a", "b"], "current": "c"},
+    "drawing.json": {
+        "asked": {"prompt": "x", "loras": [["a", 1.0]], "strengths": [1.0], "step_counts": [8], "width": 64},
+        "rows": [""],
+        "columns": [""],
+        "names": [["r0_c0"]],
+    },
     "log.jsonl": {"step": 3, "loss": 0.5, "lr": 1e-4, "validation_loss": 0.1},
     "studio.yaml": {"train": {"steps": 5, "num_epochs": None}},
-    "config.yaml": {"train": {"steps": 5}},}  # fmt: skip
+    "config.yaml": {"train": {"steps": 5}},
+}
 
 
 @of_kind("studio's notes")
