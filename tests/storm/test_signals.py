@@ -225,6 +225,7 @@ num_epochs = 1
 lora_rank = 2
 lora_target_modules = ["attention.qkv"]
 mixed_precision = "no"
+lr_warmup_steps = 0
 """
 
 
