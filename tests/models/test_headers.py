@@ -35,7 +35,7 @@ def test_what_lies_where_is_as_the_library_reads_it(file):
 
 @pytest.mark.parametrize("kind", sorted(HEADERS.keys() - {"10^5 tensors without bytes"}))
 def test_a_damaged_header_is_refused_where_the_library_refuses_it(file, kind):
-    """And in more cases: a name that stands twice or cannot be shown, sides beyond any file."""
+    """And in more cases: a name that stands twice or is too long, sides beyond any file."""
     next(each for each in damaged_file(file) if each.name.endswith(f"header, {kind}")).mutate(file)
     try:
         load_file(file)

@@ -17,7 +17,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from ppcoat.bench import bench_worker
-from ppcoat.bench.bench_worker import HEAD_DIM, BenchmarkCase, MeasuredTraining, coat_of
+from ppcoat.bench.bench_worker import BenchmarkCase, MeasuredTraining, coat_of
+from ppcoat.bench.flags import HEAD_DIM
 from ppcoat.coat import COATTrainer
 from ppcoat.config.schema import NetworkConfig, RunConfig
 from ppcoat.data.cache import build_cache, pictures_at_once
