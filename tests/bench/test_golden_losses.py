@@ -44,7 +44,7 @@ def assert_as_before(policy, losses, saved):
     assert saved <= GOLDEN["kept_bytes_of_quickstart"][policy]
 
 
-@pytest.mark.parametrize("policy", ["off", "coat+recompute+attention"])
+@pytest.mark.parametrize("policy", [pytest.param("off", marks=pytest.mark.slow), "coat+recompute+attention"])
 def test_the_first_losses_of_quickstart_are_those_of_before(policy, tmp_path, data, monkeypatch):
     monkeypatch.setattr(run, "DRY_STEPS", 4)
     steps = [step for step, _ in run.dry_run(config_of(policy, tmp_path, data))]

@@ -60,7 +60,7 @@ def test_results_come_in_order_from_processes_that_share_the_cores_and_print_to_
     ("job", "error", "words", "first", "printed"),
     [
         (Job("bad", set_device, ("tpu",)), ConfigError, "wanted auto, cpu", False, []),
-        (Job("end", sys.exit, (130,)), SystemExit, "130", True, []),
+        pytest.param(Job("end", sys.exit, (130,)), SystemExit, "130", True, [], marks=pytest.mark.slow),
         (Job("death", os._exit, (7,)), ChildProcessError, "exit code 7", False, []),
         (Job("fault", eval, ("1 / 0",)), ZeroDivisionError, "", True, ["Traceback", "ZeroDivisionError"]),
     ],
@@ -77,7 +77,7 @@ def test_a_fault_is_raised_here_at_once_and_the_other_is_stopped(job, error, wor
 
 
 @two_cores
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_jobs_end_with_the_process_that_started_them(tmp_path, number):
     script = tmp_path / "parent.py"
     script.write_text(PARENT)

@@ -115,6 +115,7 @@ def pixels(file):
     return np.asarray(Image.open(file).convert("RGB")).astype(int)
 
 
+@pytest.mark.slow
 def test_the_scripts_draw_the_float32_picture_nearly(lora, tmp_path, assert_as_on_a_gpu):
     """With a LoRA: both passes of classifier-free guidance, and the four steps of Lightning."""
     settings = {"model": str(FLUX), "prompt": ["a red dress"], "path_to_lora": lora, "seed": 5, "height": 64,

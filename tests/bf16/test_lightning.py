@@ -51,6 +51,7 @@ def explained(train, exact):
         return four_deviations(changes(train("noise"), exact))
 
 
+@pytest.mark.slow
 def test_both_sides_have_float32s_losses(train, exact, explained, assert_as_on_a_gpu):
     with PretendedGpu() as gpu:
         found = train("half")

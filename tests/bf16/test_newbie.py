@@ -70,6 +70,7 @@ def kept_bytes(config):
     return json.loads(lines[-1])["kept_bytes"]
 
 
+@pytest.mark.slow
 def test_a_run_has_float32s_losses_and_its_previews_are_the_pipelines(
     make_config, noise_felt, assert_as_on_a_gpu, monkeypatch
 ):

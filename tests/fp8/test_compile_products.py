@@ -62,6 +62,7 @@ def check(arch, row, launches):
         assert all("i64" in offset for offset in launch["offsets"]), name
 
 
+@pytest.mark.slow
 def test_the_product_on_hopper(tmp_path):
     """Pairs of tiles by descriptors. dx and LoRA are in the slow test."""
     ((row, clocks, launches, share),) = compiled(90, "y = x W, one picture", tmp_path)

@@ -99,6 +99,7 @@ def fit(model, data, steps, batch_size):
         optimizer.clear_grad()
 
 
+@pytest.mark.slow
 def test_it_can_learn_a_few_drawings_by_heart():
     """Chance is 1/6, 1/8, 1/4 and 1/2; every head and every layer below must learn for this."""
     paddle.seed(0)

@@ -163,6 +163,7 @@ def trained_loss(model, steps: int) -> float:
     return float(np.mean(losses[-20:]))
 
 
+@pytest.mark.slow
 def test_a_lora_learns_as_well_on_an_fp8_base(build_flux):
     plain, quantised = (build_flux(1, 1, 2, 32, 8, 16, 16) for _ in range(2))
     quantize_linears(quantised)

@@ -166,7 +166,7 @@ def test_kept_bytes_with_checkpointed_layers_are_those_that_training_counts(smal
         pytest.param(SIZES[0], COAT, False, "int8", marks=pytest.mark.slow),
         pytest.param(SIZES[1], COAT, True, False, marks=pytest.mark.slow),
         (SIZES[1], RECOMPUTE, False, False),
-        (SIZES[0], ATTENTION, False, "fp4"),
+        pytest.param(SIZES[0], ATTENTION, False, "fp4", marks=pytest.mark.slow),
     ],
     ids=lambda value: f"{value.heads} heads" if isinstance(value, Case) else str(value),
 )

@@ -154,6 +154,7 @@ def in_a_killed_child(number, action, after=False):
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize("again", [False, True], ids=["new step", "same step"])
+@pytest.mark.slow  # tests/storm/test_writing.py has kills of a checkpoint's save by default
 def test_killed_anywhere_in_a_save_old_or_new_is_loaded(tmp_path, caplog, after, again):
     """The real thing: the process is gone, and only what it gave to the kernel is there."""
     seen = []

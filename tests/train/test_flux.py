@@ -120,8 +120,10 @@ def test_stopped_and_resumed_run_is_bit_equal_to_an_uninterrupted_one(
 @pytest.mark.parametrize(
     ("kind", "settings"),
     [
-        ("DoRA", ["network.dropout=0.1", "train.gradient_checkpointing=true", "model.quantize=true",
-                  "coat.activation.policy=coat+recompute"]),
+        pytest.param(
+            "DoRA", ["network.dropout=0.1", "train.gradient_checkpointing=true", "model.quantize=true",
+                     "coat.activation.policy=coat+recompute"], marks=pytest.mark.slow,
+        ),
         ("lokr", ["network.lokr_factor=4", "network.lokr_rank_dropout=0.2"]),
     ],
     ids=["dora", "lokr"],
@@ -190,6 +192,7 @@ def test_another_kind_does_not_go_on(make_config, before, after, said):
         check_compatible(*found)
 
 
+@pytest.mark.slow
 def test_coat_keeps_fewer_bytes_and_follows_the_ordinary_run(make_config):
     steps = "train.steps=10"
     off = train_lora(make_config("name=plain", "coat.enabled=false", steps))

@@ -299,6 +299,7 @@ def test_only_the_adapter_is_trained_and_counted_in_the_norm(make_config, kind):
     assert set(seen[0]) <= {p.name for p in trainer.side.parameters.values()} and seen[0]
 
 
+@pytest.mark.slow
 def test_policies_checkpointing_swapping_and_an_fp8_base_train_alike(make_config, tmp_path):
     def two_steps(*overrides):
         trainer, _ = built(make_config("train.steps=9", f"cache_dir={tmp_path}/cache", *overrides))
@@ -324,6 +325,7 @@ def test_policies_checkpointing_swapping_and_an_fp8_base_train_alike(make_config
     assert quantised != plain and quantised == pytest.approx(plain, rel=0.05)
 
 
+@pytest.mark.slow
 def test_fp8_weights_are_kept_for_the_next_run_but_not_by_a_dry_one(make_config, monkeypatch):
     config = make_config("train.steps=2", "model.quantize=true")
     list(dry_run(config))

@@ -159,7 +159,7 @@ def wait_for_the_dead(ranks, tell, dying):
     tell((left.value.code, errors.getvalue()))
 
 
-@pytest.mark.parametrize("dying", [0, 1])
+@pytest.mark.parametrize("dying", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_rank_that_waits_for_a_dead_one_leaves_with_one_line(start, dying):
     advice = "give --the_flag"
     processes, heard = start(lambda ranks, tell: wait_for_the_dead(ranks, tell, dying), again=advice)
@@ -221,6 +221,7 @@ def test_a_death_in_a_transfer_is_told_as_any_other(start):
     assert hear(heard[0]) == "left"
 
 
+@pytest.mark.slow
 def test_an_error_of_the_process_group_that_is_no_death_stays_what_it_is(start, monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("the network card is on fire")
@@ -257,7 +258,9 @@ def end_early(ranks, tell, close):
         time.sleep(1.5)  # rank 0 may go on alone, to write its last file
 
 
-@pytest.mark.parametrize(("close", "codes"), [(True, [0, 0]), (False, [LOST_EXIT, 0])])
+@pytest.mark.parametrize(
+    ("close", "codes"), [(True, [0, 0]), pytest.param(False, [LOST_EXIT, 0], marks=pytest.mark.slow)]
+)
 def test_only_after_close_may_a_rank_end_alone(start, close, codes):
     processes, _ = start(lambda ranks, tell: end_early(ranks, tell, close))
     assert finish(processes) == codes
