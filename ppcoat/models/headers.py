@@ -93,7 +93,7 @@ def read_entries(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
 
 def _entry(file: Path, name: str, said: object, begin: int) -> tuple[Entry, int]:
     """One tensor of a header, and where it ends. begin: where the bytes of tensors begin."""
-    if len(name) > _LONGEST_NAME:
+    if len(name) > _LONGEST_NAME or name.encode(errors="replace").decode() != name:  # half of a character
         raise _damaged(file, f"a tensor is named {shown(name)}")
     dtype, shape, span = (
         said.get(key) if isinstance(said, dict) else None for key in ("dtype", "shape", "data_offsets")
