@@ -19,9 +19,9 @@ studio: $(READY)
 	$(VENV)/bin/python -m ppcoat studio
 
 # Python may write what it compiles, whatever the environment says: each worker reads all tests, and tests start
-# processes.
+# processes. One thread each: two workers on two cores.
 test: $(READY)
-	PYTHONDONTWRITEBYTECODE= $(VENV)/bin/python -m pytest -q -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(VENV)/bin/python -m pytest -q -n 2 --dist worksteal
 
 # One process: browser and servers want the cores. PPCOAT_CHROMIUM names another Chromium or Chrome.
 test-browser: $(READY)
