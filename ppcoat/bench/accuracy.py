@@ -62,7 +62,10 @@ OPTIMIZERS = {  # of parameters and FlatSettings
 
 Pair = tuple[np.ndarray, np.ndarray]
 Store = Callable[[np.ndarray, np.ndarray, int | None], Pair]  # (m, v, step or None) -> decoded m and v
-OTHERS = {"weights": (WeightFlags, run_weights), "bases": (BaseFlags, run_bases)}
+OTHERS: dict[str, tuple[type, Callable[..., None]]] = {
+    "weights": (WeightFlags, run_weights),
+    "bases": (BaseFlags, run_bases),
+}
 
 
 @dataclass(frozen=True)

@@ -360,7 +360,9 @@ def _reach(address: tuple[str, int], words: bytes, patience: Patience) -> socket
                     return keep_alive(line)
                 raise ConnectionError("a stranger, or rank 0 with its ranks complete")
         except OSError:
-            line = line.close() if line else None
+            if line is not None:
+                line.close()
+            line = None
             time.sleep(_RETRY_SECONDS)
         except (KeyboardInterrupt, SystemExit):
             say(f"stopped while it waited for {where}")

@@ -322,9 +322,9 @@ def _data_changes(before: Mapping[str, dict], now: Mapping[str, dict]) -> str:
         for name in sorted(was.keys() & rows.keys()):
             for part in _changed_parts(was[name].split(), rows[name].split()):
                 found.setdefault((part, "changed"), []).append(name)
-        for word, names in (("new", rows.keys() - was.keys()), ("gone", was.keys() - rows.keys())):
-            if names:
-                found["picture", word] = sorted(names)
+        for word, others in (("new", rows.keys() - was.keys()), ("gone", was.keys() - rows.keys())):
+            if others:
+                found["picture", word] = sorted(others)
         for (part, word), names in found.items():
             more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
             plural = "s" if len(names) > 1 else ""
