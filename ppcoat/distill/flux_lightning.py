@@ -43,7 +43,6 @@ from ppcoat.models.flux.pipeline import FluxPipeline
 from ppcoat.models.flux.scheduler import calculate_shift
 from ppcoat.models.loading import check_folder
 from ppcoat.optim import lr_scheduler
-from ppcoat.train.base_model import base_identity
 from ppcoat.train.checkpoint import check_run_folder
 from ppcoat.train.flux import LoRAFiles
 from ppcoat.train.model_spec import ModelSpec
@@ -79,8 +78,7 @@ def train_flux_lightning(config: LightningConfig) -> TrainingResult:
     dtype = compute_dtype(run.model.dtype)
     patience = Patience(config.rank_timeout, "--rank_timeout", WORDS.again)
     ranks = Ranks.current(config.device, patience)
-    flags = config.model_dump(mode="json", exclude=set(PLACES))
-    ranks.agree(flags | {"base model": base_identity(config.pretrained_teacher_model)})
+    ranks.agree(config.model_dump(mode="json", exclude=set(PLACES)))
     if config.file_list_path is not None:
         run = config.run_config(_unpacked(config, run, ranks))
     datasets = scan_datasets(run)

@@ -42,7 +42,7 @@ from ppcoat.plan.settings import (
     with_earlier_plan,
     with_memory_plan,
 )
-from ppcoat.train.base_model import base_identity, compatible
+from ppcoat.train.base_model import compatible
 from ppcoat.train.checkpoint import check_run_folder
 from ppcoat.train.flux import FluxSpec
 from ppcoat.train.model_spec import ModelSpec
@@ -204,7 +204,8 @@ def with_fitting_settings(spec: ModelSpec, config: RunConfig, ranks: Ranks) -> R
 
 
 def _alike(config: RunConfig, examples: Sequence[Example]) -> dict[str, object]:
-    """What the ranks of a run must share: settings, base model and pictures, wherever these lie."""
+    """What the ranks of a run must share: settings and pictures, wherever these lie; the base model is
+    compared by `check_resume`, which reads it."""
     settings = settings_that_matter(config)
     settings = {key: value for key, value in settings.items() if not key.endswith("_path")}
     permissions = {f"save.{name}": getattr(config.save, name) for name in ("restart_data", "strict_resume")}
@@ -213,7 +214,6 @@ def _alike(config: RunConfig, examples: Sequence[Example]) -> dict[str, object]:
         **permissions,
         "memory": config.memory,
         "vram_gb": config.vram_gb,
-        "base model": base_identity(config.model.name_or_path),
         **alike_pictures(examples),
     }
 
