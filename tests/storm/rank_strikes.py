@@ -17,6 +17,7 @@ from pathlib import Path
 import paddle.distributed
 
 from ppcoat.cli.main import run
+from ppcoat.data.embedding_store import EmbeddingStore
 from ppcoat.errors import ConfigError
 from ppcoat.models.flux.pipeline import FluxPipeline
 from ppcoat.train import checkpoint, rank_line
@@ -56,6 +57,7 @@ WHERE = {
     "in the store": (paddle.distributed, "init_parallel_env", 1),
     "encoding": (FluxPipeline, "encode_prompt", 1),
     "waiting for encoding": (train_run, "rank_scratch", 1),
+    "storing an encoding": (EmbeddingStore, "put", 1),
     "before the first step": (Trainer, "train_step", 1),
     "in a step": (Trainer, "_update", 3),
     "in a transfer": (paddle.distributed, "all_reduce", 12),

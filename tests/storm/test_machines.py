@@ -1,6 +1,7 @@
 """Several machines: network namespaces of this one, with a launcher and one rank each. They train together,
-with an output folder that they share and with one of their own each; a rank that is killed, and a line that
-is cut, end both, and the same commands go on and end with the same bits."""
+with an output folder that they share and with one of their own each, over a short line and over a long one
+that loses packets. A rank that is killed, and a line that is cut, end both; the same commands go on and end
+with the same bits."""
 
 import os
 import shutil
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from counts import judge
+from far_line import FarLine
 from rank_strikes import parts
 
 HERE = Path(__file__).parent
@@ -33,31 +35,43 @@ def ranks_in(name):
 
 
 @pytest.fixture
-def machines():
+def machines(far):
     """Two network namespaces, joined by one line, eth0 in each."""
     if not shutil.which("ip"):
         pytest.skip("needs ip of iproute2")
     remove = [("netns", "delete", name) for name in NAMES]
     for words in remove:
         ip(*words)
-    first = ip("netns", "add", NAMES[0])
-    if first.returncode:
-        pytest.skip(f"no network namespaces here: {first.stderr.strip()}")
-    ip("netns", "add", NAMES[1])
-    line = ip(
-        "link", "add", "eth0", "netns", NAMES[0], "type", "veth", "peer", "name", "eth0", "netns", NAMES[1]
-    )
+    line = None
     try:
-        if line.returncode:
-            pytest.skip(f"no veth here: {line.stderr.strip()}")
+        for name in NAMES:
+            made = ip("netns", "add", name)
+            if made.returncode:
+                pytest.skip(f"no network namespaces here: {made.stderr.strip()}")
+        line = join(far)
         for name, address in zip(NAMES, ADDRESSES, strict=True):
             ip("-n", name, "address", "add", f"{address}/24", "dev", "eth0")
             for each in ("lo", "eth0"):
                 ip("-n", name, "link", "set", each, "up")
-        yield NAMES
+        yield line
     finally:
+        if line is not None:
+            line.close()
         for words in remove:
             ip(*words)
+
+
+def join(far):
+    """The long line, or None: the short one is a pair of cards of the kernel's own."""
+    if far:
+        if not os.access("/dev/net/tun", os.W_OK):
+            pytest.skip("no TAP devices here")
+        return FarLine(NAMES)
+    words = ["link", "add", "eth0", "netns", NAMES[0], "type", "veth", "peer", "name", "eth0"]
+    made = ip(*words, "netns", NAMES[1])
+    if made.returncode:
+        pytest.skip(f"no veth here: {made.stderr.strip()}")
+    return None
 
 
 class Cluster:
@@ -126,10 +140,15 @@ CASES = [  # strike, of whom each rank says that it was waited for or died
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("own", [False, True], ids=["shared folder", "own folders"])
-def test_two_machines_train_and_end_and_go_on_together(own, machines, tmp_path, write_run, drawings):
+@pytest.mark.parametrize(
+    ("own", "far"),
+    [(False, False), (True, False), (True, True)],
+    ids=["shared folder", "own folders", "own folders, far"],
+)
+def test_two_machines_train_and_end_and_go_on_together(own, far, machines, tmp_path, write_run, drawings):
     drawings(tmp_path / "data", 6)
     expected, where = None, "own folders" if own else "a shared folder"
+    where += ", a long line that loses packets" if far else ""
     for number, (strike, said) in enumerate(CASES):
         cluster = Cluster(tmp_path / f"case{number}", write_run, tmp_path / "data", own)
         began = time.monotonic()
@@ -162,3 +181,4 @@ def test_two_machines_train_and_end_and_go_on_together(own, machines, tmp_path, 
         print(
             f"{where}, {strike}: {seconds:.0f} s, {codes}, {last}, resumed {again} equal {equal}", flush=True
         )
+    assert machines is None or machines.lost

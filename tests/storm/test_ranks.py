@@ -145,6 +145,9 @@ FAULTS = {
     "full disk on rank 0": (
         Strike(0, "full disk", "in a save"), "", "",
         ["error: step 2 could not be saved .*No space left", DIED.format(0)], [2, 75]),
+    "full disk on rank 1, whose folder is its own": (
+        Strike(1, "full disk", "storing an encoding"), "output_dir=OWN", "",
+        [DIED.format(1), "error: encoded pictures .* could not be written .*No space left"], [75, 2]),
     "another learning rate on rank 1": (NOBODY, "train.lr=0.02", "", [OTHER_LR] * 2, [2, 2]),
     "other pictures on rank 1": (NOBODY, "datasets.0.folder_path=OTHER", "", [OTHER_DATA] * 2, [2, 2]),
     "rank 0's port in use": (
@@ -159,7 +162,8 @@ def test_every_fault_of_one_rank(new_run, calm, tmp_path):
     (tmp_path / "other" / "0000.txt").write_text("[trigger] another caption")
     for number, (name, (strike, flag, address, said, statuses)) in enumerate(FAULTS.items()):
         run = new_run(f"fault{number}")
-        run.of_rank = {1: [flag.replace("OTHER", str(tmp_path / "other"))] if flag else []}
+        flag = flag.replace("OTHER", str(tmp_path / "other")).replace("OWN", str(tmp_path / "own"))
+        run.of_rank = {1: [flag] if flag else []}
         began = time.monotonic()
         run.start(strike, **({"before": take(address)} if address else {}))
         ends = [rank for rank, status in enumerate(statuses) if status is not None]
