@@ -12,9 +12,10 @@ import pytest
 from ppcoat.config.load import load_config
 from ppcoat.train import rank_line, ranks
 
-HERE = str(Path(__file__).parent)
-if HERE not in sys.path:
-    sys.path.insert(0, HERE)  # tests here import changed_settings by its name
+HERE = Path(__file__).parent
+for folder in (HERE, HERE.parent / "storm"):
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))  # tests here import changed_settings and counts by their names
 CONTEXT = multiprocessing.get_context("fork")  # a fork has Paddle imported already
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from changed_settings import Resumed, every_change, flat, shown, write_data
+from counts import judge
 
 from ppcoat.config.lightning import LightningConfig, lightning_config
 from ppcoat.config.load import load_config
@@ -203,8 +204,8 @@ def gone_on(change, trained, folder, capsys):
     return capsys.readouterr().out, ends[0] == ends[1]
 
 
-def check_trained(changes, trained, folder, capsys):
-    wrong, counts = {}, {}
+def check_trained(row, changes, trained, folder, capsys):
+    wrong = {}
     for change in changes:
         kind = class_of(change.key)
         said, equal = gone_on(change, trained, folder, capsys)
@@ -215,10 +216,10 @@ def check_trained(changes, trained, folder, capsys):
             right = shown(change) in line
         else:
             right = said.startswith("refused: cannot resume") and change.key in said
-        counts[kind] = counts.get(kind, 0) + 1
+        ends = {"free": "nothing said, bit-equal", "told": "told"}.get(kind, "refused")
+        judge(f"a setting of {row}, changed", ends, right, change.key)
         if not right:
             wrong[change.key] = kind, equal, line or said[-300:]
-    print(f"settings changed, trained on from a checkpoint: {counts}, wrong {len(wrong)}")
     assert not wrong, "\n".join(f"{key}: {each}" for key, each in wrong.items())
 
 
@@ -235,7 +236,7 @@ def test_training_goes_on_under_every_changed_setting_as_its_class_says(
     monkeypatch.chdir(folder)
     steps = config.train.model_copy(update={"steps": 3})
     config = config.model_copy(update={"train": steps})
-    check_trained(every_change(config, NOT_TRAINED), trained, tmp_path, capsys)
+    check_trained("FLUX", every_change(config, NOT_TRAINED), trained, tmp_path, capsys)
 
 
 @pytest.mark.slow
@@ -247,7 +248,7 @@ def test_a_distillation_goes_on_under_every_changed_setting_as_its_class_says(
     flags = FLAGS | {"data_path": str(folder / "more"), "output_dir": str(folder)}
     of_shards = {"image_column", "caption_column", "bad_rows", "max_bad_share", "dataloader_num_workers",
                  "file_list_path", "resume_from_checkpoint", "strict_resume"}  # fmt: skip
-    check_trained(every_change(lightning_config(flags), of_shards), trained, tmp_path, capsys)
+    check_trained("Lightning", every_change(lightning_config(flags), of_shards), trained, tmp_path, capsys)
 
 
 @pytest.mark.slow
@@ -269,4 +270,4 @@ def test_newbie_leaves_every_bit_under_free_settings(run, trained, tmp_path, cap
     of_flux |= {"model.text_encoders", "model.vae", "model.tokenizers", "network.type"} | NOT_TRAINED
     of_flux |= {"train.validation.control_path", "datasets.alpha_mask"}
     changes = [each for each in every_change(config, of_flux) if class_of(each.key) == "free"]
-    check_trained(changes, trained, tmp_path, capsys)
+    check_trained("NewBie", changes, trained, tmp_path, capsys)
