@@ -10,7 +10,7 @@ from PIL import Image
 
 from ppcoat.coat import COATTrainer, prepare, trained_parameters
 from ppcoat.config.lightning import LightningConfig
-from ppcoat.config.resume import settings_that_matter
+from ppcoat.config.resume import PLACES, settings_that_matter
 from ppcoat.config.schema import RunConfig
 from ppcoat.data.batches import ResumableBatches
 from ppcoat.data.cache import TrainingCache, WindowedCache
@@ -56,8 +56,6 @@ from ppcoat.train.run_state import Records, ResumeWords
 from ppcoat.train.trainer import Side, TrainingResult
 
 GIGABYTE = 10**9
-PLACES = ("data_path", "file_list_path", "output_dir", "pretrained_teacher_model", "text_encoders", "vae",
-          "tokenizers", "device", "rank_timeout")  # fmt: skip
 WORDS = ResumeWords(
     "give --resume_from_checkpoint latest", "--strict_resume", "", "start a new run under another name"
 )

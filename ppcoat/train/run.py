@@ -18,7 +18,7 @@ from PIL import Image
 from ppcoat.atomic import is_disk_error
 from ppcoat.coat import COATTrainer, prepare, trained_parameters
 from ppcoat.config.load import dump_config
-from ppcoat.config.resume import settings_that_matter
+from ppcoat.config.resume import PLACES, settings_that_matter
 from ppcoat.config.schema import RunConfig
 from ppcoat.data.batches import ResumableBatches
 from ppcoat.data.cache import TrainingCache, build_cache
@@ -206,8 +206,7 @@ def with_fitting_settings(spec: ModelSpec, config: RunConfig, ranks: Ranks) -> R
 def _alike(config: RunConfig, examples: Sequence[Example]) -> dict[str, object]:
     """What the ranks of a run must share: settings and pictures, wherever these lie; the base model is
     compared by `check_resume`, which reads it."""
-    settings = settings_that_matter(config)
-    settings = {key: value for key, value in settings.items() if not key.endswith("_path")}
+    settings = {key: value for key, value in settings_that_matter(config).items() if key not in PLACES}
     permissions = {f"save.{name}": getattr(config.save, name) for name in ("restart_data", "strict_resume")}
     return {
         **settings,
