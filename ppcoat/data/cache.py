@@ -25,7 +25,7 @@ import paddle
 from ppcoat.data.batches import ResumableBatches
 from ppcoat.data.captions import dropped_captions
 from ppcoat.data.colours import WHITE, is_flat, tell_of_flat
-from ppcoat.data.content_keys import content_key, file_digest
+from ppcoat.data.content_keys import content_key
 from ppcoat.data.embedding_store import EmbeddingStore
 from ppcoat.data.examples import Example
 from ppcoat.data.pairs import CutPicture, loss_weights
@@ -228,9 +228,7 @@ def _pictures_of(example: Example, encoders: Encoders) -> dict[str, CutPicture]:
 def _latents(
     pictures: Sequence[CutPicture], encoders: Encoders, batch_size: int, store: EmbeddingStore | None
 ) -> list[paddle.Tensor]:
-    paths = {path for each in pictures for path in (each.path, each.hole and each.hole.path) if path}
-    digests = {path: file_digest(path) for path in paths} if store else {}
-    keys = [picture.key(encoders.image_identity, digests) for picture in pictures] if store else []
+    keys = [picture.key(encoders.image_identity) for picture in pictures] if store else []
     latents = {i: found["latent"] for i, key in enumerate(keys) if (found := store.get(key)) is not None}
     sizes: dict[tuple[int, int, bool], list[int]] = {}
     for i, picture in enumerate(pictures):

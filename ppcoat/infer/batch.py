@@ -57,7 +57,6 @@ class Batch:
         how: tuple[str | None, Placement],
     ) -> None:
         self.pictures, self.folder, self.list = pictures, folder, Path(drawing.prompts)
-        self._digests: dict[str, str] = {}
         dtype, placed = how
         chosen = {"dtype": dtype or default_dtype(), "quantize": placed.quantize, "tiles": placed.vae_tiling}
         self._identity = _identity(drawing, model) | {name: value for name, value in chosen.items() if value}
@@ -90,14 +89,12 @@ class Batch:
         return own | self._identity | self._contents(picture.drawing)
 
     def _contents(self, drawing: Any) -> dict[str, Any]:
-        """What is in the pictures that it is drawn from, each read once."""
+        """What is in the pictures that it is drawn from."""
         found = {}
         for name, given in ((name, getattr(drawing, name)) for name in _PICTURE_FILES):
             files = given if isinstance(given, list) else [given]
             for file in files if given is not None else ():
-                if file not in self._digests:
-                    self._digests[file] = file_digest(file)[:16]
-                found[name] = found.get(name, "") + self._digests[file]
+                found[name] = found.get(name, "") + file_digest(file)[:16]
         return found
 
     def _draw(

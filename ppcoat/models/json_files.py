@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ppcoat.errors import ConfigError
+from ppcoat.errors import ConfigError, printable
 from ppcoat.reading import json_value, regular_bytes
 
 CONFIG_BYTES = 1 << 20
@@ -49,4 +49,4 @@ def shown(value: object) -> str:
     """A value or name of a file as it stands in a message: short, in one line."""
     text = str(value) if isinstance(value, str | Exception) else repr(value)
     text = text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
-    return "".join(mark if mark.isprintable() else repr(mark)[1:-1] for mark in text)
+    return printable(text)

@@ -11,10 +11,9 @@ from typing import Any
 
 from nicegui import run, ui
 
-from ppcoat.config.explain import printable
 from ppcoat.config.flags import TINY_FLUX
 from ppcoat.config.load import load_config
-from ppcoat.errors import ConfigError
+from ppcoat.errors import ConfigError, printable
 from ppcoat.studio.draw_list import (
     Asked,
     asked_of_picture,

@@ -12,9 +12,8 @@ from typing import Any, get_args
 
 from nicegui import run, ui
 
-from ppcoat.config.explain import printable
 from ppcoat.config.training_sections import LoRAFormat, SaveConfig
-from ppcoat.errors import ConfigError
+from ppcoat.errors import ConfigError, printable
 from ppcoat.studio.frame import (
     CommandBox,
     CommandRun,

@@ -13,8 +13,7 @@ from urllib.parse import quote
 
 from nicegui import events, ui
 
-from ppcoat.config.explain import printable
-from ppcoat.errors import ConfigError
+from ppcoat.errors import ConfigError, printable
 from ppcoat.studio.access import Roots
 from ppcoat.studio.commands import RunningCommand, shell_command
 from ppcoat.studio.words import COOKIE, LANGUAGES, NAMES, Language, Words, language_of
