@@ -42,12 +42,13 @@ from ppcoat.lora import load_lora, lora_modules, remove_lora
 from ppcoat.models.flux.transformer import FluxTransformer2DModel
 from ppcoat.models.loading import linear_weights
 from ppcoat.models.quantized_base import QuantizedCopy, load_quantized_transformer, quantized_model_bytes
-from ppcoat.models.tensor_files import read_json, tensor_infos
+from ppcoat.models.tensor_files import tensor_infos
 from ppcoat.models.writing import INDEX, Layout, check_room, layout_bytes, shard_metadata, write_component
 from ppcoat.nn.base_weight import BASES
 from ppcoat.plan import GB
 from ppcoat.plan.phases import MemoryModel
 from ppcoat.plan.settings import as_given
+from ppcoat.reading import read_json
 from ppcoat.train.flux import FluxSpec
 from ppcoat.train.run import build_trainer
 from ppcoat.train.trainer import Trainer

@@ -40,8 +40,9 @@ from ppcoat.models.loading import (
     parameter_shapes,
     read_tensors,
 )
-from ppcoat.models.tensor_files import Component, FilePart, read_json, tensor_infos
+from ppcoat.models.tensor_files import Component, FilePart, tensor_infos
 from ppcoat.models.writing import MODEL_INDEX, class_that_draws, save_component, write_json
+from ppcoat.reading import read_json
 
 Checked = TypeVar("Checked")
 Loras = list[tuple[LoRAFile, float]]  # with their strengths

@@ -21,7 +21,8 @@ from PIL import Image
 
 from ppcoat.errors import ConfigError
 from ppcoat.models.loading import fill, load_clip_tokenizer, load_weights, read_tensors, weights_in
-from ppcoat.models.tensor_files import TensorInfo, read_header, read_json
+from ppcoat.models.tensor_files import TensorInfo, read_header
+from ppcoat.reading import read_json
 
 # Mean and deviation of CLIP's training pictures, red, green, blue, in 0..1 (openai/CLIP, clip.py).
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)

@@ -26,11 +26,10 @@ from ppcoat.models.tensor_files import (
     FilePart,
     TensorInfo,
     in_file_order,
-    read_json,
     tensor_infos,
     with_progress,
 )
-from ppcoat.reading import json_value, regular_bytes
+from ppcoat.reading import json_value, read_json, regular_bytes
 
 THREADS = 4  # hashing does not hold Python's lock
 _CHUNK = 1 << 22

@@ -95,7 +95,7 @@ def _flux_pipeline(name_or_path: str | os.PathLike) -> type | None:
     from pathlib import Path
 
     from ppcoat.errors import ConfigError
-    from ppcoat.models.json_files import read_json
+    from ppcoat.reading import read_json
 
     index = Path(name_or_path) / "model_index.json"
     if not index.is_file():

@@ -31,15 +31,9 @@ import paddle
 from ppcoat.atomic import whole_folder
 from ppcoat.errors import ConfigError
 from ppcoat.models.newbie.files import check_newbie_folder, check_newbie_vae
-from ppcoat.models.tensor_files import (
-    TensorInfo,
-    in_file_order,
-    map_tensor,
-    read_header,
-    read_json,
-    tensor_infos,
-)
+from ppcoat.models.tensor_files import TensorInfo, in_file_order, map_tensor, read_header, tensor_infos
 from ppcoat.models.writing import STEM, Layout, check_room, layout_bytes, write_file, write_json
+from ppcoat.reading import read_json
 
 # Name on the command line -> Paddle's, safetensors'.
 WEIGHT_DTYPES = {"bf16": ("bfloat16", "BF16"), "fp16": ("float16", "F16"), "fp32": ("float32", "F32")}
