@@ -21,8 +21,7 @@ from paddle.distributed.fleet.utils import recompute
 from ppcoat.device import on_gpu, uses_gpu
 from ppcoat.errors import ConfigError
 from ppcoat.fp8 import backend
-from ppcoat.fp8.constants import NORM_EPSILON
-from ppcoat.fp8.formats import fp8_support
+from ppcoat.fp8.formats import NORM_EPSILON, fp8_support
 from ppcoat.fp8.truth import PaddleTensors
 from ppcoat.lora import inject_lora
 from ppcoat.lora.layer import FLUX_TARGETS

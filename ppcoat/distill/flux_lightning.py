@@ -43,7 +43,7 @@ from ppcoat.models.flux.pipeline import FluxPipeline
 from ppcoat.models.flux.scheduler import calculate_shift
 from ppcoat.models.loading import check_folder
 from ppcoat.optim import lr_scheduler
-from ppcoat.train.checkpoint import check_run_folder
+from ppcoat.train.checkpoint import check_run_folder, only_run_in
 from ppcoat.train.flux import LoRAFiles
 from ppcoat.train.model_spec import ModelSpec
 from ppcoat.train.previews import draw_previews
@@ -51,7 +51,6 @@ from ppcoat.train.rank_line import Patience
 from ppcoat.train.ranks import Ranks
 from ppcoat.train.resume import Start, check_resume
 from ppcoat.train.run import alike_pictures
-from ppcoat.train.run_lock import only_run_in
 from ppcoat.train.run_state import Records, ResumeWords
 from ppcoat.train.trainer import Side, TrainingResult
 

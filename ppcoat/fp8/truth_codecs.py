@@ -15,8 +15,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import constants
-from .constants import K_MAX, K_MIN, K_STEP, LEVELS, NEAR_ZERO, SIGNED_LEVELS, TINY
-from .formats import E4M3, E5M2, FORMATS, INT8, FP8Format
+from .formats import (
+    E4M3,
+    E5M2,
+    FORMATS,
+    INT8,
+    K_MAX,
+    K_MIN,
+    K_STEP,
+    LEVELS,
+    NEAR_ZERO,
+    SIGNED_LEVELS,
+    TINY,
+    FP8Format,
+)
 
 if TYPE_CHECKING:
     from .truth import Case, Inputs

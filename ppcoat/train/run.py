@@ -43,7 +43,7 @@ from ppcoat.plan.settings import (
     with_memory_plan,
 )
 from ppcoat.train.base_model import compatible
-from ppcoat.train.checkpoint import check_run_folder
+from ppcoat.train.checkpoint import check_run_folder, only_run_in
 from ppcoat.train.flux import FluxSpec
 from ppcoat.train.model_spec import ModelSpec
 from ppcoat.train.newbie import NewbieSpec
@@ -59,7 +59,6 @@ from ppcoat.train.previews import (
 from ppcoat.train.rank_line import Patience
 from ppcoat.train.ranks import Ranks, rank_scratch
 from ppcoat.train.resume import Start, check_resume
-from ppcoat.train.run_lock import only_run_in
 from ppcoat.train.run_state import Records, RunningMean, RunState
 from ppcoat.train.start import AdapterStart, adapter_start, as_it_started, settings_before
 from ppcoat.train.trainer import Side, StepResult, Trainer, TrainingResult
