@@ -12,7 +12,7 @@ from typing import Any
 from ppcoat.config import ai_toolkit_optimizers as optimizers
 from ppcoat.config import ai_toolkit_values as values
 from ppcoat.config.ai_toolkit_editing import EDITING, read_arch
-from ppcoat.config.ai_toolkit_treatments import Honour, Idle, Read, Refuse, Treatment, Warn
+from ppcoat.config.ai_toolkit_values import Honour, Idle, Read, Refuse, Treatment, Warn
 
 _MEMORY = "it only saves memory; see train.gradient_checkpointing and the coat section for that"
 _CACHED = "every picture and caption is encoded once before training and kept in main memory"
@@ -155,8 +155,8 @@ _TRAIN: dict[str, Treatment] = {
     **{f"train.optimizer_params.{key}": Read(reader) for key, reader in optimizers.READERS.items()},
     "train.lr": Read(optimizers.read_lr),
     "train.unet_lr": Read(optimizers.read_unet_lr, "train.lr"),
-    "train.lr_scheduler": Read(values.read_lr_scheduler, "train.lr_scheduler"),
-    "train.lr_scheduler_params": Read(values.read_lr_scheduler_params),
+    "train.lr_scheduler": Read(optimizers.read_lr_scheduler, "train.lr_scheduler"),
+    "train.lr_scheduler_params": Read(optimizers.read_lr_scheduler_params),
     "train.dtype": Read(values.read_train_dtype, "model.dtype"),
     "train.max_grad_norm": Honour(),
     "train.gradient_clipping": Honour("train.max_grad_norm", null=True),
