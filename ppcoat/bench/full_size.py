@@ -33,12 +33,13 @@ import paddle
 from ppcoat.atomic import write_text
 from ppcoat.bench.flags import PIXELS, FullSizeCase, FullSizeFlags
 from ppcoat.config.flags import from_flags
-from ppcoat.data.cache import TrainingCache, folder_identity
+from ppcoat.data.cache import TrainingCache
 from ppcoat.data.examples import Example
 from ppcoat.data.sources import Item
 from ppcoat.device import HostMeter, set_device, tune_host
 from ppcoat.errors import ConfigError
 from ppcoat.lora import load_lora, lora_modules, remove_lora
+from ppcoat.models.fingerprint import folder_identity
 from ppcoat.models.flux.transformer import FluxTransformer2DModel
 from ppcoat.models.loading import linear_weights
 from ppcoat.models.quantized_base import QuantizedCopy, load_quantized_transformer, quantized_model_bytes

@@ -23,12 +23,12 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from ppcoat.atomic import remove_dead_drafts, whole_file, write_text
-from ppcoat.data.cache import folder_identity
 from ppcoat.data.content_keys import content_key, file_digest
 from ppcoat.device import default_dtype
 from ppcoat.infer.drawers import Drawer
 from ppcoat.infer.prompts import COLUMNS, ListedPicture
 from ppcoat.lora.files import CONFIG, adapter_file
+from ppcoat.models.fingerprint import folder_identity
 from ppcoat.models.flux.files import FluxFiles
 from ppcoat.models.offload import Placement
 from ppcoat.progress import Progress

@@ -12,9 +12,8 @@ from typing import Any
 import paddle
 
 from ppcoat.config.schema import RunConfig
-from ppcoat.data.cache import folder_identity
 from ppcoat.device import on_gpu
-from ppcoat.models.fingerprint import Fingerprints
+from ppcoat.models.fingerprint import Fingerprints, folder_identity
 from ppcoat.models.quantized_base import QuantizedCopy
 from ppcoat.models.tensor_files import Component
 from ppcoat.train.ranks import Ranks
