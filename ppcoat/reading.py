@@ -14,7 +14,7 @@ import os
 import stat
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ppcoat.errors import ConfigError, printable
 
@@ -26,6 +26,7 @@ CONFIG_BYTES = 1 << 20
 TABLE_BYTES = 20 << 20  # indices, headers, tokenizers' settings: FLUX.1's have 0.2 MB, Gemma 3's 1.2 MB
 VOCABULARY_BYTES = 100 << 20  # Gemma 3's tokenizer.json has 33 MB
 _LONGEST = 80  # letters of a value or a name in a message
+_YOUNG = 2 * 10**9  # nanoseconds in which a file may change again without a change of its times
 
 
 def regular_bytes(path: str | Path, most: int) -> bytes:
@@ -49,6 +50,27 @@ def only_regular(path: str, flags: int) -> int:
         os.close(descriptor)
         raise OSError(errno.EINVAL, "it is no regular file but a folder, a pipe or a device", path)
     return descriptor
+
+
+class FileState(NamedTuple):
+    """What changes when a file does: times in nanoseconds, and the number of its inode. Its path does not
+    count, for a folder may be moved."""
+
+    size: int
+    written: int
+    changed: int
+    number: int
+
+    @staticmethod
+    def of(path: str | Path) -> FileState:
+        """Of a file now. Raises OSError."""
+        found = os.stat(path)
+        return FileState(found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino)
+
+    def is_settled(self, now: int) -> bool:
+        """Whether the file was left alone so long before `now`, in nanoseconds, that its times tell of the
+        next change."""
+        return max(self.written, self.changed) < now - _YOUNG
 
 
 def json_value(text: str | bytes, strict: bool = False) -> Any:

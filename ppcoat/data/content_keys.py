@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import time
 from functools import lru_cache
 from pathlib import Path
 
 from ppcoat.errors import ConfigError
+from ppcoat.reading import FileState
 
 FORMAT = "ppcoat-embedding-1"  # part of every key, so that entries of another format are never found
-_YOUNG = 2 * 10**9  # nanoseconds in which a file may change again without a change of its times
 
 
 def content_key(*parts: str | bytes | int) -> str:
@@ -30,10 +29,9 @@ def file_digest(path: str | Path) -> str:
     """sha256 (64 hex digits) of a file's bytes, which are read once in a process while the file stays as it
     is. Raises ConfigError naming a file that cannot be read."""
     try:
-        found = os.stat(path)
-        times = found.st_mtime_ns, found.st_ctime_ns
-        read = _digest if max(times) < time.time_ns() - _YOUNG else _digest.__wrapped__
-        return read(str(path), (found.st_size, found.st_ino, *times))
+        state = FileState.of(path)
+        read = _digest if state.is_settled(time.time_ns()) else _digest.__wrapped__
+        return read(str(path), state)
     except OSError as error:
         raise ConfigError(
             f"{path}: cannot be read ({error.strerror}); restore the file or remove it"
@@ -41,8 +39,8 @@ def file_digest(path: str | Path) -> str:
 
 
 @lru_cache(maxsize=1 << 17)  # 40 MB
-def _digest(path: str, state: tuple[int, ...]) -> str:
-    """state: what changes when the file does."""
+def _digest(path: str, state: FileState) -> str:
+    """Of the file while this is its state."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(1 << 20):

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -29,13 +28,12 @@ from ppcoat.models.tensor_files import (
     tensor_infos,
     with_progress,
 )
-from ppcoat.reading import json_value, read_json, regular_bytes
+from ppcoat.reading import FileState, json_value, read_json, regular_bytes
 
 THREADS = 4  # hashing does not hold Python's lock
 _CHUNK, _PIECE = 1 << 22, 1 << 20  # bytes at a time, and of a sample
 _MAX_BYTES = 16 << 20  # of what was found before
 _ENTRY = {"files", "sha256"}
-_YOUNG = 2 * 10**9  # nanoseconds in which a file may change again without a change of its times
 # Files of a component folder beside its weights that say how it computes or reads text.
 _SETTINGS = (".json", ".txt", ".model")
 _CONFIGS = ("config.json", "scheduler_config.json")
@@ -59,10 +57,11 @@ class Fingerprints:
         known, found = self._known(), {}
         for name, component in components.items():
             began, before = time.time_ns(), known.get(name)
-            states = [_state(file) for file in _files(component)]
-            if not (isinstance(before, dict) and before.keys() == _ENTRY and before["files"] == states):
-                before = {"files": states, "sha256": _fingerprint(component)}
-                if all(max(state[2:4]) < began - _YOUNG for state in states):
+            states = [(file.name, FileState.of(file)) for file in _files(component)]
+            files = [[name, *state] for name, state in states]
+            if not (isinstance(before, dict) and before.keys() == _ENTRY and before["files"] == files):
+                before = {"files": files, "sha256": _fingerprint(component)}
+                if all(state.is_settled(began) for _, state in states):
                     known[name] = before
             found[name] = before["sha256"]
         self._keep(known)
@@ -161,12 +160,6 @@ def _settings(component: Component) -> Iterator[tuple[str, bytes]]:
 def _of_config(config: dict) -> bytes:
     plain = {key: value for key, value in config.items() if key[:1] != "_" and key not in _OF_WRITER}
     return json.dumps(plain, sort_keys=True).encode()
-
-
-def _state(file: Path) -> list:
-    """What changes when a file does. The path does not count: a folder may be moved."""
-    found = os.stat(file)
-    return [file.name, found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
 
 
 def _digest(info: TensorInfo) -> str:

@@ -12,6 +12,7 @@ import paddle
 import pytest
 import safetensors.paddle
 
+from ppcoat import reading
 from ppcoat.data import content_keys
 from ppcoat.data.content_keys import content_key, file_digest
 from ppcoat.data.embedding_store import EmbeddingStore
@@ -104,7 +105,7 @@ def test_a_file_is_read_once_while_it_stays_and_is_no_longer_young(tmp_path, mon
     known = file_digest(file)
     file.write_bytes(b"b")
     assert file_digest(file) != known  # of the same size, perhaps within one tick of the file system's clock
-    monkeypatch.setattr(content_keys, "_YOUNG", -(10**12))
+    monkeypatch.setattr(reading, "_YOUNG", -(10**12))
     hits = content_keys._digest.cache_info().hits
     known = [file_digest(file), file_digest(str(file))]
     assert known[0] == known[1] and content_keys._digest.cache_info().hits == hits + 1
