@@ -18,7 +18,7 @@ import paddle.nn.functional as F
 from paddle import nn
 from paddle.distributed.fleet.utils import recompute
 
-from ppcoat.device import on_gpu, uses_gpu
+from ppcoat.device import dtype_name, on_gpu, uses_gpu
 from ppcoat.errors import ConfigError
 from ppcoat.fp8 import backend
 from ppcoat.fp8.formats import NORM_EPSILON, fp8_support
@@ -217,7 +217,7 @@ def _with_fp8_products(block: DoubleBlock, heads: int, rank: int) -> DoubleBlock
     model = nn.Layer()
     model.blocks = nn.LayerList([DoubleBlock(heads, block.attn.to_q.weight.shape[0] // heads)])
     (quantised,) = model.blocks
-    quantised.to(dtype=str(block.attn.to_q.weight.dtype).rpartition(".")[2])
+    quantised.to(dtype=dtype_name(block.attn.to_q.weight.dtype))
     quantised.set_state_dict(block.state_dict())
     quantize_linears(model)
     multiply_in_fp8(model)

@@ -92,7 +92,7 @@ class Line:
         self._pace = min(PACE_SECONDS, patience.bound / 10)
         self._keeper: int | None = start_keeper(rank, patience.bound, patience.setting, patience.again)
         self._selector = selectors.DefaultSelector()
-        self._selector.register(link, selectors.EVENT_READ, rank if rank == 0 else 0)
+        self._selector.register(link, selectors.EVENT_READ, 0)
         threading.Thread(target=self._watch, name="ranks", daemon=True).start()
 
     @property
