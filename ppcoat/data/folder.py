@@ -79,6 +79,15 @@ def picture_notes(dataset: Dataset) -> dict[Path, list[PictureNote]]:
     return {path: notes for path, notes in found.items() if notes}
 
 
+def thumbnail(path: Path, side: int) -> bytes:
+    """A picture as JPEG of at most `side` pixels each way; never enlarged. Raises BadFile."""
+    image = upright_picture(path, least=side)
+    image.thumbnail((side, side), Image.Resampling.LANCZOS, reducing_gap=2.0)
+    written = io.BytesIO()
+    image.save(written, "JPEG", quality=82)
+    return written.getvalue()
+
+
 def _notes_of(example: Example, twins: list[Path], resolution: int) -> list[PictureNote]:
     item, notes = example.item, []
     if not item.has_caption:
@@ -93,12 +102,3 @@ def _notes_of(example: Example, twins: list[Path], resolution: int) -> list[Pict
     if item.encoding != "utf-8":
         notes.append(PictureNote("guessed", item.encoding))
     return notes + [PictureNote("other", note) for note in item.notes]
-
-
-def thumbnail(path: Path, side: int) -> bytes:
-    """A picture as JPEG of at most `side` pixels each way; never enlarged. Raises BadFile."""
-    image = upright_picture(path, least=side)
-    image.thumbnail((side, side), Image.Resampling.LANCZOS, reducing_gap=2.0)
-    written = io.BytesIO()
-    image.save(written, "JPEG", quality=82)
-    return written.getvalue()

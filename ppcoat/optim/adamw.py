@@ -101,30 +101,6 @@ _TRANSIENT = {
 }  # fmt: skip
 
 
-def update_bytes(parameters: int, on_gpu: bool, optimizer: str = "adamw") -> int:
-    """What a step allocates besides for so many float32 parameters. On a CPU all works in pieces. Calculated
-    for a GPU: the gradients as one buffer, and their squares before; then AdamW's kernel needs no more, and
-    the others, which are plain Paddle, go through pieces."""
-    one, several = _TRANSIENT[optimizer]
-    piece = int(one * parameters if parameters <= PIECE else several * PIECE)
-    if on_gpu:
-        return 8 * parameters + (0 if optimizer == "adamw" else piece)
-    return piece
-
-
-def _rate_and_parameters(learning_rate: Any, parameters: Any, lr: Any) -> tuple[Any, Any]:
-    """The two in Paddle's order, however they were given."""
-    alone = learning_rate if parameters is None else parameters
-    if isinstance(alone, paddle.nn.Layer | paddle.Tensor):
-        name = type(alone).__name__
-        raise ConfigError(f"FP8AdamW takes a list of tensors, got one {name}: give model.parameters()")
-    if isinstance(learning_rate, Iterable) and not isinstance(learning_rate, str | paddle.Tensor):
-        if isinstance(parameters, Iterable) and not isinstance(parameters, str):
-            raise ConfigError("FP8AdamW takes one list of parameters, got two: learning_rate is a number")
-        learning_rate, parameters = 1e-4 if parameters is None else parameters, learning_rate
-    return learning_rate if lr is None else lr, parameters
-
-
 class Lion(FlatOptimizer):
     """p -= lr * sign(beta1 * m + (1 - beta1) * g), after decoupled decay; then m = beta2 * m + (1 - beta2) *
     g. Arguments as FlatOptimizer's; betas in [0, 1). Rates are 3 to 10 times lower than AdamW's. Bytes per
@@ -156,3 +132,27 @@ class Lion(FlatOptimizer):
         update = (m1 * beta1).add_(piece.grad * (1.0 - beta1)).sign()
         values = (piece.values * (1.0 - piece.lr * piece.weight_decay)).subtract_(update * piece.lr)
         return values, {"m1": (m1 * beta2).add_(piece.grad * (1.0 - beta2))}
+
+
+def update_bytes(parameters: int, on_gpu: bool, optimizer: str = "adamw") -> int:
+    """What a step allocates besides for so many float32 parameters. On a CPU all works in pieces. Calculated
+    for a GPU: the gradients as one buffer, and their squares before; then AdamW's kernel needs no more, and
+    the others, which are plain Paddle, go through pieces."""
+    one, several = _TRANSIENT[optimizer]
+    piece = int(one * parameters if parameters <= PIECE else several * PIECE)
+    if on_gpu:
+        return 8 * parameters + (0 if optimizer == "adamw" else piece)
+    return piece
+
+
+def _rate_and_parameters(learning_rate: Any, parameters: Any, lr: Any) -> tuple[Any, Any]:
+    """The two in Paddle's order, however they were given."""
+    alone = learning_rate if parameters is None else parameters
+    if isinstance(alone, paddle.nn.Layer | paddle.Tensor):
+        name = type(alone).__name__
+        raise ConfigError(f"FP8AdamW takes a list of tensors, got one {name}: give model.parameters()")
+    if isinstance(learning_rate, Iterable) and not isinstance(learning_rate, str | paddle.Tensor):
+        if isinstance(parameters, Iterable) and not isinstance(parameters, str):
+            raise ConfigError("FP8AdamW takes one list of parameters, got two: learning_rate is a number")
+        learning_rate, parameters = 1e-4 if parameters is None else parameters, learning_rate
+    return learning_rate if lr is None else lr, parameters

@@ -85,6 +85,26 @@ def unwritable(folder: Path, error: OSError) -> ConfigError:
     )
 
 
+@contextmanager
+def only_run_in(folder: Path, ranks: Ranks) -> Iterator[None]:
+    """Context manager: no other run has `folder`, which is made, and removed if nothing came into it.
+
+    The first of the ranks asks. Raises ConfigError that names the other run, OSError where the folder cannot
+    be written to.
+    """
+    if fcntl is None or not ranks.is_first:
+        yield
+        return
+    descriptor = _locked(folder / LOCK)
+    unfinished[descriptor] = lambda: _take_away(folder)
+    try:
+        yield
+    finally:
+        _take_away(folder)
+        del unfinished[descriptor]
+        os.close(descriptor)
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A loaded checkpoint: groups of tensors on CPU by name, and the JSON state."""
@@ -113,6 +133,12 @@ def save_checkpoint(
     write_text(root / "latest", f"{name}\n")
     _prune(root, step, keep)
     return root / name
+
+
+def save_run(state: RunState, config: RunConfig) -> None:
+    """A checkpoint of this step. Raises OSError as save_checkpoint does."""
+    keep = config.save.max_step_saves_to_keep
+    save_checkpoint(config.run_dir, state.step, state.tensors(), state.state_dict(), keep)
 
 
 def has_checkpoint(run_dir: Path) -> bool:
@@ -253,32 +279,6 @@ def _prune(root: Path, step: int, keep: int) -> None:
     history = [path for path in _committed(root) if int(path.name) <= step]
     for path in history[:-keep]:
         remove_folder(path)
-
-
-def save_run(state: RunState, config: RunConfig) -> None:
-    """A checkpoint of this step. Raises OSError as save_checkpoint does."""
-    keep = config.save.max_step_saves_to_keep
-    save_checkpoint(config.run_dir, state.step, state.tensors(), state.state_dict(), keep)
-
-
-@contextmanager
-def only_run_in(folder: Path, ranks: Ranks) -> Iterator[None]:
-    """Context manager: no other run has `folder`, which is made, and removed if nothing came into it.
-
-    The first of the ranks asks. Raises ConfigError that names the other run, OSError where the folder cannot
-    be written to.
-    """
-    if fcntl is None or not ranks.is_first:
-        yield
-        return
-    descriptor = _locked(folder / LOCK)
-    unfinished[descriptor] = lambda: _take_away(folder)
-    try:
-        yield
-    finally:
-        _take_away(folder)
-        del unfinished[descriptor]
-        os.close(descriptor)
 
 
 def _take_away(folder: Path) -> None:
