@@ -13,9 +13,12 @@ if TYPE_CHECKING:
     from ppcoat.coat import COATConfig, COATTrainer
     from ppcoat.errors import ConfigError
     from ppcoat.lora import load_lora, save_lora
-    from ppcoat.models.flux.fill import FluxFillPipeline
-    from ppcoat.models.flux.image_to_image import FluxImg2ImgPipeline, FluxInpaintPipeline
-    from ppcoat.models.flux.kontext import FluxKontextPipeline
+    from ppcoat.models.flux.editing import (
+        FluxFillPipeline,
+        FluxImg2ImgPipeline,
+        FluxInpaintPipeline,
+        FluxKontextPipeline,
+    )
     from ppcoat.models.flux.pipeline import FluxPipeline
     from ppcoat.models.flux.scheduler import FlowMatchEulerDiscreteScheduler
     from ppcoat.models.flux.transformer import FluxTransformer2DModel
@@ -48,9 +51,12 @@ _HOMES = {  # module -> the names that are imported from it
     "coat": ("COATConfig", "COATTrainer"),
     "errors": ("ConfigError",),
     "lora": ("load_lora", "save_lora"),
-    "models.flux.fill": ("FluxFillPipeline",),
-    "models.flux.image_to_image": ("FluxImg2ImgPipeline", "FluxInpaintPipeline"),
-    "models.flux.kontext": ("FluxKontextPipeline",),
+    "models.flux.editing": (
+        "FluxFillPipeline",
+        "FluxImg2ImgPipeline",
+        "FluxInpaintPipeline",
+        "FluxKontextPipeline",
+    ),
     "models.flux.pipeline": ("FluxPipeline",),
     "models.flux.scheduler": ("FlowMatchEulerDiscreteScheduler",),
     "models.flux.transformer": ("FluxTransformer2DModel",),

@@ -193,11 +193,10 @@ def is_running(pid: int) -> bool:
     if pid == os.getpid():
         return False
     try:
-        os.kill(pid, 0)
+        with suppress(PermissionError):  # alive, of another user
+            os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # alive, of another user
-        return True
     return True
 
 

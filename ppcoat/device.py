@@ -174,6 +174,11 @@ def default_dtype() -> str:
     return "bfloat16" if computes_in_half() else "float32"
 
 
+def dtype_name(dtype: paddle.dtype | str) -> str:
+    """paddle.float32 or "float32" -> "float32"."""
+    return str(dtype).rpartition(".")[2]
+
+
 def compute_dtype(name: str | paddle.dtype | None) -> str | None:
     """What a user asks a model to compute in ("float32", paddle.bfloat16, "auto", ...) as the name of a
     dtype; None, which is `default_dtype`, for None and "auto". float32 on a GPU means products of TF32 (10
@@ -181,7 +186,7 @@ def compute_dtype(name: str | paddle.dtype | None) -> str | None:
 
     Raises ConfigError for another name, and for half precision where the device does not compute in it.
     """
-    name = "auto" if name is None else str(name).rpartition(".")[-1]
+    name = "auto" if name is None else dtype_name(name)
     if name not in COMPUTE_DTYPES:
         raise ConfigError(f"dtype: came {name!r}, wanted one of {', '.join(COMPUTE_DTYPES)}")
     if name not in ("auto", "float32") and not computes_in_half():

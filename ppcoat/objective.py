@@ -20,7 +20,7 @@ import paddle
 
 from ppcoat.data.cache import CLASS
 from ppcoat.lora import lora_disabled
-from ppcoat.models.flux.editing_inputs import fill_latents, pack_references
+from ppcoat.models.flux.picture_inputs import fill_latents, pack_references
 from ppcoat.models.flux.scheduler import calculate_shift
 from ppcoat.models.pictures import latent_image_ids, pack_latents
 

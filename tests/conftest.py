@@ -198,3 +198,37 @@ def write_run():
         return file
 
     return write
+
+
+@pytest.fixture(scope="session")
+def write_newbie_run():
+    """write_newbie_run(folder, data, section={...}) -> run.toml in `folder`: a run on the reference
+    NewBie-image and the pictures in `data`, in folder/out; its section Model is added to."""
+
+    def write(folder: Path, data: Path, **sections: dict) -> Path:
+        run = {
+            "Model": {
+                "base_model_path": str(FIXTURES / "tiny_newbie"),
+                "output_dir": str(folder / "out"),
+                "output_name": "run",
+                "train_data_dir": str(data),
+                "resolution": 64,
+                "train_batch_size": 2,
+                "num_epochs": 2,
+                "lr_warmup_steps": 1,
+                "lora_rank": 2,
+                "lora_dropout": 0.0,
+                **sections.pop("Model", {}),
+            },
+            "Optimization": {"optimizer_type": "AdamW"},
+            "logging": {"visualdl": False},
+            **sections,
+        }
+        lines = ['device = "cpu"']
+        for name, values in run.items():  # of texts, numbers and lists of these JSON is TOML
+            lines += [f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in values.items())]
+        file = folder / "run.toml"
+        file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        return file
+
+    return write

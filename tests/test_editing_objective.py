@@ -8,7 +8,7 @@ import paddle
 import pytest
 
 from ppcoat.data.pairs import loss_weights
-from ppcoat.models.flux.editing_inputs import masked_pixels
+from ppcoat.models.flux.picture_inputs import masked_pixels
 from ppcoat.models.loading import load_transformer, load_vae
 from ppcoat.models.pictures import pack_latents
 from ppcoat.objective import FlowMatching, velocity

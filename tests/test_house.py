@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "ppcoat"
 FILES = sorted(PACKAGE.rglob("*.py"))
 SCRIPTS = sorted([*(ROOT / "train_scripts").glob("*.py"), *(ROOT / "inference").glob("*.py")])
-MOST_FILES, MOST_LINES, MOST_LINES_OF_A_SCRIPT = 266, 400, 40
+MOST_FILES, MOST_LINES, MOST_LINES_OF_A_SCRIPT = 251, 400, 40
 
 # Public names that nothing in the package uses: those of DESIGN's public interface, and what another program
 # calls by its name.

@@ -23,7 +23,7 @@ from ppcoat.data import garments
 from ppcoat.data.figures import Pose, draw_figure, draw_pose
 from ppcoat.data.garments import COLOURS, KINDS, Garment
 from ppcoat.infer.garment_scores import GarmentClassifier, classify
-from ppcoat.models.flux.kontext import FluxKontextPipeline
+from ppcoat.models.flux.editing import FluxKontextPipeline
 
 DATA_SEED, UNSEEN_SEED = 11, 30_000
 COLUMNS = 10

@@ -17,7 +17,7 @@ from ppcoat.config.schema import RunConfig
 from ppcoat.data import garments
 from ppcoat.data.garments import PAPER, Garment
 from ppcoat.infer.garment_scores import GarmentClassifier, classify, held_out_garments
-from ppcoat.models.flux.image_to_image import FluxImg2ImgPipeline, FluxInpaintPipeline
+from ppcoat.models.flux.editing import FluxImg2ImgPipeline, FluxInpaintPipeline
 
 TRIGGER = "[trigger] "
 PICTURES, INPAINT_SEED, STYLE_SEED = 192, 17, 19

@@ -33,21 +33,23 @@ import paddle
 from ppcoat.atomic import write_text
 from ppcoat.bench.flags import PIXELS, FullSizeCase, FullSizeFlags
 from ppcoat.config.flags import from_flags
-from ppcoat.data.cache import TrainingCache, folder_identity
+from ppcoat.data.cache import TrainingCache
 from ppcoat.data.examples import Example
 from ppcoat.data.sources import Item
 from ppcoat.device import HostMeter, set_device, tune_host
 from ppcoat.errors import ConfigError
 from ppcoat.lora import load_lora, lora_modules, remove_lora
+from ppcoat.models.fingerprint import folder_identity
 from ppcoat.models.flux.transformer import FluxTransformer2DModel
 from ppcoat.models.loading import linear_weights
 from ppcoat.models.quantized_base import QuantizedCopy, load_quantized_transformer, quantized_model_bytes
-from ppcoat.models.tensor_files import read_json, tensor_infos
+from ppcoat.models.tensor_files import tensor_infos
 from ppcoat.models.writing import INDEX, Layout, check_room, layout_bytes, shard_metadata, write_component
 from ppcoat.nn.base_weight import BASES
 from ppcoat.plan import GB
 from ppcoat.plan.phases import MemoryModel
 from ppcoat.plan.settings import as_given
+from ppcoat.reading import read_json
 from ppcoat.train.flux import FluxSpec
 from ppcoat.train.run import build_trainer
 from ppcoat.train.trainer import Trainer

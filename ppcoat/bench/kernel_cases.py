@@ -18,8 +18,17 @@ from typing import Any
 import numpy as np
 
 from ppcoat.fp8 import backend, truth
-from ppcoat.fp8.constants import FP4_BLOCK, NF4_BLOCK, NF4_OUTER, NORM_EPSILON
-from ppcoat.fp8.formats import E4M3, E5M2, INT8, Epilogue, Groups
+from ppcoat.fp8.formats import (
+    E4M3,
+    E5M2,
+    FP4_BLOCK,
+    INT8,
+    NF4_BLOCK,
+    NF4_OUTER,
+    NORM_EPSILON,
+    Epilogue,
+    Groups,
+)
 
 LAUNCHERS = {
     name: getattr(importlib.import_module(f"ppcoat.fp8.{module}"), name)

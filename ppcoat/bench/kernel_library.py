@@ -18,11 +18,10 @@ import paddle.nn.functional as F
 from paddle import nn
 from paddle.distributed.fleet.utils import recompute
 
-from ppcoat.device import on_gpu, uses_gpu
+from ppcoat.device import dtype_name, on_gpu, uses_gpu
 from ppcoat.errors import ConfigError
 from ppcoat.fp8 import backend
-from ppcoat.fp8.constants import NORM_EPSILON
-from ppcoat.fp8.formats import fp8_support
+from ppcoat.fp8.formats import NORM_EPSILON, fp8_support
 from ppcoat.fp8.truth import PaddleTensors
 from ppcoat.lora import inject_lora
 from ppcoat.lora.layer import FLUX_TARGETS
@@ -218,7 +217,7 @@ def _with_fp8_products(block: DoubleBlock, heads: int, rank: int) -> DoubleBlock
     model = nn.Layer()
     model.blocks = nn.LayerList([DoubleBlock(heads, block.attn.to_q.weight.shape[0] // heads)])
     (quantised,) = model.blocks
-    quantised.to(dtype=str(block.attn.to_q.weight.dtype).rpartition(".")[2])
+    quantised.to(dtype=dtype_name(block.attn.to_q.weight.dtype))
     quantised.set_state_dict(block.state_dict())
     quantize_linears(model)
     multiply_in_fp8(model)

@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import argparse
 
-from ppcoat.config.explain import printable
 from ppcoat.config.flags import add_flags, from_flags
 from ppcoat.data.caption_edits import CaptionEditor, CaptionFlags
 from ppcoat.data.examples import data_report
 from ppcoat.data.folder import FolderFlags, folder_dataset, picture_notes
-from ppcoat.errors import ConfigError
+from ppcoat.errors import ConfigError, printable
 
 WHY = {
     "no_caption": "no caption",

@@ -24,8 +24,7 @@ from ppcoat.device import GpuMeter, HostMeter, on_gpu
 from ppcoat.errors import ConfigError
 from ppcoat.fp8 import backend, matmul, norm
 from ppcoat.fp8.adamw import AdamWHyper, MomentCodec, encode_moments
-from ppcoat.fp8.constants import NORM_EPSILON
-from ppcoat.fp8.formats import E4M3, Groups, fp8_support
+from ppcoat.fp8.formats import E4M3, NORM_EPSILON, Groups, fp8_support
 from ppcoat.fp8.four_bit import quantize_absmax, quantize_fp4, quantize_nf4
 from ppcoat.fp8.matmul import quantize_blocks
 from ppcoat.fp8.quantize import dequantize, quantize

@@ -44,8 +44,9 @@ from ppcoat.models.flux.files import FLUX_CLASSES, FluxFiles
 from ppcoat.models.flux.transformer import FluxTransformer2DModel
 from ppcoat.models.loading import linear_weights, parameter_shapes, read_tensors, unfilled
 from ppcoat.models.newbie.files import unfilled_nextdit
-from ppcoat.models.tensor_files import TensorInfo, map_tensor, read_json, tensor_infos
+from ppcoat.models.tensor_files import TensorInfo, map_tensor, tensor_infos
 from ppcoat.progress import Progress
+from ppcoat.reading import read_json
 
 from .flags import CombineFlags, ExtractFlags, ReadFlags, ResizeFlags, WriteFlags
 from .lora_files import carried_fields, counts, stored_dtype

@@ -32,6 +32,7 @@ from ppcoat.device import tune_host
 from ppcoat.errors import ConfigError
 from ppcoat.lora import LoRAFile, info_of, merge_lora, put_adapters, read_fitting, tell
 from ppcoat.lora.adapters import added
+from ppcoat.lora.header import PARTS
 from ppcoat.models.flux.files import FLUX_CLASSES, FLUX_COMPONENTS, FluxFiles
 from ppcoat.models.loading import (
     check_folder,
@@ -40,16 +41,14 @@ from ppcoat.models.loading import (
     parameter_shapes,
     read_tensors,
 )
-from ppcoat.models.tensor_files import Component, FilePart, read_json, tensor_infos
+from ppcoat.models.tensor_files import Component, FilePart, tensor_infos
 from ppcoat.models.writing import MODEL_INDEX, class_that_draws, save_component, write_json
+from ppcoat.reading import read_json
 
 Checked = TypeVar("Checked")
 Loras = list[tuple[LoRAFile, float]]  # with their strengths
 NOTABLE_LOSS = 0.05  # of the norm of delta-W
 ROUNDING = {"F32": ("float32", 2.0**-24), "BF16": ("bfloat16", 2.0**-8), "F16": ("float16", 2.0**-11)}
-
-
-COMPONENTS = ("transformer", "text_encoder", "text_encoder_2")  # those that an adapter can change
 
 
 def run_command(arguments: argparse.Namespace) -> None:
@@ -63,12 +62,12 @@ def run_command(arguments: argparse.Namespace) -> None:
     beside = {"text_encoders": flags.text_encoders, "vae": flags.vae, "tokenizers": flags.tokenizers}
     files = FluxFiles.found(folder, "--model", **beside)
     check_folder(files, control=True)
-    shapes = parameter_shapes(files, *COMPONENTS)
+    shapes = parameter_shapes(files, *PARTS)
     loras = [
         (read_fitting(path, shapes, None, flags.ignore_unknown), scale)
         for path, scale in zip(flags.lora, scales, strict=True)
     ]
-    parts = {part: base_dtype(files[part]) for part in COMPONENTS
+    parts = {part: base_dtype(files[part]) for part in PARTS
              if any(change.part == part for file, _ in loras for change in file.changes)}  # fmt: skip
     models = {part: load_component(files[part], part, dtype) for part, (dtype, _) in parts.items()}
     put_adapters(models, loras)

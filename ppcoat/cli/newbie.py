@@ -25,7 +25,7 @@ from ppcoat.lora import info_of, merge_lora, put_adapters, read_fitting, tell
 from ppcoat.models.loading import parameter_shapes
 from ppcoat.models.newbie.convert import checkpoint_infos, write_newbie_folder
 from ppcoat.models.newbie.files import check_newbie_folder, load_nextdit
-from ppcoat.models.tensor_files import read_json
+from ppcoat.reading import read_json
 
 from .flags import ConvertNewbieFlags, MergeNewbieFlags
 from .merge import base_dtype, changed_modules, check_output, strengths, write_merged

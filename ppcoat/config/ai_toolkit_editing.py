@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ppcoat.config.ai_toolkit_treatments import Honour, Read, Refuse, Treatment
-from ppcoat.config.ai_toolkit_values import Document, Reader, Reading
+from ppcoat.config.ai_toolkit_values import Document, Honour, Read, Reader, Reading, Refuse, Treatment
 
 ARCHITECTURES = ("flux", "flux_kontext")
 _MORE_CONTROLS = ("control_path_1", "control_path_2", "control_path_3")

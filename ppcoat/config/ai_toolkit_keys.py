@@ -12,7 +12,7 @@ from typing import Any
 from ppcoat.config import ai_toolkit_optimizers as optimizers
 from ppcoat.config import ai_toolkit_values as values
 from ppcoat.config.ai_toolkit_editing import EDITING, read_arch
-from ppcoat.config.ai_toolkit_treatments import Honour, Idle, Read, Refuse, Treatment, Warn
+from ppcoat.config.ai_toolkit_values import Honour, Idle, Read, Refuse, Treatment, Warn
 
 _MEMORY = "it only saves memory; see train.gradient_checkpointing and the coat section for that"
 _CACHED = "every picture and caption is encoded once before training and kept in main memory"
@@ -24,7 +24,6 @@ _ONE_SET = "all pictures count the same; leave it out"
 _TORCH = "it chooses between PyTorch kernels; Paddle chooses its own"
 _SD_ERA = "it was made for noise-predicting models and FLUX is trained by flow matching; leave it out"
 _CURVES = "curves and pictures go to VisualDL, <run folder>/logs"
-_IMAGES = "only pictures are trained; leave it out"
 _ONLY_FLUX = "only FLUX.1 is trained here; leave it out or set it to false"
 _OLD_LOSSES = "the loss is that of flow matching; leave it out, or choose train.loss_type"
 _FILM = "previews are single pictures"
@@ -155,8 +154,8 @@ _TRAIN: dict[str, Treatment] = {
     **{f"train.optimizer_params.{key}": Read(reader) for key, reader in optimizers.READERS.items()},
     "train.lr": Read(optimizers.read_lr),
     "train.unet_lr": Read(optimizers.read_unet_lr, "train.lr"),
-    "train.lr_scheduler": Read(values.read_lr_scheduler, "train.lr_scheduler"),
-    "train.lr_scheduler_params": Read(values.read_lr_scheduler_params),
+    "train.lr_scheduler": Read(optimizers.read_lr_scheduler, "train.lr_scheduler"),
+    "train.lr_scheduler_params": Read(optimizers.read_lr_scheduler_params),
     "train.dtype": Read(values.read_train_dtype, "model.dtype"),
     "train.max_grad_norm": Honour(),
     "train.gradient_clipping": Honour("train.max_grad_norm", null=True),

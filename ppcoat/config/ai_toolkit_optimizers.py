@@ -1,5 +1,5 @@
-"""Names of optimizers and their parameters in ai-toolkit, kohya's sd-scripts and the authors' packages, and
-what each is in our schema. Readers are as in ai_toolkit_values.py.
+"""Names of optimizers and schedules and their parameters in ai-toolkit, kohya's sd-scripts and the authors'
+packages, and what each is in our schema. Readers are as in ai_toolkit_values.py.
 
 An 8-bit optimizer keeps its states in FP8 here, instead of bitsandbytes' codes.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ppcoat.config.ai_toolkit_values import Document, Reading
+from ppcoat.config.ai_toolkit_values import Document, Reading, in_updates
 from ppcoat.errors import unknown_name
 
 # a name in lower case without marks -> ours
@@ -30,6 +30,12 @@ SAME = {
                                                     "relative_step", "warmup_init")},
     **{name: f"train.schedulefree.{name}" for name in ("r", "weight_lr_power")},
 }  # fmt: skip
+# name of a schedule -> torch's or diffusers' parameter -> our setting
+_SHAPE: dict[Any, dict[str, str]] = {
+    "cosine_with_restarts": {"num_cycles": "train.lr_num_cycles"},
+    "polynomial": {"power": "train.lr_power"},
+    "step": {"step_size": "train.lr_step_size", "gamma": "train.lr_gamma"},
+}
 
 
 def our_name(value: Any) -> Any:
@@ -80,6 +86,53 @@ def read_lr(value: Any, document: Document) -> Reading:
 def read_unet_lr(value: Any, document: Document) -> Reading:
     """As `read_lr`; nothing, an empty list and an empty text stand for none."""
     return Reading() if value in (None, [], "") else read_lr(value, document)
+
+
+def read_lr_scheduler(value: Any, document: Document) -> Reading:
+    """The name of a schedule. ai-toolkit's own `linear` rises; ours, like most, falls to 0."""
+    params = document.get("train", "lr_scheduler_params") or {}
+    if document.nested and value == "linear" and params == {}:
+        raise ValueError("ai-toolkit's linear rises from lr / 3 to lr; for one that falls to 0 add "
+                         "lr_scheduler_params: {start_factor: 1.0, end_factor: 0.0}, or choose constant or "
+                         "cosine")  # fmt: skip
+    if document.nested and value == "step" and "step_size" not in params:
+        raise ValueError("step needs lr_scheduler_params: {step_size: 500, gamma: 0.1}")
+    settings = {"train.lr_scheduler": value}
+    if document.nested and value == "constant_with_warmup" and "num_warmup_steps" not in params:
+        settings["train.lr_warmup_steps"] = document.get(
+            "train", "lr_warmup_steps", in_updates(1000, document)
+        )
+    return Reading(settings)
+
+
+def read_lr_scheduler_params(value: Any, document: Document) -> Reading:
+    """num_warmup_steps and what shapes a schedule count; anything else must say what it does anyway."""
+    if value is None or value == {}:
+        return Reading()
+    if not isinstance(value, dict):
+        raise ValueError("wanted a section with keys, for example {num_warmup_steps: 100}")
+    name, steps = document.get("train", "lr_scheduler", "constant"), document.get("train", "steps", 1000)
+    done_anyway = {
+        "constant": {"factor": 1.0},
+        "cosine": {"eta_min": 0.0, "total_iters": steps, "T_max": steps},
+        "cosine_with_restarts": {"eta_min": 0.0, "total_iters": steps, "T_0": steps, "T_mult": 1},
+        "linear": {"start_factor": 1.0, "end_factor": 0.0, "total_iters": steps},
+        "polynomial": {"lr_end": 0.0},
+    }.get(name if isinstance(name, str) else "", {})
+    honoured = {"num_warmup_steps": "train.lr_warmup_steps"}
+    honoured |= _SHAPE.get(name if isinstance(name, str) else "", {})
+    settings = {ours: value[key] for key, ours in honoured.items() if key in value}
+    for counted in ("train.lr_warmup_steps", "train.lr_step_size"):
+        if counted in settings:
+            settings[counted] = in_updates(settings[counted], document)
+    rest = {key: given for key, given in value.items() if key not in honoured}
+    wrong = [key for key, given in rest.items() if key not in done_anyway or given != done_anyway[key]]
+    if name == "linear" and not {"start_factor", "end_factor"} <= rest.keys():
+        wrong.append("start_factor and end_factor")
+    if wrong:
+        known = ", ".join([*honoured, *(f"{key}: {wanted}" for key, wanted in done_anyway.items())])
+        raise ValueError(f"{', '.join(wrong)} cannot be followed with lr_scheduler {name}; wanted {known}")
+    return Reading(settings)
 
 
 def _read_epsilon(value: Any, document: Document) -> Reading:

@@ -1,4 +1,5 @@
-"""ai-toolkit's values that need more than another name: what each says in the terms of our schema.
+"""What may become of a key of ai-toolkit: honoured, read, warned about, refused, or idle; and its values that
+need more than another name: what each says in the terms of our schema.
 
 A reader gets the value and the whole run as written, and gives our settings. It raises ValueError for what
 cannot be done; values of a wrong type it passes on, for the schema to refuse. At the end are those of
@@ -70,13 +71,50 @@ class Reading:
 
 Reader = Callable[[Any, Document], Reading]
 
+
+@dataclass(frozen=True)
+class Honour:
+    """Taken as it is, under the name `to` in our schema ("": its own). null: None, an empty list and an empty
+    text stand for the default."""
+
+    to: str = ""
+    null: bool = False
+
+
+@dataclass(frozen=True)
+class Read:
+    """Taken in another form. to: the setting that it is another spelling of."""
+
+    read: Reader
+    to: str = ""
+
+
+@dataclass(frozen=True)
+class Warn:
+    """Accepted with a warning that says why it makes no difference here; values in `silent` need none: those
+    that ask for nothing, and what ai-toolkit's web interface always writes."""
+
+    why: str
+    silent: tuple[Any, ...] = (None, False)
+
+
+@dataclass(frozen=True)
+class Refuse:
+    """An error, because leaving it out would change the result; values in `neutral` ask for nothing."""
+
+    advice: str
+    neutral: tuple[Any, ...] = (None, False)
+
+
+@dataclass(frozen=True)
+class Idle:
+    """Accepted in silence: it says something only where the key `switch` is on, which is dealt with there."""
+
+    switch: str
+
+
+Treatment = Honour | Read | Warn | Refuse | Idle
 _DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32", "float": "float32"}
-# name of a schedule -> torch's or diffusers' parameter -> our setting
-_SHAPE: dict[Any, dict[str, str]] = {
-    "cosine_with_restarts": {"num_cycles": "train.lr_num_cycles"},
-    "polynomial": {"power": "train.lr_power"},
-    "step": {"step_size": "train.lr_step_size", "gamma": "train.lr_gamma"},
-}
 
 
 def read_device(value: Any, document: Document) -> Reading:
@@ -130,53 +168,6 @@ def read_square_crop(value: Any, document: Document) -> Reading:
     if value is not None and not isinstance(value, bool):
         raise ValueError("wanted true or false")
     return Reading({"datasets[].bucket_rule": "square"} if value else {})
-
-
-def read_lr_scheduler(value: Any, document: Document) -> Reading:
-    """The name of a schedule. ai-toolkit's own `linear` rises; ours, like most, falls to 0."""
-    params = document.get("train", "lr_scheduler_params") or {}
-    if document.nested and value == "linear" and params == {}:
-        raise ValueError("ai-toolkit's linear rises from lr / 3 to lr; for one that falls to 0 add "
-                         "lr_scheduler_params: {start_factor: 1.0, end_factor: 0.0}, or choose constant or "
-                         "cosine")  # fmt: skip
-    if document.nested and value == "step" and "step_size" not in params:
-        raise ValueError("step needs lr_scheduler_params: {step_size: 500, gamma: 0.1}")
-    settings = {"train.lr_scheduler": value}
-    if document.nested and value == "constant_with_warmup" and "num_warmup_steps" not in params:
-        settings["train.lr_warmup_steps"] = document.get(
-            "train", "lr_warmup_steps", in_updates(1000, document)
-        )
-    return Reading(settings)
-
-
-def read_lr_scheduler_params(value: Any, document: Document) -> Reading:
-    """num_warmup_steps and what shapes a schedule count; anything else must say what it does anyway."""
-    if value is None or value == {}:
-        return Reading()
-    if not isinstance(value, dict):
-        raise ValueError("wanted a section with keys, for example {num_warmup_steps: 100}")
-    name, steps = document.get("train", "lr_scheduler", "constant"), document.get("train", "steps", 1000)
-    done_anyway = {
-        "constant": {"factor": 1.0},
-        "cosine": {"eta_min": 0.0, "total_iters": steps, "T_max": steps},
-        "cosine_with_restarts": {"eta_min": 0.0, "total_iters": steps, "T_0": steps, "T_mult": 1},
-        "linear": {"start_factor": 1.0, "end_factor": 0.0, "total_iters": steps},
-        "polynomial": {"lr_end": 0.0},
-    }.get(name if isinstance(name, str) else "", {})
-    honoured = {"num_warmup_steps": "train.lr_warmup_steps"}
-    honoured |= _SHAPE.get(name if isinstance(name, str) else "", {})
-    settings = {ours: value[key] for key, ours in honoured.items() if key in value}
-    for counted in ("train.lr_warmup_steps", "train.lr_step_size"):
-        if counted in settings:
-            settings[counted] = in_updates(settings[counted], document)
-    rest = {key: given for key, given in value.items() if key not in honoured}
-    wrong = [key for key, given in rest.items() if key not in done_anyway or given != done_anyway[key]]
-    if name == "linear" and not {"start_factor", "end_factor"} <= rest.keys():
-        wrong.append("start_factor and end_factor")
-    if wrong:
-        known = ", ".join([*honoured, *(f"{key}: {wanted}" for key, wanted in done_anyway.items())])
-        raise ValueError(f"{', '.join(wrong)} cannot be followed with lr_scheduler {name}; wanted {known}")
-    return Reading(settings)
 
 
 def read_accumulated_steps(value: Any, document: Document) -> Reading:

@@ -23,9 +23,9 @@ import yaml
 from pydantic import ValidationError
 
 from ppcoat.config.ai_toolkit import drop_other_spellings, is_nested, translate, unnest, without_nesting
-from ppcoat.config.explain import Location, Origins, printable, settings_error
+from ppcoat.config.explain import Location, Origins, settings_error
 from ppcoat.config.schema import RunConfig, Section
-from ppcoat.errors import ConfigError
+from ppcoat.errors import ConfigError, printable
 from ppcoat.reading import MAX_LEVELS, TOO_DEEP, regular_bytes
 
 MAX_CONFIG_BYTES, MAX_NODES = 1 << 20, 30_000

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from ppcoat.config.ai_toolkit_optimizers import read_lr, read_optimizer
 from ppcoat.config.ai_toolkit_values import Document
-from ppcoat.config.explain import Location, Origins, printable, settings_error
+from ppcoat.config.explain import Location, Origins, settings_error
 from ppcoat.config.load import (
     BACKSLASH,
     JSON_ENDINGS,
@@ -30,7 +30,7 @@ from ppcoat.config.load import (
     read_config_text,
 )
 from ppcoat.config.schema import RunConfig
-from ppcoat.errors import ConfigError
+from ppcoat.errors import ConfigError, printable
 from ppcoat.reading import MAX_LEVELS, TOO_DEEP, leaves
 
 try:

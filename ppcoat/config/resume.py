@@ -111,6 +111,10 @@ _LIGHTNING: dict[Class, str] = {
     "checkpoints_total_limit resume_from_checkpoint pre_alloc_memory cache_to_disk encode_ahead "
     "strict_resume validation_prompt log_every visualdl blocks_to_swap max_bad_share compat rank_timeout",
 }
+# In these each of several ranks may differ: where things lie on its machine, and how long it waits.
+PLACES = ("device", "rank_timeout", "data_path", "file_list_path", "output_dir", "pretrained_teacher_model",
+          "text_encoders", "vae", "tokenizers", "train.validation.folder_path",
+          "train.validation.control_path")  # fmt: skip
 CLASSES: Mapping[str, Class] = {
     f"{section}.{name}".removeprefix("."): each
     for section, classes in [*_RUN.items(), ("", _LIGHTNING)]

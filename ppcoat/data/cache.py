@@ -12,7 +12,6 @@ batches, so all ranks finish theirs at the same step and none waits for another'
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -25,7 +24,7 @@ import paddle
 from ppcoat.data.batches import ResumableBatches
 from ppcoat.data.captions import dropped_captions
 from ppcoat.data.colours import WHITE, is_flat, tell_of_flat
-from ppcoat.data.content_keys import content_key, file_digest
+from ppcoat.data.content_keys import content_key
 from ppcoat.data.embedding_store import EmbeddingStore
 from ppcoat.data.examples import Example
 from ppcoat.data.pairs import CutPicture, loss_weights
@@ -45,7 +44,6 @@ Embedding = tuple[paddle.Tensor, ...]  # FLUX: prompt_embeds [T, D], pooled [P]
 # Limits of one encoder call: captions (or pictures of one size), and pixels of all its pictures together.
 ENCODED_AT_ONCE, ENCODED_PIXELS = 8, 1024 * 1024
 CLASS = "class_"  # begins the names of a batch's tensors that are of class captions
-_SAMPLED_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -166,28 +164,6 @@ def pictures_at_once(pixels: int, batch_size: int = ENCODED_AT_ONCE) -> int:
     return max(1, min(batch_size, ENCODED_PIXELS // pixels))
 
 
-def folder_identity(*folders: Path, times: bool = False) -> str:
-    """sha256 (64 hex digits) of the files in model folders, independent of where the folders are; a file may
-    stand for a folder, and its name does not count.
-
-    Hashes each file's name, its size and three pieces of 1 MiB (start, middle, end), so that the 10 GB of
-    text encoders need not be read. Files that differ only in other places get the same identity, but with
-    `times` only where they were also written at the same moment; models/fingerprint.py reads all.
-    """
-    digest = hashlib.sha256()
-    for folder in folders:
-        is_file = folder.is_file()
-        for path in [folder] if is_file else sorted(path for path in folder.rglob("*") if path.is_file()):
-            size, written = path.stat().st_size, path.stat().st_mtime_ns
-            name = "" if is_file else f"{folder.name}/{path.relative_to(folder).as_posix()}"
-            digest.update((f"{name} {size} {written}\n" if times else f"{name} {size}\n").encode())
-            with open(path, "rb") as file:
-                for start in (0, size // 2, size - _SAMPLED_BYTES):
-                    file.seek(max(0, start))
-                    digest.update(file.read(_SAMPLED_BYTES))
-    return digest.hexdigest()
-
-
 def _encoded_pictures(
     examples: Sequence[Example], encoders: Encoders, batch_size: int, store: EmbeddingStore | None
 ) -> tuple[list[paddle.Tensor], list[dict[str, paddle.Tensor]]]:
@@ -228,9 +204,7 @@ def _pictures_of(example: Example, encoders: Encoders) -> dict[str, CutPicture]:
 def _latents(
     pictures: Sequence[CutPicture], encoders: Encoders, batch_size: int, store: EmbeddingStore | None
 ) -> list[paddle.Tensor]:
-    paths = {path for each in pictures for path in (each.path, each.hole and each.hole.path) if path}
-    digests = {path: file_digest(path) for path in paths} if store else {}
-    keys = [picture.key(encoders.image_identity, digests) for picture in pictures] if store else []
+    keys = [picture.key(encoders.image_identity) for picture in pictures] if store else []
     latents = {i: found["latent"] for i, key in enumerate(keys) if (found := store.get(key)) is not None}
     sizes: dict[tuple[int, int, bool], list[int]] = {}
     for i, picture in enumerate(pictures):

@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ppcoat.atomic import whole_file
-from ppcoat.config.explain import printable
 from ppcoat.config.flags import flag
 from ppcoat.data.caption_files import MAX_CAPTION_BYTES, TABLE_SUFFIXES, normal
 from ppcoat.data.encodings import decode
 from ppcoat.data.sources import Item
-from ppcoat.errors import ConfigError
+from ppcoat.errors import ConfigError, printable
 
 
 @dataclass(frozen=True, kw_only=True)

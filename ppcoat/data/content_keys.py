@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import time
+from functools import lru_cache
 from pathlib import Path
 
 from ppcoat.errors import ConfigError
+from ppcoat.reading import FileState
 
 FORMAT = "ppcoat-embedding-1"  # part of every key, so that entries of another format are never found
 
@@ -23,14 +26,23 @@ def content_key(*parts: str | bytes | int) -> str:
 
 
 def file_digest(path: str | Path) -> str:
-    """sha256 (64 hex digits) of a file's bytes. Raises ConfigError naming a file that cannot be read."""
-    digest = hashlib.sha256()
+    """sha256 (64 hex digits) of a file's bytes, which are read once in a process while the file stays as it
+    is. Raises ConfigError naming a file that cannot be read."""
     try:
-        with open(path, "rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
+        state = FileState.of(path)
+        read = _digest if state.is_settled(time.time_ns()) else _digest.__wrapped__
+        return read(str(path), state)
     except OSError as error:
         raise ConfigError(
             f"{path}: cannot be read ({error.strerror}); restore the file or remove it"
         ) from None
+
+
+@lru_cache(maxsize=1 << 17)  # 40 MB
+def _digest(path: str, state: FileState) -> str:
+    """Of the file while this is its state."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
     return digest.hexdigest()

@@ -16,13 +16,13 @@ from pathlib import Path
 
 import numpy as np
 
-from ppcoat.config.explain import printable
 from ppcoat.config.schema import DatasetConfig, RunConfig, TrainConfig
 from ppcoat.data.buckets import Size, bucket_size, crop_share
 from ppcoat.data.captions import CaptionRules, caption_variants, class_caption, holds_trigger
 from ppcoat.data.content_keys import file_digest
 from ppcoat.data.pairs import Companions, Mask, Reference, aside, pair_lines, with_companions
 from ppcoat.data.sources import ImageFolder, Item, scan_folder
+from ppcoat.errors import printable
 
 CROP_WARNING = 0.10  # of the picture
 ENLARGE_WARNING = 1.1  # times the sides of the picture

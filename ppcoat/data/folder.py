@@ -2,21 +2,25 @@
 
     python -m ppcoat data report pictures --resolution 1024 --trigger_word sks
 
-What is odd about a picture is found here once, for the report of a run, the command and the page.
+What is odd about a picture is found here once, for the report of a run, the command and the page, which shows
+pictures small: whole, upright, as they are trained (on white, in sRGB).
 """
 
 from __future__ import annotations
 
+import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from PIL import Image
 from pydantic import ValidationError
 
 from ppcoat.config.explain import came_and_wanted
 from ppcoat.config.flags import flag
 from ppcoat.config.schema import RunConfig
 from ppcoat.data.examples import Dataset, Example, duplicates, scan_datasets
+from ppcoat.data.sources import upright_picture
 from ppcoat.errors import ConfigError
 
 _LITTLE = 0.25  # of the pixels of resolution x resolution: the picture has no more
@@ -73,6 +77,15 @@ def picture_notes(dataset: Dataset) -> dict[Path, list[PictureNote]]:
     resolution = dataset.config.resolutions[0]
     found = {path: _notes_of(example, twins.get(path, []), resolution) for path, example in examples.items()}
     return {path: notes for path, notes in found.items() if notes}
+
+
+def thumbnail(path: Path, side: int) -> bytes:
+    """A picture as JPEG of at most `side` pixels each way; never enlarged. Raises BadFile."""
+    image = upright_picture(path, least=side)
+    image.thumbnail((side, side), Image.Resampling.LANCZOS, reducing_gap=2.0)
+    written = io.BytesIO()
+    image.save(written, "JPEG", quality=82)
+    return written.getvalue()
 
 
 def _notes_of(example: Example, twins: list[Path], resolution: int) -> list[PictureNote]:

@@ -25,18 +25,16 @@ from itertools import islice
 from pathlib import Path
 
 from ppcoat.atomic import whole_folder
-from ppcoat.config.explain import printable
 from ppcoat.data.caption_files import MAX_CAPTION_BYTES
 from ppcoat.data.sources import load_image
-from ppcoat.errors import ConfigError
-from ppcoat.reading import json_value, regular_bytes
+from ppcoat.errors import ConfigError, printable
+from ppcoat.reading import MAX_LEVELS, json_value, regular_bytes
 
 CAPTION_KEYS = ("caption", "text", "TEXT", "prompt", "long_caption", "caption_en", "blip_caption")
 # first characters of a picture in base64 -> file suffix of its format
 STARTS = {"/9j/": ".jpg", "iVBORw0KGgo": ".png", "UklGR": ".webp"}
 MAX_ROW_BYTES = 64 << 20
 MAX_LIST_BYTES = 64 << 20
-MAX_NESTING = 64  # brackets in a caption cell
 PROBED_ROWS = 20
 NAMED_ROWS = 5
 ENOUGH_ROWS = 200  # rows before their bad share may stop the run
@@ -251,7 +249,7 @@ def _caption(cell: str) -> str:
     """A JSON object, a Python literal of one, or plain text -> the caption. Nothing in the cell is
     executed."""
     cell = cell.strip()
-    if len(cell.encode()) > MAX_CAPTION_BYTES or sum(cell.count(mark) for mark in "{[(") > MAX_NESTING:
+    if len(cell.encode()) > MAX_CAPTION_BYTES or sum(cell.count(mark) for mark in "{[(") > MAX_LEVELS:
         raise _BadRow(f"its caption is longer than {MAX_CAPTION_BYTES} bytes or nested too deep")
     text = cell
     if cell.startswith("{"):

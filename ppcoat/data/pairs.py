@@ -13,18 +13,17 @@ before any model is loaded.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from ppcoat.config.explain import printable
 from ppcoat.config.schema import DatasetConfig
 from ppcoat.data.buckets import Size, crop_share
 from ppcoat.data.caption_files import normal
 from ppcoat.data.colours import WHITE, Colour, Convert, grey, on_colour, opacity
-from ppcoat.data.content_keys import content_key
+from ppcoat.data.content_keys import content_key, file_digest
 from ppcoat.data.sources import (
     IMAGE_SUFFIXES,
     NAMED_PROBLEMS,
@@ -36,7 +35,7 @@ from ppcoat.data.sources import (
     report_problems,
     upright_picture,
 )
-from ppcoat.errors import ConfigError
+from ppcoat.errors import ConfigError, printable
 from ppcoat.progress import Progress
 
 SIDE_STEP = 16  # pixels: a token of FLUX
@@ -117,16 +116,17 @@ class CutPicture:
         width, height = self.size
         return load_image(self.path, height, width, self.flip_x, self.flip_y, on_colour(self.background))
 
-    def key(self, identity: str, digests: Mapping[Path, str]) -> str:
-        """Of its latent in a store. identity: the encoder's; digests: of the files' bytes, by path."""
+    def key(self, identity: str) -> str:
+        """Of its latent in a store: its files are read. identity: the encoder's. Raises ConfigError as
+        file_digest does."""
         parts = list(self.notes)  # its colours may have been converted
         if self.background != WHITE:
             parts.append(f"on {self.background}")
         if self.hole:
-            parts.append(f"hole {digests[self.hole.path]} {self.hole.from_alpha} {self.hole.invert}")
+            parts.append(f"hole {file_digest(self.hole.path)} {self.hole.from_alpha} {self.hole.invert}")
         flips = int(self.flip_x), int(self.flip_y)
         rule = "cover, centre crop, Lanczos"
-        return content_key("image", digests[self.path], *self.size, rule, *flips, identity, *parts)
+        return content_key("image", file_digest(self.path), *self.size, rule, *flips, identity, *parts)
 
     def hole_pixels(self) -> np.ndarray:
         """uint8 [1, height, width], 1 where the hole is."""

@@ -21,10 +21,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageCms, ImageOps
 
-from ppcoat.config.explain import printable
 from ppcoat.data.caption_files import TEXT_SUFFIXES, BadCaption, Caption, FolderCaptions
 from ppcoat.data.colours import Convert, on_white
-from ppcoat.errors import ConfigError
+from ppcoat.errors import ConfigError, printable
 from ppcoat.progress import Progress
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp")

@@ -32,7 +32,6 @@ from ppcoat.train.ranks import Ranks
 from ppcoat.train.run import encode_dataset, encode_for_all
 
 AT_ONCE_BYTES = 16 * 10**9  # of host memory, of all ranks together
-TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 
 
 def encode_pictures(
@@ -122,7 +121,7 @@ def _encoders(spec: OneByOne, run: RunConfig, pipeline: FluxPipeline, weight: in
         try:
             yield spec.encoders(run, loaded)
         finally:
-            drop_encoders(loaded, TEXT_ENCODERS, keep_vae=False)
+            drop_encoders(loaded, spec.text_encoders, keep_vae=False)
     finally:
         swapper.remove()
 

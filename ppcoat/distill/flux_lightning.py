@@ -10,7 +10,7 @@ from PIL import Image
 
 from ppcoat.coat import COATTrainer, prepare, trained_parameters
 from ppcoat.config.lightning import LightningConfig
-from ppcoat.config.resume import settings_that_matter
+from ppcoat.config.resume import PLACES, settings_that_matter
 from ppcoat.config.schema import RunConfig
 from ppcoat.data.batches import ResumableBatches
 from ppcoat.data.cache import TrainingCache, WindowedCache
@@ -43,7 +43,7 @@ from ppcoat.models.flux.pipeline import FluxPipeline
 from ppcoat.models.flux.scheduler import calculate_shift
 from ppcoat.models.loading import check_folder
 from ppcoat.optim import lr_scheduler
-from ppcoat.train.checkpoint import check_run_folder
+from ppcoat.train.checkpoint import check_run_folder, only_run_in
 from ppcoat.train.flux import LoRAFiles
 from ppcoat.train.model_spec import ModelSpec
 from ppcoat.train.previews import draw_previews
@@ -51,13 +51,10 @@ from ppcoat.train.rank_line import Patience
 from ppcoat.train.ranks import Ranks
 from ppcoat.train.resume import Start, check_resume
 from ppcoat.train.run import alike_pictures
-from ppcoat.train.run_lock import only_run_in
 from ppcoat.train.run_state import Records, ResumeWords
 from ppcoat.train.trainer import Side, TrainingResult
 
 GIGABYTE = 10**9
-PLACES = ("data_path", "file_list_path", "output_dir", "pretrained_teacher_model", "text_encoders", "vae",
-          "tokenizers", "device", "rank_timeout")  # fmt: skip
 WORDS = ResumeWords(
     "give --resume_from_checkpoint latest", "--strict_resume", "", "start a new run under another name"
 )

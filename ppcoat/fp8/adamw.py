@@ -18,9 +18,8 @@ from dataclasses import dataclass
 import paddle
 
 from . import backend
-from .constants import DITHER_COLUMN, DITHER_PERIOD, DITHER_STEP, TINY
 from .flat import FlatGradient, round_into, row_pieces
-from .formats import FP8Format
+from .formats import DITHER_COLUMN, DITHER_PERIOD, DITHER_STEP, TINY, FP8Format
 from .quantize import dequantize, log_decode, log_encode, quantize, signed_log_decode, signed_log_encode
 
 State = dict[str, paddle.Tensor]

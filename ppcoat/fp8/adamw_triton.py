@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from .backend import Unsuited
-from .constants import DITHER_COLUMN, DITHER_PERIOD, DITHER_STEP, TINY
+from .formats import DITHER_COLUMN, DITHER_PERIOD, DITHER_STEP, TINY
 from .formats_triton import (
     DTYPES,
     dtype_name,

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from .backend import Unsuited
-from .constants import HASH_FIRST, HASH_HIGH, HASH_SECOND, HASH_SEED, TINY
+from .formats import HASH_FIRST, HASH_HIGH, HASH_SECOND, HASH_SEED, TINY
 
 NATIVE_ARCH = 89  # compute capability from which Triton converts to E4M3
 LARGEST_GROUP = 8192  # elements of a group that one program holds in registers

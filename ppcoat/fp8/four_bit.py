@@ -30,7 +30,7 @@ import numpy as np
 import paddle
 
 from . import backend
-from .constants import (
+from .formats import (
     FP4_BLOCK,
     FP4_CUBIC,
     FP4_OCTAVE,

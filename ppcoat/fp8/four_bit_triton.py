@@ -12,7 +12,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from .constants import (
+from .formats import (
     FP4_BLOCK,
     FP4_CUBIC,
     FP4_OCTAVE,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import triton
 import triton.language as tl
 
-from .constants import K_MAX, K_MIN, K_STEP, LARGE, LEVELS, NEAR, NEAR_ZERO, SIGNED_LEVELS, SPREAD, TINY
+from .formats import K_MAX, K_MIN, K_STEP, LARGE, LEVELS, NEAR, NEAR_ZERO, SIGNED_LEVELS, SPREAD, TINY
 from .formats_triton import (
     byte_number,
     empty,

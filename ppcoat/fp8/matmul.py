@@ -19,11 +19,10 @@ import paddle
 
 from . import backend
 from .backend import Unsuited
-from .formats import E4M3, BlockMatrix, Epilogue, FP8Format
+from .formats import E4M3, TINY, BlockMatrix, Epilogue, FP8Format
 from .quantize import dequantize, expand_on_cpu
 
 BLOCK = 128
-_SMALLEST_SCALE = 2.0**-126  # the smallest normal float32
 _MANTISSA_ONES, _EXPONENT_BITS = 0x007FFFFF, 0x7F800000  # of a float32
 
 
@@ -127,7 +126,7 @@ def _finished(y: paddle.Tensor, transpose: bool, epilogue: Epilogue, dtype: str)
 
 def _power_of_two_from(x: paddle.Tensor) -> paddle.Tensor:
     """Round float32 up to a power of two, in the bits: exact on every device."""
-    bits = paddle.clip(x, min=_SMALLEST_SCALE).view("int32") + _MANTISSA_ONES
+    bits = paddle.clip(x, min=TINY).view("int32") + _MANTISSA_ONES
     return paddle.bitwise_and(bits, paddle.full([1], _EXPONENT_BITS, "int32")).view("float32")
 
 

@@ -18,8 +18,7 @@ import paddle
 import paddle.nn.functional as F
 
 from . import backend
-from .constants import NORM_EPSILON
-from .formats import Groups
+from .formats import NORM_EPSILON, Groups
 from .quantize import expand_on_cpu, floats
 
 Angles = tuple[paddle.Tensor, paddle.Tensor]  # cos, sin, both float32 [tokens, head_dim / 2]

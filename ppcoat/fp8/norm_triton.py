@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import triton
 import triton.language as tl
 
-from .constants import NORM_EPSILON
+from .formats import NORM_EPSILON
 from .formats_triton import (
     DTYPES,
     LARGEST_GROUP,

@@ -14,8 +14,7 @@ import paddle
 import paddle.nn.functional as F
 
 from . import backend
-from .constants import GELU_CUBIC, GELU_LINEAR, HASH_FIRST, HASH_HIGH, HASH_SECOND, HASH_SEED
-from .formats import Groups
+from .formats import GELU_CUBIC, GELU_LINEAR, HASH_FIRST, HASH_HIGH, HASH_SECOND, HASH_SEED, Groups
 from .quantize import expand_on_cpu, floats
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import triton
 import triton.language as tl
 
-from .constants import GELU_CUBIC, GELU_LINEAR
+from .formats import GELU_CUBIC, GELU_LINEAR
 from .formats_triton import (
     DTYPES,
     TILE,

@@ -22,7 +22,7 @@ import paddle
 
 from . import backend
 from .backend import Unsuited
-from .constants import (
+from .formats import (
     K_MAX,
     K_MIN,
     K_STEP,
@@ -34,8 +34,10 @@ from .constants import (
     SIGNED_LEVELS,
     SPREAD,
     TINY,
+    FP8Format,
+    Groups,
+    IntegerFormat,
 )
-from .formats import FP8Format, Groups, IntegerFormat
 
 PADDLE_GROUP, HALF_DTYPES = 128, (paddle.bfloat16, paddle.float16)  # of Paddle's own FP8 kernels
 

@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 import triton
 import triton.language as tl
 
-from .constants import RESIDUAL_STEPS
-from .formats import E4M3
+from .formats import E4M3, RESIDUAL_STEPS
 from .formats_triton import (
     DTYPES,
     TILE,

@@ -23,7 +23,9 @@ import numpy as np
 
 from . import truth_codecs as codecs
 from .backend import Unsuited
-from .constants import (
+from .formats import (
+    E4M3,
+    E5M2,
     FP4_BLOCK,
     FP4_CUBIC,
     FP4_OCTAVE,
@@ -40,8 +42,10 @@ from .constants import (
     NF4_OUTER,
     NORM_EPSILON,
     TINY,
+    BlockMatrix,
+    Epilogue,
+    Groups,
 )
-from .formats import E4M3, E5M2, BlockMatrix, Epilogue, Groups
 from .truth_codecs import FLOAT_STEPS, GROUP, HALF, largest
 
 ROUNDINGS = 2.0**-17  # 128 of float32: a row is summed up, and 1 - tanh(z)^2 loses digits

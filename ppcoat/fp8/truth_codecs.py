@@ -14,9 +14,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import constants
-from .constants import K_MAX, K_MIN, K_STEP, LEVELS, NEAR_ZERO, SIGNED_LEVELS, TINY
-from .formats import E4M3, E5M2, FORMATS, INT8, FP8Format
+from . import formats
+from .formats import (
+    E4M3,
+    E5M2,
+    FORMATS,
+    INT8,
+    K_MAX,
+    K_MIN,
+    K_STEP,
+    LEVELS,
+    NEAR_ZERO,
+    SIGNED_LEVELS,
+    TINY,
+    FP8Format,
+)
 
 if TYPE_CHECKING:
     from .truth import Case, Inputs
@@ -70,7 +82,7 @@ def residual(inputs: Inputs, inverse: bool) -> Iterator[Case]:
         coarse = fmt.numbers(codes) * per_value(scale, 256, group)
         packed = inputs.rng.integers(0, 256, [len(rows), 128], dtype=np.uint8)
         if inverse:
-            want = coarse * (1 + (_unpacked(packed) - 8) / constants.RESIDUAL_STEPS)
+            want = coarse * (1 + (_unpacked(packed) - 8) / formats.RESIDUAL_STEPS)
             arguments = *map(inputs.put, (codes, scale, packed)), fmt, group, dtype
             yield (
                 f"dequantize_with_residual, {name}",
@@ -97,9 +109,9 @@ def _residual_error(got: tuple, x: np.ndarray, fmt: FP8Format, group: int | None
     if steps.shape != x.shape or (steps[np.isfinite(coarse) & (codes % 128 == 0)] != 8).any():
         return math.nan
     read = np.abs(coarse) > TINY * 2.0**16  # of smaller ones float32 and devices lose the difference
-    place = (x[read] / coarse[read] - 1) * constants.RESIDUAL_STEPS + 8
+    place = (x[read] / coarse[read] - 1) * formats.RESIDUAL_STEPS + 8
     # x / coarse is rounded to float32, and 1 is taken off again
-    error = np.abs(steps[read] - np.clip(place, 1, 15)) / (0.5 + 2 * constants.RESIDUAL_STEPS * FLOAT_STEPS)
+    error = np.abs(steps[read] - np.clip(place, 1, 15)) / (0.5 + 2 * formats.RESIDUAL_STEPS * FLOAT_STEPS)
     return largest(error, linear_error((codes, scale), x, fmt, group))
 
 
@@ -250,8 +262,8 @@ class Storage:
     def error(self, state: State, want: np.ndarray, signed: bool) -> float:
         roundings = FLOAT_STEPS * (1 + np.abs(want))
         if self.expand:
-            place = np.arange(48) * constants.DITHER_COLUMN + STEPS * constants.DITHER_STEP
-            dither = place % constants.DITHER_PERIOD / constants.DITHER_PERIOD
+            place = np.arange(48) * formats.DITHER_COLUMN + STEPS * formats.DITHER_STEP
+            dither = place % formats.DITHER_PERIOD / formats.DITHER_PERIOD
             return log_codes_error(tuple(state.values()), want, dither, self.fmt, signed)
         if self.fmt is not None:
             if not signed:  # what is not zero gets the smallest number at least
@@ -355,5 +367,5 @@ def _exact_k(ratio: np.ndarray, per_octave: float, signed: bool) -> np.ndarray:
         shift = np.maximum((ratio > 0).sum(-1, keepdims=True), 1) / np.maximum(inverses, 1)
         return SIGNED_LEVELS / per_octave / np.log2(1 + 1 / shift)
     octaves = [np.log2(row[row > 0]) if (row > 0).any() else np.zeros(1) for row in ratio]
-    low = [max(row.min(), min(row.mean() - constants.SPREAD * row.std(), -constants.NEAR)) for row in octaves]
+    low = [max(row.min(), min(row.mean() - formats.SPREAD * row.std(), -formats.NEAR)) for row in octaves]
     return (LEVELS - 1) / per_octave / np.maximum(-np.array(low)[:, None], 1e-6)

@@ -23,12 +23,12 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from ppcoat.atomic import remove_dead_drafts, whole_file, write_text
-from ppcoat.data.cache import folder_identity
 from ppcoat.data.content_keys import content_key, file_digest
 from ppcoat.device import default_dtype
 from ppcoat.infer.drawers import Drawer
 from ppcoat.infer.prompts import COLUMNS, ListedPicture
 from ppcoat.lora.files import CONFIG, adapter_file
+from ppcoat.models.fingerprint import folder_identity
 from ppcoat.models.flux.files import FluxFiles
 from ppcoat.models.offload import Placement
 from ppcoat.progress import Progress
@@ -57,7 +57,6 @@ class Batch:
         how: tuple[str | None, Placement],
     ) -> None:
         self.pictures, self.folder, self.list = pictures, folder, Path(drawing.prompts)
-        self._digests: dict[str, str] = {}
         dtype, placed = how
         chosen = {"dtype": dtype or default_dtype(), "quantize": placed.quantize, "tiles": placed.vae_tiling}
         self._identity = _identity(drawing, model) | {name: value for name, value in chosen.items() if value}
@@ -90,14 +89,12 @@ class Batch:
         return own | self._identity | self._contents(picture.drawing)
 
     def _contents(self, drawing: Any) -> dict[str, Any]:
-        """What is in the pictures that it is drawn from, each read once."""
+        """What is in the pictures that it is drawn from."""
         found = {}
         for name, given in ((name, getattr(drawing, name)) for name in _PICTURE_FILES):
             files = given if isinstance(given, list) else [given]
             for file in files if given is not None else ():
-                if file not in self._digests:
-                    self._digests[file] = file_digest(file)[:16]
-                found[name] = found.get(name, "") + self._digests[file]
+                found[name] = found.get(name, "") + file_digest(file)[:16]
         return found
 
     def _draw(

@@ -14,10 +14,10 @@ from typing import Any
 
 import paddle
 
-from ppcoat.data.cache import folder_identity
 from ppcoat.device import default_dtype, on_gpu
 from ppcoat.infer.editing import Sight, reference_pixels
 from ppcoat.lora.files import adapter_file
+from ppcoat.models.fingerprint import folder_identity
 from ppcoat.models.flux.drawing import DEFAULT_SIDE
 from ppcoat.models.flux.files import FluxFiles
 from ppcoat.models.flux.pipeline import FluxPipeline

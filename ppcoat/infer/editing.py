@@ -24,12 +24,20 @@ from ppcoat.data.colours import Convert, grey, on_colour
 from ppcoat.errors import ConfigError
 from ppcoat.infer.drawing import EditFlags
 from ppcoat.lora import LoRAFile
-from ppcoat.models.flux.editing_inputs import first_step, latent_mask, output_size, reference_size
+from ppcoat.models.flux.editing import (
+    FluxFillPipeline,
+    FluxImg2ImgPipeline,
+    FluxInpaintPipeline,
+    FluxKontextPipeline,
+)
 from ppcoat.models.flux.files import INPUTS_OF_CLASS, FluxFiles
-from ppcoat.models.flux.fill import FluxFillPipeline
-from ppcoat.models.flux.image_to_image import FluxImg2ImgPipeline, FluxInpaintPipeline
-from ppcoat.models.flux.kontext import FluxKontextPipeline
-from ppcoat.models.flux.picture_inputs import picture_mask
+from ppcoat.models.flux.picture_inputs import (
+    first_step,
+    latent_mask,
+    output_size,
+    picture_mask,
+    reference_size,
+)
 from ppcoat.models.flux.pipeline import FluxPipeline
 from ppcoat.models.pictures import TOKEN_SIDE
 from ppcoat.models.tensor_files import component_config

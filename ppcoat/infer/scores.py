@@ -18,12 +18,11 @@ from pathlib import Path
 import numpy as np
 import paddle
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.paddle import load_file
 
 from ppcoat.errors import ConfigError
-from ppcoat.models.loading import load_clip_tokenizer, load_weights, weights_in
-from ppcoat.models.tensor_files import read_json
+from ppcoat.models.loading import fill, load_clip_tokenizer, load_weights, read_tensors, weights_in
+from ppcoat.models.tensor_files import TensorInfo, read_header
+from ppcoat.reading import read_json
 
 # Mean and deviation of CLIP's training pictures, red, green, blue, in 0..1 (openai/CLIP, clip.py).
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -132,18 +131,17 @@ class Inception:
     """
 
     def __init__(self, file: str | Path):
-        tensors = _read(Path(file))
+        infos = _header(Path(file))
         self.model = paddle.vision.models.InceptionV3(num_classes=0)
         wanted = self.model.state_dict()
         for name, parameter in wanted.items():
-            if name not in tensors or tensors[name].shape != parameter.shape:
-                found = list(tensors[name].shape) if name in tensors else "nothing"
+            found = infos[name].shape if name in infos else "nothing"
+            if found != parameter.shape:
                 raise ConfigError(
                     f"{file} has {found} for {name}, wanted {list(parameter.shape)}: it is not of "
                     f"paddle.vision's Inception v3; {CONVERT}"
                 )
-        self.model.set_state_dict({name: tensors[name].astype("float32") for name in wanted})
-        self.model.eval()
+        fill(self.model, read_tensors({name: infos[name] for name in wanted}, linears=set()))
 
     @paddle.no_grad()
     def __call__(self, pictures: list[Image.Image]) -> np.ndarray:
@@ -158,12 +156,9 @@ class Inception:
         return self.model(pixels).flatten(1).numpy()
 
 
-def _read(file: Path) -> dict[str, paddle.Tensor]:
+def _header(file: Path) -> dict[str, TensorInfo]:
     if file.suffix != ".safetensors":
         raise ConfigError(f"{file} is no .safetensors, and reading a pickle can run code; {CONVERT}")
     if not file.is_file():
         raise ConfigError(f"no Inception weights at {file}; {CONVERT}")
-    try:
-        return load_file(str(file))
-    except SafetensorError as error:
-        raise ConfigError(f"{file} is not a whole safetensors file: {error}") from error
+    return read_header(file)

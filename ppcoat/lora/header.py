@@ -31,7 +31,7 @@ OF_TENSORS = (
 # Header fields of alpha and of the rank that it belongs to: ours, NewBie's, kohya's.
 _HEADER_FIELDS = (("alpha", "rank"), ("lora_alpha", "lora_rank"), ("ss_network_alpha", "ss_network_dim"))
 ROTATIONS = ("OFT", "BOFT")  # peft_type of kinds that have no alpha
-_PARTS = ("transformer", "text_encoder", "text_encoder_2")
+PARTS = ("transformer", "text_encoder", "text_encoder_2")  # of a pipeline, that an adapter can change
 _LONGEST_PATTERN, _MOST_REPEATS, _MOST_DIGITS = 300, 3, 18
 
 
@@ -78,7 +78,7 @@ def full_lokr(header: Mapping[str, str], part: str, names: Sequence[str]) -> tup
 def states_alpha(header: Mapping[str, str]) -> bool:
     """Whether the header says an alpha at all, or a kind of PEFT's that has none."""
     said = any(_is_said(header.get(field)) for field, _ in _HEADER_FIELDS)
-    configs = [adapter_config(header, part) for part in _PARTS]
+    configs = [adapter_config(header, part) for part in PARTS]
     return said or any(
         {"lora_alpha", "alpha"} & config.keys() or config.get("peft_type") in ROTATIONS for config in configs
     )
@@ -107,7 +107,7 @@ def adapter_config(header: Mapping[str, str], part: str) -> dict:
         key.removeprefix(f"{part}."): value for key, value in values.items() if key.startswith(f"{part}.")
     }
     prefixed = any(key.startswith(f"{each}.") or isinstance(values.get(each), dict)
-                   for key in values for each in _PARTS)  # fmt: skip
+                   for key in values for each in PARTS)  # fmt: skip
     return found if prefixed else values
 
 

@@ -20,6 +20,7 @@ from functools import partial
 import numpy as np
 import paddle
 
+from ppcoat.device import dtype_name
 from ppcoat.errors import ConfigError
 
 from . import flux_names, keys
@@ -151,7 +152,7 @@ def parse_lora(
     if not stated and any(module.program == "PEFT" for module in modules):
         notes.append("adapter_config.json is not beside it: alpha = rank is assumed (scale 1)")
     programs = {"paddle"} if reading.in_out else {module.program for module in modules}
-    dtypes = {_dtype(tensor) for tensor in tensors.values() if tensor.size > 1}
+    dtypes = {dtype_name(tensor.dtype) for tensor in tensors.values() if tensor.size > 1}
     return LoRAFile(
         format=" + ".join(sorted(programs)),
         changes=changes,
@@ -381,10 +382,6 @@ def _check_once(changes: list[Change]) -> None:
                 raise ConfigError(
                     f"the LoRA has {path} twice, as {first} and as {change.name}: keep one of them"
                 )
-
-
-def _dtype(tensor: paddle.Tensor) -> str:
-    return str(tensor.dtype).rsplit(".", 1)[-1]
 
 
 def _halves_swapped(values: np.ndarray) -> np.ndarray:

@@ -4,7 +4,7 @@ one changed number is found.
 A tensor counts by its name, shape and bytes. Where it lies does not: a model that was moved, renamed or cut
 into other shards has the same fingerprint, and so has a single file with the weights of a folder. Reading
 34 GB takes a while, so Fingerprints keeps what it found in a file, beside what the system says of the files
-(size, times, inode), and reads again only what has changed by that.
+(size, times, inode), and reads again only what has changed by that. `folder_identity` reads pieces only.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -26,17 +25,15 @@ from ppcoat.models.tensor_files import (
     FilePart,
     TensorInfo,
     in_file_order,
-    read_json,
     tensor_infos,
     with_progress,
 )
-from ppcoat.reading import json_value, regular_bytes
+from ppcoat.reading import FileState, json_value, read_json, regular_bytes
 
 THREADS = 4  # hashing does not hold Python's lock
-_CHUNK = 1 << 22
+_CHUNK, _PIECE = 1 << 22, 1 << 20  # bytes at a time, and of a sample
 _MAX_BYTES = 16 << 20  # of what was found before
 _ENTRY = {"files", "sha256"}
-_YOUNG = 2 * 10**9  # nanoseconds in which a file may change again without a change of its times
 # Files of a component folder beside its weights that say how it computes or reads text.
 _SETTINGS = (".json", ".txt", ".model")
 _CONFIGS = ("config.json", "scheduler_config.json")
@@ -60,10 +57,11 @@ class Fingerprints:
         known, found = self._known(), {}
         for name, component in components.items():
             began, before = time.time_ns(), known.get(name)
-            states = [_state(file) for file in _files(component)]
-            if not (isinstance(before, dict) and before.keys() == _ENTRY and before["files"] == states):
-                before = {"files": states, "sha256": _fingerprint(component)}
-                if all(max(state[2:4]) < began - _YOUNG for state in states):
+            states = [(file.name, FileState.of(file)) for file in _files(component)]
+            files = [[name, *state] for name, state in states]
+            if not (isinstance(before, dict) and before.keys() == _ENTRY and before["files"] == files):
+                before = {"files": files, "sha256": _fingerprint(component)}
+                if all(state.is_settled(began) for _, state in states):
                     known[name] = before
             found[name] = before["sha256"]
         self._keep(known)
@@ -85,6 +83,28 @@ class Fingerprints:
             if not is_disk_error(error):
                 raise
             _log.warning("%s cannot be written (%s): the model is read again next time", self.file, error)
+
+
+def folder_identity(*folders: Path, times: bool = False) -> str:
+    """sha256 (64 hex digits) of the files in model folders, independent of where the folders are; a file may
+    stand for a folder, and its name does not count.
+
+    Hashes each file's name, its size and three pieces of 1 MiB (start, middle, end), so that the 10 GB of
+    text encoders need not be read. Files that differ only in other places get the same identity, but with
+    `times` only where they were also written at the same moment; `Fingerprints` reads all.
+    """
+    digest = hashlib.sha256()
+    for folder in folders:
+        is_file = folder.is_file()
+        for path in [folder] if is_file else sorted(path for path in folder.rglob("*") if path.is_file()):
+            size, written = path.stat().st_size, path.stat().st_mtime_ns
+            name = "" if is_file else f"{folder.name}/{path.relative_to(folder).as_posix()}"
+            digest.update((f"{name} {size} {written}\n" if times else f"{name} {size}\n").encode())
+            with open(path, "rb") as file:
+                for start in (0, size // 2, size - _PIECE):
+                    file.seek(max(0, start))
+                    digest.update(file.read(_PIECE))
+    return digest.hexdigest()
 
 
 def _fingerprint(component: Component) -> str:
@@ -140,12 +160,6 @@ def _settings(component: Component) -> Iterator[tuple[str, bytes]]:
 def _of_config(config: dict) -> bytes:
     plain = {key: value for key, value in config.items() if key[:1] != "_" and key not in _OF_WRITER}
     return json.dumps(plain, sort_keys=True).encode()
-
-
-def _state(file: Path) -> list:
-    """What changes when a file does. The path does not count: a folder may be moved."""
-    found = os.stat(file)
-    return [file.name, found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
 
 
 def _digest(info: TensorInfo) -> str:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ppcoat.errors import ConfigError
-from ppcoat.models.json_files import shown
+from ppcoat.reading import shown
 
 MAGIC = b"GGUF"
 PLAIN = ("F64", "F32", "F16", "BF16")  # types that are no blocks, named as safetensors does

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ppcoat.errors import ConfigError
-from ppcoat.models.json_files import TABLE_BYTES, json_object, shown
+from ppcoat.reading import TABLE_BYTES, json_object, shown
 
 # Bits of a number of each dtype of safetensors.
 _BITS = {

@@ -299,7 +299,7 @@ class DamagedCopyError(ConfigError):
 @dataclass(frozen=True)
 class QuantizedCopy:
     """folder: where the copy lies or shall lie. source: what stands for the contents of the model's files,
-    by which a copy of other weights is known: ppcoat.data.cache.folder_identity with times. base: its format.
+    by which a copy of other weights is known: `folder_identity` with times. base: its format.
     """
 
     folder: Path

@@ -20,7 +20,6 @@ import numpy as np
 from ppcoat.errors import ConfigError
 from ppcoat.models.flux.original_names import part_of, renamed, told_config
 from ppcoat.models.gguf_files import PLAIN, is_gguf, read_gguf
-from ppcoat.models.json_files import json_object, read_json, shown
 from ppcoat.models.tensor_files import (
     FLOATS,
     FP8,
@@ -32,6 +31,7 @@ from ppcoat.models.tensor_files import (
     read_header_and_metadata,
     warn_once,
 )
+from ppcoat.reading import json_object, read_json, shown
 
 Tensors = dict[str, TensorInfo]
 

@@ -21,9 +21,9 @@ import numpy as np
 from ppcoat.errors import ConfigError
 from ppcoat.models import gguf_files
 from ppcoat.models.headers import read_entries
-from ppcoat.models.json_files import TABLE_BYTES, read_json, shown
 from ppcoat.models.limits import PipelineIndex, WeightIndex, limits_of, within
 from ppcoat.progress import Progress
+from ppcoat.reading import TABLE_BYTES, read_json, shown
 
 # File stems in the order tried: diffusers, transformers, ppdiffusers.
 _STEMS = ("diffusion_pytorch_model", "model", "diffusion_paddle_model")

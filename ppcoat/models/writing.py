@@ -24,6 +24,7 @@ import paddle.nn as nn
 from safetensors.paddle import save_file
 
 from ppcoat.atomic import remove_dead_drafts, whole_file, whole_folder, write_text
+from ppcoat.device import dtype_name
 from ppcoat.errors import ConfigError
 from ppcoat.models.flux.files import FLUX_CLASSES, INPUTS_OF_CLASS
 from ppcoat.models.loading import TIED, linear_weights
@@ -109,7 +110,7 @@ def class_that_draws(transformer: nn.Layer, said: str) -> str:
 def save_text_encoder(model: nn.Layer, folder: Path, dtype: str | None = None) -> None:
     """A CLIP or T5 encoder as config.json (transformers' keys) and model*.safetensors."""
     config = dict(getattr(model, "source_config", None) or _transformers_config(model))
-    config["torch_dtype"] = dtype or _dtype_name(next(iter(model.parameters())))
+    config["torch_dtype"] = dtype or dtype_name(next(iter(model.parameters())).dtype)
     write_json(folder / "config.json", config)
     save_weights(model, folder, "model", dtype)
 
@@ -203,10 +204,6 @@ def _transformers_config(model: nn.Layer) -> dict:
         "transformers_version": TRANSFORMERS_VERSION,
         **config,
     }
-
-
-def _dtype_name(tensor: paddle.Tensor) -> str:
-    return str(tensor.dtype).rsplit(".", 1)[-1]
 
 
 def layout_bytes(layout: Layout) -> int:

@@ -25,6 +25,7 @@ import paddle
 import paddle.nn.functional as F
 from paddle import nn
 
+from ppcoat.device import dtype_name
 from ppcoat.errors import ConfigError
 from ppcoat.fp8.formats import E4M3, INT8, BlockMatrix, Epilogue
 from ppcoat.fp8.four_bit import (
@@ -316,9 +317,8 @@ def _in_fp8(
     x, width = x if x.is_contiguous() else x.contiguous(), x.shape[-1]
     rows = saver().fp8_form(x, E4M3, BLOCK).reshaped([x.size // width, width])  # one for all that read x
     down, up = (None, None) if update is None else (update[0].reshape([-1, update[0].shape[-1]]), update[1])
-    dtype = str(x.dtype).rpartition(".")[2]
     y = scaled_matmul(rows.codes, rows.scale, BlockMatrix(weight.codes, weight.scale), transpose,
-                      Epilogue(bias, down, up), dtype)  # fmt: skip
+                      Epilogue(bias, down, up), dtype_name(x.dtype))  # fmt: skip
     return y.reshape([*x.shape[:-1], y.shape[-1]])
 
 

@@ -34,7 +34,7 @@ import paddle
 import paddle.nn.functional as F
 
 from ppcoat.fp8 import norm, pointwise
-from ppcoat.fp8.constants import NORM_EPSILON
+from ppcoat.fp8.formats import NORM_EPSILON
 
 from . import attention as plain
 from .op import OpCall, Tensors, run_op

@@ -5,9 +5,8 @@ settings, `FP8QuantizationConfig` and `FlatSettings`; `lr_scheduler` with `Sched
 """
 
 from .adafactor import Adafactor, AdafactorSettings
-from .adamw import FP8AdamW, update_bytes
+from .adamw import FP8AdamW, Lion, update_bytes
 from .flat_optimizer import FlatOptimizer
-from .lion import Lion
 from .prodigy import Prodigy, ProdigySettings
 from .schedule_free import ScheduleFreeAdamW, ScheduleFreeSettings
 from .schedules import ScheduleShape, lr_scheduler

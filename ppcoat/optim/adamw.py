@@ -1,7 +1,7 @@
-"""FP8AdamW: AdamW whose two moments are stored in FP8.
+"""FP8AdamW: AdamW whose two moments are stored in FP8. And Lion, which has one, of which it takes the sign.
 
-A step gathers the gradients with one call and does the rest in `fp8.adamw`. Its number of Paddle calls
-therefore does not depend on the number of parameters, except for one cast for each bfloat16 or float16
+A step of FP8AdamW gathers the gradients with one call and does the rest in `fp8.adamw`. Its number of Paddle
+calls therefore does not depend on the number of parameters, except for one cast for each bfloat16 or float16
 gradient.
 """
 
@@ -17,8 +17,15 @@ from paddle.nn import ClipGradByGlobalNorm, ClipGradByNorm, ClipGradByValue
 from ppcoat.errors import ConfigError
 from ppcoat.fp8.adamw import AdamWHyper, adamw_step
 from ppcoat.fp8.flat import PIECE, FlatGradient
-from ppcoat.optim.flat_optimizer import FlatOptimizer
-from ppcoat.optim.settings import POSITIVE, RELATIVE, FlatSettings, FP8QuantizationConfig, check_number
+from ppcoat.optim.flat_optimizer import FlatOptimizer, Piece
+from ppcoat.optim.settings import (
+    POSITIVE,
+    RELATIVE,
+    SIGNED,
+    FlatSettings,
+    FP8QuantizationConfig,
+    check_number,
+)
 
 
 class FP8AdamW(FlatOptimizer):
@@ -92,6 +99,39 @@ _TRANSIENT = {
     "adamw": (37.2, 39.3), "lion": (32.2, 33.2), "schedulefree_adamw": (33.1, 37.1), "prodigy": (45.2, 46.3),
     "adafactor": (8.1, 10.8),
 }  # fmt: skip
+
+
+class Lion(FlatOptimizer):
+    """p -= lr * sign(beta1 * m + (1 - beta1) * g), after decoupled decay; then m = beta2 * m + (1 - beta2) *
+    g. Arguments as FlatOptimizer's; betas in [0, 1). Rates are 3 to 10 times lower than AdamW's. Bytes per
+    parameter: 1.04 in FP8, 4 in float32.
+
+    Source: arXiv 2302.06675.
+    """
+
+    kinds = {"m1": SIGNED}
+
+    def __init__(
+        self,
+        learning_rate: float | paddle.optimizer.lr.LRScheduler,
+        parameters: Iterable,
+        betas: tuple[float, float] = (0.9, 0.99),
+        settings: FlatSettings | None = None,
+    ) -> None:
+        for name, beta in zip(("beta1", "beta2"), betas, strict=True):
+            check_number(name, beta, below=1.0)
+        self._betas = betas
+        super().__init__(learning_rate, parameters, settings if settings is not None else FlatSettings(0.0))
+
+    def moved(
+        self, piece: Piece, numbers: dict[str, paddle.Tensor]
+    ) -> tuple[paddle.Tensor, dict[str, paddle.Tensor]]:
+        """As FlatOptimizer.moved: values and states [n, B], float32."""
+        beta1, beta2 = self._betas
+        m1 = piece.states["m1"]
+        update = (m1 * beta1).add_(piece.grad * (1.0 - beta1)).sign()
+        values = (piece.values * (1.0 - piece.lr * piece.weight_decay)).subtract_(update * piece.lr)
+        return values, {"m1": (m1 * beta2).add_(piece.grad * (1.0 - beta2))}
 
 
 def update_bytes(parameters: int, on_gpu: bool, optimizer: str = "adamw") -> int:

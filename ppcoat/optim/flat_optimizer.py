@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import paddle
 
+from ppcoat.device import dtype_name
 from ppcoat.errors import ConfigError
 from ppcoat.finite import first_not_finite
 from ppcoat.fp8.adamw import (
@@ -302,7 +303,7 @@ class FlatOptimizer(paddle.optimizer.Optimizer):
             "optimizer": type(self).__name__,
             "block_size": self.fp8_config.block_size,
             **{f"{name}_format": codec.name for name, codec in codecs.items()},
-            "dtype": str(self.space.params[0].dtype).removeprefix("paddle."),
+            "dtype": dtype_name(self.space.params[0].dtype),
             "stochastic_rounding": self._stochastic_rounding,
             "shapes": [list(param.shape) for param in self.space.params],
         }

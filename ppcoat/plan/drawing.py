@@ -23,13 +23,14 @@ from ppcoat.config.schema import RunConfig
 from ppcoat.errors import ConfigError
 from ppcoat.models.flux.files import FluxFiles
 from ppcoat.models.offload import Placement
-from ppcoat.models.tensor_files import component_config, read_json
+from ppcoat.models.tensor_files import component_config
 from ppcoat.models.vae_tiling import SCORES, decoded_at_once
 from ppcoat.nn.swap import check_count
 from ppcoat.plan import GB, check_budget
 from ppcoat.plan.model import BaseModel, read_model
 from ppcoat.plan.newbie import NewbieMemoryModel
 from ppcoat.plan.phases import GPU_CONTEXT, HOST_PROCESS, MemoryModel, Phase
+from ppcoat.reading import read_json
 
 # Formats between which a plan chooses, the most exact first (errors: docs/accuracy.md).
 FORMATS = (False, "int8", "fp4")

@@ -30,7 +30,7 @@ from ppcoat.models.flux.prompt_encoding import MAX_T5_TOKENS
 from ppcoat.models.flux.transformer import FluxTransformer2DModel
 from ppcoat.models.loading import check_without_control
 from ppcoat.models.quantized_base import BAND
-from ppcoat.models.tensor_files import Component, component_config, read_json, tensor_infos
+from ppcoat.models.tensor_files import Component, component_config, tensor_infos
 from ppcoat.nn.base_weight import BASES
 from ppcoat.nn.convert import sublayer_at
 from ppcoat.optim import (
@@ -42,6 +42,7 @@ from ppcoat.optim import (
     ScheduleFreeAdamW,
     update_bytes,
 )
+from ppcoat.reading import read_json
 
 DEV_TOKEN_SIDE = 16  # pixels along a side of the square that a token of FLUX.1-dev stands for
 FLOAT32, BFLOAT16 = 4, 2  # bytes of a value

@@ -12,9 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ppcoat.atomic import whole_file
-from ppcoat.config.explain import printable
 from ppcoat.config.flags import built_in_model
-from ppcoat.errors import ConfigError
+from ppcoat.errors import ConfigError, printable
 
 UPLOADS = "studio_uploads"  # below the first root
 _HEADER_BYTES = 100 << 20  # safetensors' own limit of its JSON

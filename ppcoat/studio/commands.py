@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ppcoat.config.explain import printable
+from ppcoat.errors import printable
 
 _LONGEST_LINE = 1 << 16  # bytes of one line of output
 _PATIENCE = 5.0  # seconds

@@ -11,10 +11,9 @@ from typing import Any
 
 from nicegui import run, ui
 
-from ppcoat.config.explain import printable
 from ppcoat.config.flags import TINY_FLUX
 from ppcoat.config.load import load_config
-from ppcoat.errors import ConfigError
+from ppcoat.errors import ConfigError, printable
 from ppcoat.studio.draw_list import (
     Asked,
     asked_of_picture,
@@ -23,15 +22,23 @@ from ppcoat.studio.draw_list import (
     read_drawing,
     write_drawing,
 )
-from ppcoat.studio.frame import CommandBox, Studio, add_browse, notify_error, page_frame, upload_place
+from ppcoat.studio.frame import (
+    MODEL_FILES,
+    PICTURE_FILES,
+    CommandBox,
+    Studio,
+    add_browse,
+    notify_error,
+    page_frame,
+    upload_place,
+)
 from ppcoat.studio.pictures import LARGE, SMALL, picture_url
 from ppcoat.studio.run_log import find_runs, lora_files
 from ppcoat.studio.runs import ChildRun, Queue
 from ppcoat.studio.words import Words
 
 DRAWINGS = "output/drawings"  # below the first root
-_LORA_FILES, _MODEL_FILES = (".safetensors",), (".safetensors", ".gguf")
-_PICTURE_FILES = (".png", ".jpg", ".jpeg", ".webp")
+_LORA_FILES = (".safetensors",)
 _MOST_UPLOAD = 64 << 20
 _EARLIER = 24
 _NUMBERS = (("seed", int), ("steps", int), ("width", int), ("height", int), ("guidance_scale", float),
@@ -81,7 +88,7 @@ class DrawPage:
     def _form_card(self) -> None:
         say, widgets = self._say, self._widgets
         with ui.column().classes("studio-card gap-3"):
-            widgets["model"] = self._path_input("model", _MODEL_FILES, folders=True)
+            widgets["model"] = self._path_input("model", MODEL_FILES, folders=True)
             widgets["prompt"] = ui.textarea(say("prompt")).classes("w-full").props("outlined dense autogrow")
             with ui.element("div").style(
                 "display: grid; width: 100%; gap: 8px; grid-template-columns: repeat(3, minmax(0, 1fr))"
@@ -100,7 +107,7 @@ class DrawPage:
                 ui.label(say("from_pictures_hint")).classes("text-caption text-grey-7")
                 for name in _FROM_PICTURES:
                     between = ", " if name == "reference" else ""
-                    widgets[name] = self._path_input(name, _PICTURE_FILES, between=between)
+                    widgets[name] = self._path_input(name, PICTURE_FILES, between=between)
                 widgets["strength"] = (
                     ui.input(say("draw_strength")).classes("w-full").props("outlined dense inputmode=decimal")
                 )

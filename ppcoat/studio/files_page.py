@@ -12,10 +12,10 @@ from typing import Any, get_args
 
 from nicegui import run, ui
 
-from ppcoat.config.explain import printable
 from ppcoat.config.training_sections import LoRAFormat, SaveConfig
-from ppcoat.errors import ConfigError
+from ppcoat.errors import ConfigError, printable
 from ppcoat.studio.frame import (
+    MODEL_FILES,
     CommandBox,
     CommandRun,
     PathField,
@@ -27,7 +27,6 @@ from ppcoat.studio.frame import (
 from ppcoat.studio.words import Words
 
 LORA_ENDINGS = (".safetensors",)
-_MODEL_ENDINGS = (".safetensors", ".gguf")
 _DTYPES = get_args(SaveConfig.model_fields["dtype"].annotation)
 _TOOLS = ("inspect", "convert", "resize", "merge")
 
@@ -188,7 +187,7 @@ class _Resize(_Written):
 class _Merge(_Tool):
     def fields(self) -> None:
         say = self.say
-        self.model = PathField(self.studio, say("model"), say, _MODEL_ENDINGS, changed=self.refresh)
+        self.model = PathField(self.studio, say("model"), say, MODEL_FILES, changed=self.refresh)
         self.model.input.classes("w-full").mark("merge-model")
         self.rows: dict[ui.row, tuple[PathField, ui.number]] = {}
         self._list = ui.column().classes("w-full gap-3")

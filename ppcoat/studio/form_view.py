@@ -18,10 +18,9 @@ from ppcoat.studio.form import (
     with_entry,
     without_entry,
 )
-from ppcoat.studio.frame import Studio, add_browse
+from ppcoat.studio.frame import MODEL_FILES, PICTURE_FILES, Studio, add_browse
 from ppcoat.studio.words import Words
 
-_MODEL_FILES = (".safetensors", ".gguf")
 _GRID = (
     "width: 100%; display: grid; gap: 10px 18px; "
     "grid-template-columns: repeat(auto-fill, minmax(min(100%, 250px), 1fr))"
@@ -179,7 +178,7 @@ class FormView:
             self._with_browse(field, widget)
 
     def _with_browse(self, field: FormField, widget: Any) -> None:
-        endings = _MODEL_FILES if field.group in ("model", "network") else (".png", ".jpg", ".jpeg", ".webp")
+        endings = MODEL_FILES if field.group in ("model", "network") else PICTURE_FILES
 
         between = "\n" if field.kind == "lines" else ""
         add_browse(widget, self._studio, self._say, endings, between=between)

@@ -13,13 +13,14 @@ from urllib.parse import quote
 
 from nicegui import events, ui
 
-from ppcoat.config.explain import printable
-from ppcoat.errors import ConfigError
+from ppcoat.errors import ConfigError, printable
 from ppcoat.studio.access import Roots
 from ppcoat.studio.commands import RunningCommand, shell_command
 from ppcoat.studio.words import COOKIE, LANGUAGES, NAMES, Language, Words, language_of
 
 PAGES = ("data", "train", "draw", "files")
+# Endings of the files that a field for paths offers.
+MODEL_FILES, PICTURE_FILES = (".safetensors", ".gguf"), (".png", ".jpg", ".jpeg", ".webp")
 _ACCENT, _INK = "#0f766e", "#1f2937"
 _STYLE = """
 body { background: #f8fafc; color: #1f2937; }

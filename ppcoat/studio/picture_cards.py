@@ -12,9 +12,8 @@ from pathlib import Path
 
 from nicegui import run, ui
 
-from ppcoat.config.explain import printable
 from ppcoat.data.captions import trigger_parts
-from ppcoat.errors import ConfigError
+from ppcoat.errors import ConfigError, printable
 from ppcoat.studio.data_folder import OpenFolder, Picture
 from ppcoat.studio.frame import notify_error
 from ppcoat.studio.pictures import LARGE, SMALL, picture_url

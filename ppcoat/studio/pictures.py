@@ -16,8 +16,8 @@ from pathlib import Path
 from fastapi import FastAPI
 from fastapi.responses import Response
 
+from ppcoat.data.folder import thumbnail
 from ppcoat.data.sources import BadFile
-from ppcoat.data.thumbnails import thumbnail
 from ppcoat.errors import ConfigError
 from ppcoat.studio.access import Roots
 

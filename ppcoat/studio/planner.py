@@ -16,9 +16,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ppcoat.config.explain import printable
 from ppcoat.config.schema import RunConfig
-from ppcoat.errors import ConfigError
+from ppcoat.errors import ConfigError, printable
 from ppcoat.studio.commands import child_environment
 from ppcoat.studio.form import Values, form_config
 

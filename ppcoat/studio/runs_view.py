@@ -12,9 +12,8 @@ from urllib.parse import urlencode
 from nicegui import run, ui
 from PIL import Image
 
-from ppcoat.config.explain import printable
 from ppcoat.config.load import load_config, read_config_text
-from ppcoat.errors import ConfigError
+from ppcoat.errors import ConfigError, printable
 from ppcoat.plan import GB
 from ppcoat.studio.form import Values, text_values, training_argv
 from ppcoat.studio.frame import CommandBox, Studio, notify_error

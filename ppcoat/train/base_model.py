@@ -4,7 +4,7 @@ again by its content."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,30 +12,10 @@ from typing import Any
 import paddle
 
 from ppcoat.config.schema import RunConfig
-from ppcoat.data.cache import folder_identity
 from ppcoat.device import on_gpu
-from ppcoat.models.fingerprint import Fingerprints
+from ppcoat.models.fingerprint import Fingerprints, folder_identity
 from ppcoat.models.quantized_base import QuantizedCopy
 from ppcoat.models.tensor_files import Component
-from ppcoat.train.ranks import Ranks
-
-
-def load_frozen(
-    plain: Callable[..., paddle.nn.Layer],
-    quantized: Callable[..., paddle.nn.Layer],
-    component: Component,
-    config: RunConfig,
-    dtype: str | None,
-    ranks: Ranks,
-    keep_copy: bool,
-) -> paddle.nn.Layer:
-    """The transformer by plain(component, dtype) or, with model.quantize, by quantized(component, dtype,
-    copy, blocks_to_swap, base); the copy is the first rank's to write, None without keep_copy."""
-    if not config.model.quantize:
-        return plain(component, dtype)
-    copy = quantized_copy_of(config) if keep_copy else None
-    with ranks.first_ahead():
-        return quantized(component, dtype, copy, config.model.blocks_to_swap, config.model.quantize)
 
 
 def quantized_copy_of(config: RunConfig) -> QuantizedCopy:

@@ -1,13 +1,19 @@
-"""Checkpoints that survive a kill at any moment: complete and verified, or not there.
+"""The folder of a run: its checkpoints, which survive a kill at any moment, complete and verified or not
+there; and its lock, for two runs in it would overwrite each other's checkpoints without a word.
 
     <run>/checkpoints/000000250/lora.safetensors ... state.json manifest.json
     <run>/checkpoints/latest                        text: 000000250
+    <run>/.lock                                     text: process 4711 on myhost; there while the run is
 
 A checkpoint is a whole_folder (ppcoat/atomic.py), and only when it has its name does `latest` move; old ones
 are removed last. manifest.json holds size and sha256 of every file. Only safetensors and JSON are written and
 read: loading runs no code from the file. One process writes.
 
 What a run must remember to go on is in run_state.py; save_run brings it here, and resume.py back.
+
+The lock is the system's (flock), not the file: it goes with the process that holds it, however that ends, so
+what a killed run left is taken over. Not held where the system has no such locks (Windows, some network file
+systems).
 """
 
 from __future__ import annotations
@@ -15,8 +21,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import re
-from collections.abc import Sequence
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,8 +37,16 @@ from ppcoat.config.schema import RunConfig
 from ppcoat.errors import ConfigError
 from ppcoat.finite import first_not_finite
 from ppcoat.reading import json_value, regular_bytes
+from ppcoat.signals import unfinished
+from ppcoat.train.ranks import Ranks
 from ppcoat.train.run_state import STRICT_FLAG, RunState
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+LOCK = ".lock"
 FORMAT = "ppcoat-checkpoint-1"
 MAX_STATE_BYTES = 64 << 20  # of the JSON of a checkpoint
 _COMMITTED = re.compile(r"^[0-9]{9}$")
@@ -68,6 +85,26 @@ def unwritable(folder: Path, error: OSError) -> ConfigError:
     )
 
 
+@contextmanager
+def only_run_in(folder: Path, ranks: Ranks) -> Iterator[None]:
+    """Context manager: no other run has `folder`, which is made, and removed if nothing came into it.
+
+    The first of the ranks asks. Raises ConfigError that names the other run, OSError where the folder cannot
+    be written to.
+    """
+    if fcntl is None or not ranks.is_first:
+        yield
+        return
+    descriptor = _locked(folder / LOCK)
+    unfinished[descriptor] = lambda: _take_away(folder)
+    try:
+        yield
+    finally:
+        _take_away(folder)
+        del unfinished[descriptor]
+        os.close(descriptor)
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A loaded checkpoint: groups of tensors on CPU by name, and the JSON state."""
@@ -96,6 +133,12 @@ def save_checkpoint(
     write_text(root / "latest", f"{name}\n")
     _prune(root, step, keep)
     return root / name
+
+
+def save_run(state: RunState, config: RunConfig) -> None:
+    """A checkpoint of this step. Raises OSError as save_checkpoint does."""
+    keep = config.save.max_step_saves_to_keep
+    save_checkpoint(config.run_dir, state.step, state.tensors(), state.state_dict(), keep)
 
 
 def has_checkpoint(run_dir: Path) -> bool:
@@ -238,7 +281,35 @@ def _prune(root: Path, step: int, keep: int) -> None:
         remove_folder(path)
 
 
-def save_run(state: RunState, config: RunConfig) -> None:
-    """A checkpoint of this step. Raises OSError as save_checkpoint does."""
-    keep = config.save.max_step_saves_to_keep
-    save_checkpoint(config.run_dir, state.step, state.tensors(), state.state_dict(), keep)
+def _take_away(folder: Path) -> None:
+    with suppress(OSError):  # not empty: a run was here
+        (folder / LOCK).unlink()
+        folder.rmdir()
+
+
+def _locked(file: Path) -> int:
+    """The descriptor that holds the lock until it is closed."""
+    while True:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+        except FileNotFoundError:  # a run that ended in between took its folder away
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            who = os.read(descriptor, 200).decode("utf-8", "replace").strip() or "another process"
+            os.close(descriptor)
+            raise ConfigError(
+                f"{file.parent}: {who} is training there; wait for it, stop it, or choose another name or "
+                "output_dir"
+            ) from None
+        except OSError:  # a file system without locks
+            return descriptor
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), file.stat()):
+                with suppress(OSError):  # a full disk: locked all the same, but nobody is told by whom
+                    os.ftruncate(descriptor, 0)
+                    os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+                return descriptor
+        os.close(descriptor)  # so did one its file

@@ -11,17 +11,15 @@ import numpy as np
 import paddle
 from PIL import Image
 
-from ppcoat.config.explain import printable
 from ppcoat.config.schema import PreviewConfig, RunConfig
 from ppcoat.data.cache import EncodeMasked
 from ppcoat.data.examples import Example
 from ppcoat.data.pairs import found_mask, found_reference
 from ppcoat.data.sources import BadFile
-from ppcoat.errors import ConfigError
-from ppcoat.models.flux.editing_inputs import masked_pixels
+from ppcoat.errors import ConfigError, printable
+from ppcoat.models.flux.editing import FluxFillPipeline, FluxKontextPipeline
 from ppcoat.models.flux.files import INPUTS_OF_CLASS, FluxFiles
-from ppcoat.models.flux.fill import FluxFillPipeline
-from ppcoat.models.flux.kontext import FluxKontextPipeline
+from ppcoat.models.flux.picture_inputs import masked_pixels
 from ppcoat.models.flux.pipeline import FluxPipeline
 from ppcoat.models.tensor_files import component_config
 

@@ -32,9 +32,8 @@ from ppcoat.nn.swap import last_blocks
 from ppcoat.objective import FlowMatching
 from ppcoat.plan.phases import MemoryModel
 from ppcoat.train import editing
-from ppcoat.train.base_model import drop_encoders, fingerprints, load_encoders, load_frozen
+from ppcoat.train.base_model import load_encoders
 from ppcoat.train.model_spec import ModelSpec
-from ppcoat.train.ranks import Ranks
 from ppcoat.train.start import fields_of_start
 from ppcoat.train.trainer import SaveWeights
 
@@ -46,6 +45,8 @@ class FluxSpec(ModelSpec):
 
     config_format = "yaml"
     memory_model = MemoryModel
+    text_encoders = ("text_encoder", "text_encoder_2")
+    load_plain, load_quantized = staticmethod(load_transformer), staticmethod(load_quantized_transformer)
 
     def check(self, config: RunConfig) -> None:
         """Folder, number of swapped blocks, and what does not go with a Fill model."""
@@ -83,16 +84,11 @@ class FluxSpec(ModelSpec):
 
     def encoders(self, config: RunConfig, pipeline: FluxPipeline) -> Encoders:
         """The VAE; T5 and CLIP."""
-        vae, text = "", ""
-        if any(data.cache_to_disk for data in config.datasets):  # reads files, so only where it is of use
-            parts, dtype = self.parts(config), compute_dtype(config.model.dtype)
-            del parts["transformer"]
-            known = fingerprints(config, parts)
-            vae = f"{known.pop('vae')} {dtype}"
-            text = f"{' '.join(known.values())} {dtype} {config.train.max_sequence_length}"
+        tokens, dtype = config.train.max_sequence_length, compute_dtype(config.model.dtype)
+        vae, text = self.identities(config)
 
         def encode_text(captions: list[str]) -> tuple[paddle.Tensor, paddle.Tensor]:
-            return pipeline.encode_prompt(captions, max_sequence_length=config.train.max_sequence_length)[:2]
+            return pipeline.encode_prompt(captions, max_sequence_length=tokens)[:2]
 
         masked = editing.masked_encoder(pipeline) if editing.is_fill(_files(config)) else None
 
@@ -100,27 +96,8 @@ class FluxSpec(ModelSpec):
             part = _MAKERS[name]
             return _files(config)[part], getattr(pipeline, part)
 
-        return Encoders(pipeline.encode_image, encode_text, vae, text, masked=masked, maker=maker)
-
-    def load_base(
-        self,
-        pipeline: FluxPipeline,
-        config: RunConfig,
-        dtype: str | None,
-        ranks: Ranks,
-        keep_copy: bool = True,
-    ) -> None:
-        """In the place of T5 and CLIP."""
-        drop_encoders(pipeline, ("text_encoder", "text_encoder_2"), config.sample.wanted)
-        pipeline.transformer = load_frozen(
-            load_transformer,
-            load_quantized_transformer,
-            _files(config)["transformer"],
-            config,
-            dtype,
-            ranks,
-            keep_copy,
-        )
+        identities = f"{vae} {dtype}", f"{text} {dtype} {tokens}"
+        return Encoders(pipeline.encode_image, encode_text, *identities, masked=masked, maker=maker)
 
     def objective(self, config: RunConfig) -> FlowMatching:
         """Flow matching with the run's noise levels and loss."""

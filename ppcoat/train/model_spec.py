@@ -5,7 +5,7 @@ looks up by `model.family`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
 import paddle
@@ -17,6 +17,7 @@ from ppcoat.data.examples import Example
 from ppcoat.models.tensor_files import Component
 from ppcoat.objective import Objective
 from ppcoat.plan.phases import MemoryModel
+from ppcoat.train.base_model import drop_encoders, fingerprints, quantized_copy_of
 from ppcoat.train.ranks import Ranks
 from ppcoat.train.trainer import SaveWeights
 
@@ -27,6 +28,11 @@ class ModelSpec(ABC):
 
     config_format: ClassVar[Literal["yaml", "toml"]]  # in which a plan gives its advice
     memory_model: ClassVar[type[MemoryModel]]  # what a run holds, phase by phase
+    text_encoders: ClassVar[tuple[str, ...]]  # parts of the pipeline that leave when all is encoded
+    # The transformer of (component, dtype) as it is, and of (component, dtype, copy, blocks_to_swap, format)
+    # with quantised Linears.
+    load_plain: ClassVar[Callable[..., paddle.nn.Layer]]
+    load_quantized: ClassVar[Callable[..., paddle.nn.Layer]]
     preview_negatives: ClassVar[tuple[str, ...]] = ()  # prompts that previews need beside their own
 
     @abstractmethod
@@ -57,15 +63,34 @@ class ModelSpec(ABC):
     def encoders(self, config: RunConfig, pipeline: Any) -> Encoders:
         """What encodes pictures and captions, with the identities that a cache on disk needs."""
 
-    @abstractmethod
+    def identities(self, config: RunConfig) -> tuple[str, str]:
+        """What stands for the VAE and for the text encoders in the keys of a cache on disk; without one, for
+        which files are read, nothing."""
+        if not any(data.cache_to_disk for data in config.datasets):
+            return "", ""
+        parts = self.parts(config)
+        del parts["transformer"]
+        known = fingerprints(config, parts)
+        return known.pop("vae"), " ".join(known.values())
+
     def load_base(
         self, pipeline: Any, config: RunConfig, dtype: str | None, ranks: Ranks, keep_copy: bool = True
     ) -> None:
         """Drop the text encoders, send the VAE away (it stays for previews only), load the transformer.
 
-        With model.quantize its Linears are in FP8, and the first rank keeps a copy of them for the next start
-        (unless keep_copy is off).
+        With model.quantize its Linears are in that format, and the first rank keeps a copy of them for the
+        next start (unless keep_copy is off).
         """
+        drop_encoders(pipeline, self.text_encoders, config.sample.wanted)
+        component, model = self.parts(config)["transformer"], config.model
+        if not model.quantize:
+            pipeline.transformer = self.load_plain(component, dtype)
+            return
+        copy = quantized_copy_of(config) if keep_copy else None
+        with ranks.first_ahead():
+            pipeline.transformer = self.load_quantized(
+                component, dtype, copy, model.blocks_to_swap, model.quantize
+            )
 
     @abstractmethod
     def objective(self, config: RunConfig) -> Objective:

@@ -40,9 +40,8 @@ from ppcoat.models.tensor_files import Component
 from ppcoat.nn.swap import last_blocks
 from ppcoat.objective import NewbieFlowMatching
 from ppcoat.plan.newbie import NewbieMemoryModel
-from ppcoat.train.base_model import drop_encoders, fingerprints, load_encoders, load_frozen
+from ppcoat.train.base_model import load_encoders
 from ppcoat.train.model_spec import ModelSpec
-from ppcoat.train.ranks import Ranks
 from ppcoat.train.start import fields_of_start
 from ppcoat.train.trainer import SaveWeights
 
@@ -61,6 +60,8 @@ class NewbieSpec(ModelSpec):
 
     config_format = "toml"
     memory_model = NewbieMemoryModel
+    text_encoders = ("text_encoder", "clip_model")
+    load_plain, load_quantized = staticmethod(load_nextdit), staticmethod(load_quantized_nextdit)
     preview_negatives = ("",)
 
     def check(self, config: RunConfig) -> None:
@@ -105,13 +106,8 @@ class NewbieSpec(ModelSpec):
     def encoders(self, config: RunConfig, pipeline: NewbiePipeline) -> Encoders:
         """The VAE (float32); Gemma3 with the prefix and Jina CLIP without. Rows have no padding."""
         prefix, tokens = _prefix(config), config.train.max_sequence_length
-        vae, text = "", ""
-        if any(data.cache_to_disk for data in config.datasets):  # reads files, so only where it is of use
-            parts = self.parts(config)
-            del parts["transformer"]
-            known = fingerprints(config, parts)
-            vae = known.pop("vae")
-            text = f"{' '.join(known.values())} {compute_dtype(config.model.dtype)} {tokens} {prefix!r}"
+        vae, text = self.identities(config)
+        text = f"{text} {compute_dtype(config.model.dtype)} {tokens} {prefix!r}"
 
         def encode_text(captions: list[str]) -> tuple[paddle.Tensor | list[paddle.Tensor], ...]:
             found = pipeline.encode_prompt(captions, prefix, tokens, warn=False)
@@ -125,26 +121,6 @@ class NewbieSpec(ModelSpec):
             return Path(config.model.name_or_path) / part, getattr(pipeline, part)
 
         return Encoders(pipeline.encode_image, encode_text, vae, text, TEXT_NAMES, maker=maker)
-
-    def load_base(
-        self,
-        pipeline: NewbiePipeline,
-        config: RunConfig,
-        dtype: str | None,
-        ranks: Ranks,
-        keep_copy: bool = True,
-    ) -> None:
-        """In the place of Gemma3 and Jina CLIP."""
-        drop_encoders(pipeline, ("text_encoder", "clip_model"), config.sample.wanted)
-        pipeline.transformer = load_frozen(
-            load_nextdit,
-            load_quantized_nextdit,
-            Path(config.model.name_or_path) / "transformer",
-            config,
-            dtype,
-            ranks,
-            keep_copy,
-        )
 
     def objective(self, config: RunConfig) -> NewbieFlowMatching:
         """Flow matching with logit-normal times, shifted by the size of the batch's pictures."""

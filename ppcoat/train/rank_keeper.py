@@ -1,7 +1,9 @@
-"""The keeper of a rank: a small process beside it that ends it when nothing of it has run for too long. A
-process that is stopped, or hangs in a library that holds Python's lock, cannot do that itself.
+"""What watches over the process of a rank. Its keeper: a small process beside it that ends it when nothing of
+it has run for too long; a process that is stopped, or hangs in a library that holds Python's lock, cannot do
+that itself. And the signs that its main thread works, as seen from another thread of it.
 
-Runs as a script, without any package. Its own clock stands still while it is stopped, too, as with Ctrl+Z.
+The keeper is this file, run as a script without any package. Its own clock stands still while it is stopped,
+too, as with Ctrl+Z.
 """
 
 import os
@@ -9,7 +11,11 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import suppress
+from types import FrameType
 
 
 def start_keeper(rank: int, bound: float, setting: str, again: str, margin: float = 10.0) -> int:
@@ -44,6 +50,35 @@ def _keep(rank: str, bound: str, margin: str, setting: str, again: str, kept: st
         print(f"rank {rank} was stopped, or hangs in {at}: nothing of it ran for {bound} s ({setting}), so "
               f"it was ended; {again} to go on from the checkpoint", file=sys.stderr, flush=True)  # fmt: skip
         os.kill(int(kept), signal.SIGKILL)
+
+
+def signs_of_work(computes_here: bool) -> int:
+    """A number that changes while the main thread works, and not while it hangs in one call: made of the
+    places in which its functions stand, of how often it has given up its core to wait, and, where
+    computes_here, of the time it computed. A driver of a card may compute while it waits for the card."""
+    signs: list[object] = [(id(frame.f_code), frame.f_lasti) for frame in _frames()]
+    # the main thread's number is that of the process; no such file: not Linux
+    with suppress(OSError), open(f"/proc/self/task/{os.getpid()}/status") as status:
+        signs.append(next((line for line in status if line.startswith("voluntary_")), ""))
+    if computes_here and hasattr(time, "pthread_getcpuclockid"):
+        signs.append(time.clock_gettime_ns(time.pthread_getcpuclockid(threading.main_thread().ident)))
+    return hash(tuple(signs))
+
+
+def place_of_work() -> str:
+    """Where the main thread stands: file, line and name of the innermost function, and of its caller."""
+    frames = [frame for frame, _ in zip(_frames(), range(2), strict=False)]
+    named = [
+        (os.path.basename(each.f_code.co_filename), each.f_lineno, each.f_code.co_name) for each in frames
+    ]
+    return ", in ".join(f"{file}:{line} {name}" for file, line, name in named)
+
+
+def _frames() -> Iterator[FrameType]:
+    frame = sys._current_frames().get(threading.main_thread().ident)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@ Rank 0 listens at the first of the launcher's endpoints; every other rank has on
 Over it ranks meet before they exchange anything, exchange short texts, and send a beat now and then.
 
 A beat is a sign of work, not of life: a thread sends it where the main thread waits for the others, or has
-moved since the last one (rank_signs.py). So a stopped process sends none, nor does one that hangs inside of a
-call: a lock, a disk, a card, a network. A loop that never ends is taken for work.
+moved since the last one (rank_keeper.py). So a stopped process sends none, nor does one that hangs inside of
+a call: a lock, a disk, a card, a network. A loop that never ends is taken for work.
 
 Rank 0 judges the others, and they judge rank 0: who sent nothing for the bound while somebody waited for it
 (or stood still itself) ends the run, and every rank says which it was. The bound counts the time that the
@@ -29,8 +29,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
-from ppcoat.train.rank_keeper import start_keeper
-from ppcoat.train.rank_signs import place_of_work, signs_of_work
+from ppcoat.train.rank_keeper import place_of_work, signs_of_work, start_keeper
 
 LOST_EXIT = 75  # EX_TEMPFAIL of <sysexits.h>: the same command may well succeed the next time
 _GRACE_SECONDS = 5.0  # for a rank to end by itself, with its own message, after another has died
@@ -93,7 +92,7 @@ class Line:
         self._pace = min(PACE_SECONDS, patience.bound / 10)
         self._keeper: int | None = start_keeper(rank, patience.bound, patience.setting, patience.again)
         self._selector = selectors.DefaultSelector()
-        self._selector.register(link, selectors.EVENT_READ, rank if rank == 0 else 0)
+        self._selector.register(link, selectors.EVENT_READ, 0)
         threading.Thread(target=self._watch, name="ranks", daemon=True).start()
 
     @property

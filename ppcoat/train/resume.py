@@ -15,14 +15,13 @@ from pathlib import Path
 from pydantic_core import to_jsonable_python
 
 from ppcoat.atomic import write_text
-from ppcoat.config.explain import printable
 from ppcoat.config.lightning import LightningConfig
 from ppcoat.config.resume import class_of, must_stay, setting_fields, without_number
 from ppcoat.config.schema import RunConfig
 from ppcoat.data.batches import ResumableBatches
 from ppcoat.data.content_keys import content_key, file_digest
 from ppcoat.data.examples import Dataset
-from ppcoat.errors import ConfigError
+from ppcoat.errors import ConfigError, printable
 from ppcoat.models.tensor_files import PATIENCE, Component
 from ppcoat.progress import Progress
 from ppcoat.reading import json_value, regular_bytes
@@ -65,12 +64,9 @@ def data_record(datasets: Sequence[Dataset]) -> dict[str, dict[str, str]]:
     """{"pictures" or "regularisation": {name in its folder: digests of picture, caption, mask and
     references}}, of more than MOST_NAMED one digest together. Reads every file. Raises ConfigError as
     file_digest does."""
-    digests: dict[Path, str] = {}
 
     def of(path: Path) -> str:
-        if path not in digests:
-            digests[path] = file_digest(path)[:_DIGITS]
-        return digests[path]
+        return file_digest(path)[:_DIGITS]
 
     record: dict[str, dict[str, str]] = {}
     seen: set[tuple[str, Path]] = set()

@@ -18,7 +18,7 @@ from PIL import Image
 from ppcoat.atomic import is_disk_error
 from ppcoat.coat import COATTrainer, prepare, trained_parameters
 from ppcoat.config.load import dump_config
-from ppcoat.config.resume import settings_that_matter
+from ppcoat.config.resume import PLACES, settings_that_matter
 from ppcoat.config.schema import RunConfig
 from ppcoat.data.batches import ResumableBatches
 from ppcoat.data.cache import TrainingCache, build_cache
@@ -43,7 +43,7 @@ from ppcoat.plan.settings import (
     with_memory_plan,
 )
 from ppcoat.train.base_model import compatible
-from ppcoat.train.checkpoint import check_run_folder
+from ppcoat.train.checkpoint import check_run_folder, only_run_in
 from ppcoat.train.flux import FluxSpec
 from ppcoat.train.model_spec import ModelSpec
 from ppcoat.train.newbie import NewbieSpec
@@ -59,7 +59,6 @@ from ppcoat.train.previews import (
 from ppcoat.train.rank_line import Patience
 from ppcoat.train.ranks import Ranks, rank_scratch
 from ppcoat.train.resume import Start, check_resume
-from ppcoat.train.run_lock import only_run_in
 from ppcoat.train.run_state import Records, RunningMean, RunState
 from ppcoat.train.start import AdapterStart, adapter_start, as_it_started, settings_before
 from ppcoat.train.trainer import Side, StepResult, Trainer, TrainingResult
@@ -206,8 +205,7 @@ def with_fitting_settings(spec: ModelSpec, config: RunConfig, ranks: Ranks) -> R
 def _alike(config: RunConfig, examples: Sequence[Example]) -> dict[str, object]:
     """What the ranks of a run must share: settings and pictures, wherever these lie; the base model is
     compared by `check_resume`, which reads it."""
-    settings = settings_that_matter(config)
-    settings = {key: value for key, value in settings.items() if not key.endswith("_path")}
+    settings = {key: value for key, value in settings_that_matter(config).items() if key not in PLACES}
     permissions = {f"save.{name}": getattr(config.save, name) for name in ("restart_data", "strict_resume")}
     return {
         **settings,

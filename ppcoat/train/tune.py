@@ -23,11 +23,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ppcoat.atomic import write_text
-from ppcoat.config.explain import printable
 from ppcoat.config.load import dump_config
 from ppcoat.config.schema import MOST_NAME_BYTES, RunConfig
 from ppcoat.device import GpuMeter, HostMeter, on_gpu
-from ppcoat.errors import ConfigError
+from ppcoat.errors import ConfigError, printable
 from ppcoat.nn.policy import check_policy
 from ppcoat.plan.settings import GB, plan, planned_for_gpu
 from ppcoat.train.base_model import base_identity

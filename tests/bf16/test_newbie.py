@@ -16,22 +16,6 @@ from ppcoat.objective import NewbieFlowMatching
 from ppcoat.train.run import train_lora
 
 FOLDER = Path(__file__).parents[1] / "fixtures" / "tiny_newbie"
-TOML = """
-device = "cpu"
-[Model]
-base_model_path = "{model}"
-output_dir = "{out}"
-train_data_dir = "{data}"
-resolution = 64
-train_batch_size = 2
-num_epochs = 2
-learning_rate = 1e-3
-lr_warmup_steps = 1
-lora_rank = 2
-lora_dropout = 0.0
-[logging]
-visualdl = false
-"""
 DRAWN = "a red dress"
 SETTINGS = ["train.steps=2", f"sample.prompts=[{DRAWN}]", "sample.sample_every=2", "sample.sample_steps=2",
             "sample.skip_first_sample=false", "sample.seed=5", "coat.enabled=true",
@@ -39,13 +23,13 @@ SETTINGS = ["train.steps=2", f"sample.prompts=[{DRAWN}]", "sample.sample_every=2
 
 
 @pytest.fixture(scope="module")
-def make_config(tmp_path_factory):
+def make_config(tmp_path_factory, write_newbie_run):
     """make_config(name, *settings) -> a run on four drawings whose captions are of different lengths."""
     folder = tmp_path_factory.mktemp("newbie")
     garments.write_folder(folder / "data" / "1_dress", 4, seed=1, motif="gold star", prefix="")
     (folder / "data" / "1_dress" / "0003.txt").write_text("a far longer caption than the others, " * 3)
-    file = folder / "run.toml"
-    file.write_text(TOML.format(model=FOLDER, out=folder / "out", data=folder / "data"))
+    sections = {"Model": {"learning_rate": 1e-3}, "Optimization": {"optimizer_type": "AdamW8bit"}}
+    file = write_newbie_run(folder, folder / "data", **sections)
     return lambda name, *settings: load_newbie_config(file, [f"name={name}", *SETTINGS, *settings])
 
 

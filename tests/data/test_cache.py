@@ -8,7 +8,7 @@ import paddle
 import pytest
 from PIL import Image
 
-from ppcoat.data.cache import Encoders, build_cache, folder_identity
+from ppcoat.data.cache import Encoders, build_cache
 from ppcoat.data.captions import CaptionRules, caption_variants, final_caption
 from ppcoat.data.embedding_store import EmbeddingStore
 from ppcoat.data.examples import Example
@@ -246,26 +246,6 @@ def test_a_cut_off_entry_is_encoded_again(examples, tmp_path):
         build(examples, recorder, store=store, batch_size=2)
         found.append((recorder.pictures, *recorder.captions))
     assert sorted(found) == [(0, "a sks", "sks bb")] * 2 + [(0, "sks dddd")] + [(1,)] * 4
-
-
-def test_the_identity_of_a_folder_is_its_content(tmp_path):
-    def folder(name, content=b"weights", file="model.safetensors"):
-        path = tmp_path / name / "vae"
-        path.mkdir(parents=True)
-        (path / file).write_bytes(content)
-        return path
-
-    first = folder_identity(folder("a"))
-    assert first == folder_identity(folder("elsewhere"))
-    large = bytes(3 * 2**20)
-    changed = large[:-1] + b"x"
-    others = [
-        folder("b", b"weightz"),
-        folder("c", b"weights", "other"),
-        folder("d", large),
-        folder("e", changed),
-    ]
-    assert len({first, *map(folder_identity, others)}) == 5
 
 
 def test_class_captions_follow_the_variant_that_was_drawn_and_dropout(examples):

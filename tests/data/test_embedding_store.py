@@ -12,6 +12,8 @@ import paddle
 import pytest
 import safetensors.paddle
 
+from ppcoat import reading
+from ppcoat.data import content_keys
 from ppcoat.data.content_keys import content_key, file_digest
 from ppcoat.data.embedding_store import EmbeddingStore
 from ppcoat.errors import ConfigError
@@ -95,6 +97,21 @@ def test_file_digest_is_the_sha256_of_the_bytes(tmp_path):
     assert file_digest(tmp_path / "a.png") == hashlib.sha256(content).hexdigest()
     with pytest.raises(ConfigError, match=r"gone\.png: cannot be read"):
         file_digest(tmp_path / "gone.png")
+
+
+def test_a_file_is_read_once_while_it_stays_and_is_no_longer_young(tmp_path, monkeypatch):
+    file = tmp_path / "a.png"
+    file.write_bytes(b"a")
+    known = file_digest(file)
+    file.write_bytes(b"b")
+    assert file_digest(file) != known  # of the same size, perhaps within one tick of the file system's clock
+    monkeypatch.setattr(reading, "_YOUNG", -(10**12))
+    hits = content_keys._digest.cache_info().hits
+    known = [file_digest(file), file_digest(str(file))]
+    assert known[0] == known[1] and content_keys._digest.cache_info().hits == hits + 1
+    file.write_bytes(b"c")
+    os.utime(file, (1, 1))
+    assert file_digest(file) != known[0]
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,7 @@ from PIL import Image
 
 from ppcoat.cli.main import main
 from ppcoat.data.buckets import bucket_size, crop_box, crop_share
-from ppcoat.data.folder import FolderFlags, folder_dataset, picture_notes
-from ppcoat.data.thumbnails import thumbnail
+from ppcoat.data.folder import FolderFlags, folder_dataset, picture_notes, thumbnail
 from ppcoat.errors import ConfigError
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 PACKAGE = Path(__file__).resolve().parents[2] / "ppcoat"
-FLUSHED, BLOCK, NORM_EPSILON = 2**30, 128, 1e-6  # as in kernel_library.py, fp8/constants.py
+FLUSHED, BLOCK, NORM_EPSILON = 2**30, 128, 1e-6  # as in kernel_library.py, fp8/formats.py
 
 
 class TorchLibrary:

@@ -5,7 +5,7 @@ import paddle
 import pytest
 
 from ppcoat.fp8 import backend
-from ppcoat.fp8.constants import HASH_SEED
+from ppcoat.fp8.formats import HASH_SEED
 from ppcoat.fp8.pointwise import dropout, random_bits
 from ppcoat.fp8.truth import hashed
 

@@ -11,10 +11,10 @@ from PIL import Image
 import ppcoat.infer.card as card
 import ppcoat.infer.generate as generate_module
 from ppcoat.cli.main import run
-from ppcoat.data.cache import folder_identity
 from ppcoat.errors import ConfigError
 from ppcoat.infer.generate import Drawing, generate
 from ppcoat.lora import inject_lora, save_lora
+from ppcoat.models.fingerprint import folder_identity
 from ppcoat.models.loading import load_transformer
 from ppcoat.models.offload import Placement
 from ppcoat.models.quantized_base import QuantizedCopy

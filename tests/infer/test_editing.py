@@ -16,9 +16,12 @@ from ppcoat.cli.main import main
 from ppcoat.infer.drawers import FluxDrawer
 from ppcoat.infer.editing import Sight, edit_arguments, edit_class, own_guidance, prepared, reference_pixels
 from ppcoat.infer.generate import Drawing
-from ppcoat.models.flux.fill import FluxFillPipeline
-from ppcoat.models.flux.image_to_image import FluxImg2ImgPipeline, FluxInpaintPipeline
-from ppcoat.models.flux.kontext import FluxKontextPipeline
+from ppcoat.models.flux.editing import (
+    FluxFillPipeline,
+    FluxImg2ImgPipeline,
+    FluxInpaintPipeline,
+    FluxKontextPipeline,
+)
 from ppcoat.models.flux.pipeline import FluxPipeline
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from ppcoat.data.cache import folder_identity
+from ppcoat import reading
 from ppcoat.models import fingerprint
-from ppcoat.models.fingerprint import Fingerprints
+from ppcoat.models.fingerprint import Fingerprints, folder_identity
 from ppcoat.models.flux.files import FluxFiles
 from ppcoat.models.tensor_files import map_tensor, tensor_infos
 
@@ -125,7 +125,7 @@ def test_a_tokenizers_files_count(known, tmp_path):
 def test_what_did_not_change_is_not_read_again(model, known, monkeypatch, caplog):
     for file in model.iterdir():
         os.utime(file, (1, 1))
-    monkeypatch.setattr(fingerprint, "_YOUNG", 0)
+    monkeypatch.setattr(reading, "_YOUNG", 0)
     first = of(model, known)
     with monkeypatch.context() as patch:
         patch.setattr(fingerprint, "_fingerprint", None)  # a call would be an error
@@ -150,7 +150,27 @@ def test_a_file_that_was_written_just_now_is_read_each_time(model, known):
 
 
 def test_where_nothing_can_be_kept_a_warning_says_so(model, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(fingerprint, "_YOUNG", 0)
+    monkeypatch.setattr(reading, "_YOUNG", 0)
     (tmp_path / "run").write_text("a file in the place of the folder")
     assert len(of(model, tmp_path / "run" / "weights.json")) == 64
     assert "the model is read again next time" in caplog.text
+
+
+def test_the_identity_of_a_folder_is_its_content(tmp_path):
+    def folder(name, content=b"weights", file="model.safetensors"):
+        path = tmp_path / name / "vae"
+        path.mkdir(parents=True)
+        (path / file).write_bytes(content)
+        return path
+
+    first = folder_identity(folder("a"))
+    assert first == folder_identity(folder("elsewhere"))
+    large = bytes(3 * 2**20)
+    changed = large[:-1] + b"x"
+    others = [
+        folder("b", b"weightz"),
+        folder("c", b"weights", "other"),
+        folder("d", large),
+        folder("e", changed),
+    ]
+    assert len({first, *map(folder_identity, others)}) == 5

@@ -8,8 +8,8 @@ from contextlib import suppress
 import pytest
 
 from ppcoat.errors import ConfigError
+from ppcoat.train.checkpoint import LOCK, only_run_in
 from ppcoat.train.ranks import Ranks
-from ppcoat.train.run_lock import LOCK, only_run_in
 
 
 @pytest.fixture

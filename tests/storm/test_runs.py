@@ -48,45 +48,24 @@ ERRORS = [
 ]
 LOGS = ("log.jsonl", ".lock")
 FIXTURES = Path(__file__).parents[1] / "fixtures"
-TOML = """
-device = "cpu"
-[Model]
-base_model_path = "{model}"
-output_dir = "{out}"
-output_name = "run"
-train_data_dir = "{data}"
-resolution = 64
-train_batch_size = 2
-num_epochs = 2
-learning_rate = 1e-2
-lora_rank = 2
-lora_alpha = 4
-[Optimization]
-optimizer_type = "AdamW"
-[logging]
-visualdl = false
-"""
 
 
-def flux(folder, out, write_run):
+def flux(folder, out, fixture):
     sample = {"sample_every": 3, "sample_steps": 1, "prompts": ["a hat"], "width": 32, "height": 32}
     train = {"steps": 4, "batch_size": 2, "lr": 1e-2}
     sections = {"train": train, "save": {"save_every": 2}, "sample": sample}
-    file = write_run(folder, folder / "data", coat={"optimizer": {"block_size": 16}}, **sections)
+    file = fixture("write_run")(folder, folder / "data", coat={"optimizer": {"block_size": 16}}, **sections)
     config = load_config(file, [f"output_dir={out}", "datasets.0.cache_latents_to_disk=true"])
     return partial(train_lora, config)
 
 
-def newbie(folder, out, write_run):
-    file = folder / "run.toml"
-    file.write_text(TOML.format(model=FIXTURES / "tiny_newbie", out=out, data=folder / "data"))
-    return partial(
-        train_lora,
-        load_newbie_config(file, ["train.steps=4", "train.lr_warmup_steps=1", "save.save_every=2"]),
-    )
+def newbie(folder, out, fixture):
+    own = {"output_dir": str(out), "learning_rate": 1e-2, "lora_alpha": 4, "lora_dropout": 0.05}
+    file = fixture("write_newbie_run")(folder, folder / "data", Model=own)
+    return partial(train_lora, load_newbie_config(file, ["train.steps=4", "save.save_every=2"]))
 
 
-def lightning(folder, out, write_run):
+def lightning(folder, out, fixture):
     config = lightning_config({
         "data_path": str(folder / "data"), "pretrained_teacher_model": str(FIXTURES / "tiny_flux_fp32"),
         "output_dir": str(out), "tracker_project_name": "run", "resolution": "64", "lora_rank": "2",
@@ -101,12 +80,13 @@ RUNS = {"FLUX": flux, "NewBie": newbie, "Lightning": lightning}
 
 
 @pytest.fixture(params=RUNS)
-def run(request, tmp_path, memory, monkeypatch, encoders_read_once, write_run, drawings):
+def run(request, tmp_path, memory, monkeypatch, encoders_read_once, drawings):
     """train() is the run, in `root`; trace: of its operations; reported: {length of the trace: step} of the
     checkpoints that it said it had saved; outcome() what it left."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     drawings(tmp_path / "data", 4)
-    root, trainings = memory / "disk", RUNS[request.param](tmp_path, memory / "disk" / "out", write_run)
+    root = memory / "disk"
+    trainings = RUNS[request.param](tmp_path, root / "out", request.getfixturevalue)
     folder = root / "out" / "run"
 
     def train():

@@ -14,7 +14,14 @@ from counts import judge
 from ppcoat.config.lightning import LightningConfig, lightning_config
 from ppcoat.config.load import load_config
 from ppcoat.config.newbie import _NO_EFFECT, _PARTS, DEFAULT_TARGETS, known_keys, load_newbie_config
-from ppcoat.config.resume import CLASSES, class_of, setting_fields, settings_that_matter, without_number
+from ppcoat.config.resume import (
+    CLASSES,
+    PLACES,
+    class_of,
+    setting_fields,
+    settings_that_matter,
+    without_number,
+)
 from ppcoat.config.schema import ModelConfig, NetworkConfig, RunConfig
 from ppcoat.data import examples
 from ppcoat.distill.flux_lightning import train_flux_lightning
@@ -63,7 +70,7 @@ def quick(monkeypatch):
 def test_every_setting_of_every_config_has_a_class():
     """NewBie's keys become settings of the same schema."""
     known = setting_fields(RunConfig).keys() | setting_fields(LightningConfig).keys()
-    assert known | {"datasets"} == CLASSES.keys()
+    assert known | {"datasets"} == CLASSES.keys() and known >= {*PLACES}
     assert class_of("datasets.3.flip_x") == "order" and class_of("of.an.earlier.version") == "told"
 
 

@@ -43,48 +43,27 @@ from ppcoat.train.run import dry_run, train_lora
 from ppcoat.train.trainer import Trainer
 
 FOLDER = Path(__file__).parent.parent / "fixtures" / "tiny_newbie"
-TOML = """
-device = "cpu"
-[Model]
-base_model_path = "{model}"
-output_dir = "{out}"
-output_name = "run"
-train_data_dir = "{data}"
-resolution = 64
-train_batch_size = 2
-num_epochs = 2
-learning_rate = 1e-2
-lr_warmup_steps = 1
-lora_rank = 2
-lora_alpha = 4
-lora_dropout = 0.0
-[Optimization]
-optimizer_type = "AdamW"
-[logging]
-visualdl = false
-"""
 
 
-def configs_in(folder):
+def configs_in(folder, write_newbie_run):
     data = folder / "data" / "2_dress"
     data.mkdir(parents=True)
     garments.write_folder(data, 4, seed=1, motif="gold star", prefix="")
     (data / "0003.txt").write_text("a far longer caption than those of the others, " * 3)
-    file = folder / "run.toml"
-    file.write_text(TOML.format(model=FOLDER, out=folder / "out", data=folder / "data"))
+    file = write_newbie_run(folder, folder / "data", Model={"learning_rate": 1e-2, "lora_alpha": 4})
     return lambda *overrides: load_newbie_config(file, overrides)
 
 
 @pytest.fixture
-def make_config(tmp_path):
+def make_config(tmp_path, write_newbie_run):
     """make_config("train.steps=3", ...) -> RunConfig of a run on 4 drawings, each twice an epoch."""
-    return configs_in(tmp_path)
+    return configs_in(tmp_path, write_newbie_run)
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(tmp_path_factory, write_newbie_run):
     """make_config of a run that has done its one step; nobody may train it further."""
-    make = configs_in(tmp_path_factory.mktemp("finished"))
+    make = configs_in(tmp_path_factory.mktemp("finished"), write_newbie_run)
     train_lora(make("train.steps=1"))
     return make
 

@@ -18,35 +18,10 @@ from ppcoat.train.run import train_lora
 ROOT = Path(__file__).parents[2]
 LAUNCH = ["-m", "paddle.distributed.launch", "--nproc_per_node", "2", "--log_dir", "log"]
 SCRIPT = [str(ROOT / "train_scripts" / "train_newbie_lora.py"), "--config_file"]
-# An epsilon above rounding: with a small one AdamW makes a whole step of any gradient.
-TOML = """
-device = "cpu"
-[Model]
-base_model_path = "{model}"
-output_dir = "{out}"
-output_name = "run"
-train_data_dir = "{data}"
-resolution = 64
-train_batch_size = {batch_size}
-num_epochs = 1
-learning_rate = 2e-4
-lr_warmup_steps = 0
-lora_rank = 2
-lora_dropout = 0.0
-{lines}
-[Optimization]
-optimizer_type = "AdamW"
-[train]
-epsilon = 1e-6
-[model]
-quantize = {quantize}
-[logging]
-visualdl = false
-"""
 
 
 @pytest.fixture
-def write(tmp_path):
+def write(tmp_path, write_newbie_run):
     """write(name, batch_size, ...) -> config of a run in tmp_path/<name> on 4 square and 2 wide pictures,
     with captions of different lengths."""
     data = tmp_path / "data"
@@ -56,14 +31,14 @@ def write(tmp_path):
         Image.new("RGB", (128, 64), colour).save(data / f"wide{number}.png")
         (data / f"wide{number}.txt").write_text(f"a wide {colour} picture")
 
-    def write(name, batch_size, lines="gradient_checkpointing = false", quantize="false"):
+    def write(name, batch_size, quantize=False, **more):
         folder = tmp_path / name
         folder.mkdir()
-        model = ROOT / "tests" / "fixtures" / "tiny_newbie"
-        places = {"model": model, "out": folder, "data": data}
-        text = TOML.format(**places, batch_size=batch_size, lines=lines, quantize=quantize)
-        (folder / "run.toml").write_text(text)
-        return folder / "run.toml"
+        own = {"output_dir": str(folder), "train_batch_size": batch_size, "num_epochs": 1,
+               "learning_rate": 2e-4, "lr_warmup_steps": 0, **more}  # fmt: skip
+        # an epsilon above rounding: with a small one AdamW makes a whole step of any gradient
+        sections = {"Model": own, "train": {"epsilon": 1e-6}, "model": {"quantize": quantize}}
+        return write_newbie_run(folder, data, **sections)
 
     return write
 
@@ -89,7 +64,10 @@ def assert_equal_runs(first, second, tolerance):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"lines": 'adapter_type = "lokr"\ngradient_checkpointing = true', "quantize": "true"}],
+    [
+        {"gradient_checkpointing": False},
+        {"adapter_type": "lokr", "gradient_checkpointing": True, "quantize": True},
+    ],
     ids=["LoRA", "LoKr on an FP8 base, checkpointed"],
 )
 def test_two_ranks_are_one_with_both_pictures(write, tmp_path, settings):

@@ -352,46 +352,15 @@ def test_a_run_goes_on_from_its_own_file_in_a_new_run(make_config, kind):
         np.testing.assert_allclose(got, want[path].delta(weight, 1.0), atol=2e-6, err_msg=path)
 
 
-TOML = """
-[Model]
-base_model_path = "{model}"
-output_dir = "{out}"
-output_name = "run"
-train_data_dir = "{out}"
-adapter_type = "{kind}"
-lora_rank = {rank}
-lora_alpha = 3
-lokr_factor = {factor}
-[Optimization]
-[network]
-pretrained_lora_path = "{path}"
-"""
-
-
 @pytest.fixture
-def newbie(tmp_path):
+def newbie(tmp_path, write_newbie_run):
     def make(path, kind="lora", rank=4, factor=-1):
-        file = tmp_path / "run.toml"
-        values = {
-            "model": NEWBIE,
-            "out": tmp_path,
-            "path": path,
-            "kind": kind,
-            "rank": rank,
-            "factor": factor,
-        }
-        text = TOML.format(**values)
-        if kind == "lora":
-            text = text.replace(f"lokr_factor = {factor}\n", "")
-        targets = [
-            "attention.qkv",
-            "attention.out",
-            "feed_forward.w2",
-            "time_text_embed.1",
-            "clip_text_pooled_proj.1",
-        ]
-        file.write_text(text + f"targets = {json.dumps(targets)}\n")
-        return load_newbie_config(file)
+        own = {"output_dir": str(tmp_path), "adapter_type": kind, "lora_rank": rank, "lora_alpha": 3}
+        own |= {"lokr_factor": factor} if kind == "lokr" else {}
+        targets = ["attention.qkv", "attention.out", "feed_forward.w2", "time_text_embed.1",
+                   "clip_text_pooled_proj.1"]  # fmt: skip
+        network = {"pretrained_lora_path": str(path), "targets": targets}
+        return load_newbie_config(write_newbie_run(tmp_path, tmp_path, Model=own, network=network))
 
     return make
 

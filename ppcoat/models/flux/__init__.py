@@ -1,6 +1,6 @@
 """FLUX.1 for ppdiffusers. Others use `FluxTransformer2DModel` (transformer), `FluxPipeline` (pipeline) and
-those that edit (kontext, fill, image_to_image), what these see of pictures (editing_inputs, picture_inputs),
-`FlowMatchEulerDiscreteScheduler` (scheduler), `register` (registration), and the names of the Linears below.
+those that edit (editing), what these see of pictures (picture_inputs), `FlowMatchEulerDiscreteScheduler`
+(scheduler), `register` (registration), and the names of the Linears below.
 
 ATTENTION_AND_MLP and MODULATION are all Linears inside FLUX's blocks: block list -> {name in Black Forest
 Labs' code: diffusers' names (ours) of its rows, from the top}. Modulation is what makes shifts, scales and

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ppcoat.errors import ConfigError
-from ppcoat.models.json_files import read_json
 from ppcoat.models.single_file import component_kind, components_in
 from ppcoat.models.tensor_files import (
     Component,
@@ -19,6 +18,7 @@ from ppcoat.models.tensor_files import (
     check_there,
     pipeline_class,
 )
+from ppcoat.reading import read_json
 
 Places = str | Path | Sequence[str | Path] | None
 FLUX_COMPONENTS = (

@@ -18,8 +18,8 @@ from typing import NamedTuple
 
 from ppcoat.errors import ConfigError
 from ppcoat.models.flux import ATTENTION_AND_MLP, HALVES_SWAPPED, MODULATION, NORMS, OUTSIDE_BLOCKS
-from ppcoat.models.json_files import shown
 from ppcoat.models.tensor_files import Component, TensorInfo, config_file, sizes_of
+from ppcoat.reading import shown
 
 Infos = Mapping[str, TensorInfo]
 _BLOCKS = {"double_blocks": "transformer_blocks", "single_blocks": "single_transformer_blocks"}

@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 FLUX_PIPELINES = {
     "FluxPipeline": ("pipeline", "FluxPipeline"),
     "FluxControlPipeline": ("pipeline", "FluxPipeline"),
-    "FluxKontextPipeline": ("kontext", "FluxKontextPipeline"),
-    "FluxFillPipeline": ("fill", "FluxFillPipeline"),
-    "FluxImg2ImgPipeline": ("image_to_image", "FluxImg2ImgPipeline"),
-    "FluxInpaintPipeline": ("image_to_image", "FluxInpaintPipeline"),
+    "FluxKontextPipeline": ("editing", "FluxKontextPipeline"),
+    "FluxFillPipeline": ("editing", "FluxFillPipeline"),
+    "FluxImg2ImgPipeline": ("editing", "FluxImg2ImgPipeline"),
+    "FluxInpaintPipeline": ("editing", "FluxInpaintPipeline"),
 }
 _MODULES = {name: module for module, name in FLUX_PIPELINES.values()} | {
     "FluxTransformer2DModel": "transformer"
@@ -95,7 +95,7 @@ def _flux_pipeline(name_or_path: str | os.PathLike) -> type | None:
     from pathlib import Path
 
     from ppcoat.errors import ConfigError
-    from ppcoat.models.json_files import read_json
+    from ppcoat.reading import read_json
 
     index = Path(name_or_path) / "model_index.json"
     if not index.is_file():

@@ -13,9 +13,9 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from ppcoat.errors import ConfigError
-from ppcoat.models.json_files import TABLE_BYTES, VOCABULARY_BYTES, read_bytes, read_json, shown
 from ppcoat.models.limits import TokenizerSettings, within
 from ppcoat.models.tensor_files import Component, read_by_library, sizes_of
+from ppcoat.reading import TABLE_BYTES, VOCABULARY_BYTES, read_bytes, read_json, shown
 
 # What the tokenizers' own classes read; transformers 5 writes tokenizer.json instead.
 _FILES = {"tokenizer": ("vocab.json", "merges.txt"), "tokenizer_2": ("spiece.model",)}

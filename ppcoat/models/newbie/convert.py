@@ -32,14 +32,15 @@ from ppcoat.atomic import whole_folder
 from ppcoat.errors import ConfigError
 from ppcoat.models.newbie.files import check_newbie_folder, check_newbie_vae
 from ppcoat.models.tensor_files import (
+    FLOATS,
     TensorInfo,
     in_file_order,
     map_tensor,
     read_header,
-    read_json,
     tensor_infos,
 )
 from ppcoat.models.writing import STEM, Layout, check_room, layout_bytes, write_file, write_json
+from ppcoat.reading import read_json
 
 # Name on the command line -> Paddle's, safetensors'.
 WEIGHT_DTYPES = {"bf16": ("bfloat16", "BF16"), "fp16": ("float16", "F16"), "fp32": ("float32", "F32")}
@@ -70,7 +71,6 @@ CONFIG_3B = {
     "_class_name": TRANSFORMER_CLASS,
 }
 _TEXT_SUFFIXES = (".json", ".txt", ".model", ".py")  # configs, tokenizers, and code that nothing here runs
-_FLOATS = ("F64", "F32", "F16", "BF16")
 MAX_PICKLE_BYTES, MAX_OPCODES = 16_000_000, 600_000  # a tensor takes 150 bytes and 40 opcodes
 # Opcodes of a dict of tensors, in protocols 2 to 5.
 _OPCODES = {"PROTO", "FRAME", "STOP", "MARK", "NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2",
@@ -135,7 +135,7 @@ def checkpoint_infos(file: Path) -> dict[str, TensorInfo]:
 def _layout(infos: dict[str, TensorInfo], dtype: str) -> Layout:
     """Floats in another dtype, all else as it lies."""
     return {
-        name: (WEIGHT_DTYPES[dtype][1] if info.dtype in _FLOATS else info.dtype, info.shape)
+        name: (WEIGHT_DTYPES[dtype][1] if info.dtype in FLOATS else info.dtype, info.shape)
         for name, info in in_file_order(infos)
     }
 
@@ -144,7 +144,7 @@ def _values(infos: dict[str, TensorInfo], dtype: str) -> Iterator[tuple[str, np.
     """What `_layout` says, in its order."""
     for name, info in in_file_order(infos):
         values = map_tensor(info)
-        if info.dtype in _FLOATS and info.dtype != WEIGHT_DTYPES[dtype][1]:
+        if info.dtype in FLOATS and info.dtype != WEIGHT_DTYPES[dtype][1]:
             values = paddle.to_tensor(values).astype(WEIGHT_DTYPES[dtype][0]).numpy()
         yield name, values
 

@@ -20,7 +20,6 @@ from paddle import nn
 from ppdiffusers import AutoencoderKL
 
 from ppcoat.errors import ConfigError
-from ppcoat.models.json_files import shown
 from ppcoat.models.loading import (
     check_tensors,
     fill,
@@ -50,6 +49,7 @@ from ppcoat.models.tensor_files import (
     tensor_infos,
 )
 from ppcoat.nn.swap import last_blocks
+from ppcoat.reading import shown
 
 NEWBIE_COMPONENTS = ("transformer", "text_encoder", "clip_model", "vae")
 LATENT_CHANNELS = 16

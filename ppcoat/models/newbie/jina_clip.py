@@ -24,7 +24,6 @@ from paddle import nn
 from tokenizers import Tokenizer
 
 from ppcoat.errors import ConfigError
-from ppcoat.models.json_files import VOCABULARY_BYTES, read_bytes, shown
 from ppcoat.models.tensor_files import read_by_library
 from ppcoat.nn.attention import (
     attention,
@@ -32,6 +31,7 @@ from ppcoat.nn.attention import (
     half_split_angles,
     rotate_halves,
 )
+from ppcoat.reading import VOCABULARY_BYTES, read_bytes, shown
 
 JINA_PAD_ID = 1
 # The text model whose sizes a config.json may leave out by naming it.

@@ -13,12 +13,14 @@ from PIL import Image
 from ppcoat.errors import ConfigError
 from ppcoat.models import writing
 from ppcoat.models.flux import drawing, transformer
-from ppcoat.models.flux.editing_inputs import fill_latents, reference_ids
+from ppcoat.models.flux.editing import (
+    FluxFillPipeline,
+    FluxImg2ImgPipeline,
+    FluxInpaintPipeline,
+    FluxKontextPipeline,
+)
 from ppcoat.models.flux.files import FLUX_CLASSES
-from ppcoat.models.flux.fill import FluxFillPipeline
-from ppcoat.models.flux.image_to_image import FluxImg2ImgPipeline, FluxInpaintPipeline
-from ppcoat.models.flux.kontext import FluxKontextPipeline
-from ppcoat.models.flux.picture_inputs import picture_mask, picture_pixels
+from ppcoat.models.flux.picture_inputs import fill_latents, picture_mask, picture_pixels, reference_ids
 from ppcoat.models.flux.pipeline import FluxPipeline
 from ppcoat.models.flux.registration import FLUX_PIPELINES, register
 from ppcoat.models.loading import load_transformer

@@ -24,12 +24,6 @@ GEMMA3_4B = {
 
 
 @pytest.fixture(scope="module")
-def refs():
-    with np.load(FOLDER / "refs.npz") as file:
-        return dict(file)
-
-
-@pytest.fixture(scope="module")
 def encoder():
     return load_gemma3(FOLDER / "text_encoder", "float32")
 

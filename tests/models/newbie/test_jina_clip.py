@@ -21,12 +21,6 @@ JINA_CLIP_V2 = {
 
 
 @pytest.fixture(scope="module")
-def refs():
-    with np.load(FOLDER / "refs.npz") as file:
-        return dict(file)
-
-
-@pytest.fixture(scope="module")
 def model():
     return load_jina_clip(FOLDER / "clip_model", "float32")
 

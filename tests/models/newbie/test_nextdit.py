@@ -28,12 +28,6 @@ MANY_TARGETS = [*TARGETS, "feed_forward.w1", "feed_forward.w3", "adaLN_modulatio
 
 
 @pytest.fixture(scope="module")
-def refs():
-    with np.load(FOLDER / "refs.npz") as file:
-        return dict(file)
-
-
-@pytest.fixture(scope="module")
 def model():
     return load_nextdit(FOLDER / "transformer", "float32")
 

@@ -11,8 +11,7 @@ from paddle.autograd import PyLayer
 import ppcoat.nn.attention as plain_attention
 from ppcoat.lora import inject_lora
 from ppcoat.models.newbie.files import load_nextdit
-from ppcoat.models.newbie.nextdit import NextDiT_CLIP
-from ppcoat.models.newbie.nextdit_blocks import Block
+from ppcoat.models.newbie.nextdit import Block, NextDiT_CLIP
 from ppcoat.nn.attention import rotary_angles
 from ppcoat.nn.convert import replace_linear_with_fp8
 from ppcoat.nn.policy import POLICIES, SavingPolicy

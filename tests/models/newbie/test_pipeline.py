@@ -1,4 +1,3 @@
-import json
 import logging
 from pathlib import Path
 
@@ -12,17 +11,6 @@ from ppcoat.models.newbie.pipeline import PROMPT_PREFIX, NewbiePipeline
 
 FOLDER = Path(__file__).parents[2] / "fixtures" / "tiny_newbie"
 TOLERANCE = 2e-5
-
-
-@pytest.fixture(scope="module")
-def refs():
-    with np.load(FOLDER / "refs.npz") as file:
-        return dict(file)
-
-
-@pytest.fixture(scope="module")
-def texts():
-    return json.loads((FOLDER / "texts.json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")

@@ -13,12 +13,6 @@ TOLERANCE = 2e-5
 
 
 @pytest.fixture(scope="module")
-def refs():
-    with np.load(FOLDER / "refs.npz") as file:
-        return dict(file)
-
-
-@pytest.fixture(scope="module")
 def velocity_with(refs):
     """velocity_with(guidance) -> velocity(x, t) of the tiny model, for the conditions of the references."""
     model = load_nextdit(FOLDER / "transformer", "float32")

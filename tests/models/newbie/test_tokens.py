@@ -11,17 +11,6 @@ FOLDER = Path(__file__).parents[2] / "fixtures" / "tiny_newbie"
 
 
 @pytest.fixture(scope="module")
-def refs():
-    with np.load(FOLDER / "refs.npz") as file:
-        return dict(file)
-
-
-@pytest.fixture(scope="module")
-def texts():
-    return json.loads((FOLDER / "texts.json").read_text(encoding="utf-8"))
-
-
-@pytest.fixture(scope="module")
 def gemma():
     return load_gemma3_tokenizer(FOLDER / "text_encoder")
 

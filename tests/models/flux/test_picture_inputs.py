@@ -7,7 +7,7 @@ import paddle
 import pytest
 
 from ppcoat.errors import ConfigError
-from ppcoat.models.flux.editing_inputs import (
+from ppcoat.models.flux.picture_inputs import (
     fill_latents,
     first_step,
     latent_mask,
