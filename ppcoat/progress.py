@@ -28,6 +28,10 @@ class Progress(tqdm):
             settings = {"mininterval": 0.2, "dynamic_ncols": True} | settings
         super().__init__(*arguments, **settings)
 
+    def __del__(self) -> None:
+        if hasattr(self, "start_t"):  # else a signal came while it was made
+            super().__del__()
+
     @staticmethod
     def status_printer(file: IO[str]) -> Any:
         """tqdm's way to show a text in place of the one before it; a line of its own where that cannot be."""

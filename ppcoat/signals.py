@@ -75,9 +75,11 @@ def take(quiet: bool = False) -> None:
     for end in _State.pipe:
         os.set_blocking(end, False)
     signal.set_wakeup_fd(_State.pipe[1], warn_on_full_buffer=False)
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # the thread inherits it: what is held must not come there
     _thread.start_new_thread(_look_out, (_State.pipe[0],))
-    sys.meta_path.insert(0, LoadedInside("paddle", held))
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # `started_with_signals_held`
+    for name in ("paddle", "paddlenlp"):  # one sets handlers in C++, the other takes away all that are there
+        sys.meta_path.insert(0, LoadedInside(name, held))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # held since before, where `started_with_signals_held`
 
 
 def finished(status: int) -> int:
@@ -89,6 +91,11 @@ def finished(status: int) -> int:
         _end_children(kill=False)
     _State.status = status
     return status
+
+
+def was_said() -> None:
+    """What ends the process has been told, in other words: a signal that is repeated says nothing more."""
+    _State.has_said = True
 
 
 def came() -> bool:
@@ -118,17 +125,18 @@ def leave(number: int) -> None:
 
 class held:
     """Context manager: somebody changes the handler of SIGTERM in here, as Paddle does, behind Python's back.
-    The signal waits; afterwards the handlers are those that Python knows."""
+    The signal waits; afterwards the handlers are those that Python knows. One inside another does nothing."""
 
     def __enter__(self) -> None:
-        if _HAS_MASKS:
+        self._is_outermost = not _State.is_held
+        if _HAS_MASKS and self._is_outermost:
             signal.pthread_sigmask(signal.SIG_BLOCK, _TERM)
             _State.is_held = True
             if _State.pipe is not None:
                 os.write(_State.pipe[1], b"\0")  # the thread looks whether one is waiting
 
     def __exit__(self, *error: object) -> None:
-        if _HAS_MASKS:
+        if _HAS_MASKS and self._is_outermost:
             handler = signal.getsignal(signal.SIGTERM)
             if handler is not None and _is_main_thread():
                 signal.signal(signal.SIGTERM, handler)
@@ -214,7 +222,6 @@ def _again_if_lost(lost: sys.UnraisableHookArgs) -> None:
 def _look_out(pipe: int) -> None:
     """The thread: waits for signals, and for the end of the patience with the main thread."""
     number, deadline = 0, None
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # else what the main thread holds comes to this one
     while True:
         wait = 0.05 if _State.is_held else None if deadline is None else max(0.0, deadline - time.monotonic())
         if select.select([pipe], [], [], wait)[0]:

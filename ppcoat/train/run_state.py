@@ -17,7 +17,7 @@ from types import FrameType
 import paddle
 
 from ppcoat.data.batches import ResumableBatches
-from ppcoat.signals import SIGNALS, expect
+from ppcoat.signals import SIGNALS, expect, was_said
 from ppcoat.train.report import SigmaBins
 
 # What a command with a config file needs to go on, and what it calls a strict resume and one with other data.
@@ -79,7 +79,9 @@ class FinishStepOnSignal:
             signal.signal(number, self._note)
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        if self.signal and kind is SystemExit:  # "stopped at step ..."; a launcher repeats its SIGTERM
+            was_said()
         self._hand_back()
         expect(0)
 

@@ -79,6 +79,36 @@ def test_what_paddle_does_with_sigterm_while_it_is_imported_never_shows(in_proce
     judge("another's handler", "SIGTERM", not ended.wrong, ended.wrong)
 
 
+RESETS = """
+import ctypes
+ctypes.CDLL(None).signal(15, 0)  # as paddlenlp, through Paddle
+if not {after}:
+    print("now", flush=True)
+    time.sleep(5)
+"""
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["in it", "after it"])
+def test_an_import_that_takes_handlers_away_does_not_take_ours(in_process, tmp_path, after):
+    (tmp_path / "paddlenlp.py").write_text("import time" + RESETS.format(after=after))
+    ended = in_process("import paddlenlp; print('now', flush=True); time.sleep(5)")
+    judge("another's handler", "SIGTERM", not ended.wrong, ended.wrong)
+
+
+EVERYTHING = """
+import re, signal
+import paddle, paddlenlp, ppdiffusers
+caught = int(re.search("SigCgt:.(.*)", open("/proc/self/status").read())[1], 16)
+print([caught >> number - 1 & 1 for number in signals.SIGNALS])
+"""
+
+
+@pytest.mark.slow
+def test_no_library_takes_a_handler_away():
+    told = subprocess.run([sys.executable, "-c", PROCESS, EVERYTHING], capture_output=True, text=True)
+    assert told.stdout.splitlines()[-1:] == ["[1, 1, 1]"], told.stdout + told.stderr
+
+
 STUCK = """
 import hashlib, subprocess, sys
 from ppcoat.atomic import whole_file
