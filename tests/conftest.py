@@ -5,8 +5,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -232,3 +234,26 @@ def write_newbie_run():
         return file
 
     return write
+
+
+@pytest.fixture
+def stopped_in(monkeypatch):
+    """stopped_in(step, train, config) -> the exit status of train(config), which gets SIGTERM at the end of
+    that step."""
+    from ppcoat.train.trainer import Trainer
+
+    own = Trainer.train_step
+
+    def stopped(step: int, train: Callable, config: object) -> int:
+        def interrupted(trainer: Trainer) -> object:
+            done = own(trainer)
+            if trainer.step == step:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return done
+
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as left:
+            patch.setattr(Trainer, "train_step", interrupted)
+            train(config)
+        return left.value.code
+
+    return stopped

@@ -32,14 +32,8 @@ from ppcoat.config.load import load_config
 from ppcoat.config.schema import RunConfig
 from ppcoat.device import set_device, tune_host
 from ppcoat.errors import ConfigError
-from ppcoat.infer.garment_scores import (
-    GUIDANCE,
-    GarmentClassifier,
-    classify,
-    draw_samples,
-    held_out_garments,
-    sheet,
-)
+from ppcoat.infer.drawing import GUIDANCE
+from ppcoat.infer.garment_scores import GarmentClassifier, classify, draw_samples, held_out_garments, sheet
 from ppcoat.infer.scores import frechet_distance
 from ppcoat.models.flux.files import FluxFiles
 from ppcoat.models.flux.pipeline import FluxPipeline

@@ -29,7 +29,7 @@ import paddle
 
 from ppcoat.atomic import write_text
 from ppcoat.bench import kernels
-from ppcoat.bench.bench_worker import BenchmarkCase, MeasuredTraining, coat_of
+from ppcoat.bench.bench_worker import MeasuredTraining, coat_of
 from ppcoat.bench.firstlight_report import (
     CHECKPOINTED,
     CHECKS,
@@ -40,7 +40,7 @@ from ppcoat.bench.firstlight_report import (
     checks,
     firstlight_table,
 )
-from ppcoat.bench.flags import FirstlightFlags
+from ppcoat.bench.flags import BenchmarkCase, FirstlightFlags
 from ppcoat.cli import doctor
 from ppcoat.config.flags import from_flags
 from ppcoat.config.schema import RunConfig

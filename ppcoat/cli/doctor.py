@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import paddle
 
-from ppcoat.config.lightning import TINY_FLUX
+from ppcoat.config.flags import TINY_FLUX
 from ppcoat.device import GpuMeter, HostMeter, on_gpu
 from ppcoat.errors import ConfigError
 from ppcoat.fp8 import backend, matmul, norm

@@ -19,8 +19,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from ppcoat.config.ai_toolkit_editing import fit_pairs
-from ppcoat.config.ai_toolkit_keys import DEFAULTS, KEYS, Honour, Read, Refuse, Warn
-from ppcoat.config.ai_toolkit_values import Document, Reading
+from ppcoat.config.ai_toolkit_keys import DEFAULTS, KEYS
+from ppcoat.config.ai_toolkit_values import Document, Honour, Read, Reading, Refuse, Warn
 from ppcoat.config.explain import Location, Origins, dotted, nearest_key, schema_keys
 from ppcoat.errors import ConfigError, printable
 from ppcoat.models.flux import ATTENTION_AND_MLP, MODULATION

@@ -124,7 +124,7 @@ class LightningConfig(BaseModel):
     apply_reflow_loss: bool = Field(False, description="add the reflow loss")
     reflow_loss_weight: float = Field(0.01, gt=0, description="weight of the reflow loss")
 
-    # below: what the seed's command leaves out
+    # below: what the published command leaves out
     device: str = Field("auto", pattern=r"^(auto|cpu|gpu|gpu:[0-9]+)$", description="auto, cpu, gpu or gpu:N")
     lora_alpha: float | None = Field(None, gt=0, description="LoRA alpha; none: the rank (published: 8)")
     huber_c: float = Field(1e-3, gt=0, description="width of the pseudo-Huber loss around 0")

@@ -12,6 +12,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from .backend import Unsuited
 from .formats import (
     FP4_BLOCK,
     FP4_CUBIC,
@@ -23,7 +24,7 @@ from .formats import (
     NF4_LEVELS,
     NF4_OUTER,
 )
-from .formats_triton import DTYPES, Unsuited, dtype_name, empty, narrowed, require
+from .formats_triton import DTYPES, dtype_name, empty, narrowed, require
 
 TILE, WORD = 8192, 8  # values of a program, and of an int32 of codes
 

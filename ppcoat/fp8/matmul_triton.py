@@ -22,17 +22,8 @@ import triton.language as tl
 from triton.runtime.jit import TensorWrapper
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .formats_triton import (
-    DTYPES,
-    NATIVE_ARCH,
-    Unsuited,
-    capability,
-    dtype_name,
-    empty,
-    interpreted,
-    narrowed,
-    require,
-)
+from .backend import Unsuited
+from .formats_triton import DTYPES, NATIVE_ARCH, capability, dtype_name, empty, interpreted, narrowed, require
 from .quantize_triton import FLOATS
 
 if TYPE_CHECKING:

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 import triton
 import triton.language as tl
 
+from .backend import Unsuited
 from .formats import NORM_EPSILON
 from .formats_triton import (
     DTYPES,
     LARGEST_GROUP,
-    Unsuited,
     dtype_name,
     empty,
     fast_inverse,

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import triton
 import triton.language as tl
 
+from .backend import Unsuited
 from .formats import GELU_CUBIC, GELU_LINEAR
 from .formats_triton import (
     DTYPES,
     TILE,
-    Unsuited,
     dtype_name,
     empty,
     fast_exp2,

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 import triton
 import triton.language as tl
 
+from .backend import Unsuited
 from .formats import E4M3, RESIDUAL_STEPS
 from .formats_triton import (
     DTYPES,
     TILE,
-    Unsuited,
     dtype_name,
     empty,
     fast_inverse,

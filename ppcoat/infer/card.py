@@ -32,7 +32,7 @@ from ppcoat.plan.drawing import FORMATS, Drawn, drawing_memory, plan_drawing
 
 
 def placement_of(drawings: Sequence[Any], model: FluxFiles | Path) -> Placement:
-    """How drawings (infer.generate.Drawing, of one command) are to lie on the device. With --vram it is
+    """How drawings (infer.drawing.Drawing, of one command) are to lie on the device. With --vram it is
     planned for the largest, from headers, and told in one line. Raises ConfigError if nothing fits. Call
     after set_device."""
     drawing = drawings[0]

@@ -50,7 +50,7 @@ class Drawer(ABC):
         """Set the LoRAs' strengths; nothing is read again."""
 
     def drawn(self, drawings: Iterable[Any]) -> Iterator[list[Image.Image]]:
-        """The pictures of each drawing (an infer.generate.Drawing of one prompt)."""
+        """The pictures of each drawing (an infer.drawing.Drawing of one prompt)."""
         drawings = list(drawings)
         remaining, left = iter(drawings), len(drawings)
         while some := list(islice(remaining, AT_ONCE)):

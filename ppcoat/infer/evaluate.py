@@ -21,6 +21,7 @@ from ppcoat.config.flags import from_flags
 from ppcoat.device import tune_host
 from ppcoat.errors import ConfigError
 from ppcoat.infer.drawing import FEATURES, GUIDANCE, SAMPLES, EvaluateFlags, GuidanceScales
+from ppcoat.infer.editing import open_picture
 from ppcoat.infer.garment_scores import (
     GarmentClassifier,
     compare_students,
@@ -29,7 +30,6 @@ from ppcoat.infer.garment_scores import (
     pictures_to_tensor,
     sheet,
 )
-from ppcoat.infer.generate import open_picture
 from ppcoat.infer.scores import CLIP, Inception, clip_score, frechet_distance
 from ppcoat.lora import read_lora_file
 from ppcoat.models.loading import check_folder

@@ -28,6 +28,7 @@ from ppcoat.infer.editing import (
 )
 from ppcoat.infer.prompts import read_pictures, slug
 from ppcoat.lora import info_of, inputs_of, put_adapters, read_fitting, tell
+from ppcoat.lora.header import PARTS
 from ppcoat.models.flux.files import FluxFiles
 from ppcoat.models.flux.pipeline import FluxPipeline
 from ppcoat.models.loading import check_folder, parameter_shapes
@@ -199,7 +200,7 @@ _KINDS = {  # class in model_index.json -> kind
     "FluxPipeline": _Kind(
         _check_flux_settings,
         _check_flux,
-        ("transformer", "text_encoder", "text_encoder_2"),
+        PARTS,
         prepared_all,
         _flux_drawer,
     ),

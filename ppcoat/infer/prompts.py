@@ -82,7 +82,7 @@ def read_pictures(
 ) -> list[ListedPicture]:
     """The pictures of a list in its order; num_images of each line, from its seed on.
 
-    drawing: an infer.generate.Drawing, for what lines leave out. check: raises ConfigError for settings that
+    drawing: an infer.drawing.Drawing, for what lines leave out. check: raises ConfigError for settings that
     cannot be drawn with. Raises ConfigError, naming file and line of the first mistake and how many more
     there are.
     """

@@ -17,14 +17,13 @@ from safetensors import safe_open
 from ppcoat.errors import ConfigError
 from ppcoat.models.headers import read_entries
 from ppcoat.models.tensor_files import PICKLES
-from ppcoat.reading import json_value, regular_bytes
+from ppcoat.reading import CONFIG_BYTES, json_value, regular_bytes
 
 from .header import ADAPTER_METADATA, ROTATIONS
 from .keys import clean, whole_model
 from .parse import LoRAFile, parse_lora
 
 SHOWN_KEYS = 5
-MAX_CONFIG_BYTES = 1 << 20
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"  # of an adapter directory
 _USUAL_NAMES = (WEIGHTS, "pytorch_lora_weights.safetensors", "paddle_lora_weights.safetensors")
 _PEFT_TYPES = ("LORA", "LOKR", "LOHA", "LYCORIS")  # peft_type of kinds with an alpha; NewBie's trainer's last
@@ -151,7 +150,7 @@ def _config_beside(file: Path, keys: Iterable[str]) -> dict[str, str]:
 
 def _read_config(file: Path) -> dict:
     try:
-        config = json_value(regular_bytes(file, MAX_CONFIG_BYTES).decode("utf-8-sig"))
+        config = json_value(regular_bytes(file, CONFIG_BYTES).decode("utf-8-sig"))
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"{file} cannot be read ({error}): fetch it again, it belongs beside {WEIGHTS}"

@@ -25,10 +25,10 @@ from ppcoat.models.loading import (
     load_transformer,
     load_vae,
 )
-from ppcoat.pretrain import PretrainFlags
-from ppcoat.pretrain.autoencoder import AutoencoderTraining, sharpen_decoder, train_autoencoder
-from ppcoat.pretrain.classifier import ClassifierTraining, train_classifier
-from ppcoat.pretrain.denoiser import DenoiserTraining, build_transformer, encode_drawings, train_transformer
+from ppcoat.pretrain import AutoencoderTraining, ClassifierTraining, DenoiserTraining, PretrainFlags
+from ppcoat.pretrain.autoencoder import sharpen_decoder, train_autoencoder
+from ppcoat.pretrain.classifier import train_classifier
+from ppcoat.pretrain.denoiser import build_transformer, encode_drawings, train_transformer
 from ppcoat.pretrain.text import write_text_parts
 from ppcoat.train.ranks import Ranks
 

@@ -77,40 +77,38 @@ def table_of(asked: Asked) -> Table:
         raise ConfigError("this run has no LoRA files yet; choose another, or wait for its first checkpoint")
     if asked.compare in ("off", "steps") and not asked.loras:
         raise ConfigError("there is no LoRA to compare with and without; add one")
-    own = [by for _, by in asked.loras]
-    cells: list[list[dict[str, Any]]]
-    off = [0.0] * len(own)
-
-    def with_checkpoint(number: int, by: float) -> list[float]:
-        return [*own, *(by if number == each else 0.0 for each in range(len(asked.checkpoints)))]
-
-    names = tuple(f"step {step}" if step.isdecimal() else step for step, _ in asked.checkpoints)
-    by_strength = tuple(f"× {by:g}" for by in asked.strengths)
-    rows: tuple[str, ...] = ("",)
-    if asked.compare == "one":
-        columns, cells = ("",), [[{"lora_scale": own}]]
-    elif asked.compare == "off":
-        columns, cells = ("LoRA", "LoRA × 0"), [[{"lora_scale": own}, {"lora_scale": off}]]
-    elif asked.compare == "checkpoints":
-        columns = names
-        cells = [[{"lora_scale": with_checkpoint(i, 1.0)} for i in range(len(names))]]
-    elif asked.compare == "grid":
-        rows, columns = names, by_strength
-        cells = [
-            [{"lora_scale": with_checkpoint(i, by)} for by in asked.strengths] for i in range(len(names))
-        ]
-    else:
-        rows, columns = tuple(f"{count} steps" for count in asked.step_counts), by_strength
-        cells = [
-            [{"lora_scale": [by * each for each in own], "steps": count} for by in asked.strengths]
-            for count in asked.step_counts
-        ]
+    rows, columns, cells = _arranged(asked)
     if not 0 < len(rows) * len(columns) <= MOST_CELLS:
         raise ConfigError(f"came {len(rows)} x {len(columns)} pictures, wanted 1 to {MOST_CELLS}")
     lines = tuple(
         tuple(_line(asked, f"r{r}_c{c}", cell) for c, cell in enumerate(row)) for r, row in enumerate(cells)
     )
     return Table(rows, columns, lines)
+
+
+def _arranged(asked: Asked) -> tuple[tuple[str, ...], tuple[str, ...], list[list[dict[str, Any]]]]:
+    """Titles of rows and columns, and in what the cells of each row differ from what is asked for."""
+    own = [by for _, by in asked.loras]
+
+    def with_checkpoint(number: int, by: float) -> list[float]:
+        return [*own, *(by if number == each else 0.0 for each in range(len(asked.checkpoints)))]
+
+    names = tuple(f"step {step}" if step.isdecimal() else step for step, _ in asked.checkpoints)
+    by_strength = tuple(f"× {by:g}" for by in asked.strengths)
+    if asked.compare == "one":
+        return ("",), ("",), [[{"lora_scale": own}]]
+    if asked.compare == "off":
+        return ("",), ("LoRA", "LoRA × 0"), [[{"lora_scale": own}, {"lora_scale": [0.0] * len(own)}]]
+    if asked.compare == "checkpoints":
+        return ("",), names, [[{"lora_scale": with_checkpoint(i, 1.0)} for i in range(len(names))]]
+    if asked.compare == "grid":
+        return names, by_strength, [
+            [{"lora_scale": with_checkpoint(i, by)} for by in asked.strengths] for i in range(len(names))
+        ]  # fmt: skip
+    return tuple(f"{count} steps" for count in asked.step_counts), by_strength, [
+        [{"lora_scale": [by * each for each in own], "steps": count} for by in asked.strengths]
+        for count in asked.step_counts
+    ]  # fmt: skip
 
 
 def write_drawing(asked: Asked, folder: Path, shown: str) -> list[str]:

@@ -147,6 +147,12 @@ def has_checkpoint(run_dir: Path) -> bool:
     return root.is_dir() and ((root / "latest").exists() or bool(_committed(root)))
 
 
+def named_latest(root: Path) -> str:
+    """What `latest` in a folder of checkpoints says. Raises OSError where it cannot be read,
+    UnicodeDecodeError for other bytes than ASCII."""
+    return regular_bytes(root / "latest", MAX_STATE_BYTES).decode("ascii").strip()
+
+
 def load_latest(
     run_dir: str | Path, strict: bool = False, strict_flag: str = STRICT_FLAG
 ) -> Checkpoint | None:
@@ -225,7 +231,7 @@ def _report(damage: str, instead: str, refusing: str | None) -> None:
 def _pointed(root: Path, refusing: str | None) -> int | None:
     """Step that `latest` names; None where there is no pointer or it holds something else."""
     try:
-        text = regular_bytes(root / "latest", MAX_STATE_BYTES).decode("ascii").strip()
+        text = named_latest(root)
     except FileNotFoundError:
         return None
     except OSError as error:

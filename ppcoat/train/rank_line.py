@@ -271,22 +271,30 @@ class Line:
             self._waited = None if self._waited is None else self._waited + passed
             waited, transfers = self._waited, self._transfers
             missing = self._missing() if self._missing is not None else [*self._peers] if transfers else []
+        waits_for = _ALL if transfers else missing[0] if missing else 0
         if waited is not None or moved:
-            self._beat(_AT_WORK if waited is None else _ALL if transfers else missing[0] if missing else 0)
+            self._beat(_AT_WORK if waited is None else waits_for)
         if self._ended or self._lost is not None:
             return
-        bound = self.patience.bound
-        late = max(waited or 0.0, self._stood) >= bound
-        for rank, silence in self._silence.items():
-            # who has arrived waits, and so would beat; who waits for this one and has not arrived never will
-            elsewhere = late and rank in missing and self._doing[rank] == self._rank
-            if (silence >= bound and (late or self._arrived[rank])) or elsewhere:
-                return self._lose(rank, _SILENT)
-        if late and transfers:
+        late = max(waited or 0.0, self._stood) >= self.patience.bound
+        silent = self._silent(late, missing)
+        if silent is not None:
+            self._lose(silent, _SILENT)
+        elif late and transfers:
             self._lose(_ALL, _SILENT)
         elif waited is not None and waited >= NOTICE_SECONDS and not self._noted:
             self._noted = True
-            say(self._notice(waited, _ALL if transfers else missing[0] if missing else 0))
+            say(self._notice(waited, waits_for))
+
+    def _silent(self, late: bool, missing: list[int]) -> int | None:
+        """The first peer that ends the run by its silence. late: this rank has waited, or stood, for the
+        bound."""
+        for rank, silence in self._silence.items():
+            # who has arrived waits, and so would beat; who waits for this one and has not arrived never will
+            elsewhere = late and rank in missing and self._doing[rank] == self._rank
+            if (silence >= self.patience.bound and (late or self._arrived[rank])) or elsewhere:
+                return rank
+        return None
 
     def _tell_keeper(self, what: str) -> None:
         """That this process runs, and what its main thread goes into."""

@@ -26,7 +26,7 @@ from ppcoat.models.tensor_files import PATIENCE, Component
 from ppcoat.progress import Progress
 from ppcoat.reading import json_value, regular_bytes
 from ppcoat.train.base_model import base_identity, fingerprints
-from ppcoat.train.checkpoint import MAX_STATE_BYTES, Checkpoint, load_latest, unwritable
+from ppcoat.train.checkpoint import MAX_STATE_BYTES, Checkpoint, load_latest, named_latest, unwritable
 from ppcoat.train.ranks import Ranks
 from ppcoat.train.run_state import ANEW, Records, ResumeWords, RunState
 
@@ -118,8 +118,7 @@ def check_resume(
 def _check_latest(config: RunConfig, start: Start, words: ResumeWords) -> None:
     root = config.run_dir / "checkpoints"
     try:
-        latest = regular_bytes(root / "latest", MAX_STATE_BYTES).decode("ascii").strip()
-        facts = json_value(regular_bytes(root / latest / "state.json", MAX_STATE_BYTES))
+        facts = json_value(regular_bytes(root / named_latest(root) / "state.json", MAX_STATE_BYTES))
         for place in (facts["compatible"], facts["compatible"].get("network", {})):
             place.pop("modules", None)
         facts["batches"].keys()

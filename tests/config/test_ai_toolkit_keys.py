@@ -2,7 +2,8 @@
 
 import pytest
 
-from ppcoat.config.ai_toolkit_keys import DEFAULTS, KEYS, Honour, Read
+from ppcoat.config.ai_toolkit_keys import DEFAULTS, KEYS
+from ppcoat.config.ai_toolkit_values import Honour, Read
 from ppcoat.config.explain import _all_keys
 from ppcoat.config.schema import PreviewConfig, RunConfig
 

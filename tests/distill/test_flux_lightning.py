@@ -3,9 +3,7 @@
 import errno
 import json
 import math
-import os
 import shutil
-import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +18,6 @@ from ppcoat.config.lightning import lightning_config
 from ppcoat.data import garments
 from ppcoat.distill import flux_lightning
 from ppcoat.distill.flux_lightning import pre_allocate, train_flux_lightning
-from ppcoat.distill.trainer import LightningTrainer
 from ppcoat.errors import ConfigError
 from ppcoat.fp8 import backend
 from ppcoat.train.flux import FluxSpec
@@ -201,21 +198,13 @@ def test_a_damaged_checkpoint_stops_a_strict_run(make_config):
         train_flux_lightning(config)
 
 
-def test_after_a_stop_the_flag_that_goes_on_is_named(make_config, monkeypatch, capfd):
+def test_after_a_stop_the_flag_that_goes_on_is_named(make_config, stopped_in, monkeypatch, capfd):
     """The same command again is refused; and so it is said where a disk is full or a rank dies."""
-    step = LightningTrainer.train_step
-
-    def interrupted(trainer):
-        os.kill(os.getpid(), signal.SIGTERM)
-        return step(trainer)
-
     plain = {"adv_weight": 0, "adv_lr": None, "use_dmd_loss": False, "apply_reflow_loss": False}
     config = make_config("stopped", max_train_steps=2, **plain)
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
-        patch.setattr(LightningTrainer, "train_step", interrupted)
-        train_flux_lightning(config)
+    status = stopped_in(1, train_flux_lightning, config)
     said, advice = capfd.readouterr().err, "give --resume_from_checkpoint latest"
-    assert stopped.value.code == 143 and f"stopped at step 1; {advice} to go on from there" in said
+    assert status == 143 and f"stopped at step 1; {advice} to go on from there" in said
     with pytest.raises(ConfigError, match=advice):
         train_flux_lightning(config)
 

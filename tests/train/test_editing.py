@@ -2,9 +2,7 @@
 base is stored, exact resume, previews, the LoRA's header, and refusals in one line."""
 
 import json
-import os
 import shutil
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +18,6 @@ from ppcoat.plan.settings import as_given
 from ppcoat.train.editing import fields_of_references
 from ppcoat.train.flux import FluxSpec
 from ppcoat.train.run import check_inputs, dry_run, encode_dataset, train_lora
-from ppcoat.train.trainer import Trainer
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 KINDS = ["references", pytest.param("fill", marks=pytest.mark.slow)]
@@ -136,24 +133,14 @@ def test_a_quantised_base_sees_references_too(pairs, base):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_stopped_run_goes_on_bit_for_bit(pairs, fill, monkeypatch, kind):
+def test_a_stopped_run_goes_on_bit_for_bit(pairs, fill, stopped_in, kind):
     common = ["train.steps=2", "save.save_every=1", "datasets.0.flip_x=true", "datasets.0.cache_to_disk=true",
               "datasets.0.caption_dropout_rate=0.3", "datasets.0.full_size_control_images=false",
               "train.diff_output_preservation=true"]  # fmt: skip
     make = pairs if kind == "references" else fill
     whole, halves = make("name=whole", *common), make("name=halves", *common)
     train_lora(whole)
-    step = Trainer.train_step
-
-    def interrupted(trainer):
-        result = step(trainer)
-        if trainer.step == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return result
-
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(Trainer, "train_step", interrupted)
-        train_lora(halves)
+    stopped_in(1, train_lora, halves)
     train_lora(halves)
     assert log(whole) == log(halves) and log(whole)[-1]["preservation_loss"] > 0
     manifests = [json.loads((run.run_dir / "checkpoints/000000002/manifest.json").read_text())

@@ -2,7 +2,6 @@
 early."""
 
 import json
-import os
 import re
 import signal
 
@@ -20,7 +19,6 @@ from ppcoat.nn.convert import quantize_linears
 from ppcoat.train import run as run_module
 from ppcoat.train.resume import check_compatible
 from ppcoat.train.run import train_lora
-from ppcoat.train.trainer import Trainer
 
 ON_SMALL_FLUX = pytest.mark.usefixtures("small_flux")
 
@@ -71,7 +69,7 @@ def test_a_run_leaves_lora_config_checkpoints_log_and_previews(make_config):
     ],
 )
 def test_stopped_and_resumed_run_is_bit_equal_to_an_uninterrupted_one(
-    make_config, monkeypatch, coat, checkpointing
+    make_config, stopped_in, coat, checkpointing
 ):
     """Also in the middle of an epoch (3 batches), with dropout in LoRA and captions, accumulated gradients
     and a running mean, which is what the compared files hold."""
@@ -88,18 +86,7 @@ def test_stopped_and_resumed_run_is_bit_equal_to_an_uninterrupted_one(
     whole = make_config("name=whole", *common)
     train_lora(whole)
     halves = make_config("name=halves", *common)
-    step = Trainer.train_step
-
-    def interrupted(trainer):
-        done = step(trainer)
-        if trainer.step == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return done
-
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
-        patch.setattr(Trainer, "train_step", interrupted)
-        train_lora(halves)
-    assert stopped.value.code == 128 + signal.SIGTERM
+    assert stopped_in(2, train_lora, halves) == 128 + signal.SIGTERM
     train_lora(halves)
     assert log(whole) == log(halves)
     ours, theirs = (
@@ -129,7 +116,7 @@ def test_stopped_and_resumed_run_is_bit_equal_to_an_uninterrupted_one(
     ids=["dora", "lokr"],
 )  # fmt: skip
 def test_other_kinds_resume_bit_for_bit_and_their_file_draws_the_last_preview(
-    make_config, monkeypatch, kind, settings
+    make_config, stopped_in, kind, settings
 ):
     """The mean is what the file and the preview are made of."""
     common = [f"network.type={kind}", "train.steps=2", "train.batch_size=1", "save.save_every=1",
@@ -139,16 +126,7 @@ def test_other_kinds_resume_bit_for_bit_and_their_file_draws_the_last_preview(
                "sample.height=64", "sample.guidance_scale=3"]  # fmt: skip
     whole, halves = make_config("name=whole", *common), make_config("name=halves", *common, *preview)
     train_lora(whole)
-    step = Trainer.train_step
-
-    def interrupted(trainer):
-        result = step(trainer)
-        os.kill(os.getpid(), signal.SIGTERM)
-        return result
-
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(Trainer, "train_step", interrupted)
-        train_lora(halves)
+    stopped_in(1, train_lora, halves)
     file = train_lora(halves).lora_file
     manifests = [json.loads((each.run_dir / "checkpoints/000000002/manifest.json").read_text())
                  for each in (whole, halves)]  # fmt: skip

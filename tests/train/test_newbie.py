@@ -15,7 +15,6 @@ import logging
 import os
 import re
 import shutil
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +39,6 @@ from ppcoat.train.newbie import NewbieSpec
 from ppcoat.train.previews import KeptPicture, encode_validation
 from ppcoat.train.ranks import Ranks
 from ppcoat.train.run import dry_run, train_lora
-from ppcoat.train.trainer import Trainer
 
 FOLDER = Path(__file__).parent.parent / "fixtures" / "tiny_newbie"
 
@@ -160,23 +158,13 @@ def test_a_run_lowers_the_loss_and_its_merged_model_is_the_one_with_the_adapter(
          "train.gradient_checkpointing=false", "coat.enabled=true"),
     ],
 )  # fmt: skip
-def test_stopped_and_resumed_run_is_bit_equal_to_an_uninterrupted_one(make_config, monkeypatch, overrides):
+def test_stopped_and_resumed_run_is_bit_equal_to_an_uninterrupted_one(make_config, stopped_in, overrides):
     whole, halves = (
         make_config(f"name={name}", "save.save_every=100", "train.steps=6", *overrides)
         for name in ("whole", "halves")
     )
     train_lora(whole)
-    step = Trainer.train_step
-
-    def interrupted(trainer):
-        done = step(trainer)
-        if trainer.step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return done
-
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(Trainer, "train_step", interrupted)
-        train_lora(halves)
+    stopped_in(3, train_lora, halves)
     train_lora(halves)
     assert [line["step"] for line in log(whole)] == list(range(1, 7))  # an epoch has 8 pictures in twos
     assert log(whole) == log(halves)

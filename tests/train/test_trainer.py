@@ -302,20 +302,11 @@ def test_bins_hold_the_losses_of_their_noise_levels(make_config, monkeypatch):
         assert mean == pytest.approx(np.mean([lines[i]["loss"] for i in since]), rel=1e-5)
 
 
-def test_bins_go_on_after_a_resume(make_config, monkeypatch):
+def test_bins_go_on_after_a_resume(make_config, stopped_in):
     whole = make_config("name=whole", "train.steps=4", "save.save_every=3", "logging.log_every=4")
     train_lora(whole)
     halves = make_config("name=halves", "train.steps=4", "save.save_every=3", "logging.log_every=4")
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        step = Trainer.train_step
-
-        def interrupted(trainer):
-            if trainer.step == 2:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return step(trainer)
-
-        patch.setattr(Trainer, "train_step", interrupted)
-        train_lora(halves)
+    stopped_in(3, train_lora, halves)
     train_lora(halves)
     assert log(whole) == log(halves) and any("loss_sigma" in name for name in log(whole)[-1])
 
