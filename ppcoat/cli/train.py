@@ -37,7 +37,9 @@ class FluxRunFlags(RunFlags):
 class NewbieRunFlags(RunFlags):
     """Settings of `train-newbie`."""
 
-    config: str = flag("TOML file, e.g. configs/newbie_lora.toml", name="config_file")
+    config: str = flag(
+        "TOML file, e.g. configs/newbie_lora.toml", name="config_file", positional=True, named_too=True
+    )
 
 
 FLAGS = {"flux": FluxRunFlags, "newbie": NewbieRunFlags}  # by model.family
