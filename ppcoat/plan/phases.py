@@ -309,8 +309,8 @@ class MemoryModel:
         if self.on_gpu:
             return *facts, self._attention_fact
         return *facts, (
-            "on a CPU a process may come to hold twice what is kept for backward and working memory: freed "
-            f"blocks below {LARGEST_KEPT >> 20} MiB stay with it"
+            "on a CPU 'kept for backward' and 'working memory' may count twice: freed blocks below "
+            f"{LARGEST_KEPT >> 20} MiB stay with it"
         )
 
     def _attention_kernel(self) -> tuple[str, bool]:
