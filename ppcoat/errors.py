@@ -4,6 +4,7 @@ what to do; the words for what several modules have to say; and which warnings a
 import difflib
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterable
@@ -12,6 +13,8 @@ from collections.abc import Iterable
 _LOGS_OF_LIBRARIES = ("PaddleNLP", "ppdiffusers", "aistudio_sdk", "datasets", "huggingface_hub", "jieba")
 
 
+_WORD = re.compile("[a-z0-9]+")
+LONGEST_NAME = 100  # characters of a name that are compared with the known ones
 START_OF_LINE, END_OF_LINE, LONGEST_LINE = 1200, 400, 1800  # characters of a message
 
 
@@ -37,8 +40,23 @@ def one_line(text: object) -> str:
 def unknown_name(what: str, name: object, known: Iterable[str]) -> str:
     """The message for a name that is none of `known`: it says the nearest of them, and all."""
     known = tuple(known)
-    nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)[0]
-    return f"unknown {what} {name!r}, the nearest is {nearest!r}; use one of {', '.join(known)}"
+    return f"unknown {what} {name!r}, the nearest is {nearest(name, known)!r}; use one of {', '.join(known)}"
+
+
+def nearest(name: object, known: Iterable[str]) -> str:
+    """The one of `known`, which are some, that may have been meant by `name`."""
+    return max(known, key=lambda each: likeness(str(name), each))
+
+
+def likeness(name: str, known: str) -> float:
+    """How much `name` may have been meant for `known`, 0..1: by their letters, of which some may have changed
+    places, and by their words, as of steps and max_steps for sample_steps and steps."""
+    name, known = name[:LONGEST_NAME].lower(), known.lower()
+    letters = difflib.SequenceMatcher(None, name, known)
+    like = (letters.ratio() + letters.quick_ratio()) / 2
+    words, others = _WORD.findall(name), _WORD.findall(known)
+    shortened = set(words) <= set(others) or (set(others) <= set(words) and words[-1:] == others[-1:])
+    return 0.7 + 0.3 * like if words and others and shortened else like
 
 
 def not_installed(error: ModuleNotFoundError) -> str:

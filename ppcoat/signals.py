@@ -75,11 +75,11 @@ def take(quiet: bool = False) -> None:
     for end in _State.pipe:
         os.set_blocking(end, False)
     signal.set_wakeup_fd(_State.pipe[1], warn_on_full_buffer=False)
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # the thread inherits it: what is held must not come there
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # the thread inherits that: what is held comes to none
     _thread.start_new_thread(_look_out, (_State.pipe[0],))
     for name in ("paddle", "paddlenlp"):  # one sets handlers in C++, the other takes away all that are there
         sys.meta_path.insert(0, LoadedInside(name, held))
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # held since before, where `started_with_signals_held`
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # held since before in a child
 
 
 def finished(status: int) -> int:

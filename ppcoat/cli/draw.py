@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 
 from ppcoat.config.flags import add_flags, from_flags
-from ppcoat.infer.drawing import Drawing, EditFlags, LightningDrawing, LightningFlags
+from ppcoat.infer.drawing import Drawing, EditFlags, LightningDrawing, LightningFlags, check_given
 
 
 def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,6 +23,8 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_generate(arguments: argparse.Namespace) -> None:
     drawing = from_flags(Drawing, arguments)
+    check_given(drawing)
+
     from ppcoat.device import tune_host
     from ppcoat.infer.generate import generate
 

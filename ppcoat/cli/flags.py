@@ -58,6 +58,7 @@ class InspectFlags:
     """Settings of `inspect`."""
 
     file: Path = flag("LoRA file (.safetensors) or folder, or a base model in one file", positional=True)
+    model: str | None = flag("NewBie folder, for a LoRA of NewBie", None)
 
 
 @dataclass(frozen=True)

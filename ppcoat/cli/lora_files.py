@@ -1,6 +1,6 @@
 """Two commands on LoRA files of FLUX; the first knows base models in one file, too.
 
-    python -m ppcoat inspect lora.safetensors
+    python -m ppcoat inspect lora.safetensors [--model newbie]
     python -m ppcoat convert lora.safetensors lora_kohya.safetensors --format kohya
 
 `inspect` shows what a file or folder holds, so that one sees why it draws as it does: format, kinds, ranks,
@@ -24,10 +24,11 @@ from ppcoat.errors import ConfigError
 from ppcoat.lora import LoRAFile, LoRAModule, inputs_of, read_lora_file, summarize, write_lora_file
 from ppcoat.lora.files import adapter_file, check_known
 from ppcoat.lora.header import OF_TENSORS
-from ppcoat.lora.keys import clean
+from ppcoat.lora.keys import TRANSFORMER, clean
 from ppcoat.lora.parse import described
 from ppcoat.lora.writing import LORA_DTYPES
 from ppcoat.models.flux.files import FLUX_COMPONENTS
+from ppcoat.models.loading import parameter_shapes
 from ppcoat.models.single_file import components_in
 from ppcoat.models.tensor_files import FilePart
 
@@ -41,12 +42,20 @@ COMFYUI_MEASURES = (
 
 
 def run_inspect(arguments: argparse.Namespace) -> None:
-    file = from_flags(InspectFlags, arguments).file
+    flags = from_flags(InspectFlags, arguments)
+    file, paths = flags.file, None
+    if flags.model:
+        names = parameter_shapes(flags.model, TRANSFORMER)[TRANSFORMER]
+        paths = {name.rpartition(".")[0] for name in names}
     try:
         parts = components_in(file) if file.is_file() else {}
     except ConfigError:  # the reader of LoRAs says what else it is
         parts = {}
-    print(describe_model(file, parts) if parts else describe(file, read_lora_file(file, incomplete_too=True)))
+    print(
+        describe_model(file, parts)
+        if parts
+        else describe(file, read_lora_file(file, paths, incomplete_too=True))
+    )
 
 
 def describe_model(file: Path, parts: Mapping[str, FilePart]) -> str:
@@ -72,14 +81,17 @@ def describe(file: Path, lora: LoRAFile) -> str:
     ]
     if inputs_of(lora):
         rows.append(("x_embedder", f"takes {inputs_of(lora)} inputs{INPUTS.get(inputs_of(lora), '')}"))
-    if lora.modules or not lora.changes:
+    if lora.modules or not (lora.changes or lora.foreign):
         rows += plain_rows(lora.modules)
-    listed = f": {', '.join(map(clean, lora.unknown))}" if lora.unknown else ""
+    unknown = [clean(key) for key in lora.unknown]
+    listed = f": {some(unknown) if lora.foreign else ', '.join(unknown)}" if unknown else ""
     rows.append(("unknown", f"{len(lora.unknown)} keys{listed}"))
     if lora.incomplete:
         halves = [f"{clean(name)} has {roles}" for name, roles in lora.incomplete.items()]
         rows.append(("incomplete", f"{len(halves)} modules, wanted A and B: {some(halves)}"))
     rows += [("note", note) for note in lora.notes]
+    if lora.foreign and "NewBie" in lora.foreign:
+        rows.append(("note", "if it is of NewBie: --model, with NewBie's folder, reads it"))
     rows.append(("header", f"{len(lora.header)} fields"))
     rows += [(f"  {clean(key)}", clean(text)) for key, text in sorted(lora.header.items())]
     return _table(rows)

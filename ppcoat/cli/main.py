@@ -7,7 +7,6 @@ The table names modules and functions; what a command does is imported when its 
 from __future__ import annotations
 
 import argparse
-import difflib
 import errno
 import importlib
 import os
@@ -18,9 +17,14 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 import ppcoat
-from ppcoat.errors import ConfigError, not_installed, one_line, tell_plainly, unknown_name
+from ppcoat.errors import ConfigError, likeness, nearest, not_installed, one_line, tell_plainly, unknown_name
 
 _OF_A_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+_SAID = {  # argparse's words -> ours
+    r"^one of the arguments --\w+ (\w+) is required$": r"the following arguments are required: \1",
+    r"invalid int value: (.*)": r"came \1, wanted a whole number",
+    r"invalid float value: (.*)": r"came \1, wanted a number",
+}
 _FLAG = re.compile(r"(?<=^--)(no[-_])?([a-z0-9_]+(?:-[a-z0-9_]+)*)(?=$|=)")
 
 
@@ -301,15 +305,27 @@ class _Parser(argparse.ArgumentParser):
     """Says a mistake in one line, as everything else here, instead of listing all flags."""
 
     def error(self, message: str) -> NoReturn:
-        """Raises ConfigError; a flag that is none is told with the nearest."""
-        unknown = re.search(r"^unrecognized.* (--[a-z_]+)", message)
+        """Raises ConfigError; a flag that is none is told with the nearest, or with the key of the config for
+        which it may have been meant."""
+        for theirs, ours in _SAID.items():
+            message = re.sub(theirs, ours, message)
+        unknown = re.search(r"^unrecognized.* --([a-z_]+)", message)
         if unknown:
             others = [each for action in self._actions if isinstance(action, argparse._SubParsersAction)
                       for each in action.choices.values()]  # fmt: skip
-            flags = "".join(each.format_usage() for each in (self, *others))
-            near = difflib.get_close_matches(unknown[1], re.findall(r"--\w+", flags), 1, cutoff=0.0)
-            message += f"; the nearest flag is {near[0]}" if near else ""
+            usage = "".join(each.format_usage() for each in (self, *others))
+            message += _meant(unknown[1], ["help", *re.findall(r"--(\w+)", usage)])
         raise ConfigError(f"{message}; {self.prog} --help lists the flags")
+
+
+def _meant(unknown: str, flags: list[str]) -> str:
+    """What to say of a flag that is none of `flags`."""
+    flag = nearest(unknown, flags)
+    if "set" in flags and likeness(unknown, flag) < 0.8:
+        from ppcoat.config.explain import known_instead  # reads all sections of a config
+
+        return f"; --set a.b=c changes a key of the config, and {known_instead((unknown,))}"
+    return f"; the nearest flag is --{flag}"
 
 
 def _print_commands() -> None:

@@ -37,11 +37,13 @@ class FluxRunFlags(RunFlags):
 class NewbieRunFlags(RunFlags):
     """Settings of `train-newbie`."""
 
-    config: str = flag("TOML file, e.g. configs/newbie_lora.toml", name="config_file")
+    config: str = flag(
+        "TOML file, e.g. configs/newbie_lora.toml", name="config_file", positional=True, named_too=True
+    )
 
 
 FLAGS = {"flux": FluxRunFlags, "newbie": NewbieRunFlags}  # by model.family
-SCRIPTS = {"flux": "train_scripts/train_flux_lora.py", "newbie": "train_scripts/train_newbie_lora.py"}
+COMMANDS = {"flux": "train", "newbie": "train-newbie"}
 
 
 def add_flux_arguments(parser: argparse.ArgumentParser) -> None:
@@ -97,8 +99,8 @@ def run_command(arguments: argparse.Namespace) -> None:
     flags = from_flags(FLAGS[family], arguments)
     config = load_run_config(flags.config, flags.overrides, family)
     if config.model.family != family:
-        script = SCRIPTS[config.model.family]
-        raise ConfigError(f"model.family is {config.model.family}: train it with {script}")
+        command = f"python -m ppcoat {COMMANDS[config.model.family]}"
+        raise ConfigError(f"model.family is {config.model.family}: train it with {command}")
     _train(config, flags)
 
 

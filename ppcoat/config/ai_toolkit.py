@@ -21,7 +21,7 @@ from typing import Any
 from ppcoat.config.ai_toolkit_editing import fit_pairs
 from ppcoat.config.ai_toolkit_keys import DEFAULTS, KEYS
 from ppcoat.config.ai_toolkit_values import Document, Honour, Read, Reading, Refuse, Warn
-from ppcoat.config.explain import Location, Origins, dotted, nearest_key, schema_keys
+from ppcoat.config.explain import Location, Origins, dotted, known_instead, schema_keys
 from ppcoat.errors import ConfigError, printable
 from ppcoat.models.flux import ATTENTION_AND_MLP, MODULATION
 
@@ -178,9 +178,9 @@ def _asks_for_nothing(location: Location, value: Any, document: Document) -> boo
     its value is none. A false that is like a known key may be a mistyped switch that is on by default."""
     if not document.nested or _is_known(location):
         return False
-    nearest = nearest_key(location).rpartition(".")[2]
-    like = difflib.SequenceMatcher(None, nearest, str(location[-1])).ratio()
-    return _is_one_of(value, (None, "", [], {})) or (value is False and like < _TYPED_WRONG)
+    names = {key.rpartition(".")[2] for key in (*KEYS, *schema_keys())}
+    slip = difflib.get_close_matches(str(location[-1]), names, n=1, cutoff=_TYPED_WRONG)
+    return _is_one_of(value, (None, "", [], {})) or (value is False and not slip)
 
 
 def _is_known(location: Location) -> bool:
@@ -193,7 +193,7 @@ def _check_section(location: Location, value: Any, origins: Origins) -> None:
     if _key(location) in _FOREIGN_SECTIONS and value not in (None, {}):
         problem = f"{dotted(location)}: came {_short(value)}, wanted a section with keys"
     elif not _is_known(location):
-        problem = f"unknown key '{dotted(location)}'; the nearest known key is '{nearest_key(location)}'"
+        problem = f"unknown key '{dotted(location)}'; {known_instead(location)}"
     else:
         return
     raise ConfigError(printable(f"{origins.where(location)}: {problem}"))

@@ -8,6 +8,8 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict
 
+from ppcoat.config.flags import built_in_model
+
 # YAML gives lists and frozen models hold tuples: the one place where a value may change its type
 Strings = Annotated[tuple[str, ...], Strict(False)]
 # one latent token covers 16 x 16 pixels (8 by the VAE, 2 by patchify)
@@ -30,12 +32,12 @@ def _path(value: str) -> str:
 
 
 PathText = Annotated[str, Field(min_length=1), AfterValidator(_path)]
+# a model's folder or file; tiny_flux: the built-in one
+ModelText = Annotated[PathText, AfterValidator(built_in_model)]
+_SOME = BeforeValidator(lambda value: [] if value is None else [value] if isinstance(value, str) else value)
 # one path, or a list of several; null: none
-PathTexts = Annotated[
-    tuple[PathText, ...],
-    Strict(False),
-    BeforeValidator(lambda value: [] if value is None else [value] if isinstance(value, str) else value),
-]
+PathTexts = Annotated[tuple[PathText, ...], Strict(False), _SOME]
+_ModelTexts = Annotated[tuple[ModelText, ...], Strict(False), _SOME]
 
 
 class Section(BaseModel):
@@ -54,15 +56,15 @@ def checked_trigger_word(value: str | None) -> str | None:
 
 # Where the components of a model are that its file lacks.
 TextEncoderPlaces = Annotated[
-    PathTexts,
+    _ModelTexts,
     Field(description="CLIP and T5 that a FLUX file lacks: a FLUX folder, or a file for each"),
 ]
 VAEPlace = Annotated[
-    PathText | None,
+    ModelText | None,
     Field(description="autoencoder that a FLUX file lacks: a FLUX folder, or its file"),
 ]
 TokenizerPlaces = Annotated[
-    PathTexts,
+    _ModelTexts,
     Field(description="tokenizers, if they are in none of these: a FLUX folder, or a folder for each"),
 ]
 BaseFormat = Literal["fp8", "int8", "nf4", "fp4"]

@@ -16,9 +16,9 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from ppcoat.config.ai_toolkit_keys import KEYS
+from ppcoat.config.ai_toolkit_keys import KEYS, Honour, Read
 from ppcoat.config.schema import RunConfig
-from ppcoat.errors import ConfigError, printable
+from ppcoat.errors import ConfigError, likeness, printable
 
 # pydantic speaks of Python's types; a user wrote YAML
 _WANTED = {
@@ -32,6 +32,42 @@ _WANTED = {
     "too_long": "at most {max_length} entry",
     "string_pattern_mismatch": "text like {pattern}",
 }
+# What other programs and other people call a setting, its section before it or not -> its key
+OTHER_WORDS = {
+    **dict.fromkeys(("learning_rate", "train_learning_rate"), "train.lr"),
+    **dict.fromkeys(("max_train_steps", "num_train_steps", "iterations"), "train.steps"),
+    **dict.fromkeys(("epochs", "max_train_epochs"), "train.num_epochs"),
+    **dict.fromkeys(("train_batch_size", "bs"), "train.batch_size"),
+    **dict.fromkeys(("optim", "optimizer_type"), "train.optimizer"),
+    **dict.fromkeys(("clip", "grad_clip", "clip_grad_norm"), "train.max_grad_norm"),
+    **dict.fromkeys(("timesteps", "train_timestep"), "train.timestep_type"),
+    **dict.fromkeys(("network_dim", "lora_dim", "lora_rank", "network_r"), "network.linear"),
+    **dict.fromkeys(("network_alpha", "lora_alpha"), "network.linear_alpha"),
+    **dict.fromkeys(("target_modules", "network_modules", "network_layers"), "network.targets"),
+    **dict.fromkeys(("lora_path", "network_path", "network_weights"), "network.pretrained_lora_path"),
+    **dict.fromkeys(("mixed_precision", "precision"), "model.dtype"),
+    **dict.fromkeys(("base_model", "pretrained_model_name_or_path"), "model.name_or_path"),
+    **dict.fromkeys(("model_name", "model_path"), "model.name_or_path"),
+    **dict.fromkeys(("model_fp8", "fp8_base", "load_in_4bit"), "model.quantize"),
+    **dict.fromkeys(
+        ("path", "dir", "image_dir", "images", "data", "data_path", "train_data_dir"),
+        "datasets.0.folder_path",
+    ),  # fmt: skip
+    **dict.fromkeys(("size", "res", "image_size"), "datasets.0.resolution"),
+    "datasets_dropout": "datasets.0.caption_dropout_rate",
+    **dict.fromkeys(("instance_prompt", "activation_word"), "trigger_word"),
+    **dict.fromkeys(("output_name", "run_name"), "name"),
+    **dict.fromkeys(("save_every_n_steps", "checkpointing_steps", "save_steps"), "save.save_every"),
+    **dict.fromkeys(("save_total_limit", "checkpoints_total_limit"), "save.max_step_saves_to_keep"),
+    **dict.fromkeys(("sample_every_n_steps", "validation_steps"), "sample.sample_every"),
+    **dict.fromkeys(("validation_prompt", "sample_prompt"), "sample.prompts"),
+    **dict.fromkeys(("cfg", "guidance"), "sample.guidance_scale"),
+    "sample_size": "sample.width",
+    "coat_fp8": "coat.enabled",
+    **dict.fromkeys(("wandb", "tensorboard"), "logging.visualdl"),
+    **dict.fromkeys(("gpu", "cuda"), "device"),
+}
+_LIKE = 0.6  # likeness of two keys, 0..1, from which one may have been meant by the other
 Location = tuple[str | int, ...]  # keys and list numbers from the outermost section inwards
 _Value = TypeVar("_Value")
 
@@ -76,7 +112,7 @@ def _sentence(problem: Mapping[str, Any], written: Location) -> str:
 def _beside(problem: Mapping[str, Any], written: Location) -> str:
     """A problem, to be read beside its key."""
     if problem["type"] == "extra_forbidden":
-        return f"unknown key '{dotted(written)}'; the nearest known key is '{nearest_key(written)}'"
+        return f"unknown key '{dotted(written)}'; {known_instead(written)}"
     if problem["type"] == "missing":
         return f"is missing: {_description(problem['loc'])}"
     return str(problem["ctx"]["error"]) if problem["type"] == "value_error" else came_and_wanted(problem)
@@ -102,23 +138,34 @@ def came_and_wanted(problem: Mapping[str, Any]) -> str:
     return f"came {came}, wanted {wanted.format(**problem.get('ctx', {}))}"
 
 
-def nearest_key(location: Location) -> str:
-    """Dotted path of the known key most like the unknown one: in its own section first, then anywhere.
+def known_instead(location: Location) -> str:
+    """What to say of an unknown key: the known one that was meant by it, else those of its section.
 
-    Known are the keys of our schema and those of ai-toolkit.
+    Known are the keys of our schema and those of ai-toolkit that are followed; those of the same section come
+    before others. Words of other programs count as the keys that they mean.
     """
     *parents, unknown = location
-    start = dotted((*parents, ""))
-    known = [*_all_keys(RunConfig, ""), *(key.replace("[]", ".0") for key in KEYS)]
     # every entry of a list has the keys of the first
     prefix = dotted((*(0 if isinstance(part, int) else part for part in parents), ""))
-    own = [key.removeprefix(prefix).split(".")[0] for key in known if key.startswith(prefix)]
-    everywhere = {key.rpartition(".")[2]: key for key in reversed(known)}
-    for choices, cutoff in ((own, 0.7), (list(everywhere), 0.7), (own, 0.0), (list(everywhere), 0.0)):
-        close = difflib.get_close_matches(str(unknown), choices, n=1, cutoff=cutoff)
-        if close:
-            return start + close[0] if choices is own else everywhere[close[0]]
-    raise AssertionError("difflib finds something at cutoff 0")
+    followed = (key.replace("[]", ".0") for key, rule in KEYS.items() if isinstance(rule, Honour | Read))
+    likely: dict[str, float] = {}
+    for key in dict.fromkeys((*_all_keys(RunConfig, ""), *followed)):
+        inside, name = key.startswith(prefix), key.rpartition(".")[2]
+        own = inside and "." not in key.removeprefix(prefix)
+        likely[key] = likeness(str(unknown), name) * (1 if own else 0.85)
+    names = [str(part) for part in location if not isinstance(part, int)]
+    for said, weight in (("_".join(names[-2:]), 1.0), (names[-1], 0.95)):
+        for word in difflib.get_close_matches(said, OTHER_WORDS, n=1, cutoff=0.8):
+            key = OTHER_WORDS[word]
+            likely[key] = max(likely[key], weight * difflib.SequenceMatcher(None, said, word).ratio())
+    nearest = max(likely, key=likely.__getitem__)
+    if likely[nearest] >= _LIKE:
+        if nearest.startswith(prefix):
+            nearest = dotted((*parents, "")) + nearest.removeprefix(prefix)
+        return f"the nearest known key is '{nearest}'"
+    own_keys = [key.removeprefix(prefix) for key in likely if key.startswith(prefix)]
+    known = ", ".join(key for key in own_keys if "." not in key and prefix + key in schema_keys())
+    return f"known are {known}" if known else f"the nearest known key is '{nearest}'"
 
 
 @cache

@@ -162,6 +162,16 @@ def built_in_model(path: str) -> str:
     return TINY_FLUX if path in names and not Path(path).exists() else path
 
 
+_MODELS = (
+    "model",
+    "base",
+    "tuned",
+    "vae",
+    "text_encoders",
+    "tokenizers",
+)  # fields that may name a FLUX model
+
+
 def _found(name: str, value: Any) -> Any:
     """The value of a flag, with ~/ as the home folder, for shells that leave it, and the built-in model where
     the flag names one."""
@@ -171,7 +181,7 @@ def _found(name: str, value: Any) -> Any:
         return value
     text = str(value)
     text = os.path.expanduser(text) if text.startswith("~/") else text
-    return type(value)(built_in_model(text) if name in ("model", "base", "tuned") else text)
+    return type(value)(built_in_model(text) if name in _MODELS else text)
 
 
 # Flags that switch a field of the config on: flag -> (field, help).

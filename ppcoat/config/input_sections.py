@@ -16,6 +16,7 @@ from pydantic import (
 )
 
 from ppcoat.config.base import (
+    ModelText,
     PathText,
     PathTexts,
     Pixels,
@@ -27,7 +28,6 @@ from ppcoat.config.base import (
     VAEPlace,
     checked_trigger_word,
 )
-from ppcoat.config.flags import built_in_model
 from ppcoat.errors import unknown_name
 
 Channel = Annotated[int, Field(ge=0, le=255)]
@@ -39,7 +39,7 @@ BucketRule = Literal["aspect", "ai-toolkit", "square"]
 class ModelConfig(Section):
     """The frozen base model."""
 
-    name_or_path: PathText = Field(
+    name_or_path: ModelText = Field(
         description="folder of a pipeline in the diffusers layout, a FLUX file (.safetensors, .gguf), or "
         "tiny_flux"
     )
@@ -81,11 +81,6 @@ class ModelConfig(Section):
         """Where what a model file lacks is, as `FluxFiles.found` takes it; only what is set."""
         places = {"text_encoders": self.text_encoders, "vae": self.vae, "tokenizers": self.tokenizers}
         return {name: place for name, place in places.items() if place is not None}
-
-    @field_validator("name_or_path")
-    @classmethod
-    def _is_built_in(cls, value: str) -> str:
-        return built_in_model(value)
 
     @model_validator(mode="after")
     def _multiplies_what_is_quantised(self) -> ModelConfig:

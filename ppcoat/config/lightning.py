@@ -13,6 +13,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ppcoat.config.base import (
+    ModelText,
     PathText,
     Quantize,
     TextEncoderPlaces,
@@ -62,8 +63,9 @@ class LightningConfig(BaseModel):
     data_path: PathText = Field(description="folder of pictures with captions beside them as .txt; "
                            "with file_list_path, folder of LAION shards")  # fmt: skip
     file_list_path: PathText | None = Field(None, description="text file that names the shards, one per line")
-    pretrained_teacher_model: PathText = Field(
-        TINY_FLUX, description="folder of a FLUX pipeline in the diffusers layout, or a FLUX file"
+    pretrained_teacher_model: ModelText = Field(
+        TINY_FLUX,
+        description="folder of a FLUX pipeline in the diffusers layout, a FLUX file, or tiny_flux",
     )  # fmt: skip
     text_encoders: TextEncoderPlaces = ()
     vae: VAEPlace = None

@@ -7,7 +7,6 @@ two differ in meaning, the difference is logged in one line.
 
 from __future__ import annotations
 
-import difflib
 import logging
 import re
 from collections.abc import Sequence
@@ -30,7 +29,7 @@ from ppcoat.config.load import (
     read_config_text,
 )
 from ppcoat.config.schema import RunConfig
-from ppcoat.errors import ConfigError, printable
+from ppcoat.errors import ConfigError, nearest, printable
 from ppcoat.reading import MAX_LEVELS, TOO_DEEP, leaves
 
 try:
@@ -190,11 +189,8 @@ def _split(content: dict, origins: _TomlOrigins) -> tuple[dict[str, Any], dict[s
     known = known_keys()
     for key in given:
         if key not in known:
-            nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
-            raise ConfigError(
-                f"{origins.where((key,))}: unknown key '{printable(key)}'; the nearest known key is "
-                f"'{nearest}'"
-            )
+            unknown = f"{origins.where((key,))}: unknown key '{printable(key)}'"
+            raise ConfigError(f"{unknown}; the nearest known key is '{nearest(key, known)}'")
     return given, own
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -98,6 +99,31 @@ class Drawing(EditFlags):
                 f"lora_scale: came {len(scales)} strengths for {len(paths)} LoRAs, wanted one each"
             )
         return list(zip(paths, scales, strict=True))
+
+
+def check_given(drawing: Drawing) -> None:
+    """Raises ConfigError for what is wrong whatever the model: no prompt, or a number that cannot be drawn
+    with."""
+    if bool(drawing.prompt) == (drawing.prompts is not None):
+        raise ConfigError("give either --prompt, what to draw, or --prompts, a list of that")
+    check_numbers(drawing)
+
+
+def check_numbers(drawing: Drawing) -> None:
+    """Raises ConfigError for a number that cannot be drawn with."""
+    for name, least in (("num_images", 1), ("steps", 1), ("seed", 0)):
+        if getattr(drawing, name) < least:
+            raise ConfigError(f"{name}: came {getattr(drawing, name)}, wanted at least {least}")
+    for name in ("height", "width"):
+        side = getattr(drawing, name)
+        if side is not None and (side < 16 or side % 16):
+            raise ConfigError(f"{name}: came {side}, wanted a multiple of 16")
+    numbers = [(name, getattr(drawing, name)) for name in ("guidance_scale", "true_cfg_scale")]
+    given = drawing.lora_scale if isinstance(drawing.lora_scale, list | tuple) else [drawing.lora_scale]
+    numbers += [("lora_scale", by) for by in [by for _, by in drawing.loras] or given]
+    for name, value in numbers:
+        if value is not None and not math.isfinite(value):
+            raise ConfigError(f"{name}: came {value}, wanted a finite number")
 
 
 @dataclass(frozen=True)

@@ -247,7 +247,8 @@ def open_picture(file: Path) -> Image.Image:
             picture.load()
             return picture
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ConfigError(f"{file} cannot be read as a picture: {error}; give another") from error
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{file} cannot be read as a picture: {reason}; give another") from error
 
 
 def opened_picture(file: str, convert: Convert = ON_BLACK) -> Image.Image:

@@ -3,7 +3,6 @@ or of a list whose lines have settings of their own (prompts.py, batch.py)."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from ppcoat.errors import ConfigError
 from ppcoat.infer.batch import Batch
 from ppcoat.infer.card import flux_within_card, newbie_within_card, placement_of
 from ppcoat.infer.drawers import Drawer, FluxDrawer, Loras, NewbieDrawer
-from ppcoat.infer.drawing import Drawing, EditFlags
+from ppcoat.infer.drawing import Drawing, EditFlags, check_given, check_numbers
 from ppcoat.infer.editing import (
     Sight,
     check_edit_flags,
@@ -43,8 +42,7 @@ How = tuple[str | None, Placement]  # the dtype that is asked for, and what lies
 def generate(drawing: Drawing) -> list[Path]:
     """Draw and save; returns the files. Raises ConfigError before any model is loaded for what it can
     check."""
-    if bool(drawing.prompt) == (drawing.prompts is not None):
-        raise ConfigError("give either --prompt, what to draw, or --prompts, a list of that")
+    check_given(drawing)
     kind = _kind(drawing)
 
     def check(one: Drawing) -> None:
@@ -228,23 +226,6 @@ def save_picture(picture: Image.Image, folder: Path, number: int, prompt: str, s
         picture.save(draft, pnginfo=note)
     print(file)
     return file
-
-
-def check_numbers(drawing: Drawing) -> None:
-    """Raises ConfigError for a number that cannot be drawn with."""
-    for name, least in (("num_images", 1), ("steps", 1), ("seed", 0)):
-        if getattr(drawing, name) < least:
-            raise ConfigError(f"{name}: came {getattr(drawing, name)}, wanted at least {least}")
-    for name in ("height", "width"):
-        side = getattr(drawing, name)
-        if side is not None and (side < 16 or side % 16):
-            raise ConfigError(f"{name}: came {side}, wanted a multiple of 16")
-    numbers = [(name, getattr(drawing, name)) for name in ("guidance_scale", "true_cfg_scale")]
-    given = drawing.lora_scale if isinstance(drawing.lora_scale, list | tuple) else [drawing.lora_scale]
-    numbers += [("lora_scale", by) for by in [by for _, by in drawing.loras] or given]
-    for name, value in numbers:
-        if value is not None and not math.isfinite(value):
-            raise ConfigError(f"{name}: came {value}, wanted a finite number")
 
 
 def output_folder(drawing: Drawing) -> Path:

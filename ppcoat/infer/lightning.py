@@ -25,9 +25,8 @@ from PIL import Image
 from ppcoat.device import on_gpu, set_device
 from ppcoat.errors import ConfigError
 from ppcoat.infer.card import flux_within_card, placement_of
-from ppcoat.infer.drawing import WARM_UPS, LightningDrawing
+from ppcoat.infer.drawing import WARM_UPS, LightningDrawing, check_numbers
 from ppcoat.infer.generate import (
-    check_numbers,
     control_picture,
     output_folder,
     put_loras,

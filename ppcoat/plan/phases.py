@@ -309,7 +309,7 @@ class MemoryModel:
         if self.on_gpu:
             return *facts, self._attention_fact
         return *facts, (
-            "on a CPU a process can hold up to twice the rows kept and working: freed blocks below "
+            "on a CPU 'kept for backward' and 'working memory' may count twice: freed blocks below "
             f"{LARGEST_KEPT >> 20} MiB stay with it"
         )
 

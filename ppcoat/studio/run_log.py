@@ -148,7 +148,10 @@ def total_steps(folder: Path) -> int:
 @lru_cache(maxsize=1024)  # the page looks every second, and YAML takes milliseconds
 def _steps_in(file: Path, changed: tuple[int, int]) -> int | None:
     """None where the run counts them by itself. changed: for the cache."""
-    train = value_of_text(regular_bytes(file, MAX_CONFIG_BYTES).decode()).get("train") or {}
+    config = value_of_text(regular_bytes(file, MAX_CONFIG_BYTES).decode())
+    if "max_train_steps" in config:  # FLUX-Lightning's
+        return int(config["max_train_steps"])
+    train = config.get("train") or {}
     return None if file.name == CONFIG and train.get("num_epochs") else int(train.get("steps", 1000))
 
 

@@ -38,8 +38,8 @@ def previews(config: RunConfig) -> list[PreviewConfig]:
 
 
 def preview_prompts(config: RunConfig) -> list[str]:
-    """The final prompt of every preview."""
-    return [preview.prompt for preview in previews(config)]
+    """The final prompt of every preview; none where no preview is drawn."""
+    return [preview.prompt for preview in previews(config)] if config.sample.wanted else []
 
 
 def final_prompt(prompt: str, trigger_word: str | None) -> str:

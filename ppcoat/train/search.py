@@ -172,7 +172,7 @@ def plan_rounds(space: Space, costs: Costs, seconds: float, steps: int, least: i
     """The rounds that fit into so many seconds: as many settings as have WANTED_UPDATES in the first round,
     or else as few as there may be; of at most `steps` updates.
 
-    least: updates that the first round must have. Raises ConfigError where it cannot.
+    least: updates that the first round must have. Raises TooShort where it cannot.
     """
     more = 0 if space.span == 1 else len(BEYOND)
     found = [_longest(count, costs, seconds * (1 - RESERVE), steps, more) for count in space.counts()]
@@ -182,13 +182,16 @@ def plan_rounds(space: Space, costs: Costs, seconds: float, steps: int, least: i
     if shortest.steps[0] > least:
         shortest = halving(shortest.keep[0], ((least - 1) << (len(shortest.keep) - 1)) + 1)
     if rounds.steps[-1] < shortest.steps[-1]:
-        wanted = shortest.seconds(costs, more) / (1 - RESERVE)
-        raise ConfigError(
-            f"--budget is too short: {shortest.keep[0]} settings with a first round of {shortest.steps[0]} "
-            f"updates at {costs.step:.2g} s and validations of {costs.evaluation:.2g} s (measured) want "
-            f"{told_seconds(wanted)} beside what is used already; give more, or fewer --ranks"
-        )
+        raise TooShort(shortest.seconds(costs, more) / (1 - RESERVE))
     return rounds
+
+
+class TooShort(Exception):
+    """There is no time for the rounds of a search, which want so many seconds."""
+
+    def __init__(self, wanted: float) -> None:
+        super().__init__()
+        self.wanted = wanted
 
 
 def _longest(count: int, costs: Costs, seconds: float, steps: int, more: int) -> Rounds:

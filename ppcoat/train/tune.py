@@ -41,9 +41,12 @@ from ppcoat.train.run import (
 from ppcoat.train.search import (
     EXTENSIONS,
     Candidate,
+    Costs,
     Journal,
     Result,
+    Rounds,
     Space,
+    TooShort,
     TuneFlags,
     draws_of,
     plan_rounds,
@@ -220,12 +223,8 @@ class Search:
         trials, journal, space = self.trials, self.journal, self.space
         trials.open()
         costs = trials.measured(replace(space.own, rank=max(space.ranks)))
-        validation = trials.validation
-        journal.draws = draws_of(len(validation.pictures) * len(validation.sigmas), costs, self.budget)
-        journal.costs = replace(costs, evaluation=costs.evaluation * journal.draws)
         total = trials.config.train.steps
-        rounds = plan_rounds(space, journal.costs, self.budget - self._seconds(), total)
-        journal.rounds = rounds
+        rounds = self._rounds_after(self._seconds(), costs)
         self._note()
         entering, steps = (", ".join(map(str, each)) for each in (rounds.keep, rounds.steps))
         print(
@@ -236,6 +235,27 @@ class Search:
         )
         if rounds.steps[-1] < total:
             print(f"the learning rate's schedule is drawn together: {total} updates to {rounds.steps[-1]}")
+
+    def _rounds_after(self, used: float, costs: Costs) -> Rounds:
+        """The rounds that fit where `used` seconds of the budget are over, noted with the draws of a
+        validation. Raises ConfigError with the budget that would do; a larger one also has more draws."""
+        journal, validation, budget = self.journal, self.trials.validation, self.budget
+        while True:
+            draws = draws_of(len(validation.pictures) * len(validation.sigmas), costs, budget)
+            with_draws = replace(costs, evaluation=costs.evaluation * draws)
+            try:
+                rounds = plan_rounds(self.space, with_draws, budget - used, self.trials.config.train.steps)
+            except TooShort as short:
+                budget = math.ceil(used + short.wanted)
+                continue
+            if budget > self.budget:
+                enough = told_seconds(1.1 * budget)  # not to be just as much too late again
+                raise ConfigError(
+                    f"--budget is too short: {used:.0f} s are used, an update takes {costs.step:.2g} s and a "
+                    f"validation {with_draws.evaluation:.2g} s (measured); give {enough}, or fewer --ranks"
+                )
+            journal.draws, journal.costs, journal.rounds = draws, with_draws, rounds
+            return rounds
 
     def _rounds(self) -> tuple[list[Candidate], bool]:
         """-> the ranking of the last round that is complete, or of what there is of the first; whether all

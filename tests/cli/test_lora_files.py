@@ -157,6 +157,17 @@ def test_inspect_shows_what_a_file_holds(rng, tmp_path, capsys):
     assert "trigger_word" in shown and "sks" in shown and "\x1b" not in shown and "(900 characters)" in shown
 
 
+def test_inspect_reads_a_lora_of_newbie_with_its_folder(capsys):
+    newbie = FIXTURES / "tiny_newbie"
+    assert main(["inspect", str(newbie / "lora")]) == 0
+    shown = capsys.readouterr().out
+    assert "LoRA of Z-Image, Lumina or NewBie" in shown and "--model, with NewBie's folder" in shown
+    assert "and 30 more" in shown and "delta-W" not in shown
+    assert main(["inspect", str(newbie / "lora"), "--model", str(newbie)]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"modules +20\n", shown) and re.search(r"unknown +0 keys", shown)
+
+
 def test_a_half_under_an_unknown_key_is_shown_by_inspect_and_named_where_it_stops(rng, tmp_path, capsys):
     tensors, _ = lora_of(rng, FIXTURES / "tiny_flux_fp32")
     lost = f"transformer.{K}.lora_A.weight"

@@ -94,7 +94,15 @@ def test_a_missing_flag_exits_with_2(capsys):
             "train run.yaml --dry",
             "--dry; the nearest flag is --dry_run; python -m ppcoat train --help",
         ),
+        (
+            "train run.yaml --learning_rat 1",
+            "arguments: --learning_rat 1; --set a.b=c changes a key of the config, "
+            "and the nearest known key is 'train.lr'; python -m ppcoat train --help",
+        ),
+        ("studio --prot 3", "--prot 3; the nearest flag is --port;"),  # not --root
         ("merge --model m --lor x --out y", "required: --lora, --output_dir"),
+        ("train", "error: the following arguments are required: config; python -m ppcoat train --help"),
+        ("generate --model m --seed a", "argument --seed: came 'a', wanted a whole number; python"),
         (
             "accuracy bases --step 3",
             "--step 3; the nearest flag is --steps; python -m ppcoat accuracy --help",
@@ -107,6 +115,13 @@ def test_the_beginning_of_a_flag_is_not_taken_for_it(command, answer, capsys, mo
     monkeypatch.setattr(importlib.import_module(called.module), called.run, lambda _: pytest.fail("it ran"))
     assert main(command.split()) == 2
     assert answer in one_line(capsys)
+
+
+def test_wrong_numbers_are_told_before_paddle_is_imported(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ppcoat.infer.generate", None)
+    for given, answer in (("--prompt a --height 60", "height: came 60"), ("", "give either --prompt")):
+        assert main(["generate", "--model", "m", *given.split()]) == 2
+        assert answer in one_line(capsys)
 
 
 def one_line(capsys):

@@ -1,6 +1,7 @@
 """The plan command: its table is the one in the configs, and its advice is lines that a config takes."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -88,17 +89,29 @@ def test_a_budget_that_nothing_fits_is_one_line(capsys):
     assert shown.out == "" and shown.err.count("\n") == 1 and "smallest possible need" in shown.err
 
 
-def test_lightning_has_a_table_for_each_base(capsys):
-    assert main(["plan", "lightning", "--resolution", "512", "--vram", "48"]) == 0
+def test_lightning_has_a_table_for_each_base_and_the_page_its_numbers(capsys, monkeypatch):
+    monkeypatch.setattr(phases, "gpu_place", lambda device: None)
+    assert main(["plan", "lightning", "--vram", "48"]) == 0
     shown = capsys.readouterr().out
-    assert (
-        shown.count("\nplanned peak: ") == 3
-        and "FP8 base" in shown
-        and "FP4 base" in shown
-        and "base not quantised" in shown
-    )
-    assert "57 heads of 18,895,873 parameters" in shown and "at most 1024 image tokens" in shown
+    assert "57 heads of 18,895,873 parameters" in shown and "at most 4096 image tokens" in shown
     assert shown.count("fits into 48 GB: ") == 3
+    page = (CONFIGS[0].parents[1] / "docs" / "small_cards.md").read_text(encoding="utf-8")
+    totals = [line.split()[1:] for line in shown.splitlines() if line.startswith("total")]
+    for base, (_, _, window, heads, update, lora, *_), peak in zip(
+        ("bf16", "FP8", "FP4 (`--quantize fp4`)"),
+        totals,
+        re.findall("planned peak: (.*)", shown),
+        strict=True,
+    ):
+        assert f"| {base} | {window} GB | {heads} GB | {update} GB | {lora} GB | {peak} |" in page
+    assert all(f"{base}, batch" in shown for base in ("base not quantised", "FP8 base", "FP4 base"))
+
+
+def test_the_peak_above_the_config_in_ai_toolkits_form_is_planned(monkeypatch):
+    monkeypatch.setattr(phases, "gpu_place", lambda device: None)
+    file = CONFIGS[0].with_name("coat_flux_lora.yaml")
+    planned = plan(load_config(file, ["device=gpu"]), MemoryModel)
+    assert f"planned peak: {planned.total / 1e9:.1f} GB" in file.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,8 @@ def test_the_published_command_is_taken_as_it_stands_and_is_the_default():
     for name in set(LightningConfig.model_fields) - alone:
         assert getattr(few, name) == getattr(config, name), name
     assert few.pretrained_teacher_model == TINY_FLUX
+    named = parse("--data_path x --pretrained_teacher_model tiny_flux --vae tiny_flux")
+    assert (named.pretrained_teacher_model, named.vae) == (TINY_FLUX, TINY_FLUX)
 
 
 def test_every_field_is_a_flag_with_a_meaning_and_its_default_in_the_help():

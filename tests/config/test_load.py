@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from ppcoat.config.explain import _all_keys
+from ppcoat.config.explain import OTHER_WORDS, _all_keys, schema_keys
 from ppcoat.config.load import dump_config, load_config
 from ppcoat.config.schema import RunConfig
 from ppcoat.errors import ConfigError
@@ -99,18 +99,41 @@ def test_unset_variable_is_named(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "key", ["train.stepz", "trian", "datasets.0.captionext", "coat.optimizer.blocksize", "lr"]
+    ("key", "meant"),
+    [
+        ("train.stepz", "train.steps"),
+        ("trian", "train"),
+        ("datasets.0.captionext", "datasets.0.caption_ext"),
+        ("coat.optimizer.blocksize", "coat.optimizer.block_size"),
+        ("lr", "train.lr"),
+        ("train.learning_rat", "train.lr"),  # another program's word, and a slip in it
+        ("learning_rate", "train.lr"),
+        ("train.max_train_steps", "train.steps"),
+        ("sample.steps", "sample.sample_steps"),  # not train.steps
+        ("train.warmup", "train.lr_warmup_steps"),
+        ("network.dim", "network.linear"),
+        ("model.path", "model.name_or_path"),
+        ("datasets.0.path", "datasets.0.folder_path"),
+        ("sample.size", "sample.width"),
+    ],
 )
-def test_unknown_key_names_line_key_and_nearest(tmp_path, key):
-    nearest = {
-        "train.stepz": "train.steps",
-        "trian": "train",
-        "datasets.0.captionext": "datasets.0.caption_ext",
-        "coat.optimizer.blocksize": "coat.optimizer.block_size",
-        "lr": "train.lr",
-    }[key]
+def test_unknown_key_names_line_key_and_what_was_meant(tmp_path, key, meant):
     message = refusal(tmp_path, BASE, f"{key}=3")
-    assert message == f"--set {key}=3: unknown key '{key}'; the nearest known key is '{nearest}'"
+    assert message == f"--set {key}=3: unknown key '{key}'; the nearest known key is '{meant}'"
+
+
+def test_a_key_like_no_other_is_answered_with_those_of_its_section(tmp_path):
+    message = refusal(tmp_path, BASE, "logging.colours=3")
+    assert message.endswith("unknown key 'logging.colours'; known are log_every, visualdl")
+
+
+def test_no_key_is_suggested_that_would_be_refused(tmp_path):
+    """train.embedding_lr and train.xformers are ai-toolkit's, and not followed."""
+    for key in ("train.embeding_lr", "train.xformrs", "model.is_v_prd"):
+        assert not any(
+            known in refusal(tmp_path, BASE, f"{key}=3") for known in ("embedding_lr", "xformers", "is_v_p'")
+        )
+    assert set(OTHER_WORDS.values()) <= schema_keys()
 
 
 def test_unknown_key_in_the_file_names_the_line(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 
 import ppcoat.infer.prompts as prompts_module
 from ppcoat.errors import ConfigError
-from ppcoat.infer.generate import Drawing, check_numbers
+from ppcoat.infer.drawing import Drawing, check_numbers
 from ppcoat.infer.prompts import read_pictures
 
 FLAGS = Drawing("m", prompts="list", seed=9, steps=4, width=64, path_to_lora=["a", "b"], lora_scale=[1.0])

@@ -50,8 +50,7 @@ def read_weights(arguments: argparse.Namespace) -> None:
 
 
 def read_prompts(arguments: argparse.Namespace) -> None:
-    from ppcoat.infer.drawing import Drawing
-    from ppcoat.infer.generate import check_numbers
+    from ppcoat.infer.drawing import Drawing, check_numbers
     from ppcoat.infer.prompts import read_pictures
 
     print(len(read_pictures(arguments.paths[0], Drawing(model="tiny_flux"), check_numbers)))

@@ -10,7 +10,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from ppcoat.cli.main import COMMANDS
 from ppcoat.errors import ConfigError
-from ppcoat.infer.generate import Drawing, check_numbers
+from ppcoat.infer.drawing import Drawing, check_numbers
 from ppcoat.infer.prompts import read_pictures
 from ppcoat.studio.draw_list import (
     Asked,

@@ -98,6 +98,8 @@ def test_steps_of_a_run_are_those_of_its_own_config(tmp_path):
     assert run_log.total_steps(tmp_path) == 1000
     (tmp_path / "config.yaml").write_text("train: {num_epochs: 3, steps: 24}\n")
     assert run_log.total_steps(tmp_path) == 24
+    (tmp_path / "config.yaml").write_text("lora_rank: 8\nmax_train_steps: 28652\n")  # FLUX-Lightning's
+    assert run_log.total_steps(tmp_path) == 28652
 
 
 def test_runs_previews_and_weights_are_found_by_their_files(tmp_path):

@@ -20,6 +20,7 @@ def test_prompts_come_before_samples_and_share_the_section(load):
         "sample.prompts=['a [trigger] dress', plain]",
         "sample.samples=[{prompt: '[trigger] coat', width: 128, seed: 5}, {prompt: b, guidance_scale: 1.5}]",
         "sample.width=64", "sample.height=32", "sample.sample_steps=3", "sample.walk_seed=true",
+        "sample.sample_every=1",
     )  # fmt: skip
     shared = {"height": 32, "sample_steps": 3}
     assert previews(config) == [
@@ -30,6 +31,7 @@ def test_prompts_come_before_samples_and_share_the_section(load):
     ]
     assert preview_prompts(config) == ["a sks dress", "plain", "sks coat", "b"]
     assert [each.seed for each in previews(load("sample.prompts=[a, b]"))] == [42, 42]
+    assert preview_prompts(load("sample.prompts=[a, b]", "sample.sample_every=0")) == []  # nor encoded
 
 
 def test_a_run_draws_each_at_its_size(make_config):

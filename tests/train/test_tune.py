@@ -25,7 +25,7 @@ from ppcoat.train.checkpoint import load_latest
 from ppcoat.train.previews import Validation
 from ppcoat.train.run import MODEL_SPECS, check_inputs, train_lora
 from ppcoat.train.run_state import RecentMean
-from ppcoat.train.search import Candidate, Costs, Journal, Space, TuneFlags, halving
+from ppcoat.train.search import Candidate, Costs, Journal, Space, TuneFlags, halving, seconds_of
 from ppcoat.train.trainer import Trainer
 from ppcoat.train.trials import Trials, with_candidate
 from ppcoat.train.tune import Search, check_flags, search_space, tune
@@ -277,6 +277,15 @@ def search(folder, budget=1e9, stop_after=10**9, seconds=0.0):
     return Search(
         fake, SPACE, journal, budget, tune_module.time.perf_counter() - journal.seconds - seconds
     ), fake
+
+
+def test_a_budget_that_is_too_short_is_answered_with_one_that_does(tmp_path):
+    found, fake = search(tmp_path, budget=60)
+    fake.validation, costs = SimpleNamespace(pictures=[0] * 4, sigmas=[0] * 4), Costs(0.5, 0.4, 5.0)
+    with pytest.raises(ConfigError, match=r"^--budget is too short: 20 s .* give [0-9]+[sm], or") as error:
+        found._rounds_after(20, costs)
+    found.budget = seconds_of(str(error.value).partition(" give ")[2].partition(",")[0])
+    assert found._rounds_after(22, costs).steps[0] >= 20
 
 
 def test_rounds_find_the_best_beyond_the_edge_and_drop_the_others(tmp_path, capsys):
