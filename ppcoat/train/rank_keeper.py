@@ -1,6 +1,7 @@
 """What watches over the process of a rank. Its keeper: a small process beside it that ends it when nothing of
-it has run for too long; a process that is stopped, or hangs in a library that holds Python's lock, cannot do
-that itself. And the signs that its main thread works, as seen from another thread of it.
+it has run for too long, or a SIGTERM has waited for it; a process that is stopped, or hangs in a library that
+holds Python's lock, cannot do that itself. And the signs that its main thread works, as seen from another
+thread of it.
 
 The keeper is this file, run as a script without any package. Its own clock stands still while it is stopped,
 too, as with Ctrl+Z.
@@ -22,7 +23,7 @@ def start_keeper(rank: int, bound: float, setting: str, again: str, margin: floa
     """Start the keeper of this process -> the descriptor that it reads: lines that say what the process is
     at, or empty ones. It ends when the descriptor is closed, and so with the process.
 
-    margin: seconds beyond the bound, in which the ranks find out by themselves.
+    margin: seconds in which the process may end by itself, beyond the bound and after a SIGTERM.
     """
     listens, tells = os.pipe()
     words = [str(rank), f"{bound:g}", f"{margin:g}", setting, again, str(os.getpid())]
@@ -36,7 +37,7 @@ def start_keeper(rank: int, bound: float, setting: str, again: str, margin: floa
 def _keep(rank: str, bound: str, margin: str, setting: str, again: str, kept: str) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    silence, at = 0.0, "its start"
+    silence, at, held = 0.0, "its start", 0
     while silence < float(bound) + float(margin):
         before = time.monotonic()
         if select.select([0], [], [], 1)[0]:
@@ -46,10 +47,22 @@ def _keep(rank: str, bound: str, margin: str, setting: str, again: str, kept: st
             silence, at = 0.0, ([word for word in words.decode().split("\n") if word] or [at])[-1]
         else:
             silence += min(time.monotonic() - before, 2)
+            held = held + 1 if _sigterm_waits(kept) else 0
+        if held > float(margin):
+            print("terminated", file=sys.stderr, flush=True)
+            return os.kill(int(kept), signal.SIGKILL)
     if os.getppid() == int(kept):
         print(f"rank {rank} was stopped, or hangs in {at}: nothing of it ran for {bound} s ({setting}), so "
               f"it was ended; {again} to go on from the checkpoint", file=sys.stderr, flush=True)  # fmt: skip
         os.kill(int(kept), signal.SIGKILL)
+
+
+def _sigterm_waits(pid: str) -> bool:
+    """Whether the process has one that it holds back, or is stopped and so does not see."""
+    with suppress(OSError), open(f"/proc/{pid}/status") as file:
+        pending = next((line.split()[1] for line in file if line.startswith("ShdPnd:")), "0")
+        return bool(int(pending, 16) >> signal.SIGTERM - 1 & 1)
+    return False
 
 
 def signs_of_work(computes_here: bool) -> int:

@@ -42,6 +42,7 @@ import paddle
 from safetensors.paddle import load, save
 
 from ppcoat.errors import ConfigError
+from ppcoat.signals import held
 from ppcoat.train.rank_line import (
     GREETING,
     LOST_EXIT,
@@ -127,7 +128,8 @@ class Ranks:
         os.environ |= {"PADDLE_MASTER": address, "MASTER_ADDR": name, "MASTER_PORT": port}
         if self.rank:
             time.sleep(0.3)  # Paddle's store asks again only after 3 seconds
-        with self._line.transfer(f"the store of the process group, where rank 0 waits for all at {address}"):
+        what = f"the store of the process group, where rank 0 waits for all at {address}"
+        with held(), self._line.transfer(what):  # it holds Python's lock: the keeper looks for SIGTERM
             dist.init_parallel_env()
         self.barrier()
 

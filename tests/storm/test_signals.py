@@ -348,7 +348,7 @@ def test_ranks_struck_at_any_moment_say_it_in_their_logs(strike, number, group):
 
 @pytest.mark.slow
 def test_a_reader_that_has_gone_ends_a_training_as_it_ends_other_programs(strike):
-    command = " ".join(TRAIN)
+    command = " ".join([*TRAIN, "--dry_run"])  # which prints again when the reader has long gone
     shell = strike(["bash", "-c", f"{command} | head -1; echo ${{PIPESTATUS[0]}}"])
     process = shell.start()
     out, err = process.communicate(timeout=300)

@@ -189,6 +189,19 @@ def test_a_keeper_ends_a_process_that_cannot(capfd):
     assert capfd.readouterr().err.startswith(said)
 
 
+def test_a_keeper_ends_a_process_that_sigterm_does_not_reach(capfd):
+    def waits():
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        rank_keeper.start_keeper(3, 60.0, "train.rank_timeout", "start again", margin=1.0)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(BUSY)
+
+    process = CONTEXT.Process(target=waits)
+    process.start()
+    assert codes([process]) == [-signal.SIGKILL]
+    assert capfd.readouterr().err == "terminated\n"
+
+
 def test_a_keeper_leaves_a_process_that_runs_and_ends_with_it(capfd):
     def runs():
         tells = rank_keeper.start_keeper(3, 0.5, "train.rank_timeout", "start again", margin=0.0)
