@@ -88,7 +88,8 @@ def settings_error(error: ValidationError, origins: Origins) -> SettingsError:
     inside = {each["loc"][:end] for each in problems for end in range(len(each["loc"]))}
     problems = [each for each in problems if each["loc"] not in inside]
     problems.sort(key=lambda each: each["type"] != "extra_forbidden")
-    more = f" (and {len(problems) - 1} more)" if problems[1:] else ""
+    others = ", ".join(filter(None, (dotted(origins.as_written(each["loc"])) for each in problems[1:])))
+    more = f" (and {len(problems) - 1} more{': ' if others else ''}{others})" if problems[1:] else ""
     written = origins.as_written(problems[0]["loc"])
     line = f"{origins.where(written)}: {_sentence(problems[0], written)}{more}"
     by_key: dict[str, str] = {}
