@@ -67,6 +67,7 @@ OTHER_WORDS = {
     **dict.fromkeys(("wandb", "tensorboard"), "logging.visualdl"),
     **dict.fromkeys(("gpu", "cuda"), "device"),
 }
+_BESIDE = 100  # problems that are explained; what was meant by an unknown key takes milliseconds
 _LIKE = 0.6  # likeness of two keys, 0..1, from which one may have been meant by the other
 Location = tuple[str | int, ...]  # keys and list numbers from the outermost section inwards
 _Value = TypeVar("_Value")
@@ -93,7 +94,7 @@ def settings_error(error: ValidationError, origins: Origins) -> SettingsError:
     written = origins.as_written(problems[0]["loc"])
     line = f"{origins.where(written)}: {_sentence(problems[0], written)}{more}"
     by_key: dict[str, str] = {}
-    for each in reversed(problems):
+    for each in reversed(problems[:_BESIDE]):
         by_key[_key_of(each)] = printable(_beside(each, origins.as_written(each["loc"])))
     return SettingsError(printable(line), by_key)  # keys and values may hold line ends
 
