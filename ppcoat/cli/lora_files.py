@@ -28,7 +28,6 @@ from ppcoat.lora.keys import TRANSFORMER, clean
 from ppcoat.lora.parse import described
 from ppcoat.lora.writing import LORA_DTYPES
 from ppcoat.models.flux.files import FLUX_COMPONENTS
-from ppcoat.models.loading import parameter_shapes
 from ppcoat.models.single_file import components_in
 from ppcoat.models.tensor_files import FilePart
 
@@ -45,6 +44,8 @@ def run_inspect(arguments: argparse.Namespace) -> None:
     flags = from_flags(InspectFlags, arguments)
     file, paths = flags.file, None
     if flags.model:
+        from ppcoat.models.loading import parameter_shapes  # imports the models
+
         names = parameter_shapes(flags.model, TRANSFORMER)[TRANSFORMER]
         paths = {name.rpartition(".")[0] for name in names}
     try:

@@ -57,7 +57,7 @@ COMMANDS = {
         flags_in=_BENCH,
     ),
     "demo": Command(
-        "edit, dress a figure, inpaint, change the style: train it on drawings, draw, measure",
+        "edit, dress, inpaint, change the style, preserve the rest: train it on drawings, draw, measure",
         "ppcoat.bench.demo",
         flags="add_demo_arguments",
         flags_in=_BENCH,

@@ -22,6 +22,7 @@ from ppcoat.config.lightning import LightningConfig, lightning_config
 from ppcoat.config.load import dump_config
 from ppcoat.config.newbie import load_run_config
 from ppcoat.config.schema import RunConfig
+from ppcoat.data.sources import check_data_folder
 from ppcoat.errors import ConfigError
 from ppcoat.train.search import TuneFlags, seconds_of
 
@@ -84,6 +85,7 @@ def run_tune(arguments: argparse.Namespace) -> None:
     flags = from_flags(TuneFlags, arguments)
     seconds_of(flags.budget)
     config = load_run_config(flags.config, flags.overrides)
+    _check_data(config)
 
     from ppcoat.device import tune_host
     from ppcoat.train.tune import tune
@@ -104,7 +106,15 @@ def run_command(arguments: argparse.Namespace) -> None:
     _train(config, flags)
 
 
+def _check_data(config: RunConfig) -> None:
+    """Raises ConfigError for a folder that is not there, before Paddle is imported."""
+    for data in config.datasets:
+        check_data_folder(data.folder_path)
+
+
 def _train(config: RunConfig, flags: RunFlags) -> None:
+    _check_data(config)
+
     from ppcoat.device import tune_host
     from ppcoat.train.checkpoint import in_its_folder
     from ppcoat.train.run import dry_run, train_lora

@@ -123,7 +123,7 @@ def translate(data: dict[str, Any], nested: bool, origins: Origins) -> dict[str,
     refused: dict[Location, ConfigError] = {}
     for location, value in sorted(_leaves(data), key=lambda leaf: order.get(_key(leaf[0]), -1)):
         try:
-            settings = _treat(location, value, document, origins)
+            settings = _treat(location, value, document, origins, bool(refused))
         except ConfigError as error:
             refused[location] = error
             continue
@@ -146,15 +146,18 @@ def translate(data: dict[str, Any], nested: bool, origins: Origins) -> dict[str,
     return ours
 
 
-def _treat(location: Location, value: Any, document: Document, origins: Origins) -> dict[Location, Any]:
-    """One key as written -> our settings by location."""
+def _treat(
+    location: Location, value: Any, document: Document, origins: Origins, later: bool
+) -> dict[Location, Any]:
+    """One key as written -> our settings by location. later: another key was refused before, so that this one
+    will be named only; looking for what was meant by it takes milliseconds, and keys may be thousands."""
     rule, where = KEYS.get(_key(location)), printable(origins.where(location))
     said = printable(f"{dotted(location)}: came {_short(value)}")
     if rule is None:
         if _asks_for_nothing(location, value, document):
             _log.warning("%s: %s, an unknown key that asks for nothing: left out", where, said)
             return {}
-        _check_section(location, value, origins)
+        _check_section(location, value, origins, later)
         return {} if _key(location) in _FOREIGN_SECTIONS else {location: value}
     if isinstance(rule, Refuse) and not _is_one_of(value, rule.neutral):
         raise ConfigError(f"{where}: {said}, which cannot be followed: {rule.advice}")
@@ -188,12 +191,12 @@ def _is_known(location: Location) -> bool:
     return _key(location) in _SECTIONS or _key(location).replace("[]", ".0") in schema_keys()
 
 
-def _check_section(location: Location, value: Any, origins: Origins) -> None:
+def _check_section(location: Location, value: Any, origins: Origins, later: bool) -> None:
     """Refuse unknown keys, and a plain value in the place of a section that only ai-toolkit has."""
     if _key(location) in _FOREIGN_SECTIONS and value not in (None, {}):
         problem = f"{dotted(location)}: came {_short(value)}, wanted a section with keys"
     elif not _is_known(location):
-        problem = f"unknown key '{dotted(location)}'; {known_instead(location)}"
+        problem = f"unknown key '{dotted(location)}'{'' if later else f'; {known_instead(location)}'}"
     else:
         return
     raise ConfigError(printable(f"{origins.where(location)}: {problem}"))

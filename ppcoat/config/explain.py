@@ -67,6 +67,7 @@ OTHER_WORDS = {
     **dict.fromkeys(("wandb", "tensorboard"), "logging.visualdl"),
     **dict.fromkeys(("gpu", "cuda"), "device"),
 }
+_BESIDE = 100  # problems that are explained; what was meant by an unknown key takes milliseconds
 _LIKE = 0.6  # likeness of two keys, 0..1, from which one may have been meant by the other
 Location = tuple[str | int, ...]  # keys and list numbers from the outermost section inwards
 _Value = TypeVar("_Value")
@@ -88,11 +89,12 @@ def settings_error(error: ValidationError, origins: Origins) -> SettingsError:
     inside = {each["loc"][:end] for each in problems for end in range(len(each["loc"]))}
     problems = [each for each in problems if each["loc"] not in inside]
     problems.sort(key=lambda each: each["type"] != "extra_forbidden")
-    more = f" (and {len(problems) - 1} more)" if problems[1:] else ""
+    others = ", ".join(filter(None, (dotted(origins.as_written(each["loc"])) for each in problems[1:])))
+    more = f" (and {len(problems) - 1} more{': ' if others else ''}{others})" if problems[1:] else ""
     written = origins.as_written(problems[0]["loc"])
     line = f"{origins.where(written)}: {_sentence(problems[0], written)}{more}"
     by_key: dict[str, str] = {}
-    for each in reversed(problems):
+    for each in reversed(problems[:_BESIDE]):
         by_key[_key_of(each)] = printable(_beside(each, origins.as_written(each["loc"])))
     return SettingsError(printable(line), by_key)  # keys and values may hold line ends
 
@@ -135,6 +137,8 @@ def came_and_wanted(problem: Mapping[str, Any]) -> str:
     missing = problem["type"] == "missing" or problem["input"] is None
     came = "nothing" if missing else repr(problem["input"])
     came = came if len(came) <= 80 else came[:77] + "..."
+    if problem["type"] == "tuple_type" and isinstance(problem["input"], str):
+        wanted += f" such as [{problem['input']:.40}]"
     return f"came {came}, wanted {wanted.format(**problem.get('ctx', {}))}"
 
 

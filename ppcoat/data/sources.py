@@ -105,6 +105,15 @@ class ImageFolder:
     notes: tuple[str, ...] = ()
 
 
+def check_data_folder(folder: str | Path) -> Path:
+    """The folder. Raises ConfigError where there is none."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist"
+        raise ConfigError(f"data folder {printable(folder)} {what}; give a folder of pictures and captions")
+    return folder
+
+
 def scan_folder(
     folder: str | Path,
     caption_ext: str = "txt",
@@ -124,10 +133,7 @@ def scan_folder(
     the first ten; with skip_bad they are logged and listed in `.bad` instead. Missing folders and folders
     without a usable picture always raise.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        what = "is a file" if folder.exists() else "does not exist"
-        raise ConfigError(f"data folder {printable(folder)} {what}; give a folder of pictures and captions")
+    folder = check_data_folder(folder)
     suffix = "." + caption_ext.removeprefix(".").lower()
     found = _walk(folder, suffix, {Path(each).resolve() for each in aside})
     if not found.images:

@@ -197,6 +197,11 @@ def _tell(drawings: Sequence[Any], sight: Sight, loras: Sequence[tuple[str, LoRA
         lines = [f"{name}: {count} pictures" for name, count in counts.items()]
     looks = any(each.reference for each in drawings)
     lines += [f"note: {line}" for path, file in loras if (line := _told_lora(path, file, looks, sight))]
+    if looks and not loras and not sight.kontext:
+        lines.append(
+            f"note: {sight.model} has not learned to look at a reference: add a LoRA that was trained on "
+            "pairs by --path_to_lora, or draw with FLUX.1 Kontext"
+        )
     for line in lines:
         print(line)
 

@@ -117,11 +117,15 @@ def test_the_beginning_of_a_flag_is_not_taken_for_it(command, answer, capsys, mo
     assert answer in one_line(capsys)
 
 
-def test_wrong_numbers_are_told_before_paddle_is_imported(capsys, monkeypatch):
+def test_wrong_numbers_and_folders_are_told_before_paddle_is_imported(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "ppcoat.infer.generate", None)
+    monkeypatch.setitem(sys.modules, "ppcoat.device", None)
     for given, answer in (("--prompt a --height 60", "height: came 60"), ("", "give either --prompt")):
         assert main(["generate", "--model", "m", *given.split()]) == 2
         assert answer in one_line(capsys)
+    for command in (["train"], ["tune", "--budget", "1h"]):
+        assert main([*command, str(ROOT / "configs" / "flux_lora_24gb.yaml")]) == 2
+        assert "data folder datasets/clothing does not exist" in one_line(capsys)
 
 
 def one_line(capsys):
@@ -147,8 +151,10 @@ def test_train_answers_a_missing_file(tmp_path, capsys):
     assert "none.yaml" in one_line(capsys)
 
 
-def test_train_hands_overrides_and_file_on(bad_config, monkeypatch):
+def test_train_hands_overrides_and_file_on(bad_config, monkeypatch, tmp_path):
     """The later override wins, and the config is checked before anything else is done."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
     bad_config.write_text(BAD_CONFIG.replace("stpes", "steps"), encoding="utf-8")
     seen = []
     monkeypatch.setattr("ppcoat.train.run.train_lora", seen.append)

@@ -8,6 +8,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from ppcoat.config import ai_toolkit
 from ppcoat.config.ai_toolkit_keys import KEYS
 from ppcoat.config.load import load_config
 from ppcoat.errors import ConfigError
@@ -329,6 +330,15 @@ def test_all_unknown_keys_are_in_one_message(refusal):
     message = refusal(text=nested("train: {stepz: 3, lion: true}", "model_id: 5", "network: {rnk: 3}"))
     first = "run.yaml:8: unknown key 'train.stepz'; the nearest known key is 'train.steps'"
     assert message == f"{first} (and 3 more: train.lion, model_id, network.rnk)"
+
+
+def test_what_was_meant_is_looked_for_once_however_many_keys_are_unknown(refusal, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        ai_toolkit, "known_instead", lambda location: asked.append(location) or "known are none"
+    )
+    message = refusal(text=SHORT + "train: {" + ", ".join(f"key_{i}: 1" for i in range(300)) + "}\n")
+    assert len(asked) == 1 and message.endswith("train.key_299)")
 
 
 def test_json_says_the_same_as_yaml(load, tmp_path):

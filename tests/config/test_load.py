@@ -122,6 +122,17 @@ def test_unknown_key_names_line_key_and_what_was_meant(tmp_path, key, meant):
     assert message == f"--set {key}=3: unknown key '{key}'; the nearest known key is '{meant}'"
 
 
+def test_all_keys_with_problems_are_named(tmp_path):
+    assert refusal(tmp_path, "name: a\n").endswith(" (and 1 more: datasets)")
+    message = refusal(tmp_path, BASE + "train: {steps: a, lr: b}\nsave: {save_every: c}\n")
+    assert message.endswith(" (and 2 more: train.lr, save.save_every)")
+
+
+def test_one_text_in_the_place_of_a_list_is_shown_as_one(tmp_path):
+    message = refusal(tmp_path, BASE, "save.format=kohya")
+    assert "came 'kohya', wanted a list such as [kohya] (" in message
+
+
 def test_a_key_like_no_other_is_answered_with_those_of_its_section(tmp_path):
     message = refusal(tmp_path, BASE, "logging.colours=3")
     assert message.endswith("unknown key 'logging.colours'; known are log_every, visualdl")

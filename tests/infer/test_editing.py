@@ -169,6 +169,7 @@ def test_the_command_draws_what_the_pipelines_draw(pictures, capsys):
     assert "FluxImg2ImgPipeline: drawing over a.png at strength 0.7; 48x32\n" in said
     assert "FluxInpaintPipeline: inpainting what mask.png marks in a.png at strength 0.6; 48x32\n" in said
     assert "FluxKontextPipeline: editing by the prompt, looking at a.png, b.png; 48x32\n" in said
+    assert "has not learned to look at a reference: add a LoRA" in said
     one, two, marked = (Image.open(f"{name}.png") for name in ("a", "b", "mask"))
     smaller = two.resize((16, 48), Image.Resampling.LANCZOS)  # a tiny model knows no larger ones
     want = {
@@ -205,6 +206,7 @@ def test_fill_fills_and_kontext_edits(pictures, folders, capsys):
     assert generate(*flags, model=folders["fill"]) == 0
     assert generate("--image", "a.png", "--output_dir", "out", model=folders["kontext"], prompt="a dog") == 0
     said = capsys.readouterr().out
+    assert "has not learned" not in said
     assert "FluxFillPipeline: filling what mask.png marks in a.png at strength 1.0; 48x32\n" in said
     assert (
         "FluxKontextPipeline: editing by the prompt, looking at a.png; 64x48 (the picture is 48x32)\n" in said
