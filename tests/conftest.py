@@ -62,14 +62,27 @@ def pytest_collection():
         gc.enable()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_wait_for_the_disk():
+    """No file of a test outlives the power. What is synced, and when, is counted in test_atomic.py and
+    storm/, which put their own in its place."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: os.fstat(descriptor) and None)  # it is open
+        yield
+
+
+CUT = []  # folders that first_blocks made
+
+
 @pytest.fixture(scope="session")
 def first_blocks(tmp_path_factory):
-    """first_blocks(model) -> folder of that FLUX with the first block of each kind alone: a run on it takes
-    half the time."""
+    """first_blocks(model) -> folder of that FLUX with the first block of each kind alone, which nobody
+    changes: a run on it takes half the time."""
     from safetensors.numpy import load_file, save_file
 
     def cut(model: Path) -> Path:
         folder = tmp_path_factory.mktemp("models") / model.name
+        CUT.append(folder)
         (folder / "transformer").mkdir(parents=True)
         for part in model.iterdir():
             if part.name != "transformer":
@@ -92,25 +105,34 @@ def small_flux(first_blocks) -> Path:
     return first_blocks(FIXTURE)
 
 
+ONCE = cache(cache)  # a function -> that function, each result of which is kept for all tests
+
+
 @pytest.fixture(scope="module")
 def encoders_read_once():
     """Runs on the reference models share their encoders, which no run changes, and what a check of their
-    folders builds. How they are loaded and checked is tested in tests/models."""
-    from ppcoat.models import fingerprint, loading
+    folders reads and builds. How they are loaded and checked is tested in tests/models."""
+    from ppcoat.models import fingerprint, loading, tensor_files
+    from ppcoat.models.flux import tokenizers
     from ppcoat.models.newbie import pipeline as newbie_pipeline
+    from ppcoat.train import flux, newbie
 
     def read_once(load):
-        known = cache(load)
-
         def found(*given):
-            unchanged = any(isinstance(each, Path) and FIXTURES in each.resolve().parents for each in given)
-            return (known if unchanged else load)(*given)
+            paths = [Path(each).resolve() for each in given if isinstance(each, str | Path)]
+            folders = {parent for path in paths for parent in path.parents}
+            unchanged = not folders.isdisjoint((FIXTURES, *CUT))
+            return (ONCE(load) if unchanged else load)(*given)
 
         return found
 
     names = {fingerprint: ("_fingerprint",),
+             tensor_files: ("read_entries",),
+             tokenizers: ("_load",),
              loading: ("load_vae", "load_clip", "load_t5", "unfilled"),
-             newbie_pipeline: ("load_newbie_vae", "load_gemma3", "load_jina_clip")}  # fmt: skip
+             flux: ("unfilled",),
+             newbie: ("unfilled_nextdit", "check_newbie_folder"),
+             newbie_pipeline: ("load_newbie_vae", "load_gemma3", "load_jina_clip", "check_newbie_folder")}  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         for module, functions in names.items():
             for name in functions:
