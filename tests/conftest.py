@@ -132,7 +132,8 @@ def encoders_read_once():
              loading: ("load_vae", "load_clip", "load_t5", "unfilled"),
              flux: ("unfilled",),
              newbie: ("unfilled_nextdit", "check_newbie_folder"),
-             newbie_pipeline: ("load_newbie_vae", "load_gemma3", "load_jina_clip", "check_newbie_folder")}  # fmt: skip
+             newbie_pipeline: ("load_newbie_vae", "load_gemma3", "load_jina_clip",
+                               "check_newbie_folder")}  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         for module, functions in names.items():
             for name in functions:

@@ -1,6 +1,7 @@
 """For commands that start processes, and that run jobs at the same time."""
 
 import multiprocessing
+import os
 import signal
 import sys
 from types import SimpleNamespace
@@ -31,9 +32,8 @@ def fork_children():
 
         def play(pipe, _):
             signal.pthread_sigmask(signal.SIG_SETMASK, ())  # as child_main
-            sys.stdout, sys.stderr = (
-                open(number, "w", 1, closefd=False) for number in (1, 2)
-            )  # not pytest's
+            # of the process, not pytest's
+            sys.stdout, sys.stderr = (os.fdopen(number, "w", 1, closefd=False) for number in (1, 2))
             function, arguments = works[-1]
             function(pipe, *arguments)
 
