@@ -105,13 +105,16 @@ def small_flux(first_blocks) -> Path:
     return first_blocks(FIXTURE)
 
 
-ONCE = cache(cache)  # a function -> that function, each result of which is kept for all tests
+ASSETS = Path(__file__).parents[1] / "ppcoat" / "assets"
+# A function, on a device of this dtype -> that function, each result of which is kept for all tests.
+ONCE = cache(lambda load, dtype: cache(load))
 
 
 @pytest.fixture(scope="module")
 def encoders_read_once():
     """Runs on the reference models share their encoders, which no run changes, and what a check of their
     folders reads and builds. How they are loaded and checked is tested in tests/models."""
+    from ppcoat.device import default_dtype
     from ppcoat.models import fingerprint, loading, tensor_files
     from ppcoat.models.flux import tokenizers
     from ppcoat.models.newbie import pipeline as newbie_pipeline
@@ -121,8 +124,8 @@ def encoders_read_once():
         def found(*given):
             paths = [Path(each).resolve() for each in given if isinstance(each, str | Path)]
             folders = {parent for path in paths for parent in path.parents}
-            unchanged = not folders.isdisjoint((FIXTURES, *CUT))
-            return (ONCE(load) if unchanged else load)(*given)
+            unchanged = not folders.isdisjoint((FIXTURES, ASSETS, *CUT))
+            return (ONCE(load, default_dtype()) if unchanged else load)(*given)
 
         return found
 
