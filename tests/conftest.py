@@ -124,8 +124,11 @@ def encoders_read_once():
         def found(*given):
             paths = [Path(each).resolve() for each in given if isinstance(each, str | Path)]
             folders = {parent for path in paths for parent in path.parents}
-            unchanged = not folders.isdisjoint((FIXTURES, ASSETS, *CUT))
-            return (ONCE(load, default_dtype()) if unchanged else load)(*given)
+            if folders.isdisjoint((FIXTURES, ASSETS, *CUT)):
+                return load(*given)
+            kept = ONCE(load, default_dtype())(*given)
+            # an encoder that somebody's pipeline takes to the device and back is that pipeline's
+            return load(*given) if getattr(kept, "_forward_pre_hooks", None) else kept
 
         return found
 

@@ -21,6 +21,8 @@ from ppcoat.models.flux.image_to_image import FluxImg2ImgPipeline, FluxInpaintPi
 from ppcoat.models.flux.kontext import FluxKontextPipeline
 from ppcoat.models.flux.pipeline import FluxPipeline
 
+pytestmark = pytest.mark.usefixtures("encoders_read_once")
+
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 BASE = FIXTURES / "tiny_flux_fp32"
 QUICK = ["--steps", "2", "--max_sequence_length", "16", "--device", "cpu"]
