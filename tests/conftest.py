@@ -110,41 +110,66 @@ ASSETS = Path(__file__).parents[1] / "ppcoat" / "assets"
 ONCE = cache(lambda load, dtype: cache(load))
 
 
-@pytest.fixture(scope="module")
-def encoders_read_once():
-    """Runs on the reference models share their encoders, which no run changes, and what a check of their
-    folders reads and builds. How they are loaded and checked is tested in tests/models."""
+def read_once(load):
+    """`load`, whose results from a reference model are kept."""
     from ppcoat.device import default_dtype
-    from ppcoat.models import fingerprint, loading, tensor_files
-    from ppcoat.models.flux import tokenizers
-    from ppcoat.models.newbie import pipeline as newbie_pipeline
-    from ppcoat.train import flux, newbie
 
-    def read_once(load):
-        def found(*given):
-            paths = [Path(each).resolve() for each in given if isinstance(each, str | Path)]
-            folders = {parent for path in paths for parent in path.parents}
-            if folders.isdisjoint((FIXTURES, ASSETS, *CUT)):
-                return load(*given)
-            kept = ONCE(load, default_dtype())(*given)
-            # an encoder that somebody's pipeline takes to the device and back is that pipeline's
-            return load(*given) if getattr(kept, "_forward_pre_hooks", None) else kept
+    def found(*given):
+        paths = [Path(each).resolve() for each in given if isinstance(each, str | Path)]
+        folders = {parent for path in paths for parent in path.parents}
+        if folders.isdisjoint((FIXTURES, ASSETS, *CUT)):
+            return load(*given)
+        kept = ONCE(load, default_dtype())(*given)
+        # an encoder that somebody's pipeline takes to the device and back is that pipeline's
+        return load(*given) if getattr(kept, "_forward_pre_hooks", None) else kept
 
-        return found
+    return found
 
-    names = {fingerprint: ("_fingerprint",),
-             tensor_files: ("read_entries",),
-             tokenizers: ("_load",),
-             loading: ("load_vae", "load_clip", "load_t5", "unfilled"),
-             flux: ("unfilled",),
-             newbie: ("unfilled_nextdit", "check_newbie_folder"),
-             newbie_pipeline: ("load_newbie_vae", "load_gemma3", "load_jina_clip",
-                               "check_newbie_folder")}  # fmt: skip
+
+def reading_once(names):
+    """For fixtures: meanwhile these functions of modules are as `read_once` makes them."""
     with pytest.MonkeyPatch.context() as patch:
         for module, functions in names.items():
             for name in functions:
                 patch.setattr(module, name, read_once(getattr(module, name)))
         yield
+
+
+@pytest.fixture(scope="module")
+def folders_checked_once():
+    """What checks of the reference models' folders read and build is kept: these are tested in
+    tests/models."""
+    from ppcoat.models import fingerprint, loading, tensor_files
+    from ppcoat.models.flux import tokenizers
+    from ppcoat.models.newbie import pipeline
+    from ppcoat.train import flux, newbie
+
+    yield from reading_once(
+        {
+            fingerprint: ("_fingerprint",),
+            tensor_files: ("read_entries",),
+            tokenizers: ("_load",),
+            loading: ("unfilled",),
+            flux: ("unfilled",),
+            newbie: ("unfilled_nextdit", "check_newbie_folder"),
+            pipeline: ("check_newbie_folder",),
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def encoders_read_once(folders_checked_once):
+    """Runs on the reference models share their encoders, which no run changes. How they are loaded is tested
+    in tests/models."""
+    from ppcoat.models import loading
+    from ppcoat.models.newbie import pipeline
+
+    yield from reading_once(
+        {
+            loading: ("load_vae", "load_clip", "load_t5"),
+            pipeline: ("load_newbie_vae", "load_gemma3", "load_jina_clip"),
+        }
+    )
 
 
 @pytest.fixture(scope="session")
