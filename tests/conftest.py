@@ -64,14 +64,27 @@ def pytest_collection():
         gc.enable()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_wait_for_the_disk():
+    """No file of a test outlives the power. What is synced, and when, is counted in test_atomic.py and
+    storm/, which put their own in its place."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: os.fstat(descriptor) and None)  # it is open
+        yield
+
+
+CUT = []  # folders that first_blocks made
+
+
 @pytest.fixture(scope="session")
 def first_blocks(tmp_path_factory):
-    """first_blocks(model) -> folder of that FLUX with the first block of each kind alone: a run on it takes
-    half the time."""
+    """first_blocks(model) -> folder of that FLUX with the first block of each kind alone, which nobody
+    changes: a run on it takes half the time."""
     from safetensors.numpy import load_file, save_file
 
     def cut(model: Path) -> Path:
         folder = tmp_path_factory.mktemp("models") / model.name
+        CUT.append(folder)
         (folder / "transformer").mkdir(parents=True)
         for part in model.iterdir():
             if part.name != "transformer":
@@ -94,30 +107,71 @@ def small_flux(first_blocks) -> Path:
     return first_blocks(FIXTURE)
 
 
-@pytest.fixture(scope="module")
-def encoders_read_once():
-    """Runs on the reference models share their encoders, which no run changes, and what a check of their
-    folders builds. How they are loaded and checked is tested in tests/models."""
-    from ppcoat.models import fingerprint, loading
-    from ppcoat.models.newbie import pipeline as newbie_pipeline
+ASSETS = Path(__file__).parents[1] / "ppcoat" / "assets"
+# A function, on a device of this dtype -> that function, each result of which is kept for all tests.
+ONCE = cache(lambda load, dtype: cache(load))
 
-    def read_once(load):
-        known = cache(load)
 
-        def found(*given):
-            unchanged = any(isinstance(each, Path) and FIXTURES in each.resolve().parents for each in given)
-            return (known if unchanged else load)(*given)
+def read_once(load):
+    """`load`, whose results from a reference model are kept."""
+    from ppcoat.device import default_dtype
 
-        return found
+    def found(*given):
+        paths = [Path(each).resolve() for each in given if isinstance(each, str | Path)]
+        folders = {parent for path in paths for parent in path.parents}
+        if folders.isdisjoint((FIXTURES, ASSETS, *CUT)):
+            return load(*given)
+        kept = ONCE(load, default_dtype())(*given)
+        # an encoder that somebody's pipeline takes to the device and back is that pipeline's
+        return load(*given) if getattr(kept, "_forward_pre_hooks", None) else kept
 
-    names = {fingerprint: ("_fingerprint",),
-             loading: ("load_vae", "load_clip", "load_t5", "unfilled"),
-             newbie_pipeline: ("load_newbie_vae", "load_gemma3", "load_jina_clip")}  # fmt: skip
+    return found
+
+
+def reading_once(names):
+    """For fixtures: meanwhile these functions of modules are as `read_once` makes them."""
     with pytest.MonkeyPatch.context() as patch:
         for module, functions in names.items():
             for name in functions:
                 patch.setattr(module, name, read_once(getattr(module, name)))
         yield
+
+
+@pytest.fixture(scope="module")
+def folders_checked_once():
+    """What checks of the reference models' folders read and build is kept: these are tested in
+    tests/models."""
+    from ppcoat.models import fingerprint, loading, tensor_files
+    from ppcoat.models.flux import tokenizers
+    from ppcoat.models.newbie import pipeline
+    from ppcoat.train import flux, newbie
+
+    yield from reading_once(
+        {
+            fingerprint: ("_fingerprint",),
+            tensor_files: ("read_entries",),
+            tokenizers: ("_load",),
+            loading: ("unfilled",),
+            flux: ("unfilled",),
+            newbie: ("unfilled_nextdit", "check_newbie_folder"),
+            pipeline: ("check_newbie_folder",),
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def encoders_read_once(folders_checked_once):
+    """Runs on the reference models share their encoders, which no run changes. How they are loaded is tested
+    in tests/models."""
+    from ppcoat.models import loading
+    from ppcoat.models.newbie import pipeline
+
+    yield from reading_once(
+        {
+            loading: ("load_vae", "load_clip", "load_t5"),
+            pipeline: ("load_newbie_vae", "load_gemma3", "load_jina_clip"),
+        }
+    )
 
 
 @pytest.fixture(scope="session")

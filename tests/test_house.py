@@ -102,7 +102,9 @@ def test_a_room_says_what_it_is_for():
 def test_every_public_name_has_a_caller(trees):
     """A caller is any use of the name outside the tests; a name that is used only where it is defined should
     be private."""
-    used = sum((words_of(tree) for tree in trees.values()), Counter())
+    used = Counter()
+    for tree in trees.values():
+        used.update(words_of(tree))
     idle = {
         f"{name_of(file)}: {node.name}"
         for file in FILES

@@ -6,12 +6,13 @@ model folder that is not there is taken for FLUX.1-dev.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -195,8 +196,7 @@ def read_model(config: RunConfig, transformer: dict | None = None, control: bool
         files = FluxFiles.found(config.model.name_or_path, "model.name_or_path", **config.model.beside)
     if transformer is None:
         transformer = component_config(files["transformer"], "transformer") if files else FLUX_DEV
-    with paddle.LazyGuard():  # parameters get a shape and no memory
-        model = FluxTransformer2DModel.from_config(transformer)
+    model = _without_memory(json.dumps(transformer, sort_keys=True))
     if files and not control:
         check_without_control(model, files, fill=True)
     blocks = tuple(model.named_blocks())
@@ -214,6 +214,14 @@ def read_model(config: RunConfig, transformer: dict | None = None, control: bool
         heads=model.config.num_attention_heads,
         assumed=assumed,
     )
+
+
+@lru_cache(maxsize=4)
+def _without_memory(settings: str) -> FluxTransformer2DModel:
+    """The model of these settings (JSON), whose parameters have a shape and no memory. Kept, because a table
+    plans one model many times."""
+    with paddle.LazyGuard():
+        return FluxTransformer2DModel.from_config(json.loads(settings))
 
 
 def weights_by_block(

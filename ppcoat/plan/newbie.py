@@ -10,10 +10,12 @@ while it is computed again, without FP8.
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -84,8 +86,7 @@ class NewbieMemoryModel(MemoryModel):
         folder = Path(self.config.model.name_or_path)
         assumed = not folder.exists()
         if assumed or transformer is not None:
-            with paddle.LazyGuard():  # parameters get a shape and no memory
-                model = NextDiT_CLIP(**(transformer or {}))
+            model = _without_memory(NextDiT_CLIP, json.dumps(transformer or {}, sort_keys=True))
         else:
             model = unfilled_nextdit(folder / "transformer")
         blocks = tuple(f"layers.{i}" for i in range(len(model.layers)))
@@ -186,16 +187,29 @@ def _encoders(folder: Path | None) -> EncoderSizes:
             stored_values(folder / "vae"),
             check_newbie_vae(folder / "vae")["block_out_channels"][0],
         )
-    with paddle.LazyGuard():
-        models = Gemma3TextEncoder(gemma3), JinaClipTextModel(jina_clip)
-    text, *layers = (
-        sum(math.prod(p.shape) for model in some for p in model.parameters())
-        for some in (models, *([layer] for layer in models[0].layers))
-    )
+    text, *layers = _text_parameters(gemma3, jina_clip)
     streamed = text_streamed(text, layers)
     return EncoderSizes(
         text, vae, gemma3.num_attention_heads, gemma3.intermediate_size, channels, streamed=streamed
     )
+
+
+@lru_cache(maxsize=4)
+def _without_memory(build: Callable[..., NextDiT_CLIP], settings: str) -> NextDiT_CLIP:
+    """As in model.py."""
+    with paddle.LazyGuard():
+        return build(**json.loads(settings))
+
+
+@lru_cache(maxsize=4)
+def _text_parameters(gemma3: Gemma3Config, jina_clip: JinaClipConfig) -> list[int]:
+    """Parameters of both text encoders, and of each layer of Gemma3."""
+    with paddle.LazyGuard():
+        models = Gemma3TextEncoder(gemma3), JinaClipTextModel(jina_clip)
+    return [
+        sum(math.prod(p.shape) for model in some for p in model.parameters())
+        for some in (models, *([layer] for layer in models[0].layers))
+    ]
 
 
 @dataclass(frozen=True)

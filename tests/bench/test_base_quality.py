@@ -12,6 +12,8 @@ from ppcoat.bench import base_quality
 from ppcoat.cli.main import main
 from ppcoat.models.quantized_base import OutputErrors, WeightError
 
+pytestmark = pytest.mark.usefixtures("encoders_read_once")
+
 FOLDER = Path(__file__).parents[1] / "fixtures" / "tiny_flux_fp32"
 
 

@@ -17,7 +17,7 @@ STEPS = 3
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(tmp_path_factory, fork_children):
     """A tiny run through the command line -> (its folder, stdout)."""
     import contextlib
     import io
@@ -27,7 +27,8 @@ def finished(tmp_path_factory):
         "--hidden_size 64 --num_layers 2 --batch_size 2 --tokens 64 --text_tokens 16 --rank 4 --device cpu"
     )
     printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
+    with contextlib.redirect_stdout(printed), pytest.MonkeyPatch.context() as patch:
+        fork_children(patch)
         output = str(folder / "new" / "results.json")
         status = main(["benchmark", *flags.split(), "--num_steps", str(STEPS), "--use_fp8_activation",
                        "--output", output])  # fmt: skip

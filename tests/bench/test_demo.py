@@ -32,6 +32,8 @@ from ppcoat.data.figures import draw_figure
 from ppcoat.data.garments import KINDS
 from ppcoat.models.flux import prompt_encoding
 
+pytestmark = pytest.mark.usefixtures("encoders_read_once")
+
 FIXTURE = Path(__file__).parent.parent / "fixtures" / "tiny_flux_fp32"
 
 

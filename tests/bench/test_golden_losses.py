@@ -46,7 +46,7 @@ def assert_as_before(policy, losses, saved):
 
 @pytest.mark.parametrize("policy", [pytest.param("off", marks=pytest.mark.slow), "coat+recompute+attention"])
 def test_the_first_losses_of_quickstart_are_those_of_before(policy, tmp_path, data, monkeypatch):
-    monkeypatch.setattr(run, "DRY_STEPS", 4)
+    monkeypatch.setattr(run, "DRY_STEPS", 2)
     steps = [step for step, _ in run.dry_run(config_of(policy, tmp_path, data))]
     assert_as_before(policy, [step.loss for step in steps], steps[0].saved.bytes_kept)
 

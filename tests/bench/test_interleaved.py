@@ -1,16 +1,13 @@
 """The search for the largest batch, on known memory curves; and what a process that fails leads to."""
 
 import math
-import multiprocessing
 import os
 import signal
 import sys
 import time
-from types import SimpleNamespace
 
 import pytest
 
-from ppcoat import device
 from ppcoat.bench import bench_worker
 from ppcoat.bench.bench_worker import (
     BenchmarkCase,
@@ -141,22 +138,6 @@ def test_a_budget_beyond_the_machine_is_refused(fake, monkeypatch, total):
         ConfigError, match="memory_budget_gb: came 9, .* has 8.0 GB" if total else "does not tell"
     ):
         measured_peak(BenchmarkCase(), 9e9)
-
-
-@pytest.fixture
-def forked(monkeypatch):
-    """Processes that need not import Paddle anew; they only play `serve`."""
-    context, works = multiprocessing.get_context("fork"), []
-
-    def play(pipe, _):
-        signal.pthread_sigmask(signal.SIG_SETMASK, ())  # as child_main
-        function, arguments = works[-1]
-        function(pipe, *arguments)
-
-    monkeypatch.setattr(device.multiprocessing, "get_context", lambda _: context)
-    pickler = SimpleNamespace(dumps=lambda work: works.append(work) or b"")
-    monkeypatch.setattr(device, "ForkingPickler", pickler)
-    monkeypatch.setattr(device, "child_main", play)
 
 
 @pytest.mark.parametrize(

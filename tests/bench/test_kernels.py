@@ -1,8 +1,8 @@
 """`benchmark kernels`: refused without a card; its whole path on a CPU, in Triton's interpreter, at tiny
 sizes."""
 
+import importlib.util
 import json
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -36,39 +36,6 @@ finally:
     import ppcoat.bench.kernel_cases, launcher_block
 """
 
-# Runs in a process of its own: Triton reads TRITON_INTERPRET when a kernel is defined. The package is entered
-# without its __init__, which takes seconds to import; double blocks are measured further down.
-MEASURE = """
-import importlib.util, json, sys
-spec = importlib.util.spec_from_file_location("ppcoat", {package!r} + "/__init__.py")
-sys.modules["ppcoat"] = importlib.util.module_from_spec(spec)
-sys.path.insert(0, {tests!r})
-from conftest import interpreted
-from ppcoat.bench import kernels
-from ppcoat.bench.kernel_cases import Kernels
-from ppcoat.bench.kernel_library import PaddleLibrary
-kernels._block_errors = lambda *_: ()
-del kernels.PARTS["double block"]
-# What is timed is launched once: in the interpreter a launch takes a second, and that is no kernel's time.
-class Once(Kernels):
-    def timed(self, call, runs):
-        call()
-        return super().timed(lambda: None, runs)
-    def in_a_row_ms(self, call, runs):
-        call()
-        return super().in_a_row_ms(lambda: None, runs)
-    def errors(self):
-        # of all kernels they are in tests/fp8/test_truth.py
-        every, self.run = self.run, {{name: self.run[name] for name in {checked!r}}}
-        found = super().errors()
-        self.run = every
-        return found
-sizes = kernels.Sizes(**{sizes!r})
-report = kernels.measure(Once(PaddleLibrary(), interpreted), sizes)
-print(kernels.kernel_table(report))
-print(json.dumps(report))
-"""
-
 
 @WITHOUT_GPU
 def test_without_a_card_nothing_is_claimed(tmp_path, capsys):
@@ -99,20 +66,42 @@ def test_with_torch_it_runs_where_paddle_cannot_be_imported(tmp_path):
     assert done.stderr.startswith("error: torch sees no NVIDIA GPU: nothing was measured")
 
 
-def test_every_kernel_is_checked_and_timed():
+@pytest.fixture
+def interpreted():
+    """As in tests/fp8/conftest.py."""
+    spec = importlib.util.spec_from_file_location("fp8_conftest", ROOT / "tests/fp8/conftest.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.interpreted
+
+
+def test_every_kernel_is_checked_and_timed(interpreted, monkeypatch):
+    """What is timed is launched once: in the interpreter a launch takes a second, and that is no kernel's
+    time. Double blocks are measured further down; errors of all kernels are in tests/fp8/test_truth.py."""
     pytest.importorskip("triton", reason="Triton is not installed")
     if PaddleLibrary.has_gpu():
         pytest.skip("the command itself measures here")
-    sizes = {name: getattr(TINY, name) for name in TINY.__dataclass_fields__}
-    folders = {"package": str(ROOT / "ppcoat"), "tests": str(ROOT / "tests/fp8")}
-    script = MEASURE.format(**folders, sizes=sizes, checked=CHECKED)
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        capture_output=True, text=True, cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    *shown, last = done.stdout.splitlines()
-    report = json.loads(last)
+    from ppcoat.bench.kernel_cases import Kernels
+
+    class Once(Kernels):
+        def timed(self, call, runs):
+            call()
+            return super().timed(lambda: None, runs)
+
+        def in_a_row_ms(self, call, runs):
+            call()
+            return super().in_a_row_ms(lambda: None, runs)
+
+        def errors(self):
+            every, self.run = self.run, {name: self.run[name] for name in CHECKED}
+            found = super().errors()
+            self.run = every
+            return found
+
+    monkeypatch.setattr(kernels, "_block_errors", lambda *_: ())
+    monkeypatch.delitem(kernels.PARTS, "double block")
+    report = json.loads(json.dumps(kernels.measure(Once(PaddleLibrary(), interpreted), TINY)))
+    shown = kernels.kernel_table(report).splitlines()
     from ppcoat.bench.kernel_cases import LAUNCHERS
 
     products = {"y = x W", "dx = dy W^T"}

@@ -65,7 +65,9 @@ def test_results_come_in_order_from_processes_that_share_the_cores_and_print_to_
         (Job("fault", eval, ("1 / 0",)), ZeroDivisionError, "", True, ["Traceback", "ZeroDivisionError"]),
     ],
 )
-def test_a_fault_is_raised_here_at_once_and_the_other_is_stopped(job, error, words, first, printed, tmp_path):
+def test_a_fault_is_raised_here_at_once_and_the_other_is_stopped(
+    forked, job, error, words, first, printed, tmp_path
+):
     """A traceback is printed where the fault is no message to the user."""
     started, long = time.monotonic(), Job("long", time.sleep, (600,))
     job = replace(job, log=tmp_path / "job.log")
@@ -76,9 +78,28 @@ def test_a_fault_is_raised_here_at_once_and_the_other_is_stopped(job, error, wor
     assert all(word in said for word in printed) and bool(said) == bool(printed)
 
 
+WAIT = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
+
+
 @two_cores
-@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
-def test_jobs_end_with_the_process_that_started_them(tmp_path, number):
+def test_jobs_end_with_the_process_that_started_them(forked, tmp_path):
+    jobs = [Job(name, exec, (WAIT, {}), tmp_path / name) for name in "ab"]
+    parent = parallel_jobs.multiprocessing.get_context("fork").Process(
+        target=run_parallel, args=(jobs, "cpu")
+    )
+    parent.start()
+    try:
+        pids = [wait_for_number(tmp_path / name) for name in "ab"]
+    finally:
+        parent.kill()
+        parent.join()
+    assert all_end(pids)
+
+
+@two_cores
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_jobs_end_with_the_command_that_started_them(tmp_path, number):
     script = tmp_path / "parent.py"
     script.write_text(PARENT)
     unset = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
@@ -88,10 +109,14 @@ def test_jobs_end_with_the_process_that_started_them(tmp_path, number):
     finally:
         parent.send_signal(number)
         parent.wait(60)
+    assert all_end(pids)
+
+
+def all_end(pids: list[int]) -> bool:
     deadline = time.monotonic() + 20
-    while any(is_running(pid) for pid in pids) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not any(is_running(pid) for pid in pids)
+    while (running := any(is_running(pid) for pid in pids)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not running
 
 
 def wait_for_number(file: Path) -> int:
@@ -99,7 +124,7 @@ def wait_for_number(file: Path) -> int:
     while time.monotonic() < deadline:
         if file.exists() and (text := file.read_text()).endswith("\n"):
             return int(text.splitlines()[-1])
-        time.sleep(0.1)
+        time.sleep(0.05)
     raise AssertionError(f"{file} was not written")
 
 

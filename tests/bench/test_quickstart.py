@@ -21,6 +21,8 @@ from ppcoat.models.flux import prompt_encoding
 from ppcoat.models.flux.pipeline import FluxPipeline
 from ppcoat.train.trainer import TrainingResult
 
+pytestmark = pytest.mark.usefixtures("encoders_read_once")
+
 FIXTURE = Path(__file__).parent.parent / "fixtures" / "tiny_flux_fp32"
 
 

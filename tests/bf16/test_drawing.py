@@ -19,6 +19,8 @@ from ppcoat.models.newbie.files import load_quantized_nextdit
 from ppcoat.models.newbie.pipeline import NewbiePipeline
 from ppcoat.models.quantized_base import load_quantized_transformer
 
+pytestmark = pytest.mark.usefixtures("encoders_read_once")
+
 ROOT = Path(__file__).parents[2]
 FLUX, NEWBIE = ROOT / "ppcoat" / "assets" / "tiny_flux", ROOT / "tests" / "fixtures" / "tiny_newbie"
 CALL = {"height": 64, "width": 64, "num_inference_steps": 2, "seed": 5, "max_sequence_length": 16}

@@ -16,8 +16,8 @@ POLICY = "coat.activation.policy="
 BY_HAND = ("norm_kernel", "quantize_kernel", "dequantize_kernel", "rms_norm_rotated_kernel", "adamw_kernel",
            "rms_norm_rotated_grad_kernel", "activation_kernel", "gated_residual_kernel")  # fmt: skip
 RUNS = {
-    "groups of Linears": [POLICY + "coat", "coat.activation.linear_granularity=per_group"],
-    "attention": [POLICY + "coat+recompute+attention"],
+    "groups of Linears": [POLICY + "coat", "coat.activation.linear_granularity=per_group", "train.steps=1"],
+    "attention": [POLICY + "coat+recompute+attention", "train.steps=1"],
     "checkpoints in FP8, dropout, accumulation, EMA, previews": [
         POLICY + "coat", "train.gradient_checkpointing=true", "network.dropout=0.1",
         "train.gradient_accumulation=2", "train.ema.use_ema=true", "sample.sample_every=1", "train.steps=1",
@@ -49,6 +49,9 @@ MORE_RUNS = {
     "swapped": [POLICY + "coat", "model.blocks_to_swap=2"],
     "other losses": [POLICY + "coat", "train.timestep_type=weighted", "train.loss_type=pseudo_huber"],
 }  # fmt: skip
+
+
+pytestmark = pytest.mark.usefixtures("encoders_read_once")
 
 
 @pytest.fixture(autouse=True)

@@ -316,7 +316,7 @@ def test_shipped_configs_load_and_round_trip(tmp_path, path):
     assert load(tmp_path, dump_config(config)) == config
 
 
-fuzz = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+fuzz = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 texts = st.text(st.characters(exclude_categories=("C", "Z")), min_size=1, max_size=12)
 awkward = st.sampled_from(
     ["1e-4", "yes", "null", "~", "01", "1:30", "2020-01-01", "${X}", "$${X}", "$", "a: b", "#"]

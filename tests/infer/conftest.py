@@ -1,4 +1,4 @@
-"""What tests of scores share."""
+"""What tests of drawing and of scores share."""
 
 import paddle
 import pytest
@@ -6,6 +6,11 @@ import pytest
 import ppcoat.infer.garment_scores as garment_scores
 from ppcoat.infer.garment_scores import GarmentClassifier
 from ppcoat.models.flux import prompt_encoding
+
+
+@pytest.fixture(autouse=True)
+def shared_checks(folders_checked_once):
+    """In every test here."""
 
 
 @pytest.fixture

@@ -26,6 +26,8 @@ from ppcoat.models.flux.pipeline import FluxPipeline
 from ppcoat.models.offload import Placement
 from ppcoat.plan.drawing import AS_IT_IS
 
+pytestmark = pytest.mark.usefixtures("encoders_read_once")
+
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 SMALL = {"steps": 1, "height": 32, "width": 32, "device": "cpu"}
 
@@ -123,7 +125,7 @@ def paddle_shape(name):
 
 
 @pytest.mark.slow
-def test_newbie_draws_each_line_as_alone(tmp_path, encoders_read_once):
+def test_newbie_draws_each_line_as_alone(tmp_path):
     shared = Drawing(
         str(FIXTURES / "tiny_newbie"), path_to_lora=[str(FIXTURES / "tiny_newbie/lora")], **SMALL
     )

@@ -24,6 +24,8 @@ from ppcoat.models.flux.editing import (
 )
 from ppcoat.models.flux.pipeline import FluxPipeline
 
+pytestmark = pytest.mark.usefixtures("encoders_read_once")
+
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 BASE = FIXTURES / "tiny_flux_fp32"
 QUICK = ["--steps", "2", "--max_sequence_length", "16", "--device", "cpu"]

@@ -16,7 +16,7 @@ FACTS = ("kind", "colour", "pattern")
 NAMES = {"autoencoder PSNR, dB", "Frechet 4 steps / 28 steps"}
 NAMES |= {f"{name}, {where}" for name in FACTS for where in ("drawings", "4 steps", "28 steps")}
 NAMES |= {f"Frechet distance, {steps} steps" for steps in (4, 28)}
-pytestmark = pytest.mark.usefixtures("quick_and_untrained")
+pytestmark = pytest.mark.usefixtures("quick_and_untrained", "encoders_read_once")
 
 
 def test_the_command_prints_and_writes_every_score(tmp_path, capsys, monkeypatch):

@@ -13,24 +13,26 @@ from ppcoat.infer.scores import Inception
 
 
 @pytest.fixture(scope="module")
-def file(tmp_path_factory):
-    """As Paddle's own file: with the classes' layer, which the features do not need."""
+def whole():
     paddle.seed(0)
-    model = paddle.vision.models.InceptionV3()
+    return paddle.vision.models.InceptionV3()
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory, whole):
+    """As Paddle's own file: with the classes' layer, which the features do not need."""
     file = tmp_path_factory.mktemp("inception") / "inception_v3.safetensors"
-    save_file(model.state_dict(), str(file))
+    save_file(whole.state_dict(), str(file))
     return file
 
 
-def test_features_are_the_layer_below_the_classes(file):
+def test_features_are_the_layer_below_the_classes(file, whole):
     """With those features, the classes' layer gives what the whole network gives."""
     rng = np.random.default_rng(0)
     picture = rng.integers(0, 256, (299, 299, 3), dtype=np.uint8)
     (features,) = Inception(file)([Image.fromarray(picture)])
     assert features.shape == (2048,) and features.dtype == np.float32
-    whole = paddle.vision.models.InceptionV3()
     tensors = load_file(str(file))
-    whole.set_state_dict(tensors)
     whole.eval()
     whole.dropout.p = 0.0  # Paddle scales by it also when drawing no dropout
     pixels = (picture / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]

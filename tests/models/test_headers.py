@@ -54,8 +54,10 @@ def test_a_damaged_header_is_refused_where_the_library_refuses_it(file, kind):
 
 
 def test_more_tensors_than_any_model_has_are_refused(file):
-    next(each for each in damaged_file(file) if "10^5 tensors" in each.name).mutate(file)
-    with pytest.raises(ConfigError, match="100004 tensors, wanted at most 20000"):
+    header = {str(i): {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(20001)}
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text)
+    with pytest.raises(ConfigError, match="20001 tensors, wanted at most 20000"):
         read_entries(file)
 
 

@@ -5,9 +5,12 @@ Linears; the bounds are what was reached, rounded up. `pytest -s` prints the tab
 trainer reads from the device once is in tests/train/test_trainer.py.
 """
 
+import contextlib
+import io
 import json
+import multiprocessing
 import os
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -33,16 +36,25 @@ COLUMNS = ("calls", "calls in blocks, forward", "launches", "call cast", "syncs"
 def counts():
     """Case -> how often each thing happened in a step."""
     pytest.importorskip("triton", reason="Triton is not installed")
-    path = os.pathsep.join([str(HERE.parents[1]), *(entry for entry in sys.path if entry)])
-    done = subprocess.run(
-        [sys.executable, str(HERE / "host_work.py"), *BOUNDS],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "PYTHONPATH": path, "TRITON_INTERPRET": "0"},
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    hear, tell = multiprocessing.Pipe(duplex=False)
+
+    def count():
+        """In a fork, which has all libraries, and imports ppcoat anew, so that kernels are not defined for the
+        interpreter."""
+        os.environ["TRITON_INTERPRET"] = "0"
+        for name in [name for name in sys.modules if name.partition(".")[0] == "ppcoat"]:
+            del sys.modules[name]
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            runpy.run_path(str(HERE / "host_work.py"))["main"](list(BOUNDS))
+        tell.send(json.loads(printed.getvalue().splitlines()[-1]))
+
+    process = multiprocessing.get_context("fork").Process(target=count)
+    process.start()
+    tell.close()
+    try:
+        found = hear.recv()
+    finally:
+        process.join()
     print(f"\n{'':36}" + "".join(f"{column:>26}" for column in COLUMNS))
     for case, found_there in found.items():
         print(f"{case:36}" + "".join(f"{found_there.get(column, 0):26}" for column in COLUMNS))

@@ -1,7 +1,7 @@
 """The plan of a NewBie-image run against the counters of training and Paddle's allocator; 3B by shapes."""
 
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 
 import numpy as np
 import paddle
@@ -55,14 +55,6 @@ class Case:
 SIZES = (Case(96, 4, 2, 3, 1, (12, 12), 40), Case(96, 3, 1, 3, 2, (8, 16), 48))
 WIDE = Case(32, 12, 6, 3, 1, (8, 8), 80)  # wider than the small copies
 NONE, COAT, RECOMPUTE, ATTENTION = POLICIES
-
-
-@pytest.fixture(scope="module", autouse=True)
-def encoders_counted_once():
-    """The published encoders are the same for every plan; to count one takes a quarter of a second."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan_newbie, "_encoders", lru_cache(plan_newbie._encoders))
-        yield
 
 
 @pytest.fixture

@@ -255,7 +255,7 @@ def end_early(ranks, tell, close):
     if close:
         ranks.close()
     if ranks.rank == 0:
-        time.sleep(1.5)  # rank 0 may go on alone, to write its last file
+        time.sleep(0.8)  # rank 0 may go on alone, to write its last file
 
 
 @pytest.mark.parametrize(
@@ -270,13 +270,13 @@ def test_close_waits_for_the_slowest(start):
     def work(ranks, tell):
         ranks.barrier()
         if ranks.is_first:
-            time.sleep(1)
+            time.sleep(0.4)
         before = time.time()
         ranks.close()
         tell(time.time() - before)
 
     processes, heard = start(work)
-    assert hear(heard[1]) > 0.8
+    assert hear(heard[1]) > 0.3
     assert finish(processes) == [0, 0]
 
 
@@ -285,7 +285,7 @@ def test_the_first_goes_ahead_and_the_others_follow(start, tmp_path):
         with ranks.first_ahead():
             there = (tmp_path / "written").exists()
             if ranks.is_first:
-                time.sleep(0.5)
+                time.sleep(0.2)
                 (tmp_path / "written").touch()
         tell(there)
         ranks.close()

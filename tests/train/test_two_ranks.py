@@ -1,9 +1,11 @@
-"""Two processes from paddle.distributed.launch train as one process with both their pictures, and stop as
-one."""
+"""Two processes train as one process with both their pictures, and stop as one. They come from
+paddle.distributed.launch, in the slow tests; else they are forks, which have all imported."""
 
 import json
+import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -65,6 +67,36 @@ def launch(tmp_path):
             process.wait()
 
 
+@pytest.fixture
+def fork_ranks():
+    """fork_ranks(work, folder of logs) -> two ranks, each a process that does work()."""
+    started = []
+
+    def fork(work, folder):
+        with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as other:
+            store, ours = (each.getsockname()[1] for each in (one, other))
+
+        def run(rank):
+            for number in (1, 2):
+                os.dup2(os.open(folder / f"workerlog.{rank}", os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
+            sys.stdout, sys.stderr = (os.fdopen(number, "w", 1, closefd=False) for number in (1, 2))
+            os.environ.update(
+                PADDLE_TRAINERS_NUM="2", PADDLE_MASTER=f"127.0.0.1:{store}", PADDLE_TRAINER_ID=str(rank),
+                PADDLE_TRAINER_ENDPOINTS=f"127.0.0.1:{ours},127.0.0.1:1",
+                PADDLE_CURRENT_ENDPOINT="127.0.0.1:1",
+            )  # fmt: skip
+            work()
+
+        for rank in (0, 1):
+            started.append(multiprocessing.get_context("fork").Process(target=run, args=(rank,)))
+            started[-1].start()
+        return started
+
+    yield fork
+    for process in started:
+        process.kill()
+
+
 def run_of(file):
     return file.parent / "run"
 
@@ -95,7 +127,7 @@ def assert_equal_runs(first, second, tolerance):
             assert mine[name] == pytest.approx(other[name], abs=10 * tolerance), name
 
 
-def test_two_ranks_are_one_with_both_pictures(write, launch, tmp_path):
+def test_two_ranks_are_one_with_both_pictures(write, fork_ranks, tmp_path):
     """With dropped captions, two passes per step, noise levels told apart, a cache on disk, a reference and a
     mask for all pictures but one, and the model's own output preserved."""
     settings = {"gradient_accumulation": 2, "diff_output_preservation": True,
@@ -104,13 +136,14 @@ def test_two_ranks_are_one_with_both_pictures(write, launch, tmp_path):
              "cache_to_disk": True, "control_path": str(tmp_path / "before"),
              "mask_path": str(tmp_path / "before"), "mask_min_value": 0.1}]  # fmt: skip
     (tmp_path / "before").mkdir()
+    (tmp_path / "log").mkdir()
     for path in sorted((tmp_path / "data").glob("*.png"))[1:]:
         ImageOps.mirror(Image.open(path).convert("RGB")).save(tmp_path / "before" / path.name)
     two = write("two", 1, settings, datasets=data, **NO_COAT)
-    process = launch(two)
+    processes = fork_ranks(lambda: train_lora(load_config(two)), tmp_path / "log")
     one = write("one", 2, settings, datasets=data, **NO_COAT)
     train_lora(load_config(one))
-    assert process.wait(timeout=300) == 0, process.stdout.read()
+    assert [process.join(300) or process.exitcode for process in processes] == [0, 0], logs_of_ranks(tmp_path)
     assert_equal_runs(two, one, 1e-6)
     assert log(two)[-1]["preservation_loss"] > 0
     names = sorted(path.name for path in run_of(two).iterdir())

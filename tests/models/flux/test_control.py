@@ -19,6 +19,8 @@ from ppcoat.models.flux.pipeline import FluxPipeline
 from ppcoat.models.loading import load_transformer
 from ppcoat.nn.convert import quantize_linears
 
+pytestmark = pytest.mark.usefixtures("encoders_read_once")
+
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 BASE, FOLDER = FIXTURES / "tiny_flux_fp32", FIXTURES / "adapters"
 CAT = "a photo of cat holding a sign that says hello world"
