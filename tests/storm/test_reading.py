@@ -1,7 +1,7 @@
 """Everything that is read from the world, damaged: each input ends in a success that is right or in one line
 with status 2, within seconds and a gigabyte, and nothing is written beside the output.
 
-Slow: 2,000 inputs. By default 100, every mutator at least once.
+Slow: 2,000 inputs. By default 200, every mutator at least once.
 """
 
 import contextlib
@@ -195,7 +195,7 @@ def share(kind: str, count: int) -> int:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_damaged_inputs(kind, world):
-    for number in range(share(kind, 100)):
+    for number in range(share(kind, 200)):
         tried(kind, number, world)
 
 
