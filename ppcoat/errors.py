@@ -41,8 +41,8 @@ def unknown_name(what: str, name: object, known: Iterable[str]) -> str:
     return f"unknown {what} {name!r}, the nearest is {nearest!r}; use one of {', '.join(known)}"
 
 
-def not_installed(error: ModuleNotFoundError) -> str:
-    """The message for a package that ppcoat needs and that is not there."""
+def not_installed(error: ImportError) -> str:
+    """The message for a package that ppcoat needs and that is not there, or cannot be loaded."""
     return (
         f"{error.msg}: ppcoat needs paddlepaddle or paddlepaddle-gpu 3.3 and what requirements.txt names "
         "(README.md, Install)"
