@@ -42,6 +42,12 @@ def only_regular(path: str, flags: int) -> int:
     return descriptor
 
 
+def followed(path: str | Path) -> Path:
+    """The absolute path with all links followed; one in a circle of links stands for itself, where
+    Path.resolve raises RuntimeError."""
+    return Path(os.path.realpath(path))
+
+
 def json_value(text: str | bytes, strict: bool = False) -> Any:
     """What a text of JSON says. Raises ValueError for one that is none, nested deeper than MAX_LEVELS, or
     with a whole number of more than 4,300 digits; strict: of more than MAX_DIGITS, and for a key that stands

@@ -22,11 +22,10 @@ from ppcoat.infer.drawing import Drawing, EditFlags
 from ppcoat.infer.editing import (
     Sight,
     check_edit_flags,
-    open_picture,
     opened_picture,
     prepared_all,
 )
-from ppcoat.infer.prompts import read_pictures, slug
+from ppcoat.infer.prompts import MAX_PICTURES, read_pictures, slug
 from ppcoat.lora import info_of, inputs_of, put_adapters, read_fitting, tell
 from ppcoat.models.flux.files import FluxFiles
 from ppcoat.models.flux.pipeline import FluxPipeline
@@ -35,6 +34,7 @@ from ppcoat.models.newbie.files import check_newbie_folder
 from ppcoat.models.offload import Placement
 from ppcoat.models.tensor_files import pipeline_class
 
+MAX_STEPS, MAX_SEED = 10_000, 2**63 - 1
 NOTABLE_STRETCH = 0.02  # of a control picture's width against its height
 How = tuple[str | None, Placement]  # the dtype that is asked for, and what lies where
 
@@ -141,7 +141,7 @@ def _check_control(drawing: Drawing, shapes: Mapping[str, Sequence[int]], loras:
             "LoRA by --path_to_lora, or draw with FLUX.1 Canny or Depth"
         )
     if drawing.control_image is not None:
-        open_picture(Path(drawing.control_image))
+        opened_picture(drawing.control_image)
 
 
 def control_picture(drawing: Drawing, pipeline: FluxPipeline) -> Image.Image | None:
@@ -231,9 +231,13 @@ def save_picture(picture: Image.Image, folder: Path, number: int, prompt: str, s
 
 def check_numbers(drawing: Drawing) -> None:
     """Raises ConfigError for a number that cannot be drawn with."""
-    for name, least in (("num_images", 1), ("steps", 1), ("seed", 0)):
-        if getattr(drawing, name) < least:
-            raise ConfigError(f"{name}: came {getattr(drawing, name)}, wanted at least {least}")
+    for name, least, most in (
+        ("num_images", 1, MAX_PICTURES),
+        ("steps", 1, MAX_STEPS),
+        ("seed", 0, MAX_SEED),
+    ):
+        if not least <= getattr(drawing, name) <= most:
+            raise ConfigError(f"{name}: came {getattr(drawing, name)}, wanted {least} to {most}")
     for name in ("height", "width"):
         side = getattr(drawing, name)
         if side is not None and (side < 16 or side % 16):

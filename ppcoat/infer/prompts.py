@@ -144,6 +144,12 @@ def _rows(file: Path) -> Iterator[tuple[int, Mapping[str, Any] | ConfigError]]:
     reader = _READERS.get(file.suffix.lower())
     if reader is None:
         raise ConfigError(f"prompts: came {file}, wanted a {', '.join(_READERS)} file")
+    yield from reader(prompt_text(file))
+
+
+def prompt_text(file: Path) -> str:
+    """What a text file holds, in any encoding that is known; one that is guessed is told. Raises
+    ConfigError."""
     try:
         raw = regular_bytes(file, MAX_LIST_BYTES)
     except OSError as error:
@@ -155,7 +161,7 @@ def _rows(file: Path) -> Iterator[tuple[int, Mapping[str, Any] | ConfigError]]:
         raise ConfigError(f"{file} is damaged or in no known encoding; save it as UTF-8") from None
     if not encoding.startswith("utf"):
         print(f"note: {file} is read as {encoding}, a guess; save it as UTF-8 if prompts look wrong")
-    yield from reader(text)
+    return text
 
 
 def _of_text(text: str) -> Iterator[tuple[int, Mapping[str, Any] | ConfigError]]:

@@ -19,6 +19,7 @@ from ppcoat.config.schema import RunConfig
 from ppcoat.errors import ConfigError
 from ppcoat.finite import damaged_weight, first_not_finite
 from ppcoat.lora.kinds import LARGEST
+from ppcoat.reading import regular_bytes
 from ppcoat.train.ranks import Ranks
 from ppcoat.train.report import first_bad_module
 from ppcoat.train.run_state import RunState
@@ -88,7 +89,7 @@ def check_before_saving(state: RunState, run_dir: Path) -> None:
 def last_checkpoint(run_dir: Path) -> str:
     """The words for what a run that ends badly leaves."""
     try:
-        name = (run_dir / "checkpoints" / "latest").read_text("ascii").strip()
+        name = regular_bytes(run_dir / "checkpoints" / "latest", 100).decode("ascii").strip()
     except (OSError, UnicodeDecodeError):
         return "No checkpoint was saved before"
     return f"The last checkpoint, step {int(name) if name.isdecimal() else name}, is unharmed"

@@ -109,7 +109,7 @@ WRONG = [
     ("jsonl", '{"prompt": "a\\u0000b"}', "line 1: prompt: wanted at most 65536 bytes without control"),
     ("jsonl", '{"prompt": "a", "seed": 1.5}', "line 1: seed: came 1.5, wanted a whole number"),
     ("jsonl", '{"prompt": "a", "seed": true}', "line 1: seed: came True, wanted a number"),
-    ("jsonl", '{"prompt": "a", "seed": -1}', "line 1: seed: came -1, wanted at least 0"),
+    ("jsonl", '{"prompt": "a", "seed": -1}', "line 1: seed: came -1, wanted 0 to"),
     ("jsonl", '{"prompt": "a", "seed": 99999999999999999999}', "line 1: seed: came 99999"),
     ("jsonl", '{"prompt": "a", "guidance": NaN}', "line 1: guidance_scale: came nan, wanted a number"),
     ("jsonl", '{"prompt": "a", "size": "big"}', "line 1: size: came 'big', wanted width x height"),
