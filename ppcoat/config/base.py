@@ -8,6 +8,8 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict
 
+from ppcoat.errors import check_whole
+
 # YAML gives lists and frozen models hold tuples: the one place where a value may change its type
 Strings = Annotated[tuple[str, ...], Strict(False)]
 # one latent token covers 16 x 16 pixels (8 by the VAE, 2 by patchify)
@@ -45,6 +47,7 @@ class Section(BaseModel):
 
 
 def checked_trigger_word(value: str | None) -> str | None:
+    check_whole("the word", value)
     if value is not None and (not value.strip() or value != " ".join(value.split())):
         raise ValueError("the trigger word must not be blank or have extra spaces; leave it out for none")
     if value is not None and ("[trigger]" in value or "[name]" in value):

@@ -14,7 +14,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from ppcoat.atomic import check_writable, whole_file
 from ppcoat.device import compute_dtype, set_device
-from ppcoat.errors import ConfigError
+from ppcoat.errors import ConfigError, check_whole
 from ppcoat.infer.batch import Batch
 from ppcoat.infer.card import flux_within_card, newbie_within_card, placement_of
 from ppcoat.infer.drawers import Drawer, FluxDrawer, Loras, NewbieDrawer
@@ -230,7 +230,9 @@ def save_picture(picture: Image.Image, folder: Path, number: int, prompt: str, s
 
 
 def check_numbers(drawing: Drawing) -> None:
-    """Raises ConfigError for a number that cannot be drawn with."""
+    """Raises ConfigError for a number or a text that cannot be drawn with."""
+    check_whole("prompt", *(drawing.prompt or ()))
+    check_whole("negative_prompt", drawing.negative_prompt)
     for name, least, most in (
         ("num_images", 1, MAX_PICTURES),
         ("steps", 1, MAX_STEPS),

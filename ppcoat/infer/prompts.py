@@ -28,7 +28,7 @@ from typing import Any, TypeVar, get_type_hints
 
 from ppcoat.data.caption_files import MAX_CAPTION_BYTES
 from ppcoat.data.encodings import decode
-from ppcoat.errors import ConfigError, unknown_name
+from ppcoat.errors import ConfigError, check_whole, unknown_name
 from ppcoat.reading import regular_bytes
 
 MOST_MISTAKES = 1000  # that are looked for
@@ -293,12 +293,8 @@ def _number(name: str, value: Any) -> int | float:
 def _text(name: str, value: Any) -> str:
     if not isinstance(value, str):
         raise ConfigError(f"{name}: came {value!r:.60}, wanted a text")
-    text = value.strip()
-    try:
-        size = len(text.encode())
-    except UnicodeEncodeError:
-        raise ConfigError(f"{name} holds half of a character (a lone surrogate); mend it") from None
-    if size > MAX_CAPTION_BYTES or _UNPRINTABLE.search(text):
+    check_whole(name, text := value.strip())
+    if len(text.encode()) > MAX_CAPTION_BYTES or _UNPRINTABLE.search(text):
         raise ConfigError(f"{name}: wanted at most {MAX_CAPTION_BYTES} bytes without control characters")
     return text
 

@@ -105,7 +105,7 @@ WRONG = [
     ("jsonl", '["a"]', 'line 1: came ["a"], wanted an object'),
     ("jsonl", '{"prompt": "a", "prompt": "b"}', "line 1: prompt is given twice"),
     ("jsonl", '{"prompt": {"a": 1}}', "line 1: prompt: came (('a', 1),), wanted a text"),
-    ("jsonl", '{"prompt": "\\ud800"}', "line 1: prompt holds half of a character"),
+    ("jsonl", '{"prompt": "\\ud800"}', "line 1: prompt: \\ud800 holds half of a"),
     ("jsonl", '{"prompt": "a\\u0000b"}', "line 1: prompt: wanted at most 65536 bytes without control"),
     ("jsonl", '{"prompt": "a", "seed": 1.5}', "line 1: seed: came 1.5, wanted a whole number"),
     ("jsonl", '{"prompt": "a", "seed": true}', "line 1: seed: came True, wanted a number"),
