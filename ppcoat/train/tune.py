@@ -39,6 +39,7 @@ from ppcoat.train.run import (
     with_fitting_settings,
     with_steps_of_epochs,
 )
+from ppcoat.train.run_lock import only_run_in
 from ppcoat.train.search import (
     EXTENSIONS,
     Candidate,
@@ -72,19 +73,20 @@ def tune(config: RunConfig, flags: TuneFlags) -> None:
     if inputs.ranks.size > 1:
         raise ConfigError(f"tune runs in one process, came {inputs.ranks.size}: leave out the launcher")
     check_run_folder(folder)
-    apart = with_steps_of_epochs(with_fitting_settings(spec, apart, inputs.ranks), inputs)
-    journal = Journal.of(folder / "journal.json", _settings(config, flags, apart))
-    space = search_space(spec, apart, flags)
-    trials = Trials(spec, apart, inputs, flags.hold_out)
-    search = Search(trials, space, journal, budget, began - journal.seconds)
-    winner, told = search.run()
-    lines = [told, *table(space.own, winner, journal)]
-    best = folder / "best.yaml"
-    write_text(best, _best_yaml(config, flags, winner, lines))
-    script = {"flux": "train", "newbie": "train-newbie --config_file"}[config.model.family]
-    if any(trials.folder(winner).glob("*.safetensors")):
-        lines.append(f"its adapter, as the last round left it: {trials.folder(winner)}")
-    print(*lines, f"train with the best: python -m ppcoat {script} {best}", sep="\n")
+    with only_run_in(folder, inputs.ranks):
+        apart = with_steps_of_epochs(with_fitting_settings(spec, apart, inputs.ranks), inputs)
+        journal = Journal.of(folder / "journal.json", _settings(config, flags, apart))
+        space = search_space(spec, apart, flags)
+        trials = Trials(spec, apart, inputs, flags.hold_out)
+        search = Search(trials, space, journal, budget, began - journal.seconds)
+        winner, told = search.run()
+        lines = [told, *table(space.own, winner, journal)]
+        best = folder / "best.yaml"
+        write_text(best, _best_yaml(config, flags, winner, lines))
+        script = {"flux": "train", "newbie": "train-newbie --config_file"}[config.model.family]
+        if any(trials.folder(winner).glob("*.safetensors")):
+            lines.append(f"its adapter, as the last round left it: {trials.folder(winner)}")
+        print(*lines, f"train with the best: python -m ppcoat {script} {best}", sep="\n")
 
 
 def check_flags(config: RunConfig, flags: TuneFlags) -> None:
