@@ -1,5 +1,8 @@
-"""python -m ppcoat <command>, and the way in of the scripts: signals are taken before all else."""
+"""python -m ppcoat <command>, and the way in of the scripts: streams that take what is printed, and signals
+that are taken, before all else."""
 
+import io
+import os
 import sys
 
 from ppcoat import signals
@@ -16,7 +19,51 @@ def start(command: str | None = None) -> int:
         return signals.finished(0)
 
 
+class Printed(io.RawIOBase):
+    """Where stdout or stderr leads. What it does not take, on a full disk or a terminal that is gone, is lost
+    and nothing else with it: a run outlives its log. error: why the first was lost. Only where nobody reads
+    stdout any more is that an error at once, as for every program before `head`."""
+
+    def __init__(self, descriptor: int, name: str) -> None:
+        self._descriptor, self.name, self.error = descriptor, name, None
+
+    def write(self, content: object) -> int | None:
+        try:
+            return os.write(self._descriptor, content)
+        except BlockingIOError:
+            return None
+        except OSError as error:
+            if isinstance(error, BrokenPipeError) and self._descriptor != 2:
+                raise
+            self.error = self.error or error
+            return len(content)
+
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self._descriptor
+
+    def isatty(self) -> bool:
+        return os.isatty(self._descriptor)
+
+
+def _take_streams() -> None:
+    """A stream that came closed leads nowhere: else the next file that is opened has its number, and what
+    libraries print goes into it."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        stream = getattr(sys, name)
+        if stream is None:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free: this one
+        if number:
+            text = (stream.encoding, stream.errors) if stream else ("utf-8", "replace")
+            by_line = stream is None or stream.line_buffering or stream.write_through  # python -u
+            buffer = io.BufferedWriter(Printed(number, f"<{name}>"))
+            setattr(sys, name, io.TextIOWrapper(buffer, *text, line_buffering=by_line))
+
+
 def _status_of(command: str | None) -> int:
+    _take_streams()
     signals.take()
     from ppcoat.cli import main as table
 

@@ -39,6 +39,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from ppcoat.errors import ConfigError
+from ppcoat.reading import followed
 from ppcoat.signals import unfinished
 
 _FORGOTTEN_SECONDS = 24 * 3600  # without a change: a draft of another machine has no living writer
@@ -133,7 +134,7 @@ def remove_folder(path: str | Path) -> None:
 def can_be_replaced(folder: str | Path) -> bool:
     """Whether whole_folder may replace a folder: not one where a disk is mounted, whose parent others own, or
     in which this process stands, which would go on in the old one."""
-    folder = Path(folder).resolve()
+    folder = followed(folder)
     with suppress(FileNotFoundError):  # where this process stands was removed
         if Path.cwd().is_relative_to(folder):
             return False
@@ -203,7 +204,7 @@ def is_running(pid: int) -> bool:
 def _goal(path: str | Path) -> Path:
     """Where a symlink leads to, in a folder that is made if it is not there."""
     goal = Path(path)
-    goal = goal.resolve() if goal.is_symlink() else goal
+    goal = followed(goal) if goal.is_symlink() else goal
     _on_disk.difference_update(folder for folder in goal.absolute().parents if not folder.exists())
     goal.parent.mkdir(parents=True, exist_ok=True)
     return goal

@@ -27,6 +27,14 @@ def printable(text: object) -> str:
     return "".join(mark if mark.isprintable() else repr(mark)[1:-1] for mark in str(text))
 
 
+def check_whole(name: str, *texts: str | None) -> None:
+    """Raises ConfigError for half of a character in texts, which nothing reads: what a terminal of another
+    encoding than UTF-8 makes of its letters, or an escape. name: of what they are."""
+    for text in filter(None, texts):
+        if any("\ud800" <= mark <= "\udfff" for mark in text):
+            raise ConfigError(f"{name}: {printable(text):.80} holds half of a character: write it as UTF-8")
+
+
 def one_line(text: object) -> str:
     """`text` as a command says it: printable, and of a long one its beginning and its end, where the advice
     is."""
@@ -59,8 +67,8 @@ def likeness(name: str, known: str) -> float:
     return 0.7 + 0.3 * like if words and others and shortened else like
 
 
-def not_installed(error: ModuleNotFoundError) -> str:
-    """The message for a package that ppcoat needs and that is not there."""
+def not_installed(error: ImportError) -> str:
+    """The message for a package that ppcoat needs and that is not there, or cannot be loaded."""
     return (
         f"{error.msg}: ppcoat needs paddlepaddle or paddlepaddle-gpu 3.3 and what requirements.txt names "
         "(README.md, Install)"

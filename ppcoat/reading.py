@@ -52,6 +52,12 @@ def only_regular(path: str, flags: int) -> int:
     return descriptor
 
 
+def followed(path: str | Path) -> Path:
+    """The absolute path with all links followed; one in a circle of links stands for itself, where
+    Path.resolve raises RuntimeError."""
+    return Path(os.path.realpath(path))
+
+
 class FileState(NamedTuple):
     """What changes when a file does: times in nanoseconds, and the number of its inode. Its path does not
     count, for a folder may be moved."""

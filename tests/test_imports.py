@@ -33,7 +33,7 @@ ALLOWED = {
               "plan.settings", "plan.phases", "plan.newbie"),
     "distill": ("config", "data", "fp8", "lora", "models", "nn", "optim", "coat", "objective", "train"),
     "studio": ("config", "data", "plan", "train", "infer", "lora"),
-    "pretrain": ("data", "models", "infer", "train.ranks", "config.flags"),
+    "pretrain": ("data", "models", "infer", "train.ranks", "train.checkpoint", "config.flags"),
 }  # fmt: skip
 # The last are the names of FLUX's Linears and norms: data, in an __init__ that imports nothing.
 OPEN_TO_ALL = ("errors", "device", "atomic", "progress", "reading", "finite", "signals",

@@ -24,6 +24,7 @@ from ppcoat.device import tune_host
 from ppcoat.distill.flux_lightning import train_flux_lightning
 from ppcoat.errors import ConfigError
 from ppcoat.infer.garment_scores import SampleScores, compare_students
+from ppcoat.reading import read_json
 
 SHARED: dict[str, Any] = {
     "resolution": 64, "guidance_scale": 1.5, "train_batch_size": 16, "lora_rank": 64,
@@ -85,7 +86,7 @@ def _distilled(flags: AblationFlags, folder: Path, name: str) -> Path:
     file, settings = folder / run / f"{run}.safetensors", folder / run / "ablation.json"
     wanted = config.model_dump(mode="json")
     if file.exists() and settings.exists():
-        if json.loads(settings.read_text("utf-8")) != wanted:
+        if read_json(settings, f"{folder} holds no whole student: remove it") != wanted:
             raise ConfigError(f"{folder} has students of other settings: remove it, or choose another")
         return file
     file = train_flux_lightning(config).lora_file

@@ -28,7 +28,7 @@ from ppcoat.atomic import whole_file, write_text
 from ppcoat.bench.flags import BaseFlags, WeightFlags
 from ppcoat.bench.parity import earlier_results, furthest, trained
 from ppcoat.bench.quickstart import draw_data
-from ppcoat.config.load import load_config
+from ppcoat.config.load import JSON_ENDINGS, YAML_ENDINGS, load_config, read_config_text
 from ppcoat.config.schema import RunConfig
 from ppcoat.device import set_device, tune_host
 from ppcoat.errors import ConfigError
@@ -79,7 +79,7 @@ def run_bases(flags: BaseFlags) -> None:
     config, folder = lora_config(flags, FLOAT, flags.seeds[0]), Path(flags.output_dir)
     check_folder(FluxFiles.found(config.model.name_or_path, "model.name_or_path", **config.model.beside))
     settings = {
-        "config": Path(flags.config).read_text(encoding="utf-8"),
+        "config": read_config_text(Path(flags.config), (*YAML_ENDINGS, *JSON_ENDINGS)),
         "overrides": flags.overrides,
         "steps": flags.steps,
         "samples": flags.samples,

@@ -28,15 +28,17 @@ from ppcoat.bench.quickstart import (
     remove_earlier,
 )
 from ppcoat.config.flags import from_flags
-from ppcoat.config.load import load_config
+from ppcoat.config.load import JSON_ENDINGS, YAML_ENDINGS, load_config, read_config_text
 from ppcoat.config.schema import RunConfig
 from ppcoat.device import tune_host
-from ppcoat.errors import ConfigError
+from ppcoat.errors import ConfigError, printable
 from ppcoat.infer.garment_scores import held_out_garments
 from ppcoat.nn.policy import POLICIES
+from ppcoat.reading import json_value, regular_bytes
 from ppcoat.train.run import train_lora
 
 FLOAT32 = "float32"
+MAX_RESULTS_BYTES = 16 << 20
 WANTED_LOSS, WANTED_RATE = 0.01, 0.05  # greatest difference from float32
 
 
@@ -48,7 +50,7 @@ def run_command(arguments: argparse.Namespace) -> None:
             raise ConfigError(f"--{name} must be at least 1, got {getattr(flags, name)}")
     folder = Path(flags.output_dir)
     settings = {
-        "config": Path(flags.config).read_text(encoding="utf-8"),
+        "config": read_config_text(Path(flags.config), (*YAML_ENDINGS, *JSON_ENDINGS)),
         "overrides": flags.overrides,
         "steps": flags.steps,
     }
@@ -71,12 +73,16 @@ def run_command(arguments: argparse.Namespace) -> None:
 
 def earlier_results(file: Path, settings: dict) -> dict[str, dict]:
     """Results that an earlier call wrote. Raises ConfigError if it had other settings."""
-    if not file.exists():
+    try:
+        content = json_value(regular_bytes(file, MAX_RESULTS_BYTES))
+        known, results = content["settings"], dict(content["results"])
+    except FileNotFoundError:
         return {}
-    content = json.loads(file.read_text(encoding="utf-8"))
-    if content["settings"] != settings:
+    except (ValueError, TypeError, KeyError) as error:
+        raise ConfigError(f"{file} is damaged ({printable(error)}): remove it") from None
+    if known != settings:
         raise ConfigError(f"{file} has results of other settings: remove it, or choose another --output_dir")
-    return content["results"]
+    return results
 
 
 def run_config(flags: ParityFlags, policy: str, seed: int) -> RunConfig:

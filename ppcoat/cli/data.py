@@ -15,7 +15,7 @@ from ppcoat.config.flags import add_flags, from_flags
 from ppcoat.data.caption_edits import CaptionEditor, CaptionFlags
 from ppcoat.data.examples import data_report
 from ppcoat.data.folder import FolderFlags, folder_dataset, picture_notes
-from ppcoat.errors import ConfigError, printable
+from ppcoat.errors import ConfigError, check_whole, printable
 
 WHY = {
     "no_caption": "no caption",
@@ -51,6 +51,7 @@ def run_captions(arguments: argparse.Namespace) -> None:
     flags = from_flags(CaptionFlags, arguments)
     if not (flags.prepend or flags.append or flags.replace or flags.text is not None):
         raise ConfigError("nothing to do: give --prepend, --append, --replace or --text")
+    check_whole("captions", flags.prepend, flags.append, flags.replace, flags.by, flags.text)
     dataset = folder_dataset(FolderFlags(folder=flags.folder, caption_ext=flags.caption_ext))
     editor = CaptionEditor(dataset.images.items, flags.caption_ext)
     new = editor.would_change(flags)

@@ -12,14 +12,16 @@ import importlib
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NoReturn
 
 import ppcoat
 from ppcoat.errors import ConfigError, likeness, nearest, not_installed, one_line, tell_plainly, unknown_name
 
 _OF_A_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+_OF_A_LIMIT = (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM)
 _SAID = {  # argparse's words -> ours
     r"^one of the arguments --\w+ (\w+) is required$": r"the following arguments are required: \1",
     r"invalid int value: (.*)": r"came \1, wanted a whole number",
@@ -218,28 +220,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     signals are `ppcoat.signals`'."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
-        try:
-            _print_commands()
-        except BrokenPipeError:
-            return _unread()
-        return _flushed()
+        return _status_of(_print_commands)
     if argv[0] in ("-V", "--version"):
-        print(f"ppcoat {ppcoat.__version__}")
-        return _flushed()
+        return _status_of(lambda: print(f"ppcoat {ppcoat.__version__}"))
     words = 2 if any(name.startswith(f"{argv[0]} ") for name in COMMANDS) else 1
     name = " ".join(argv[:words])
     if name not in COMMANDS:
         known = [each for each in COMMANDS if words == 1 or each.startswith(f"{argv[0]} ")]
-        print(f"error: {one_line(unknown_name('command', name, known))}", file=sys.stderr)
-        return 2
+        return _told(unknown_name("command", name, known))
     return run(name, argv[words:], prog=f"python -m ppcoat {name}")
 
 
 def run(name: str, argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Run one command with the flags `argv` (default: the process's own), which may have - for _.
 
-    ConfigError, a missing package and a file that cannot be read or written (exit status 2),
-    FloatingPointError and ChildProcessError (1) become one line on stderr.
+    ConfigError, a package that is missing or cannot be loaded, a file that cannot be read or written, a limit
+    of the system and want of memory (exit status 2), FloatingPointError and ChildProcessError (1) become one
+    line on stderr.
     """
     command = COMMANDS[name]
     argv = [_FLAG.sub(_as_declared, each, count=1) for each in (sys.argv[1:] if argv is None else argv)]
@@ -247,36 +244,59 @@ def run(name: str, argv: Sequence[str] | None = None, prog: str | None = None) -
     for stream in (sys.stdout, sys.stderr):  # a redirected stream may know no Chinese, and no emoji
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-    try:
+
+    def call() -> None:
         parser = _Parser(prog=prog, description=command.what, allow_abbrev=False)
         command.add_flags(parser)
         arguments = (parser.parse_intermixed_args if command.mixed else parser.parse_args)(argv)
+        try:
+            os.getcwd()
+        except OSError as error:
+            raise ConfigError(f"the current folder: {error.strerror}; change to another") from None
         getattr(importlib.import_module(command.module), command.run)(arguments)
+
+    return _status_of(call)
+
+
+def _status_of(call: Callable[[], object]) -> int:
+    """The exit status of what `call()` does; what went wrong is told."""
+    try:
+        call()
     except ConfigError as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 2
-    except ModuleNotFoundError as error:
-        if (error.name or "ppcoat").startswith("ppcoat"):
+        return _told(error)
+    except ImportError as error:
+        if not _is_of_a_package(error):
             raise
-        print(f"error: {not_installed(error)}", file=sys.stderr)
-        return 2
+        return _told(not_installed(error))
     except SystemExit:  # argparse's, after help
         if unread := _flushed():
             return unread
         raise
     except BrokenPipeError:
         return _unread()
+    except MemoryError as error:
+        said = re.search(r".*(?:emory|llocate).*", str(error))  # Paddle's message is a page long
+        more = f" ({said[0].strip():.200})" if said else ""
+        return _told(f"out of memory{more}: give smaller sizes, or a machine that has more")
     except (OSError, _safetensor_error()) as error:
         reason = _reason(error)
         if reason is None:
             raise
-        advice = "check the path, its permissions and the room on the disk"
-        print(f"error: {one_line(f'{reason}; {advice}')}", file=sys.stderr)
-        return 2
+        return _told(reason)
     except (FloatingPointError, ChildProcessError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 1
+        return _told(error, status=1)
     return _flushed()
+
+
+def _told(error: object, status: int = 2) -> int:
+    print(f"error: {one_line(error)}", file=sys.stderr)
+    return status
+
+
+def _is_of_a_package(error: ImportError) -> bool:
+    """Whether a package is missing, or its library does not load: for want of another, or of memory."""
+    missing = isinstance(error, ModuleNotFoundError) or Path(error.path or "").suffix in (".so", ".pyd")
+    return missing and not (error.name or "ppcoat").startswith("ppcoat")
 
 
 def _as_declared(flag: re.Match) -> str:
@@ -285,13 +305,17 @@ def _as_declared(flag: re.Match) -> str:
 
 
 def _reason(error: Exception) -> str | None:
-    """What an error of the disk says; None for one of the network, or of Paddle's, who gives device errors
-    this type."""
+    """What an error of the disk or of a limit says; None for one of the network, or of Paddle's, who gives
+    device errors this type."""
+    advice = "check the path, its permissions and the room on the disk"
     if not isinstance(error, OSError):
-        return str(error)
+        return f"{error}; {advice}"
+    if error.errno in _OF_A_LIMIT:
+        return f"{error.filename or 'this process'}: {error.strerror}; ulimit -a shows the limits"
     if error.errno is None or (error.filename is None and error.errno not in _OF_A_DISK):
         return None
-    return f"{error.filename or 'what was being written'}: {error.strerror}"  # an open file has no name
+    named = error.filename or "what was being written"  # an open file has no name
+    return f"{named}: {error.strerror}; {advice}"
 
 
 def _safetensor_error() -> type[Exception]:
@@ -334,16 +358,17 @@ def _print_commands() -> None:
 
 
 def _flushed() -> int:
-    """Write out what stdout still holds -> exit status 0, or `_unread`."""
+    """Write out what stdout still holds -> exit status 0, or that of what could not be printed."""
     try:
         sys.stdout.flush()
+        raw = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
+        error = getattr(raw, "error", None)  # of ppcoat.__main__'s stream
     except BrokenPipeError:
         return _unread()
-    except OSError as error:
-        print(f"error: what was to be printed: {error.strerror}", file=sys.stderr)
+    except OSError as full:
+        error = full
         _unread()
-        return 2
-    return 0
+    return _told(f"what was to be printed: {error.strerror}") if error else 0
 
 
 def _unread() -> int:

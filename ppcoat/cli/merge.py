@@ -43,7 +43,7 @@ from ppcoat.models.loading import (
 )
 from ppcoat.models.tensor_files import Component, FilePart, tensor_infos
 from ppcoat.models.writing import MODEL_INDEX, class_that_draws, save_component, write_json
-from ppcoat.reading import read_json
+from ppcoat.reading import followed, read_json
 
 Checked = TypeVar("Checked")
 Loras = list[tuple[LoRAFile, float]]  # with their strengths
@@ -115,8 +115,8 @@ class Merged:
 def check_output(folder: Path, output: Path, flag: str) -> None:
     """Raises ConfigError, which names `flag`, for an output that is there already or lies in the model's
     folder, OSError for one that cannot be written."""
-    inside = output.resolve()
-    if folder.resolve() in (inside, *inside.parents):
+    inside = followed(output)
+    if followed(folder) in (inside, *inside.parents):
         raise ConfigError(f"{flag} {output} is inside the model {folder}: choose a folder elsewhere")
     if output.exists():
         raise ConfigError(f"{flag} {output} exists: remove it, or choose another name")

@@ -9,6 +9,7 @@ from typing import Annotated, Literal, get_args
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict
 
 from ppcoat.config.flags import built_in_model
+from ppcoat.errors import check_whole
 
 # YAML gives lists and frozen models hold tuples: the one place where a value may change its type
 Strings = Annotated[tuple[str, ...], Strict(False)]
@@ -47,6 +48,7 @@ class Section(BaseModel):
 
 
 def checked_trigger_word(value: str | None) -> str | None:
+    check_whole("the word", value)
     if value is not None and (not value.strip() or value != " ".join(value.split())):
         raise ValueError("the trigger word must not be blank or have extra spaces; leave it out for none")
     if value is not None and ("[trigger]" in value or "[name]" in value):

@@ -25,7 +25,7 @@ from pydantic import ValidationError
 from ppcoat.config.ai_toolkit import drop_other_spellings, is_nested, translate, unnest, without_nesting
 from ppcoat.config.explain import Location, Origins, settings_error
 from ppcoat.config.schema import RunConfig, Section
-from ppcoat.errors import ConfigError, printable
+from ppcoat.errors import ConfigError, check_whole, printable
 from ppcoat.reading import MAX_LEVELS, TOO_DEEP, regular_bytes
 
 MAX_CONFIG_BYTES, MAX_NODES = 1 << 20, 30_000
@@ -155,6 +155,7 @@ class _ConfigLoader(yaml.SafeLoader):
     def compose_scalar_node(self, anchor: str | None) -> yaml.ScalarNode:
         # before the type is resolved, so that `lr: ${LR}` is a number and a variable can never add structure
         event = self.peek_event()
+        check_whole(_line(self.name, event), event.value)  # an escape: "\\ud800"
         event.value = _expand_variables(event.value, _line(self.name, event))
         return super().compose_scalar_node(anchor)
 

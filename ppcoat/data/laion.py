@@ -28,7 +28,7 @@ from ppcoat.atomic import whole_folder
 from ppcoat.data.caption_files import MAX_CAPTION_BYTES
 from ppcoat.data.sources import load_image
 from ppcoat.errors import ConfigError, printable
-from ppcoat.reading import MAX_LEVELS, json_value, regular_bytes
+from ppcoat.reading import MAX_LEVELS, followed, json_value, regular_bytes
 
 CAPTION_KEYS = ("caption", "text", "TEXT", "prompt", "long_caption", "caption_en", "blip_caption")
 # first characters of a picture in base64 -> file suffix of its format
@@ -77,7 +77,7 @@ class LaionSource:
         paths = [root / name for name in names]
         for name, path in zip(names, paths, strict=True):
             try:
-                inside, there = path.resolve().is_relative_to(root.resolve()), path.is_file()
+                inside, there = followed(path).is_relative_to(followed(root)), path.is_file()
             except (OSError, ValueError, RuntimeError):  # a long name; a zero byte; a circle of links
                 inside, there = True, False
             if not inside:

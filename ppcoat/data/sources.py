@@ -14,7 +14,7 @@ import re
 import struct
 import zlib
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,7 +25,9 @@ from ppcoat.data.caption_files import TEXT_SUFFIXES, BadCaption, Caption, Folder
 from ppcoat.data.colours import Convert, on_white
 from ppcoat.errors import ConfigError, printable
 from ppcoat.progress import Progress
+from ppcoat.reading import followed
 
+FORMATS = ("JPEG", "PNG", "WEBP")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp")
 # Pictures and films that are not read here: they are counted, so that nobody misses them unawares.
 OTHER_SUFFIXES = (".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif", ".jxl", ".jp2", ".psd", ".svg",
@@ -135,7 +137,7 @@ def scan_folder(
     """
     folder = check_data_folder(folder)
     suffix = "." + caption_ext.removeprefix(".").lower()
-    found = _walk(folder, suffix, {Path(each).resolve() for each in aside})
+    found = _walk(folder, suffix, {followed(each) for each in aside})
     if not found.images:
         others = f", only {_by_suffix(found.others)}" if found.others else ""
         raise ConfigError(
@@ -332,16 +334,17 @@ def upright_picture(
     notes: list[str] | None = None,
     verify: bool = False,
     least: int | None = None,
+    formats: Sequence[str] = FORMATS,
 ) -> Image.Image:
     """Decode a whole picture, upright, to what `convert` makes of it: RGB in sRGB on white. notes: gets what
     was done to it that a user may not expect. verify: look at the checksums of a PNG, too, which costs
     reading it twice. least: pixels of a side that suffice, so that a JPEG is decoded smaller, which is
-    faster. Raises BadFile."""
+    faster. formats: Pillow's names of those that are read. Raises BadFile."""
     notes = [] if notes is None else notes
     try:
         if path.stat().st_size == 0:
-            raise BadFile("the picture is an empty file")
-        with Image.open(path, formats=("JPEG", "PNG", "WEBP")) as opened:
+            raise BadFile("the picture is an empty file")  # a pipe, too, on which open() would wait
+        with Image.open(path, formats=formats) as opened:
             if verify and opened.format == "PNG":
                 with Image.open(path, formats=("PNG",)) as again:
                     again.verify()
@@ -358,7 +361,8 @@ def upright_picture(
         said = getattr(error, "strerror", None) or str(error).replace(repr(str(path)), "")
         reason = " ".join(said.split()) or type(error).__name__
         kind = _real_kind(path)
-        reason = f"it is {kind}; wanted JPEG, PNG or WebP" if kind else reason
+        other = kind and (formats is FORMATS or not kind.endswith("picture"))
+        reason = f"it is {kind}; wanted JPEG, PNG or WebP" if other else reason
         raise BadFile(f"the picture cannot be decoded ({reason})") from None
 
 
@@ -367,7 +371,7 @@ def _real_kind(path: Path) -> str | None:
     try:
         with open(path, "rb") as file:
             start = file.read(512)
-    except OSError:
+    except (OSError, ValueError):  # ValueError: no file has such a name
         return None
     if start[4:8] == b"ftyp":
         return _BRANDS.get(start[8:12], "a film or a picture in MP4's container")
@@ -390,10 +394,7 @@ def report_problems(
         _log.warning("%s, skipped: %s", count, "; ".join(named))
         return
     more = f"; ... and {len(bad) - NAMED_PROBLEMS} more" if len(bad) > NAMED_PROBLEMS else ""
-    advice = (
-        "no usable picture is left"
-        if skip_bad
-        else "fix these files or set skip_bad: true for this folder in datasets"
-    )
+    advice = "fix these files or set skip_bad: true for this folder in datasets"
+    advice = "no usable picture is left" if skip_bad else advice
     also = "".join(f"; {printable(note)}" for note in notes)
     raise ConfigError(f"{count}: {'; '.join(named[:NAMED_PROBLEMS])}{more}{also}; {advice}")

@@ -26,12 +26,14 @@ from ppcoat.atomic import remove_dead_drafts, whole_file, write_text
 from ppcoat.data.content_keys import content_key, file_digest
 from ppcoat.device import default_dtype
 from ppcoat.infer.drawers import Drawer
+from ppcoat.infer.editing import as_it_is, opened_picture
 from ppcoat.infer.prompts import COLUMNS, ListedPicture
 from ppcoat.lora.files import CONFIG, adapter_file
 from ppcoat.models.fingerprint import folder_identity
 from ppcoat.models.flux.files import FluxFiles
 from ppcoat.models.offload import Placement
 from ppcoat.progress import Progress
+from ppcoat.reading import json_value, only_regular
 
 SETTINGS, FILES, LIST = "settings", "files", "pictures.jsonl"
 # Fields of Drawing that leave the picture as it is. Any other decides it, those of files by their content.
@@ -166,13 +168,12 @@ def _identity(drawing: Any, model: FluxFiles | Path) -> dict[str, Any]:
 def _settings_in(file: Path) -> dict[str, Any] | None:
     """What a picture was drawn with; None for one that is not there, not whole or of another program."""
     try:
-        with open(file, "rb") as raw:
+        with open(file, "rb", opener=only_regular) as raw:
             raw.seek(-len(_END_OF_PNG), 2)
             if raw.read() != _END_OF_PNG:
                 return None
-        with Image.open(file) as picture:
-            return json.loads(picture.info.get(SETTINGS, "null"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return json_value(opened_picture(file, as_it_is).info.get(SETTINGS, "null"))
+    except (OSError, ValueError, TypeError):
         return None
 
 
@@ -199,9 +200,9 @@ def _sheet(files: Sequence[Path]) -> Image.Image:
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
     for i, file in enumerate(files):
         x, y = i % columns * TILE, i // columns * (TILE + CAPTION)
-        with Image.open(file) as picture:
-            width, height = picture.size
-            tile = ImageOps.contain(picture.convert("RGB"), (TILE - 6, TILE - 6))
+        picture = opened_picture(file)
+        width, height = picture.size
+        tile = ImageOps.contain(picture, (TILE - 6, TILE - 6))
         sheet.paste(tile, (x + (TILE - tile.width) // 2, y + (TILE - tile.height) // 2))
         for row, text in enumerate((file.stem, f"{width}x{height}")):
             pen.text((x + 3, y + TILE + 12 * row), _fitting(text, font), fill="black", font=font)

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from ppcoat.config.flags import OF_FILE, add_flags, flag
-from ppcoat.errors import ConfigError
+from ppcoat.errors import ConfigError, check_whole
 
 if TYPE_CHECKING:
     from ppcoat.models.flux.files import FluxFiles
 
 WARM_UPS = 3
+MAX_PICTURES, MAX_STEPS, MAX_SEED = 100_000, 10_000, 2**63 - 1  # of a command
 OWN_SIZE = "pixels, a multiple of 16 (default: the model's own size, 1024 for FLUX.1)"
 
 
@@ -110,10 +111,16 @@ def check_given(drawing: Drawing) -> None:
 
 
 def check_numbers(drawing: Drawing) -> None:
-    """Raises ConfigError for a number that cannot be drawn with."""
-    for name, least in (("num_images", 1), ("steps", 1), ("seed", 0)):
-        if getattr(drawing, name) < least:
-            raise ConfigError(f"{name}: came {getattr(drawing, name)}, wanted at least {least}")
+    """Raises ConfigError for a number or a text that cannot be drawn with."""
+    check_whole("prompt", *(drawing.prompt or ()))
+    check_whole("negative_prompt", drawing.negative_prompt)
+    for name, least, most in (
+        ("num_images", 1, MAX_PICTURES),
+        ("steps", 1, MAX_STEPS),
+        ("seed", 0, MAX_SEED),
+    ):
+        if not least <= getattr(drawing, name) <= most:
+            raise ConfigError(f"{name}: came {getattr(drawing, name)}, wanted {least} to {most}")
     for name in ("height", "width"):
         side = getattr(drawing, name)
         if side is not None and (side < 16 or side % 16):

@@ -11,16 +11,19 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from ppcoat.data.colours import Convert, grey, on_colour
+from ppcoat.data.sources import FORMATS, BadFile, upright_picture
 from ppcoat.errors import ConfigError
 from ppcoat.infer.drawing import EditFlags
 from ppcoat.lora import LoRAFile
@@ -245,28 +248,35 @@ def _told_lora(path: str, file: LoRAFile, looks: bool, sight: Sight) -> str | No
     return None
 
 
-def open_picture(file: Path) -> Image.Image:
-    """The completely decoded picture. Raises ConfigError naming a file that cannot be decoded."""
-    try:
-        with Image.open(file) as picture:
-            picture.load()
-            return picture
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"{file} cannot be read as a picture: {reason}; give another") from error
-
-
-def opened_picture(file: str, convert: Convert = ON_BLACK) -> Image.Image:
+def opened_picture(file: str | Path, convert: Convert = ON_BLACK) -> Image.Image:
     """Upright, in sRGB and on black where it is transparent, as references are for training; or what another
-    `convert` of data.colours makes of it."""
-    return _decoded(file, Path(file).stat().st_mtime_ns if Path(file).exists() else 0, convert)
+    `convert` of data.colours makes of it. Raises ConfigError naming a file that cannot be decoded."""
+    changed = 0
+    with suppress(OSError, ValueError):  # no such file, or such a name
+        changed = os.stat(file).st_mtime_ns
+    return _decoded(file, changed, convert)
+
+
+def as_it_is(image: Image.Image, profile: bytes | None, notes: list[str]) -> Image.Image:
+    """A Convert."""
+    return image
 
 
 @lru_cache(maxsize=8)  # of a list's pictures, some are in many lines
-def _decoded(file: str, changed: int, convert: Convert) -> Image.Image:
+def _decoded(file: str | Path, changed: int, convert: Convert) -> Image.Image:
     """changed: when, for the cache."""
-    picture = open_picture(Path(file))
-    return convert(ImageOps.exif_transpose(picture), picture.info.get("icc_profile"), [])
+    try:
+        return upright_picture(Path(file), convert, formats=_formats())
+    except BadFile as error:
+        raise ConfigError(f"{file}: {error}; give another") from None
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """More than training reads: those of other programs, without any for which Pillow starts a program."""
+    Image.init()
+    more = ("AVIF", "BMP", "GIF", "JPEG2000", "TIFF")
+    return (*FORMATS, *(name for name in more if name in Image.OPEN))
 
 
 def _names(drawing: Any) -> list[str]:

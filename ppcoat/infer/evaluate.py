@@ -21,7 +21,7 @@ from ppcoat.config.flags import from_flags
 from ppcoat.device import tune_host
 from ppcoat.errors import ConfigError
 from ppcoat.infer.drawing import FEATURES, GUIDANCE, SAMPLES, EvaluateFlags, GuidanceScales
-from ppcoat.infer.editing import open_picture
+from ppcoat.infer.editing import as_it_is, opened_picture
 from ppcoat.infer.garment_scores import (
     GarmentClassifier,
     compare_students,
@@ -30,12 +30,14 @@ from ppcoat.infer.garment_scores import (
     pictures_to_tensor,
     sheet,
 )
+from ppcoat.infer.prompts import prompt_text
 from ppcoat.infer.scores import CLIP, Inception, clip_score, frechet_distance
 from ppcoat.lora import read_lora_file
 from ppcoat.models.loading import check_folder
 
 OF_MODEL = ("student", "samples", "guidance_scale", "true_cfg_scale", "sheet")
 OF_PICTURES = ("references", "features", "inception", "clip", "prompts")
+MOST_SAMPLES = 1_000_000
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 Features = Callable[[list[Image.Image]], np.ndarray]  # N pictures -> [N, D]
 
@@ -64,8 +66,8 @@ def _checked(given: EvaluateFlags) -> EvaluateFlags:
         given, **{name: value for name, value in defaults.items() if getattr(given, name) is None}
     )
     for name, least in (("samples", 2), ("batch_size", 1)):  # one sample has no covariance
-        if getattr(flags, name) < least:
-            raise ConfigError(f"{name}: came {getattr(flags, name)}, wanted at least {least}")
+        if not least <= getattr(flags, name) <= MOST_SAMPLES:
+            raise ConfigError(f"{name}: came {getattr(flags, name)}, wanted {least} to {MOST_SAMPLES}")
     if flags.model:
         if Path(flags.model).is_file():
             raise ConfigError(f"--model {flags.model} is a file, wanted a FLUX folder: `merge` writes one")
@@ -219,9 +221,7 @@ def prompts_of(files: list[Path], prompts: Path | None) -> list[str]:
     missing file and a wrong number of lines."""
     if prompts is None:
         return [own_prompt(file) for file in files]
-    if not prompts.is_file():
-        raise ConfigError(f"no file of prompts at {prompts}")
-    lines = [line for line in prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = [line for line in prompt_text(prompts).splitlines() if line.strip()]
     if len(lines) != len(files):
         raise ConfigError(
             f"{prompts} has {len(lines)} prompts for {len(files)} pictures in {files[0].parent}: one a line, "
@@ -235,15 +235,17 @@ def own_prompt(file: Path) -> str:
     if there is neither."""
     beside = file.with_suffix(".txt")
     if beside.is_file():
-        return beside.read_text(encoding="utf-8").strip()
-    prompt = open_picture(file).info.get("prompt", "")
+        return prompt_text(beside).strip()
+    prompt = opened_picture(file, as_it_is).info.get("prompt", "")
     if not prompt:
         raise ConfigError(f"{file} has no prompt: give --prompts <file>, or put {beside.name} beside it")
     return prompt
 
 
 def _embedded(files: list[Path], features: Features, batch_size: int) -> np.ndarray:
-    return _in_batches(files, lambda some: features([open_picture(file) for file in some]), batch_size)
+    return _in_batches(
+        files, lambda some: features([opened_picture(file, as_it_is) for file in some]), batch_size
+    )
 
 
 def _in_batches(items: list, embed: Callable[[list], np.ndarray], batch_size: int) -> np.ndarray:

@@ -21,7 +21,6 @@ from ppcoat.infer.drawing import Drawing, EditFlags, check_given, check_numbers
 from ppcoat.infer.editing import (
     Sight,
     check_edit_flags,
-    open_picture,
     opened_picture,
     prepared_all,
 )
@@ -140,7 +139,7 @@ def _check_control(drawing: Drawing, shapes: Mapping[str, Sequence[int]], loras:
             "LoRA by --path_to_lora, or draw with FLUX.1 Canny or Depth"
         )
     if drawing.control_image is not None:
-        open_picture(Path(drawing.control_image))
+        opened_picture(drawing.control_image)
 
 
 def control_picture(drawing: Drawing, pipeline: FluxPipeline) -> Image.Image | None:

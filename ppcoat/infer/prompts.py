@@ -28,11 +28,12 @@ from typing import Any, TypeVar, get_type_hints
 
 from ppcoat.data.caption_files import MAX_CAPTION_BYTES
 from ppcoat.data.encodings import decode
-from ppcoat.errors import ConfigError, unknown_name
+from ppcoat.errors import ConfigError, check_whole, unknown_name
+from ppcoat.infer.drawing import MAX_PICTURES
 from ppcoat.reading import regular_bytes
 
 MOST_MISTAKES = 1000  # that are looked for
-MAX_PICTURES, MAX_LIST_BYTES, MAX_NAME_BYTES = 100_000, 64 << 20, 120
+MAX_LIST_BYTES, MAX_NAME_BYTES = 64 << 20, 120
 # Field of Drawing -> its other names: as a column, and with -- in a line of text.
 COLUMNS: dict[str, tuple[str, ...]] = {
     "prompt": ("text", "caption"),
@@ -144,6 +145,12 @@ def _rows(file: Path) -> Iterator[tuple[int, Mapping[str, Any] | ConfigError]]:
     reader = _READERS.get(file.suffix.lower())
     if reader is None:
         raise ConfigError(f"prompts: came {file}, wanted a {', '.join(_READERS)} file")
+    yield from reader(prompt_text(file))
+
+
+def prompt_text(file: Path) -> str:
+    """What a text file holds, in any encoding that is known; one that is guessed is told. Raises
+    ConfigError."""
     try:
         raw = regular_bytes(file, MAX_LIST_BYTES)
     except OSError as error:
@@ -155,7 +162,7 @@ def _rows(file: Path) -> Iterator[tuple[int, Mapping[str, Any] | ConfigError]]:
         raise ConfigError(f"{file} is damaged or in no known encoding; save it as UTF-8") from None
     if not encoding.startswith("utf"):
         print(f"note: {file} is read as {encoding}, a guess; save it as UTF-8 if prompts look wrong")
-    yield from reader(text)
+    return text
 
 
 def _of_text(text: str) -> Iterator[tuple[int, Mapping[str, Any] | ConfigError]]:
@@ -287,12 +294,8 @@ def _number(name: str, value: Any) -> int | float:
 def _text(name: str, value: Any) -> str:
     if not isinstance(value, str):
         raise ConfigError(f"{name}: came {value!r:.60}, wanted a text")
-    text = value.strip()
-    try:
-        size = len(text.encode())
-    except UnicodeEncodeError:
-        raise ConfigError(f"{name} holds half of a character (a lone surrogate); mend it") from None
-    if size > MAX_CAPTION_BYTES or _UNPRINTABLE.search(text):
+    check_whole(name, text := value.strip())
+    if len(text.encode()) > MAX_CAPTION_BYTES or _UNPRINTABLE.search(text):
         raise ConfigError(f"{name}: wanted at most {MAX_CAPTION_BYTES} bytes without control characters")
     return text
 

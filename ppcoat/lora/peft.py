@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from safetensors.paddle import save
 
 from ppcoat.atomic import whole_file, write_text
 from ppcoat.errors import ConfigError
+from ppcoat.reading import CONFIG_BYTES, regular_bytes
 
 from .delta import LoRASummary
 from .files import CONFIG, WEIGHTS, tensors_and_header
@@ -51,8 +53,9 @@ def save_peft(
     header = _header("lyco_lokr" if _is_lokr(layers) else "lora", first.rank, first.alpha)
     config = _lokr_config(first) if _is_lokr(layers) else _lora_config(first, targets, dropout)
     file, text = Path(folder) / CONFIG, json.dumps(config, indent=2, sort_keys=not _is_lokr(layers))
-    if file.exists() and file.read_text("utf-8", "replace") != text:
-        file.unlink()  # beside the new weights it would tell another strength; their header tells it, too
+    with suppress(FileNotFoundError):
+        if regular_bytes(file, CONFIG_BYTES) != text.encode():
+            file.unlink()  # beside the new weights it would tell another strength; their header tells it, too
     _write(file.with_name(WEIGHTS), tensors, {**(extra or {}), **header}, dtype)
     write_text(file, text)
     return adapter_summary(model)

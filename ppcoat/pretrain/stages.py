@@ -30,6 +30,7 @@ from ppcoat.pretrain.autoencoder import sharpen_decoder, train_autoencoder
 from ppcoat.pretrain.classifier import train_classifier
 from ppcoat.pretrain.denoiser import build_transformer, encode_drawings, train_transformer
 from ppcoat.pretrain.text import write_text_parts
+from ppcoat.train.checkpoint import only_run_in
 from ppcoat.train.ranks import Ranks
 
 
@@ -57,20 +58,21 @@ def pretrain(
     All ranks train the transformer, further if it is in `work_dir`; rank 0 alone runs the other stages.
     """
     ranks = Ranks.current()
-    with ranks.first_ahead():
-        _write_parts(work_dir, autoencoder, classifier)
-        pipeline = assemble(work_dir)
-        data = encode_drawings(pipeline, denoiser, work_dir / "drawings.npz")
-    losses = train_transformer(pipeline.transformer, data, denoiser, work_dir / "transformer", ranks)
-    if ranks.is_first:
-        pipeline.save_pretrained(output_dir, dtype="float16")
-        settings = {
-            "autoencoder": dataclasses.asdict(autoencoder),
-            "transformer": dataclasses.asdict(denoiser),
-            "ranks": ranks.size,
-            "final_loss": sum(losses[-200:]) / len(losses[-200:]),
-        }
-        write_text(work_dir / "training.json", json.dumps(settings, indent=2) + "\n")
+    with only_run_in(work_dir, ranks):
+        with ranks.first_ahead():
+            _write_parts(work_dir, autoencoder, classifier)
+            pipeline = assemble(work_dir)
+            data = encode_drawings(pipeline, denoiser, work_dir / "drawings.npz")
+        losses = train_transformer(pipeline.transformer, data, denoiser, work_dir / "transformer", ranks)
+        if ranks.is_first:
+            pipeline.save_pretrained(output_dir, dtype="float16")
+            settings = {
+                "autoencoder": dataclasses.asdict(autoencoder),
+                "transformer": dataclasses.asdict(denoiser),
+                "ranks": ranks.size,
+                "final_loss": sum(losses[-200:]) / len(losses[-200:]),
+            }
+            write_text(work_dir / "training.json", json.dumps(settings, indent=2) + "\n")
     ranks.close()
     return pipeline
 

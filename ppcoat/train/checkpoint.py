@@ -36,7 +36,7 @@ from ppcoat.atomic import check_writable, remove_dead_drafts, remove_folder, who
 from ppcoat.config.schema import RunConfig
 from ppcoat.errors import ConfigError
 from ppcoat.finite import first_not_finite
-from ppcoat.reading import json_value, regular_bytes
+from ppcoat.reading import followed, json_value, regular_bytes
 from ppcoat.signals import unfinished
 from ppcoat.train.ranks import Ranks
 from ppcoat.train.run_state import STRICT_FLAG, RunState
@@ -60,10 +60,10 @@ NamedTensors = dict[str, paddle.Tensor]
 def in_its_folder(config: RunConfig, file: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """The config of a run whose folder was moved, renamed or copied: where `file` is the config.yaml in a
     folder with checkpoints, and no override says where, the run goes on in the folder of the file."""
-    folder = file.resolve().parent
+    folder = followed(file).parent
     is_own = file.name == "config.yaml" and (folder / "checkpoints").is_dir()
     says_where = any(each.startswith(("output_dir=", "name=")) for each in overrides)
-    if not is_own or says_where or config.run_dir.resolve() == folder:
+    if not is_own or says_where or followed(config.run_dir) == folder:
         return config
     print(f"this run's folder was {config.run_dir}; it goes on in {folder}")
     return config.model_copy(update={"output_dir": str(folder.parent), "name": folder.name})

@@ -11,7 +11,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -23,10 +23,11 @@ import paddle
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from ppcoat.atomic import remove_dead_drafts, whole_file, write_text
+from ppcoat.atomic import remove_dead_drafts, whole_file
 from ppcoat.errors import ConfigError
 from ppcoat.finite import is_finite
 from ppcoat.progress import Progress
+from ppcoat.reading import json_value, only_regular
 
 if TYPE_CHECKING:
     from visualdl import LogWriter
@@ -205,18 +206,21 @@ class Report:
 def _open_log(path: Path, start_step: int) -> TextIO:
     """log.jsonl with its lines up to start_step, open for appending, one line at a time. Lines are not
     synced: what a power cut takes is written again from the last checkpoint."""
-    kept = []
-    if start_step and path.exists():
-        for line in path.read_text("utf-8").splitlines():
-            try:
-                step = json.loads(line)["step"]
-            except (ValueError, KeyError, TypeError):  # the last line of a killed run may be cut
-                break
-            if step > start_step:
-                break
-            kept.append(line + "\n")
-    write_text(path, "".join(kept))
+    with whole_file(path) as draft, open(draft, "wb") as kept:
+        kept.writelines(_lines_until(start_step, path) if start_step and path.exists() else ())
     return open(path, "a", buffering=1, encoding="utf-8")
+
+
+def _lines_until(step: int, path: Path) -> Iterator[bytes]:
+    """Lines of a log; not those from the first on that is none, as the last of a killed run may be."""
+    with open(path, "rb", opener=only_regular) as file:
+        for line in file:
+            try:
+                if json_value(line)["step"] > step:
+                    return
+            except (ValueError, KeyError, TypeError):
+                return
+            yield line.rstrip(b"\r\n") + b"\n"
 
 
 def _open_visualdl(folder: Path) -> LogWriter:

@@ -19,8 +19,10 @@ from pathlib import Path
 from ppcoat.atomic import write_text
 from ppcoat.config.flags import flag, set_flag
 from ppcoat.errors import ConfigError
+from ppcoat.reading import json_value, regular_bytes
 
 MOST_SETTINGS = 32
+_MOST_BYTES = 64 << 20  # of a journal
 LEAST_UPDATES = 20  # of the first round: fewer do not tell settings apart
 WANTED_UPDATES = 40  # of the first round, for more settings rather than fewer
 BEYOND = (1 / 3, 2 / 3, 1)  # powers of the span, beyond a learning rate at the edge that was the best
@@ -257,11 +259,9 @@ class Journal:
     def of(cls, file: Path, settings: dict) -> Journal:
         """That in the file, or a new one. Raises ConfigError for a damaged file and one of another search."""
         settings = json.loads(json.dumps(settings))
-        if not file.exists():
-            return cls(file, settings)
         way = f"remove {file.parent} to start over"
         try:
-            found = json.loads(file.read_text(encoding="utf-8"))
+            found = json_value(regular_bytes(file, _MOST_BYTES))
             saved = found["settings"] if found["format"] == FORMAT else {}
             journal = cls(
                 file,
@@ -279,7 +279,9 @@ class Journal:
                 found["seconds"],
                 Candidate(*found["winner"]) if found["winner"] else None,
             )
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except FileNotFoundError:
+            return cls(file, settings)
+        except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
             raise ConfigError(f"{file} cannot be read ({type(error).__name__}: {error}); {way}") from None
         other = [key for key, value in settings.items() if saved.get(key) != value]
         if other:

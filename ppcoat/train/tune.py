@@ -30,7 +30,7 @@ from ppcoat.errors import ConfigError, printable
 from ppcoat.nn.policy import check_policy
 from ppcoat.plan.settings import GB, plan, planned_for_gpu
 from ppcoat.train.base_model import base_identity
-from ppcoat.train.checkpoint import check_run_folder
+from ppcoat.train.checkpoint import check_run_folder, only_run_in
 from ppcoat.train.model_spec import ModelSpec
 from ppcoat.train.run import (
     MODEL_SPECS,
@@ -74,19 +74,20 @@ def tune(config: RunConfig, flags: TuneFlags) -> None:
     if inputs.ranks.size > 1:
         raise ConfigError(f"tune runs in one process, came {inputs.ranks.size}: leave out the launcher")
     check_run_folder(folder)
-    apart = with_steps_of_epochs(with_fitting_settings(spec, apart, inputs.ranks), inputs)
-    journal = Journal.of(folder / "journal.json", _settings(config, flags, apart))
-    space = search_space(spec, apart, flags)
-    trials = Trials(spec, apart, inputs, flags.hold_out)
-    search = Search(trials, space, journal, budget, began - journal.seconds)
-    winner, told = search.run()
-    lines = [told, *table(space.own, winner, journal)]
-    best = folder / "best.yaml"
-    write_text(best, _best_yaml(config, flags, winner, lines))
-    script = {"flux": "train", "newbie": "train-newbie --config_file"}[config.model.family]
-    if any(trials.folder(winner).glob("*.safetensors")):
-        lines.append(f"its adapter, as the last round left it: {trials.folder(winner)}")
-    print(*lines, f"train with the best: python -m ppcoat {script} {best}", sep="\n")
+    with only_run_in(folder, inputs.ranks):
+        apart = with_steps_of_epochs(with_fitting_settings(spec, apart, inputs.ranks), inputs)
+        journal = Journal.of(folder / "journal.json", _settings(config, flags, apart))
+        space = search_space(spec, apart, flags)
+        trials = Trials(spec, apart, inputs, flags.hold_out)
+        search = Search(trials, space, journal, budget, began - journal.seconds)
+        winner, told = search.run()
+        lines = [told, *table(space.own, winner, journal)]
+        best = folder / "best.yaml"
+        write_text(best, _best_yaml(config, flags, winner, lines))
+        script = {"flux": "train", "newbie": "train-newbie --config_file"}[config.model.family]
+        if any(trials.folder(winner).glob("*.safetensors")):
+            lines.append(f"its adapter, as the last round left it: {trials.folder(winner)}")
+        print(*lines, f"train with the best: python -m ppcoat {script} {best}", sep="\n")
 
 
 def check_flags(config: RunConfig, flags: TuneFlags) -> None:

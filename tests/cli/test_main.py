@@ -2,7 +2,9 @@
 
 import importlib
 import io
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -339,3 +341,61 @@ def test_a_folder_that_cannot_be_written_is_told_before_a_model_is_loaded(tmp_pa
     argv = ["--model", str(model), "--prompt", "x", "--output_dir", str(tmp_path / "file" / "x")]
     assert main(["generate", *argv]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (MemoryError("a page\n\n  Out of memory error on GPU 0. Cannot allocate 9 GB\n\nmore"), "on GPU 0"),
+        (MemoryError(), "out of memory: give smaller sizes"),
+        (OSError(24, "Too many open files"), "ulimit -a"),
+        (ImportError("libcuda.so: cannot open", name="paddle", path="/x/libpaddle.so"), "requirements.txt"),
+    ],
+)
+def test_what_the_machine_lacks_is_one_line(monkeypatch, capsys, error, said):
+    def fail(_):
+        raise error
+
+    fake_command(monkeypatch, fail)
+    assert run("fake", []) == 2
+    assert said in one_line(capsys)
+
+
+def test_a_folder_that_is_gone_is_named(monkeypatch, capsys, tmp_path):
+    fake_command(monkeypatch, lambda _: None)
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert run("fake", []) == 2
+    assert "the current folder: No such file" in one_line(capsys)
+
+
+PRINTS = """
+import os, sys
+from contextlib import suppress
+from ppcoat.cli import main
+def run_command(arguments):
+    with open("file", "w") as file:
+        for number in (1, 2):
+            with suppress(OSError):
+                os.write(number, b"a library's")
+        file.write("own")
+    print("x" * 100_000), print("y" * 100_000, file=sys.stderr)
+    open("end", "w")
+sys.modules["m"] = sys.modules[__name__]
+main.COMMANDS["fake"] = main.Command("", "m", flags=None)
+from ppcoat.__main__ import start
+sys.exit(start())
+"""
+
+
+@pytest.mark.parametrize(
+    ("streams", "status"),
+    [("<&- >&- 2>&-", 0), (">/dev/full 2>/dev/full", 2), (">/dev/full", 2), ("2>/dev/full", 0)],
+)
+def test_a_command_outlives_its_streams_and_they_get_into_no_file(tmp_path, streams, status):
+    command = f'"{sys.executable}" -c "$CODE" fake {streams}'
+    environment = os.environ | {"CODE": PRINTS, "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(["sh", "-c", command], cwd=tmp_path, env=environment, capture_output=True)
+    assert ended.returncode == status and b"Traceback" not in ended.stderr
+    assert (tmp_path / "file").read_text() == "own" and (tmp_path / "end").exists()

@@ -221,6 +221,7 @@ def test_names_that_are_no_folder_are_refused(tmp_path, name):
         ("", "the key 'name' is missing"),
         ("- a", "wanted sections"),
         ("a: [b", "run.yaml:1: this is not YAML"),
+        (BASE + 'trigger_word: "\\ud800"', "run.yaml:6: \\ud800 holds half of a character"),
         (BASE + "name: again", "run.yaml:6: the key 'name' stands twice"),
         (BASE + "seed: 1\ntrain: {lr: 1.0, lr: 0.5}", "run.yaml:7: the key 'lr' stands twice"),
         (BASE + "seed: !!python/object/apply:os.system ['true']", "run.yaml:6: came the YAML tag"),

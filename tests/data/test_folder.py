@@ -108,5 +108,7 @@ def test_the_commands_report_and_change(draw, tmp_path, capsys):
     )
     assert (tmp_path / "b.txt").read_text() == "a red one"
     assert (tmp_path / "wide.txt").read_text() == "a blue [trigger]"
+    assert main([*command, "--append", "\udce9", "--write"]) == 2
+    assert "captions: \\udce9 holds half of a character" in capsys.readouterr().err
     assert main(["data", "captions", str(tmp_path)]) == 2
     assert "nothing to do" in capsys.readouterr().err

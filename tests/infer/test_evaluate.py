@@ -42,7 +42,8 @@ def test_the_command_prints_and_writes_every_score(tmp_path, capsys, monkeypatch
     [
         ("--pictures a={0} --references {0} --student x", "--student has no effect with --pictures"),
         ("--model {0} --clip x", "--clip has no effect with --model"),
-        ("--model {0} --samples 1", "samples: came 1, wanted at least 2"),
+        ("--model {0} --samples 1", "samples: came 1, wanted 2 to"),
+        ("--model {0} --samples 1000000000000", "samples: came 1000000000000, wanted 2 to"),
         ("--model {0}/model_index.json", "model_index.json is a file, wanted a FLUX folder"),
         ("--model {0} --sheet {0}", "is a folder; name a file"),
         ("--model {0} --student {0}/none.safetensors", "none.safetensors"),

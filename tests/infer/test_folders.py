@@ -133,7 +133,7 @@ def test_the_command_prints_the_table_and_warns_of_few_pictures(tmp_path, capsys
         ("--pictures A --references A --features inception", "give --inception <file.safetensors>"),
         ("--pictures A --references A --features clip", "give --clip <folder of a CLIP>"),
         ("--pictures A --clip nowhere", "config.json is missing: give the local folder of a CLIP"),
-        ("--pictures TORN --references A", "1.png cannot be read as a picture"),
+        ("--pictures TORN --references A", "1.png: the picture cannot be decoded"),
     ],
 )
 def test_mistakes_are_one_line(tmp_path, capsys, flags, message):

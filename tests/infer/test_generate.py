@@ -131,7 +131,11 @@ def no_model_is_loaded(monkeypatch):
     [
         ({"num_images": 0}, "num_images: came 0"),
         ({"steps": 0}, "steps: came 0"),
+        ({"steps": 10**12}, "steps: came 1000000000000"),
+        ({"num_images": 10**12}, "num_images: came 1000000000000"),
         ({"seed": -1}, "seed: came -1"),
+        ({"prompt": ["robe \udce9l\udce9gante"]}, "holds half of a character"),  # of a terminal in Latin-1
+        ({"negative_prompt": "\udce9"}, "negative_prompt: "),
         ({"width": 50}, "width: came 50, wanted a multiple of 16"),
         ({"lora_scale": float("nan")}, "lora_scale: came nan"),
         ({"device": "tpu"}, "device: came 'tpu'"),

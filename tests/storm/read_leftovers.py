@@ -1,12 +1,13 @@
 """Lists of prompts, and what runs and the studio leave, damaged."""
 
 import json
+import os
 from pathlib import Path
 
 from inputs import EITHER, ODD, REFUSED, RIGHT, Input, as_json, damaged, no_file, of_kind, replaced
 from PIL import PngImagePlugin
 from read_adapters import joined, split
-from read_data import picture
+from read_data import bombs, picture
 
 
 # --- lists of prompts ---------------------------------------------------------------------------------------
@@ -39,6 +40,82 @@ def prompt_no_file(rng, folder):
     name = f"x{rng.choice(['.txt', '.jsonl', '.csv', '.md'])}"
     told = no_file(rng, folder / name)
     return Input(told, "prompts", [str(folder / name)], REFUSED)
+
+
+FORMATS = ["AVIF", "BMP", "DDS", "GIF", "ICO", "IM", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM",
+           "SGI", "TGA", "TIFF", "WEBP"]  # fmt: skip
+
+
+# --- pictures that are drawn from, and scored ---------------------------------------------------------------
+def drawn_input(folder: Path, told: str) -> Input:
+    for name in ("picture.txt", "prompts.txt"):
+        if not os.path.lexists(folder / name):
+            (folder / name).write_text("a red dress")
+    return Input(told, "drawn", [str(folder / "picture"), str(folder / "prompts.txt")])
+
+
+@of_kind("pictures drawn from")
+def drawn_bytes(rng, folder):
+    """Of all formats that Pillow writes, read or not."""
+    form = rng.choice(
+        [
+            "AVIF",
+            "BMP",
+            "DDS",
+            "GIF",
+            "ICO",
+            "IM",
+            "JPEG",
+            "JPEG2000",
+            "MPO",
+            "PCX",
+            "PNG",
+            "PPM",
+            "SGI",
+            "TGA",
+            "TIFF",
+            "WEBP",
+        ]
+    )
+    try:
+        content, told = damaged(rng, picture(rng, format=form))
+    except (KeyError, OSError):  # a Pillow without it
+        content, told = b"", "none"
+    (folder / "picture").write_bytes(content)
+    return drawn_input(folder, f"{form}: {told}")
+
+
+@of_kind("pictures drawn from")
+def drawn_bomb(rng, folder):
+    told = rng.choice(list(bombs()))
+    (folder / "picture").write_bytes(bombs()[told])
+    return drawn_input(folder, told)
+
+
+@of_kind("pictures drawn from")
+def drawn_prompt(rng, folder):
+    """A caption beside it, and a list."""
+    (folder / "picture").write_bytes(picture(rng))
+    texts = [
+        b"\xff\xfe\xfa",
+        "a hat".encode("utf-16"),
+        b"a\0",
+        b"\xef\xbb\xbfa",
+        b"a\r\n",
+        b"",
+        b"\xed\xa0\x80",
+    ]
+    name = rng.choice(["picture.txt", "prompts.txt"])
+    (folder / name).write_bytes(rng.choice(texts))
+    return drawn_input(folder, f"{name}: {(folder / name).read_bytes()}")
+
+
+@of_kind("pictures drawn from")
+def drawn_no_file(rng, folder):
+    name = rng.choice(["picture", "picture.txt", "prompts.txt"])
+    if name != "picture":
+        (folder / "picture").write_bytes(picture(rng))
+    return drawn_input(folder, no_file(rng, folder / name))
 
 
 # --- what runs and the studio leave -------------------------------------------------------------------------
@@ -109,6 +186,35 @@ def cache_entry(rng, folder):
         content, told = damaged(rng, file.read_bytes())
         file.write_bytes(content)
     return Input(told, "cache", [str(folder / "cache")], RIGHT, None, ["none", "x 3.0, y 1.0"])
+
+
+@of_kind("what runs leave")
+def run_leftover(rng, folder):
+    """Beside checkpoints: a log, which nobody synced, journals, results, pictures of a list."""
+    from ppcoat.train.search import Candidate, Costs, Journal, Result, Rounds
+
+    run, log = folder / "out", [{"step": 1, "loss": 0.5}, {"step": 2}, {"step": 3}]
+    journal = {Candidate(1e-3, 4, None): [Result(20, 0.5, 1.0)]}
+    Journal(run / "journal.json", {"a": 1}, Costs(1.0, 1.0, 1.0), Rounds((2,), (20,)), 1, journal).save()
+    (run / "log.jsonl").write_bytes(b"".join(as_json(line) + b"\n" for line in log))
+    (run / "parity.json").write_bytes(as_json({"settings": {}, "results": {"none/0": {"loss": 1.0}}}))
+    (run / "checkpoints").mkdir()
+    (run / "checkpoints" / "latest").write_text("000000001\n")
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt("settings", as_json(rng.choice([{"seed": 1}, *ODD])).decode("utf-8", "replace"))
+    (run / "picture.png").write_bytes(picture(rng, pnginfo=info))
+    names = ["log.jsonl", "journal.json", "parity.json", "checkpoints/latest", "picture.png"]
+    file = run / rng.choice(names)
+    what = rng.randrange(3)
+    if what == 0:
+        told = no_file(rng, file)
+    elif what == 1:
+        odd = rng.choice(ODD)
+        told, _ = f"all of it is {str(odd)[:20]}", file.write_bytes(as_json(odd) + b"\n")
+    else:
+        content, told = damaged(rng, file.read_bytes())
+        file.write_bytes(content)
+    return Input(f"{file.name}: {told}", "run", [str(run)])
 
 
 NOTES = {

@@ -19,7 +19,18 @@ __all__ = ["CONFIGS", "FIXTURES", "KINDS", "Input", "stand_ins"]
 
 
 def stand_ins() -> dict[str, Command]:
-    names = ("unpack", "weights", "prompts", "checkpoint", "cache", "studio", "dropped", "model")
+    names = (
+        "unpack",
+        "weights",
+        "prompts",
+        "drawn",
+        "checkpoint",
+        "cache",
+        "run",
+        "studio",
+        "dropped",
+        "model",
+    )
     return {name: Command(f"read {name}", "reading", f"read_{name}") for name in names}
 
 
@@ -54,6 +65,29 @@ def read_prompts(arguments: argparse.Namespace) -> None:
     from ppcoat.infer.prompts import read_pictures
 
     print(len(read_pictures(arguments.paths[0], Drawing(model="tiny_flux"), check_numbers)))
+
+
+def read_drawn(arguments: argparse.Namespace) -> None:
+    """What `generate` draws from, and what `evaluate` scores it by."""
+    from ppcoat.infer.editing import opened_picture
+    from ppcoat.infer.evaluate import own_prompt, prompts_of
+
+    picture, prompts = map(Path, arguments.paths)
+    print(opened_picture(picture).size, own_prompt(picture), prompts_of([picture], prompts))
+
+
+def read_run(arguments: argparse.Namespace) -> None:
+    """What goes on in a folder reads beside checkpoints."""
+    from ppcoat.bench.parity import earlier_results
+    from ppcoat.infer.batch import _settings_in
+    from ppcoat.train.divergence import last_checkpoint
+    from ppcoat.train.report import _open_log
+    from ppcoat.train.search import Journal
+
+    folder = Path(arguments.paths[0])
+    _open_log(folder / "log.jsonl", 2).close()
+    print((folder / "log.jsonl").read_text(), last_checkpoint(folder), _settings_in(folder / "picture.png"))
+    print(Journal.of(folder / "journal.json", {"a": 1}).results, earlier_results(folder / "parity.json", {}))
 
 
 def read_checkpoint(arguments: argparse.Namespace) -> None:

@@ -21,8 +21,9 @@ from ppcoat.errors import ConfigError
 from ppcoat.lora.layer import adapter_layers
 from ppcoat.train import trials as trials_module
 from ppcoat.train import tune as tune_module
-from ppcoat.train.checkpoint import load_latest
+from ppcoat.train.checkpoint import load_latest, only_run_in
 from ppcoat.train.previews import Validation
+from ppcoat.train.ranks import Ranks
 from ppcoat.train.run import MODEL_SPECS, check_inputs, train_lora
 from ppcoat.train.run_state import RecentMean
 from ppcoat.train.search import Candidate, Costs, Journal, Space, TuneFlags, halving, seconds_of
@@ -426,3 +427,6 @@ def test_the_best_settings_are_a_whole_config(make_config, tmp_path, monkeypatch
     assert load_config(folder / "best.yaml") == best
     with pytest.raises(ConfigError, match="another ranks"):
         tune(config, flags(hold_out=1, lr_span=1.0, ranks=[2, 8]))
+    another = only_run_in(folder, Ranks())
+    with another, pytest.raises(ConfigError, match="is training there"):
+        tune(config, wanted)

@@ -246,8 +246,8 @@ def test_generate_draws_after_a_picture(tmp_path, capsys, pipeline, picture):
          "of this model 64): give --control_image"),
         ("split_kohya", "edges.png", "sees no picture (x_embedder takes 64 inputs): add a control LoRA"),
         (None, "edges.png", "sees no picture (x_embedder takes 64 inputs): add a control LoRA"),
-        ("control_bfl", "none.png", "none.png cannot be read as a picture: No such file or directory; give"),
-        ("control_bfl", "text.png", "text.png cannot be read as a picture: cannot identify"),
+        ("control_bfl", "none.png", "none.png: the picture cannot be decoded (No such file"),
+        ("control_bfl", "text.png", "text.png: the picture cannot be decoded (it is text"),
         ("fill", "edges.png", "is a Fill LoRA: its x_embedder takes 384 inputs, that of this model 64"),
     ] if command == "generate" or case[0]],  # the 4-step script always has a LoRA
 )  # fmt: skip
