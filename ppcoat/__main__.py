@@ -3,6 +3,7 @@ that are taken, before all else."""
 
 import io
 import os
+import select
 import sys
 
 from ppcoat import signals
@@ -27,16 +28,21 @@ class Printed(io.RawIOBase):
     def __init__(self, descriptor: int, name: str) -> None:
         self._descriptor, self.name, self.error = descriptor, name, None
 
-    def write(self, content: object) -> int | None:
+    def write(self, content: object) -> int:
         try:
-            return os.write(self._descriptor, content)
-        except BlockingIOError:
-            return None
+            return self._written(content)
         except OSError as error:
             if isinstance(error, BrokenPipeError) and self._descriptor != 2:
                 raise
             self.error = self.error or error
             return len(content)
+
+    def _written(self, content: object) -> int:
+        while True:
+            try:
+                return os.write(self._descriptor, content)
+            except BlockingIOError:  # somebody else who has this pipe or terminal set it so
+                select.select([], [self._descriptor], [])
 
     def writable(self) -> bool:
         return True
@@ -54,7 +60,8 @@ def _take_streams() -> None:
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         stream = getattr(sys, name)
         if stream is None:
-            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free: this one
+            opened = os.open(os.devnull, os.O_RDWR)  # the lowest number that is free: this one
+            os.set_inheritable(opened, True)  # children's streams are not closed either
         if number:
             text = (stream.encoding, stream.errors) if stream else ("utf-8", "replace")
             by_line = stream is None or stream.line_buffering or stream.write_through  # python -u

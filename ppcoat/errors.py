@@ -13,7 +13,7 @@ from collections.abc import Iterable
 _LOGS_OF_LIBRARIES = ("PaddleNLP", "ppdiffusers", "aistudio_sdk", "datasets", "huggingface_hub", "jieba")
 
 
-_WORD = re.compile("[a-z0-9]+")
+_WORD = re.compile("[a-z][a-z0-9]*")
 LONGEST_NAME = 100  # characters of a name that are compared with the known ones
 START_OF_LINE, END_OF_LINE, LONGEST_LINE = 1200, 400, 1800  # characters of a message
 

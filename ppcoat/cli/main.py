@@ -340,7 +340,7 @@ class _Parser(argparse.ArgumentParser):
             others = [each for action in self._actions if isinstance(action, argparse._SubParsersAction)
                       for each in action.choices.values()]  # fmt: skip
             usage = "".join(each.format_usage() for each in (self, *others))
-            message += _meant(unknown[1], ["help", *re.findall(r"--(\w+)", usage)])
+            message += _meant(unknown[1], ["help", *re.findall(r"--([\w-]+)", usage)])
         raise ConfigError(f"{message}; {self.prog} --help lists the flags")
 
 

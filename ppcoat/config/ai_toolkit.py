@@ -181,9 +181,10 @@ def _asks_for_nothing(location: Location, value: Any, document: Document) -> boo
     its value is none. A false that is like a known key may be a mistyped switch that is on by default."""
     if not document.nested or _is_known(location):
         return False
+    if value is not False:
+        return _is_one_of(value, (None, "", [], {}))
     names = {key.rpartition(".")[2] for key in (*KEYS, *schema_keys())}
-    slip = difflib.get_close_matches(str(location[-1]), names, n=1, cutoff=_TYPED_WRONG)
-    return _is_one_of(value, (None, "", [], {})) or (value is False and not slip)
+    return not difflib.get_close_matches(str(location[-1]), names, n=1, cutoff=_TYPED_WRONG)
 
 
 def _is_known(location: Location) -> bool:

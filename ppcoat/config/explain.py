@@ -137,9 +137,10 @@ def came_and_wanted(problem: Mapping[str, Any]) -> str:
     missing = problem["type"] == "missing" or problem["input"] is None
     came = "nothing" if missing else repr(problem["input"])
     came = came if len(came) <= 80 else came[:77] + "..."
+    wanted = wanted.format(**problem.get("ctx", {}))
     if problem["type"] == "tuple_type" and isinstance(problem["input"], str):
         wanted += f" such as [{problem['input']:.40}]"
-    return f"came {came}, wanted {wanted.format(**problem.get('ctx', {}))}"
+    return f"came {came}, wanted {wanted}"
 
 
 def known_instead(location: Location) -> str:

@@ -6,6 +6,8 @@ import os
 import re
 import subprocess
 import sys
+import threading
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import get_args, get_type_hints
@@ -14,6 +16,7 @@ import pytest
 from safetensors import SafetensorError
 
 import ppcoat
+from ppcoat.__main__ import Printed
 from ppcoat.cli import flags
 from ppcoat.cli.main import COMMANDS, Command, main, run
 from ppcoat.config.base import BaseFormat
@@ -91,6 +94,10 @@ def test_a_missing_flag_exits_with_2(capsys):
         (
             "train-flux-lightning --data_path x --learning_rat 1",
             "arguments: --learning_rat 1; the nearest",
+        ),
+        (
+            "train-flux-lightning --data_path x --no_visualdll",
+            "arguments: --no-visualdll; the nearest flag is --no-visualdl; python",
         ),
         (
             "train run.yaml --dry",
@@ -419,3 +426,16 @@ def test_a_command_outlives_its_streams_and_they_get_into_no_file(tmp_path, stre
     ended = subprocess.run(["sh", "-c", command], cwd=tmp_path, env=environment, capture_output=True)
     assert ended.returncode == status and b"Traceback" not in ended.stderr
     assert (tmp_path / "file").read_text() == "own" and (tmp_path / "end").exists()
+
+
+def test_a_stream_that_is_set_not_to_wait_is_waited_for():
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    with suppress(BlockingIOError):
+        while True:
+            os.write(write, bytes(1 << 16))
+    reader = threading.Timer(0.05, os.read, (read, 1 << 20))
+    reader.start()
+    assert Printed(write, "stdout").write(b"own") == 3
+    reader.join()
+    os.close(read), os.close(write)

@@ -129,13 +129,15 @@ def test_all_keys_with_problems_are_named(tmp_path):
 
 
 def test_one_text_in_the_place_of_a_list_is_shown_as_one(tmp_path):
-    message = refusal(tmp_path, BASE, "save.format=kohya")
-    assert "came 'kohya', wanted a list such as [kohya] (" in message
+    for text in ("kohya", "{x}"):
+        message = refusal(tmp_path, BASE, f"save.format='{text}'")
+        assert f"came '{text}', wanted a list such as [{text}] (" in message
 
 
 def test_a_key_like_no_other_is_answered_with_those_of_its_section(tmp_path):
-    message = refusal(tmp_path, BASE, "logging.colours=3")
-    assert message.endswith("unknown key 'logging.colours'; known are log_every, visualdl")
+    for key in ("colours", "1"):  # control_path_1 has no word of it
+        message = refusal(tmp_path, BASE + f"logging: {{{key}: 3}}\n")
+        assert message.endswith(f"unknown key 'logging.{key}'; known are log_every, visualdl")
 
 
 def test_no_key_is_suggested_that_would_be_refused(tmp_path):
