@@ -44,6 +44,8 @@ DRAWN = ".drawn_by_quickstart"  # file in a data folder that marks it as made he
 def run_command(arguments: argparse.Namespace) -> None:
     flags = from_flags(QuickstartFlags, arguments)
     tune_host()
+    if flags.samples < 1:
+        raise ConfigError(f"--samples: came {flags.samples}, wanted at least 1")
     quickstart(flags.config, flags.overrides, flags.samples)
 
 

@@ -314,6 +314,8 @@ def _reason(error: Exception) -> str | None:
         return f"{error.filename or 'this process'}: {error.strerror}; ulimit -a shows the limits"
     if error.errno is None or (error.filename is None and error.errno not in _OF_A_DISK):
         return None
+    if str(error.filename).startswith(os.path.expanduser("~/.")):
+        advice += "; PPNLP_HOME and HF_HOME name other folders for what libraries keep there"
     named = error.filename or "what was being written"  # an open file has no name
     return f"{named}: {error.strerror}; {advice}"
 

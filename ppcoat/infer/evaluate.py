@@ -30,7 +30,7 @@ from ppcoat.infer.garment_scores import (
     pictures_to_tensor,
     sheet,
 )
-from ppcoat.infer.prompts import prompt_text
+from ppcoat.infer.prompts import RESERVED, prompt_text
 from ppcoat.infer.scores import CLIP, Inception, clip_score, frechet_distance
 from ppcoat.lora import read_lora_file
 from ppcoat.models.loading import check_folder
@@ -205,10 +205,13 @@ def folder_table(scores: list[FolderScores], features: str) -> str:
 
 
 def _picture_files(folder: Path) -> list[Path]:
-    """The pictures of a folder (not below it), by name. Raises ConfigError for fewer than two."""
+    """The pictures of a folder (not below it), by name, without the contact sheets of a list that `generate`
+    has drawn there. Raises ConfigError for fewer than two."""
     if not folder.is_dir():
         raise ConfigError(f"no folder of pictures at {folder}")
     files = sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
+    if (folder / "pictures.jsonl").exists():
+        files = [file for file in files if not RESERVED.fullmatch(file.stem)]
     if len(files) < 2:
         raise ConfigError(
             f"{folder} has {len(files)} pictures ({', '.join(SUFFIXES)}), wanted at least 2 to score"

@@ -58,7 +58,8 @@ def frechet_distance(features: np.ndarray, references: np.ndarray) -> float:
     values, vectors = np.linalg.eigh(cov1)
     root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
     cross = np.sqrt(np.maximum(np.linalg.eigvalsh(root @ cov2 @ root), 0)).sum()
-    return float(np.sum((mean1 - mean2) ** 2) + np.trace(cov1) + np.trace(cov2) - 2 * cross)
+    found = np.sum((mean1 - mean2) ** 2) + np.trace(cov1) + np.trace(cov2) - 2 * cross
+    return float(np.maximum(found, 0))  # equal sets can come out below by rounding
 
 
 def clip_score(pictures: np.ndarray, prompts: np.ndarray) -> float:

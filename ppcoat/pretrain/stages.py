@@ -15,6 +15,7 @@ from pathlib import Path
 from ppcoat.atomic import whole_folder, write_text
 from ppcoat.config.flags import from_flags
 from ppcoat.device import tune_host
+from ppcoat.errors import ConfigError
 from ppcoat.models.flux.pipeline import FluxPipeline
 from ppcoat.models.flux.scheduler import FlowMatchEulerDiscreteScheduler
 from ppcoat.models.loading import (
@@ -36,6 +37,10 @@ from ppcoat.train.ranks import Ranks
 
 def run_command(arguments: argparse.Namespace) -> None:
     flags = from_flags(PretrainFlags, arguments)
+    for name, value in vars(arguments).items():
+        least = 0 if name == "guided_after" else 1
+        if isinstance(value, int) and value < least:
+            raise ConfigError(f"--{name}: came {value}, wanted at least {least}")
     tune_host()
     pretrain(
         flags.work_dir,

@@ -83,6 +83,7 @@ def test_an_address_that_nobody_knows_is_an_error():
         sass.bank_conflict_degree(ptx)
 
 
+@pytest.mark.slow
 def test_the_command_compiles_and_counts(tmp_path, monkeypatch, capsys):
     pytest.importorskip("triton", reason="Triton is not installed")
     file = tmp_path / "static.json"

@@ -16,7 +16,6 @@ POLICY = "coat.activation.policy="
 BY_HAND = ("norm_kernel", "quantize_kernel", "dequantize_kernel", "rms_norm_rotated_kernel", "adamw_kernel",
            "rms_norm_rotated_grad_kernel", "activation_kernel", "gated_residual_kernel")  # fmt: skip
 RUNS = {
-    "groups of Linears": [POLICY + "coat", "coat.activation.linear_granularity=per_group", "train.steps=1"],
     "attention": [POLICY + "coat+recompute+attention", "train.steps=1"],
     "checkpoints in FP8, dropout, accumulation, EMA, previews": [
         POLICY + "coat", "train.gradient_checkpointing=true", "network.dropout=0.1",
@@ -33,6 +32,7 @@ RUNS = {
     ],
 }  # fmt: skip
 MORE_RUNS = {
+    "groups of Linears": [POLICY + "coat", "coat.activation.linear_granularity=per_group", "train.steps=1"],
     "coat": [POLICY + "coat"],
     "recompute": [POLICY + "coat+recompute"],
     "FP8 base": [POLICY + "coat+recompute+attention", "model.quantize=true"],

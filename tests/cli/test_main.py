@@ -368,6 +368,26 @@ def test_what_the_machine_lacks_is_one_line(monkeypatch, capsys, error, said):
     assert said in one_line(capsys)
 
 
+@pytest.mark.parametrize(
+    "command",
+    ["quickstart --samples 0", "demo edit --samples -1", "pretrain-tiny-flux --output_dir x --pictures 0"],
+)
+def test_counts_without_sense_are_told_before_anything_is_trained(command, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert main(command.split()) == 2
+    assert "wanted at least 1" in one_line(capsys)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_home_that_cannot_be_written_is_told_with_the_way_out(monkeypatch, capsys):
+    def fail(_):
+        raise PermissionError(13, "Permission denied", os.path.expanduser("~/.paddlenlp"))
+
+    fake_command(monkeypatch, fail)
+    assert run("fake", []) == 2
+    assert "PPNLP_HOME" in one_line(capsys)
+
+
 def test_a_folder_that_is_gone_is_named(monkeypatch, capsys, tmp_path):
     fake_command(monkeypatch, lambda _: None)
     (tmp_path / "gone").mkdir()

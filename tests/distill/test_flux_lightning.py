@@ -232,7 +232,10 @@ def test_without_heads_every_step_trains_the_lora_and_published_order_begins_aga
 
 @pytest.mark.parametrize(
     ("flags", "tolerance"),
-    [({"gradient_checkpointing": True}, 0.02), ({"quantize": "fp8", "saving_policy": "coat+recompute"}, 0.1)],
+    [
+        pytest.param({"gradient_checkpointing": True}, 0.02, marks=pytest.mark.slow),
+        ({"quantize": "fp8", "saving_policy": "coat+recompute"}, 0.1),
+    ],
     ids=["checkpointed", "FP8 base"],
 )
 def test_policies_checkpointing_and_an_fp8_base_follow_the_run(make_config, whole, flags, tolerance):

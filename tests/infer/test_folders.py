@@ -71,6 +71,13 @@ def test_distances_and_cosines_are_those_of_the_pictures(tmp_path):
     assert [score.method for score in found] == ["near", "far"] and found[1].clip == pytest.approx(1)
     (only,) = score_folders({"near": folders["near"]}, None, None, Judge(far))
     assert only.frechet is None and only.clip == found[0].clip
+    (same,) = score_folders({"goal": goal}, goal, mean_colour, None)
+    assert 0 <= same.frechet < 1e-6  # not below
+    fill(tmp_path / "n" / "sheet", near[:1])  # generate's contact sheet is none of the pictures
+    next((tmp_path / "n" / "sheet").glob("*.png")).rename(tmp_path / "n" / "contact.png")
+    (tmp_path / "n" / "pictures.jsonl").write_text("")
+    (again,) = score_folders({"near": folders["near"]}, goal, mean_colour, None)
+    assert again.frechet == found[0].frechet
 
 
 def test_a_prompt_is_beside_the_picture_in_it_or_in_a_list(tmp_path):

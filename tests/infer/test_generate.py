@@ -226,7 +226,9 @@ def test_newbie_draws_what_its_pipeline_draws_with_guidance_5_and_shift_6(newbie
     assert (pixels(away[0]) != pixels(file)).any()
 
 
-@pytest.mark.parametrize(("kind", "name"), [("lora", "LoRA"), ("lokr_full", "LoKr")])
+@pytest.mark.parametrize(
+    ("kind", "name"), [pytest.param("lora", "LoRA", marks=pytest.mark.slow), ("lokr_full", "LoKr")]
+)
 def test_newbie_takes_adapter_directories_at_any_strength(newbie_drawing, tmp_path, capsys, kind, name):
     def draw(name, **changes):
         folder = str(tmp_path / name)

@@ -56,9 +56,8 @@ def pixels(file):
     return np.asarray(Image.open(file).convert("RGB")).astype(int)
 
 
-@pytest.mark.parametrize(
-    "model", [None, pytest.param(ROOT / "ppcoat" / "assets" / "tiny_flux", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("model", [None, ROOT / "ppcoat" / "assets" / "tiny_flux"], ids=["small", "built in"])
+@pytest.mark.slow
 def test_static_graphs_with_a_merged_lora_draw_the_eager_picture(model, small_flux, tmp_path, capsys):
     """In 0..1, within 1e-5; the LoRA moves the picture by a thousand times that. None: of small_flux."""
     model = model or small_flux

@@ -56,7 +56,9 @@ def test_every_linear_is_rounded_once_and_all_else_is_as_it_was(request, folder,
     assert [path.removesuffix(".weight") for path in fp8] == linear_paths(exact)
 
 
-@pytest.mark.parametrize(("base", "layout"), [("int8", "pd"), ("nf4", "pt"), ("fp4", "pd")])
+@pytest.mark.parametrize(
+    ("base", "layout"), [("int8", "pd"), ("nf4", "pt"), pytest.param("fp4", "pd", marks=pytest.mark.slow)]
+)
 def test_other_formats_read_in_bands_are_what_they_make_of_whole_weights(
     small_flux, tmp_path, monkeypatch, assert_same, base, layout
 ):

@@ -39,7 +39,7 @@ def counts():
     hear, tell = multiprocessing.Pipe(duplex=False)
 
     def count():
-        """In a fork, which has all libraries, and imports ppcoat anew: kernels must not be defined for the
+        """In a fork, which has all libraries, and imports ppcoat anew: no kernel is defined for the
         interpreter."""
         os.environ["TRITON_INTERPRET"] = "0"
         for name in [name for name in sys.modules if name.partition(".")[0] == "ppcoat"]:

@@ -54,8 +54,18 @@ def test_heads_keep_one_byte_for_a_second_moment_and_none_for_a_first():
     assert planned(fp8_optimizer=False, saving_policy="none").head_states == 8 * parameters
 
 
-@pytest.mark.parametrize("flags", [{}, {"apply_reflow_loss": True}, {"adv_weight": 0.0}], ids=str)
-@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize(
+    ("checkpointing", "flags"),
+    [
+        (True, {}),
+        (False, {"apply_reflow_loss": True}),
+        (True, {"adv_weight": 0.0}),
+        pytest.param(False, {}, marks=pytest.mark.slow),
+        pytest.param(True, {"apply_reflow_loss": True}, marks=pytest.mark.slow),
+        pytest.param(False, {"adv_weight": 0.0}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_kept_bytes_are_those_that_a_step_counts(flags, checkpointing, monkeypatch):
     # what a head keeps is gone when the next one runs, but the counter adds it up
     monkeypatch.setattr(Head, "forward", lambda self, x: x.mean(-1, keepdim=True))

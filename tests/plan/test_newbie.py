@@ -121,7 +121,7 @@ class Training:
     [
         (WIDE, NONE, False, "lora"),
         (WIDE, COAT, False, "lora"),
-        (WIDE, RECOMPUTE, False, "lora"),
+        pytest.param(WIDE, RECOMPUTE, False, "lora", marks=pytest.mark.slow),
         (WIDE, ATTENTION, False, "lora"),
         (SIZES[1], NONE, "fp8", "lora"),
         pytest.param(SIZES[1], NONE, "fp4", "lora", marks=pytest.mark.slow),

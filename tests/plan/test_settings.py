@@ -250,8 +250,9 @@ def test_no_memory_is_taken_for_the_large_model():
         (SIZES[1], "coat", "lora", False),
         (SIZES[0], "coat+recompute", "dora", False),
         (SIZES[0], ATTENTION, "lokr", False),
-        (SIZES[1], "none", "lora", "nf4"),
-        (SIZES[1], ATTENTION, "lora", "fp8"),
+        (SIZES[0], ATTENTION, "lora", "fp8"),
+        pytest.param(SIZES[1], "none", "lora", "nf4", marks=pytest.mark.slow),
+        pytest.param(SIZES[1], ATTENTION, "lora", "fp8", marks=pytest.mark.slow),
         pytest.param(SIZES[1], "none", "lora", False, marks=pytest.mark.slow),
         pytest.param(SIZES[0], "coat", "lora", False, marks=pytest.mark.slow),
         *(pytest.param(size, "coat+recompute", "lora", False, marks=pytest.mark.slow) for size in SIZES),
@@ -315,7 +316,9 @@ def bfloat16_of(parameter: paddle.Tensor, turned: bool) -> np.ndarray:
     return np.ascontiguousarray(values.T if turned else values).astype(ml_dtypes.bfloat16)
 
 
-@pytest.mark.parametrize("base", [False, *BASES])
+@pytest.mark.parametrize(
+    "base", [False, *(pytest.param(b, marks=pytest.mark.slow) if b in ("fp4", "int8") else b for b in BASES)]
+)
 def test_allocated_memory_while_a_model_is_read_agrees(written, base):
     folder, planned = written
     read = partial(load_quantized_transformer, base=base) if base else load_transformer

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image, ImageOps
 from safetensors import safe_open
 
@@ -38,6 +39,7 @@ def with_folders(tmp_path):
     return text
 
 
+@pytest.mark.slow
 def test_two_steps_of_the_published_config_with_nothing_replaced_but_its_folders(
     tmp_path, monkeypatch, capfd
 ):

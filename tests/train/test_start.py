@@ -331,7 +331,7 @@ def test_a_control_loras_embedder_is_left_out_by_name(make_config, name):
         adapter_start(make_config(f"{KEY}={alone}", *more), FluxSpec().unfilled)
 
 
-@pytest.mark.parametrize("kind", ["dora", "lokr"])
+@pytest.mark.parametrize("kind", ["dora", pytest.param("lokr", marks=pytest.mark.slow)])
 def test_a_run_goes_on_from_its_own_file_in_a_new_run(make_config, kind):
     config = make_config("train.steps=1", f"network.type={kind}", "network.linear=3")
     train_lora(config)

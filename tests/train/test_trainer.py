@@ -86,7 +86,7 @@ def test_a_second_ctrl_c_leaves_at_once_without_a_half_checkpoint(make_config, m
     assert len(train_lora(config).losses) == 3
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("dropout", [pytest.param(0.0, marks=pytest.mark.slow), 0.2])
 def test_gradient_checkpointing_changes_memory_not_numbers(make_config, dropout):
     # With its usual epsilon AdamW makes a whole step of any gradient, even of one that is all rounding.
     common = ("coat.enabled=false", f"network.dropout={dropout}", "train.steps=3", "train.epsilon=1e-6")
@@ -205,8 +205,11 @@ def state(trainer):
     return bits | {"schedule": (trainer.side.schedule.last_epoch, trainer.side.schedule.last_lr)}
 
 
-@pytest.mark.parametrize("coat", ["true", "false"])
-@pytest.mark.parametrize("where", ["loss", "gradient"])
+@pytest.mark.parametrize(
+    ("where", "coat"),
+    [("loss", "true"), ("gradient", "false"),
+     *(pytest.param(*each, marks=pytest.mark.slow) for each in (("loss", "false"), ("gradient", "true")))],
+)  # fmt: skip
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(make_config, monkeypatch, coat, where):
     seen, step = {}, Trainer.train_step
 

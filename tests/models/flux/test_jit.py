@@ -48,7 +48,7 @@ def test_jit_forward_gives_the_velocity_of_diffusers_with_gradients(model, torch
     np.testing.assert_allclose(hidden.grad.numpy(), torch_refs["tr_grad_h"], rtol=0, atol=2e-7)
 
 
-@pytest.mark.parametrize("decomposed", [False, True])
+@pytest.mark.parametrize("decomposed", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_static_graphs_give_the_velocity_of_diffusers(fp32_folder, torch_refs, capsys, decomposed):
     """decomposed: as with FLAGS_prim_all, operators are split into primitive ones first."""
     model = load_transformer(fp32_folder / "transformer", "float32")
