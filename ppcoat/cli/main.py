@@ -268,8 +268,9 @@ def _status_of(call: Callable[[], object]) -> int:
         if not _is_of_a_package(error):
             raise
         return _told(not_installed(error))
-    except SystemExit:  # argparse's, after help
-        if unread := _flushed():
+    except SystemExit as ended:  # argparse's, after help; else its status tells more: of a run that stopped
+        unread = _flushed()
+        if unread and not ended.code:
             return unread
         raise
     except BrokenPipeError:

@@ -24,7 +24,7 @@ from ppcoat.config.explain import came_and_wanted
 from ppcoat.config.flags import TINY_FLUX
 from ppcoat.config.schema import BucketRule, PolicyName, RunConfig
 from ppcoat.config.training_sections import LoRAFormat
-from ppcoat.errors import ConfigError
+from ppcoat.errors import ConfigError, check_whole
 
 STUDENT_STEPS = 4  # in which a student draws
 WINDOW = 1024  # pictures that a rank encodes ahead where there are too many to hold them all
@@ -207,6 +207,7 @@ class LightningConfig(BaseModel):
 
     @model_validator(mode="after")
     def _fits_together(self) -> LightningConfig:
+        check_whole("validation_prompt", *self.validation_prompt)
         by_hand = self.model_fields_set - (set(MISTAKES) if self.compat == "reference" else set())
         for name, wanted in NEEDS.items():
             if name in by_hand and not getattr(self, wanted):

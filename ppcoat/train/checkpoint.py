@@ -307,8 +307,7 @@ def _locked(file: Path) -> int:
             who = os.read(descriptor, 200).decode("utf-8", "replace").strip() or "another process"
             os.close(descriptor)
             raise ConfigError(
-                f"{file.parent}: {who} is training there; wait for it, stop it, or choose another name or "
-                "output_dir"
+                f"{file.parent}: {who} is training there; wait for it, stop it, or choose another folder"
             ) from None
         except OSError:  # a file system without locks
             return descriptor

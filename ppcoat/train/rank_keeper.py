@@ -49,11 +49,14 @@ def _keep(rank: str, bound: str, margin: str, setting: str, again: str, kept: st
             silence += min(time.monotonic() - before, 2)
             held = held + 1 if _sigterm_waits(kept) else 0
         if held > float(margin):
-            print("terminated", file=sys.stderr, flush=True)
-            return os.kill(int(kept), signal.SIGKILL)
+            said = "terminated"
+            break
+    else:
+        said = (f"rank {rank} was stopped, or hangs in {at}: nothing of it ran for {bound} s ({setting}), so "
+                f"it was ended; {again} to go on from the checkpoint")  # fmt: skip
     if os.getppid() == int(kept):
-        print(f"rank {rank} was stopped, or hangs in {at}: nothing of it ran for {bound} s ({setting}), so "
-              f"it was ended; {again} to go on from the checkpoint", file=sys.stderr, flush=True)  # fmt: skip
+        with suppress(OSError):  # a full disk
+            print(said, file=sys.stderr, flush=True)
         os.kill(int(kept), signal.SIGKILL)
 
 

@@ -328,6 +328,18 @@ def test_what_cannot_be_printed_for_want_of_room_is_one_line(monkeypatch, capsys
     assert capsys.readouterr().err == "error: what was to be printed: No space left on device\n"
 
 
+def test_a_status_of_its_own_outlives_what_cannot_be_printed(monkeypatch):
+    for code in (0, 143):  # of help, and of a run that SIGTERM has stopped
+        fake_command(monkeypatch, lambda _, code=code: print("a") or sys.exit(code))
+        with open("/dev/full", "w") as stream:
+            monkeypatch.setattr(sys, "stdout", stream)
+            if code:
+                with pytest.raises(SystemExit, match="143"):
+                    run("fake", [])
+            else:
+                assert run("fake", []) == 2
+
+
 def test_characters_that_a_redirected_output_lacks_are_escaped(monkeypatch):
     raw = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="cp1252"))

@@ -101,6 +101,7 @@ def test_the_run_in_the_lora_trainers_terms():
         ("--encode_ahead -5", "encode_ahead: came '-5', wanted greater than or equal to 1"),
         ("--encode_ahead 5 --train_batch_size 3 --gradient_accumulation_steps 2", "at least the 6 pictures"),
         ("--strict_resume", "strict_resume has no effect without resume_from_checkpoint"),
+        ("--validation_prompt \udce9l\udce9gant", "holds half of a character"),  # of a terminal in Latin-1
         ("--train_batch_size 0", "train_batch_size: came '0', wanted greater than or equal to 1"),
     ],
 )

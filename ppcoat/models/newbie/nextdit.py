@@ -254,7 +254,8 @@ def _check_sizes(dim: int, heads: int, kv_heads: int, axes_dims: Sequence[int], 
 
 class Block(nn.Layer):
     """Attention and feed-forward, each between two norms. A modulated block scales what goes in and gates
-    what comes out (tanh) by adaln; there is no shift."""
+    what comes out (tanh) by adaln [B, adaln_dim]; there is no shift. x: tokens [B, tokens, dim]; cos, sin:
+    `rotary_angles` of all B * tokens positions, float32 [B * tokens, head_dim / 2]."""
 
     def __init__(
         self, dim: int, heads: int, kv_heads: int, hidden_dim: int, epsilon: float, adaln_dim: int | None
