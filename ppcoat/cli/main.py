@@ -277,8 +277,8 @@ def _status_of(call: Callable[[], object]) -> int:
         return _unread()
     except MemoryError as error:
         said = re.search(r".*(?:emory|llocate).*", str(error))  # Paddle's message is a page long
-        more = f" ({said[0].strip():.200})" if said else ""
-        return _told(f"out of memory{more}: give smaller sizes, or a machine that has more")
+        wanted = said[0].strip()[:200] if said else "there is no more"
+        return _told(f"out of memory ({wanted}): give smaller sizes, or a machine that has more")
     except (OSError, _safetensor_error()) as error:
         reason = _reason(error)
         if reason is None:

@@ -230,6 +230,11 @@ def _open_visualdl(folder: Path) -> LogWriter:
         raise ConfigError(
             f"VisualDL cannot be imported ({error}); run pip install visualdl or set logging.visualdl: false"
         ) from None
+    except OSError as error:  # it makes a folder in the home directory
+        raise ConfigError(
+            f"VisualDL cannot be imported ({error.filename}: {error.strerror}); let HOME name a folder that "
+            "can be written to, or set logging.visualdl: false"
+        ) from None
     return LogWriter(logdir=str(folder))
 
 

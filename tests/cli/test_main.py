@@ -366,7 +366,7 @@ def test_a_folder_that_cannot_be_written_is_told_before_a_model_is_loaded(tmp_pa
     ("error", "said"),
     [
         (MemoryError("a page\n\n  Out of memory error on GPU 0. Cannot allocate 9 GB\n\nmore"), "on GPU 0"),
-        (MemoryError(), "out of memory: give smaller sizes"),
+        (MemoryError(), "out of memory (there is no more): give smaller sizes"),
         (OSError(24, "Too many open files"), "ulimit -a"),
         (ImportError("libcuda.so: cannot open", name="paddle", path="/x/libpaddle.so"), "requirements.txt"),
     ],

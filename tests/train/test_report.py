@@ -119,18 +119,30 @@ def test_everything_is_closed_when_training_fails(tmp_path):
     report.close()
 
 
-def test_missing_visualdl_is_one_line(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [ImportError("No module named 'visualdl'"), PermissionError(13, "Permission denied", "/.visualdl")],
+)
+def test_visualdl_that_cannot_be_imported_is_one_line(tmp_path, monkeypatch, error):
     real = builtins.__import__
 
     def without(name, *args, **kwargs):
         if name == "visualdl":
-            raise ImportError("No module named 'visualdl'")
+            raise error
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ConfigError, match="logging.visualdl: false"):
         Report(tmp_path, 3)
     Report(tmp_path, 3, visualdl=False).close()
+
+
+def test_the_log_of_a_run_that_goes_on_ends_where_it_is_damaged(tmp_path):
+    train(tmp_path, 3, visualdl=False)
+    log = tmp_path / "log.jsonl"
+    log.write_bytes(log.read_bytes().split(b"\n")[0] + b'\n\xff\xfe\n{"step": 2}\n')  # as a disk returns it
+    train(tmp_path, 4, start=3, visualdl=False)
+    assert [line["step"] for line in lines(tmp_path)] == [1, 4]
 
 
 def test_visualdl_is_not_imported_with_the_module(fresh_process):
