@@ -32,6 +32,7 @@ from ppcoat.lora.files import CONFIG, adapter_file
 from ppcoat.models.fingerprint import folder_identity
 from ppcoat.models.flux.files import FluxFiles
 from ppcoat.models.offload import Placement
+from ppcoat.models.tensor_files import PATIENCE
 from ppcoat.progress import Progress
 from ppcoat.reading import json_value, only_regular
 
@@ -68,7 +69,8 @@ class Batch:
         there is something to draw."""
         files = [self.folder / f"{picture.name}.png" for picture in self.pictures]
         remove_dead_drafts(self.folder)
-        there = [_settings_in(file) for file in files]
+        looked_at = Progress(files, "looking at pictures", unit="picture", delay=PATIENCE)
+        there = [_settings_in(file) for file in looked_at]
         wanted = [self.settings(picture) for picture in self.pictures]
         left = [i for i, (one, other) in enumerate(zip(wanted, there, strict=True)) if one != other]
         same, again = len(files) - len(left), sum(files[i].exists() for i in left)
