@@ -2,6 +2,7 @@
 
 import gc
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -172,6 +173,24 @@ def encoders_read_once(folders_checked_once):
             pipeline: ("load_newbie_vae", "load_gemma3", "load_jina_clip"),
         }
     )
+    ONCE.cache_clear()  # what a run may yet have changed is nothing for the tests of another file
+
+
+@pytest.fixture(scope="session")
+def in_fork():
+    """in_fork(function) -> what it returns, in a fork, so that this process stays as it is."""
+
+    def result(function):
+        hear, tell = multiprocessing.Pipe(duplex=False)
+        process = multiprocessing.get_context("fork").Process(target=lambda: tell.send(function()))
+        process.start()
+        tell.close()
+        try:
+            return hear.recv()
+        finally:
+            process.join()
+
+    return result
 
 
 @pytest.fixture(scope="session")

@@ -75,8 +75,9 @@ def interpreted():
     return module.interpreted
 
 
-def test_every_kernel_is_checked_and_timed(interpreted, monkeypatch):
-    """What is timed is launched once: in the interpreter a launch takes a second, and that is no kernel's
+def test_every_kernel_is_checked_and_timed(interpreted, monkeypatch, in_fork):
+    """In a fork: the interpreter puts its functions into Triton's language, which then compiles no more.
+    What is timed is launched once: in the interpreter a launch takes a second, and that is no kernel's
     time. Double blocks are measured further down; errors of all kernels are in tests/fp8/test_truth.py."""
     pytest.importorskip("triton", reason="Triton is not installed")
     if PaddleLibrary.has_gpu():
@@ -100,7 +101,9 @@ def test_every_kernel_is_checked_and_timed(interpreted, monkeypatch):
 
     monkeypatch.setattr(kernels, "_block_errors", lambda *_: ())
     monkeypatch.delitem(kernels.PARTS, "double block")
-    report = json.loads(json.dumps(kernels.measure(Once(PaddleLibrary(), interpreted), TINY)))
+    report = in_fork(
+        lambda: json.loads(json.dumps(kernels.measure(Once(PaddleLibrary(), interpreted), TINY)))
+    )
     shown = kernels.kernel_table(report).splitlines()
     from ppcoat.bench.kernel_cases import LAUNCHERS
 

@@ -397,6 +397,11 @@ def test_a_trained_vec_gets_its_gradient(flux, model, checkpoints):
     [
         *((checkpoints, policy) for checkpoints in (1, 3, 4, 9) for policy in (EXACT, COAT)),
         *((checkpoints, policy) for checkpoints in (3, 9) for policy in (None, "none", ATTENTION)),
+        *(
+            pytest.param(checkpoints, policy, marks=pytest.mark.slow)
+            for checkpoints in (1, 4)
+            for policy in (None, "none", ATTENTION)
+        ),
     ],
     ids=str,
 )

@@ -8,7 +8,6 @@ trainer reads from the device once is in tests/train/test_trainer.py.
 import contextlib
 import io
 import json
-import multiprocessing
 import os
 import runpy
 import sys
@@ -33,10 +32,9 @@ COLUMNS = ("calls", "calls in blocks, forward", "launches", "call cast", "syncs"
 
 
 @pytest.fixture(scope="module")
-def counts():
+def counts(in_fork):
     """Case -> how often each thing happened in a step."""
     pytest.importorskip("triton", reason="Triton is not installed")
-    hear, tell = multiprocessing.Pipe(duplex=False)
 
     def count():
         """In a fork, which has all libraries, and imports ppcoat anew: no kernel is defined for the
@@ -46,15 +44,9 @@ def counts():
             del sys.modules[name]
         with contextlib.redirect_stdout(io.StringIO()) as printed:
             runpy.run_path(str(HERE / "host_work.py"))["main"](list(BOUNDS))
-        tell.send(json.loads(printed.getvalue().splitlines()[-1]))
+        return json.loads(printed.getvalue().splitlines()[-1])
 
-    process = multiprocessing.get_context("fork").Process(target=count)
-    process.start()
-    tell.close()
-    try:
-        found = hear.recv()
-    finally:
-        process.join()
+    found = in_fork(count)
     print(f"\n{'':36}" + "".join(f"{column:>26}" for column in COLUMNS))
     for case, found_there in found.items():
         print(f"{case:36}" + "".join(f"{found_there.get(column, 0):26}" for column in COLUMNS))

@@ -1,5 +1,6 @@
 """The plan of a NewBie-image run against the counters of training and Paddle's allocator; 3B by shapes."""
 
+import gc
 from dataclasses import dataclass
 
 import numpy as np
@@ -108,6 +109,7 @@ class Training:
     def growth(self) -> int:
         """Most bytes by which a step grows what Paddle has allocated; a second step grows it by the same."""
         core = paddle.base.core
+        gc.collect()  # what earlier tests left must not go meanwhile
         before = core.host_memory_stat_current_value("Allocated", 0)
         core.host_memory_stat_reset_peak_value("Allocated", 0)
         loss, _ = self.forward()
