@@ -258,7 +258,7 @@ def opened_picture(file: str | Path, convert: Convert = ON_BLACK) -> Image.Image
 
 
 def as_it_is(image: Image.Image, profile: bytes | None, notes: list[str]) -> Image.Image:
-    """A Convert."""
+    """The Convert that leaves a picture in its own mode and colours."""
     return image
 
 
@@ -268,7 +268,7 @@ def _decoded(file: str | Path, changed: int, convert: Convert) -> Image.Image:
     try:
         return upright_picture(Path(file), convert, formats=_formats())
     except BadFile as error:
-        raise ConfigError(f"{file}: {error}; give another") from None
+        raise ConfigError(f"{file}: {error}; give another ({', '.join(_formats())})") from None
 
 
 @cache

@@ -196,7 +196,7 @@ def read_model(config: RunConfig, transformer: dict | None = None, control: bool
         files = FluxFiles.found(config.model.name_or_path, "model.name_or_path", **config.model.beside)
     if transformer is None:
         transformer = component_config(files["transformer"], "transformer") if files else FLUX_DEV
-    model = _without_memory(json.dumps(transformer, sort_keys=True))
+    model = without_memory(FluxTransformer2DModel, json.dumps(transformer, sort_keys=True))
     if files and not control:
         check_without_control(model, files, fill=True)
     blocks = tuple(model.named_blocks())
@@ -217,11 +217,11 @@ def read_model(config: RunConfig, transformer: dict | None = None, control: bool
 
 
 @lru_cache(maxsize=4)
-def _without_memory(settings: str) -> FluxTransformer2DModel:
-    """The model of these settings (JSON), whose parameters have a shape and no memory. Kept, because a table
-    plans one model many times."""
+def without_memory(kind: type[paddle.nn.Layer], settings: str) -> paddle.nn.Layer:
+    """The model of this kind with these settings (JSON), whose parameters have a shape and no memory. Kept,
+    because a table plans one model many times: to be looked at only."""
     with paddle.LazyGuard():
-        return FluxTransformer2DModel.from_config(json.loads(settings))
+        return kind.from_config(json.loads(settings))
 
 
 def weights_by_block(

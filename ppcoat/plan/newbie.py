@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -49,6 +49,7 @@ from ppcoat.plan.model import (
     stored_values,
     text_streamed,
     weights_by_block,
+    without_memory,
 )
 from ppcoat.plan.phases import MemoryModel, Settings
 from ppcoat.plan.saved_bytes import SIDE, TracedModel
@@ -86,7 +87,7 @@ class NewbieMemoryModel(MemoryModel):
         folder = Path(self.config.model.name_or_path)
         assumed = not folder.exists()
         if assumed or transformer is not None:
-            model = _without_memory(NextDiT_CLIP, json.dumps(transformer or {}, sort_keys=True))
+            model = without_memory(NextDiT_CLIP, json.dumps(transformer or {}, sort_keys=True))
         else:
             model = unfilled_nextdit(folder / "transformer")
         blocks = tuple(f"layers.{i}" for i in range(len(model.layers)))
@@ -192,13 +193,6 @@ def _encoders(folder: Path | None) -> EncoderSizes:
     return EncoderSizes(
         text, vae, gemma3.num_attention_heads, gemma3.intermediate_size, channels, streamed=streamed
     )
-
-
-@lru_cache(maxsize=4)
-def _without_memory(build: Callable[..., NextDiT_CLIP], settings: str) -> NextDiT_CLIP:
-    """As in model.py."""
-    with paddle.LazyGuard():
-        return build(**json.loads(settings))
 
 
 @lru_cache(maxsize=4)

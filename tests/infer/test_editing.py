@@ -51,6 +51,7 @@ def pictures(tmp_path, monkeypatch):
     line[3] = 255
     Image.fromarray(line).save("line.png")
     Path("text.png").write_text("no picture")
+    Image.new("RGB", (64, 64)).save("map.ppm")
     return tmp_path
 
 
@@ -229,6 +230,7 @@ def test_fill_fills_and_kontext_edits(pictures, folders, capsys):
         (None, "--image a.png --strength 0", "strength: came 0.0, wanted above 0 and at most 1"),
         (None, "--image none.png", "none.png: the picture cannot be decoded"),
         (None, "--image text.png", "text.png: the picture cannot be decoded"),
+        (None, "--image map.ppm", "cannot identify image file); give another (JPEG, PNG, WEBP"),
         (None, "--reference none.png", "none.png: the picture cannot be decoded"),
         (None, "--image thin.png", "thin.png is 12x40, wanted at least 16 pixels each way"),
         (None, "--image long.png", "long.png is 4000x20, too long for a picture of 64x64 pixels"),

@@ -2,7 +2,6 @@
 
 import gc
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import paddle
@@ -221,7 +220,13 @@ def test_all_encoders_are_there_while_any_encodes(make_config):
 def narrow(monkeypatch):
     """A model of NewBie-image's depth, but soon counted; encoders of a million values."""
     sizes = {"dim": 256, "n_heads": 8, "n_kv_heads": 4, "axes_dims": (16, 8, 8), "cap_feat_dim": 96}
-    monkeypatch.setattr(plan_newbie, "NextDiT_CLIP", partial(NextDiT_CLIP, **sizes))
+
+    class Narrow(NextDiT_CLIP):
+        @classmethod
+        def from_config(cls, own):
+            return NextDiT_CLIP(**sizes)
+
+    monkeypatch.setattr(plan_newbie, "NextDiT_CLIP", Narrow)
     monkeypatch.setattr(plan_newbie, "_encoders", lambda folder: EncoderSizes(10**6, 10**6, 8, 2048, 32))
 
 
