@@ -256,7 +256,8 @@ def _to_data(node: yaml.Node, source: str) -> Any:
 
 
 def _line(source: str, event_or_node: yaml.Event | yaml.Node) -> str:
-    return f"{source}:{event_or_node.start_mark.line + 1}"
+    is_one = source.startswith("--set ")
+    return source if is_one else f"{source}:{event_or_node.start_mark.line + 1}"
 
 
 def _expand_variables(text: str, where: str) -> str:

@@ -134,6 +134,11 @@ def test_one_text_in_the_place_of_a_list_is_shown_as_one(tmp_path):
         assert f"came '{text}', wanted a list such as [{text}] (" in message
 
 
+def test_an_override_has_no_lines(tmp_path):
+    said = refusal(tmp_path, BASE, "trigger_word=${NOT_SET_ANYWHERE}")
+    assert said.startswith("--set trigger_word=${NOT_SET_ANYWHERE}: the environment variable")
+
+
 def test_a_key_like_no_other_is_answered_with_those_of_its_section(tmp_path):
     for key in ("colours", "1"):  # control_path_1 has no word of it
         message = refusal(tmp_path, BASE + f"logging: {{{key}: 3}}\n")
