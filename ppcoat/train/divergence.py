@@ -89,10 +89,10 @@ def check_before_saving(state: RunState, run_dir: Path) -> None:
 def last_checkpoint(run_dir: Path) -> str:
     """The words for what a run that ends badly leaves."""
     try:
-        name = named_latest(run_dir / "checkpoints")
-    except (OSError, UnicodeDecodeError):
+        step = int(named_latest(run_dir / "checkpoints"))
+    except (OSError, ValueError):  # not there, or damaged
         return "No checkpoint was saved before"
-    return f"The last checkpoint, step {int(name) if name.isdecimal() else name}, is unharmed"
+    return f"The last checkpoint, step {step}, is unharmed"
 
 
 def _first_bad(step: BadStep, ranks: Ranks) -> str:

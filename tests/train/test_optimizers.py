@@ -21,9 +21,7 @@ NAMES = ["prodigy", *SLOW]
 PREVIEWS_OFF = "sample.sample_every=0"
 
 
-@pytest.mark.parametrize(
-    "name", [NAMES[0], *(pytest.param(each, marks=pytest.mark.slow) for each in NAMES[1:])]
-)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_run_that_stops_and_goes_on_writes_the_bits_of_one_that_did_not(make_config, monkeypatch, name):
     """Two steps and one more, FP8 states in the checkpoint. The files are not empty: the LoRA has moved."""
     options = [f"train.optimizer={name}", "train.lr=0.5", "coat.enabled=true", PREVIEWS_OFF]
